@@ -1,0 +1,139 @@
+"""Real text that every Python installation carries: three demonstration domains, nothing fetched.
+
+| domain    | text                                                        | a document is                              |
+|-----------|-------------------------------------------------------------|--------------------------------------------|
+| `code`    | source of the standard library, without tests and tables     | a top-level definition or what lies between |
+| `docs`    | the language reference in `pydoc_data.topics`                | a section, or a piece of a long one         |
+| `unicode` | character names from `unicodedata`                           | the names of 16 neighbouring code points    |
+
+Each document belongs to one part: `base` (the text that `builtin:small` learnt from, of `code` only), `train`
+(for adapters) or `heldout` (for evaluation). The part follows from a hash of the document's name (module,
+section title, code point row), so it holds across Python versions and no text changes sides.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sysconfig
+import tokenize
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from peftune.data.documents import Document
+
+Part = Literal["base", "train", "heldout"]
+DOMAINS = ("code", "docs", "unicode")
+
+# Not source that a person would write, or text of the other two domains (code pages list character names).
+_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "lib2to3", "html"}
+_LEFT_OUT_MODULES = ("_sysconfigdata", "this.py", "antigravity.py", "stringprep.py", "pdb.py")  # pdb quotes the reference
+_PIECE = 3000  # characters; a longer section is cut between paragraphs
+_UNNAMED_BLOCKS = ("CJK UNIFIED", "CJK COMPATIBILITY IDEOGRAPH", "HANGUL SYLLABLE", "TANGUT", "NUSHU", "KHITAN", "VARIATION SELECTOR")
+
+
+def documents(domain: str, part: Part) -> list[Document]:
+    """All documents of one domain that belong to one part, in a fixed order, without repeated text."""
+    named = {"code": _code, "docs": _docs, "unicode": _unicode}[domain]()
+    seen: set[str] = set()
+    chosen = []
+    for name, text, source in named:
+        if part_of(domain, name) == part and text not in seen:
+            seen.add(text)
+            chosen.append(Document(text, source=source))
+    if domain == "docs" and part == "train":
+        return _without_paragraphs_of(documents(domain, "heldout"), chosen)
+    return chosen
+
+
+def part_of(domain: str, name: str) -> Part:
+    """The part of a named document: of `code` 88 % teach the base, 6 % adapters; elsewhere 85 % teach adapters."""
+    percent = int.from_bytes(hashlib.sha256(f"{domain}:{name}".encode()).digest()[:4], "big") % 100
+    if domain == "code":
+        return "base" if percent < 88 else "train" if percent < 94 else "heldout"
+    return "train" if percent < 85 else "heldout"
+
+
+def _code() -> Iterator[tuple[str, str, str]]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if _LEFT_OUT & set(relative.parts) or relative.name.startswith(_LEFT_OUT_MODULES) or "config-" in relative.parts[0]:
+            continue
+        try:
+            with tokenize.open(path) as file:
+                source = file.read()
+            tree = ast.parse(source)
+        except (SyntaxError, UnicodeDecodeError):
+            continue  # the library ships a few files that are broken on purpose
+        module = relative.with_suffix("").as_posix()
+        for line, piece in _top_level_pieces(source, tree):
+            yield module, piece, f"{relative.as_posix()}:{line}"
+
+
+def _top_level_pieces(source: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """A module cut before and after each top-level definition; comments stay with the code they precede."""
+    lines = source.splitlines(keepends=True)
+    cuts = {0, len(lines)}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.end_lineno:
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
+            while first > 0 and lines[first - 1].startswith("#"):
+                first -= 1
+            cuts |= {first, node.end_lineno}
+    ordered = sorted(cuts)
+    for first, last in zip(ordered, ordered[1:], strict=False):
+        piece = "".join(lines[first:last]).strip("\n")
+        if len(piece) >= 40:
+            yield first + 1, piece + "\n"
+
+
+def _docs() -> Iterator[tuple[str, str, str]]:
+    from pydoc_data.topics import topics
+
+    for topic in sorted(topics):
+        for title, section in _sections(topics[topic].strip("\n")):
+            for piece in _pieces(section):
+                yield title, piece, f"pydoc:{topic}"
+
+
+def _sections(text: str) -> Iterator[tuple[str, str]]:
+    """(title, text with its heading) of each underlined heading of a reference page."""
+    lines = text.split("\n")
+    heads = [i for i, line in enumerate(lines[1:]) if len(line) >= 3 and not line.strip(line[0]) and line[0] in "*=-~" and lines[i].strip()]
+    for first, last in zip([0, *heads], [*heads, len(lines)], strict=True):
+        body = "\n".join(lines[first:last]).strip("\n")
+        if body:
+            yield lines[first].strip(), body + "\n"
+
+
+def _pieces(section: str) -> Iterator[str]:
+    piece = ""
+    for paragraph in section.split("\n\n"):
+        if piece and len(piece) + len(paragraph) > _PIECE:
+            yield piece.strip("\n") + "\n"
+            piece = ""
+        piece += paragraph + "\n\n"
+    if piece.strip():
+        yield piece.strip("\n") + "\n"
+
+
+def _unicode() -> Iterator[tuple[str, str, str]]:
+    for row in range(0, 0x110000, 16):
+        names = [unicodedata.name(chr(point), "") for point in range(row, row + 16)]
+        kept = [name for name in names if name and not name.startswith(_UNNAMED_BLOCKS)]
+        if len(kept) >= 4:
+            yield f"U+{row:04X}", "\n".join(kept) + "\n", f"U+{row:04X}"
+
+
+def _without_paragraphs_of(heldout: list[Document], train: list[Document]) -> list[Document]:
+    """`train` less every paragraph that stands in `heldout` too: pages of the reference quote each other."""
+    taken = {paragraph.strip() for document in heldout for paragraph in document.text.split("\n\n")}
+    cleaned = []
+    for document in train:
+        kept = "\n\n".join(p for p in document.text.split("\n\n") if p.strip() not in taken).strip("\n")
+        if kept:
+            cleaned.append(Document(kept + "\n", source=document.source))
+    return cleaned

@@ -1,0 +1,33 @@
+"""What can go wrong, as one tree; each leaf carries the exit code of the command line.
+
+    PeftuneError
+    ├── UserError        2  the user's input is at fault: one line, no traceback
+    ├── Interrupted      3  SIGTERM/SIGINT after a checkpoint was saved
+    └── CheckFailed      4  a check of ours failed (merge not equal, dead adapter, non-finite loss)
+"""
+
+from __future__ import annotations
+
+
+class PeftuneError(Exception):
+    """Root of every error that peftune raises on purpose."""
+
+    exit_code = 1
+
+
+class UserError(PeftuneError):
+    """The input is at fault: what was found, what was expected, what to do."""
+
+    exit_code = 2
+
+
+class Interrupted(PeftuneError):
+    """The run was told to stop and has saved a checkpoint first."""
+
+    exit_code = 3
+
+
+class CheckFailed(PeftuneError):
+    """The result is not what it must be, so it is not delivered."""
+
+    exit_code = 4
