@@ -1,0 +1,115 @@
+"""The frozen base: find it, check that it is a GPT-2, load its weights and tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from peftune.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+BUILTIN = {"builtin:small": Path(__file__).with_name("small")}
+_WANTED = ["*.json", "*.safetensors", "*.bin", "merges.txt", "vocab.json"]
+
+
+def resolve(name: str) -> Path:
+    """The local directory of a base: `builtin:small`, a directory, or a hub name (downloaded once).
+
+    Raises UserError where it is none of these, or where the hub cannot be reached and holds no copy.
+    """
+    if name.startswith("builtin:"):
+        if name not in BUILTIN:
+            raise UserError(f"base {name}: there is no such built-in base; known: {', '.join(BUILTIN)}")
+        return BUILTIN[name]
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            hint = "; it is an adapter, pass it as --adapter" if (path / "adapter_config.json").is_file() else ""
+            raise UserError(f"base {name}: no config.json in this directory{hint}")
+        return path
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
+        raise UserError(f"base {name}: no such directory; expected a GPT-2 checkpoint directory, a hub name or builtin:small")
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        directory = Path(snapshot_download(name, allow_patterns=_WANTED))
+    except HFValidationError:
+        raise UserError(f"base {name!r}: neither a directory nor a valid hub name") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"base {name}: no such directory, and the hub knows no such model") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        cause = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise UserError(f"base {name}: no such directory here, and the hub could not be reached ({cause})") from None
+    if any(directory.glob("*.safetensors")) or any(directory.glob("*.bin")):
+        return directory
+    raise UserError(f"base {name}: the hub's copy holds no weights in safetensors or .bin form")
+
+
+def load_config(directory: Path) -> GPT2Config:
+    """The configuration of a GPT-2 checkpoint; another architecture is refused by name."""
+    from transformers import GPT2Config
+
+    try:
+        values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"base {directory}: config.json cannot be read: {error}") from None
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind != "gpt2":
+        raise UserError(f"base {directory}: model_type is {kind}, peftune trains GPT-2 models only (model_type gpt2)")
+    return GPT2Config.from_pretrained(directory)  # type: ignore[no-any-return]
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a checkpoint directory, with `<|endoftext|>` as its end token."""
+    from transformers import AutoTokenizer
+
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise UserError(f"base {directory}: no tokenizer here (tokenizer.json, or vocab.json and merges.txt)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"base {directory}: the tokenizer cannot be read: {_first_line(error)}") from None
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise UserError(f"base {directory}: expected a fast tokenizer with an end token, found {type(tokenizer).__name__}")
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def load_model(
+    directory: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", dropout: float = 0.0
+) -> GPT2LMHeadModel:
+    """The whole model in `dtype`, in evaluation mode, SDPA attention, its own dropouts set to `dropout`.
+
+    Raises UserError where weights are missing, truncated or of other shapes than config.json says.
+    """
+    from safetensors import SafetensorError
+    from transformers import GPT2LMHeadModel
+    from transformers.utils import logging
+
+    config = load_config(directory)
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = dropout
+    logging.disable_progress_bar()
+    try:
+        model, info = GPT2LMHeadModel.from_pretrained(
+            directory, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"base {directory}: the weights cannot be read: {_first_line(error)}") from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(f"base {directory}: {len(missing)} tensors are missing from the weights, such as {missing[0]}")
+    return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
