@@ -1,1 +1,148 @@
-"""Adapters on a GPT-2 through PEFT: the only place, with the merge, that knows about `Conv1D`."""
+"""Adapters on a GPT-2 through PEFT: targets, initial values, and the tensors that a plain PEFT adapter stores.
+
+PEFT owns the variants and the format. Two things are settled here: `fan_in_fan_out` follows the architecture
+(blocks are `Conv1D`, stored in x out), and PiSSA is delivered as a plain LoRA of twice the rank on the untouched base.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import nn
+from transformers import GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+from peftune.config import Lora
+from peftune.errors import UserError
+
+ATTENTION = ("attn.c_attn", "attn.c_proj")
+ALL = (*ATTENTION, "mlp.c_fc", "mlp.c_proj")
+_ADAPTABLE = (Conv1D, nn.Linear, nn.Embedding)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A base with a trainable adapter; `initial` holds PiSSA's first A and B by parameter name, else nothing."""
+
+    model: PeftModel
+    initial: dict[str, torch.Tensor]
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by name, in the model's order."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+def inject(model: GPT2LMHeadModel, lora: Lora, seed: int) -> Adapted:
+    """Put a fresh adapter on the base; initial values follow from `seed` alone.
+
+    Raises UserError for targets, layers or extra modules that the base does not have.
+    """
+    config = peft_config(model, lora)
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # mixed Conv1D and Linear targets
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # said in our own words by the merge
+        adapted = get_peft_model(model, config)
+    initial = {}
+    if lora.variant == "pissa":
+        initial = {n: p.detach().clone() for n, p in adapted.named_parameters() if ".lora_A." in n or ".lora_B." in n}
+    return Adapted(adapted, initial)
+
+
+def peft_config(model: GPT2LMHeadModel, lora: Lora) -> LoraConfig:
+    """The PEFT configuration of a recipe's adapter, checked against the modules of this base."""
+    targets = _targets(lora)
+    problems = _problems(model, lora, targets)
+    if problems:
+        raise UserError("; ".join(problems))
+    layered = {"layers_to_transform": sorted(set(lora.layers)), "layers_pattern": "h"} if lora.layers else {}
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT computes with any number
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        fan_in_fan_out=True,
+        use_rslora=lora.variant == "rslora",
+        use_dora=lora.variant == "dora",
+        init_lora_weights="pissa" if lora.variant == "pissa" else True,
+        modules_to_save=lora.modules_to_save or None,
+        **layered,
+    )
+
+
+def _targets(lora: Lora) -> list[str]:
+    if lora.targets == "all":
+        return list(ALL)
+    return list(ATTENTION) if lora.targets == "attention" else list(lora.targets)
+
+
+def _problems(model: GPT2LMHeadModel, lora: Lora, targets: list[str]) -> list[str]:
+    modules = dict(model.named_modules())
+    problems = [
+        f"lora.targets: the base has no linear or embedding module {name}; known: {', '.join(ALL)}, lm_head, wte, wpe"
+        for name in targets
+        if not any(_named(path, name) and isinstance(module, _ADAPTABLE) for path, module in modules.items())
+    ]
+    problems += [
+        f"lora.modules_to_save: the base has no module {name}; such as wte, wpe, ln_f, lm_head"
+        for name in lora.modules_to_save
+        if not any(_named(path, name) for path in modules)
+    ]
+    beyond = [layer for layer in lora.layers or [] if layer >= model.config.n_layer]
+    if beyond:
+        problems.append(f"lora.layers: the base has blocks 0 to {model.config.n_layer - 1}, found {beyond[0]}")
+    outside = [t for t in targets if lora.layers and not any(_named(p, t) and ".h." in p for p in modules)]
+    problems += [f"lora.layers: {name} lies outside the blocks, leave it out or drop lora.layers" for name in outside]
+    both = [t for t in targets if any(_named(t, m) or _named(m, t) for m in lora.modules_to_save)]
+    return problems + [f"lora: {name} is both in targets and in modules_to_save" for name in both]
+
+
+def _named(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)
+
+
+def stored_adapter(adapted: Adapted, values: dict[str, torch.Tensor] | None = None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What `adapter_config.json` and `adapter_model.safetensors` hold: plain PEFT, for the untouched base.
+
+    `values` replaces the current parameters by name (ranks that hold only a part gather first). PiSSA moved a part
+    of the base into its first A0, B0, so its update is B·A - B0·A0 = [B, -B0]·[A; A0]: rank and alpha double.
+    """
+    named = {n: p.detach() for n, p in adapted.model.named_parameters()} if values is None else values
+    tensors = get_peft_model_state_dict(adapted.model, state_dict=dict(named), save_embedding_layers=False)
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    config = adapted.model.peft_config["default"].to_dict()
+    config |= {"inference_mode": True, "fan_in_fan_out": _has_conv1d(adapted.model), "target_modules": sorted(config["target_modules"])}
+    if adapted.initial:
+        tensors = _without_initial(tensors, adapted.initial)
+        config |= {"init_lora_weights": True, "r": 2 * config["r"], "lora_alpha": 2 * config["lora_alpha"]}
+    return {key: _plain(value) for key, value in config.items()}, tensors
+
+
+def _without_initial(tensors: dict[str, torch.Tensor], initial: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    first = {name.replace(".default.", "."): tensor.cpu() for name, tensor in initial.items()}
+    doubled = dict(tensors)
+    for name in first:
+        if ".lora_A." in name:
+            doubled[name] = torch.cat([tensors[name], first[name]], dim=0)
+        else:
+            doubled[name] = torch.cat([tensors[name], -first[name]], dim=1)
+    return doubled
+
+
+def _has_conv1d(model: PeftModel) -> bool:
+    return any(isinstance(getattr(module, "base_layer", None), Conv1D) for module in model.modules())
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else getattr(value, "value", value)
+
+
+def is_dead(adapted: Adapted) -> bool:
+    """True where no trained matrix differs from a fresh adapter: every B is still zero and nothing else is trained."""
+    b = [p for n, p in adapted.trainable().items() if ".lora_B." in n or ".lora_embedding_A" in n]
+    return bool(b) and not adapted.initial and all(not bool(p.detach().any()) for p in b)

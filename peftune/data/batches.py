@@ -1,0 +1,130 @@
+"""Blocks of a token store, and the rectangular batches a model can take, packed or padded.
+
+Shapes: B rows, T columns (the longest row of the batch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from peftune.data.packing import Packing, pack
+from peftune.data.store import TokenStore
+
+NOT_SCORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors of one forward.
+
+    `ids`, `positions`: (B, T) int64, positions restart with each document. `targets`: (B, T) int64, the token that
+    each place must predict, or -100. `segments`: (B, T) int64, number of the document within its row, -1 where
+    there is none; attention never crosses segments.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor
+    segments: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
+        return Batch(**moved)
+
+    def supervised(self) -> int:
+        """Number of scored tokens."""
+        return int((self.targets != NOT_SCORED).sum())
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Chosen documents of a store, packed into blocks of `packing.block_size` tokens."""
+
+    store: TokenStore
+    documents: np.ndarray
+    packing: Packing
+    supervised: np.ndarray
+    """Scored tokens of each span, (spans,) int64."""
+
+    @staticmethod
+    def of(store: TokenStore, documents: np.ndarray, block_size: int) -> Blocks:
+        """Pack the given document numbers of a store."""
+        packing = pack(store.lengths[documents], block_size)
+        return Blocks(store, documents, packing, _supervised_per_span(store, documents, packing))
+
+    def __len__(self) -> int:
+        return len(self.packing)
+
+    def tokens(self) -> int:
+        """Scored tokens over all blocks."""
+        return int(self.supervised.sum())
+
+    def tokens_of(self, blocks: Sequence[int] | np.ndarray) -> int:
+        """Scored tokens of some blocks: what their summed loss is divided by."""
+        return sum(int(self.supervised[s.start : s.stop].sum()) for s in map(self.packing.spans, blocks))
+
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of the scored text."""
+        return int(self.store.supervised_bytes[self.documents].sum())
+
+    def batches(self, blocks: Sequence[int] | np.ndarray, micro_size: int, packed: bool = True) -> Iterator[Batch]:
+        """The blocks as micro-batches of at most `micro_size * block_size` places.
+
+        Packed: `micro_size` blocks, one a row. Padded: each span is a row, rows sorted by length.
+        """
+        spans = [self.packing.spans(int(block)) for block in blocks]
+        if packed:
+            for first in range(0, len(spans), micro_size):
+                yield self._batch(spans[first : first + micro_size])
+        else:
+            budget = micro_size * self.packing.block_size
+            for rows in _rows_by_length([s for row in spans for s in row], self.packing, budget):
+                yield self._batch([range(span, span + 1) for span in rows])
+
+    def _batch(self, rows: Sequence[range]) -> Batch:
+        sizes = self.packing.stop - self.packing.start
+        width = max(int(sizes[row.start : row.stop].sum()) for row in rows)
+        shape = (len(rows), width)
+        ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        targets, segments = np.full(shape, NOT_SCORED), np.full(shape, -1)
+        for y, row in enumerate(rows):
+            x = 0
+            for number, span in enumerate(row):
+                tokens, scored = self._tokens(span)
+                place = slice(x, x + len(tokens))
+                ids[y, place], positions[y, place], segments[y, place] = tokens, np.arange(len(tokens)), number
+                targets[y, x : x + len(tokens) - 1] = np.where(scored[1:], tokens[1:], NOT_SCORED)
+                x += len(tokens)
+        return Batch(*(torch.from_numpy(array) for array in (ids, positions, targets, segments)))
+
+    def _tokens(self, span: int) -> tuple[np.ndarray, np.ndarray]:
+        document = int(self.documents[self.packing.example[span]])
+        ids, scored = self.store.window(document, int(self.packing.start[span]), int(self.packing.stop[span]))
+        return ids.astype(np.int64), scored
+
+
+def _supervised_per_span(store: TokenStore, documents: np.ndarray, packing: Packing) -> np.ndarray:
+    owner = documents[packing.example]
+    counts = store.supervised_counts[owner].copy()
+    for span in np.flatnonzero((packing.start > 0) | (packing.stop < store.lengths[owner])):
+        _, scored = store.window(int(owner[span]), int(packing.start[span]), int(packing.stop[span]))
+        counts[span] = int(scored[1:].sum())
+    return np.asarray(counts, dtype=np.int64)
+
+
+def _rows_by_length(spans: Sequence[int], packing: Packing, budget: int) -> Iterator[list[int]]:
+    """Spans, longest first, in groups whose count times longest length stays within `budget` places."""
+    sizes = packing.stop - packing.start
+    group: list[int] = []
+    for span in sorted(spans, key=lambda s: -int(sizes[s])):
+        if group and (len(group) + 1) * int(sizes[group[0]]) > budget:
+            yield group
+            group = []
+        group.append(span)
+    if group:
+        yield group
