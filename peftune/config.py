@@ -151,7 +151,7 @@ class Run(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 where the hardware has it, else fp32 (fp16 with loss scaling on GPUs without bf16)."""
     eval_every: Annotated[int, Field(ge=0)] = 50
-    """Steps between evaluations; 0 evaluates at the end only."""
+    """Steps between evaluations; 0 evaluates before and after only."""
     save_every: Annotated[int, Field(ge=0)] = 200
     """Steps between checkpoints; 0 saves on signals and at the end only."""
     resume: Literal["auto", "never"] = "auto"

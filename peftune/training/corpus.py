@@ -1,0 +1,55 @@
+"""From a recipe's sources to blocks: what is learnt from, and what is only measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import GPT2Config, PreTrainedTokenizerFast
+
+from peftune.config import Recipe
+from peftune.data.batches import Blocks
+from peftune.data.split import split_by_digest
+from peftune.data.store import TokenStore, prepare
+from peftune.errors import UserError
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training blocks, evaluation blocks by domain name, and the fingerprints of the text behind each."""
+
+    train: Blocks
+    domains: dict[str, Blocks]
+    fingerprints: dict[str, str]
+
+
+def block_size(recipe: Recipe, config: GPT2Config) -> int:
+    """Tokens per block; UserError where the base has fewer positions."""
+    asked = recipe.data.block_size
+    if asked != "auto" and asked > config.n_positions:
+        raise UserError(
+            f"data.block_size is {asked}, but {recipe.base} has only {config.n_positions} positions; use that, or auto"
+        )
+    return config.n_positions if asked == "auto" else asked
+
+
+def load_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, tokenizer_fingerprint: str, block: int) -> Corpus:
+    """Tokenise (or find in the cache) and pack all sources of a recipe."""
+
+    def store_of(sources: object) -> TokenStore:
+        return prepare(sources, tokenizer, tokenizer_fingerprint, recipe.data.join, recipe.data.split_on)  # type: ignore[arg-type]
+
+    store = store_of(recipe.data.train)
+    everything = np.arange(len(store))
+    validation = recipe.data.validation
+    if isinstance(validation, float | int):
+        learnt, heldout = split_by_digest(store.digests, float(validation))
+        if len(learnt) == 0:
+            raise UserError(f"data.validation {validation} leaves no document to learn from; {len(store)} in all")
+        domains = {"validation": Blocks.of(store, heldout, block)} if len(heldout) else {}
+        return Corpus(Blocks.of(store, learnt, block), domains, {"train": store.fingerprint})
+    named = validation if isinstance(validation, dict) else {"validation": validation}
+    stores = {name: store_of(sources) for name, sources in named.items()}
+    domains = {name: Blocks.of(s, np.arange(len(s)), block) for name, s in stores.items()}
+    prints = {"train": store.fingerprint} | {f"validation/{name}": s.fingerprint for name, s in stores.items()}
+    return Corpus(Blocks.of(store, everything, block), domains, prints)

@@ -1,0 +1,108 @@
+"""The end of a run: the adapter directory with its provenance, picture and model card."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from peftune import __version__
+from peftune.adapters.provenance import read_provenance
+from peftune.adapters.store import write_adapter
+from peftune.errors import CheckFailed
+from peftune.model.lora import is_dead, stored_adapter
+from peftune.training import identity
+from peftune.training.card import model_card
+from peftune.training.pictures import draw_loss
+from peftune.training.records import read_metrics
+from peftune.training.session import Session
+
+_VERSIONS = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """A finished adapter directory: per domain the figures of the base (step 0) and of the adapter."""
+
+    out: Path
+    step: int
+    metrics: dict[str, dict[str, dict[str, float]]]
+    seconds: float
+
+
+def already_delivered(out: Path, now: dict[str, Any]) -> Delivery | None:
+    """What an earlier run of the same recipe left in `out`; UserError where another run's adapter is there."""
+    recorded = read_provenance(out)
+    if recorded is None or not (out / "adapter_config.json").is_file():
+        return None
+    identity.refuse_other(recorded.get("identity", {}), now, str(out))
+    return Delivery(out, recorded["step"], recorded["metrics"], recorded["seconds"])
+
+
+def deliver(session: Session) -> Delivery:
+    """Write the adapter directory; with early stopping the best step's adapter, else the last one's.
+
+    Raises CheckFailed for an adapter that is still what it was at the start.
+    """
+    if is_dead(session.adapted):
+        raise CheckFailed("the adapter did not learn: every B matrix is still zero")
+    step, values = _chosen(session)
+    config, tensors = stored_adapter(session.adapted, values)
+    config["base_model_name_or_path"] = session.recipe.base
+    session.records.write("end", step=session.state.step, delivered_step=step, tokens=session.state.tokens, seconds=round(session.state.seconds, 1))
+    out = Path(session.recipe.run.out)
+    delivery = Delivery(out, step, _before_and_after(read_metrics(out / "metrics.jsonl"), step), round(session.state.seconds, 1))
+    if session.accelerator.is_main_process:
+        provenance = _provenance(session, delivery)
+        files: dict[str, bytes | str] = {
+            "README.md": model_card(provenance),
+            "loss.png": draw_loss(read_metrics(out / "metrics.jsonl"), f"{out.name}: {session.recipe.base} with {session.recipe.lora.variant}, rank {session.recipe.lora.rank}"),
+        }
+        write_adapter(out, config, tensors, provenance, files)
+    session.accelerator.wait_for_everyone()
+    return delivery
+
+
+def _chosen(session: Session) -> tuple[int, dict[str, torch.Tensor] | None]:
+    """The step to deliver, with its parameters by name where they are not those in the model."""
+    best = session.state.best_step
+    if session.recipe.run.early_stopping is None or best is None or best == session.state.step:
+        return session.state.step, None
+    return best, load_file(session.checkpoints / f"step-{best}" / "adapter.safetensors")
+
+
+def _before_and_after(events: list[dict[str, Any]], step: int) -> dict[str, dict[str, dict[str, float]]]:
+    figures: dict[str, dict[str, dict[str, float]]] = {}
+    for event in events:
+        if event["event"] == "eval" and event["step"] in (0, step):
+            row = "base" if event["step"] == 0 else "adapter"
+            numbers = {key: event[key] for key in ("loss", "perplexity", "bits_per_byte", "tokens")}
+            figures.setdefault(event["domain"], {})[row] = numbers
+    return figures
+
+
+def _provenance(session: Session, delivery: Delivery) -> dict[str, Any]:
+    """What peftune.json holds: enough to know what made this adapter, and to refuse another base."""
+    source = session.source
+    prints = source.fingerprints
+    return {
+        "peftune": __version__,
+        "base": session.recipe.base,
+        "base_fingerprint": prints["base"],
+        "tokenizer_fingerprint": prints["tokenizer"],
+        "data_fingerprints": {k[5:]: v for k, v in prints.items() if k.startswith("data ")},
+        "recipe": session.recipe.model_dump(mode="json"),
+        "identity": source.identity,
+        "step": delivery.step,
+        "tokens": session.state.tokens,
+        "seconds": delivery.seconds,
+        "precision": session.accelerator.mixed_precision.replace("no", "fp32"),
+        "trainable_parameters": sum(p.numel() for p in session.parameters.values()),
+        "metrics": delivery.metrics,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS},
+    }

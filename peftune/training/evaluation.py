@@ -1,0 +1,76 @@
+"""Evaluation and samples while training: exact over ranks, recorded, and what early stopping looks at."""
+
+from __future__ import annotations
+
+from rich.progress import TaskID
+
+from peftune.evaluate import Score, summed_nats_over
+from peftune.inference.generate import GenerationSettings, generate
+from peftune.training.distributed import summed_over_ranks
+from peftune.training.session import Session
+from peftune.training.signals import StopRequest
+from peftune.training.step import StopNow
+
+SAMPLE_TOKENS = 80
+
+
+def evaluate_domains(session: Session, stop: StopRequest) -> dict[str, Score]:
+    """Score every domain; raises StopNow between batches when a signal came."""
+    progress = session.display.progress
+    scores = {}
+    for name, blocks in session.source.corpus.domains.items():
+        rank, world = session.accelerator.process_index, session.accelerator.num_processes
+        mine = range(rank, len(blocks), world)
+        task = progress.add_task(f"evaluating {name}", total=len(mine), note="")
+
+        def heard(done: int, task: TaskID = task) -> None:
+            progress.advance(task, done)
+            if stop.name is not None:
+                raise StopNow
+
+        try:
+            nats = summed_nats_over(session.scorer, blocks, mine, session.state.micro_size, session.accelerator.device, on_batch=heard)
+        finally:
+            progress.remove_task(task)
+        scores[name] = Score(summed_over_ranks(session.accelerator, nats)[0], blocks.tokens(), blocks.text_bytes())
+    return scores
+
+
+def record(session: Session, scores: dict[str, Score]) -> None:
+    """Write the scores to the metrics and tell the person."""
+    step = session.state.step
+    for domain, score in scores.items():
+        session.records.write("eval", step=step, domain=domain, **score.figures(), tokens=score.tokens)
+    told = "  ".join(f"{d}: loss {s.loss:.4f}, perplexity {s.figures()['perplexity']:.2f}" for d, s in scores.items())
+    if told:
+        session.display.say(f"step {step}/{session.source.total_steps}  {told}")
+
+
+def improves(session: Session, scores: dict[str, Score]) -> bool:
+    """Whether the loss over all domains together is the lowest so far; keeps count of evaluations without gain."""
+    state = session.state
+    state.evaluated_step = state.step
+    if not scores:
+        return False
+    loss = sum(s.nats for s in scores.values()) / sum(s.tokens for s in scores.values())
+    if state.best_loss is None or loss < state.best_loss:
+        state.best_loss, state.best_step, state.evaluations_without_gain = loss, state.step, 0
+        return True
+    state.evaluations_without_gain += 1
+    return False
+
+
+def sample(session: Session) -> None:
+    """Continue the recipe's prompts greedily; into the metrics and before the person's eyes."""
+    prompts = session.recipe.run.samples
+    if not prompts or not session.accelerator.is_main_process:
+        return
+    model = session.adapted.model
+    settings = GenerationSettings(max_new_tokens=SAMPLE_TOKENS, temperature=0.0)
+    session.scorer.eval()
+    with session.accelerator.autocast():
+        generations = generate(model, session.source.tokenizer, prompts, settings)
+    session.scorer.train()
+    for made in generations:
+        session.records.write("sample", step=session.state.step, prompt=made.prompt, text=made.text)
+        session.display.say(f"  sample {made.prompt!r} → {made.text!r}")

@@ -1,0 +1,48 @@
+"""What makes a run the run it is: a checkpoint is only continued by the recipe, base and data that made it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftune.config import Recipe
+from peftune.errors import UserError
+
+HARMLESS = frozenset(
+    {
+        "run.out", "run.eval_every", "run.save_every", "run.resume", "run.track", "run.samples",
+        "run.early_stopping", "run.checkpointing", "batch.micro_size",
+    }
+)  # fmt: skip
+"""Keys that may change between a run and its resumption: none decides what is learnt (beyond rounding)."""
+
+
+def of(recipe: Recipe, fingerprints: dict[str, str]) -> dict[str, Any]:
+    """Flat mapping of every recipe value that decides what is learnt, and the fingerprints of base and data."""
+    flat = _flatten(recipe.model_dump(mode="json"))
+    return {k: v for k, v in flat.items() if k not in HARMLESS} | {f"fingerprint of {k}": v for k, v in fingerprints.items()}
+
+
+def refuse_other(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
+    """UserError listing every difference between the run that is there and the one asked for."""
+    keys = sorted(saved.keys() | now.keys())
+    changed = [f"{k} was {_short(saved.get(k))}, is {_short(now.get(k))}" for k in keys if saved.get(k) != now.get(k)]
+    if changed:
+        raise UserError(
+            f"{where} holds a run of another recipe: {'; '.join(changed)}. "
+            "Give run.out another name, or remove that directory"
+        )
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = "not there" if value is None else str(value)
+    return text if len(text) <= 40 else text[:37] + "…"

@@ -1,0 +1,158 @@
+"""A training run from top to bottom: read, check, load, then evaluate → save → learn until done, then deliver."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from peftune.config import Recipe
+from peftune.errors import Interrupted, UserError
+from peftune.training import checkpoint, distributed, evaluation, identity
+from peftune.training.checkpoint import State
+from peftune.training.deliver import Delivery, already_delivered, deliver
+from peftune.training.display import Display
+from peftune.training.micro import first_micro_size
+from peftune.training.session import Session, Source, assemble, read_source, sole_writer
+from peftune.training.signals import StopRequest
+from peftune.training.step import Learnt, StopNow, learn
+
+
+def train(recipe: Recipe) -> Delivery:
+    """Train the adapter that a recipe describes and write its directory; goes on where an earlier run was cut.
+
+    Raises UserError for input that cannot work, Interrupted after a signal (a checkpoint is saved first), CheckFailed
+    for numbers that are not finite or an adapter that did not learn.
+    """
+    accelerator, dtype = distributed.start(recipe.run.precision, list(recipe.run.track), recipe.run.out)
+    display = Display(accelerator.is_main_process)
+    source = read_source(recipe)
+    out = Path(recipe.run.out)
+    with sole_writer(out), StopRequest() as stop:
+        done = already_delivered(out, source.identity)
+        if done is not None:
+            display.say(f"{out}: this recipe was trained already, nothing to do")
+            return done
+        found = _checkpoint_to_resume(recipe, source)
+        state = checkpoint.read_state(found) if found else State()
+        if recipe.batch.micro_size != "auto" or not state.micro_size:
+            state.micro_size = _micro_size(source, accelerator.num_processes, dtype, accelerator.device)
+        session = assemble(source, accelerator, dtype, display, state)
+        _begin(session, found)
+        try:
+            with display.progress:
+                _loop(session, stop)
+            return deliver(session)
+        finally:
+            session.records.close()
+
+
+def _checkpoint_to_resume(recipe: Recipe, source: Source) -> Path | None:
+    folder = Path(recipe.run.out) / "checkpoints"
+    found = checkpoint.newest(folder)
+    if found is None:
+        return None
+    if recipe.run.resume == "never":
+        raise UserError(f"{folder} holds checkpoints and run.resume is never; use auto, or another run.out")
+    identity.refuse_other(checkpoint.read_state(found).identity, source.identity, str(Path(recipe.run.out)))
+    return found
+
+
+def _micro_size(source: Source, ranks: int, dtype: object, device: object) -> int:
+    batch, train = source.recipe.batch, source.corpus.train
+    if batch.micro_size != "auto":
+        return batch.micro_size
+    per_rank = -(-min(batch.global_size, len(train)) // ranks)
+    return first_micro_size(source.config, train.packing.block_size, per_rank, dtype, device)  # type: ignore[arg-type]
+
+
+def _begin(session: Session, found: Path | None) -> None:
+    recipe, train, state = session.recipe, session.source.corpus.train, session.state
+    trainable = sum(p.numel() for p in session.parameters.values())
+    numbers = {
+        "blocks": len(train), "block_size": train.packing.block_size, "packing_fill": round(train.packing.fill(), 4),
+        "tokens_per_epoch": train.tokens(), "total_steps": session.source.total_steps, "micro_size": state.micro_size,
+        "trainable_parameters": trainable, "ranks": session.accelerator.num_processes,
+    }  # fmt: skip
+    if found is None:
+        session.records.write("start", recipe=recipe.model_dump(mode="json"), **numbers)
+    else:
+        checkpoint.restore(found, session.parameters, session.optimizer)
+        if session.accelerator.scaler is not None and state.scaler:
+            session.accelerator.scaler.load_state_dict(state.scaler)
+        session.records.write("resume", from_step=state.step)
+        session.display.say(f"resuming {recipe.run.out} from step {state.step}")
+    session.display.say(
+        f"{train.tokens():,} tokens to learn in {len(train):,} blocks of {train.packing.block_size} "
+        f"({train.packing.fill():.1%} full), {session.source.total_steps} steps of {recipe.batch.global_size} blocks "
+        f"({state.micro_size} a forward), {trainable:,} trainable parameters, "
+        f"{session.accelerator.mixed_precision if session.accelerator.mixed_precision != 'no' else 'fp32'}"
+    )
+
+
+def _loop(session: Session, stop: StopRequest) -> None:
+    state, run, total = session.state, session.recipe.run, session.source.total_steps
+    task = session.display.progress.add_task("training", total=total, completed=state.step, note="")
+    began, saved_step = time.monotonic() - state.seconds, state.step if state.records_bytes else -1
+    try:
+        while True:
+            better = _evaluate_if_due(session, stop, total)
+            finished = state.step == total or _has_stopped_improving(session)
+            state.seconds = time.monotonic() - began
+            if saved_step != state.step and (better or finished or (run.save_every and state.step % run.save_every == 0 < state.step)):
+                _save(session)
+                saved_step = state.step
+            if finished:
+                return
+            started = time.monotonic()
+            learnt = learn(session, stop)
+            state.step += 1
+            state.tokens += learnt.tokens
+            rate = learnt.tokens / (time.monotonic() - started)
+            _log(session, learnt, rate)
+            session.display.progress.update(task, completed=state.step, note=f"loss {learnt.loss:.3f}  {rate:,.0f} tok/s")
+    except StopNow:
+        session.optimizer.zero_grad(set_to_none=True)
+        state.seconds = time.monotonic() - began
+        if saved_step != state.step:
+            _save(session)
+        raise Interrupted(
+            f"{stop.name} after step {state.step} of {total}: checkpoint saved in {session.checkpoints}; "
+            "the same command goes on from there"
+        ) from None
+
+
+def _evaluate_if_due(session: Session, stop: StopRequest, total: int) -> bool:
+    state, every = session.state, session.recipe.run.eval_every
+    due = state.step in (0, total) or (every and state.step % every == 0)
+    if not due or state.evaluated_step == state.step:
+        return False
+    scores = evaluation.evaluate_domains(session, stop)
+    evaluation.record(session, scores)
+    evaluation.sample(session)
+    return evaluation.improves(session, scores)
+
+
+def _has_stopped_improving(session: Session) -> bool:
+    patience = session.recipe.run.early_stopping
+    if patience is None or session.state.evaluations_without_gain < patience:
+        return False
+    session.display.say(f"no better validation loss in {patience} evaluations: stopping at step {session.state.step}")
+    return True
+
+
+def _save(session: Session) -> None:
+    state = session.state
+    state.records_bytes = session.records.size()
+    scaler = session.accelerator.scaler
+    state.scaler = scaler.state_dict() if scaler is not None else None
+    if session.accelerator.is_main_process:
+        checkpoint.save(session.checkpoints, state, session.parameters, session.optimizer)
+    session.accelerator.wait_for_everyone()
+
+
+def _log(session: Session, learnt: Learnt, rate: float) -> None:
+    session.records.write(
+        "train", step=session.state.step, loss=learnt.loss, lr=learnt.lr, grad_norm=learnt.grad_norm,
+        tokens=session.state.tokens, tokens_per_second=round(rate, 1),
+        peak_memory_bytes=distributed.peak_memory(session.accelerator),
+    )  # fmt: skip

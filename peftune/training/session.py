@@ -1,0 +1,144 @@
+"""Everything one run holds while it works, and how it is put together from a recipe."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from peftune.adapters.provenance import base_fingerprint, tokenizer_fingerprint
+from peftune.config import Recipe
+from peftune.data.order import total_steps
+from peftune.errors import UserError
+from peftune.model import base as bases
+from peftune.model import lora
+from peftune.model.scorer import Scorer
+from peftune.training import distributed, identity, optimizer
+from peftune.training.checkpoint import State
+from peftune.training.corpus import Corpus, block_size, load_corpus
+from peftune.training.display import Display
+from peftune.training.records import Records
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a run starts from, read and checked before any weight is loaded."""
+
+    recipe: Recipe
+    directory: Path
+    config: GPT2Config
+    tokenizer: PreTrainedTokenizerFast
+    corpus: Corpus
+    identity: dict[str, Any]
+    fingerprints: dict[str, str]
+    total_steps: int
+
+
+@dataclass
+class Session:
+    """A run in progress; `scorer` and `optimizer` are as the engine wrapped them, `adapted` is what lies inside."""
+
+    source: Source
+    accelerator: Accelerator
+    display: Display
+    adapted: lora.Adapted
+    scorer: nn.Module
+    optimizer: torch.optim.Optimizer
+    parameters: dict[str, nn.Parameter]
+    state: State
+    records: Records
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.source.recipe
+
+    @property
+    def checkpoints(self) -> Path:
+        return Path(self.recipe.run.out) / "checkpoints"
+
+
+def read_source(recipe: Recipe) -> Source:
+    """Find base and data and check all that can be checked without weights; UserError for what does not fit."""
+    directory = bases.resolve(recipe.base)
+    config = bases.load_config(directory)
+    block = block_size(recipe, config)
+    with torch.device("meta"):
+        lora.peft_config(GPT2LMHeadModel(config), recipe.lora)
+    tokenizer = bases.load_tokenizer(directory)
+    prints = {"base": base_fingerprint(directory), "tokenizer": tokenizer_fingerprint(directory)}
+    corpus = load_corpus(recipe, tokenizer, prints["tokenizer"], block)
+    prints |= {f"data {name}": value for name, value in corpus.fingerprints.items()}
+    optim = recipe.optim
+    total = total_steps(len(corpus.train), recipe.batch.global_size, optim.epochs, optim.steps)
+    return Source(recipe, directory, config, tokenizer, corpus, identity.of(recipe, prints), prints, total)
+
+
+def assemble(source: Source, accelerator: Accelerator, dtype: torch.dtype, display: Display, state: State) -> Session:
+    """Load the base, put the adapter on it, wrap both for the engine, open the records."""
+    recipe = source.recipe
+    adapted = load_adapted(source, dtype, accelerator.device)
+    if recipe.run.checkpointing:
+        adapted.model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    parameters = adapted.trainable()
+    bare = optimizer.build(parameters, recipe.optim, fused=accelerator.device.type == "cuda")
+    scorer, wrapped = accelerator.prepare(Scorer(adapted.model, recipe.optim.neftune), bare)
+    scorer.train()
+    state.identity = source.identity
+    out = Path(recipe.run.out)
+    records = Records(out / "metrics.jsonl", accelerator, recipe.model_dump(mode="json"), state.records_bytes)
+    return Session(source, accelerator, display, adapted, scorer, wrapped, parameters, state, records)
+
+
+def load_adapted(source: Source, dtype: torch.dtype, device: torch.device) -> lora.Adapted:
+    """The base with a fresh adapter: adapter in fp32, frozen weights in `dtype` where only blocks are adapted.
+
+    DoRA and PiSSA derive initial values from the base's weights, so they see them in fp32 first. Trained
+    embeddings, norms or heads keep the whole base in fp32 (matrix products still use `dtype`).
+    """
+    recipe = source.recipe
+    model = bases.load_model(source.directory, dtype=_loading_dtype(recipe, dtype), dropout=recipe.run.base_dropout)
+    adapted = lora.inject(model, recipe.lora, recipe.run.seed)
+    narrow = dtype if _only_blocks_are_trained(adapted) else torch.float32
+    for parameter in adapted.model.parameters():
+        parameter.data = parameter.data.to(device, torch.float32 if parameter.requires_grad else narrow)
+    adapted.model.to(device)
+    return adapted
+
+
+def _loading_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
+    exact = recipe.lora.variant in ("dora", "pissa") or recipe.lora.modules_to_save
+    return torch.float32 if exact or recipe.lora.targets not in ("all", "attention") else dtype
+
+
+def _only_blocks_are_trained(adapted: lora.Adapted) -> bool:
+    return all(".h." in name and ".ln_" not in name for name in adapted.trainable())
+
+
+@contextmanager
+def sole_writer(out: Path) -> Iterator[None]:
+    """Hold `out` for this run; UserError where it cannot be written or another run is writing it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        handle = os.open(out / ".lock", os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise UserError(f"run.out {out}: cannot be written: {error.strerror}") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"run.out {out}: another run is writing there; wait for it, or choose another name") from None
+    try:
+        yield
+    finally:
+        os.close(handle)
