@@ -1,0 +1,187 @@
+"""What an adapter changes in a base: which modules, with which rank and scale, which tensors it brings whole.
+
+PEFT itself says so: the adapter's configuration is injected into the base's architecture on the meta device, without
+any weights, and what PEFT expects is compared with what the file holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora.layer import Embedding, LoraLayer
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+from peftune.errors import UserError
+from peftune.model.weights import HEAD, WTE
+
+Kind = Literal["conv1d", "linear", "embedding"]
+
+_PREFIX = "base_model.model."
+_LORA_PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+_UNDERSTOOD = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
+    "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
+    "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "megatron_core", "eva_config", "use_dora", "qalora_group_size", "runtime_config", "lora_bias", "ensure_weight_tying",
+}  # fmt: skip
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # these leave the base as it is
+
+
+@dataclass(frozen=True)
+class Target:
+    """One adapted module: how its weight is stored, and PEFT's rank, alpha and scale for it."""
+
+    name: str
+    kind: Kind
+    rank: int
+    alpha: float
+    scale: float
+    parts: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An adapter, sorted: adapted modules by name, tensors that replace those of the base, and settings for all."""
+
+    targets: dict[str, Target]
+    replaced: dict[str, torch.Tensor]
+    vocabulary: int
+    init: bool | str
+    dora: bool
+    rslora: bool
+    lora_bias: bool
+
+    def modules(self) -> set[str]:
+        """Names of all modules that the adapter changes."""
+        return set(self.targets) | {name.rpartition(".")[0] for name in self.replaced}
+
+
+def changes_base(config: dict[str, Any]) -> bool:
+    """True where PEFT alters tensors of the base when it loads this adapter, so that no other can share it."""
+    return config.get("init_lora_weights", True) not in _PLAIN_INITS or config.get("bias", "none") != "none"
+
+
+def layout_of(config: dict[str, Any], tensors: dict[str, torch.Tensor], base: GPT2Config, where: str) -> Layout:
+    """Sort an adapter's tensors by what they do to a base of this shape.
+
+    Raises UserError for settings that are not understood, and for tensors that are missing, left over or of another
+    shape than PEFT expects on this base. `where` names the adapter in messages.
+    """
+    _refuse_unknown_settings(config, where)
+    stored = {stripped(name): tensor for name, tensor in tensors.items()}
+    parts, whole = _sort(stored)
+    vocabulary = _vocabulary(whole, base)
+    skeleton = _skeleton(config, base, vocabulary, where)
+    _compare_shapes(stored, whole, skeleton, base, where)
+    layers = {name: module for name, module in skeleton.named_modules() if isinstance(module, LoraLayer)}
+    targets = {name: _target(name, layers[name], parts[name]) for name in sorted(parts)}
+    return Layout(
+        targets,
+        _replaced(whole, config, base, where),
+        vocabulary,
+        "pissa" if config.get("init_lora_weights") == "pissa" else True,
+        bool(config.get("use_dora")),
+        bool(config.get("use_rslora")),
+        bool(config.get("lora_bias")),
+    )
+
+
+def _refuse_unknown_settings(config: dict[str, Any], where: str) -> None:
+    defaults = {field.name: getattr(LoraConfig(), field.name) for field in dataclasses.fields(LoraConfig)}
+    for key, value in config.items():
+        if key not in _UNDERSTOOD and value and value != defaults.get(key):
+            raise UserError(f"adapter {where}: uses {key}, which peftune does not understand; merge it with PEFT itself")
+    init = config.get("init_lora_weights", True)
+    if init != "pissa" and init not in _PLAIN_INITS:
+        raise UserError(
+            f"adapter {where}: init_lora_weights {init!r} rewrote the base in a way that cannot be repeated exactly; "
+            "save it with PEFT's path_initial_model_for_weight_conversion first"
+        )
+
+
+def stripped(name: str) -> str:
+    """A stored tensor's name without PEFT's prefix; DoRA's magnitude has been written with and without `.weight`."""
+    plain = name.removeprefix(_PREFIX)
+    return plain.removesuffix(".weight") if "lora_magnitude" in plain else plain
+
+
+def _sort(stored: dict[str, torch.Tensor]) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    whole: dict[str, torch.Tensor] = {}
+    for name, tensor in stored.items():
+        part = next((part for part in _LORA_PARTS if name.endswith(f".{part}")), None)
+        if part is None:
+            whole[name.replace(".base_layer.", ".")] = tensor
+        else:
+            parts.setdefault(name.removesuffix(f".{part}"), {})[part] = tensor
+    return parts, whole
+
+
+def _vocabulary(whole: dict[str, torch.Tensor], base: GPT2Config) -> int:
+    rows = {tensor.shape[0] for name, tensor in whole.items() if name in (WTE, HEAD)}
+    return rows.pop() if len(rows) == 1 else int(base.vocab_size)
+
+
+def _skeleton(config: dict[str, Any], base: GPT2Config, vocabulary: int, where: str) -> nn.Module:
+    """The base's architecture with this adapter in it, on the meta device."""
+    resized = GPT2Config.from_dict({**base.to_dict(), "vocab_size": vocabulary})
+    known = {key: value for key, value in config.items() if key in _UNDERSTOOD and key != "runtime_config"}
+    try:
+        lora = LoraConfig(**{**known, "init_lora_weights": False, "inference_mode": False})
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return inject_adapter_in_model(lora, GPT2LMHeadModel(resized))
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        lines = " ".join(str(error).split())
+        raise UserError(f"adapter {where}: does not fit this base (GPT-2, {base.n_layer} blocks): {lines[:300]}") from None
+
+
+def _compare_shapes(
+    stored: dict[str, torch.Tensor], whole: dict[str, torch.Tensor], skeleton: nn.Module, base: GPT2Config, where: str
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = get_peft_model_state_dict(skeleton, save_embedding_layers=False)
+    fits = f"the base has {base.n_layer} blocks of width {base.n_embd}; pass the base that it was trained on"
+    for name, tensor in expected.items():
+        if name not in stored:
+            raise UserError(f"adapter {where}: {name} is missing from its tensors, but its configuration names it; {fits}")
+        if stored[name].shape != tensor.shape:
+            found, wanted = tuple(stored[name].shape), tuple(tensor.shape)
+            raise UserError(f"adapter {where}: {name} has shape {found}, this base needs {wanted}; {fits}")
+    for name in stored:
+        if name not in expected and name.replace(".base_layer.", ".") not in whole:
+            raise UserError(f"adapter {where}: {name} belongs to nothing that its configuration adapts; {fits}")
+    plain = {_plain(name): tensor.shape for name, tensor in skeleton.state_dict().items()}
+    for name, tensor in whole.items():
+        if plain.get(name) != tensor.shape:
+            wanted = tuple(plain[name]) if name in plain else "no such tensor"
+            raise UserError(f"adapter {where}: brings {name} of shape {tuple(tensor.shape)}, this base has {wanted}; {fits}")
+
+
+def _plain(name: str) -> str:
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def _target(name: str, layer: LoraLayer, parts: dict[str, torch.Tensor]) -> Target:
+    base = layer.get_base_layer()
+    kind: Kind = "conv1d" if isinstance(base, Conv1D) else "embedding" if isinstance(layer, Embedding) else "linear"
+    return Target(name, kind, layer.r["default"], layer.lora_alpha["default"], layer.scaling["default"], parts)
+
+
+def _replaced(whole: dict[str, torch.Tensor], config: dict[str, Any], base: GPT2Config, where: str) -> dict[str, torch.Tensor]:
+    """With a tied base, an embedding that PEFT stored beside the adapter (not as a module to save) is wte and head."""
+    saved = [str(name) for name in config.get("modules_to_save") or []]
+    loose = [n for n in (WTE, HEAD) if n in whole and not any(f".{n}".endswith(f".{s}.weight") for s in saved)]
+    if not loose or not base.tie_word_embeddings or len(loose) < sum(n in whole for n in (WTE, HEAD)):
+        return whole
+    if len(loose) == 2 and not torch.equal(whole[WTE], whole[HEAD]):
+        raise UserError(f"adapter {where}: brings two different embeddings for a base that has one; name them in modules_to_save")
+    return {**whole, WTE: whole[loose[0]], HEAD: whole[loose[0]]}

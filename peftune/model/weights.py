@@ -1,0 +1,212 @@
+"""Base weights on disk, one tensor at a time, under one set of names whatever the file layout.
+
+Names are those of `GPT2LMHeadModel`: hub checkpoints without the `transformer.` prefix get it, mask buffers
+(`attn.bias`, `attn.masked_bias`) are left out, and so is an `lm_head.weight` that is only a copy of the tied `wte`.
+Every file is opened anew for each tensor: pages of a memory-mapped file count as resident while it stays open.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from peftune.errors import UserError
+
+WTE = "transformer.wte.weight"
+HEAD = "lm_head.weight"
+CHUNK_ELEMENTS = 8_000_000  # 32 MB of float32
+
+_LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_BARE = re.compile(r"(wte|wpe|h|ln_f)\.")
+_BUFFER = re.compile(r"\.(cross)?attn(ention)?\.(masked_)?bias$")
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Entry:
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of one checkpoint directory; `tied` says that the output head is `wte`."""
+
+    directory: Path
+    files: tuple[Path, ...]
+    tied: bool
+    _entries: dict[str, _Entry]
+
+    def names(self) -> list[str]:
+        """Normalised tensor names, sorted."""
+        return sorted(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a tensor, without reading it."""
+        return self._entries[name].dtype
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A copy of one tensor in its stored dtype."""
+        shape = self.shape(name)
+        return self.rows(name, 0, shape[0]) if shape else _read(self._entries[name], None)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """A copy of rows `start` to `stop` of one tensor."""
+        return _read(self._entries[name], slice(start, stop))
+
+    def chunks(self, name: str) -> Iterator[torch.Tensor]:
+        """The tensor in consecutive pieces of rows, each of about 8M elements."""
+        for start, stop in row_chunks(self.shape(name)):
+            yield self.rows(name, start, stop)
+
+
+def row_chunks(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(start, stop) of consecutive pieces of rows, each of about 8M elements."""
+    if not shape or not shape[0]:
+        return []
+    width = max(1, torch.Size(shape).numel() // shape[0])
+    step = max(1, CHUNK_ELEMENTS // width)
+    return [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+
+
+def open_weights(directory: Path) -> Weights:
+    """List the weights of a GPT-2 checkpoint: safetensors or .bin, in one file or in shards.
+
+    Raises UserError where there are none, a shard is missing, a file is cut short, or an index names a tensor
+    that its file does not hold.
+    """
+    files, index = _files(directory)
+    entries: dict[str, _Entry] = {}
+    stored: set[str] = set()
+    for file in files:
+        for entry in _list(file):
+            if entry.key in stored:
+                raise UserError(f"base {directory}: tensor {entry.key} is stored twice; download the checkpoint again")
+            stored.add(entry.key)
+            if not _BUFFER.search(entry.key):
+                entries[_normal(entry.key)] = entry
+    absent = sorted(set(index) - stored)
+    if absent:
+        raise UserError(f"base {directory}: the index names {len(absent)} tensors that no shard holds, such as {absent[0]}")
+    if WTE not in entries:
+        raise UserError(f"base {directory}: no tensor wte.weight in {files[0].name}; expected a GPT-2 checkpoint")
+    return _settle_head(directory, tuple(files), entries)
+
+
+def _settle_head(directory: Path, files: tuple[Path, ...], entries: dict[str, _Entry]) -> Weights:
+    says_tied = bool(_json(directory / "config.json").get("tie_word_embeddings", True))
+    untied = Weights(directory, files, False, entries)
+    if HEAD not in entries:
+        if not says_tied:
+            raise UserError(f"base {directory}: config.json says tie_word_embeddings false, but there is no lm_head.weight")
+        return Weights(directory, files, True, entries)
+    if says_tied and _equal(untied, WTE, HEAD):
+        return Weights(directory, files, True, {name: entry for name, entry in entries.items() if name != HEAD})
+    return untied
+
+
+def _equal(weights: Weights, first: str, second: str) -> bool:
+    if weights.shape(first) != weights.shape(second) or weights.dtype(first) != weights.dtype(second):
+        return False
+    return all(torch.equal(a, b) for a, b in zip(weights.chunks(first), weights.chunks(second), strict=True))
+
+
+def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
+    """The weight files in the order in which Transformers prefers them, and the index where they are sharded."""
+    for layout in _LAYOUTS:
+        path = directory / layout
+        if not path.is_file():
+            continue
+        if not layout.endswith(".json"):
+            return [path], {}
+        index = _json(path).get("weight_map")
+        if not isinstance(index, dict) or not index:
+            raise UserError(f"base {directory}: {layout} holds no weight_map; download the checkpoint again")
+        files = [directory / name for name in sorted(set(index.values()))]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise UserError(f"base {directory}: {len(missing)} of {len(files)} shards are missing, such as {missing[0]}")
+        return files, index
+    raise UserError(f"base {directory}: no weights here; expected one of {', '.join(_LAYOUTS)}")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"base {path.parent}: {path.name} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"base {path.parent}: {path.name} holds {type(value).__name__}, expected an object")
+    return value
+
+
+def _normal(key: str) -> str:
+    return f"transformer.{key}" if _BARE.match(key) else key
+
+
+def _list(file: Path) -> list[_Entry]:
+    if file.suffix == ".bin":
+        state = load_pickle(file)
+        return [_Entry(file, key, tuple(value.shape), value.dtype) for key, value in state.items()]
+    with _opened(file) as opened:
+        slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+        return [_Entry(file, key, tuple(s.get_shape()), _dtype(file, s.get_dtype())) for key, s in slices.items()]
+
+
+def _dtype(file: Path, name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise UserError(f"{file}: tensors of dtype {name} are not weights of a GPT-2; use a full-precision checkpoint")
+    return _DTYPES[name]
+
+
+def _read(entry: _Entry, rows: slice | None) -> torch.Tensor:
+    if entry.file.suffix == ".bin":
+        whole = load_pickle(entry.file)[entry.key]
+        return (whole if rows is None else whole[rows]).clone(memory_format=torch.contiguous_format)
+    with _opened(entry.file) as opened:
+        part = opened.get_tensor(entry.key) if rows is None else opened.get_slice(entry.key)[rows]
+        return part.clone()  # type: ignore[no-any-return]  # detached from the mapping, which closes here
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from None
+
+
+def load_pickle(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .bin file, memory-mapped where its format allows, and never any code.
+
+    Raises UserError for a broken file, and for one that holds anything but tensors.
+    """
+    try:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, ValueError) as error:
+            if "mmap can only be used" not in str(error):
+                raise
+            state = torch.load(file, map_location="cpu", weights_only=True)  # written before torch 1.6
+    except (RuntimeError, ValueError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        cause = " ".join(str(error).split())[:160]
+        raise UserError(f"{file}: not a whole weights-only file ({cause}); copy or download it again") from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{file}: expected a mapping of names to tensors")
+    return state
