@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
+from peft import PeftModel
+from transformers import GPT2LMHeadModel
 
+from peftune.adapters.provenance import check_base, tokenizer_fingerprint
+from peftune.adapters.store import base_of, load_onto
+from peftune.config import Source
 from peftune.data.batches import Blocks
+from peftune.data.store import prepare
+from peftune.display import Display, matrix_table
+from peftune.errors import UserError
+from peftune.model import base as bases
 from peftune.model.scorer import Scorer, nats_to_perplexity
+
+Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -25,7 +40,7 @@ class Score:
         """Nats per token."""
         return self.nats / self.tokens
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> Figures:
         """loss (nats per token), perplexity (its exponential), bits per byte of the scored text."""
         bits = self.nats / math.log(2) / max(1, self.text_bytes)
         return {"loss": self.loss, "perplexity": nats_to_perplexity(self.loss), "bits_per_byte": bits}
@@ -56,7 +71,104 @@ def summed_nats_over(
         scorer.train(training)
 
 
-def score(scorer: Scorer, blocks: Blocks, micro_size: int, device: torch.device, on_batch: Callable[[int], None] | None = None) -> Score:
-    """Score all blocks on one process."""
-    nats = summed_nats_over(scorer, blocks, range(len(blocks)), micro_size, device, on_batch=on_batch)
-    return Score(nats, blocks.tokens(), blocks.text_bytes())
+def matrix(
+    base: Path,
+    adapters: Mapping[str, Path],
+    domains: Mapping[str, Blocks],
+    display: Display,
+    batch: int = 8,
+    precision: str = "fp32",
+) -> dict[str, dict[str, Figures]]:
+    """Figures of the base and of each adapter on each domain; one model is in memory at a time.
+
+    `batch` (blocks per forward) does not change the result. Raises UserError for an adapter of another base.
+    """
+    for directory in adapters.values():
+        check_base(directory, base)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows: dict[str, dict[str, Figures]] = {}
+    todo: dict[str, Path | None] = {"base": None, **adapters}
+    with display.progress as progress:
+        task = progress.add_task("evaluating", total=len(todo) * sum(map(len, domains.values())), note="")
+        for name, adapter in todo.items():
+            progress.update(task, description=f"evaluating {name}")
+            scorer = Scorer(_load(base, adapter, name, device))
+            rows[name] = {}
+            for domain, blocks in domains.items():
+                with _in_precision(precision, device):
+                    nats = summed_nats_over(
+                        scorer, blocks, range(len(blocks)), batch, device, on_batch=lambda done: progress.advance(task, done)
+                    )
+                rows[name][domain] = Score(nats, blocks.tokens(), blocks.text_bytes()).figures()
+        progress.remove_task(task)
+    return rows
+
+
+def _load(base: Path, adapter: Path | None, name: str, device: torch.device) -> GPT2LMHeadModel | PeftModel:
+    model: GPT2LMHeadModel | PeftModel = bases.load_model(base)
+    if adapter is not None:
+        model = load_onto(model, adapter, name)
+    return model.to(device)
+
+
+@contextmanager
+def _in_precision(precision: str, device: torch.device) -> Iterator[None]:
+    with torch.autocast(device.type, bases.DTYPES[precision], enabled=precision != "fp32"):
+        yield
+
+
+def run(
+    base: str | None,
+    adapters: dict[str, Path],
+    data: dict[str, list[Source]],
+    batch: int = 8,
+    precision: str = "fp32",
+    json_path: Path | None = None,
+    block_size: int | None = None,
+) -> None:
+    """`peftune eval`: print the perplexity matrix, write it as JSON; UserError for input that cannot be scored."""
+    if not data:
+        raise UserError("nothing to evaluate on: give at least one --data NAME=PATH")
+    if "base" in adapters:
+        raise UserError("an adapter cannot be called base: that row is the base itself; use --adapter OTHER=DIR")
+    directory = bases.resolve(base or _common_base(adapters))
+    domains = read_domains(directory, data, block_size)
+    display = Display()
+    rows = matrix(directory, adapters, domains, display, batch, precision)
+    _print(rows)
+    if json_path is not None:
+        try:
+            json_path.write_text(json.dumps(as_json(domains, rows), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--json {json_path}: cannot be written: {error.strerror}") from None
+
+
+def read_domains(base: Path, data: Mapping[str, list[Source]], block_size: int | None = None) -> dict[str, Blocks]:
+    """Tokenise and pack each named domain for a base."""
+    positions = bases.load_config(base).n_positions
+    if block_size is not None and not 8 <= block_size <= positions:
+        raise UserError(f"--block-size {block_size}: expected 8 to {positions}, the positions of the base")
+    tokenizer, fingerprint = bases.load_tokenizer(base), tokenizer_fingerprint(base)
+    stores = {name: prepare(sources, tokenizer, fingerprint, " ", "auto") for name, sources in data.items()}
+    return {name: Blocks.of(s, np.arange(len(s)), block_size or positions) for name, s in stores.items()}
+
+
+def as_json(domains: Mapping[str, Blocks], rows: Mapping[str, Mapping[str, Figures]]) -> dict[str, object]:
+    """The contract of `peftune eval --json`."""
+    facts = {name: {"documents": len(b.documents), "tokens": b.tokens(), "bytes": b.text_bytes()} for name, b in domains.items()}
+    return {"domains": facts, "rows": rows}
+
+
+def _common_base(adapters: Mapping[str, Path]) -> str:
+    named = {base_of(directory) for directory in adapters.values()}
+    if len(named) != 1:
+        raise UserError(f"give --base: the adapters name {', '.join(sorted(named)) or 'none'}")
+    return named.pop()
+
+
+def _print(rows: Mapping[str, Mapping[str, Figures]]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for key in ("perplexity", "bits_per_byte"):
+        console.print(matrix_table(rows, key))

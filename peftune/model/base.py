@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 BUILTIN = {"builtin:small": Path(__file__).with_name("small")}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WANTED = ["*.json", "*.safetensors", "*.bin", "merges.txt", "vocab.json"]
 
 

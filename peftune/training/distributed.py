@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from peftune.errors import UserError
+from peftune.model.base import DTYPES
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

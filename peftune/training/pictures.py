@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,33 @@ def draw_loss(events: list[dict[str, Any]], title: str) -> bytes:
     figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
     loss_axes(figure.add_subplot(), events, title)
     return png(figure)
+
+
+def draw_overview(runs: dict[str, list[dict[str, Any]]], rows: dict[str, dict[str, dict[str, float]]]) -> bytes:
+    """A PNG with the loss curves of several runs (by adapter name) and the perplexity matrix beside them."""
+    figure = Figure(figsize=(5.2 + 3.6 * len(runs), 3.9), dpi=150, layout="constrained")
+    axes = figure.subplots(1, len(runs) + 1, width_ratios=[*[1.0] * len(runs), 1.35])
+    for place, (name, events) in zip(axes, runs.items(), strict=False):
+        loss_axes(place, events, f"learning {name}")
+    matrix_axes(axes[-1], rows)
+    return png(figure)
+
+
+def matrix_axes(axes: Axes, rows: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Perplexities as a grid; the colour of a cell is its ratio to the base on that domain, green where better."""
+    domains = list(rows["base"])
+    ratio = np.array([[math.log2(row[d]["perplexity"] / rows["base"][d]["perplexity"]) for d in domains] for row in rows.values()])
+    axes.imshow(np.clip(ratio, -1.5, 1.5), cmap="RdYlGn_r", vmin=-2.2, vmax=2.2, aspect="auto")
+    for y, (name, row) in enumerate(rows.items()):
+        for x, domain in enumerate(domains):
+            value, base = row[domain]["perplexity"], rows["base"][domain]["perplexity"]
+            change = "" if name == "base" else f"\n{100 * (value / base - 1):+.0f} %"
+            axes.text(x, y, f"{value:,.1f}{change}", ha="center", va="center", color=INK, fontsize=10)
+    axes.set_xticks(range(len(domains)), domains)
+    axes.set_yticks(range(len(rows)), [name if name == "base" else f"adapter {name}" for name in rows])
+    axes.tick_params(length=0, labelsize=10)
+    axes.spines[:].set_visible(False)
+    axes.set_title("held-out perplexity", loc="left", color=INK, fontweight="bold", fontsize=11)
 
 
 def png(figure: Figure) -> bytes:

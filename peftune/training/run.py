@@ -10,7 +10,7 @@ from peftune.errors import Interrupted, UserError
 from peftune.training import checkpoint, distributed, evaluation, identity
 from peftune.training.checkpoint import State
 from peftune.training.deliver import Delivery, already_delivered, deliver
-from peftune.training.display import Display
+from peftune.display import Display
 from peftune.training.micro import first_micro_size
 from peftune.training.session import Session, Source, assemble, read_source, sole_writer
 from peftune.training.signals import StopRequest

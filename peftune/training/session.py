@@ -24,7 +24,7 @@ from peftune.model.scorer import Scorer
 from peftune.training import distributed, identity, optimizer
 from peftune.training.checkpoint import State
 from peftune.training.corpus import Corpus, block_size, load_corpus
-from peftune.training.display import Display
+from peftune.display import Display
 from peftune.training.records import Records
 
 if TYPE_CHECKING:
