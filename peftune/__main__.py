@@ -1,0 +1,5 @@
+"""`python -m peftune` is the same program as `peftune`; `accelerate launch -m peftune train …` needs it."""
+
+from peftune.cli import main
+
+main()

@@ -1,0 +1,205 @@
+"""The command line: verbs and their options, no logic; heavy imports stay inside the verbs so that --help is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import typer
+
+from peftune import __version__
+from peftune.errors import PeftuneError, UserError
+
+app = typer.Typer(
+    name="peftune",
+    help="Fine-tune GPT-2 with LoRA adapters and be able to believe every number it prints.",
+    epilog="Begin with: peftune quickstart (three minutes on two CPU cores, nothing downloaded).",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+_BASE_HELP = "Hub name, directory, or builtin:small."
+_ADAPTER_HELP = "Adapter directory, with the name to show; a bare DIR is named after its last part. May be repeated."
+_JSON_HELP = "Also write the figures to this file."
+
+Adapters = Annotated[list[str] | None, typer.Option("--adapter", metavar="NAME=DIR", help=_ADAPTER_HELP)]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help=_JSON_HELP)]
+
+
+@app.command()
+def quickstart(
+    files: Annotated[list[Path] | None, typer.Argument(help="Your own text files: one more adapter each.")] = None,
+    out: Annotated[Path, typer.Option(help="Directory for everything that is made.")] = Path("quickstart"),
+) -> None:
+    """Train, measure, merge and sample adapters on a built-in base: the whole journey, offline.
+
+    Example:  peftune quickstart my.txt
+    """
+    from peftune import quickstart
+
+    quickstart.run(out=out, files=files or [])
+
+
+@app.command()
+def data(
+    sources: Annotated[list[str], typer.Argument(help="Files, globs, builtin:DOMAIN/PART, or hub data sets.")],
+    base: Annotated[str, typer.Option(help=f"Whose tokenizer counts. {_BASE_HELP}")] = "builtin:small",
+    json_path: Json = None,
+) -> None:
+    """Show what is in a corpus: documents, tokens, lengths, how full blocks get, and what is scored.
+
+    Example:  peftune data poems.txt --base gpt2
+    """
+    from peftune.data import report
+
+    report.run(sources, base=base, json_path=json_path)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file; docs/recipe.md lists every key.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Win over the file.")] = None,
+) -> None:
+    """Train the adapter that a recipe describes; the same command goes on after an interruption.
+
+    Example:  peftune train launch/recipes/poems.yaml optim.lr=1e-4 run.out=adapters/slow
+    """
+    from peftune.config import load_recipe
+
+    checked = load_recipe(recipe, overrides)  # before torch is imported: a wrong recipe is refused at once
+    from peftune.training.run import train
+
+    train(checked)
+
+
+@app.command("eval")
+def evaluate(
+    data: Annotated[list[str], typer.Option(metavar="NAME=PATH", help="Documents to score. May be repeated.")],
+    adapters: Adapters = None,
+    base: Annotated[str | None, typer.Option(help=f"{_BASE_HELP} Default: what the adapter names.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Blocks per forward; changes nothing in the result.")] = 8,
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="What to compute in.")] = "fp32",
+    block_size: Annotated[
+        int | None, typer.Option(min=8, help="Tokens per block. Default: the base's context.")
+    ] = None,
+    json_path: Json = None,
+) -> None:
+    """Print the perplexity matrix: the base and each adapter, on each domain.
+
+    Example:  peftune eval --base gpt2 --adapter poems=adapters/poems --data poems=held.txt --data code=code.jsonl
+    """
+    folders = {name: Path(folder) for name, folder in _named("--adapter", adapters).items()}
+    domains = _named("--data", data)
+    from peftune import evaluate
+
+    evaluate.run(base, folders, domains, batch, precision, json_path, block_size)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Adapter directory, of peftune or of PEFT.")],
+    out: Annotated[Path, typer.Option(help="Directory for the merged model; must not exist.")],
+    base: Annotated[str | None, typer.Option(help=f"{_BASE_HELP} Default: what the adapter names.")] = None,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="What to store.")] = "float32",
+    verify: Annotated[bool, typer.Option(help="Compare with base + adapter, on the files read back.")] = True,
+) -> None:
+    """Fold an adapter into its base: an ordinary GPT-2 checkpoint, verified before it appears.
+
+    Example:  peftune merge adapters/poems --out models/poems
+    """
+    from peftune.adapters.merge import merge
+
+    merge(adapter, out, base=base, dtype=dtype, verify=verify)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue. May be repeated.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File with one prompt a line.")] = None,
+    adapters: Adapters = None,
+    use: Annotated[str | None, typer.Option(help="Which adapter; `base` for none. Default: the only one.")] = None,
+    base: Annotated[str | None, typer.Option(help=f"{_BASE_HELP} Default: what the adapter names.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 128,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token. Default: 0.8.")] = None,
+    top_k: Annotated[int, typer.Option(help="Choose among the k likeliest; 0 is all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Choose among the likeliest that hold this share.")] = 0.95,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 repeats less; 1 is off.")] = 1.0,
+    beams: Annotated[int, typer.Option(help="Beam search with so many beams; 1 is off.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this string. May be repeated.")] = None,
+    json_path: Json = None,
+) -> None:
+    """Continue prompts with the base or with an adapter on it, printed as it is written.
+
+    Example:  peftune generate --adapter adapters/poems --prompt "The sea" --temperature 0.7
+    """
+    from peftune.inference import command
+    from peftune.inference.settings import GenerationSettings
+
+    settings = GenerationSettings(
+        max_new_tokens, temperature, top_k, top_p, repetition_penalty, beams, seed, tuple(stop or ())
+    )
+    folders = {name: Path(folder) for name, folder in _named("--adapter", adapters).items()}
+    command.run(base, folders, use, prompt or [], prompts, settings, json_path)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False
+) -> None:
+    if version:
+        typer.echo(f"peftune {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the program and leave with its exit code; an error that a person can mend is one line on stderr."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """The exit code of one call (errors.py lists them); anything not raised on purpose is a bug and passes through."""
+    try:
+        return int(app(arguments, prog_name="peftune", standalone_mode=False) or 0)
+    except PeftuneError as error:
+        return _complain(str(error), error.exit_code)
+    except typer.TyperException as error:
+        return _complain(f"{error.format_message()} {_where_help_is(arguments)}", UserError.exit_code)
+    except typer.Abort:
+        return _complain("stopped", _STOPPED)
+    except BrokenPipeError:  # the reader of our output has gone (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+_STOPPED = 130  # what a shell reports for Ctrl-C
+
+
+def _complain(message: str, exit_code: int) -> int:
+    typer.echo(f"peftune: {' '.join(message.split())}", err=True)
+    return exit_code
+
+
+def _where_help_is(arguments: list[str]) -> str:
+    verbs = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    verb = next((f" {argument}" for argument in arguments if argument in verbs), "")
+    return f"See: peftune{verb} --help"
+
+
+def _named(option: str, values: list[str] | None) -> dict[str, str]:
+    """NAME=VALUE pairs in the order given; a bare path is named after its last part, without its ending."""
+    named: dict[str, str] = {}
+    for value in values or []:
+        name, separator, path = value.partition("=")
+        if not separator:
+            name, path = Path(value).resolve().stem if option == "--data" else Path(value).resolve().name, value
+        if not name or not path:
+            raise UserError(f"{option} {value!r}: expected NAME=PATH, such as {option} poems=path/to/poems")
+        if name in named:
+            raise UserError(f"{option}: the name {name} is given to {named[name]} and to {path}; use two names")
+        named[name] = path
+    return named
