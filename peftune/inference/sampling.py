@@ -1,0 +1,84 @@
+"""From the logits of one step to its tokens. Shapes: B rows, V vocabulary entries; every function is pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_COLDEST = 1e-6  # a smaller temperature overflows float32 and chooses nothing else
+
+
+def penalise_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
+    """Make the tokens marked in `seen_BV` (bool) less likely: positive logits divided, negative ones multiplied.
+
+    `penalty` 1 changes nothing. Source: CTRL (https://arxiv.org/abs/1909.05858), eq. in section 4.1; Transformers'
+    `RepetitionPenaltyLogitsProcessor` computes the same.
+    """
+    penalised = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
+    return torch.where(seen_BV, penalised, logits_BV)
+
+
+def scale_by_temperature(logits_BV: Tensor, temperature: float) -> Tensor:
+    """Logits divided by `temperature` > 0 (less than 1e-6 counts as 1e-6)."""
+    return logits_BV / max(temperature, _COLDEST)
+
+
+def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
+    """Only the `k` largest logits of each row, the rest -inf; ties with the k-th stay; 0 keeps all."""
+    if k == 0 or k >= logits_BV.shape[-1]:
+        return logits_BV
+    kth = logits_BV.topk(k).values[:, -1:]
+    return logits_BV.masked_fill(logits_BV < kth, -torch.inf)
+
+
+def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
+    """Only the fewest tokens whose probabilities reach `p` in (0, 1], the rest -inf; at least one stays.
+
+    Source: nucleus sampling (https://arxiv.org/abs/1904.09751), section 3.1.
+    """
+    if p >= 1:
+        return logits_BV
+    ordered, order = logits_BV.sort(descending=True)
+    probability = ordered.softmax(-1, dtype=torch.float64)
+    better = probability.cumsum(-1) - probability
+    drop = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, better >= p)
+    return logits_BV.masked_fill(drop, -torch.inf)
+
+
+def draw(logits_BV: Tensor, uniforms_B: Tensor) -> Tensor:
+    """One token id a row (B,): the inverse of the cumulative distribution at `uniforms_B` in [0, 1), float64.
+
+    One random number a row and step, so that the stream of a seed is the same on every device.
+    """
+    cumulative = logits_BV.softmax(-1, dtype=torch.float64).cumsum(-1)
+    total = cumulative[:, -1:]
+    target = torch.minimum(uniforms_B[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+
+
+def next_tokens(
+    logits_BV: Tensor,
+    generators: Sequence[torch.Generator],
+    *,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seen_BV: Tensor | None = None,
+) -> Tensor:
+    """The next token id of every row (B,); `temperature` 0 is greedy and uses no random number.
+
+    Row i draws from `generators[i]` (on the CPU) alone, so its text does not depend on its neighbours. Penalty,
+    temperature, top-k and top-p apply in this order, as in Transformers; `seen_BV` is needed for a penalty.
+    """
+    logits_BV = logits_BV.float()
+    if repetition_penalty != 1:
+        assert seen_BV is not None, "a repetition penalty needs the tokens seen so far"
+        logits_BV = penalise_repetition(logits_BV, seen_BV, repetition_penalty)
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    logits_BV = keep_top_p(keep_top_k(scale_by_temperature(logits_BV, temperature), top_k), top_p)
+    uniforms = torch.stack([torch.rand((), generator=one, dtype=torch.float64) for one in generators])
+    return draw(logits_BV, uniforms.to(logits_BV.device))

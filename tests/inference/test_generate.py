@@ -1,0 +1,236 @@
+"""The decoding loop, against Transformers' `generate` and against a plain loop without a cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from peftune.errors import CheckFailed, UserError
+from peftune.inference.decode import slide
+from peftune.inference.generate import Generation, GenerationSettings, context_ids, generate
+from peftune.inference.text import decode_plain
+
+GREEDY = GenerationSettings(max_new_tokens=20, temperature=0.0)
+# PEFT asks Transformers under a deprecated name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+Fresh = Callable[..., GPT2LMHeadModel]
+ENDING_SEED = 18  # of a random model that ends one of the prompts below
+PROMPTS = ["the cat", "", "naïve café 東京 and then the dog sat on the log, the mat", "x", "the dog sat on the"]
+
+
+def reference(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, prompt: str, **options: object
+) -> tuple[int, ...]:
+    """Transformers' own answer, without the end token."""
+    context = torch.tensor([context_ids(tokenizer, prompt)])
+    end = tokenizer.eos_token_id
+    config = GenerationConfig(do_sample=False, eos_token_id=end, pad_token_id=end, **options)
+    output = model.generate(input_ids=context, attention_mask=torch.ones_like(context), generation_config=config)
+    written = output[0, context.shape[1] :].tolist()
+    return tuple(written[: written.index(end)] if end in written else written)
+
+
+def without_cache(model: GPT2LMHeadModel, window: list[int], steps: int, end: int) -> tuple[int, ...]:
+    """The sliding rule word for word: read the window, take the likeliest token, cut when too long."""
+    written: list[int] = []
+    most = model.config.n_positions
+    for _ in range(steps):
+        if len(window) > most:
+            window = window[-(most - most // 4) :]
+        with torch.no_grad():
+            token = int(model(torch.tensor([window]), use_cache=False).logits[0, -1].argmax())
+        if token == end:
+            break
+        written.append(token)
+        window = [*window, token]
+    return tuple(written)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy_is_that_of_transformers(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, prompt: str
+) -> None:
+    (answer,) = generate(model, tokenizer, [prompt], GREEDY)
+    assert answer.ids == reference(model, tokenizer, prompt, max_new_tokens=20)
+    assert answer.text == decode_plain(tokenizer, answer.ids)
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.3])
+def test_a_repetition_penalty_is_that_of_transformers(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, penalty: float
+) -> None:
+    answers = generate(model, tokenizer, PROMPTS, dataclasses.replace(GREEDY, repetition_penalty=penalty))
+    for answer in answers:
+        expected = reference(model, tokenizer, answer.prompt, max_new_tokens=20, repetition_penalty=penalty)
+        assert answer.ids == expected
+
+
+def test_beams_are_those_of_transformers(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    answers = generate(model, tokenizer, PROMPTS, GenerationSettings(max_new_tokens=12, beams=3))
+    for answer in answers:
+        assert answer.ids == reference(model, tokenizer, answer.prompt, max_new_tokens=12, num_beams=3)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("steps", [20, 150])
+def test_a_batch_gives_every_prompt_what_it_gets_alone(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, temperature: float, steps: int
+) -> None:
+    settings = GenerationSettings(max_new_tokens=steps, temperature=temperature, seed=7, repetition_penalty=1.1)
+    together = generate(model, tokenizer, PROMPTS, settings)
+    assert together == [generate(model, tokenizer, [prompt], settings)[0] for prompt in PROMPTS]
+
+
+def test_rows_that_end_early_leave_the_others_as_they_are(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    settings = GenerationSettings(max_new_tokens=90, temperature=1.0, seed=1, stop=("e", "th"))
+    together = generate(model, tokenizer, PROMPTS, settings)
+    assert len({len(answer.ids) for answer in together}) > 2
+    assert together == [generate(model, tokenizer, [prompt], settings)[0] for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("prompt", ["", "the cat " * 12, "naïve 東京 " * 40])
+def test_a_full_window_slides_as_a_plain_loop_without_a_cache_does(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, prompt: str
+) -> None:
+    settings = GenerationSettings(max_new_tokens=160, temperature=0.0)
+    (answer,) = generate(model, tokenizer, [prompt], settings)
+    expected = without_cache(model, context_ids(tokenizer, prompt), 160, tokenizer.eos_token_id)
+    assert answer.ids == expected
+
+
+def test_the_window_keeps_three_quarters_once_it_is_full() -> None:
+    ids = list(range(100))
+    assert slide(ids[:64], 64) == ids[:64]
+    assert slide(ids[:65], 64) == ids[17:65]
+    assert slide(ids, 64) == ids[52:]
+    assert slide(ids, 1) == [99]
+    assert slide(ids, 3) == [97, 98, 99]
+
+
+def test_a_seed_gives_the_same_text_again_and_another_seed_another(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def text(seed: int | None) -> str:
+        settings = GenerationSettings(max_new_tokens=20, temperature=1.5, seed=seed)
+        return generate(model, tokenizer, ["the cat"], settings)[0].text
+
+    assert text(1) == text(1) != text(2)
+    assert text(None) != text(None)
+
+
+def test_generation_leaves_the_global_random_state_alone(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    before = torch.get_rng_state()
+    generate(model, tokenizer, ["the"], GenerationSettings(max_new_tokens=5, temperature=1.0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_pieces_come_as_they_are_written_and_join_to_the_text(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    pieces: list[tuple[int, str]] = []
+    settings = GenerationSettings(max_new_tokens=40, temperature=1.0, seed=3, stop=("e", "ab"))
+    answers = generate(model, tokenizer, PROMPTS, settings, lambda i, piece: pieces.append((i, piece)))
+    for i, answer in enumerate(answers):
+        assert "".join(piece for row, piece in pieces if row == i) == answer.text
+        assert not any(stop in answer.text for stop in settings.stop)
+    assert all(piece for _, piece in pieces)
+    assert len(pieces) > len(PROMPTS)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_stop_string_across_tokens_ends_the_text_before_it(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, beams: int
+) -> None:
+    free = dataclasses.replace(GREEDY, beams=beams)
+    (whole,) = generate(model, tokenizer, ["the cat"], free)
+    first, second = (decode_plain(tokenizer, [token]) for token in whole.ids[3:5])
+    stop = first[-1:] + second[:1]
+    (cut,) = generate(model, tokenizer, ["the cat"], dataclasses.replace(free, stop=(stop,)))
+    assert cut.finish_reason == "stop"
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.ids == whole.ids[: len(cut.ids)]
+    assert len(cut.ids) <= 5
+
+
+def test_the_end_token_ends_a_text_and_is_not_part_of_it(fresh: Fresh, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = fresh(ENDING_SEED)
+    answers = generate(model, tokenizer, PROMPTS, GREEDY)
+    assert {answer.finish_reason for answer in answers} == {"end", "length"}
+    for answer in answers:
+        assert answer.ids == reference(model, tokenizer, answer.prompt, max_new_tokens=20)
+        assert (len(answer.ids) < 20) == (answer.finish_reason == "end")
+
+
+def test_the_length_ends_a_text(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    (answer,) = generate(model, tokenizer, ["the cat"], dataclasses.replace(GREEDY, max_new_tokens=1))
+    assert (answer.finish_reason, len(answer.ids)) == ("length", 1)
+
+
+def test_the_context_token_stands_first_even_before_an_empty_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert context_ids(tokenizer, "") == [tokenizer.eos_token_id]
+    assert context_ids(tokenizer, "<|endoftext|>").count(tokenizer.eos_token_id) == 1
+
+
+def test_no_prompts_give_no_texts(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    assert generate(model, tokenizer, [], GREEDY) == []
+
+
+def test_dropout_is_off_meanwhile_and_on_again_afterwards(fresh: Fresh, tokenizer: PreTrainedTokenizerFast) -> None:
+    adapted = get_peft_model(
+        fresh(),
+        LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, lora_dropout=0.9, init_lora_weights=False),
+    )
+    adapted.train()
+    first, second = (generate(adapted, tokenizer, PROMPTS, GREEDY) for _ in range(2))
+    assert first == second
+    assert adapted.training
+    with pytest.raises(RuntimeError, match="told to stop"):
+        generate(adapted, tokenizer, ["the"], GREEDY, raising)
+    assert adapted.training
+
+
+def raising(index: int, piece: str) -> None:
+    raise RuntimeError("told to stop")
+
+
+def test_a_token_that_the_tokenizer_does_not_know_is_never_chosen(
+    fresh: Fresh, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = fresh()
+    model.resize_token_embeddings(len(tokenizer) + 64, mean_resizing=False)
+    settings = GenerationSettings(max_new_tokens=200, temperature=5.0, top_p=1.0, seed=0)
+    assert max(generate(model, tokenizer, ["the"], settings)[0].ids) < len(tokenizer)
+
+
+def test_a_model_with_non_finite_logits_is_not_believed(fresh: Fresh, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = fresh()
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(torch.nan)
+    with pytest.raises(CheckFailed, match="not finite"):
+        generate(model, tokenizer, ["the"], GREEDY)
+
+
+def test_a_tokenizer_of_another_model_is_refused(fresh: Fresh, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = fresh()
+    model.resize_token_embeddings(50)
+    with pytest.raises(UserError, match="prompt 1: the tokenizer gives id"):
+        generate(model, tokenizer, ["the cat"], GREEDY)
+
+
+def test_beams_beyond_the_window_are_refused(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match="no sliding window"):
+        generate(model, tokenizer, ["the cat"], GenerationSettings(max_new_tokens=64, beams=2))
+
+
+def test_generation_is_a_value() -> None:
+    assert Generation("a", "b", (1,), "length", 2) == Generation("a", "b", (1,), "length", 2)

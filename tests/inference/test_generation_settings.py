@@ -1,0 +1,53 @@
+"""Settings are valid or refused with every reason at once."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from peftune.errors import UserError
+from peftune.inference.settings import GenerationSettings
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("top_p", math.nan),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.nan),
+        ("beams", 0),
+        ("seed", -1),
+        ("seed", 2**63),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(field: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"{field} is {value}, expected"):
+        GenerationSettings(**{field: value})
+
+
+def test_every_problem_is_in_the_one_message() -> None:
+    with pytest.raises(UserError) as caught:
+        GenerationSettings(max_new_tokens=0, temperature=-1, top_p=2, beams=0, stop=("",))
+    message = str(caught.value)
+    assert all(word in message for word in ("max_new_tokens", "temperature", "top_p", "beams", "stop string"))
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.8}, {"top_k": 5}])
+def test_beams_do_not_sample(sampling: dict[str, float]) -> None:
+    with pytest.raises(UserError, match="beam search does not sample"):
+        GenerationSettings(beams=2, **sampling)
+
+
+def test_the_default_temperature_samples_unless_there_are_beams() -> None:
+    assert GenerationSettings().sampling_temperature == 0.8
+    assert GenerationSettings(beams=2).sampling_temperature == 0
+    assert GenerationSettings(temperature=0).sampling_temperature == 0
