@@ -1,4 +1,4 @@
-"""The command line: verbs and their options, no logic; heavy imports stay inside the verbs so that --help is instant."""
+"""The command line: verbs and their options, no logic; what is heavy is imported in the verbs, so --help is instant."""
 
 from __future__ import annotations
 

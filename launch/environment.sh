@@ -1,0 +1,88 @@
+# shellcheck shell=bash
+# Sourced by the scripts beside it: one virtual environment in the repository, `.venv`, with the pinned versions.
+#
+#   PYTHON                which interpreter to build it with (default: the first of the list below that works)
+#   PEFTUNE_TORCH_INDEX   an extra package index to take torch from, such as PyTorch's index of CPU builds
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=$root/.venv
+pins=$root/launch/constraints.txt
+
+say() { printf '==> %s\n' "$*" >&2; }
+
+fail() {
+  printf 'peftune: %s\n' "$*" >&2
+  exit 2
+}
+
+# Whether "$1" is new enough, and runs at all: a pyenv shim may not.
+is_python() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; }
+
+has_venv() { "$1" -c 'import ensurepip, venv' >/dev/null 2>&1; }
+
+find_python() {
+  local candidate incomplete=""
+  if [[ -n ${PYTHON:-} ]]; then
+    is_python "$PYTHON" || fail "PYTHON is $PYTHON, which does not run or is older than 3.10; set it to a newer one"
+    has_venv "$PYTHON" || fail "PYTHON is $PYTHON, which has no venv module; install it (Debian: python3-venv)"
+    echo "$PYTHON"
+    return
+  fi
+  for candidate in python3.12 python3.11 python3.10 python3.13 python3 python; do
+    is_python "$candidate" || continue
+    if has_venv "$candidate"; then
+      echo "$candidate"
+      return
+    fi
+    incomplete=$candidate
+  done
+  [[ -z $incomplete ]] || fail "$incomplete has no venv module; install it (Debian: apt-get install python3-venv) or set PYTHON"
+  fail "found no Python 3.10 or newer; install one from python.org or your system's packages, or set PYTHON to its path"
+}
+
+# make_environment run|dev: .venv with peftune and, for dev, what its tests need; left alone where it is complete.
+make_environment() {
+  local kind=$1 python identity stamp started=$SECONDS
+  python=$(find_python) || exit $?
+  identity=$("$python" -c 'import sys; print(sys.version, sys.base_prefix)' | tr '\n' ' ')
+  stamp="$identity $root ${PEFTUNE_TORCH_INDEX:-} $(cksum <"$root/pyproject.toml") $(cksum <"$pins")"
+  if is_stamped "$kind" "$stamp" || is_stamped dev "$stamp"; then
+    return
+  fi
+  if ! is_stamped python "$identity"; then
+    make_venv "$python"
+    echo "$identity" >"$venv/peftune-python"
+  fi
+  install_pinned "$kind"
+  echo "$stamp" >"$venv/peftune-$kind"
+  say "installed in $((SECONDS - started)) s; the next start uses it as it is"
+}
+
+is_stamped() { [[ -x $venv/bin/python && -f $venv/peftune-$1 && $(<"$venv/peftune-$1") == "$2" ]]; }
+
+make_venv() {
+  if [[ -e $venv ]] && ! grep -qs "^prompt = 'peftune'" "$venv/pyvenv.cfg"; then
+    fail "$venv is there and was not made by this script; remove or rename it, then start again"
+  fi
+  say "making .venv with $1, $("$1" --version 2>&1)"
+  "$1" -m venv --clear --prompt peftune "$venv" || fail "could not make $venv, see the message above"
+}
+
+install_pinned() {
+  local target=$root index=()
+  [[ $1 == run ]] || target="${root}[$1]"
+  if [[ -n ${PEFTUNE_TORCH_INDEX:-} ]]; then
+    index=(--extra-index-url "$PEFTUNE_TORCH_INDEX")
+  elif [[ $(uname -s) == Linux ]] && ! command -v nvidia-smi >/dev/null; then
+    say "no NVIDIA GPU here, yet torch may bring gigabytes of CUDA libraries; PEFTUNE_TORCH_INDEX avoids that (README.md)"
+  fi
+  say "installing the versions of launch/constraints.txt; the first time takes minutes"
+  # The build backend comes first and pinned; isolated builds would take whatever is newest.
+  pip_install hatchling
+  pip_install --no-build-isolation "${index[@]+"${index[@]}"}" --editable "$target"
+}
+
+pip_install() {
+  "$venv/bin/python" -m pip install --disable-pip-version-check --constraint "$pins" "$@" >&2 ||
+    fail "the installation failed, see above; without a network it cannot work, otherwise start the same command again"
+}
