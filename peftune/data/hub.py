@@ -1,0 +1,73 @@
+"""Data sets of the Hugging Face hub, streamed row by row; nothing is downloaded whole."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+from peftune.config import Source
+from peftune.data.records import Row
+from peftune.errors import UserError
+
+_TIMEOUT = 10.0  # seconds until the hub counts as out of reach
+
+
+def rows(source: Source) -> Iterator[Row]:
+    """Rows of a hub data set at the revision that `identity` names; UserError where it cannot be loaded."""
+    yield from stream(source, revision_of(source.path))
+
+
+def identity(source: Source) -> str:
+    """Name, revision, subset and split of a hub data set: the same string means the same rows."""
+    return f"{source.path}@{revision_of(source.path)}/{source.subset}/{source.split or 'train'}"
+
+
+@lru_cache(maxsize=64)
+def revision_of(name: str) -> str:
+    """Commit of a hub data set, asked for once per process so that key and rows agree."""
+    from huggingface_hub import HfApi
+
+    with _one_line_errors(name):
+        return str(HfApi().dataset_info(name, timeout=_TIMEOUT).sha)
+
+
+def stream(source: Source, revision: str | None) -> Iterator[Row]:
+    """Rows of a data set by hub name (or a directory that `datasets` understands), read as they are needed."""
+    from datasets import load_dataset
+
+    with _one_line_errors(source.path):
+        split = source.split or "train"
+        table = load_dataset(source.path, source.subset, split=split, revision=revision, streaming=True)
+        for number, row in enumerate(table, start=1):
+            yield f"{source.path}/{split}:{number}", dict(row)
+
+
+@contextmanager
+def _one_line_errors(name: str) -> Iterator[None]:
+    """Failures of the hub client as UserErrors, without its log of retries."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    failures = (
+        ValueError,
+        RuntimeError,
+        DatasetsError,
+        *HfHubHTTPError.__bases__,
+    )  # OSError, and the client's own root
+
+    log = logging.getLogger("huggingface_hub.utils._http")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    except failures as error:
+        raise UserError(f"no file {name} and no hub data set of that name could be loaded: {_reason(error)}") from None
+    finally:
+        log.setLevel(level)
+
+
+def _reason(error: Exception) -> str:
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= 200 else words[:200] + "…"

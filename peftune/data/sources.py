@@ -1,0 +1,201 @@
+"""From a source in the recipe to documents, as a stream: nothing larger than one document is held.
+
+A source is a file, a directory (every data or text file below it, sorted), a glob (sorted), `builtin:DOMAIN/PART`, or
+the name of a hub data set. `.jsonl .ndjson .json .csv .tsv .parquet` hold rows; any other suffix is text.
+Rows become documents by their columns: those that the source names, else `text`, else `prompt` + `completion`, else
+`messages`, whichever the first row has. Blank documents (and pairs with a blank completion) are skipped and counted.
+Line ends are LF everywhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from peftune.config import Source
+from peftune.data import builtin, chat, hub, records, text_files
+from peftune.data.documents import Document
+from peftune.errors import UserError
+
+_KINDS = (("text",), ("prompt", "completion"), ("messages",))
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?\Z")
+_TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
+
+
+@dataclass
+class Tally:
+    """What reading found beside documents."""
+
+    blank: int = 0
+
+
+def read_documents(source: Source, split_on: str, tally: Tally | None = None) -> Iterator[Document]:
+    """Documents of one source in a fixed order; `tally.blank` grows by what was skipped.
+
+    Raises UserError naming file and row (or line, or byte) for whatever cannot be read.
+    """
+    tally = tally if tally is not None else Tally()
+    if source.path.startswith("builtin:"):
+        yield from _builtin_documents(source)
+        return
+    files = files_of(source)
+    if files is None:
+        yield from _documents_of_rows(source, hub.rows(source), tally)
+        return
+    for path in files:
+        if path.suffix.lower() in records.SUFFIXES:
+            names: list[str] = []
+
+            def choose(found: list[str], path: Path = path, names: list[str] = names) -> list[str]:
+                return list(_columns(source, found, str(path)))
+
+            yield from _documents_of_rows(source, records.rows(path, choose), tally)
+        else:
+            for line, text in text_files.split_text(path, split_on):
+                yield Document(text, source=f"{path}:{line}")
+
+
+def identity(source: Source) -> list[str]:
+    """Strings that are equal where, and only where, `read_documents` gives the same texts (the path is not part)."""
+    columns = [str(name) for name in (source.text, source.prompt, source.completion, source.messages)]
+    if source.path.startswith("builtin:"):
+        digest = hashlib.sha256()
+        for document in _builtin_documents(source):
+            digest.update(document.text.encode("utf-8") + b"\0")
+        return ["builtin", digest.hexdigest()]
+    files = files_of(source)
+    if files is None:
+        return ["hub", hub.identity(source), *columns]
+    return [*columns, *(f"{path.suffix.lower()}:{_hash_of_file(path)}" for path in files)]
+
+
+def files_of(source: Source) -> list[Path] | None:
+    """The files that a source means, or None where it names a hub data set; UserError for a path without files."""
+    path = Path(source.path).expanduser()
+    try:
+        found = _existing_files(path)
+    except OSError as error:
+        raise UserError(f"{source.path}: cannot be read: {error.strerror or error}") from None
+    if found is None:
+        if is_hub_name(source.path):
+            return None
+        raise UserError(f"{source.path}: no such file{_nearest(path)}")
+    if not found:
+        raise UserError(f"{source.path}: no file to read there; expected text, jsonl, json, csv, tsv or parquet")
+    _check_options(source, found)
+    return found
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name that is no file can be a hub data set: `name` or `owner/name` without the suffix of a file."""
+    suffix = Path(name).suffix.lower()
+    return bool(_HUB_NAME.match(name)) and suffix not in (*records.SUFFIXES, *_TEXT_SUFFIXES)
+
+
+def _existing_files(path: Path) -> list[Path] | None:
+    if path.is_dir():
+        below = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
+        return [p for p in below if p.suffix.lower() in records.SUFFIXES or text_files.looks_like_text(p)]
+    if path.exists():
+        if not path.is_file():
+            raise UserError(f"{path}: not a regular file; expected a file or a directory")
+        return [path]
+    if glob.has_magic(str(path)):
+        return [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
+    return None
+
+
+def _hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def _nearest(path: Path) -> str:
+    """`; did you mean X?` with the most similar name beside the missing file."""
+    if not path.parent.is_dir():
+        return f" (and no directory {path.parent})"
+    near = difflib.get_close_matches(path.name, sorted(p.name for p in path.parent.iterdir()), n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else "; give a file, directory, glob or hub data set"
+
+
+def _check_options(source: Source, files: Sequence[Path]) -> None:
+    if source.split is not None or source.subset is not None:
+        raise UserError(f"{source.path}: split and subset belong to hub data sets, and this is a file; leave them out")
+    named = source.text or source.prompt or source.messages
+    if named and not any(path.suffix.lower() in records.SUFFIXES for path in files):
+        raise UserError(
+            f"{source.path}: a text file has no column {named!r}; leave the column out, or use jsonl or csv"
+        )
+
+
+def _hash_of_file(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.sha256()
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+            return digest.hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _builtin_documents(source: Source) -> list[Document]:
+    domain, _, part = source.path.removeprefix("builtin:").partition("/")
+    parts = get_args(builtin.Part)
+    if domain not in builtin.DOMAINS or part not in parts:
+        raise UserError(
+            f"{source.path}: no such built-in corpus; expected builtin:DOMAIN/PART with DOMAIN one of "
+            f"{', '.join(builtin.DOMAINS)} and PART one of {', '.join(parts)}"
+        )
+    return builtin.documents(domain, cast(builtin.Part, part))
+
+
+def _documents_of_rows(source: Source, rows: Iterable[records.Row], tally: Tally) -> Iterator[Document]:
+    columns: tuple[str, ...] | None = None
+    for place, row in rows:
+        if columns is None:
+            columns = _columns(source, list(row), place)
+        document = _document(row, columns, source, place)
+        if not document.text.strip():
+            tally.blank += 1
+        else:
+            yield document
+
+
+def _columns(source: Source, found: Sequence[str], place: str) -> tuple[str, ...]:
+    """The columns to read: one for text or messages, two for prompt and completion."""
+    named = [name for name in (source.text, source.prompt, source.completion, source.messages) if name is not None]
+    for columns in [tuple(named)] if named else _KINDS:
+        if all(column in found for column in columns):
+            return columns
+    missing = " and ".join(repr(name) for name in named if name not in found) or "'text'"
+    raise UserError(
+        f"{place}: no column {missing}; found {', '.join(found) or 'none'}; name yours as "
+        "{path: …, text: COLUMN} or {path: …, prompt: COLUMN, completion: COLUMN}"
+    )
+
+
+def _document(row: dict[str, Any], columns: tuple[str, ...], source: Source, place: str) -> Document:
+    missing = [column for column in columns if column not in row]
+    if missing:
+        raise UserError(f"{place}: no column {missing[0]!r} in this row; found {', '.join(row) or 'none'}")
+    if columns == (source.messages or "messages",):
+        turns = chat.turns_of(row[columns[0]], place)
+        return Document(_text("".join(text for text, _ in turns), columns[0], place), turns=turns, source=place)
+    values = [_text(row[column], column, place) for column in columns]
+    return Document(values[-1], prompt=values[0] if len(values) == 2 else None, source=place)
+
+
+def _text(value: Any, column: str, place: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{place}: column {column!r} holds {records.kind_of(value)}; expected a string")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{place}: column {column!r} holds half a character (surrogate) at {error.start}") from None
+    return text_files.unix_line_ends(value)

@@ -1,0 +1,195 @@
+"""Tokenised documents on disk: written once per content, memory-mapped ever after.
+
+An entry of the cache is a directory named by the hash of everything that decides its bytes:
+
+| file             | holds                                                                                 |
+|------------------|---------------------------------------------------------------------------------------|
+| `ids.bin`        | all token ids, document after document, uint16 (uint32 for a vocabulary above 65,536)   |
+| `supervised.bin` | one bit per token, most significant bit first                                           |
+| `documents.bin`  | per document: tokens, scored tokens, scored bytes (int64 each), digest (uint64)         |
+| `meta.json`      | format, dtype, counts, blank documents skipped, SHA-256 of each file                    |
+
+It is written beside, read back against its hashes, and renamed; an entry that does not match is built again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from peftune.config import Source
+from peftune.data.documents import Document
+from peftune.data.progress import progress
+from peftune.data.sources import Tally, identity, read_documents
+from peftune.data.token_files import DOCUMENT, FILES, FORMAT, Writer, sha256_of
+from peftune.data.tokens import end_of_text_id, tokenize_documents
+from peftune.errors import CheckFailed, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 1000, 4_000_000
+
+
+class TokenStore:
+    """Tokenised documents, memory-mapped; arrays over documents are in reading order.
+
+    `lengths`, `supervised_counts`, `supervised_bytes` (n,) int64, `digests` (n,) uint64. `fingerprint` is a SHA-256
+    of the tokens and what is scored, whatever files they came from. `blank` documents were skipped in the sources.
+    """
+
+    def __init__(self, directory: Path, meta: dict[str, Any]) -> None:
+        documents = _mapped(directory / "documents.bin", DOCUMENT)
+        self.lengths = np.ascontiguousarray(documents["tokens"])
+        self.supervised_counts = np.ascontiguousarray(documents["supervised"])
+        self.supervised_bytes = np.ascontiguousarray(documents["bytes"])
+        self.digests = np.ascontiguousarray(documents["digest"])
+        self.fingerprint: str = meta["fingerprint"]
+        self.blank: int = meta["blank"]
+        self._ids = _mapped(directory / "ids.bin", np.dtype(meta["dtype"]))
+        self._bits = _mapped(directory / "supervised.bin", np.dtype(np.uint8))
+        self._first = np.concatenate([[0], np.cumsum(self.lengths)])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def ids(self, i: int) -> np.ndarray:
+        """Token ids of document i, (length,) int64."""
+        return self.window(i, 0, int(self.lengths[i]))[0]
+
+    def supervised(self, i: int) -> np.ndarray:
+        """Which tokens of document i are scored, (length,) bool."""
+        return self.window(i, 0, int(self.lengths[i]))[1]
+
+    def window(self, i: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [start, stop) of document i: ids int64 and supervised bool, both (stop - start,)."""
+        assert 0 <= start <= stop <= self.lengths[i]
+        first, last = int(self._first[i]) + start, int(self._first[i]) + stop
+        bits = np.unpackbits(self._bits[first // 8 : -(-last // 8)])
+        return self._ids[first:last].astype(np.int64), bits[first % 8 : first % 8 + stop - start].astype(bool)
+
+
+def prepare(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerFast,
+    tokenizer_fingerprint: str,
+    join: str,
+    split_on: str,
+    cache: Path | None = None,
+) -> TokenStore:
+    """The tokenised documents of all sources, from the cache if their content was tokenised before.
+
+    `cache` is the directory that holds `tokens/` (default: $PEFTUNE_CACHE, else ~/.cache/peftune). Several processes
+    may prepare the same content at once. Raises UserError for unreadable sources, and where there is no document.
+    """
+    entry = (cache or _default_cache()) / "tokens" / _key(sources, tokenizer, tokenizer_fingerprint, join, split_on)
+    known = open_store(entry)
+    if known is not None:
+        return known
+    with _beside(entry) as directory:
+        tally = Tally()
+        documents = (document for source in sources for document in read_documents(source, split_on, tally))
+        _write(directory, documents, tokenizer, join, tally)
+        written = open_store(directory)  # stays mapped when the directory gets its name
+        if written is None:
+            raise CheckFailed(f"{directory}: the token files differ from what was written; is the disk full or faulty?")
+        if not len(written):
+            names = ", ".join(source.path for source in sources)
+            raise UserError(f"{names}: no document found ({tally.blank} blank); expected at least one with text")
+        _publish(directory, entry)
+    return written
+
+
+def open_store(directory: Path) -> TokenStore | None:
+    """The store in a directory, or None where there is none or it is not what its own hashes say."""
+    try:
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        if meta["format"] != FORMAT or any(sha256_of(directory / name) != meta["sha256"][name] for name in FILES):
+            return None
+        return TokenStore(directory, meta)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _key(sources: Sequence[Source], tokenizer: Any, fingerprint: str, join: str, split_on: str) -> str:
+    parts = [FORMAT, fingerprint, end_of_text_id(tokenizer), join, split_on, [identity(source) for source in sources]]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
+
+
+def _default_cache() -> Path:
+    return Path(os.environ.get("PEFTUNE_CACHE") or Path.home() / ".cache" / "peftune")
+
+
+@contextmanager
+def _beside(entry: Path) -> Iterator[Path]:
+    """A new directory next to `entry`, gone afterwards unless it was renamed."""
+    directory = _unique(entry)
+    try:
+        directory.mkdir(parents=True)
+        yield directory
+    except OSError as error:
+        raise UserError(
+            f"{entry.parent}: cannot write the token cache: {error.strerror or error}; "
+            "set PEFTUNE_CACHE to a directory with room"
+        ) from None
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _unique(entry: Path) -> Path:
+    return entry.with_name(f".{entry.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+
+
+def _publish(directory: Path, entry: Path) -> None:
+    """Give a finished directory its name; a valid entry of another process may stay, a damaged one makes room."""
+    for _ in range(100):
+        try:
+            directory.rename(entry)
+            return
+        except OSError:
+            if open_store(entry) is not None:
+                return
+        with suppress(OSError):  # another process may be first
+            aside = _unique(entry)
+            entry.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+    raise UserError(f"{entry}: cannot be replaced; delete it and start again")
+
+
+def _write(
+    directory: Path, documents: Iterator[Document], tokenizer: PreTrainedTokenizerFast, join: str, tally: Tally
+) -> None:
+    with Writer(directory, len(tokenizer)) as writer, progress("tokenising") as tell:
+        for batch in _batches(documents):
+            writer.append(batch, tokenize_documents(batch, tokenizer, join))
+            tell(writer.documents, writer.tokens)
+        writer.close(tally.blank)
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
+    if not path.stat().st_size:
+        return np.empty(0, dtype=dtype)  # an empty file cannot be mapped
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Documents in groups small enough for memory and large enough for all cores."""
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text) + len(document.prompt or "")
+        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

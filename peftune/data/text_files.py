@@ -1,0 +1,183 @@
+"""Text files read as a stream: decoding, line ends, and where one document ends and the next begins.
+
+A file may be larger than memory; what must fit is one document. How a file is split (`split_on`):
+
+| value        | a document is                                                                               |
+|--------------|---------------------------------------------------------------------------------------------|
+| `endoftext`  | what stands between two `<|endoftext|>`                                                       |
+| `blank-line` | lines that follow each other without a blank line (a blank line holds white space at most)    |
+| `line`       | a line that is not blank                                                                      |
+| `file`       | the whole file                                                                                |
+| `auto`       | `endoftext` if the file has one; else cut at two or more blank lines, if there are such       |
+|              | between text; else `blank-line`                                                               |
+
+Line ends become LF, a byte order mark is removed, and a document loses its first and last line feeds, nothing else.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from peftune.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+
+SplitOn = Literal["auto", "blank-line", "endoftext", "file", "line"]
+_PIECE = 1 << 20  # characters; a longer line is handled in pieces
+_MARKS = (  # the longer mark first: UTF-32-LE begins like UTF-16-LE
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+_NAMES = {"utf-8": "UTF-8"}
+
+
+def split_text(path: Path, split_on: str) -> Iterator[tuple[int, str]]:
+    """Documents of a text file as (line on which it begins, text); blank documents are left out.
+
+    Raises UserError for a file that cannot be read or decoded, with the offset of the first bad byte.
+    """
+    blank_lines = 1
+    if split_on == "auto":
+        split_on, blank_lines = _how_to_split(path)
+    with open_text(path) as file:
+        if split_on == "endoftext":
+            found = _between_separators(file)
+        elif split_on == "blank-line":
+            found = _between_blank_lines(file, blank_lines)
+        elif split_on == "line":
+            found = enumerate(file, start=1)
+        else:
+            found = iter([(1, file.read())])
+        for line, text in found:
+            if text.strip():
+                leading = len(text) - len(text.lstrip("\n"))
+                yield line + leading, text.strip("\n")
+
+
+@contextmanager
+def open_text(path: Path, newline: str | None = None) -> Iterator[io.TextIOWrapper]:
+    """A strict text stream over UTF-8, or the UTF-16 or UTF-32 that a byte order mark announces.
+
+    `newline` is that of `open`: None turns every line end into LF. Inside the `with`, failures to read or to
+    decode become UserErrors.
+    """
+    encoding, mark = "utf-8", 0
+    try:
+        with open(path, "rb") as raw:
+            head = raw.read(4)
+            for bom, name in _MARKS:
+                if head.startswith(bom):
+                    encoding, mark = name, len(bom)
+                    break
+            raw.seek(mark)
+            yield io.TextIOWrapper(raw, encoding=encoding, errors="strict", newline=newline)
+    except UnicodeDecodeError:
+        offset = _first_bad_byte(path, encoding, mark)
+        name = _NAMES.get(encoding, encoding.upper())
+        raise UserError(f"{path}: not {name} at byte {offset}; save the file as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def unix_line_ends(text: str) -> str:
+    """`text` with CRLF and lone CR turned into LF."""
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def _first_bad_byte(path: Path, encoding: str, mark: int) -> int:
+    """Offset in the file of the first byte that does not decode (the stream knows it within its buffer only)."""
+    decoder = codecs.getincrementaldecoder(encoding)("strict")
+    position = mark
+    with open(path, "rb") as raw:
+        raw.seek(mark)
+        while True:
+            chunk = raw.read(_PIECE)
+            pending = len(decoder.getstate()[0])
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                return position - pending + error.start
+            position += len(chunk)
+            assert chunk, "the whole file decodes"
+
+
+def _pieces(file: io.TextIOWrapper) -> Iterator[str]:
+    """Lines with their ends; one that is very long comes in parts of at most _PIECE characters."""
+    while piece := file.readline(_PIECE):
+        yield piece
+
+
+def _how_to_split(path: Path) -> tuple[str, int]:
+    """What `auto` means for this file: (`endoftext` or `blank-line`, blank lines that end a document)."""
+    widest = blank = 0
+    started, at_line_start, tail = False, True, ""
+    with open_text(path) as file:
+        for piece in _pieces(file):
+            if END_OF_TEXT in tail + piece:
+                return "endoftext", 0
+            if at_line_start and not piece.strip():
+                blank += 1
+            elif piece.strip():
+                widest = max(widest, blank) if started else 0
+                started, blank = True, 0
+            at_line_start = piece.endswith("\n")
+            tail = "" if at_line_start else piece[-len(END_OF_TEXT) :]
+    return "blank-line", 2 if widest >= 2 else 1
+
+
+def _between_separators(file: io.TextIOWrapper) -> Iterator[tuple[int, str]]:
+    parts: list[str] = []
+    line = begins = 1
+    held = ""  # the end of a piece of a very long line, which may hold the first half of a separator
+    for piece in _pieces(file):
+        first, *others = (held + piece).split(END_OF_TEXT)
+        held = ""
+        parts.append(first)
+        for other in others:
+            yield begins, "".join(parts)
+            parts, begins = [other], line
+        if piece.endswith("\n"):
+            line += 1
+        else:
+            last = parts.pop()
+            cut = max(0, len(last) - len(END_OF_TEXT) + 1)
+            parts.append(last[:cut])
+            held = last[cut:]
+    yield begins, "".join([*parts, held])
+
+
+def _between_blank_lines(file: io.TextIOWrapper, enough: int) -> Iterator[tuple[int, str]]:
+    parts: list[str] = []
+    waiting: list[str] = []  # blank lines that belong to the document if fewer than `enough` follow each other
+    line = begins = 1
+    at_line_start = True
+    for piece in _pieces(file):
+        if at_line_start and not piece.strip():
+            waiting.append(piece)
+        else:
+            if parts and len(waiting) >= enough:
+                yield begins, "".join(parts)
+                parts = []
+            if not parts:
+                begins, waiting = line, []
+            parts += [*waiting, piece]
+            waiting = []
+        at_line_start = piece.endswith("\n")
+        line += at_line_start
+    if parts:
+        yield begins, "".join(parts)
+
+
+def looks_like_text(path: Path) -> bool:
+    """Whether a file found in a directory is meant to be read: no NUL in its first 4 KiB, or a byte order mark."""
+    with open(path, "rb") as raw:
+        head = raw.read(4096)
+    return b"\0" not in head or head.startswith(tuple(mark for mark, _ in _MARKS))
