@@ -58,9 +58,19 @@ class Layout:
     rslora: bool
     lora_bias: bool
 
+    def tensors(self) -> set[str]:
+        """Names of all tensors that the adapter brings, as `module.part`."""
+        return {f"{t.name}.{part}" for t in self.targets.values() for part in t.parts} | set(self.replaced)
+
     def modules(self) -> set[str]:
         """Names of all modules that the adapter changes."""
-        return set(self.targets) | {name.rpartition(".")[0] for name in self.replaced}
+        return {module_of(name) for name in self.tensors()}
+
+
+def module_of(name: str) -> str:
+    """The module that a tensor belongs to, whether of the base or of an adapter."""
+    part = next((part for part in _LORA_PARTS if name.endswith(f".{part}")), None)
+    return name.rpartition(".")[0] if part is None else name.removesuffix(f".{part}")
 
 
 def changes_base(config: dict[str, Any]) -> bool:
@@ -82,6 +92,8 @@ def layout_of(config: dict[str, Any], tensors: dict[str, torch.Tensor], base: GP
     _compare_shapes(stored, whole, skeleton, base, where)
     layers = {name: module for name, module in skeleton.named_modules() if isinstance(module, LoraLayer)}
     targets = {name: _target(name, layers[name], parts[name]) for name in sorted(parts)}
+    if config.get("init_lora_weights") == "pissa":
+        _refuse_pissa_outside_blocks(targets, base, where)
     return Layout(
         targets,
         _replaced(whole, config, base, where),
@@ -120,7 +132,7 @@ def _sort(stored: dict[str, torch.Tensor]) -> tuple[dict[str, dict[str, torch.Te
         if part is None:
             whole[name.replace(".base_layer.", ".")] = tensor
         else:
-            parts.setdefault(name.removesuffix(f".{part}"), {})[part] = tensor
+            parts.setdefault(module_of(name), {})[part] = tensor
     return parts, whole
 
 
@@ -168,6 +180,16 @@ def _compare_shapes(
 
 def _plain(name: str) -> str:
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def _refuse_pissa_outside_blocks(targets: dict[str, Target], base: GPT2Config, where: str) -> None:
+    if any(target.kind == "embedding" for target in targets.values()):
+        raise UserError(f"adapter {where}: PiSSA on an embedding is nothing that PEFT can load; train it on linear modules")
+    if "lm_head" in targets and base.tie_word_embeddings:
+        raise UserError(
+            f"adapter {where}: PiSSA on lm_head of a base with tied embeddings changed the input embedding as well, which "
+            "no adapter holds; train it with another variant or without lm_head"
+        )
 
 
 def _target(name: str, layer: LoraLayer, parts: dict[str, torch.Tensor]) -> Target:

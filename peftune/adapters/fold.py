@@ -1,0 +1,153 @@
+"""The adapter folded into the base: each tensor of the merged model in float32, computed when it is asked for.
+
+Orientation follows from the architecture and never from `fan_in_fan_out`: a `Conv1D` weight is (in, out), so
+W += scale·(B·A)ᵀ; a linear head is (out, in), so W += scale·B·A; an embedding is (tokens, width), so W += scale·(B·A)ᵀ.
+DoRA (2402.09353): each output's vector is then scaled to its trained magnitude. PiSSA (2404.02948): the top singular
+directions that the adapter started from are taken out of W first. Products are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from peftune.adapters.targets import Layout, Target, module_of
+from peftune.model.weights import HEAD, WTE, Weights, row_chunks
+
+
+@dataclass
+class Folded:
+    """Merged tensors by name; `used` collects the adapter's tensors whose change has been delivered."""
+
+    weights: Weights
+    layout: Layout
+    used: set[str] = field(default_factory=set)
+
+    @property
+    def tied(self) -> bool:
+        """True where the merged head is still the embedding: a base that ties, and nothing that sets one apart."""
+        apart = {WTE.removesuffix(".weight"), HEAD.removesuffix(".weight")} & set(self.layout.targets)
+        first, second = (self.layout.replaced.get(name) for name in (WTE, HEAD))
+        same = first is second or (first is not None and second is not None and torch.equal(first, second))
+        return self.weights.tied and not apart and same
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor of the merged checkpoint, embeddings first, then in the order of the blocks."""
+        names = [name for name in self.weights.names() if name != HEAD] + ([] if self.tied else [HEAD])
+        return {name: self._shape(name) for name in sorted(names, key=_order)}
+
+    def chunks(self, name: str) -> Iterator[torch.Tensor]:
+        """A merged tensor as consecutive pieces of rows, float32; only embedding and head come in more than one."""
+        target = self.layout.targets.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if target is not None and target.kind != "conv1d":
+            yield from self._by_rows(name, target)
+        elif target is not None:
+            yield _fold_matrix(self._base(name).float(), target, self.layout).float()
+        elif name in (WTE, HEAD):
+            yield from (self._base(name, start, stop).float() for start, stop in self.pieces(name))
+        else:
+            yield self._with_bias(name, self._base(name).float())
+        self._mark_used(name)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole merged tensor."""
+        return torch.cat(list(self.chunks(name)))
+
+    def pieces(self, name: str) -> list[tuple[int, int]]:
+        """(start, stop) of the pieces of rows in which embedding or head are folded."""
+        shape = self._shape(name)
+        target = self.layout.targets.get(name.removesuffix(".weight"))
+        if target is not None and target.kind == "linear" and self.layout.init == "pissa":
+            return [(0, shape[0])]  # the singular vectors need the whole matrix
+        return row_chunks(shape)
+
+    def modules_applied(self) -> int:
+        """How many adapted modules have delivered all that the adapter holds for them."""
+        return len(self.layout.modules() - {module_of(name) for name in self.layout.tensors() - self.used})
+
+    def _mark_used(self, name: str) -> None:
+        names = [name, HEAD] if name == WTE and self.tied else [name]
+        self.used |= set(names) & set(self.layout.replaced)
+        target = self.layout.targets.get(module_of(name))
+        if target is not None:
+            bias = name.endswith(".bias")
+            self.used |= {f"{target.name}.{part}" for part in target.parts if (part == "lora_B.bias") == bias}
+
+    def _with_bias(self, name: str, bias: torch.Tensor) -> torch.Tensor:
+        target = self.layout.targets.get(name.removesuffix(".bias")) if name.endswith(".bias") else None
+        if target is None or "lora_B.bias" not in target.parts:
+            return bias
+        return (bias.double() + target.scale * target.parts["lora_B.bias"].double()).float()
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        if name in self.layout.replaced:
+            return tuple(self.layout.replaced[name].shape)
+        return self.weights.shape(WTE if name == HEAD and self.weights.tied else name)
+
+    def _base(self, name: str, start: int | None = None, stop: int | None = None) -> torch.Tensor:
+        """The tensor that the adapter starts from: the adapter's own copy where it brings one."""
+        if name in self.layout.replaced:
+            return self.layout.replaced[name][start:stop]
+        source = WTE if name == HEAD and self.weights.tied else name
+        return self.weights.tensor(source) if stop is None else self.weights.rows(source, start or 0, stop)
+
+    def _by_rows(self, name: str, target: Target) -> Iterator[torch.Tensor]:
+        """Embedding or head: (tokens, width), folded a few thousand tokens at a time."""
+        pieces = self.pieces(name)
+        norms = self._column_norms(name, target, pieces) if target.kind == "embedding" and self.layout.dora else None
+        for start, stop in pieces:
+            base = self._base(name, start, stop).float()
+            if target.kind == "linear":
+                yield _fold_matrix(base, _rows_of(target, start, stop), self.layout).float()
+                continue
+            moved = base.double() + _embedding_delta(target, start, stop)
+            yield (moved if norms is None else moved * (target.parts["lora_magnitude_vector"].double() / norms)).float()
+
+    def _column_norms(self, name: str, target: Target, pieces: list[tuple[int, int]]) -> torch.Tensor:
+        """(width,) norms over all tokens: what PEFT's DoRA divides an embedding by."""
+        squares = torch.zeros(self._shape(name)[1], dtype=torch.float64)
+        for start, stop in pieces:
+            moved = self._base(name, start, stop).double() + _embedding_delta(target, start, stop)
+            squares += moved.square().sum(dim=0)
+        return squares.sqrt()
+
+
+def _order(name: str) -> tuple[int, int, str]:
+    parts = name.split(".")
+    if name in (WTE, "transformer.wpe.weight"):
+        return (0, 0, name)
+    return (1, int(parts[2]), name) if parts[:2] == ["transformer", "h"] else (2, 0, name)
+
+
+def _rows_of(target: Target, start: int, stop: int) -> Target:
+    cut = {"lora_B.weight", "lora_B.bias", "lora_magnitude_vector"}
+    parts = {name: tensor[start:stop] if name in cut else tensor for name, tensor in target.parts.items()}
+    return Target(target.name, target.kind, target.rank, target.alpha, target.scale, parts)
+
+
+def _embedding_delta(target: Target, start: int, stop: int) -> torch.Tensor:
+    a, b = target.parts["lora_embedding_A"][:, start:stop], target.parts["lora_embedding_B"]
+    return target.scale * (a.double().T @ b.double().T)
+
+
+def _fold_matrix(weight: torch.Tensor, target: Target, layout: Layout) -> torch.Tensor:
+    """A weight as it is stored, with its adapter: float64, of the same shape."""
+    stored_in_out = target.kind == "conv1d"
+    out_in = weight.T if stored_in_out else weight
+    a, b = target.parts["lora_A.weight"].double(), target.parts["lora_B.weight"].double()
+    start = _without_principal(out_in, target) if layout.init == "pissa" else out_in.double()
+    moved = torch.addmm(start, b, a, alpha=target.scale)
+    if layout.dora:
+        magnitude = target.parts["lora_magnitude_vector"].double()
+        moved = moved * (magnitude / torch.linalg.vector_norm(moved, dim=1))[:, None]
+    return moved.T if stored_in_out else moved
+
+
+def _without_principal(out_in: torch.Tensor, target: Target) -> torch.Tensor:
+    """W less its `rank` largest singular directions, from a float32 decomposition as PEFT's `pissa_init` does it."""
+    left, values, right = torch.linalg.svd(out_in, full_matrices=False)
+    rank = target.rank
+    kept = (left[:, :rank].double() * values[:rank].double()) @ right[:rank].double()
+    return out_in.double() - kept

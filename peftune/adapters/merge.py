@@ -1,0 +1,307 @@
+"""Fold an adapter into its base: an ordinary GPT-2 checkpoint, proven to compute what base + adapter compute.
+
+Tensors stream one at a time through `fold` into `shards`; `verify` compares logits on real text before the directory
+appears under its name. What cannot be folded exactly is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers.utils import logging
+
+from peftune.adapters import verify as verification
+from peftune.adapters.fold import Folded
+from peftune.adapters.provenance import base_fingerprint, check_base, tensors_fingerprint
+from peftune.adapters.shards import write_weights
+from peftune.adapters.store import Adapter, base_of, read_adapter
+from peftune.adapters.targets import layout_of
+from peftune.errors import CheckFailed, UserError
+from peftune.model.base import load_config, load_tokenizer, resolve
+from peftune.model.weights import HEAD, WTE, open_weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHARD_BYTES = 5_000_000_000
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja",
+)  # fmt: skip
+_EXACT = 1e-4  # largest logit difference of a float32 merge, for logits up to 32
+_ROUNDED_KL = {"bfloat16": 0.05, "float16": 0.005}  # nats per token that rounding the weights may cost
+_SEQUENCES, _LENGTH = 8, 128
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was folded and how far the logits moved; written as merge.json. Differences are None without verification.
+
+    `float32_max_abs_logit_difference` is that of the fold before its weights were rounded to `dtype` (the same as
+    `max_abs_logit_difference` for float32); `rounding_mean_kl` is what the rounding cost, in nats per token.
+    """
+
+    modules_in_adapter: int
+    modules_applied: int
+    max_abs_logit_difference: float | None
+    mean_kl: float | None
+    argmax_agreement: float | None
+    dtype: str
+    base_fingerprint: str
+    adapter_fingerprint: str
+    base: str
+    tie_word_embeddings: bool
+    vocabulary: int
+    tolerance: float | None = None
+    largest_logit: float | None = None
+    positions: int | None = None
+    float32_max_abs_logit_difference: float | None = None
+    rounding_mean_kl: float | None = None
+
+
+def merge(
+    adapter: Path,
+    out: Path,
+    base: str | None = None,
+    dtype: str = "float32",
+    verify: bool = True,
+    texts: Sequence[str] | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> MergeReport:
+    """Fold `adapter` into its base and write `out`, an ordinary GPT-2 directory with merge.json.
+
+    `base` wins over the name that the adapter records; `texts` are what logits are compared on (default: the
+    language reference). Raises UserError for input that cannot be merged, CheckFailed where the result is not the
+    model that was trained; then there is no `out`.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    _check_out(out, adapter)
+    name = base if base is not None else base_of(adapter)
+    directory = resolve(name)
+    if out.resolve() == directory.resolve():
+        raise UserError(f"{out}: is the base itself; choose another directory")
+    read = read_adapter(adapter)
+    check_base(adapter, directory)
+    job = _Job(read, name, directory, load_config(directory), dtype, max_shard_bytes)
+    with _beside(out) as staging:
+        return job.run(staging, verify, texts)
+
+
+@dataclass
+class _Job:
+    """One merge, from what was read to a checked directory."""
+
+    adapter: Adapter
+    base: str
+    directory: Path
+    config: GPT2Config
+    dtype: str
+    max_shard_bytes: int
+
+    def __post_init__(self) -> None:
+        self.layout = layout_of(self.adapter.config, self.adapter.tensors, self.config, str(self.adapter.directory))
+        self.folded = Folded(open_weights(self.directory), self.layout)
+        self._check_base_is_whole()
+        head = self.layout.targets.get("lm_head")
+        if head is not None and "lora_B.bias" in head.parts:
+            raise UserError(f"adapter {self.adapter.directory}: lora_bias on lm_head, but the head of a GPT-2 has no bias")
+
+    def run(self, staging: Path, verify: bool, texts: Sequence[str] | None) -> MergeReport:
+        self._write_settings(staging)
+        sequences = self._sequences(staging, texts) if verify else []
+        rounds = 2 if verify and self.dtype != "float32" else 1
+        with _progress(len(self.folded.shapes()) + (self.config.n_layer * rounds if verify else 0)) as advance:
+            self._write_tensors(staging, advance)
+            report = self._report()
+            _check_loadable(staging)
+            if verify:
+                report = self._verified(report, staging, sequences, advance)
+        (staging / "merge.json").write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n", encoding="utf-8")
+        return report
+
+    def _check_base_is_whole(self) -> None:
+        """Every tensor of this architecture is there, in its shape, before anything is written."""
+        weights = self.folded.weights
+        with torch.device("meta"):
+            expected = GPT2LMHeadModel(self.config).state_dict()
+        for name, tensor in expected.items():
+            if name == HEAD and weights.tied:
+                continue
+            if name not in weights.names():
+                raise UserError(f"base {self.directory}: {name} is missing from the weights; download the checkpoint again")
+            if weights.shape(name) != tensor.shape:
+                found, wanted = weights.shape(name), tuple(tensor.shape)
+                raise UserError(f"base {self.directory}: {name} has shape {found}, config.json says {wanted}")
+
+    def _write_settings(self, staging: Path) -> None:
+        values = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+        values.pop("torch_dtype", None)
+        values |= {
+            "architectures": ["GPT2LMHeadModel"], "dtype": self.dtype, "vocab_size": self.layout.vocabulary,
+            "tie_word_embeddings": self.folded.tied,
+        }  # fmt: skip
+        (staging / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        source = self._tokenizer_directory()
+        for name in _TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, staging / name)
+        if (self.directory / "generation_config.json").is_file():
+            shutil.copyfile(self.directory / "generation_config.json", staging / "generation_config.json")
+        else:
+            GenerationConfig.from_model_config(self.config).save_pretrained(staging)
+
+    def _tokenizer_directory(self) -> Path:
+        """The base's tokenizer, or the adapter's own where the adapter brings more tokens than the base has."""
+        if self.layout.vocabulary == self.config.vocab_size:
+            return self.directory
+        own = self.adapter.directory
+        if not any((own / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise UserError(
+                f"adapter {own}: was trained with {self.layout.vocabulary} tokens, the base has {self.config.vocab_size}, "
+                "and the adapter holds no tokenizer; copy the tokenizer that it was trained with into its directory"
+            )
+        return own
+
+    def _sequences(self, staging: Path, texts: Sequence[str] | None) -> list[torch.Tensor]:
+        tokenizer = load_tokenizer(staging)
+        length = min(_LENGTH, self.config.n_positions)
+        chosen = _default_texts() if texts is None else [text for text in texts if text]
+        if not chosen:
+            raise UserError("merge: no text to compare logits on; give some, or none at all for the default")
+        rows = [[tokenizer.eos_token_id, *tokenizer(text)["input_ids"]][:length] for text in chosen[:_SEQUENCES]]
+        largest = max(max(row) for row in rows)
+        if largest >= self.layout.vocabulary:
+            raise UserError(
+                f"base {self.directory}: its tokenizer knows token {largest}, its embedding has {self.layout.vocabulary} rows"
+            )
+        return [torch.tensor(row) for row in rows]
+
+    def _write_tensors(self, staging: Path, advance: Callable[[], None]) -> None:
+        shapes, dtype = self.folded.shapes(), DTYPES[self.dtype]
+        write_weights(staging, shapes, dtype, self.folded.chunks, self.max_shard_bytes, lambda _: advance())
+        unused = sorted(self.layout.tensors() - self.folded.used)
+        if unused:
+            raise CheckFailed(f"merge: {len(unused)} tensors of the adapter were not applied, such as {unused[0]}")
+
+    def _report(self) -> MergeReport:
+        return MergeReport(
+            modules_in_adapter=len(self.layout.modules()),
+            modules_applied=self.folded.modules_applied(),
+            max_abs_logit_difference=None,
+            mean_kl=None,
+            argmax_agreement=None,
+            dtype=self.dtype,
+            base_fingerprint=base_fingerprint(self.directory),
+            adapter_fingerprint=tensors_fingerprint(self.adapter.config, self.adapter.tensors),
+            base=self.base,
+            tie_word_embeddings=self.folded.tied,
+            vocabulary=self.layout.vocabulary,
+        )
+
+    def _verified(
+        self, report: MergeReport, staging: Path, sequences: list[torch.Tensor], advance: Callable[[], None]
+    ) -> MergeReport:
+        config = load_config(staging)
+        config._attn_implementation = "sdpa"
+        pieces = self.folded.pieces(WTE if self.folded.tied else HEAD)
+        delivered = verification.Plain(open_weights(staging), config, pieces)
+        exact = verification.Plain(Folded(self.folded.weights, self.layout), config, pieces)
+        trained = verification.WithAdapter(self.folded.weights, self.layout, config, pieces)
+        candidates: dict[str, verification.Stream] = {"delivered": delivered}
+        if self.dtype != "float32":
+            candidates["exact"] = exact
+        found = verification.compare(trained, candidates, config, sequences, advance)
+        rounding = None
+        if self.dtype != "float32":
+            rounding = verification.compare(exact, {"delivered": delivered}, config, sequences, advance)["delivered"].mean_kl
+        return _judged(report, found["delivered"], found.get("exact", found["delivered"]), rounding)
+
+
+def _judged(
+    report: MergeReport, delivered: verification.Difference, exact: verification.Difference, rounding: float | None
+) -> MergeReport:
+    """The report with what was measured; CheckFailed where it is not the trained model."""
+    tolerance = _EXACT * max(1.0, exact.largest_logit / 32)
+    if not exact.max_abs <= tolerance:
+        raise CheckFailed(
+            f"merge: logits differ by {exact.max_abs:.2g} from base + adapter (allowed {tolerance:.2g}, largest logit "
+            f"{exact.largest_logit:.3g}); nothing was written"
+        )
+    if rounding is not None and not delivered.mean_kl <= _ROUNDED_KL[report.dtype]:
+        raise CheckFailed(
+            f"merge: rounding to {report.dtype} moves the distribution by {delivered.mean_kl:.2g} nats per token (allowed "
+            f"{_ROUNDED_KL[report.dtype]}); nothing was written, use --dtype float32"
+        )
+    return dataclasses.replace(
+        report,
+        max_abs_logit_difference=delivered.max_abs,
+        mean_kl=delivered.mean_kl,
+        argmax_agreement=delivered.argmax_agreement,
+        tolerance=tolerance,
+        largest_logit=exact.largest_logit,
+        positions=exact.positions,
+        float32_max_abs_logit_difference=exact.max_abs,
+        rounding_mean_kl=rounding,
+    )
+
+
+def _default_texts() -> list[str]:
+    from peftune.data.builtin import documents
+
+    return [document.text for document in documents("docs", "heldout")[:_SEQUENCES]]
+
+
+def _check_out(out: Path, adapter: Path) -> None:
+    if out.resolve() == adapter.resolve():
+        raise UserError(f"{out}: is the adapter itself; choose another directory")
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out}: exists already and is not overwritten; choose another directory or remove it")
+
+
+def _check_loadable(directory: Path) -> None:
+    """Transformers finds every tensor that its GPT-2 has, and no other, in the files as they were written."""
+    logging.disable_progress_bar()
+    _, info = AutoModelForCausalLM.from_pretrained(directory, device_map={"": "meta"}, output_loading_info=True)
+    wrong: list[Any] = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if wrong:
+        raise CheckFailed(f"merge: Transformers does not find {wrong[0]} as it expects; nothing was written")
+
+
+@contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """A directory beside `out` that takes its name at the end, and is gone if anything goes wrong."""
+    staging = out.parent / f".{out.name}.merging-{os.getpid()}"
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        if out.exists():
+            raise UserError(f"{out}: appeared while merging and is not overwritten; choose another directory")
+        staging.rename(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot write the merged model: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    """A bar on standard error, where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("merge", total=total)
+        yield lambda: bar.advance(task)

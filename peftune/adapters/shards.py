@@ -1,0 +1,88 @@
+"""Write a checkpoint's weights as safetensors, piece by piece: never more than one piece in memory.
+
+Names, shapes and dtype are known before the first value, so a file begins with its whole header (safetensors format:
+8 bytes little-endian length, JSON, then the bytes of each tensor in order).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from peftune.errors import CheckFailed
+
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+Chunks = Callable[[str], Iterator[torch.Tensor]]
+
+
+def write_weights(
+    directory: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, chunks: Chunks, max_bytes: int, done: Callable[[str], None]
+) -> list[Path]:
+    """Write all tensors of `shapes` in shards of at most `max_bytes` (one file where they fit); returns the files.
+
+    `chunks(name)` yields a tensor in consecutive pieces of rows; `done(name)` is called after each tensor. Raises
+    OSError where the disk does not take it, CheckFailed for a value that is finite in float32 but not in `dtype`.
+    """
+    shards = plan_shards(shapes, dtype.itemsize, max_bytes)
+    files = []
+    index = {}
+    for number, names in enumerate(shards, start=1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(directory / name, {n: shapes[n] for n in names}, dtype, chunks, done)
+        files.append(directory / name)
+        index.update(dict.fromkeys(names, name))
+    if len(shards) > 1:
+        total = sum(math.prod(shape) for shape in shapes.values())
+        content = {"metadata": {"total_size": total * dtype.itemsize, "total_parameters": total}, "weight_map": index}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+    return files
+
+
+def plan_shards(shapes: dict[str, tuple[int, ...]], item_bytes: int, max_bytes: int) -> list[list[str]]:
+    """Tensor names in order, cut into shards of at most `max_bytes`; a larger tensor has a shard of its own."""
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * item_bytes
+        if shards[-1] and held + size > max_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += size
+    return shards
+
+
+def _write_file(
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, chunks: Chunks, done: Callable[[str], None]
+) -> None:
+    with path.open("wb") as file:
+        header = _header(shapes, dtype)
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name, shape in shapes.items():
+            written = 0
+            for chunk in chunks(name):
+                stored = chunk.to(dtype).contiguous()
+                if not bool(torch.isfinite(stored).all()):
+                    raise CheckFailed(f"{name}: merged values do not fit {dtype}; use bfloat16 or float32")
+                file.write(memoryview(stored.reshape(-1).view(torch.uint8).numpy()))
+                written += stored.numel()
+            assert written == math.prod(shape), f"{name}: {written} values written, the header says {shape}"
+            done(name)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _header(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)

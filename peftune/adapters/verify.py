@@ -1,0 +1,270 @@
+"""How far a merged model's logits lie from those of base + adapter, computed block by block.
+
+The reference is PEFT itself: for each block (and for embeddings and head) a module is built from the base's tensors,
+PEFT injects the adapter into it, and hidden states pass through. Nothing is shared with the folding, and only one
+block, or one piece of the embedding, is in memory. All of it is float32.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from torch import nn
+from transformers import GPT2Config
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+
+from peftune.adapters.fold import Folded
+from peftune.adapters.targets import Layout, Target
+from peftune.errors import CheckFailed
+from peftune.model.weights import HEAD, WTE, Weights
+
+WPE = "transformer.wpe.weight"
+Pieces = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of logits: largest absolute difference, mean KL(reference ‖ candidate) in nats, share of equal argmax."""
+
+    max_abs: float
+    mean_kl: float
+    argmax_agreement: float
+    largest_logit: float
+    positions: int
+
+
+class Stream(Protocol):
+    """One way to compute the model, a piece at a time."""
+
+    def embedding(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Embedding vectors (n, width) of sorted row numbers (n,)."""
+
+    def block(self, index: int) -> nn.Module:
+        """One transformer block."""
+
+    def final_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of `ln_f`."""
+
+    def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """For each piece of the vocabulary, the function from hidden states (n, width) to logits (n, piece)."""
+
+
+class Plain:
+    """A checkpoint without an adapter: the merged directory read back, or the fold before it is rounded."""
+
+    def __init__(self, source: Weights | Folded, config: GPT2Config, pieces: Pieces) -> None:
+        self.source, self.config, self.pieces = source, config, pieces
+
+    def embedding(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        return _gather(self.source.chunks(name), rows)
+
+    def block(self, index: int) -> nn.Module:
+        return _block(self.config, index, lambda name: self.source.tensor(name).float())
+
+    def final_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
+        weight, bias = (self.source.tensor(f"transformer.ln_f.{part}").float() for part in ("weight", "bias"))
+        return weight, bias
+
+    def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        name = WTE if self.source.tied else HEAD
+        if isinstance(self.source, Weights):
+            parts = (self.source.rows(name, start, stop) for start, stop in self.pieces)
+        else:
+            parts = self.source.chunks(name)  # type: ignore[assignment]
+        for weight in parts:
+            yield _times(weight.float())
+
+
+class WithAdapter:
+    """Base + adapter through PEFT."""
+
+    def __init__(self, weights: Weights, layout: Layout, config: GPT2Config, pieces: Pieces) -> None:
+        self.weights, self.layout, self.config, self.pieces = weights, layout, config, pieces
+
+    def embedding(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        target = self.layout.targets.get(name.removesuffix(".weight"))
+        if target is None:
+            return _gather(self._chunks(name), rows)
+        if self.layout.dora:  # its norms run over the whole table
+            table, numbers = torch.cat(list(self._chunks(name))), rows
+        else:
+            table, numbers = _gather(self._chunks(name), rows), torch.arange(len(rows))
+            target = _cut(target, {"lora_embedding_A": target.parts["lora_embedding_A"][:, rows]})
+        lookup = nn.ModuleDict({"table": nn.Embedding.from_pretrained(table)})
+        return _with_peft(lookup, {"table": target}, self.layout)["table"](numbers)  # type: ignore[no-any-return, index]
+
+    def block(self, index: int) -> nn.Module:
+        prefix = f"transformer.h.{index}."
+        block = _block(self.config, index, self._tensor)
+        own = {name.removeprefix(prefix): t for name, t in self.layout.targets.items() if name.startswith(prefix)}
+        return _with_peft(block, own, self.layout) if own else block
+
+    def final_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._tensor("transformer.ln_f.weight"), self._tensor("transformer.ln_f.bias")
+
+    def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        target = self.layout.targets.get("lm_head")
+        for start, stop in self.pieces:
+            weight = self._head_rows(start, stop)
+            if target is None:
+                yield _times(weight)
+                continue
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            outward = {name: part[start:stop] for name, part in target.parts.items() if name != "lora_A.weight"}
+            module = nn.ModuleDict({"head": linear})
+            yield _with_peft(module, {"head": _cut(target, outward)}, self.layout)["head"]  # type: ignore[index, misc]
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        replaced = self.layout.replaced.get(name)
+        return (self.weights.tensor(name) if replaced is None else replaced.clone()).float()
+
+    def _chunks(self, name: str) -> Iterator[torch.Tensor]:
+        replaced = self.layout.replaced.get(name)
+        chunks = self.weights.chunks(name) if replaced is None else iter([replaced])
+        return (chunk.float() for chunk in chunks)
+
+    def _head_rows(self, start: int, stop: int) -> torch.Tensor:
+        replaced = self.layout.replaced.get(HEAD)
+        if replaced is not None:
+            return replaced[start:stop].float()
+        return self.weights.rows(WTE if self.weights.tied else HEAD, start, stop).float()
+
+
+@torch.no_grad()
+def compare(
+    reference: Stream, candidates: dict[str, Stream], config: GPT2Config, sequences: Sequence[torch.Tensor], done: Callable[[], None]
+) -> dict[str, Difference]:
+    """Differences of each candidate's logits from the reference's at every place of every sequence of ids (n,).
+
+    `done` is called after each block.
+    """
+    streams = [reference, *candidates.values()]
+    hidden = [_embed(stream, sequences) for stream in streams]
+    for index in range(config.n_layer):
+        for number, stream in enumerate(streams):
+            block = stream.block(index).eval()
+            hidden[number] = [_output(block(states)) for states in hidden[number]]
+            del block
+        done()
+    flat = [_normed(stream, config, states) for stream, states in zip(streams, hidden, strict=True)]
+    tallies = [_Tally(len(flat[0])) for _ in candidates]
+    for heads in zip(*(stream.head() for stream in streams), strict=True):
+        logits = [head(states) for head, states in zip(heads, flat, strict=True)]
+        for tally, candidate in zip(tallies, logits[1:], strict=True):
+            tally.add(logits[0].double(), candidate.double())
+    return {name: tally.difference() for name, tally in zip(candidates, tallies, strict=True)}
+
+
+class _Tally:
+    """Sums over pieces of the vocabulary, for a softmax that is never whole in memory; (n,) each, float64."""
+
+    def __init__(self, positions: int) -> None:
+        self.largest = torch.full((2, positions), -torch.inf, dtype=torch.float64)
+        self.argmax = torch.zeros((2, positions), dtype=torch.int64)
+        self.total = torch.zeros((2, positions), dtype=torch.float64)
+        self.weighted = torch.zeros(positions, dtype=torch.float64)
+        self.max_abs = self.largest_logit = 0.0
+        self.seen = 0
+
+    def add(self, reference: torch.Tensor, candidate: torch.Tensor) -> None:
+        """Count one piece of logits (n, piece)."""
+        for number, logits in enumerate((reference, candidate)):
+            top, place = logits.max(dim=1)
+            larger = top > self.largest[number]
+            self.argmax[number] = torch.where(larger, place + self.seen, self.argmax[number])
+            new = torch.maximum(top, self.largest[number])
+            shrink = torch.exp(self.largest[number] - new)
+            terms = torch.exp(logits - new[:, None])
+            self.total[number] = self.total[number] * shrink + terms.sum(dim=1)
+            if number == 0:
+                self.weighted = self.weighted * shrink + (terms * (reference - candidate)).sum(dim=1)
+            self.largest[number] = new
+        self.seen += reference.shape[1]
+        self.max_abs = _largest(self.max_abs, (reference - candidate).abs().max().item())
+        self.largest_logit = _largest(self.largest_logit, reference.abs().max().item())
+
+    def difference(self) -> Difference:
+        """KL = E_p[p − q] − log Z_p + log Z_q, per place."""
+        log_z = self.total.log() + self.largest
+        kl = self.weighted / self.total[0] - log_z[0] + log_z[1]
+        agreement = (self.argmax[0] == self.argmax[1]).double().mean().item()
+        return Difference(self.max_abs, max(kl.mean().item(), 0.0), agreement, self.largest_logit, len(kl))
+
+
+def _largest(known: float, new: float) -> float:
+    return new if new != new or new > known else known  # a NaN stays
+
+
+def _embed(stream: Stream, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    used, places = torch.unique(torch.cat(list(sequences)), return_inverse=True)
+    longest = max(len(ids) for ids in sequences)
+    tokens, positions = stream.embedding(WTE, used)[places], stream.embedding(WPE, torch.arange(longest))
+    pieces = tokens.split([len(ids) for ids in sequences])
+    return [(piece + positions[: len(piece)])[None] for piece in pieces]
+
+
+def _normed(stream: Stream, config: GPT2Config, hidden: list[torch.Tensor]) -> torch.Tensor:
+    weight, bias = stream.final_norm()
+    states = torch.cat([piece[0] for piece in hidden])
+    return nn.functional.layer_norm(states, (config.n_embd,), weight, bias, config.layer_norm_epsilon)
+
+
+def _output(result: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return result if isinstance(result, torch.Tensor) else result[0]
+
+
+def _gather(chunks: Iterator[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    """The given rows (sorted) of a table that comes in consecutive pieces."""
+    found, start = [], 0
+    for chunk in chunks:
+        inside = rows[(rows >= start) & (rows < start + len(chunk))]
+        found.append(chunk[inside - start].float())
+        start += len(chunk)
+    return torch.cat(found)
+
+
+def _times(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda states: nn.functional.linear(states, weight)
+
+
+def _block(config: GPT2Config, index: int, tensor: Callable[[str], torch.Tensor]) -> nn.Module:
+    with torch.device("meta"):
+        block = GPT2Block(config, layer_idx=index)
+    prefix = f"transformer.h.{index}."
+    block.load_state_dict({name: tensor(prefix + name) for name in block.state_dict()}, assign=True)
+    return block.requires_grad_(False)
+
+
+def _cut(target: Target, parts: dict[str, torch.Tensor]) -> Target:
+    return Target(target.name, target.kind, target.rank, target.alpha, target.scale, {**target.parts, **parts})
+
+
+def _with_peft(module: nn.Module, targets: dict[str, Target], layout: Layout) -> nn.Module:
+    """Inject the adapter's part for this module through PEFT, whatever `fan_in_fan_out` the adapter claims."""
+    config = LoraConfig(
+        target_modules=list(targets),
+        rank_pattern={re.escape(name): target.rank for name, target in targets.items()},
+        alpha_pattern={re.escape(name): target.alpha for name, target in targets.items()},
+        use_rslora=layout.rslora,
+        use_dora=layout.dora,
+        lora_bias=layout.lora_bias,
+        init_lora_weights="pissa" if layout.init == "pissa" else False,
+        fan_in_fan_out=any(target.kind == "conv1d" for target in targets.values()),
+        inference_mode=True,
+    )
+    state = {f"{name}.{part}": tensor.float() for name, target in targets.items() for part, tensor in target.parts.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        injected = inject_adapter_in_model(config, module)
+        result = set_peft_model_state_dict(injected, state)
+    lost = [*result.unexpected_keys, *(key for key in result.missing_keys if "lora_" in key)]
+    if lost:
+        raise CheckFailed(f"verification: PEFT did not take {lost[0]}; please report this with the version of peft")
+    return injected.eval()
