@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from peftune.data.records import kind_of
+from peftune.data.text_files import unix_line_ends
 from peftune.errors import UserError
 
 NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
@@ -83,5 +84,5 @@ def _checked(messages: Any, place: str) -> list[tuple[str, str]]:
             raise UserError(f"{place}: message {number}: role {role!r}; expected {', '.join(NAMES)}")
         if not isinstance(content, str):
             raise UserError(f"{place}: message {number}: content is {kind_of(content)}; expected a string")
-        found.append((role, content.strip()))
+        found.append((role, unix_line_ends(content).strip()))
     return found

@@ -161,7 +161,7 @@ def _documents_of_rows(source: Source, rows: Iterable[records.Row], tally: Tally
         if columns is None:
             columns = _columns(source, list(row), place)
         document = _document(row, columns, source, place)
-        if not document.text.strip():
+        if _is_blank(document):
             tally.blank += 1
         else:
             yield document
@@ -184,11 +184,17 @@ def _document(row: dict[str, Any], columns: tuple[str, ...], source: Source, pla
     missing = [column for column in columns if column not in row]
     if missing:
         raise UserError(f"{place}: no column {missing[0]!r} in this row; found {', '.join(row) or 'none'}")
-    if columns == (source.messages or "messages",):
+    if columns == (source.messages,) or (columns == ("messages",) and source.text is None):
         turns = chat.turns_of(row[columns[0]], place)
         return Document(_text("".join(text for text, _ in turns), columns[0], place), turns=turns, source=place)
     values = [_text(row[column], column, place) for column in columns]
     return Document(values[-1], prompt=values[0] if len(values) == 2 else None, source=place)
+
+
+def _is_blank(document: Document) -> bool:
+    if document.turns is not None:
+        return not any(scored and text.strip() for text, scored in document.turns)
+    return not document.text.strip()
 
 
 def _text(value: Any, column: str, place: str) -> str:

@@ -30,7 +30,7 @@ from peftune.config import Source
 from peftune.data.documents import Document
 from peftune.data.progress import progress
 from peftune.data.sources import Tally, identity, read_documents
-from peftune.data.token_files import DOCUMENT, FILES, FORMAT, Writer, sha256_of
+from peftune.data.token_files import DOCUMENT, FILES, FORMAT, sha256_of, writing
 from peftune.data.tokens import end_of_text_id, tokenize_documents
 from peftune.errors import CheckFailed, UserError
 
@@ -168,11 +168,11 @@ def _publish(directory: Path, entry: Path) -> None:
 def _write(
     directory: Path, documents: Iterator[Document], tokenizer: PreTrainedTokenizerFast, join: str, tally: Tally
 ) -> None:
-    with Writer(directory, len(tokenizer)) as writer, progress("tokenising") as tell:
+    with writing(directory, len(tokenizer)) as writer, progress("tokenising") as tell:
         for batch in _batches(documents):
             writer.append(batch, tokenize_documents(batch, tokenizer, join))
             tell(writer.documents, writer.tokens)
-        writer.close(tally.blank)
+        writer.finish(tally.blank)
 
 
 def _mapped(path: Path, dtype: np.dtype[Any]) -> np.ndarray:

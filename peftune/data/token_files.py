@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,23 +18,23 @@ FILES = ("ids.bin", "supervised.bin", "documents.bin")
 DOCUMENT = np.dtype([("tokens", "<i8"), ("supervised", "<i8"), ("bytes", "<i8"), ("digest", "<u8")])
 
 
-class Writer:
-    """Appends tokenised documents to the files in a directory; `close` completes them with `meta.json`."""
+@contextmanager
+def writing(directory: Path, vocabulary: int) -> Iterator[Writer]:
+    """A `Writer` on new files in an existing directory, for ids below `vocabulary`."""
+    with ExitStack() as stack:
+        yield Writer(directory, vocabulary, {name: stack.enter_context(open(directory / name, "wb")) for name in FILES})
 
-    def __init__(self, directory: Path, vocabulary: int) -> None:
+
+class Writer:
+    """Appends tokenised documents to the files in a directory; `finish` completes them with `meta.json`."""
+
+    def __init__(self, directory: Path, vocabulary: int, files: dict[str, BinaryIO]) -> None:
         self.directory = directory
+        self.files = files
         self.dtype = np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
-        self.closing = stack = ExitStack()
-        self.files: dict[str, BinaryIO] = {n: stack.enter_context(open(directory / n, "wb")) for n in FILES}
         self.hashes = {name: hashlib.sha256() for name in FILES}
         self.loose = np.empty(0, dtype=bool)  # scored bits that do not fill a byte yet
         self.documents = self.tokens = 0
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, *reason: object) -> None:
-        self.closing.close()
 
     def append(self, documents: Sequence[Document], examples: Sequence[Example]) -> None:
         """Add documents with their tokens, in order."""
@@ -52,10 +52,11 @@ class Writer:
         self.documents += len(table)
         self.tokens += int(table["tokens"].sum())
 
-    def close(self, blank: int) -> None:
+    def finish(self, blank: int) -> None:
         """Write what is left and `meta.json` with the hashes of all files; the directory is then a store."""
         self._write("supervised.bin", np.packbits(self.loose).tobytes())
-        self.closing.close()
+        for file in self.files.values():
+            file.flush()
         hashes = {name: digest.hexdigest() for name, digest in self.hashes.items()}
         content = json.dumps([FORMAT, self.dtype.str, hashes], sort_keys=True)
         meta: dict[str, Any] = {

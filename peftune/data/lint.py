@@ -1,0 +1,75 @@
+"""What is probably wrong with a corpus: things that train without an error and spoil the result."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from peftune.data.documents import Document
+from peftune.data.text_files import END_OF_TEXT
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of problem: how many documents have it, the first of them, and what to do."""
+
+    what: str
+    documents: int
+    first: str
+    advice: str
+
+
+_MOJIBAKE = re.compile("Ã[\u0080-\u00bf]|â€")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+
+_RULES: tuple[tuple[str, Callable[[Document], bool], str], ...] = (
+    (
+        "prompt ends in white space",
+        lambda document: (document.prompt or "")[-1:].isspace(),
+        "GPT-2 puts a space into the word after it: leave it out of prompts, here and when generating",
+    ),
+    (
+        "prompt is blank",
+        lambda document: document.prompt is not None and not document.prompt.strip(),
+        "the completion then begins the document; is the column the right one?",
+    ),
+    (
+        "completion ends in white space",
+        lambda document: document.prompt is not None and document.text[-1:].isspace(),
+        "it is scored and learnt; strip it unless you want it written",
+    ),
+    (
+        f"{END_OF_TEXT} inside a text",
+        lambda document: END_OF_TEXT in document.content(),
+        "it is read as plain text there; split the documents at it (split_on: endoftext) or remove it",
+    ),
+    (
+        "replacement character U+FFFD",
+        lambda document: "\ufffd" in document.content(),
+        "the text was damaged by an earlier conversion; export it again as UTF-8",
+    ),
+    (
+        "UTF-8 that was read as Latin-1 (such as Ã© for é)",
+        lambda document: bool(_MOJIBAKE.search(document.content())),
+        "the text was damaged by an earlier conversion; export it again as UTF-8",
+    ),
+    (
+        "control characters",
+        lambda document: bool(_CONTROL.search(document.text)),
+        "remove them, or a model will learn to write them",
+    ),
+)
+
+
+def lint(documents: Iterable[Document]) -> list[Finding]:
+    """Findings over a stream of documents, in a fixed order, only those that occur."""
+    counts = [0] * len(_RULES)
+    first = [""] * len(_RULES)
+    for document in documents:
+        for number, (_, applies, _) in enumerate(_RULES):
+            if applies(document):
+                first[number] = first[number] or document.source
+                counts[number] += 1
+    found = zip(_RULES, counts, first, strict=True)
+    return [Finding(what, count, place, advice) for (what, _, advice), count, place in found if count]
