@@ -78,7 +78,7 @@ install_pinned() {
   fi
   say "installing the versions of launch/constraints.txt; the first time takes minutes"
   # The build backend comes first and pinned; isolated builds would take whatever is newest.
-  pip_install hatchling
+  pip_install hatchling editables
   pip_install --no-build-isolation "${index[@]+"${index[@]}"}" --editable "$target"
 }
 
