@@ -7,6 +7,8 @@ PEFT owns the variants and the format. Two things are settled here: `fan_in_fan_
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,14 +45,30 @@ def inject(model: GPT2LMHeadModel, lora: Lora, seed: int) -> Adapted:
     """
     config = peft_config(model, lora)
     torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # mixed Conv1D and Linear targets
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # said in our own words by the merge
+    with quiet_peft():
         adapted = get_peft_model(model, config)
     initial = {}
     if lora.variant == "pissa":
         initial = {n: p.detach().clone() for n, p in adapted.named_parameters() if ".lora_A." in n or ".lora_B." in n}
     return Adapted(adapted, initial)
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without PEFT's warnings about what peftune settles itself, and those about its own use of Transformers."""
+    with warnings.catch_warnings():
+        for message in _SETTLED:
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+_SETTLED = (
+    "fan_in_fan_out is set to",  # Conv1D and Linear targets side by side: PEFT itself takes the right one for each
+    ".*tie_word_embeddings",
+    ".*`?ensure_weight_tying",
+    "Found missing adapter keys",  # checked afterwards, as an error
+    "`is_gradient_checkpointing` is deprecated",  # PEFT 0.21 asks Transformers 5.23 by the old name
+)
 
 
 def peft_config(model: GPT2LMHeadModel, lora: Lora) -> LoraConfig:
@@ -113,7 +131,8 @@ def stored_adapter(adapted: Adapted, values: dict[str, torch.Tensor] | None = No
     of the base into its first A0, B0, so its update is B·A - B0·A0 = [B, -B0]·[A; A0]: rank and alpha double.
     """
     named = {n: p.detach() for n, p in adapted.model.named_parameters()} if values is None else values
-    tensors = get_peft_model_state_dict(adapted.model, state_dict=dict(named), save_embedding_layers=False)
+    with quiet_peft():
+        tensors = get_peft_model_state_dict(adapted.model, state_dict=dict(named), save_embedding_layers=False)
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     config = adapted.model.peft_config["default"].to_dict()
     config |= {"inference_mode": True, "fan_in_fan_out": _has_conv1d(adapted.model), "target_modules": sorted(config["target_modules"])}
