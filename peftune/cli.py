@@ -23,10 +23,16 @@ app = typer.Typer(
 
 _BASE_HELP = "Hub name, directory, or builtin:small."
 _ADAPTER_HELP = "Adapter directory, with the name to show; a bare DIR is named after its last part. May be repeated."
+_COLUMN_HELP = "Column to read: text=, prompt=, completion= or messages=; of a hub data set also split=, subset=."
 _JSON_HELP = "Also write the figures to this file."
 
 Adapters = Annotated[list[str] | None, typer.Option("--adapter", metavar="NAME=DIR", help=_ADAPTER_HELP)]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help=_JSON_HELP)]
+Columns = Annotated[list[str] | None, typer.Option("--column", metavar="KEY=COLUMN", help=_COLUMN_HELP)]
+SplitOn = Annotated[
+    Literal["auto", "blank-line", "endoftext", "file", "line"], typer.Option(help="How a txt file becomes documents.")
+]
+BlockSize = Annotated[int | None, typer.Option(min=8, help="Tokens per block. Default: the base's context.")]
 
 
 @app.command()
@@ -47,15 +53,24 @@ def quickstart(
 def data(
     sources: Annotated[list[str], typer.Argument(help="Files, globs, builtin:DOMAIN/PART, or hub data sets.")],
     base: Annotated[str, typer.Option(help=f"Whose tokenizer counts. {_BASE_HELP}")] = "builtin:small",
+    column: Columns = None,
+    split_on: SplitOn = "auto",
+    block_size: BlockSize = None,
     json_path: Json = None,
 ) -> None:
     """Show what is in a corpus: documents, tokens, lengths, how full blocks get, and what is scored.
 
-    Example:  peftune data poems.txt --base gpt2
+    Example:  peftune data answers.jsonl --column prompt=question --column completion=answer --base gpt2
     """
+    columns = _columns(column)
+    from peftune.adapters.provenance import tokenizer_fingerprint
     from peftune.data import report
+    from peftune.model import base as bases
 
-    report.run(sources, base=base, json_path=json_path)
+    directory = bases.resolve(base)
+    tokenizer, context = bases.load_tokenizer(directory), bases.load_config(directory).n_positions
+    fingerprint = tokenizer_fingerprint(directory)
+    report.run(sources, tokenizer, fingerprint, block_size or context, json_path, columns, split_on)
 
 
 @app.command()
@@ -82,9 +97,8 @@ def evaluate(
     base: Annotated[str | None, typer.Option(help=f"{_BASE_HELP} Default: what the adapter names.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Blocks per forward; changes nothing in the result.")] = 8,
     precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="What to compute in.")] = "fp32",
-    block_size: Annotated[
-        int | None, typer.Option(min=8, help="Tokens per block. Default: the base's context.")
-    ] = None,
+    column: Columns = None,
+    block_size: BlockSize = None,
     json_path: Json = None,
 ) -> None:
     """Print the perplexity matrix: the base and each adapter, on each domain.
@@ -92,9 +106,12 @@ def evaluate(
     Example:  peftune eval --base gpt2 --adapter poems=adapters/poems --data poems=held.txt --data code=code.jsonl
     """
     folders = {name: Path(folder) for name, folder in _named("--adapter", adapters).items()}
-    domains = _named("--data", data)
+    columns = _columns(column)
+    paths = _named("--data", data)
     from peftune import evaluate
+    from peftune.data.report import source_of
 
+    domains = {name: [source_of(path, columns)] for name, path in paths.items()}
     evaluate.run(base, folders, domains, batch, precision, json_path, block_size)
 
 
@@ -112,7 +129,16 @@ def merge(
     """
     from peftune.adapters.merge import merge
 
-    merge(adapter, out, base=base, dtype=dtype, verify=verify)
+    report = merge(adapter, out, base=base, dtype=dtype, verify=verify)
+    applied = f"{report.modules_applied} of {report.modules_in_adapter} modules"
+    typer.echo(f"{out}: {applied} folded into {report.base}, stored as {report.dtype}")
+    if report.max_abs_logit_difference is None:
+        typer.echo("not verified: merge.json says so too")
+    else:
+        typer.echo(
+            f"read back, against base + adapter: logits differ by at most {report.max_abs_logit_difference:.1e}, "
+            f"mean KL {report.mean_kl:.1e} nats per token, same likeliest token in {report.argmax_agreement:.2%} of places"
+        )
 
 
 @app.command()
@@ -130,6 +156,7 @@ def generate(
     beams: Annotated[int, typer.Option(help="Beam search with so many beams; 1 is off.")] = 1,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string. May be repeated.")] = None,
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="What to compute in.")] = "fp32",
     json_path: Json = None,
 ) -> None:
     """Continue prompts with the base or with an adapter on it, printed as it is written.
@@ -143,7 +170,7 @@ def generate(
         max_new_tokens, temperature, top_k, top_p, repetition_penalty, beams, seed, tuple(stop or ())
     )
     folders = {name: Path(folder) for name, folder in _named("--adapter", adapters).items()}
-    command.run(base, folders, use, prompt or [], prompts, settings, json_path)
+    command.run(base, folders, use, prompt or [], prompts, settings, json_path, precision)
 
 
 @app.callback(invoke_without_command=True)
@@ -176,6 +203,8 @@ def run(arguments: list[str]) -> int:
         return 0
 
 
+_COLUMN_KEYS = ("text", "prompt", "completion", "messages", "split", "subset")
+_EXAMPLES = {"--adapter": "poems=adapters/poems", "--data": "poems=held.txt", "--column": "prompt=question"}
 _STOPPED = 130  # what a shell reports for Ctrl-C
 
 
@@ -190,16 +219,27 @@ def _where_help_is(arguments: list[str]) -> str:
     return f"See: peftune{verb} --help"
 
 
+def _columns(values: list[str] | None) -> dict[str, str]:
+    columns = _named("--column", values)
+    for key in columns:
+        if key not in _COLUMN_KEYS:
+            raise UserError(f"--column {key}={columns[key]}: expected one of {', '.join(_COLUMN_KEYS)} before the =")
+    return columns
+
+
 def _named(option: str, values: list[str] | None) -> dict[str, str]:
-    """NAME=VALUE pairs in the order given; a bare path is named after its last part, without its ending."""
+    """NAME=VALUE pairs in the order given; a bare path is named after its last part."""
     named: dict[str, str] = {}
     for value in values or []:
         name, separator, path = value.partition("=")
-        if not separator:
-            name, path = Path(value).resolve().stem if option == "--data" else Path(value).resolve().name, value
+        if option != "--column" and (not separator or "/" in name):
+            name, path = (
+                Path(value).resolve().name.removesuffix(Path(value).suffix if option == "--data" else ""),
+                value,
+            )
         if not name or not path:
-            raise UserError(f"{option} {value!r}: expected NAME=PATH, such as {option} poems=path/to/poems")
+            raise UserError(f"{option} {value!r}: expected a name, = and a value, such as {_EXAMPLES[option]}")
         if name in named:
-            raise UserError(f"{option}: the name {name} is given to {named[name]} and to {path}; use two names")
+            raise UserError(f"{option}: {name} is given twice, {named[name]} and {path}; give each a name of its own")
         named[name] = path
     return named
