@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,11 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from peftune.data.tokens import encode_texts, end_of_text_id
 from peftune.errors import UserError
 from peftune.inference.beams import search
 from peftune.inference.decode import FinishReason, Row, decode, slide
 from peftune.inference.settings import GenerationSettings
-from peftune.inference.text import Decoder, StopFilter, encode_plain
+from peftune.inference.text import Decoder, StopFilter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -30,6 +32,7 @@ class Generation:
     `text` continues `prompt` and holds nothing of a stop string. `ids` are all tokens that the model wrote, those of
     the stop string too, without the `<|endoftext|>` that ended them. `finish_reason`: "stop" (a stop string came),
     "end" (`<|endoftext|>` came), "length" (`max_new_tokens` written). `prompt_tokens` counts the context token too.
+    `seed` gives the same text again; None where nothing was drawn.
     """
 
     prompt: str
@@ -37,6 +40,7 @@ class Generation:
     ids: tuple[int, ...]
     finish_reason: FinishReason
     prompt_tokens: int
+    seed: int | None
 
 
 def generate(
@@ -59,13 +63,14 @@ def generate(
     has written), it reads only the last n_positions - n_positions // 4 of them: the oldest quarter is dropped,
     positions restart at 0 and the cache is computed anew. A longer prompt is cut by the same rule.
 
-    **Random numbers.** Every prompt has a generator of its own, seeded with `settings.seed`: its text does not depend
-    on its neighbours, and equal prompts of a seeded call get equal texts.
+    **Random numbers.** Every prompt has a generator of its own, seeded with `settings.seed` (None: a new seed each):
+    its text does not depend on its neighbours, and equal prompts of a seeded call get equal texts.
 
     Beam search is Transformers', one prompt after the other, without a sliding window; a stop string cuts its result,
     and `on_text` gets all of it at once. A repetition penalty also counts the context token, as in Transformers.
     Raises UserError where a prompt does not fit the model, CheckFailed where the logits are not finite.
     """
+    end = end_of_text_id(tokenizer)
     rows = [_row(i, context_ids(tokenizer, prompt), tokenizer, model, settings) for i, prompt in enumerate(prompts)]
 
     def show(index: int, piece: str) -> None:
@@ -74,15 +79,15 @@ def generate(
 
     with _evaluating(model), torch.no_grad():
         if settings.beams > 1:
-            _search_all(model, rows, tokenizer.eos_token_id, settings, show)
+            _search_all(model, rows, end, settings, show)
         else:
-            decode(model, rows, len(tokenizer), tokenizer.eos_token_id, settings, show)
-    return [_result(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
+            decode(model, rows, len(tokenizer), end, settings, show)
+    return [_result(prompt, row, settings) for prompt, row in zip(prompts, rows, strict=True)]
 
 
 def context_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
     """What the model reads for a prompt: the context `<|endoftext|>`, then the prompt as plain text."""
-    return [tokenizer.eos_token_id, *encode_plain(tokenizer, prompt)]
+    return [end_of_text_id(tokenizer), *encode_texts([prompt], tokenizer)[0]]
 
 
 def _row(
@@ -99,11 +104,7 @@ def _row(
             f"prompt {number}: {len(context)} tokens and max_new_tokens {most} exceed the model's {config.n_positions} "
             "positions, and beam search has no sliding window; shorten one, or use beams 1"
         )
-    generator = torch.Generator()
-    if settings.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(secrets.randbelow(2**32) if settings.seed is None else settings.seed)
     window = slide(list(context), config.n_positions)
     return Row(index, context, window, Decoder(tokenizer), StopFilter(settings.stop), generator)
 
@@ -129,6 +130,7 @@ def _evaluating(model: Model) -> Iterator[None]:
         model.train(training)
 
 
-def _result(prompt: str, row: Row) -> Generation:
+def _result(prompt: str, row: Row, settings: GenerationSettings) -> Generation:
     assert row.finish_reason is not None, "decoding ends with every row finished"
-    return Generation(prompt, "".join(row.pieces), tuple(row.ids), row.finish_reason, len(row.context))
+    seed = row.generator.initial_seed() if settings.sampling_temperature > 0 else None
+    return Generation(prompt, "".join(row.pieces), tuple(row.ids), row.finish_reason, len(row.context), seed)

@@ -11,12 +11,6 @@ if TYPE_CHECKING:
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
-def encode_plain(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Token ids of `text`, in which `<|endoftext|>` and its like are ordinary characters."""
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    return ids
-
-
 def decode_plain(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
     """The text of `ids`, nothing skipped and no space tidied; bytes that are not UTF-8 become U+FFFD."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -7,7 +7,8 @@ import random
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from peftune.inference.text import Decoder, StopFilter, decode_plain, encode_plain
+from peftune.data.tokens import encode_texts
+from peftune.inference.text import Decoder, StopFilter, decode_plain
 
 MIXED = "é東京😀 a\t\u200d👩‍👩‍👧‍👦 naïve\n\n  x"
 
@@ -53,13 +54,7 @@ def test_pieces_of_any_bytes_join_to_what_decode_gives(tokenizer: PreTrainedToke
 
 def test_a_replacement_character_in_the_text_itself_survives(tokenizer: PreTrainedTokenizerFast) -> None:
     text = "a\ufffd\ufffdb\ufffd"
-    assert "".join(stream(tokenizer, encode_plain(tokenizer, text))) == text
-
-
-def test_special_tokens_in_a_prompt_are_plain_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    ids = encode_plain(tokenizer, "a<|endoftext|>b")
-    assert tokenizer.eos_token_id not in ids
-    assert decode_plain(tokenizer, ids) == "a<|endoftext|>b"
+    assert "".join(stream(tokenizer, encode_texts([text], tokenizer)[0])) == text
 
 
 def filtered(stop: tuple[str, ...], pieces: list[str]) -> tuple[str, bool]:

@@ -1,0 +1,161 @@
+"""`peftune generate`: load a base and at most one adapter, continue the prompts, print and record the texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from peftune.adapters.provenance import check_base
+from peftune.adapters.store import base_of, load_onto
+from peftune.display import Display
+from peftune.errors import UserError
+from peftune.inference.decode import slide
+from peftune.inference.generate import Generation, GenerationSettings, context_ids, generate
+from peftune.inference.output import Printer, check_writable, write_json
+from peftune.inference.prompts import gather
+from peftune.model.base import DTYPES, load_model, load_tokenizer, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from peftune.inference.decode import Model
+
+_TOGETHER = 8  # prompts in one batch
+
+
+def run(
+    base: str | None,
+    adapters: Mapping[str, Path],
+    use: str | None,
+    prompts: Sequence[str],
+    prompts_file: Path | None,
+    settings: GenerationSettings,
+    json_path: Path | None = None,
+    precision: str = "fp32",
+    stream: bool = True,
+) -> None:
+    """Continue the prompts given and those of the file, on stdout; with `json_path` as JSON too.
+
+    `use` names the adapter, "base" is none of them; None takes the only one. `base` None is the one that the adapter
+    was trained on. `precision` is fp32, bf16 or fp16. With `stream` a single prompt's text appears as it is written.
+    Raises UserError for input that cannot be used, BrokenPipeError when nobody reads stdout and no JSON is wanted.
+    """
+    if precision not in DTYPES:
+        raise UserError(f"precision is {precision}, expected one of {', '.join(DTYPES)}")
+    if json_path is not None:
+        check_writable(json_path)
+    texts = gather(prompts, prompts_file)
+    name = choose_adapter(adapters, use)
+    base = base or _recorded_base(adapters, name)
+    model, tokenizer = load(base, adapters[name] if name else None, name, precision)
+    _warn_of_cut_prompts(texts, tokenizer, model.config.n_positions)
+    printer = Printer(outlives_pipe=json_path is not None)
+    if len(texts) == 1:
+        generations = [_one(model, tokenizer, texts[0], settings, printer, stream)]
+    else:
+        generations = _several(model, tokenizer, texts, settings, printer)
+    if json_path is not None:
+        used = dataclasses.asdict(settings) | {"temperature": settings.sampling_temperature, "precision": precision}
+        write_json(json_path, {"base": base, "adapter": name, "settings": used}, generations)
+
+
+def choose_adapter(adapters: Mapping[str, Path], use: str | None) -> str | None:
+    """The name of the adapter to use, None for the base alone; UserError for a name that nothing has."""
+    if "base" in adapters:
+        raise UserError("an adapter is named base, which stands for no adapter; use --adapter OTHER=DIR")
+    known = ", ".join([*adapters, "base"])
+    if use is None and len(adapters) > 1:
+        raise UserError(f"{len(adapters)} adapters and no choice; expected --use with one of {known}")
+    if use is not None and use != "base" and use not in adapters:
+        raise UserError(f"--use {use}: no adapter has this name; known: {known}")
+    if use is None:
+        return next(iter(adapters), None)
+    return None if use == "base" else use
+
+
+def load(base: str, adapter: Path | None, name: str | None, precision: str) -> tuple[Model, PreTrainedTokenizerFast]:
+    """The base (a merged model is one too) with the adapter on it, in `precision` on the GPU if there is one.
+
+    The adapter is put on in full precision, so that one which changes the base (PiSSA) is rounded once, at the end.
+    """
+    directory = resolve(base)
+    if adapter is not None:
+        check_base(adapter, directory)
+    tokenizer = load_tokenizer(directory)
+    model: Model = load_model(directory)
+    if adapter is not None:
+        assert name is not None, "an adapter has a name"
+        model = load_onto(model, adapter, name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device, DTYPES[precision])  # type: ignore[arg-type]
+    return model.eval(), tokenizer
+
+
+def _recorded_base(adapters: Mapping[str, Path], name: str | None) -> str:
+    named = sorted({base_of(adapters[name])} if name else {base_of(directory) for directory in adapters.values()})
+    if len(named) != 1:
+        found = f"the adapters name {', '.join(named)}" if named else "no base and no adapter"
+        raise UserError(f"{found}; expected --base with a hub name, a directory or builtin:small")
+    return named[0]
+
+
+def _warn_of_cut_prompts(prompts: list[str], tokenizer: PreTrainedTokenizerFast, n_positions: int) -> None:
+    for number, prompt in enumerate(prompts, 1):
+        ids = context_ids(tokenizer, prompt)
+        read = len(slide(ids, n_positions))
+        if read < len(ids):
+            Display().say(
+                f"prompt {number}: {len(ids)} tokens, the model has {n_positions} positions: it reads the last {read}"
+            )
+
+
+def _one(
+    model: Model,
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: str,
+    settings: GenerationSettings,
+    printer: Printer,
+    stream: bool,
+) -> Generation:
+    printer.prompt(prompt)
+    began = time.monotonic()
+    on_text = (lambda _, piece: printer.continuation(piece)) if stream else None
+    (generation,) = generate(model, tokenizer, [prompt], settings, on_text)
+    if not stream:
+        printer.continuation(generation.text)
+    printer.end()
+    display, seconds = Display(), time.monotonic() - began
+    if display.console.is_terminal:
+        reason = {"stop": "stop string", "length": "length reached", "end": "document ended"}[generation.finish_reason]
+        seed = f", seed {generation.seed}" if generation.seed is not None else ""
+        display.say(f"{len(generation.ids)} tokens in {seconds:.1f} s, {reason}{seed}")
+    return generation
+
+
+def _several(
+    model: Model,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[str],
+    settings: GenerationSettings,
+    printer: Printer,
+) -> list[Generation]:
+    generations: list[Generation] = []
+    progress = Display().progress
+    progress.disable = progress.disable or printer.is_terminal  # there the texts themselves are the progress
+    with progress:
+        task = progress.add_task("generate", total=len(prompts), note="")
+        for first in range(0, len(prompts), _TOGETHER):
+            group = generate(model, tokenizer, prompts[first : first + _TOGETHER], settings)
+            for generation in group:
+                generations.append(generation)
+                printer.header(len(generations), len(prompts))
+                printer.prompt(generation.prompt)
+                printer.continuation(generation.text)
+                printer.end()
+            progress.advance(task, len(group))
+    return generations
