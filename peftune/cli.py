@@ -137,7 +137,7 @@ def merge(
     else:
         typer.echo(
             f"read back, against base + adapter: logits differ by at most {report.max_abs_logit_difference:.1e}, "
-            f"mean KL {report.mean_kl:.1e} nats per token, same likeliest token in {report.argmax_agreement:.2%} of places"
+            f"mean KL {report.mean_kl:.1e} nats per token, the same likeliest token in {report.argmax_agreement:.2%}"
         )
 
 
