@@ -1,0 +1,184 @@
+"""A run that is cut anywhere goes on with the same command and ends with the same adapter, bit for bit."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from peftune.config import Recipe
+from peftune.errors import Interrupted, UserError
+from peftune.training import checkpoint, run, step
+from peftune.training.records import read_metrics
+from peftune.training.run import train
+
+Make = Callable[..., Recipe]
+TRAINED_WITH_NOISE = ("lora.dropout=0.1", "optim.neftune=5", "optim.steps=12", "run.save_every=1")
+
+
+def fingerprint(out: Path) -> str:
+    return hashlib.sha256((out / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def test_a_run_resumed_after_every_possible_stop_equals_one_without_stops(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = recipe(*TRAINED_WITH_NOISE, "data.validation=0.2", "run.eval_every=3", f"run.out={tmp_path / 'a'}")
+    train(undisturbed)
+    disturbed = recipe(*TRAINED_WITH_NOISE, "data.validation=0.2", "run.eval_every=3", f"run.out={tmp_path / 'b'}")
+
+    def stop_after_one_step(session: object, stop: object) -> object:
+        monkeypatch.setattr(run, "learn", refuse)
+        return step.learn(session, stop)  # type: ignore[arg-type]
+
+    def refuse(session: object, stop: object) -> object:
+        raise step.StopNow
+
+    for _ in range(12):
+        monkeypatch.setattr(run, "learn", stop_after_one_step)
+        if (tmp_path / "b" / "adapter_config.json").exists():
+            break
+        try:
+            train(disturbed)
+        except Interrupted as error:
+            assert "the same command goes on" in str(error)
+    monkeypatch.undo()
+    train(disturbed)
+    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
+
+    def told(out: Path) -> list[tuple[object, ...]]:
+        events = read_metrics(out / "metrics.jsonl")
+        return [(e["event"], e["step"], e["loss"]) for e in events if e["event"] in ("train", "eval")]
+
+    assert told(tmp_path / "a") == told(tmp_path / "b")
+
+
+def command_line(made: Recipe, tmp_path: Path) -> list[str]:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(made.model_dump(mode="json")), encoding="utf-8")
+    return [sys.executable, "-m", "peftune", "train", str(path)]
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments_changes_no_bit(recipe: Make, tmp_path: Path) -> None:
+    settings = (*TRAINED_WITH_NOISE, "optim.steps=150")
+    train(recipe(*settings, f"run.out={tmp_path / 'undisturbed'}"))
+    out = tmp_path / "killed"
+    command = command_line(recipe(*settings, f"run.out={out}"), tmp_path)
+    chance, kills = random.Random(7), 0
+    for _ in range(40):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        seen = len(list((out / "checkpoints").glob("step-*")))
+        while kills < 4 and process.poll() is None:
+            now = {path.name for path in (out / "checkpoints").glob("step-*")}
+            if now and (len(now) > seen or any((out / "checkpoints").glob(".step-*"))):
+                time.sleep(chance.random() * 0.3)
+                process.kill()
+                kills += 1
+                break
+            time.sleep(0.01)
+        _, told = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, told
+    assert kills == 4
+    assert fingerprint(out) == fingerprint(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_sigterm_saves_says_so_and_exits_with_3(recipe: Make, tmp_path: Path) -> None:
+    out = tmp_path / "adapter"
+    made = recipe("optim.steps=100000", "data.validation=0.2", "run.eval_every=10", f"run.out={out}")
+    process = subprocess.Popen(command_line(made, tmp_path), stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and '"train"' not in ((out / "metrics.jsonl").read_text() if out.exists() and (out / "metrics.jsonl").exists() else ""):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 3, told
+    assert "SIGTERM" in told and "checkpoint saved" in told and "Traceback" not in told
+    found = checkpoint.newest(out / "checkpoints")
+    assert found is not None and checkpoint.read_state(found).step > 0
+
+
+def test_a_checkpoint_is_small_and_holds_no_base_weights(recipe: Make, tmp_path: Path) -> None:
+    train(recipe("run.save_every=2", f"run.out={tmp_path / 'a'}"))
+    saved = checkpoint.newest(tmp_path / "a" / "checkpoints")
+    assert saved is not None
+    trainable = 4 * sum(t.numel() for t in checkpoint.load_file(saved / "adapter.safetensors").values())
+    assert sum(path.stat().st_size for path in saved.iterdir()) < 4 * trainable + 1_000_000
+    assert all(".lora_" in name for name in checkpoint.load_file(saved / "adapter.safetensors"))
+
+
+def test_only_the_newest_two_and_the_best_checkpoint_stay(recipe: Make, tmp_path: Path) -> None:
+    (tmp_path / "best").mkdir()
+    parameters = {"p": torch.nn.Parameter(torch.ones(2))}
+    optimizer = torch.optim.AdamW(parameters.values())
+    for number in range(1, 6):
+        checkpoint.save(tmp_path, checkpoint.State(step=number, best_step=2), parameters, optimizer)
+    assert [path.name for path in checkpoint.listed(tmp_path)] == ["step-2", "step-4", "step-5"]
+
+
+def test_a_full_disk_is_one_clear_error_and_the_checkpoint_before_is_intact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters = {"p": torch.nn.Parameter(torch.ones(2))}
+    optimizer = torch.optim.AdamW(parameters.values())
+    checkpoint.save(tmp_path, checkpoint.State(step=1), parameters, optimizer)
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "_flush", full)
+    with pytest.raises(UserError, match="the disk is full; earlier checkpoints are intact"):
+        checkpoint.save(tmp_path, checkpoint.State(step=2), parameters, optimizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+    assert checkpoint.newest(tmp_path) == tmp_path / "step-1"
+
+
+@pytest.mark.parametrize("broken", ["adapter.safetensors", "moments.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, broken: str) -> None:
+    parameters = {"p": torch.nn.Parameter(torch.ones(2))}
+    optimizer = torch.optim.AdamW(parameters.values())
+    for number in (1, 2):
+        checkpoint.save(tmp_path, checkpoint.State(step=number), parameters, optimizer)
+    path = tmp_path / "step-2" / broken
+    path.write_bytes(path.read_bytes()[:7])
+    assert checkpoint.newest(tmp_path) == tmp_path / "step-1"
+
+
+def test_another_recipe_is_refused_with_the_differences(recipe: Make) -> None:
+    train(recipe("run.save_every=1"))
+    with pytest.raises(UserError, match=r"optim\.lr was 0\.01, is 0\.5.*run\.out another name"):
+        train(recipe("optim.lr=0.5"))
+
+
+def test_harmless_changes_resume(recipe: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(run, "deliver", lambda session: None)
+    train(recipe("run.save_every=1"))
+    monkeypatch.undo()
+    assert train(recipe("run.save_every=5", "run.eval_every=2", "batch.micro_size=3")).step == 3
+
+
+def test_never_refuses_where_a_checkpoint_is(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "deliver", lambda session: None)
+    train(recipe("run.save_every=1"))
+    with pytest.raises(UserError, match=r"run\.resume is never"):
+        train(recipe("run.resume=never"))
+
+
+def test_two_runs_cannot_write_one_directory(recipe: Make, tmp_path: Path) -> None:
+    from peftune.training.session import sole_writer
+
+    with sole_writer(tmp_path / "adapter"), pytest.raises(UserError, match="another run is writing there"):
+        train(recipe())
