@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,8 @@ def run(
 
     `use` names the adapter, "base" is none of them; None takes the only one. `base` None is the one that the adapter
     was trained on. `precision` is fp32, bf16 or fp16. With `stream` a single prompt's text appears as it is written.
-    Raises UserError for input that cannot be used, BrokenPipeError when nobody reads stdout and no JSON is wanted.
+    When nobody reads stdout any more, the work ends, or goes on for the JSON. Raises UserError for input that cannot
+    be used, CheckFailed where the logits are not finite.
     """
     if precision not in DTYPES:
         raise UserError(f"precision is {precision}, expected one of {', '.join(DTYPES)}")
@@ -55,13 +57,14 @@ def run(
     model, tokenizer = load(base, adapters[name] if name else None, name, precision)
     _warn_of_cut_prompts(texts, tokenizer, model.config.n_positions)
     printer = Printer(outlives_pipe=json_path is not None)
-    if len(texts) == 1:
-        generations = [_one(model, tokenizer, texts[0], settings, printer, stream)]
-    else:
-        generations = _several(model, tokenizer, texts, settings, printer)
-    if json_path is not None:
-        used = dataclasses.asdict(settings) | {"temperature": settings.sampling_temperature, "precision": precision}
-        write_json(json_path, {"base": base, "adapter": name, "settings": used}, generations)
+    with suppress(BrokenPipeError):  # nobody reads any more: done
+        if len(texts) == 1:
+            generations = [_one(model, tokenizer, texts[0], settings, printer, stream)]
+        else:
+            generations = _several(model, tokenizer, texts, settings, printer)
+        if json_path is not None:
+            used = dataclasses.asdict(settings) | {"temperature": settings.sampling_temperature, "precision": precision}
+            write_json(json_path, {"base": base, "adapter": name, "settings": used}, generations)
 
 
 def choose_adapter(adapters: Mapping[str, Path], use: str | None) -> str | None:

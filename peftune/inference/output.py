@@ -21,7 +21,8 @@ _CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(1
 class Printer:
     """Prints to stdout: prompt dim and continuation bright on a terminal, else the text and nothing more.
 
-    When the reader of a pipe has gone, BrokenPipeError passes, or with `outlives_pipe` the rest is discarded.
+    When the reader of a pipe has gone (`| head`), BrokenPipeError is raised, or with `outlives_pipe` what is still to
+    come is discarded.
     """
 
     def __init__(self, outlives_pipe: bool = False) -> None:
@@ -61,11 +62,11 @@ class Printer:
                 self._out.write(text)
             self._out.flush()
         except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._out.fileno())  # so that nothing is said about it at exit
+            os.close(nowhere)
             if not self._outlives_pipe:
                 raise
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._out.fileno())
-            os.close(nowhere)
 
 
 def check_writable(path: Path) -> None:

@@ -78,11 +78,11 @@ def test_beams_are_those_of_transformers(model: GPT2LMHeadModel, tokenizer: PreT
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("steps", [20, 100])
 def test_a_batch_gives_every_prompt_what_it_gets_alone(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, temperature: float, steps: int
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, temperature: float
 ) -> None:
-    settings = GenerationSettings(max_new_tokens=steps, temperature=temperature, seed=7, repetition_penalty=1.1)
+    # 70 tokens more than fill the window of 64, each row's at another step
+    settings = GenerationSettings(max_new_tokens=70, temperature=temperature, seed=7, repetition_penalty=1.1)
     together = generate(model, tokenizer, PROMPTS, settings)
     assert together == [generate(model, tokenizer, [prompt], settings)[0] for prompt in PROMPTS]
 
