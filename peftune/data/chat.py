@@ -80,7 +80,7 @@ def _checked(messages: Any, place: str) -> list[tuple[str, str]]:
             keys = ", ".join(map(str, message)) if isinstance(message, dict) else kind_of(message)
             raise UserError(f"{place}: message {number}: expected role and content, found {keys}")
         role, content = message["role"], message["content"]
-        if role not in NAMES:
+        if not isinstance(role, str) or role not in NAMES:
             raise UserError(f"{place}: message {number}: role {role!r}; expected {', '.join(NAMES)}")
         if not isinstance(content, str):
             raise UserError(f"{place}: message {number}: content is {kind_of(content)}; expected a string")

@@ -120,9 +120,8 @@ class _Ahead:
     def expect(self, character: str, place: str) -> None:
         found = self.peek()
         if found != character:
-            raise UserError(
-                f"{place}: not JSON: expected {character!r} after it, found {found or 'the end of the file'!r}"
-            )
+            instead = repr(found) if found else "the end of the file"
+            raise UserError(f"{place}: not JSON: expected {character!r} after it, found {instead}")
         self.at += 1
 
     def value(self, place: str) -> Any:

@@ -77,16 +77,22 @@ def identity(source: Source) -> list[str]:
 
 def files_of(source: Source) -> list[Path] | None:
     """The files that a source means, or None where it names a hub data set; UserError for a path without files."""
-    path = Path(source.path).expanduser()
+    if not source.path or "\0" in source.path:
+        raise UserError(f"{source.path!r}: expected a path, a glob, builtin:DOMAIN/PART or a hub data set")
     try:
+        path = Path(source.path).expanduser()
         found = _existing_files(path)
     except OSError as error:
-        raise UserError(f"{source.path}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{source.path[:200]}: cannot be read: {error.strerror or error}") from None
+    except RuntimeError:  # ~name without such a user
+        raise UserError(f"{source.path}: no such file (and no such user)") from None
     if found is None:
         if is_hub_name(source.path):
             return None
         raise UserError(f"{source.path}: no such file{_nearest(path)}")
     if not found:
+        if not path.is_dir():
+            raise UserError(f"{source.path}: no file matches")
         raise UserError(f"{source.path}: no file to read there; expected text, jsonl, json, csv, tsv or parquet")
     _check_options(source, found)
     return found

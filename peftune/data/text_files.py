@@ -129,7 +129,7 @@ def _how_to_split(path: Path) -> tuple[str, int]:
                 widest = max(widest, blank) if started else 0
                 started, blank = True, 0
             at_line_start = piece.endswith("\n")
-            tail = "" if at_line_start else piece[-len(END_OF_TEXT) :]
+            tail = "" if at_line_start else (tail + piece)[-len(END_OF_TEXT) :]
     return "blank-line", 2 if widest >= 2 else 1
 
 

@@ -1,0 +1,50 @@
+"""A byte-level tokenizer of 300 tokens trained here, and the real one of GPT-2 where it lies beside the project."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    engine = Tokenizer(models.BPE())
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    engine.train_from_iterator(["The cat sat on the mat. User: Assistant: Hello there.\n\n"] * 4, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=engine, eos_token="<|endoftext|>", bos_token="<|endoftext|>", model_max_length=64
+    )
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer() -> PreTrainedTokenizerFast:
+    directory = SHARED / "gpt2-tokenizer"
+    if not directory.is_dir():
+        pytest.skip(f"no GPT-2 tokenizer in {directory}")
+    return PreTrainedTokenizerFast.from_pretrained(directory)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, str | bytes], Path]:
+    """Writes a file below the test's directory and gives its path."""
+
+    def write(name: str, content: str | bytes) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+        return path
+
+    return write
