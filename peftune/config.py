@@ -6,26 +6,32 @@ A recipe is a YAML file; dotted overrides (`optim.lr=1e-4`) win over it. Field d
 
 from __future__ import annotations
 
-import difflib
+import copy
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
+from peftune.complaints import problems
 from peftune.errors import UserError
+from peftune.yaml_reader import parse, read_yaml
+
+NonEmpty = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
     """A part of the recipe: unknown keys are refused, values are not changed after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class Source(Section):
     """Where documents come from; a bare string in the recipe is short for `{path: string}`."""
 
-    path: str
+    path: NonEmpty
     """A file (txt, jsonl, json, csv, tsv, parquet), a glob, `builtin:DOMAIN/PART`, or the name of a hub data set."""
     text: str | None = None
     """Column that holds plain text; `text` is used where neither this nor `prompt` is given."""
@@ -61,11 +67,21 @@ SourceLike = Annotated[Source, BeforeValidator(_as_source)]
 SourceList = Annotated[list[SourceLike], BeforeValidator(_as_list), Field(min_length=1)]
 
 
-def _validation_kind(value: Any) -> Any:
-    """A mapping whose keys are not those of a source names evaluation domains."""
+def _validation_kind(value: Any) -> str:
+    """What `data.validation` holds; a mapping whose keys are not those of a source names evaluation domains."""
     if isinstance(value, dict) and not set(value) & set(Source.model_fields):
-        return {str(name): _as_list(source) for name, source in value.items()}
-    return _as_list(value)
+        return "(domains)"
+    return "(sources)" if isinstance(value, str | dict | list) else "(fraction)"
+
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Domains = Annotated[dict[str, SourceList], Field(min_length=1)]
+Validation = Annotated[
+    Annotated[Fraction, Tag("(fraction)")]
+    | Annotated[SourceList, Tag("(sources)")]
+    | Annotated[Domains, Tag("(domains)")],
+    Discriminator(_validation_kind),
+]
 
 
 class Data(Section):
@@ -73,10 +89,9 @@ class Data(Section):
 
     train: SourceList
     """Sources to learn from: a path, a list of paths, or mappings with `path` and the columns to read."""
-    validation: Annotated[
-        Annotated[float, Field(ge=0.0, lt=1.0)] | SourceList | dict[str, SourceList], BeforeValidator(_validation_kind)
-    ] = 0.05
-    """A fraction held out by document hash (equal documents fall on one side), sources, or named domains of sources."""
+    validation: Validation = 0.05
+    """A fraction held out by document hash (equal documents fall on one side), sources as above, or a mapping of
+    domain names to sources, each evaluated by itself; 0 is none."""
     block_size: Annotated[int, Field(ge=8)] | Literal["auto"] = "auto"
     """Tokens per block; `auto` is the context length of the base (1,024 for GPT-2)."""
     packing: bool = True
@@ -95,7 +110,7 @@ class Lora(Section):
     """Rank of the update of each adapted matrix."""
     alpha: Annotated[float, Field(gt=0)] = 32
     """Scale: the update is multiplied by alpha / rank (rslora: alpha / sqrt(rank))."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Fraction = 0.0
     """Dropout on the input of each adapter."""
     targets: Literal["all", "attention"] | Annotated[list[str], Field(min_length=1)] = "all"
     """`all` linear layers of every block, `attention` only, or module names (`c_attn`, `mlp.c_fc`, `lm_head`, …)."""
@@ -120,7 +135,7 @@ class Optim(Section):
     """Share of all steps with a rising rate (below 1), or a number of steps (1 and above)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of the adapter matrices."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
     """Decay of AdamW's moments."""
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest global gradient norm; null does not clip."""
@@ -144,7 +159,7 @@ class Batch(Section):
 class Run(Section):
     """Where results go, and how the run behaves."""
 
-    out: str
+    out: NonEmpty
     """Adapter directory to write."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the adapter's initial values, the order of samples and dropout."""
@@ -164,14 +179,14 @@ class Run(Section):
     """Stop after so many evaluations without a better validation loss; the best step is what is delivered."""
     samples: list[str] = []
     """Prompts continued greedily at each evaluation and recorded; "" begins a document."""
-    base_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    base_dropout: Fraction = 0.0
     """Dropout inside the frozen base (GPT-2 was pretrained with 0.1; for LoRA it only slows training)."""
 
 
 class Recipe(Section):
     """A whole training run."""
 
-    base: str
+    base: NonEmpty
     """Hub name (`gpt2`), directory, or `builtin:small`."""
     quantize: Literal["int8", "nf4"] | None = None
     """Load the frozen base in 8 or 4 bits."""
@@ -191,8 +206,6 @@ class Recipe(Section):
             problems.append(f"batch: micro_size {micro} is larger than global_size {self.batch.global_size}")
         if self.run.early_stopping and (self.data.validation == 0 or not self.run.eval_every):
             problems.append("run.early_stopping needs data.validation and run.eval_every")
-        if self.run.precision == "fp16" and self.run.checkpointing:
-            pass
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -203,30 +216,29 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     return recipe_from(read_yaml(Path(path)), overrides or [], str(path))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds; UserError where it cannot be read or holds something else."""
-    try:
-        value = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the recipe: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save the recipe as UTF-8") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a mapping with base, data and run; found {type(value).__name__}")
-    return value
-
-
 def recipe_from(values: dict[str, Any], overrides: list[str], name: str = "recipe") -> Recipe:
     """Validate a mapping with overrides applied; all problems are joined in one UserError."""
+    values = copy.deepcopy(values)
     for override in overrides:
         _apply(values, override)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        problems = list(dict.fromkeys(_problem(item) for item in error.errors()))
-        raise UserError(f"{name}: " + "; ".join(problems)) from None
+        raise UserError(f"{name}: " + "; ".join(problems(error, known_keys()))) from None
+
+
+def known_keys() -> dict[str, list[str]]:
+    """The keys of the recipe's top (""), of each section and of a source, by place."""
+    sections: dict[str, type[Section]] = {
+        "": Recipe,
+        "data": Data,
+        "lora": Lora,
+        "optim": Optim,
+        "batch": Batch,
+        "run": Run,
+    }
+    sections |= {"data.train": Source, "data.validation": Source}
+    return {place: list(section.model_fields) for place, section in sections.items()}
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -234,69 +246,14 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise UserError(f"override {override!r}: expected key=value, such as optim.lr=1e-4")
     try:
-        value = yaml.load(text, Loader=_Loader) if text else ""
-    except (yaml.YAMLError, ValueError):
+        value = parse(text) if text else ""
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"override {override!r}: {text!r} is not a YAML value") from None
     *parents, last = key.split(".")
     for parent in parents:
-        inner = values.setdefault(parent, {})
+        inner = {} if values.get(parent) is None else values[parent]
+        values[parent] = inner
         if not isinstance(inner, dict):
             raise UserError(f"override {override!r}: {parent} is not a section")
         values = inner
     values[last] = value
-
-
-def _problem(item: Any) -> str:
-    """One line of plain words for one pydantic error."""
-    place = [part for part in item["loc"] if not _is_internal(part)]
-    where = ".".join(str(part) for part in place)
-    if item["type"] == "extra_forbidden":
-        known = _keys_of(place[:-1])
-        near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-        return f"unknown key {where}, {hint}"
-    if item["type"] == "missing":
-        return f"{where} is missing"
-    if item["type"] == "value_error":
-        return (f"{where}: " if where else "") + str(item["ctx"]["error"])
-    return f"{where}: {item['msg'][:1].lower()}{item['msg'][1:]}, found {item['input']!r}"[:300]
-
-
-def _is_internal(part: Any) -> bool:
-    """pydantic puts the names of union members into a location; a person did not write them."""
-    return isinstance(part, str) and (part.startswith(("function-", "list[", "constrained", "dict[", "literal[", "float", "int")) or part == "Source")
-
-
-def _keys_of(place: list[Any]) -> list[str]:
-    section: type[BaseModel] = Recipe
-    for part in place:
-        annotation = section.model_fields[part].annotation if part in section.model_fields else None
-        inner = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
-        section = inner[0] if inner else Source
-    return list(section.model_fields)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `2e-4` as text; people and every other tool mean a number. Repeated keys are refused."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        repeated = {key for key in keys if keys.count(key) > 1}
-        if repeated:
-            raise ValueError(f"key {sorted(repeated)[0]} is given twice")
-        return super().construct_mapping(node, deep)
-
-
-def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
-    return float(loader.construct_scalar(node).replace("_", ""))
-
-
-def _teach_scientific_notation() -> type[_Loader]:
-    import re
-
-    _Loader.add_implicit_resolver("!sci", re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
-    _Loader.add_constructor("!sci", _number)
-    return _Loader
-
-
-_teach_scientific_notation()
