@@ -150,4 +150,5 @@ def _without_principal(out_in: torch.Tensor, target: Target) -> torch.Tensor:
     left, values, right = torch.linalg.svd(out_in, full_matrices=False)
     rank = target.rank
     kept = (left[:, :rank].double() * values[:rank].double()) @ right[:rank].double()
-    return out_in.double() - kept
+    residual: torch.Tensor = out_in.double() - kept
+    return residual

@@ -24,6 +24,7 @@ from transformers.utils import logging
 from peftune.adapters import verify as verification
 from peftune.adapters.fold import Folded
 from peftune.adapters.provenance import base_fingerprint, check_base, tensors_fingerprint
+from peftune.adapters.report import MergeReport, judged
 from peftune.adapters.shards import write_weights
 from peftune.adapters.store import Adapter, base_of, read_adapter
 from peftune.adapters.targets import layout_of
@@ -34,38 +35,10 @@ from peftune.model.weights import HEAD, WTE, open_weights
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 5_000_000_000
 _TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja",
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
-_EXACT = 1e-4  # largest logit difference of a float32 merge, for logits up to 32
-_ROUNDED_KL = {"bfloat16": 0.05, "float16": 0.005}  # nats per token that rounding the weights may cost
 _SEQUENCES, _LENGTH = 8, 128
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What was folded and how far the logits moved; written as merge.json. Differences are None without verification.
-
-    `float32_max_abs_logit_difference` is that of the fold before its weights were rounded to `dtype` (the same as
-    `max_abs_logit_difference` for float32); `rounding_mean_kl` is what the rounding cost, in nats per token.
-    """
-
-    modules_in_adapter: int
-    modules_applied: int
-    max_abs_logit_difference: float | None
-    mean_kl: float | None
-    argmax_agreement: float | None
-    dtype: str
-    base_fingerprint: str
-    adapter_fingerprint: str
-    base: str
-    tie_word_embeddings: bool
-    vocabulary: int
-    tolerance: float | None = None
-    largest_logit: float | None = None
-    positions: int | None = None
-    float32_max_abs_logit_difference: float | None = None
-    rounding_mean_kl: float | None = None
 
 
 def merge(
@@ -114,7 +87,9 @@ class _Job:
         self._check_base_is_whole()
         head = self.layout.targets.get("lm_head")
         if head is not None and "lora_B.bias" in head.parts:
-            raise UserError(f"adapter {self.adapter.directory}: lora_bias on lm_head, but the head of a GPT-2 has no bias")
+            raise UserError(
+                f"adapter {self.adapter.directory}: lora_bias on lm_head, but the head of a GPT-2 has no bias"
+            )
 
     def run(self, staging: Path, verify: bool, texts: Sequence[str] | None) -> MergeReport:
         self._write_settings(staging)
@@ -138,7 +113,9 @@ class _Job:
             if name == HEAD and weights.tied:
                 continue
             if name not in weights.names():
-                raise UserError(f"base {self.directory}: {name} is missing from the weights; download the checkpoint again")
+                raise UserError(
+                    f"base {self.directory}: {name} is missing from the weights; download the checkpoint again"
+                )
             if weights.shape(name) != tensor.shape:
                 found, wanted = weights.shape(name), tuple(tensor.shape)
                 raise UserError(f"base {self.directory}: {name} has shape {found}, config.json says {wanted}")
@@ -167,7 +144,7 @@ class _Job:
         own = self.adapter.directory
         if not any((own / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             raise UserError(
-                f"adapter {own}: was trained with {self.layout.vocabulary} tokens, the base has {self.config.vocab_size}, "
+                f"adapter {own}: has {self.layout.vocabulary} tokens, the base has {self.config.vocab_size}, "
                 "and the adapter holds no tokenizer; copy the tokenizer that it was trained with into its directory"
             )
         return own
@@ -182,7 +159,8 @@ class _Job:
         largest = max(max(row) for row in rows)
         if largest >= self.layout.vocabulary:
             raise UserError(
-                f"base {self.directory}: its tokenizer knows token {largest}, its embedding has {self.layout.vocabulary} rows"
+                f"base {self.directory}: its tokenizer knows token {largest}, but the embedding has "
+                f"{self.layout.vocabulary} rows; pass a base with its own tokenizer"
             )
         return [torch.tensor(row) for row in rows]
 
@@ -223,36 +201,10 @@ class _Job:
         found = verification.compare(trained, candidates, config, sequences, advance)
         rounding = None
         if self.dtype != "float32":
-            rounding = verification.compare(exact, {"delivered": delivered}, config, sequences, advance)["delivered"].mean_kl
-        return _judged(report, found["delivered"], found.get("exact", found["delivered"]), rounding)
-
-
-def _judged(
-    report: MergeReport, delivered: verification.Difference, exact: verification.Difference, rounding: float | None
-) -> MergeReport:
-    """The report with what was measured; CheckFailed where it is not the trained model."""
-    tolerance = _EXACT * max(1.0, exact.largest_logit / 32)
-    if not exact.max_abs <= tolerance:
-        raise CheckFailed(
-            f"merge: logits differ by {exact.max_abs:.2g} from base + adapter (allowed {tolerance:.2g}, largest logit "
-            f"{exact.largest_logit:.3g}); nothing was written"
-        )
-    if rounding is not None and not delivered.mean_kl <= _ROUNDED_KL[report.dtype]:
-        raise CheckFailed(
-            f"merge: rounding to {report.dtype} moves the distribution by {delivered.mean_kl:.2g} nats per token (allowed "
-            f"{_ROUNDED_KL[report.dtype]}); nothing was written, use --dtype float32"
-        )
-    return dataclasses.replace(
-        report,
-        max_abs_logit_difference=delivered.max_abs,
-        mean_kl=delivered.mean_kl,
-        argmax_agreement=delivered.argmax_agreement,
-        tolerance=tolerance,
-        largest_logit=exact.largest_logit,
-        positions=exact.positions,
-        float32_max_abs_logit_difference=exact.max_abs,
-        rounding_mean_kl=rounding,
-    )
+            rounding = verification.compare(exact, {"delivered": delivered}, config, sequences, advance)[
+                "delivered"
+            ].mean_kl
+        return judged(report, found["delivered"], found.get("exact", found["delivered"]), rounding)
 
 
 def _default_texts() -> list[str]:
@@ -270,8 +222,9 @@ def _check_out(out: Path, adapter: Path) -> None:
 
 def _check_loadable(directory: Path) -> None:
     """Transformers finds every tensor that its GPT-2 has, and no other, in the files as they were written."""
-    logging.disable_progress_bar()
-    _, info = AutoModelForCausalLM.from_pretrained(directory, device_map={"": "meta"}, output_loading_info=True)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, device_map={"": "meta"}, output_loading_info=True)
+    info = loaded[1]
     wrong: list[Any] = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if wrong:
         raise CheckFailed(f"merge: Transformers does not find {wrong[0]} as it expects; nothing was written")

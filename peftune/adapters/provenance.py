@@ -114,7 +114,10 @@ def check_base(adapter_dir: Path, base_dir: Path) -> None:
     """
     recorded = read_provenance(adapter_dir) or {}
     trained = recorded.get("base", "its base")
-    checks = (("base_fingerprint", "weights", base_fingerprint), ("tokenizer_fingerprint", "tokenizer", tokenizer_fingerprint))
+    checks = (
+        ("base_fingerprint", "weights", base_fingerprint),
+        ("tokenizer_fingerprint", "tokenizer", tokenizer_fingerprint),
+    )
     for key, what, fingerprint in checks:
         expected = recorded.get(key)
         if not isinstance(expected, str):
@@ -133,7 +136,8 @@ def _adds_prefix_space(inner: dict[str, Any]) -> bool:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    flat: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 def _remembered(kind: str, files: list[Path], compute: Callable[[], str]) -> str:

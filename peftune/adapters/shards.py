@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,12 @@ Chunks = Callable[[str], Iterator[torch.Tensor]]
 
 
 def write_weights(
-    directory: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, chunks: Chunks, max_bytes: int, done: Callable[[str], None]
+    directory: Path,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    chunks: Chunks,
+    max_bytes: int,
+    done: Callable[[str], None],
 ) -> list[Path]:
     """Write all tensors of `shapes` in shards of at most `max_bytes` (one file where they fit); returns the files.
 
@@ -69,7 +75,8 @@ def _write_file(
                 stored = chunk.to(dtype).contiguous()
                 if not bool(torch.isfinite(stored).all()):
                     raise CheckFailed(f"{name}: merged values do not fit {dtype}; use bfloat16 or float32")
-                file.write(memoryview(stored.reshape(-1).view(torch.uint8).numpy()))
+                flat: Any = stored.reshape(-1).view(torch.uint8).numpy()
+                file.write(memoryview(flat))
                 written += stored.numel()
             assert written == math.prod(shape), f"{name}: {written} values written, the header says {shape}"
             done(name)

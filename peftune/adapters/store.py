@@ -58,7 +58,10 @@ def read_adapter(directory: Path) -> Adapter:
         raise UserError(f"adapter {directory}: holds no tensors; train it again")
     for name, tensor in tensors.items():
         if tensor.numel() == 0:
-            raise UserError(f"adapter {directory}: {name} has shape {tuple(tensor.shape)}: saved without gathering ZeRO-3 parts")
+            shape = tuple(tensor.shape)
+            raise UserError(
+                f"adapter {directory}: {name} has shape {shape}: it was saved without gathering ZeRO-3 parts"
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"adapter {directory}: {name} holds values that are not finite; the training went wrong")
     return Adapter(directory, config, tensors, read_provenance(directory))
@@ -67,7 +70,8 @@ def read_adapter(directory: Path) -> Adapter:
 def base_of(adapter_dir: Path) -> str:
     """The name of the base that the adapter was trained on; UserError where it does not say."""
     _finish_commit(adapter_dir)
-    recorded = (read_provenance(adapter_dir) or {}).get("base") or _read_config(adapter_dir).get("base_model_name_or_path")
+    recorded = (read_provenance(adapter_dir) or {}).get("base")
+    recorded = recorded or _read_config(adapter_dir).get("base_model_name_or_path")
     if not isinstance(recorded, str) or not recorded:
         raise UserError(f"adapter {adapter_dir}: does not say which base it was trained on; pass --base")
     return recorded
@@ -80,11 +84,11 @@ def load_onto(model: GPT2LMHeadModel | PeftModel, adapter_dir: Path, name: str) 
     that are missing or left over, a name that is taken, or settings that would change the base under other adapters.
     """
     adapter = read_adapter(adapter_dir)
-    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    core: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     layout = targets.layout_of(adapter.config, adapter.tensors, core.config, str(adapter_dir))
     if layout.vocabulary != core.config.vocab_size:
         raise UserError(
-            f"adapter {adapter_dir}: was trained with {layout.vocabulary} tokens, the base has {core.config.vocab_size}; "
+            f"adapter {adapter_dir}: has {layout.vocabulary} tokens, the base has {core.config.vocab_size}; "
             "fold it in with peftune merge first"
         )
     if isinstance(model, PeftModel):
@@ -95,7 +99,11 @@ def load_onto(model: GPT2LMHeadModel | PeftModel, adapter_dir: Path, name: str) 
                 model.load_adapter(str(adapter_dir), name, low_cpu_mem_usage=layout.init is True, torch_device="cpu")
             else:
                 model = PeftModel.from_pretrained(
-                    model, str(adapter_dir), adapter_name=name, low_cpu_mem_usage=layout.init is True, torch_device="cpu"
+                    model,
+                    str(adapter_dir),
+                    adapter_name=name,
+                    low_cpu_mem_usage=layout.init is True,
+                    torch_device="cpu",
                 )
         except (ValueError, RuntimeError, KeyError) as error:
             raise UserError(f"adapter {adapter_dir}: PEFT cannot load it: {_first_line(error)}") from None
@@ -132,6 +140,7 @@ def quiet_peft() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
         warnings.filterwarnings("ignore", message=".*`?ensure_weight_tying")
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT 0.21 asks for it
         yield
 
 
@@ -198,7 +207,7 @@ def _compare(written: Adapter, config: dict[str, Any], tensors: dict[str, torch.
         raise CheckFailed(f"{written.directory}: the adapter read back is not the one that was written")
     for name, tensor in tensors.items():
         if written.tensors[name].dtype != tensor.dtype or not torch.equal(written.tensors[name], tensor.detach().cpu()):
-            raise CheckFailed(f"{written.directory}: {name} read back differs from what was written; is the disk healthy?")
+            raise CheckFailed(f"{written.directory}: {name} read back differs from what was written; check the disk")
 
 
 def _finish_commit(out: Path) -> None:
@@ -244,7 +253,8 @@ def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"adapter {directory}: {TENSORS} is not a whole safetensors file: {_first_line(error)}") from None
+            cause = _first_line(error)
+            raise UserError(f"adapter {directory}: {TENSORS} is not a whole safetensors file: {cause}") from None
     pickled = directory / "adapter_model.bin"
     if not pickled.is_file():
         raise UserError(f"adapter {directory}: no {TENSORS} in this directory; copy the whole adapter")
@@ -254,5 +264,3 @@ def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
-
-

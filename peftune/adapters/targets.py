@@ -24,12 +24,16 @@ from peftune.model.weights import HEAD, WTE
 Kind = Literal["conv1d", "linear", "embedding"]
 
 _PREFIX = "base_model.model."
-_LORA_PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+_LORA_PARTS = (
+    "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
+)  # fmt: skip
 _UNDERSTOOD = {
-    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r",
     "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
     "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
-    "megatron_core", "eva_config", "use_dora", "qalora_group_size", "runtime_config", "lora_bias", "ensure_weight_tying",
+    "megatron_core", "eva_config", "use_dora", "qalora_group_size", "runtime_config", "lora_bias",
+    "ensure_weight_tying",
 }  # fmt: skip
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # these leave the base as it is
 
@@ -109,7 +113,7 @@ def _refuse_unknown_settings(config: dict[str, Any], where: str) -> None:
     defaults = {field.name: getattr(LoraConfig(), field.name) for field in dataclasses.fields(LoraConfig)}
     for key, value in config.items():
         if key not in _UNDERSTOOD and value and value != defaults.get(key):
-            raise UserError(f"adapter {where}: uses {key}, which peftune does not understand; merge it with PEFT itself")
+            raise UserError(f"adapter {where}: uses {key}, which peftune does not understand; use PEFT itself")
     init = config.get("init_lora_weights", True)
     if init != "pissa" and init not in _PLAIN_INITS:
         raise UserError(
@@ -152,7 +156,9 @@ def _skeleton(config: dict[str, Any], base: GPT2Config, vocabulary: int, where: 
             return inject_adapter_in_model(lora, GPT2LMHeadModel(resized))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         lines = " ".join(str(error).split())
-        raise UserError(f"adapter {where}: does not fit this base (GPT-2, {base.n_layer} blocks): {lines[:300]}") from None
+        raise UserError(
+            f"adapter {where}: does not fit this base (GPT-2, {base.n_layer} blocks): {lines[:300]}"
+        ) from None
 
 
 def _compare_shapes(
@@ -164,7 +170,7 @@ def _compare_shapes(
     fits = f"the base has {base.n_layer} blocks of width {base.n_embd}; pass the base that it was trained on"
     for name, tensor in expected.items():
         if name not in stored:
-            raise UserError(f"adapter {where}: {name} is missing from its tensors, but its configuration names it; {fits}")
+            raise UserError(f"adapter {where}: {name} is named by its configuration, but is not there; {fits}")
         if stored[name].shape != tensor.shape:
             found, wanted = tuple(stored[name].shape), tuple(tensor.shape)
             raise UserError(f"adapter {where}: {name} has shape {found}, this base needs {wanted}; {fits}")
@@ -174,8 +180,10 @@ def _compare_shapes(
     plain = {_plain(name): tensor.shape for name, tensor in skeleton.state_dict().items()}
     for name, tensor in whole.items():
         if plain.get(name) != tensor.shape:
-            wanted = tuple(plain[name]) if name in plain else "no such tensor"
-            raise UserError(f"adapter {where}: brings {name} of shape {tuple(tensor.shape)}, this base has {wanted}; {fits}")
+            has = tuple(plain[name]) if name in plain else "no such tensor"
+            raise UserError(
+                f"adapter {where}: brings {name} of shape {tuple(tensor.shape)}, this base has {has}; {fits}"
+            )
 
 
 def _plain(name: str) -> str:
@@ -184,11 +192,11 @@ def _plain(name: str) -> str:
 
 def _refuse_pissa_outside_blocks(targets: dict[str, Target], base: GPT2Config, where: str) -> None:
     if any(target.kind == "embedding" for target in targets.values()):
-        raise UserError(f"adapter {where}: PiSSA on an embedding is nothing that PEFT can load; train it on linear modules")
+        raise UserError(f"adapter {where}: PiSSA on an embedding is nothing that PEFT can load; use linear modules")
     if "lm_head" in targets and base.tie_word_embeddings:
         raise UserError(
-            f"adapter {where}: PiSSA on lm_head of a base with tied embeddings changed the input embedding as well, which "
-            "no adapter holds; train it with another variant or without lm_head"
+            f"adapter {where}: PiSSA on lm_head of a base with tied embeddings changed the input embedding as well, "
+            "which no adapter holds; train it with another variant or without lm_head"
         )
 
 
@@ -198,12 +206,16 @@ def _target(name: str, layer: LoraLayer, parts: dict[str, torch.Tensor]) -> Targ
     return Target(name, kind, layer.r["default"], layer.lora_alpha["default"], layer.scaling["default"], parts)
 
 
-def _replaced(whole: dict[str, torch.Tensor], config: dict[str, Any], base: GPT2Config, where: str) -> dict[str, torch.Tensor]:
+def _replaced(
+    whole: dict[str, torch.Tensor], config: dict[str, Any], base: GPT2Config, where: str
+) -> dict[str, torch.Tensor]:
     """With a tied base, an embedding that PEFT stored beside the adapter (not as a module to save) is wte and head."""
     saved = [str(name) for name in config.get("modules_to_save") or []]
     loose = [n for n in (WTE, HEAD) if n in whole and not any(f".{n}".endswith(f".{s}.weight") for s in saved)]
     if not loose or not base.tie_word_embeddings or len(loose) < sum(n in whole for n in (WTE, HEAD)):
         return whole
     if len(loose) == 2 and not torch.equal(whole[WTE], whole[HEAD]):
-        raise UserError(f"adapter {where}: brings two different embeddings for a base that has one; name them in modules_to_save")
+        raise UserError(
+            f"adapter {where}: brings two different embeddings, the base has one; name them in modules_to_save"
+        )
     return {**whole, WTE: whole[loose[0]], HEAD: whole[loose[0]]}

@@ -10,8 +10,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
@@ -20,23 +19,14 @@ from transformers import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from peftune.adapters.fold import Folded
+from peftune.adapters.logits import Difference, Tally, together
 from peftune.adapters.targets import Layout, Target
 from peftune.errors import CheckFailed
 from peftune.model.weights import HEAD, WTE, Weights
 
 WPE = "transformer.wpe.weight"
+_PLACES = 128  # places whose logits are in memory at a time
 Pieces = list[tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of logits: largest absolute difference, mean KL(reference ‖ candidate) in nats, share of equal argmax."""
-
-    max_abs: float
-    mean_kl: float
-    argmax_agreement: float
-    largest_logit: float
-    positions: int
 
 
 class Stream(Protocol):
@@ -96,8 +86,8 @@ class WithAdapter:
         else:
             table, numbers = _gather(self._chunks(name), rows), torch.arange(len(rows))
             target = _cut(target, {"lora_embedding_A": target.parts["lora_embedding_A"][:, rows]})
-        lookup = nn.ModuleDict({"table": nn.Embedding.from_pretrained(table)})
-        return _with_peft(lookup, {"table": target}, self.layout)["table"](numbers)  # type: ignore[no-any-return, index]
+        lookup = nn.ModuleDict({"table": _lookup(table)})
+        return _with_peft(lookup, {"table": target}, self.layout).get_submodule("table")(numbers)  # type: ignore[no-any-return]
 
     def block(self, index: int) -> nn.Module:
         prefix = f"transformer.h.{index}."
@@ -119,7 +109,7 @@ class WithAdapter:
             linear.weight = nn.Parameter(weight, requires_grad=False)
             outward = {name: part[start:stop] for name, part in target.parts.items() if name != "lora_A.weight"}
             module = nn.ModuleDict({"head": linear})
-            yield _with_peft(module, {"head": _cut(target, outward)}, self.layout)["head"]  # type: ignore[index, misc]
+            yield _with_peft(module, {"head": _cut(target, outward)}, self.layout).get_submodule("head")
 
     def _tensor(self, name: str) -> torch.Tensor:
         replaced = self.layout.replaced.get(name)
@@ -139,7 +129,11 @@ class WithAdapter:
 
 @torch.no_grad()
 def compare(
-    reference: Stream, candidates: dict[str, Stream], config: GPT2Config, sequences: Sequence[torch.Tensor], done: Callable[[], None]
+    reference: Stream,
+    candidates: dict[str, Stream],
+    config: GPT2Config,
+    sequences: Sequence[torch.Tensor],
+    done: Callable[[], None],
 ) -> dict[str, Difference]:
     """Differences of each candidate's logits from the reference's at every place of every sequence of ids (n,).
 
@@ -154,59 +148,21 @@ def compare(
             del block
         done()
     flat = [_normed(stream, config, states) for stream, states in zip(streams, hidden, strict=True)]
-    tallies = [_Tally(len(flat[0])) for _ in candidates]
+    places = [slice(start, start + _PLACES) for start in range(0, len(flat[0]), _PLACES)]
+    tallies = [[Tally(len(flat[0][place])) for place in places] for _ in candidates]
     for heads in zip(*(stream.head() for stream in streams), strict=True):
-        logits = [head(states) for head, states in zip(heads, flat, strict=True)]
-        for tally, candidate in zip(tallies, logits[1:], strict=True):
-            tally.add(logits[0].double(), candidate.double())
-    return {name: tally.difference() for name, tally in zip(candidates, tallies, strict=True)}
-
-
-class _Tally:
-    """Sums over pieces of the vocabulary, for a softmax that is never whole in memory; (n,) each, float64."""
-
-    def __init__(self, positions: int) -> None:
-        self.largest = torch.full((2, positions), -torch.inf, dtype=torch.float64)
-        self.argmax = torch.zeros((2, positions), dtype=torch.int64)
-        self.total = torch.zeros((2, positions), dtype=torch.float64)
-        self.weighted = torch.zeros(positions, dtype=torch.float64)
-        self.max_abs = self.largest_logit = 0.0
-        self.seen = 0
-
-    def add(self, reference: torch.Tensor, candidate: torch.Tensor) -> None:
-        """Count one piece of logits (n, piece)."""
-        for number, logits in enumerate((reference, candidate)):
-            top, place = logits.max(dim=1)
-            larger = top > self.largest[number]
-            self.argmax[number] = torch.where(larger, place + self.seen, self.argmax[number])
-            new = torch.maximum(top, self.largest[number])
-            shrink = torch.exp(self.largest[number] - new)
-            terms = torch.exp(logits - new[:, None])
-            self.total[number] = self.total[number] * shrink + terms.sum(dim=1)
-            if number == 0:
-                self.weighted = self.weighted * shrink + (terms * (reference - candidate)).sum(dim=1)
-            self.largest[number] = new
-        self.seen += reference.shape[1]
-        self.max_abs = _largest(self.max_abs, (reference - candidate).abs().max().item())
-        self.largest_logit = _largest(self.largest_logit, reference.abs().max().item())
-
-    def difference(self) -> Difference:
-        """KL = E_p[p − q] − log Z_p + log Z_q, per place."""
-        log_z = self.total.log() + self.largest
-        kl = self.weighted / self.total[0] - log_z[0] + log_z[1]
-        agreement = (self.argmax[0] == self.argmax[1]).double().mean().item()
-        return Difference(self.max_abs, max(kl.mean().item(), 0.0), agreement, self.largest_logit, len(kl))
-
-
-def _largest(known: float, new: float) -> float:
-    return new if new != new or new > known else known  # a NaN stays
+        for number, place in enumerate(places):
+            logits = [head(states[place]) for head, states in zip(heads, flat, strict=True)]
+            for tally, candidate in zip(tallies, logits[1:], strict=True):
+                tally[number].add(logits[0].double(), candidate.double())
+    return {name: together([t.difference() for t in tally]) for name, tally in zip(candidates, tallies, strict=True)}
 
 
 def _embed(stream: Stream, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     used, places = torch.unique(torch.cat(list(sequences)), return_inverse=True)
     longest = max(len(ids) for ids in sequences)
     tokens, positions = stream.embedding(WTE, used)[places], stream.embedding(WPE, torch.arange(longest))
-    pieces = tokens.split([len(ids) for ids in sequences])
+    pieces = torch.split(tokens, [len(ids) for ids in sequences])
     return [(piece + positions[: len(piece)])[None] for piece in pieces]
 
 
@@ -230,13 +186,20 @@ def _gather(chunks: Iterator[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
     return torch.cat(found)
 
 
+def _lookup(table: torch.Tensor) -> nn.Embedding:
+    with torch.device("meta"):
+        embedding = nn.Embedding(*table.shape)
+    embedding.weight = nn.Parameter(table, requires_grad=False)
+    return embedding
+
+
 def _times(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda states: nn.functional.linear(states, weight)
 
 
 def _block(config: GPT2Config, index: int, tensor: Callable[[str], torch.Tensor]) -> nn.Module:
     with torch.device("meta"):
-        block = GPT2Block(config, layer_idx=index)
+        block = GPT2Block(config, layer_idx=index)  # type: ignore[no-untyped-call]
     prefix = f"transformer.h.{index}."
     block.load_state_dict({name: tensor(prefix + name) for name in block.state_dict()}, assign=True)
     return block.requires_grad_(False)
@@ -259,11 +222,11 @@ def _with_peft(module: nn.Module, targets: dict[str, Target], layout: Layout) ->
         fan_in_fan_out=any(target.kind == "conv1d" for target in targets.values()),
         inference_mode=True,
     )
-    state = {f"{name}.{part}": tensor.float() for name, target in targets.items() for part, tensor in target.parts.items()}
+    state = {f"{name}.{part}": value.float() for name, t in targets.items() for part, value in t.parts.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         injected = inject_adapter_in_model(config, module)
-        result = set_peft_model_state_dict(injected, state)
+        result: Any = set_peft_model_state_dict(injected, state)
     lost = [*result.unexpected_keys, *(key for key in result.missing_keys if "lora_" in key)]
     if lost:
         raise CheckFailed(f"verification: PEFT did not take {lost[0]}; please report this with the version of peft")

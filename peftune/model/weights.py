@@ -104,7 +104,7 @@ def open_weights(directory: Path) -> Weights:
                 entries[_normal(entry.key)] = entry
     absent = sorted(set(index) - stored)
     if absent:
-        raise UserError(f"base {directory}: the index names {len(absent)} tensors that no shard holds, such as {absent[0]}")
+        raise UserError(f"base {directory}: the index names {len(absent)} tensors that no shard holds: {absent[0]}, …")
     if WTE not in entries:
         raise UserError(f"base {directory}: no tensor wte.weight in {files[0].name}; expected a GPT-2 checkpoint")
     return _settle_head(directory, tuple(files), entries)
@@ -115,7 +115,9 @@ def _settle_head(directory: Path, files: tuple[Path, ...], entries: dict[str, _E
     untied = Weights(directory, files, False, entries)
     if HEAD not in entries:
         if not says_tied:
-            raise UserError(f"base {directory}: config.json says tie_word_embeddings false, but there is no lm_head.weight")
+            raise UserError(
+                f"base {directory}: config.json says tie_word_embeddings false, but lm_head.weight is missing"
+            )
         return Weights(directory, files, True, entries)
     if says_tied and _equal(untied, WTE, HEAD):
         return Weights(directory, files, True, {name: entry for name, entry in entries.items() if name != HEAD})
@@ -142,7 +144,7 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
         files = [directory / name for name in sorted(set(index.values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
-            raise UserError(f"base {directory}: {len(missing)} of {len(files)} shards are missing, such as {missing[0]}")
+            raise UserError(f"base {directory}: {len(missing)} of {len(files)} shards are missing: {missing[0]}, …")
         return files, index
     raise UserError(f"base {directory}: no weights here; expected one of {', '.join(_LAYOUTS)}")
 

@@ -1,0 +1,110 @@
+"""A fingerprint is of content, and an adapter is refused on anything but its own base."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from peftune.adapters import provenance
+from peftune.adapters.provenance import base_fingerprint, check_base, describe_base, tokenizer_fingerprint
+from peftune.errors import UserError
+
+
+def copy(base: Path, to: Path) -> Path:
+    shutil.copytree(base, to)
+    return to
+
+
+def change_one_weight(base: Path) -> None:
+    tensors = load_file(base / "model.safetensors")
+    tensors["transformer.h.1.mlp.c_fc.weight"][3, 5] += 1e-3
+    save_file(tensors, base / "model.safetensors")
+
+
+def test_fingerprint_is_the_same_for_every_layout(layouts: dict[str, Path], tiny_base: Path) -> None:
+    assert {base_fingerprint(directory) for directory in layouts.values()} == {base_fingerprint(tiny_base)}
+
+
+def test_one_changed_weight_changes_the_fingerprint(tiny_base: Path, tmp_path: Path) -> None:
+    other = copy(tiny_base, tmp_path / "other")
+    assert base_fingerprint(other) == base_fingerprint(tiny_base)
+    change_one_weight(other)
+    assert base_fingerprint(other) != base_fingerprint(tiny_base)
+
+
+def test_fingerprint_is_read_from_the_cache_the_second_time(tiny_base: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("PEFTUNE_CACHE", str(tmp_path / "cache"))
+    value = base_fingerprint(tiny_base)
+    monkeypatch.setattr(provenance, "_bytes", lambda tensor: pytest.fail("hashed again"))
+    assert base_fingerprint(tiny_base) == value
+
+
+@pytest.mark.parametrize("damage", ["broken", "list", "unwritable", "a file"])
+def test_a_broken_cache_is_no_error(damage: str, tiny_base: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    value = base_fingerprint(tiny_base)
+    cache = tmp_path / "cache"
+    if damage == "a file":
+        cache.write_text("")
+    else:
+        cache.mkdir()
+        (cache / "fingerprints.json").write_text("[1]" if damage == "list" else "{broken")
+    if damage == "unwritable":
+        os.chmod(cache, 0o500)
+    monkeypatch.setenv("PEFTUNE_CACHE", str(cache))
+    assert base_fingerprint(tiny_base) == value
+
+
+def test_tokenizer_files_of_either_format_give_the_same_fingerprint(tiny_base: Path, tmp_path: Path) -> None:
+    other = copy(tiny_base, tmp_path / "other")
+    model = json.loads((other / "tokenizer.json").read_text())
+    (other / "tokenizer.json").write_text(json.dumps(model, indent=7))  # formatting
+    assert tokenizer_fingerprint(other) == tokenizer_fingerprint(tiny_base)
+    (other / "tokenizer.json").unlink()
+    (other / "tokenizer_config.json").unlink()
+    (other / "special_tokens_map.json").unlink(missing_ok=True)
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["model"]["merges"]]
+    (other / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    end = {token["content"]: token["id"] for token in model["added_tokens"]}
+    (other / "vocab.json").write_text(json.dumps(model["model"]["vocab"] | end))
+    assert tokenizer_fingerprint(other) == tokenizer_fingerprint(tiny_base)
+
+
+def test_another_token_changes_the_tokenizer_fingerprint(tiny_base: Path, tmp_path: Path) -> None:
+    other = copy(tiny_base, tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(other)
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tiny_base)
+
+
+def test_adapter_is_refused_on_another_base_and_on_another_tokenizer(
+    tiny_base: Path, make_adapter: Any, tmp_path: Path
+) -> None:
+    adapter = make_adapter()
+    recorded = describe_base("poet", tiny_base)
+    (adapter / "peftune.json").write_text(json.dumps(recorded))
+    check_base(adapter, tiny_base)
+    weights, tokens = copy(tiny_base, tmp_path / "weights"), copy(tiny_base, tmp_path / "tokens")
+    change_one_weight(weights)
+    tokenizer = AutoTokenizer.from_pretrained(tokens)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tokens)
+    for other, key, found in (
+        (weights, "base_fingerprint", base_fingerprint(weights)),
+        (tokens, "tokenizer_fingerprint", tokenizer_fingerprint(tokens)),
+    ):
+        with pytest.raises(UserError, match="was trained on poet") as caught:
+            check_base(adapter, other)
+        message = str(caught.value)
+        assert recorded[key][:12] in message and found[:12] in message and found not in message and "\n" not in message
+
+
+def test_plain_peft_adapters_pass(tiny_base: Path, make_adapter: Any) -> None:
+    check_base(make_adapter(), tiny_base)
