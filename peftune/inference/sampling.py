@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _COLDEST = 1e-6  # a smaller temperature overflows float32 and chooses nothing else
+_FIRST_TRY = 2048  # the nucleus is sought among so many tokens first: 0.6 ms a row, 5 for all 50,257
 
 
 def penalise_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
@@ -40,11 +41,19 @@ def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
     """
     if p >= 1:
         return logits_BV
-    ordered, order = logits_BV.sort(descending=True)
-    probability = ordered.softmax(-1, dtype=torch.float64)
+    probability_BV = logits_BV.softmax(-1, dtype=torch.float64)
+    keep_BV, found_B = _nucleus(probability_BV, p, _FIRST_TRY)
+    if not bool(found_B.all()):
+        keep_BV[~found_B] = _nucleus(probability_BV[~found_B], p, logits_BV.shape[-1])[0]
+    return logits_BV.masked_fill(~keep_BV, -torch.inf)
+
+
+def _nucleus(probability_BV: Tensor, p: float, among: int) -> tuple[Tensor, Tensor]:
+    """Which tokens hold `p` of a row, sought in its `among` likeliest; and whether these were enough (B,)."""
+    probability, order = probability_BV.topk(min(among, probability_BV.shape[-1]))
     better = probability.cumsum(-1) - probability
-    drop = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, better >= p)
-    return logits_BV.masked_fill(drop, -torch.inf)
+    keep_BV = torch.zeros_like(probability_BV, dtype=torch.bool).scatter(-1, order, better < p)
+    return keep_BV, (better[:, -1] >= p) | (among >= probability_BV.shape[-1])
 
 
 def draw(logits_BV: Tensor, uniforms_B: Tensor) -> Tensor:

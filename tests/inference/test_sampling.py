@@ -56,6 +56,12 @@ def test_top_p_is_that_of_transformers(logits: torch.Tensor, p: float) -> None:
     assert torch.equal(keep_top_p(logits, p), TopPLogitsWarper(p)(NO_IDS, logits))
 
 
+@pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])
+def test_top_p_of_a_large_vocabulary_is_that_of_transformers(spread: float) -> None:
+    logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(3)) * spread
+    assert torch.equal(keep_top_p(logits, 0.9), TopPLogitsWarper(0.9)(NO_IDS, logits))
+
+
 def test_top_p_one_keeps_even_what_is_nearly_impossible() -> None:
     steep = torch.tensor([[100.0, 0.0, -100.0]])
     assert torch.equal(keep_top_p(steep, 1.0), steep)
