@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -14,9 +14,15 @@ from peftune.errors import UserError
 _TIMEOUT = 10.0  # seconds until the hub counts as out of reach
 
 
-def rows(source: Source) -> Iterator[Row]:
-    """Rows of a hub data set at the revision that `identity` names; UserError where it cannot be loaded."""
-    yield from stream(source, revision_of(source.path))
+Choose = Callable[[list[str]], list[str]]
+
+
+def rows(source: Source, choose: Choose) -> Iterator[Row]:
+    """Rows of a hub data set at the revision that `identity` names, of the columns that `choose` picks.
+
+    Raises UserError where it cannot be loaded.
+    """
+    yield from stream(source, revision_of(source.path), choose)
 
 
 def identity(source: Source) -> str:
@@ -33,13 +39,15 @@ def revision_of(name: str) -> str:
         return str(HfApi().dataset_info(name, timeout=_TIMEOUT).sha)
 
 
-def stream(source: Source, revision: str | None) -> Iterator[Row]:
+def stream(source: Source, revision: str | None, choose: Choose) -> Iterator[Row]:
     """Rows of a data set by hub name (or a directory that `datasets` understands), read as they are needed."""
     from datasets import load_dataset
 
     with _one_line_errors(source.path):
         split = source.split or "train"
         table = load_dataset(source.path, source.subset, split=split, revision=revision, streaming=True)
+        if table.column_names:  # known for most formats; pictures and sound are then not decoded
+            table = table.select_columns(choose(table.column_names))
         for number, row in enumerate(table, start=1):
             yield f"{source.path}/{split}:{number}", dict(row)
 

@@ -15,6 +15,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -23,7 +24,7 @@ from peftune.data import builtin, chat, hub, records, text_files
 from peftune.data.documents import Document
 from peftune.errors import UserError
 
-_KINDS = (("text",), ("prompt", "completion"), ("messages",))
+_KINDS = (["text"], ["prompt", "completion"], ["messages"])
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?\Z")
 _TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 
@@ -46,24 +47,21 @@ def read_documents(source: Source, split_on: str, tally: Tally | None = None) ->
         return
     files = files_of(source)
     if files is None:
-        yield from _documents_of_rows(source, hub.rows(source), tally)
+        found = hub.rows(source, partial(_columns, source, source.path))
+        yield from _documents_of_rows(source, found, tally)
         return
     for path in files:
         if path.suffix.lower() in records.SUFFIXES:
-            names: list[str] = []
-
-            def choose(found: list[str], path: Path = path, names: list[str] = names) -> list[str]:
-                return list(_columns(source, found, str(path)))
-
-            yield from _documents_of_rows(source, records.rows(path, choose), tally)
+            found = records.rows(path, partial(_columns, source, str(path)))
+            yield from _documents_of_rows(source, found, tally)
         else:
             for line, text in text_files.split_text(path, split_on):
                 yield Document(text, source=f"{path}:{line}")
 
 
-def identity(source: Source) -> list[str]:
-    """Strings that are equal where, and only where, `read_documents` gives the same texts (the path is not part)."""
-    columns = [str(name) for name in (source.text, source.prompt, source.completion, source.messages)]
+def identity(source: Source) -> list[str | None]:
+    """Values that are equal where, and only where, `read_documents` gives the same texts (the path is not part)."""
+    columns = [source.text, source.prompt, source.completion, source.messages]
     if source.path.startswith("builtin:"):
         digest = hashlib.sha256()
         for document in _builtin_documents(source):
@@ -162,10 +160,10 @@ def _builtin_documents(source: Source) -> list[Document]:
 
 
 def _documents_of_rows(source: Source, rows: Iterable[records.Row], tally: Tally) -> Iterator[Document]:
-    columns: tuple[str, ...] | None = None
+    columns: list[str] | None = None
     for place, row in rows:
         if columns is None:
-            columns = _columns(source, list(row), place)
+            columns = _columns(source, place, list(row))
         document = _document(row, columns, source, place)
         if _is_blank(document):
             tally.blank += 1
@@ -173,10 +171,10 @@ def _documents_of_rows(source: Source, rows: Iterable[records.Row], tally: Tally
             yield document
 
 
-def _columns(source: Source, found: Sequence[str], place: str) -> tuple[str, ...]:
+def _columns(source: Source, place: str, found: Sequence[str]) -> list[str]:
     """The columns to read: one for text or messages, two for prompt and completion."""
     named = [name for name in (source.text, source.prompt, source.completion, source.messages) if name is not None]
-    for columns in [tuple(named)] if named else _KINDS:
+    for columns in [named] if named else _KINDS:
         if all(column in found for column in columns):
             return columns
     missing = " and ".join(repr(name) for name in named if name not in found) or "'text'"
@@ -186,11 +184,11 @@ def _columns(source: Source, found: Sequence[str], place: str) -> tuple[str, ...
     )
 
 
-def _document(row: dict[str, Any], columns: tuple[str, ...], source: Source, place: str) -> Document:
+def _document(row: dict[str, Any], columns: list[str], source: Source, place: str) -> Document:
     missing = [column for column in columns if column not in row]
     if missing:
         raise UserError(f"{place}: no column {missing[0]!r} in this row; found {', '.join(row) or 'none'}")
-    if columns == (source.messages,) or (columns == ("messages",) and source.text is None):
+    if columns == [source.messages] or (columns == ["messages"] and source.text is None):
         turns = chat.turns_of(row[columns[0]], place)
         return Document(_text("".join(text for text, _ in turns), columns[0], place), turns=turns, source=place)
     values = [_text(row[column], column, place) for column in columns]

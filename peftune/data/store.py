@@ -37,7 +37,7 @@ from peftune.errors import CheckFailed, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 1000, 4_000_000
+_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 1000, 1_000_000
 
 
 class TokenStore:

@@ -9,7 +9,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Data beside the project, which is not part of it; a test skips what is absent."""
+    return Path(__file__).parents[3] / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
@@ -30,8 +34,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def gpt2_tokenizer() -> PreTrainedTokenizerFast:
-    directory = SHARED / "gpt2-tokenizer"
+def gpt2_tokenizer(shared: Path) -> PreTrainedTokenizerFast:
+    directory = shared / "gpt2-tokenizer"
     if not directory.is_dir():
         pytest.skip(f"no GPT-2 tokenizer in {directory}")
     return PreTrainedTokenizerFast.from_pretrained(directory)

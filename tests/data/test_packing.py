@@ -13,8 +13,6 @@ from peftune.config import Source
 from peftune.data.packing import cut_into_windows, one_window_per_block, pack
 from peftune.data.store import prepare
 
-from .conftest import SHARED
-
 LENGTHS = st.lists(st.integers(2, 90), min_size=1, max_size=60).map(np.array)
 BLOCK = st.integers(8, 40)
 
@@ -55,8 +53,8 @@ def test_packing_is_best_fit(lengths, block_size):
     assert np.array_equal(packing.example, again.example) and np.array_equal(packing.first, again.first)
 
 
-def test_e2e_fills_its_blocks(gpt2_tokenizer, write, tmp_path):
-    source = SHARED / "e2e" / "valid.txt"
+def test_e2e_fills_its_blocks(gpt2_tokenizer, shared, write, tmp_path):
+    source = shared / "e2e" / "valid.txt"
     if not source.is_file():
         pytest.skip(f"no {source}")
     pairs = [line.split("||") for line in source.read_text(encoding="utf-8").splitlines()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,18 @@ def test_processes_that_prepare_the_same_entry_at_once_agree(rows, tokenizer, tm
     [entry] = (tmp_path / "tokens").iterdir()
     whole = open_store(entry)
     assert whole is not None and found == {(whole.fingerprint, int(whole.lengths.sum()))}
+
+
+def test_many_that_find_a_damaged_entry_at_once_mend_it(rows, tokenizer, tmp_path):
+    good = prepare([rows], tokenizer, "t", " ", "auto", tmp_path)
+    [entry] = (tmp_path / "tokens").iterdir()
+    for _ in range(5):
+        (entry / "meta.json").write_text("{")
+        with ThreadPoolExecutor(4) as pool:
+            jobs = [pool.submit(prepare, [rows], tokenizer, "t", " ", "auto", tmp_path) for _ in range(4)]
+            assert all(equal(job.result(), good) for job in jobs)
+        assert [path.name for path in (tmp_path / "tokens").iterdir()] == [entry.name]
+        assert open_store(entry) is not None
 
 
 def test_the_cache_follows_the_environment(rows, tokenizer, tmp_path, monkeypatch):
