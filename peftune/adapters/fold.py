@@ -8,6 +8,7 @@ directions that the adapter started from are taken out of W first. Products are 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -59,7 +60,7 @@ class Folded:
         """(start, stop) of the pieces of rows in which embedding or head are folded."""
         shape = self._shape(name)
         target = self.layout.targets.get(name.removesuffix(".weight"))
-        if target is not None and target.kind == "linear" and self.layout.init == "pissa":
+        if target is not None and target.kind == "linear" and target.pissa:
             return [(0, shape[0])]  # the singular vectors need the whole matrix
         return row_chunks(shape)
 
@@ -124,7 +125,7 @@ def _order(name: str) -> tuple[int, int, str]:
 def _rows_of(target: Target, start: int, stop: int) -> Target:
     cut = {"lora_B.weight", "lora_B.bias", "lora_magnitude_vector"}
     parts = {name: tensor[start:stop] if name in cut else tensor for name, tensor in target.parts.items()}
-    return Target(target.name, target.kind, target.rank, target.alpha, target.scale, parts)
+    return dataclasses.replace(target, parts=parts)
 
 
 def _embedding_delta(target: Target, start: int, stop: int) -> torch.Tensor:
@@ -137,7 +138,7 @@ def _fold_matrix(weight: torch.Tensor, target: Target, layout: Layout) -> torch.
     stored_in_out = target.kind == "conv1d"
     out_in = weight.T if stored_in_out else weight
     a, b = target.parts["lora_A.weight"].double(), target.parts["lora_B.weight"].double()
-    start = _without_principal(out_in, target) if layout.init == "pissa" else out_in.double()
+    start = _without_principal(out_in, target) if target.pissa else out_in.double()
     moved = torch.addmm(start, b, a, alpha=target.scale)
     if layout.dora:
         magnitude = target.parts["lora_magnitude_vector"].double()

@@ -235,6 +235,7 @@ def _beside(out: Path) -> Iterator[Path]:
     """A directory beside `out` that takes its name at the end, and is gone if anything goes wrong."""
     staging = out.parent / f".{out.name}.merging-{os.getpid()}"
     try:
+        shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         yield staging
         if out.exists():

@@ -93,16 +93,19 @@ def load_onto(model: GPT2LMHeadModel | PeftModel, adapter_dir: Path, name: str) 
         )
     if isinstance(model, PeftModel):
         _check_company(model, adapter, name)
+    _check_embedding(adapter, core)
+    # Light loading assigns tensors instead of copying them: those of the base that are tied would come apart.
+    light = not targets.changes_base(adapter.config) and not layout.replaced
     with quiet_peft():
         try:
             if isinstance(model, PeftModel):
-                model.load_adapter(str(adapter_dir), name, low_cpu_mem_usage=layout.init is True, torch_device="cpu")
+                model.load_adapter(str(adapter_dir), name, low_cpu_mem_usage=light, torch_device="cpu")
             else:
                 model = PeftModel.from_pretrained(
                     model,
                     str(adapter_dir),
                     adapter_name=name,
-                    low_cpu_mem_usage=layout.init is True,
+                    low_cpu_mem_usage=light,
                     torch_device="cpu",
                 )
         except (ValueError, RuntimeError, KeyError) as error:
@@ -120,6 +123,18 @@ def _check_company(model: PeftModel, adapter: Adapter, name: str) -> None:
             f"adapter {adapter.directory}: one of {', '.join([*model.peft_config, name])} changes the base itself "
             "(PiSSA, or trained biases), so it cannot share it; fold that one in with peftune merge"
         )
+
+
+def _check_embedding(adapter: Adapter, core: Any) -> None:
+    """PEFT stores the embedding beside an adapter of lm_head, and writes it into the base on loading."""
+    for name, tensor in adapter.tensors.items():
+        if name.endswith(".base_layer.weight") and not targets.changes_base(adapter.config):
+            held = core.get_output_embeddings().weight.detach().cpu()
+            if not torch.equal(held, tensor.to(held.dtype)):
+                raise UserError(
+                    f"adapter {adapter.directory}: {name} is not the embedding of this base; "
+                    "pass the base that it was trained on, or fold it in with peftune merge"
+                )
 
 
 def _check_loaded(model: PeftModel, adapter: Adapter, name: str) -> None:
@@ -165,6 +180,8 @@ def write_adapter(
     try:
         if existed:
             _finish_commit(out)
+        for leftover in staging.parent.glob(f".writing-{out.name}-*"):
+            shutil.rmtree(leftover)  # of a write that was killed
         staging.mkdir(parents=True)
         _write_files(staging, peft_config, tensors, provenance, files)
         _compare(read_adapter(staging), peft_config, tensors)

@@ -40,7 +40,11 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # these lea
 
 @dataclass(frozen=True)
 class Target:
-    """One adapted module: how its weight is stored, and PEFT's rank, alpha and scale for it."""
+    """One adapted module: how its weight is stored, and PEFT's rank, alpha and scale for it.
+
+    `pissa`: PEFT takes the top `rank` singular directions out of the base's weight before it adds the update; not so
+    where the adapter brings that weight along, for then it has been taken out already.
+    """
 
     name: str
     kind: Kind
@@ -48,6 +52,7 @@ class Target:
     alpha: float
     scale: float
     parts: dict[str, torch.Tensor]
+    pissa: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,6 @@ class Layout:
     targets: dict[str, Target]
     replaced: dict[str, torch.Tensor]
     vocabulary: int
-    init: bool | str
     dora: bool
     rslora: bool
     lora_bias: bool
@@ -95,14 +99,16 @@ def layout_of(config: dict[str, Any], tensors: dict[str, torch.Tensor], base: GP
     skeleton = _skeleton(config, base, vocabulary, where)
     _compare_shapes(stored, whole, skeleton, base, where)
     layers = {name: module for name, module in skeleton.named_modules() if isinstance(module, LoraLayer)}
-    targets = {name: _target(name, layers[name], parts[name]) for name in sorted(parts)}
-    if config.get("init_lora_weights") == "pissa":
-        _refuse_pissa_outside_blocks(targets, base, where)
+    pissa = config.get("init_lora_weights") == "pissa"
+    targets = {
+        name: _target(name, layers[name], parts[name], pissa and f"{name}.weight" not in whole)
+        for name in sorted(parts)
+    }
+    _refuse_pissa_outside_blocks(targets, base, where)
     return Layout(
         targets,
         _replaced(whole, config, base, where),
         vocabulary,
-        "pissa" if config.get("init_lora_weights") == "pissa" else True,
         bool(config.get("use_dora")),
         bool(config.get("use_rslora")),
         bool(config.get("lora_bias")),
@@ -191,19 +197,19 @@ def _plain(name: str) -> str:
 
 
 def _refuse_pissa_outside_blocks(targets: dict[str, Target], base: GPT2Config, where: str) -> None:
-    if any(target.kind == "embedding" for target in targets.values()):
+    if any(target.pissa and target.kind == "embedding" for target in targets.values()):
         raise UserError(f"adapter {where}: PiSSA on an embedding is nothing that PEFT can load; use linear modules")
-    if "lm_head" in targets and base.tie_word_embeddings:
+    if "lm_head" in targets and targets["lm_head"].pissa and base.tie_word_embeddings:
         raise UserError(
             f"adapter {where}: PiSSA on lm_head of a base with tied embeddings changed the input embedding as well, "
             "which no adapter holds; train it with another variant or without lm_head"
         )
 
 
-def _target(name: str, layer: LoraLayer, parts: dict[str, torch.Tensor]) -> Target:
+def _target(name: str, layer: LoraLayer, parts: dict[str, torch.Tensor], pissa: bool) -> Target:
     base = layer.get_base_layer()
     kind: Kind = "conv1d" if isinstance(base, Conv1D) else "embedding" if isinstance(layer, Embedding) else "linear"
-    return Target(name, kind, layer.r["default"], layer.lora_alpha["default"], layer.scaling["default"], parts)
+    return Target(name, kind, layer.r["default"], layer.lora_alpha["default"], layer.scaling["default"], parts, pissa)
 
 
 def _replaced(

@@ -7,6 +7,7 @@ block, or one piece of the embedding, is in memory. All of it is float32.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -206,7 +207,7 @@ def _block(config: GPT2Config, index: int, tensor: Callable[[str], torch.Tensor]
 
 
 def _cut(target: Target, parts: dict[str, torch.Tensor]) -> Target:
-    return Target(target.name, target.kind, target.rank, target.alpha, target.scale, {**target.parts, **parts})
+    return dataclasses.replace(target, parts={**target.parts, **parts})
 
 
 def _with_peft(module: nn.Module, targets: dict[str, Target], layout: Layout) -> nn.Module:
@@ -218,7 +219,7 @@ def _with_peft(module: nn.Module, targets: dict[str, Target], layout: Layout) ->
         use_rslora=layout.rslora,
         use_dora=layout.dora,
         lora_bias=layout.lora_bias,
-        init_lora_weights="pissa" if layout.init == "pissa" else False,
+        init_lora_weights="pissa" if any(target.pissa for target in targets.values()) else False,
         fan_in_fan_out=any(target.kind == "conv1d" for target in targets.values()),
         inference_mode=True,
     )

@@ -60,10 +60,6 @@ def test_merged_equals_peft_for_every_variant_target_flag_and_layout(
         return
     adapter = make_adapter(**VARIANTS[variant], **TARGETS[target])
     tools.edit_config(adapter, fan_in_fan_out=flag)
-    if variant == "pissa" and target == "lm_head":
-        with pytest.raises(UserError, match="changed the input embedding as well"):
-            merge(adapter, tmp_path / "out", str(base), texts=tools.texts)
-        return
     report = merge(adapter, tmp_path / "out", str(base), texts=tools.texts)
     expected = tools.logits_with_peft(tiny_base, adapter)
     assert (tools.logits_of(tmp_path / "out") - expected).abs().max() <= 1e-4
@@ -146,6 +142,17 @@ def test_untouched_tensors_are_copied_bit_for_bit(
     before, after = load_file(tiny_base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"transformer.h.{i}.attn.c_attn.weight" for i in (0, 1)} and before.keys() == after.keys()
+
+
+def test_pissa_on_a_tied_head_without_its_residual_is_refused(
+    make_adapter: Any, tools: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(**TARGETS["lm_head"], init_lora_weights="pissa")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    del tensors["base_model.model.lm_head.base_layer.weight"]
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="changed the input embedding as well"):
+        merge(adapter, tmp_path / "out", str(tiny_base), texts=tools.texts)
 
 
 def test_wrong_orientation_of_a_square_matrix_is_caught(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -100,5 +101,5 @@ def test_a_pickle_that_is_cut_short_or_holds_code_is_refused(tiny_base: Path, tm
 def test_row_chunks_cover_all_rows_once() -> None:
     chunks = row_chunks((50_257, 1600))
     assert chunks[0][0] == 0 and chunks[-1][1] == 50_257
-    assert all(first[1] == second[0] for first, second in zip(chunks, chunks[1:], strict=False))
+    assert all(first[1] == second[0] for first, second in itertools.pairwise(chunks))
     assert row_chunks(()) == [] and row_chunks((5,)) == [(0, 5)]
