@@ -35,7 +35,7 @@ def revision_of(name: str) -> str:
     """Commit of a hub data set, asked for once per process so that key and rows agree."""
     from huggingface_hub import HfApi
 
-    with _one_line_errors(name):
+    with _one_line_errors(f"no file {name} and no hub data set of that name could be loaded"):
         return str(HfApi().dataset_info(name, timeout=_TIMEOUT).sha)
 
 
@@ -43,8 +43,8 @@ def stream(source: Source, revision: str | None, choose: Choose) -> Iterator[Row
     """Rows of a data set by hub name (or a directory that `datasets` understands), read as they are needed."""
     from datasets import load_dataset
 
-    with _one_line_errors(source.path):
-        split = source.split or "train"
+    split = source.split or "train"
+    with _one_line_errors(f"hub data set {source.path} could not be loaded"):
         table = load_dataset(source.path, source.subset, split=split, revision=revision, streaming=True)
         if table.column_names:  # known for most formats; pictures and sound are then not decoded
             table = table.select_columns(choose(table.column_names))
@@ -53,7 +53,7 @@ def stream(source: Source, revision: str | None, choose: Choose) -> Iterator[Row
 
 
 @contextmanager
-def _one_line_errors(name: str) -> Iterator[None]:
+def _one_line_errors(what: str) -> Iterator[None]:
     """Failures of the hub client as UserErrors, without its log of retries."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
@@ -71,7 +71,7 @@ def _one_line_errors(name: str) -> Iterator[None]:
     try:
         yield
     except failures as error:
-        raise UserError(f"no file {name} and no hub data set of that name could be loaded: {_reason(error)}") from None
+        raise UserError(f"{what}: {_reason(error)}") from None
     finally:
         log.setLevel(level)
 

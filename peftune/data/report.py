@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from peftune.config import Source
-from peftune.data.lint import lint
+from peftune.data.lint import Finding, lint
 from peftune.data.packing import Packing, pack
 from peftune.data.sources import read_documents
 from peftune.data.store import TokenStore, prepare
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _BAR = 40  # characters
 _SHOWN = 700  # characters of one piece of the preview
+_FEW = 20  # documents
 _SPANS = 6  # documents of the preview
 
 
@@ -75,6 +76,9 @@ def describe(
     store = prepare(sources, tokenizer, tokenizer_fingerprint, join, split_on, cache)
     packing = pack(store.lengths, block_size)
     findings = lint(chain.from_iterable(read_documents(source, split_on) for source in sources))
+    if len(store) < _FEW:
+        advice = "a fraction for validation is coarse; if documents were joined, choose split_on"
+        findings.append(Finding("very few documents", len(store), sources[0].path, advice))
     return {
         "sources": [source.path for source in sources],
         "documents": len(store),

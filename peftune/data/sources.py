@@ -15,7 +15,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -43,7 +43,7 @@ def read_documents(source: Source, split_on: str, tally: Tally | None = None) ->
     """
     tally = tally if tally is not None else Tally()
     if source.path.startswith("builtin:"):
-        yield from _builtin_documents(source)
+        yield from _builtin_documents(source.path)
         return
     files = files_of(source)
     if files is None:
@@ -64,7 +64,7 @@ def identity(source: Source) -> list[str | None]:
     columns = [source.text, source.prompt, source.completion, source.messages]
     if source.path.startswith("builtin:"):
         digest = hashlib.sha256()
-        for document in _builtin_documents(source):
+        for document in _builtin_documents(source.path):
             digest.update(document.text.encode("utf-8") + b"\0")
         return ["builtin", digest.hexdigest()]
     files = files_of(source)
@@ -148,12 +148,13 @@ def _hash_of_file(path: Path) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _builtin_documents(source: Source) -> list[Document]:
-    domain, _, part = source.path.removeprefix("builtin:").partition("/")
+@lru_cache(maxsize=4)  # the source of the standard library takes seconds to cut
+def _builtin_documents(path: str) -> list[Document]:
+    domain, _, part = path.removeprefix("builtin:").partition("/")
     parts = get_args(builtin.Part)
     if domain not in builtin.DOMAINS or part not in parts:
         raise UserError(
-            f"{source.path}: no such built-in corpus; expected builtin:DOMAIN/PART with DOMAIN one of "
+            f"{path}: no such built-in corpus; expected builtin:DOMAIN/PART with DOMAIN one of "
             f"{', '.join(builtin.DOMAINS)} and PART one of {', '.join(parts)}"
         )
     return builtin.documents(domain, cast(builtin.Part, part))

@@ -95,5 +95,9 @@ def test_lint_finds(document, what):
     assert finding.what.startswith(what) and finding.documents == 2
 
 
+def test_very_few_documents_are_remarked_on(source, tokenizer):
+    assert describe([source], tokenizer, "t", 64)["findings"][-1]["what"] == "very few documents"
+
+
 def test_lint_is_silent_about_good_text():
     assert lint([Document("Ã la carte “naïve”\n\tx"), Document("c", prompt="p")]) == []
