@@ -32,9 +32,11 @@ class Source(Section):
     """Where documents come from; a bare string in the recipe is short for `{path: string}`."""
 
     path: NonEmpty
-    """A file (txt, jsonl, json, csv, tsv, parquet), a glob, `builtin:DOMAIN/PART`, or the name of a hub data set."""
+    """A file (txt, jsonl, json, csv, tsv, parquet), a directory of such, a glob, `builtin:DOMAIN/PART`, or the name of
+    a hub data set."""
     text: str | None = None
-    """Column that holds plain text; `text` is used where neither this nor `prompt` is given."""
+    """Column of plain text. Where no column is named, those called `text`, else `prompt` and `completion`, else
+    `messages` are read."""
     prompt: str | None = None
     """Column of the prompt (context, never scored); goes with `completion`."""
     completion: str | None = None
@@ -74,8 +76,12 @@ def _validation_kind(value: Any) -> str:
     return "(sources)" if isinstance(value, str | dict | list) else "(fraction)"
 
 
+def _names_as_text(value: dict[Any, Any]) -> dict[str, Any]:
+    return {str(name): source for name, source in value.items()}
+
+
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Domains = Annotated[dict[str, SourceList], Field(min_length=1)]
+Domains = Annotated[dict[str, SourceList], BeforeValidator(_names_as_text), Field(min_length=1)]
 Validation = Annotated[
     Annotated[Fraction, Tag("(fraction)")]
     | Annotated[SourceList, Tag("(sources)")]
