@@ -183,7 +183,7 @@ def _parquet(path: Path, choose: Callable[[list[str]], list[str]]) -> Iterator[R
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}:{number}", row
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not a parquet file that can be read (after row {number}): {reason}") from None
 

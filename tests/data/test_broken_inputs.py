@@ -93,6 +93,11 @@ def test_a_broken_parquet_is_one_line(tokenizer, tmp_path):
     assert "a.parquet:2: column 'text' holds null" in problem_of(Source(path=str(path)), tokenizer, tmp_path)
     pq.write_table(pa.table({"text": [1, 2]}), path)
     assert "a.parquet:1: column 'text' holds a number" in problem_of(Source(path=str(path)), tokenizer, tmp_path)
+    damaged = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xff"))
+    pq.write_table(pa.table({"text": damaged}), path)
+    assert "a.parquet: not a parquet file that can be read (after row 0)" in problem_of(
+        Source(path=str(path)), tokenizer, tmp_path
+    )
     pq.write_table(pa.table({"text": ["abc" * 1000] * 100}), path, compression="none", use_dictionary=False)
     path.write_bytes(path.read_bytes()[:-200])
     assert "not a parquet file that can be read" in problem_of(Source(path=str(path)), tokenizer, tmp_path)
