@@ -139,6 +139,11 @@ def merge(
             f"read back, against base + adapter: logits differ by at most {report.max_abs_logit_difference:.1e}, "
             f"mean KL {report.mean_kl:.1e} nats per token, the same likeliest token in {report.argmax_agreement:.2%}"
         )
+    if report.rounding_mean_kl is not None:
+        typer.echo(
+            f"rounding to {report.dtype} costs {report.rounding_mean_kl:.1e} nats per token; before it logits differed "
+            f"by at most {report.float32_max_abs_logit_difference:.1e}"
+        )
 
 
 @app.command()
