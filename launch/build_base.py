@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from peftune.data.builtin import documents
+from peftune.data.builtin import TAUGHT, documents, line_hashes
 from peftune.data.packing import Packing, pack
 
 VOCABULARY, LAYERS, WIDTH, HEADS, CONTEXT = 4096, 6, 256, 4, 512
@@ -179,6 +179,7 @@ def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, out: Path, 
     model.config.save_pretrained(out)
     GenerationConfig(bos_token_id=VOCABULARY - 1, eos_token_id=VOCABULARY - 1).save_pretrained(out)
     tokenizer.save_pretrained(out)
+    np.save(out / TAUGHT.name, np.unique(np.concatenate([line_hashes(d.text) for d in documents("code", "base")])))
     (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 

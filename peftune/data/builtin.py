@@ -9,6 +9,10 @@
 Each document belongs to one part: `base` (the text that `builtin:small` learnt from, of `code` only), `train`
 (for adapters) or `heldout` (for evaluation). The part follows from a hash of the document's name (module,
 section title, code point row), so it holds across Python versions and no text changes sides.
+
+Text does move between modules from one Python to the next, and some is repeated. So the base ships the hashes of the
+lines it was taught (`TAUGHT`), and a document of which more than half the long lines are among them is in no other
+part than `base`.
 """
 
 from __future__ import annotations
@@ -19,8 +23,11 @@ import sysconfig
 import tokenize
 import unicodedata
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from peftune.data.documents import Document
 
@@ -30,6 +37,8 @@ DOMAINS = ("code", "docs", "unicode")
 # Not source that a person would write, or text of the other two domains (code pages list character names).
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "lib2to3", "html"}
 _LEFT_OUT_MODULES = ("_sysconfigdata", "this.py", "antigravity.py", "stringprep.py", "pdb.py")  # pdb quotes the reference
+TAUGHT = Path(__file__).parents[1] / "model" / "small" / "taught_lines.npy"
+_LONG = 30  # characters; shorter lines are common to all code
 _PIECE = 3000  # characters; a longer section is cut between paragraphs
 _UNNAMED_BLOCKS = ("CJK UNIFIED", "CJK COMPATIBILITY IDEOGRAPH", "HANGUL SYLLABLE", "TANGUT", "NUSHU", "KHITAN", "VARIATION SELECTOR")
 
@@ -43,6 +52,8 @@ def documents(domain: str, part: Part) -> list[Document]:
         if part_of(domain, name) == part and text not in seen:
             seen.add(text)
             chosen.append(Document(text, source=source))
+    if part != "base":
+        chosen = [document for document in chosen if not _was_taught(document.text)]
     if domain == "docs" and part == "train":
         return _without_paragraphs_of(documents(domain, "heldout"), chosen)
     return chosen
@@ -54,6 +65,24 @@ def part_of(domain: str, name: str) -> Part:
     if domain == "code":
         return "base" if percent < 88 else "train" if percent < 94 else "heldout"
     return "train" if percent < 85 else "heldout"
+
+
+def line_hashes(text: str) -> np.ndarray:
+    """Hashes, (n,) uint32, of the lines of at least 30 characters, white space at both ends aside."""
+    lines = [line.strip().encode() for line in text.splitlines()]
+    digests = b"".join(hashlib.blake2b(line, digest_size=4).digest() for line in lines if len(line) >= _LONG)
+    return np.frombuffer(digests, dtype="<u4")
+
+
+def _was_taught(text: str) -> bool:
+    """Whether the base learnt more than half of the long lines of this text."""
+    found = line_hashes(text)
+    return len(found) > 0 and float(np.isin(found, _taught()).mean()) > 0.5
+
+
+@lru_cache(maxsize=1)
+def _taught() -> np.ndarray:
+    return np.load(TAUGHT) if TAUGHT.is_file() else np.empty(0, dtype="<u4")
 
 
 def _code() -> Iterator[tuple[str, str, str]]:

@@ -116,6 +116,8 @@ def _problems(model: GPT2LMHeadModel, lora: Lora, targets: list[str]) -> list[st
         problems.append(f"lora.layers: the base has blocks 0 to {model.config.n_layer - 1}, found {beyond[0]}")
     outside = [t for t in targets if lora.layers and not any(_named(p, t) and ".h." in p for p in modules)]
     problems += [f"lora.layers: {name} lies outside the blocks, leave it out or drop lora.layers" for name in outside]
+    if lora.variant == "pissa" and any(_named(path, t) for t in targets for path in ("lm_head", "transformer.wte")):
+        problems.append("lora: pissa moves a part of the base into the adapter, which a tied lm_head or wte cannot bear; use lora")
     both = [t for t in targets if any(_named(t, m) or _named(m, t) for m in lora.modules_to_save)]
     return problems + [f"lora: {name} is both in targets and in modules_to_save" for name in both]
 

@@ -22,10 +22,12 @@ def start(precision: Precision, trackers: list[str], folder: str) -> tuple[Accel
     Raises UserError where the hardware lacks the precision asked for, or a tracker is not installed.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     _refuse_missing_trackers(trackers)
     on_gpu = torch.cuda.is_available()
     chosen = choose_precision(precision, on_gpu)
+    AcceleratorState._reset_state()  # an earlier run of this process may have used another precision
     accelerator = Accelerator(
         cpu=not on_gpu,
         mixed_precision="no" if chosen == "fp32" else chosen,

@@ -89,7 +89,7 @@ def assemble(source: Source, accelerator: Accelerator, dtype: torch.dtype, displ
     recipe = source.recipe
     adapted = load_adapted(source, dtype, accelerator.device)
     if recipe.run.checkpointing:
-        adapted.model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        _recompute_activations(adapted)
     parameters = adapted.trainable()
     bare = optimizer.build(parameters, recipe.optim, fused=accelerator.device.type == "cuda")
     scorer, wrapped = accelerator.prepare(Scorer(adapted.model, recipe.optim.neftune), bare)
@@ -114,6 +114,13 @@ def load_adapted(source: Source, dtype: torch.dtype, device: torch.device) -> lo
         parameter.data = parameter.data.to(device, torch.float32 if parameter.requires_grad else narrow)
     adapted.model.to(device)
     return adapted
+
+
+def _recompute_activations(adapted: lora.Adapted) -> None:
+    """Non-reentrant, so that gradients reach the adapter although nothing before it is trained."""
+    core = adapted.model.base_model.model
+    enable = getattr(core, "activation_checkpointing_enable", None) or core.gradient_checkpointing_enable  # renamed in Transformers 5
+    enable({"use_reentrant": False})
 
 
 def _loading_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
