@@ -36,13 +36,29 @@ def main() -> None:
     tokenizer = tokenizer_for(args.work, [d.text for d in documents("code", "base")])
     train = Blocks(tokenizer, "base")
     heldout = Blocks(tokenizer, "heldout")
-    print(f"{len(train.packing)} blocks of {CONTEXT} to learn from, {train.packing.fill():.1%} full; {len(heldout.packing)} held out", flush=True)
+    print(
+        f"{len(train.packing)} blocks of {CONTEXT} to learn from, {len(heldout.packing)} held out",
+        flush=True,
+    )
     torch.manual_seed(0)
     model = GPT2LMHeadModel(configuration())
     steps_done, seconds, loss = train_loop(model, train, heldout, args)
-    save(model, tokenizer, args.out, {"steps": steps_done, "blocks_per_step": args.batch, "tokens": steps_done * args.batch * CONTEXT,
-         "training_documents": train.documents, "heldout_documents": heldout.documents, "heldout_nats_per_token": round(loss, 4),
-         "seconds": round(seconds), "threads": torch.get_num_threads(), "torch": torch.__version__})
+    save(
+        model,
+        tokenizer,
+        args.out,
+        {
+            "steps": steps_done,
+            "blocks_per_step": args.batch,
+            "tokens": steps_done * args.batch * CONTEXT,
+            "training_documents": train.documents,
+            "heldout_documents": heldout.documents,
+            "heldout_nats_per_token": round(loss, 4),
+            "seconds": round(seconds),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
+    )
     print(f"held-out loss {loss:.4f} nats per token; written to {args.out}", flush=True)
 
 
@@ -50,15 +66,28 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=9000, help="optimizer steps in all")
     parser.add_argument("--batch", type=int, default=16, help="blocks per step")
-    parser.add_argument("--lr", type=float, default=2e-3, help="AdamW's rate for embeddings; matrices use Muon at ten times this")
+    parser.add_argument(
+        "--lr", type=float, default=2e-3, help="AdamW's rate for embeddings; matrices use Muon at ten times this"
+    )
     parser.add_argument("--work", type=Path, default=Path("build/base"), help="state for resuming")
     parser.add_argument("--out", type=Path, default=Path("build/small"), help="where the checkpoint goes")
     return parser.parse_args()
 
 
 def configuration() -> GPT2Config:
-    return GPT2Config(vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, resid_pdrop=0.0,
-                      embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="eager", bos_token_id=VOCABULARY - 1, eos_token_id=VOCABULARY - 1)
+    return GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=CONTEXT,
+        n_embd=WIDTH,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        attn_implementation="eager",
+        bos_token_id=VOCABULARY - 1,
+        eos_token_id=VOCABULARY - 1,
+    )
 
 
 def tokenizer_for(work: Path, texts: list[str]) -> PreTrainedTokenizerFast:
@@ -68,10 +97,21 @@ def tokenizer_for(work: Path, texts: list[str]) -> PreTrainedTokenizerFast:
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
-        bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCABULARY - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        bpe.train_from_iterator(
+            texts,
+            trainers.BpeTrainer(
+                vocab_size=VOCABULARY - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+            ),
+        )
         bpe.add_special_tokens([END])
         bpe.save(str(path))
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(path)), eos_token=END, bos_token=END, unk_token=END, model_max_length=CONTEXT)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_file(str(path)),
+        eos_token=END,
+        bos_token=END,
+        unk_token=END,
+        model_max_length=CONTEXT,
+    )
 
 
 class Blocks:
@@ -108,7 +148,9 @@ def compiled_loss(model: GPT2LMHeadModel) -> Loss:
 
     def summed(ids: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            hidden = model.transformer(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state
+            hidden = model.transformer(
+                input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False
+            ).last_hidden_state
             logits = model.lm_head(hidden.flatten(0, 1))
         return torch.nn.functional.cross_entropy(logits.float(), labels.flatten(), ignore_index=-100, reduction="sum")
 
@@ -128,11 +170,15 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 200, (steps - step) / (0.25 * steps))
 
 
-def train_loop(model: GPT2LMHeadModel, train: Blocks, heldout: Blocks, args: argparse.Namespace) -> tuple[int, float, float]:
+def train_loop(
+    model: GPT2LMHeadModel, train: Blocks, heldout: Blocks, args: argparse.Namespace
+) -> tuple[int, float, float]:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".h." in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".h." in n)]
-    optimizers = [torch.optim.Muon(matrices, lr=10 * args.lr, weight_decay=0.01, momentum=0.95),
-                  torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=10 * args.lr, weight_decay=0.01, momentum=0.95),
+        torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
     base_rates = [10 * args.lr, args.lr]
     step, seconds, state = 0, 0.0, args.work / "state.pt"
     if state.exists():
@@ -160,8 +206,15 @@ def train_loop(model: GPT2LMHeadModel, train: Blocks, heldout: Blocks, args: arg
             print(f"step {step} loss {running:.3f} {step * args.batch * CONTEXT / elapsed:.0f} tokens/s", flush=True)
         if step % 250 == 0 or step == args.steps:
             print(f"step {step} held out {evaluate(loss_of, heldout, args.batch):.4f}", flush=True)
-            torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
-                        "seconds": time.monotonic() - started}, state.with_suffix(".new"))
+            torch.save(
+                {
+                    "model": model.state_dict(),
+                    "optimizers": [o.state_dict() for o in optimizers],
+                    "step": step,
+                    "seconds": time.monotonic() - started,
+                },
+                state.with_suffix(".new"),
+            )
             state.with_suffix(".new").rename(state)
     return step, time.monotonic() - started, evaluate(loss_of, heldout, args.batch)
 
@@ -174,7 +227,11 @@ def blocks_of(step: int, batch: int, total: int) -> list[int]:
 
 def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, out: Path, facts: dict[str, object]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    weights = {
+        name: tensor.to(torch.bfloat16).contiguous()
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(out)
     GenerationConfig(bos_token_id=VOCABULARY - 1, eos_token_id=VOCABULARY - 1).save_pretrained(out)

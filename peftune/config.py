@@ -105,8 +105,8 @@ class Data(Section):
     join: Literal[" ", ""] = " "
     """Put between prompt and completion where neither has white space at the seam."""
     split_on: Literal["auto", "blank-line", "endoftext", "file", "line"] = "auto"
-    """How a txt file becomes documents; `auto`: at `<|endoftext|>` if the file has one, else at two blank lines if
-    it has any, else at one blank line."""
+    """How a txt file becomes documents; `auto`: at `<|endoftext|>` if the file has one, else at two or more blank lines
+    if at least one gap in 20 is that wide, else at every blank line."""
 
 
 class Lora(Section):

@@ -40,7 +40,7 @@ Matrix = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 def matrix_table(rows: Matrix, key: str = "perplexity") -> Table:
-    """Rows (the base first, then adapters) by domains; the best of each domain is green, changes are against the base."""
+    """Rows (the base first, then adapters) by domains; the best is green, changes are against the base."""
     title = {"perplexity": "Held-out perplexity (lower is better)", "bits_per_byte": "Bits per byte"}.get(key, key)
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
     table.add_column("model")
@@ -49,7 +49,10 @@ def matrix_table(rows: Matrix, key: str = "perplexity") -> Table:
         table.add_column(domain, justify="right")
     base = rows.get("base")
     for name, figures in rows.items():
-        cells = [_cell(figures[d][key], base[d][key] if base and name != "base" else None, _is_best(rows, d, key, name)) for d in domains]
+        cells = [
+            _cell(figures[d][key], base[d][key] if base and name != "base" else None, _is_best(rows, d, key, name))
+            for d in domains
+        ]
         table.add_row(name, *cells)
     return table
 

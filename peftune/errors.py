@@ -1,9 +1,9 @@
 """What can go wrong, as one tree; each leaf carries the exit code of the command line.
 
-    PeftuneError
-    ├── UserError        2  the user's input is at fault: one line, no traceback
-    ├── Interrupted      3  SIGTERM/SIGINT after a checkpoint was saved
-    └── CheckFailed      4  a check of ours failed (merge not equal, dead adapter, non-finite loss)
+PeftuneError
+├── UserError        2  the user's input is at fault: one line, no traceback
+├── Interrupted      3  SIGTERM/SIGINT after a checkpoint was saved
+└── CheckFailed      4  a check of ours failed (merge not equal, dead adapter, non-finite loss)
 """
 
 from __future__ import annotations

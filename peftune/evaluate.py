@@ -97,7 +97,12 @@ def matrix(
             for domain, blocks in domains.items():
                 with _in_precision(precision, device):
                     nats = summed_nats_over(
-                        scorer, blocks, range(len(blocks)), batch, device, on_batch=lambda done: progress.advance(task, done)
+                        scorer,
+                        blocks,
+                        range(len(blocks)),
+                        batch,
+                        device,
+                        on_batch=lambda done: progress.advance(task, done),
                     )
                 rows[name][domain] = Score(nats, blocks.tokens(), blocks.text_bytes()).figures()
         progress.remove_task(task)
@@ -105,10 +110,8 @@ def matrix(
 
 
 def _load(base: Path, adapter: Path | None, name: str, device: torch.device) -> GPT2LMHeadModel | PeftModel:
-    model: GPT2LMHeadModel | PeftModel = bases.load_model(base)
-    if adapter is not None:
-        model = load_onto(model, adapter, name)
-    return model.to(device)
+    model = bases.load_model(base)
+    return model.to(device) if adapter is None else load_onto(model, adapter, name).to(device)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -155,7 +158,10 @@ def read_domains(base: Path, data: Mapping[str, list[Source]], block_size: int |
 
 def as_json(domains: Mapping[str, Blocks], rows: Mapping[str, Mapping[str, Figures]]) -> dict[str, object]:
     """The contract of `peftune eval --json`."""
-    facts = {name: {"documents": len(b.documents), "tokens": b.tokens(), "bytes": b.text_bytes()} for name, b in domains.items()}
+    facts = {
+        name: {"documents": len(b.documents), "tokens": b.tokens(), "bytes": b.text_bytes()}
+        for name, b in domains.items()
+    }
     return {"domains": facts, "rows": rows}
 
 

@@ -70,8 +70,9 @@ def run(out: Path, files: list[Path]) -> None:
     with _stage(display, seconds, f"merging adapter docs into an ordinary checkpoint, {merged}"):
         report = merge(adapters["docs"], merged, BASE)
         console.print(
-            f"  {report.modules_applied} of {report.modules_in_adapter} modules applied; logits of merged and base + adapter "
-            f"differ by at most {report.max_abs_logit_difference:.1e}, the same likeliest token in {report.argmax_agreement:.2%}"
+            f"  {report.modules_applied} of {report.modules_in_adapter} modules applied; logits of merged and "
+            f"base + adapter differ by at most {report.max_abs_logit_difference:.1e}, "
+            f"the same likeliest token in {report.argmax_agreement:.2%}"
         )
     with _stage(display, seconds, "generating: the same prompt and seed, base and adapter"):
         samples = [_sample(base, lesson, adapters[lesson.name]) for lesson in lessons]
@@ -163,7 +164,9 @@ def _show_sample(console: Console, sample: dict[str, str]) -> None:
         console.print(Text("\n").join(Text("     ") + line for line in body.split("\n")))
 
 
-def _finish(out: Path, adapters: dict[str, Path], rows: dict[str, Any], facts: dict[str, Any], console: Console) -> None:
+def _finish(
+    out: Path, adapters: dict[str, Path], rows: dict[str, Any], facts: dict[str, Any], console: Console
+) -> None:
     runs = {name: read_metrics(directory / "metrics.jsonl") for name, directory in adapters.items()}
     (out / "quickstart.png").write_bytes(draw_overview(runs, rows))
     facts["files"] = {"picture": str(out / "quickstart.png"), "merged": str(out / "merged-docs")} | {

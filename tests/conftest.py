@@ -33,7 +33,9 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=299, initial_alphabet=alphabet, show_progress=False))
+    backend.train_from_iterator(
+        TEXT, trainers.BpeTrainer(vocab_size=299, initial_alphabet=alphabet, show_progress=False)
+    )
     backend.add_special_tokens(["<|endoftext|>"])
     end = backend.token_to_id("<|endoftext|>")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", bos_token="<|endoftext|>")

@@ -1,10 +1,10 @@
 """Real text that every Python installation carries: three demonstration domains, nothing fetched.
 
-| domain    | text                                                        | a document is                              |
-|-----------|-------------------------------------------------------------|--------------------------------------------|
-| `code`    | source of the standard library, without tests and tables     | a top-level definition or what lies between |
-| `docs`    | the language reference in `pydoc_data.topics`                | a section, or a piece of a long one         |
-| `unicode` | character names from `unicodedata`                           | the names of 16 neighbouring code points    |
+| domain    | text                                              | a document is                               |
+|-----------|---------------------------------------------------|---------------------------------------------|
+| `code`    | source of the standard library, without its tests | a top-level definition or what lies between |
+| `docs`    | the language reference in `pydoc_data.topics`     | a section, or a piece of a long one         |
+| `unicode` | character names from `unicodedata`                | the names of 16 neighbouring code points    |
 
 Each document belongs to one part: `base` (the text that `builtin:small` learnt from, of `code` only), `train`
 (for adapters) or `heldout` (for evaluation). The part follows from a hash of the document's name (module,
@@ -24,6 +24,7 @@ import tokenize
 import unicodedata
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -35,12 +36,36 @@ Part = Literal["base", "train", "heldout"]
 DOMAINS = ("code", "docs", "unicode")
 
 # Not source that a person would write, or text of the other two domains (code pages list character names).
-_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "lib2to3", "html"}
-_LEFT_OUT_MODULES = ("_sysconfigdata", "this.py", "antigravity.py", "stringprep.py", "pdb.py")  # pdb quotes the reference
+_LEFT_OUT = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "encodings",
+    "pydoc_data",
+    "lib2to3",
+    "html",
+}
+_LEFT_OUT_MODULES = (
+    "_sysconfigdata",
+    "this.py",
+    "antigravity.py",
+    "stringprep.py",
+    "pdb.py",
+)  # pdb quotes the reference
 TAUGHT = Path(__file__).parents[1] / "model" / "small" / "taught_lines.npy"
 _LONG = 30  # characters; shorter lines are common to all code
 _PIECE = 3000  # characters; a longer section is cut between paragraphs
-_UNNAMED_BLOCKS = ("CJK UNIFIED", "CJK COMPATIBILITY IDEOGRAPH", "HANGUL SYLLABLE", "TANGUT", "NUSHU", "KHITAN", "VARIATION SELECTOR")
+_UNNAMED_BLOCKS = (
+    "CJK UNIFIED",
+    "CJK COMPATIBILITY IDEOGRAPH",
+    "HANGUL SYLLABLE",
+    "TANGUT",
+    "NUSHU",
+    "KHITAN",
+    "VARIATION SELECTOR",
+)
 
 
 def documents(domain: str, part: Part) -> list[Document]:
@@ -89,7 +114,11 @@ def _code() -> Iterator[tuple[str, str, str]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        if _LEFT_OUT & set(relative.parts) or relative.name.startswith(_LEFT_OUT_MODULES) or "config-" in relative.parts[0]:
+        if (
+            _LEFT_OUT & set(relative.parts)
+            or relative.name.startswith(_LEFT_OUT_MODULES)
+            or "config-" in relative.parts[0]
+        ):
             continue
         try:
             with tokenize.open(path) as file:
@@ -113,7 +142,7 @@ def _top_level_pieces(source: str, tree: ast.Module) -> Iterator[tuple[int, str]
                 first -= 1
             cuts |= {first, node.end_lineno}
     ordered = sorted(cuts)
-    for first, last in zip(ordered, ordered[1:], strict=False):
+    for first, last in pairwise(ordered):
         piece = "".join(lines[first:last]).strip("\n")
         if len(piece) >= 40:
             yield first + 1, piece + "\n"
@@ -131,7 +160,11 @@ def _docs() -> Iterator[tuple[str, str, str]]:
 def _sections(text: str) -> Iterator[tuple[str, str]]:
     """(title, text with its heading) of each underlined heading of a reference page."""
     lines = text.split("\n")
-    heads = [i for i, line in enumerate(lines[1:]) if len(line) >= 3 and not line.strip(line[0]) and line[0] in "*=-~" and lines[i].strip()]
+    heads = [
+        i
+        for i, line in enumerate(lines[1:])
+        if len(line) >= 3 and not line.strip(line[0]) and line[0] in "*=-~" and lines[i].strip()
+    ]
     for first, last in zip([0, *heads], [*heads, len(lines)], strict=True):
         body = "\n".join(lines[first:last]).strip("\n")
         if body:

@@ -60,14 +60,13 @@ def pack(lengths: np.ndarray, block_size: int) -> Packing:
     open_blocks = _FreeSpace(block_size)
     blocks = 0
     for window, size in zip(longest_first.tolist(), sizes[longest_first].tolist(), strict=True):
-        found = open_blocks.take(size)
-        if found is None:
-            found, free = (blocks, block_size)
+        taken = open_blocks.take(size)
+        if taken is None:
+            taken = blocks, block_size
             blocks += 1
-        else:
-            found, free = found
-        block_of[window] = found
-        open_blocks.put(found, free - size)
+        block, free = taken
+        block_of[window] = block
+        open_blocks.put(block, free - size)
     order = np.argsort(block_of, kind="stable")
     first = np.searchsorted(block_of[order], np.arange(blocks + 1))
     return Packing(block_size, first, example[order], start[order], stop[order])

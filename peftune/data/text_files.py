@@ -8,8 +8,8 @@ A file may be larger than memory; what must fit is one document. How a file is s
 | `blank-line` | lines that follow each other without a blank line (a blank line holds white space at most)    |
 | `line`       | a line that is not blank                                                                      |
 | `file`       | the whole file                                                                                |
-| `auto`       | `endoftext` if the file has one; else cut at two or more blank lines, if there are such       |
-|              | between text; else `blank-line`                                                               |
+| `auto`       | `endoftext` if the file has one; else cut at two or more blank lines, if at least one in 20   |
+|              | of the gaps between text is that wide (a stray one is no rule); else `blank-line`             |
 
 Line ends become LF, a byte order mark is removed, and a document loses its first and last line feeds, nothing else.
 """
@@ -28,6 +28,7 @@ from peftune.errors import UserError
 END_OF_TEXT = "<|endoftext|>"
 
 SplitOn = Literal["auto", "blank-line", "endoftext", "file", "line"]
+_WIDE_SHARE = 20  # `auto`: one gap in so many must be wide for wide gaps to be what separates documents
 _PIECE = 1 << 20  # characters; a longer line is handled in pieces
 _MARKS = (  # the longer mark first: UTF-32-LE begins like UTF-16-LE
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -117,7 +118,7 @@ def _pieces(file: io.TextIOWrapper) -> Iterator[str]:
 
 def _how_to_split(path: Path) -> tuple[str, int]:
     """What `auto` means for this file: (`endoftext` or `blank-line`, blank lines that end a document)."""
-    widest = blank = 0
+    gaps = wide = blank = 0
     started, at_line_start, tail = False, True, ""
     with open_text(path) as file:
         for piece in _pieces(file):
@@ -126,11 +127,12 @@ def _how_to_split(path: Path) -> tuple[str, int]:
             if at_line_start and not piece.strip():
                 blank += 1
             elif piece.strip():
-                widest = max(widest, blank) if started else 0
+                gaps += started and blank > 0
+                wide += started and blank > 1
                 started, blank = True, 0
             at_line_start = piece.endswith("\n")
             tail = "" if at_line_start else (tail + piece)[-len(END_OF_TEXT) :]
-    return "blank-line", 2 if widest >= 2 else 1
+    return "blank-line", 2 if wide and wide * _WIDE_SHARE >= gaps else 1
 
 
 def _between_separators(file: io.TextIOWrapper) -> Iterator[tuple[int, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,13 +34,20 @@ def resolve(name: str) -> Path:
             raise UserError(f"base {name}: no config.json in this directory{hint}")
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
-        raise UserError(f"base {name}: no such directory; expected a GPT-2 checkpoint directory, a hub name or builtin:small")
+        raise UserError(
+            f"base {name}: no such directory; expected a GPT-2 checkpoint directory, a hub name or builtin:small"
+        )
     return _from_hub(name)
 
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         directory = Path(snapshot_download(name, allow_patterns=_WANTED))
@@ -67,7 +74,7 @@ def load_config(directory: Path) -> GPT2Config:
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind != "gpt2":
         raise UserError(f"base {directory}: model_type is {kind}, peftune trains GPT-2 models only (model_type gpt2)")
-    return GPT2Config.from_pretrained(directory)  # type: ignore[no-any-return]
+    return GPT2Config.from_pretrained(directory)
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
@@ -77,11 +84,13 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise UserError(f"base {directory}: no tokenizer here (tokenizer.json, or vocab.json and merges.txt)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer: Any = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"base {directory}: the tokenizer cannot be read: {_first_line(error)}") from None
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        raise UserError(f"base {directory}: expected a fast tokenizer with an end token, found {type(tokenizer).__name__}")
+        raise UserError(
+            f"base {directory}: expected a fast tokenizer with an end token, found {type(tokenizer).__name__}"
+        )
     return tokenizer  # type: ignore[no-any-return]
 
 
@@ -98,13 +107,14 @@ def load_model(
 
     config = load_config(directory)
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = dropout
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        model, info = GPT2LMHeadModel.from_pretrained(
+        loaded: Any = GPT2LMHeadModel.from_pretrained(
             directory, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"base {directory}: the weights cannot be read: {_first_line(error)}") from None
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(f"base {directory}: {len(missing)} tensors are missing from the weights, such as {missing[0]}")

@@ -77,7 +77,9 @@ def peft_config(model: GPT2LMHeadModel, lora: Lora) -> LoraConfig:
     problems = _problems(model, lora, targets)
     if problems:
         raise UserError("; ".join(problems))
-    layered = {"layers_to_transform": sorted(set(lora.layers)), "layers_pattern": "h"} if lora.layers else {}
+    layered: dict[str, Any] = (
+        {"layers_to_transform": sorted(set(lora.layers)), "layers_pattern": "h"} if lora.layers else {}
+    )
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
@@ -117,7 +119,9 @@ def _problems(model: GPT2LMHeadModel, lora: Lora, targets: list[str]) -> list[st
     outside = [t for t in targets if lora.layers and not any(_named(p, t) and ".h." in p for p in modules)]
     problems += [f"lora.layers: {name} lies outside the blocks, leave it out or drop lora.layers" for name in outside]
     if lora.variant == "pissa" and any(_named(path, t) for t in targets for path in ("lm_head", "transformer.wte")):
-        problems.append("lora: pissa moves a part of the base into the adapter, which a tied lm_head or wte cannot bear; use lora")
+        problems.append(
+            "lora: pissa moves a part of the base into the adapter, which a tied lm_head or wte cannot bear; use lora"
+        )
     both = [t for t in targets if any(_named(t, m) or _named(m, t) for m in lora.modules_to_save)]
     return problems + [f"lora: {name} is both in targets and in modules_to_save" for name in both]
 
@@ -126,7 +130,9 @@ def _named(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
 
-def stored_adapter(adapted: Adapted, values: dict[str, torch.Tensor] | None = None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def stored_adapter(
+    adapted: Adapted, values: dict[str, torch.Tensor] | None = None
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What `adapter_config.json` and `adapter_model.safetensors` hold: plain PEFT, for the untouched base.
 
     `values` replaces the current parameters by name (ranks that hold only a part gather first). PiSSA moved a part
@@ -137,7 +143,11 @@ def stored_adapter(adapted: Adapted, values: dict[str, torch.Tensor] | None = No
         tensors = get_peft_model_state_dict(adapted.model, state_dict=dict(named), save_embedding_layers=False)
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     config = adapted.model.peft_config["default"].to_dict()
-    config |= {"inference_mode": True, "fan_in_fan_out": _has_conv1d(adapted.model), "target_modules": sorted(config["target_modules"])}
+    config |= {
+        "inference_mode": True,
+        "fan_in_fan_out": _has_conv1d(adapted.model),
+        "target_modules": sorted(config["target_modules"]),
+    }
     if adapted.initial:
         tensors = _without_initial(tensors, adapted.initial)
         config |= {"init_lora_weights": True, "r": 2 * config["r"], "lora_alpha": 2 * config["lora_alpha"]}

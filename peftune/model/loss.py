@@ -20,14 +20,18 @@ def summed_nats(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor) ->
     A plain frozen `nn.Linear` head takes the short way: its gradient with respect to `hidden` is computed in the
     forward, chunk by chunk, so that logits are made once (4VD instead of 6VD operations a place) and dropped at once.
     """
-    if type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad:
+    if _is_frozen_linear(head):
         total: torch.Tensor = _FrozenHead.apply(hidden, head.weight, targets)  # type: ignore[no-untyped-call]
         return total
     parts = [
         F.cross_entropy(head(rows).float(), wanted, reduction="sum").double()
-        for rows, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+        for rows, wanted in zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True)
     ]
     return torch.stack(parts).sum() if parts else hidden.sum().double() * 0.0
+
+
+def _is_frozen_linear(head: nn.Module) -> bool:
+    return type(head) is nn.Linear and getattr(head, "bias", None) is None and not head.weight.requires_grad
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -51,7 +55,7 @@ class _FrozenHead(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return (gradient * upstream.to(torch.float32)).to(ctx.dtype), None, None
 

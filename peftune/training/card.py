@@ -45,10 +45,17 @@ It is an ordinary PEFT adapter: `PeftModel.from_pretrained(base, "{out}")` loads
 def _table(metrics: dict[str, dict[str, dict[str, float]]]) -> str:
     if not metrics:
         return "It was not evaluated: the recipe has no validation data."
-    rows = ["| held-out domain | scored tokens | perplexity of the base | with this adapter | bits per byte | with this adapter |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| held-out domain | scored tokens | perplexity, base | with adapter | bits per byte, base | with adapter |",
+        "|---|---|---|---|---|---|",
+    ]
     for domain, figures in metrics.items():
         base, adapter = figures.get("base"), figures.get("adapter")
-        cells = [f"{row[key]:.3f}" if row else "–" for key in ("perplexity", "bits_per_byte") for row in (base, adapter)]
+        cells = [
+            f"{row[key]:.3f}" if row else "not measured"
+            for key in ("perplexity", "bits_per_byte")
+            for row in (base, adapter)
+        ]
         tokens = (adapter or base or {}).get("tokens", 0)
         rows.append(f"| {domain} | {int(tokens):,} | {' | '.join(cells)} |")
     return "\n".join(rows)

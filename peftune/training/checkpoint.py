@@ -112,7 +112,9 @@ def restore(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.op
             parameter.copy_(values[name])
     moments = load_file(path / "moments.safetensors")
     for name, parameter in parameters.items():
-        entries = {key: moments[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{key}" in moments}
+        entries = {
+            key: moments[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{key}" in moments
+        }
         if entries:
             optimizer.state[parameter] = _placed(entries, parameter, optimizer)
     return read_state(path)
@@ -124,10 +126,14 @@ def moments_of(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optim
 
 
 def _flat(moments: Moments) -> dict[str, torch.Tensor]:
-    return {f"{name}/{key}": value.detach().cpu().contiguous() for name, m in moments.items() for key, value in m.items()}
+    return {
+        f"{name}/{key}": value.detach().cpu().contiguous() for name, m in moments.items() for key, value in m.items()
+    }
 
 
-def _placed(entries: dict[str, torch.Tensor], parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _placed(
+    entries: dict[str, torch.Tensor], parameter: nn.Parameter, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
     """Moments beside their parameter; AdamW keeps its step count on the CPU unless it is fused."""
     fused = bool(optimizer.param_groups[0].get("fused"))
     return {key: value.to(parameter.device) if key != "step" or fused else value for key, value in entries.items()}

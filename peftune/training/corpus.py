@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
-from peftune.config import Recipe
+from peftune.config import Recipe, Source
 from peftune.data.batches import Blocks
 from peftune.data.split import split_by_digest
 from peftune.data.store import TokenStore, prepare
@@ -36,8 +37,8 @@ def block_size(recipe: Recipe, config: GPT2Config) -> int:
 def load_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, tokenizer_fingerprint: str, block: int) -> Corpus:
     """Tokenise (or find in the cache) and pack all sources of a recipe."""
 
-    def store_of(sources: object) -> TokenStore:
-        return prepare(sources, tokenizer, tokenizer_fingerprint, recipe.data.join, recipe.data.split_on)  # type: ignore[arg-type]
+    def store_of(sources: Sequence[Source]) -> TokenStore:
+        return prepare(sources, tokenizer, tokenizer_fingerprint, recipe.data.join, recipe.data.split_on)
 
     store = store_of(recipe.data.train)
     everything = np.arange(len(store))

@@ -54,14 +54,22 @@ def deliver(session: Session) -> Delivery:
     step, values = _chosen(session)
     config, tensors = stored_adapter(session.adapted, values)
     config["base_model_name_or_path"] = session.recipe.base
-    session.records.write("end", step=session.state.step, delivered_step=step, tokens=session.state.tokens, seconds=round(session.state.seconds, 1))
+    session.records.write(
+        "end",
+        step=session.state.step,
+        delivered_step=step,
+        tokens=session.state.tokens,
+        seconds=round(session.state.seconds, 1),
+    )
     out = Path(session.recipe.run.out)
-    delivery = Delivery(out, step, _before_and_after(read_metrics(out / "metrics.jsonl"), step), round(session.state.seconds, 1))
+    delivery = Delivery(
+        out, step, _before_and_after(read_metrics(out / "metrics.jsonl"), step), round(session.state.seconds, 1)
+    )
     if session.accelerator.is_main_process:
         provenance = _provenance(session, delivery)
         files: dict[str, bytes | str] = {
             "README.md": model_card(provenance),
-            "loss.png": draw_loss(read_metrics(out / "metrics.jsonl"), f"{out.name}: {session.recipe.base} with {session.recipe.lora.variant}, rank {session.recipe.lora.rank}"),
+            "loss.png": draw_loss(read_metrics(out / "metrics.jsonl"), _title(session)),
         }
         write_adapter(out, config, tensors, provenance, files)
     session.accelerator.wait_for_everyone()
@@ -74,6 +82,11 @@ def _chosen(session: Session) -> tuple[int, dict[str, torch.Tensor] | None]:
     if session.recipe.run.early_stopping is None or best is None or best == session.state.step:
         return session.state.step, None
     return best, load_file(session.checkpoints / f"step-{best}" / "adapter.safetensors")
+
+
+def _title(session: Session) -> str:
+    recipe = session.recipe
+    return f"{Path(recipe.run.out).name}: {recipe.base} with {recipe.lora.variant}, rank {recipe.lora.rank}"
 
 
 def _before_and_after(events: list[dict[str, Any]], step: int) -> dict[str, dict[str, dict[str, float]]]:

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def start(precision: Precision, trackers: list[str], folder: str) -> tuple[Accelerator, torch.dtype]:
@@ -43,7 +42,9 @@ def choose_precision(asked: Precision, on_gpu: bool) -> str:
     if asked == "auto":
         return "bf16" if bf16 else "fp16" if on_gpu else "fp32"
     if asked == "fp16" and not on_gpu:
-        raise UserError("run.precision: fp16 needs a GPU (a CPU computes it hundreds of times slower); use bf16, fp32 or auto")
+        raise UserError(
+            "run.precision: fp16 needs a GPU (a CPU computes it hundreds of times slower); use bf16, fp32 or auto"
+        )
     if asked == "bf16" and on_gpu and not bf16:
         raise UserError("run.precision: this GPU has no bf16; use fp16, fp32 or auto")
     return asked

@@ -29,7 +29,9 @@ def evaluate_domains(session: Session, stop: StopRequest) -> dict[str, Score]:
                 raise StopNow
 
         try:
-            nats = summed_nats_over(session.scorer, blocks, mine, session.state.micro_size, session.accelerator.device, on_batch=heard)
+            nats = summed_nats_over(
+                session.scorer, blocks, mine, session.state.micro_size, session.accelerator.device, on_batch=heard
+            )
         finally:
             progress.remove_task(task)
         scores[name] = Score(summed_over_ranks(session.accelerator, nats)[0], blocks.tokens(), blocks.text_bytes())

@@ -19,7 +19,9 @@ HARMLESS = frozenset(
 def of(recipe: Recipe, fingerprints: dict[str, str]) -> dict[str, Any]:
     """Flat mapping of every recipe value that decides what is learnt, and the fingerprints of base and data."""
     flat = _flatten(recipe.model_dump(mode="json"))
-    return {k: v for k, v in flat.items() if k not in HARMLESS} | {f"fingerprint of {k}": v for k, v in fingerprints.items()}
+    return {k: v for k, v in flat.items() if k not in HARMLESS} | {
+        f"fingerprint of {k}": v for k, v in fingerprints.items()
+    }
 
 
 def refuse_other(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:

@@ -34,7 +34,9 @@ def draw_overview(runs: dict[str, list[dict[str, Any]]], rows: dict[str, dict[st
 def matrix_axes(axes: Axes, rows: dict[str, dict[str, dict[str, float]]]) -> None:
     """Perplexities as a grid; the colour of a cell is its ratio to the base on that domain, green where better."""
     domains = list(rows["base"])
-    ratio = np.array([[math.log2(row[d]["perplexity"] / rows["base"][d]["perplexity"]) for d in domains] for row in rows.values()])
+    ratio = np.array(
+        [[math.log2(row[d]["perplexity"] / rows["base"][d]["perplexity"]) for d in domains] for row in rows.values()]
+    )
     axes.imshow(np.clip(ratio, -1.5, 1.5), cmap="RdYlGn_r", vmin=-2.2, vmax=2.2, aspect="auto")
     for y, (name, row) in enumerate(rows.items()):
         for x, domain in enumerate(domains):

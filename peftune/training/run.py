@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 
 from peftune.config import Recipe
+from peftune.display import Display
 from peftune.errors import Interrupted, UserError
 from peftune.training import checkpoint, distributed, evaluation, identity
 from peftune.training.checkpoint import State
 from peftune.training.deliver import Delivery, already_delivered, deliver
-from peftune.display import Display
 from peftune.training.micro import first_micro_size
 from peftune.training.session import Session, Source, assemble, read_source, sole_writer
 from peftune.training.signals import StopRequest
@@ -98,7 +98,9 @@ def _loop(session: Session, stop: StopRequest) -> None:
             better = _evaluate_if_due(session, stop, total)
             finished = state.step == total or _has_stopped_improving(session)
             state.seconds = time.monotonic() - began
-            if saved_step != state.step and (better or finished or (run.save_every and state.step % run.save_every == 0 < state.step)):
+            if saved_step != state.step and (
+                better or finished or (run.save_every and state.step % run.save_every == 0 < state.step)
+            ):
                 _save(session)
                 saved_step = state.step
             if finished:
@@ -109,7 +111,9 @@ def _loop(session: Session, stop: StopRequest) -> None:
             state.tokens += learnt.tokens
             rate = learnt.tokens / (time.monotonic() - started)
             _log(session, learnt, rate)
-            session.display.progress.update(task, completed=state.step, note=f"loss {learnt.loss:.3f}  {rate:,.0f} tok/s")
+            session.display.progress.update(
+                task, completed=state.step, note=f"loss {learnt.loss:.3f}  {rate:,.0f} tok/s"
+            )
     except StopNow:
         session.optimizer.zero_grad(set_to_none=True)
         state.seconds = time.monotonic() - began

@@ -17,14 +17,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from peftune.adapters.provenance import base_fingerprint, tokenizer_fingerprint
 from peftune.config import Recipe
 from peftune.data.order import total_steps
+from peftune.display import Display
 from peftune.errors import UserError
 from peftune.model import base as bases
 from peftune.model import lora
 from peftune.model.scorer import Scorer
-from peftune.training import distributed, identity, optimizer
+from peftune.training import identity, optimizer
 from peftune.training.checkpoint import State
 from peftune.training.corpus import Corpus, block_size, load_corpus
-from peftune.display import Display
 from peftune.training.records import Records
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ def load_adapted(source: Source, dtype: torch.dtype, device: torch.device) -> lo
 
 def _recompute_activations(adapted: lora.Adapted) -> None:
     """Non-reentrant, so that gradients reach the adapter although nothing before it is trained."""
-    core = adapted.model.base_model.model
-    enable = getattr(core, "activation_checkpointing_enable", None) or core.gradient_checkpointing_enable  # renamed in Transformers 5
+    core: Any = adapted.model.base_model.model  # Transformers 5 renamed the switch
+    enable = getattr(core, "activation_checkpointing_enable", None) or core.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 

@@ -82,7 +82,8 @@ def test_a_packed_row_scores_what_its_documents_score_alone(tiny_base: Path) -> 
     generator = torch.Generator().manual_seed(0)
     documents = [torch.randint(0, 300, (n,), generator=generator) for n in (5, 17, 2, 30)]
     alone = sum(
-        float(scorer(d[None], torch.arange(len(d))[None], _targets(d)[None], torch.zeros_like(d)[None])) for d in documents
+        float(scorer(d[None], torch.arange(len(d))[None], _targets(d)[None], torch.zeros_like(d)[None]))
+        for d in documents
     )
     row = [torch.cat(documents)[None], torch.cat([torch.arange(len(d)) for d in documents])[None],
            torch.cat([_targets(d) for d in documents])[None],

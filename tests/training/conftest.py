@@ -12,7 +12,7 @@ import pytest
 
 from peftune.config import Recipe, recipe_from
 
-WORDS = "the cat sat on a mat and one dog ran to my log with café naïve straße".split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "one", "dog", "ran", "to", "my", "log", "café", "naïve", "straße"]
 
 
 def documents(count: int, seed: int = 0) -> list[str]:

@@ -42,7 +42,9 @@ def ours(recipe: Make) -> tuple[list[float], dict[str, torch.Tensor]]:
     made = recipe("batch.global_size=1000", f"optim.steps={STEPS}", f"optim.lr={LR}")
     train(made)
     events = read_metrics(Path(made.run.out) / "metrics.jsonl")
-    return [e["loss"] for e in events if e["event"] == "train"], load_file(Path(made.run.out) / "adapter_model.safetensors")
+    return [e["loss"] for e in events if e["event"] == "train"], load_file(
+        Path(made.run.out) / "adapter_model.safetensors"
+    )
 
 
 def settings(folder: Path, rows: int) -> dict[str, Any]:
@@ -79,7 +81,12 @@ def test_trainer_learns_the_same(recipe: Make, tiny_base: Path, windows: list[li
 
     arguments = TrainingArguments(**settings(tmp_path / "trainer", len(windows)), remove_unused_columns=False)
     with quiet_peft():
-        trainer = Trainer(fresh(recipe, tiny_base), arguments, train_dataset=[{"input_ids": w} for w in windows], data_collator=collate)
+        trainer = Trainer(
+            fresh(recipe, tiny_base),
+            arguments,
+            train_dataset=[{"input_ids": w} for w in windows],
+            data_collator=collate,
+        )
         trainer.train()
     compare(ours(recipe), trainer)
 
@@ -92,8 +99,8 @@ def test_trl_learns_the_same(recipe: Make, tiny_base: Path, windows: list[list[i
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     tokenizer.pad_token = tokenizer.eos_token
     arguments = SFTConfig(
-        **settings(tmp_path / "trl", len(windows)), completion_only_loss=True, gradient_checkpointing=False, max_length=None,
-        loss_type="nll",
+        **settings(tmp_path / "trl", len(windows)), completion_only_loss=True, gradient_checkpointing=False,
+        max_length=None, loss_type="nll",
     )  # fmt: skip
     with quiet_peft():
         trainer = SFTTrainer(fresh(recipe, tiny_base), args=arguments, train_dataset=rows, processing_class=tokenizer)

@@ -101,7 +101,9 @@ def test_sigterm_saves_says_so_and_exits_with_3(recipe: Make, tmp_path: Path) ->
     out = tmp_path / "adapter"
     made = recipe("optim.steps=100000", "data.validation=0.2", "run.eval_every=10", f"run.out={out}")
     process = subprocess.Popen(command_line(made, tmp_path), stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and '"train"' not in ((out / "metrics.jsonl").read_text() if out.exists() and (out / "metrics.jsonl").exists() else ""):
+    while process.poll() is None and '"train"' not in (
+        (out / "metrics.jsonl").read_text() if out.exists() and (out / "metrics.jsonl").exists() else ""
+    ):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=60)

@@ -46,7 +46,19 @@ def test_the_adapter_directory_is_what_the_design_says(recipe: Make, tiny_base: 
     assert f"{figures['adapter']['perplexity']:.3f}" in (out / "README.md").read_text()
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     events = read_metrics(out / "metrics.jsonl")
-    assert [e["event"] for e in events] == ["start", "eval", "sample", "train", "train", "eval", "sample", "train", "eval", "sample", "end"]
+    assert [e["event"] for e in events] == [
+        "start",
+        "eval",
+        "sample",
+        "train",
+        "train",
+        "eval",
+        "sample",
+        "train",
+        "eval",
+        "sample",
+        "end",
+    ]
     assert {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "peak_memory_bytes"} <= events[3].keys()
 
 
@@ -74,7 +86,9 @@ def test_running_a_finished_recipe_again_does_nothing(recipe: Make) -> None:
 
 
 @pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "pissa"])
-def test_every_variant_learns_and_resumes(recipe: Make, tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_variant_learns_and_resumes(
+    recipe: Make, tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = (f"lora.variant={variant}", "optim.steps=4", "optim.lr=3e-3")
     losses, whole = learnt(recipe(*settings, f"run.out={tmp_path / 'a'}"))
     assert losses[-1] < losses[0]
