@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def run(arguments: list[str]) -> int:
     """The exit code of one call (errors.py lists them); anything not raised on purpose is a bug and passes through."""
     try:
-        return int(app(arguments, prog_name="peftune", standalone_mode=False) or 0)
+        code = int(app(arguments, prog_name="peftune", standalone_mode=False) or 0)
     except PeftuneError as error:
         return _complain(str(error), error.exit_code)
     except typer.TyperException as error:
@@ -206,6 +206,7 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of our output has gone (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    return _complain("stopped", code) if code == _STOPPED else code
 
 
 _COLUMN_KEYS = ("text", "prompt", "completion", "messages", "split", "subset")

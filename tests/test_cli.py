@@ -124,6 +124,17 @@ def test_an_error_is_one_line_with_its_own_exit_code(
     assert capsys.readouterr().err == f"peftune: {' '.join(str(error).split())}\n"
 
 
+def test_ctrl_c_where_there_is_nothing_to_save_is_one_line(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peftune.model.base.resolve", interrupt)
+    assert cli.run(["data", "a.txt", "--base", str(tiny_base)]) == 130
+    assert capsys.readouterr().err == "peftune: stopped\n"
+
+
 def test_what_is_not_raised_on_purpose_is_a_bug_with_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
