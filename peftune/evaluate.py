@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,12 +14,13 @@ from peft import PeftModel
 from transformers import GPT2LMHeadModel
 
 from peftune.adapters.provenance import check_base, tokenizer_fingerprint
-from peftune.adapters.store import base_of, load_onto
+from peftune.adapters.store import base_of, check_fits, load_onto
 from peftune.config import Source
 from peftune.data.batches import Blocks
 from peftune.data.store import prepare
 from peftune.display import Display, matrix_table
 from peftune.errors import UserError
+from peftune.json_file import check_writable, write_json
 from peftune.model import base as bases
 from peftune.model.scorer import Scorer, nats_to_perplexity
 
@@ -83,8 +83,10 @@ def matrix(
 
     `batch` (blocks per forward) does not change the result. Raises UserError for an adapter of another base.
     """
+    config = bases.load_config(base)
     for directory in adapters.values():
         check_base(directory, base)
+        check_fits(directory, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: dict[str, dict[str, Figures]] = {}
     todo: dict[str, Path | None] = {"base": None, **adapters}
@@ -134,16 +136,15 @@ def run(
         raise UserError("nothing to evaluate on: give at least one --data NAME=PATH")
     if "base" in adapters:
         raise UserError("an adapter cannot be called base: that row is the base itself; use --adapter OTHER=DIR")
+    if json_path is not None:
+        check_writable(json_path)
     directory = bases.resolve(base or _common_base(adapters))
     domains = read_domains(directory, data, block_size)
     display = Display()
     rows = matrix(directory, adapters, domains, display, batch, precision)
     _print(rows)
     if json_path is not None:
-        try:
-            json_path.write_text(json.dumps(as_json(domains, rows), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--json {json_path}: cannot be written: {error.strerror}") from None
+        write_json(json_path, as_json(domains, rows))
 
 
 def read_domains(base: Path, data: Mapping[str, list[Source]], block_size: int | None = None) -> dict[str, Blocks]:

@@ -42,6 +42,12 @@ class _Loader(yaml.SafeLoader):
             raise ValueError(f"key {sorted(repeated)[0]} is given twice")
         return super().construct_mapping(node, deep)
 
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        text = str(super().construct_scalar(node))
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"half a character (surrogate) in {text!r}")
+        return text
+
 
 def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
     return float(loader.construct_scalar(node).replace("_", ""))

@@ -96,9 +96,9 @@ def describe_base(name: str, directory: Path) -> dict[str, str]:
 def read_provenance(adapter_dir: Path) -> dict[str, Any] | None:
     """What peftune.json says, or None for an adapter that plain PEFT wrote; UserError where it cannot be read."""
     path = adapter_dir / "peftune.json"
-    if not path.is_file():
-        return None
     try:
+        if not path.is_file():
+            return None
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"adapter {adapter_dir}: peftune.json cannot be read: {error}") from None

@@ -9,9 +9,7 @@ import json
 import math
 import os
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,12 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftune.adapters import targets
 from peftune.adapters.provenance import read_provenance
 from peftune.errors import CheckFailed, UserError
+from peftune.model.lora import quiet_peft
 from peftune.model.weights import load_pickle
 
 CONFIG = "adapter_config.json"
@@ -49,9 +48,6 @@ def read_adapter(directory: Path) -> Adapter:
     Raises UserError where a file is missing, broken or cut short, where it is not a LoRA, and where a tensor is
     empty or holds values that are not finite.
     """
-    if not directory.is_dir():
-        raise UserError(f"adapter {directory}: no such directory; expected one with {CONFIG}")
-    _finish_commit(directory)
     config = _read_config(directory)
     tensors = _read_tensors(directory)
     if not tensors:
@@ -69,9 +65,8 @@ def read_adapter(directory: Path) -> Adapter:
 
 def base_of(adapter_dir: Path) -> str:
     """The name of the base that the adapter was trained on; UserError where it does not say."""
-    _finish_commit(adapter_dir)
-    recorded = (read_provenance(adapter_dir) or {}).get("base")
-    recorded = recorded or _read_config(adapter_dir).get("base_model_name_or_path")
+    config = _read_config(adapter_dir)
+    recorded = (read_provenance(adapter_dir) or {}).get("base") or config.get("base_model_name_or_path")
     if not isinstance(recorded, str) or not recorded:
         raise UserError(f"adapter {adapter_dir}: does not say which base it was trained on; pass --base")
     return recorded
@@ -83,14 +78,8 @@ def load_onto(model: GPT2LMHeadModel | PeftModel, adapter_dir: Path, name: str) 
     Raises UserError where the adapter does not fit: modules, blocks or shapes that the base does not have, tensors
     that are missing or left over, a name that is taken, or settings that would change the base under other adapters.
     """
-    adapter = read_adapter(adapter_dir)
     core: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    layout = targets.layout_of(adapter.config, adapter.tensors, core.config, str(adapter_dir))
-    if layout.vocabulary != core.config.vocab_size:
-        raise UserError(
-            f"adapter {adapter_dir}: has {layout.vocabulary} tokens, the base has {core.config.vocab_size}; "
-            "fold it in with peftune merge first"
-        )
+    adapter, layout = check_fits(adapter_dir, core.config)
     if isinstance(model, PeftModel):
         _check_company(model, adapter, name)
     _check_embedding(adapter, core)
@@ -112,6 +101,18 @@ def load_onto(model: GPT2LMHeadModel | PeftModel, adapter_dir: Path, name: str) 
             raise UserError(f"adapter {adapter_dir}: PEFT cannot load it: {_first_line(error)}") from None
     _check_loaded(model, adapter, name)
     return model
+
+
+def check_fits(adapter_dir: Path, base: GPT2Config) -> tuple[Adapter, targets.Layout]:
+    """What an adapter holds and what it changes, if it can be put on a base of this shape; UserError if not."""
+    adapter = read_adapter(adapter_dir)
+    layout = targets.layout_of(adapter.config, adapter.tensors, base, str(adapter_dir))
+    if layout.vocabulary != base.vocab_size:
+        raise UserError(
+            f"adapter {adapter_dir}: has {layout.vocabulary} tokens, the base has {base.vocab_size}; "
+            "fold it in with peftune merge first"
+        )
+    return adapter, layout
 
 
 def _check_company(model: PeftModel, adapter: Adapter, name: str) -> None:
@@ -145,18 +146,6 @@ def _check_loaded(model: PeftModel, adapter: Adapter, name: str) -> None:
         stored = tensors.get(targets.stripped(key))
         if stored is None or not torch.equal(stored.to(tensor.dtype), tensor.detach().cpu()):
             raise CheckFailed(f"adapter {adapter.directory}: {key} did not arrive in the model as it is in the file")
-
-
-@contextmanager
-def quiet_peft() -> Iterator[None]:
-    """Without PEFT's warnings about what peftune settles itself: weight orientation and tied embeddings."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
-        warnings.filterwarnings("ignore", message=".*`?ensure_weight_tying")
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT 0.21 asks for it
-        yield
 
 
 def write_adapter(
@@ -246,6 +235,12 @@ def _finish_commit(out: Path) -> None:
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
+    try:
+        os.scandir(directory).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"adapter {directory}: {reason}; expected a directory with {CONFIG}") from None
+    _finish_commit(directory)
     path = directory / CONFIG
     if not path.is_file():
         hint = "; it is a whole model, pass it as --base" if (directory / "config.json").is_file() else ""

@@ -70,11 +70,11 @@ _UNNAMED_BLOCKS = (
 
 def documents(domain: str, part: Part) -> list[Document]:
     """All documents of one domain that belong to one part, in a fixed order, without repeated text."""
-    named = {"code": _code, "docs": _docs, "unicode": _unicode}[domain]()
+    named = {"code": _code, "docs": _docs, "unicode": _unicode}[domain](part)
     seen: set[str] = set()
     chosen = []
-    for name, text, source in named:
-        if part_of(domain, name) == part and text not in seen:
+    for text, source in named:
+        if text not in seen:
             seen.add(text)
             chosen.append(Document(text, source=source))
     if part != "base":
@@ -101,16 +101,16 @@ def line_hashes(text: str) -> np.ndarray:
 
 def _was_taught(text: str) -> bool:
     """Whether the base learnt more than half of the long lines of this text."""
-    found = line_hashes(text)
-    return len(found) > 0 and float(np.isin(found, _taught()).mean()) > 0.5
+    found = line_hashes(text).tolist()
+    return sum(line in _taught() for line in found) * 2 > len(found)
 
 
 @lru_cache(maxsize=1)
-def _taught() -> np.ndarray:
-    return np.load(TAUGHT) if TAUGHT.is_file() else np.empty(0, dtype="<u4")
+def _taught() -> frozenset[int]:
+    return frozenset(np.load(TAUGHT).tolist()) if TAUGHT.is_file() else frozenset()
 
 
-def _code() -> Iterator[tuple[str, str, str]]:
+def _code(part: Part) -> Iterator[tuple[str, str]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
@@ -120,15 +120,17 @@ def _code() -> Iterator[tuple[str, str, str]]:
             or "config-" in relative.parts[0]
         ):
             continue
+        module = relative.with_suffix("").as_posix()
+        if part_of("code", module) != part:  # before parsing, which takes seconds for all of it
+            continue
         try:
             with tokenize.open(path) as file:
                 source = file.read()
             tree = ast.parse(source)
         except (SyntaxError, UnicodeDecodeError):
             continue  # the library ships a few files that are broken on purpose
-        module = relative.with_suffix("").as_posix()
         for line, piece in _top_level_pieces(source, tree):
-            yield module, piece, f"{relative.as_posix()}:{line}"
+            yield piece, f"{relative.as_posix()}:{line}"
 
 
 def _top_level_pieces(source: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -148,13 +150,14 @@ def _top_level_pieces(source: str, tree: ast.Module) -> Iterator[tuple[int, str]
             yield first + 1, piece + "\n"
 
 
-def _docs() -> Iterator[tuple[str, str, str]]:
+def _docs(part: Part) -> Iterator[tuple[str, str]]:
     from pydoc_data.topics import topics
 
     for topic in sorted(topics):
         for title, section in _sections(topics[topic].strip("\n")):
-            for piece in _pieces(section):
-                yield title, piece, f"pydoc:{topic}"
+            if part_of("docs", title) == part:
+                for piece in _pieces(section):
+                    yield piece, f"pydoc:{topic}"
 
 
 def _sections(text: str) -> Iterator[tuple[str, str]]:
@@ -182,12 +185,15 @@ def _pieces(section: str) -> Iterator[str]:
         yield piece.strip("\n") + "\n"
 
 
-def _unicode() -> Iterator[tuple[str, str, str]]:
+def _unicode(part: Part) -> Iterator[tuple[str, str]]:
     for row in range(0, 0x110000, 16):
+        name = f"U+{row:04X}"
+        if part_of("unicode", name) != part:
+            continue
         names = [unicodedata.name(chr(point), "") for point in range(row, row + 16)]
         kept = [name for name in names if name and not name.startswith(_UNNAMED_BLOCKS)]
         if len(kept) >= 4:
-            yield f"U+{row:04X}", "\n".join(kept) + "\n", f"U+{row:04X}"
+            yield "\n".join(kept) + "\n", name
 
 
 def _without_paragraphs_of(heldout: list[Document], train: list[Document]) -> list[Document]:

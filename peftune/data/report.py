@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import chain, pairwise
@@ -17,6 +16,7 @@ from peftune.data.packing import Packing, pack
 from peftune.data.sources import read_documents
 from peftune.data.store import TokenStore, prepare
 from peftune.errors import UserError
+from peftune.json_file import check_writable, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,13 +44,12 @@ def run(
     """
     from rich.console import Console
 
+    if json_path is not None:
+        check_writable(json_path)
     chosen = [source_of(path, columns) for path in sources]
     report = describe(chosen, tokenizer, tokenizer_fingerprint, block_size, join, split_on)
     if json_path is not None:
-        try:
-            json_path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{json_path}: cannot be written: {error.strerror or error}") from None
+        write_json(json_path, report)
     render(report, Console())
 
 

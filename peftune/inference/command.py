@@ -17,8 +17,9 @@ from peftune.display import Display
 from peftune.errors import UserError
 from peftune.inference.decode import slide
 from peftune.inference.generate import Generation, GenerationSettings, context_ids, generate
-from peftune.inference.output import Printer, check_writable, write_json
+from peftune.inference.output import Printer, as_json
 from peftune.inference.prompts import gather
+from peftune.json_file import check_writable, write_json
 from peftune.model.base import DTYPES, load_model, load_tokenizer, resolve
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def run(
             generations = _several(model, tokenizer, texts, settings, printer)
         if json_path is not None:
             used = dataclasses.asdict(settings) | {"temperature": settings.sampling_temperature, "precision": precision}
-            write_json(json_path, {"base": base, "adapter": name, "settings": used}, generations)
+            write_json(json_path, as_json({"base": base, "adapter": name, "settings": used}, generations))
 
 
 def choose_adapter(adapters: Mapping[str, Path], use: str | None) -> str | None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from peftune.errors import UserError
 from peftune.inference.generate import Generation
 
 _PROMPT, _CONTINUATION, _HEADER = "dim", "bold", "cyan"
@@ -69,23 +66,6 @@ class Printer:
                 raise
 
 
-def check_writable(path: Path) -> None:
-    """Refuse a --json file that cannot be written, before the work is done."""
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"--json {path}: cannot be written; expected a file in a directory that exists")
-
-
-def write_json(path: Path, facts: dict[str, Any], generations: list[Generation]) -> None:
-    """Write `facts` (base, adapter, settings) and one object a prompt, whole or not at all."""
-    rows = [{**vars(generation), "ids": list(generation.ids)} for generation in generations]
-    text = json.dumps({**facts, "generations": rows}, indent=2, ensure_ascii=False) + "\n"
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        if path.exists() and not path.is_file():  # /dev/stdout, a named pipe
-            path.write_text(text, encoding="utf-8")
-        else:
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UserError(f"--json {path}: cannot be written: {error.strerror or error}") from None
+def as_json(facts: dict[str, Any], generations: list[Generation]) -> dict[str, Any]:
+    """`facts` (base, adapter, settings) and one object a prompt."""
+    return {**facts, "generations": [{**vars(generation), "ids": list(generation.ids)} for generation in generations]}

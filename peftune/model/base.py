@@ -27,17 +27,32 @@ def resolve(name: str) -> Path:
         if name not in BUILTIN:
             raise UserError(f"base {name}: there is no such built-in base; known: {', '.join(BUILTIN)}")
         return BUILTIN[name]
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            hint = "; it is an adapter, pass it as --adapter" if (path / "adapter_config.json").is_file() else ""
-            raise UserError(f"base {name}: no config.json in this directory{hint}")
-        return path
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
+    try:
+        path = Path(name).expanduser()
+        is_directory, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, ~name without such a user
+        raise UserError(f"base {name[:200]}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if is_directory:
+        return _checked(path, name)
+    if exists or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
         raise UserError(
             f"base {name}: no such directory; expected a GPT-2 checkpoint directory, a hub name or builtin:small"
         )
     return _from_hub(name)
+
+
+def _checked(path: Path, name: str) -> Path:
+    """A directory with a model in it, and with nothing that Transformers would put on it without a word."""
+    adapter = (path / "adapter_config.json").is_file()
+    if not (path / "config.json").is_file():
+        hint = "; it is an adapter, pass it as --adapter" if adapter else ""
+        raise UserError(f"base {name}: no config.json in this directory{hint}")
+    if adapter:
+        raise UserError(
+            f"base {name}: holds an adapter beside the model, and Transformers would load both as one; "
+            "move adapter_config.json and its weights to a directory of their own"
+        )
+    return path
 
 
 def _from_hub(name: str) -> Path:
@@ -56,10 +71,10 @@ def _from_hub(name: str) -> Path:
     except RepositoryNotFoundError:
         raise UserError(f"base {name}: no such directory, and the hub knows no such model") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        cause = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        cause = _first_line(error).partition(". ")[0]
         raise UserError(f"base {name}: no such directory here, and the hub could not be reached ({cause})") from None
     if any(directory.glob("*.safetensors")) or any(directory.glob("*.bin")):
-        return directory
+        return _checked(directory, name)
     raise UserError(f"base {name}: the hub's copy holds no weights in safetensors or .bin form")
 
 

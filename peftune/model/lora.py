@@ -104,30 +104,51 @@ def _targets(lora: Lora) -> list[str]:
 def _problems(model: GPT2LMHeadModel, lora: Lora, targets: list[str]) -> list[str]:
     modules = dict(model.named_modules())
     problems = [
-        f"lora.targets: the base has no linear or embedding module {name}; known: {', '.join(ALL)}, lm_head, wte, wpe"
+        f"lora.targets: the base has no linear or embedding module {name!r}; known: {', '.join(ALL)}, lm_head, wte, wpe"
         for name in targets
         if not any(_named(path, name) and isinstance(module, _ADAPTABLE) for path, module in modules.items())
     ]
     problems += [
-        f"lora.modules_to_save: the base has no module {name}; such as wte, wpe, ln_f, lm_head"
+        f"lora.modules_to_save: the base has no module {name!r} to train whole; such as wte, wpe, ln_f, lm_head"
         for name in lora.modules_to_save
-        if not any(_named(path, name) for path in modules)
+        if not any(_named(path, name) and _can_be_saved(module) for path, module in modules.items())
     ]
     beyond = [layer for layer in lora.layers or [] if layer >= model.config.n_layer]
     if beyond:
         problems.append(f"lora.layers: the base has blocks 0 to {model.config.n_layer - 1}, found {beyond[0]}")
     outside = [t for t in targets if lora.layers and not any(_named(p, t) and ".h." in p for p in modules)]
     problems += [f"lora.layers: {name} lies outside the blocks, leave it out or drop lora.layers" for name in outside]
-    if lora.variant == "pissa" and any(_named(path, t) for t in targets for path in ("lm_head", "transformer.wte")):
-        problems.append(
-            "lora: pissa moves a part of the base into the adapter, which a tied lm_head or wte cannot bear; use lora"
-        )
-    both = [t for t in targets if any(_named(t, m) or _named(m, t) for m in lora.modules_to_save)]
-    return problems + [f"lora: {name} is both in targets and in modules_to_save" for name in both]
+    both = [t for t in targets for m in lora.modules_to_save if any(_named(p, t) and _named(p, m) for p in modules)]
+    problems += [f"lora: {name} is both in targets and in modules_to_save" for name in both]
+    return problems or _rank_problems(modules, lora, targets)
+
+
+def _rank_problems(modules: dict[str, nn.Module], lora: Lora, targets: list[str]) -> list[str]:
+    """A rank that no matrix of the targets has; and what PiSSA cannot take apart."""
+    adapted = {path: m for path, m in modules.items() if isinstance(m, _ADAPTABLE) and _any_named(path, targets)}
+    shapes = {path: tuple(module.weight.shape) for path, module in adapted.items()}
+    if lora.variant == "pissa":
+        if any(path == "lm_head" or isinstance(module, nn.Embedding) for path, module in adapted.items()):
+            return ["lora: pissa moves a part of the base into the adapter, which lm_head, wte and wpe cannot bear"]
+        small = next((path for path, shape in shapes.items() if lora.rank > min(shape)), None)
+        return [f"lora.rank: pissa takes {lora.rank} directions, {small} has {min(shapes[small])}"] if small else []
+    largest = max((size for shape in shapes.values() for size in shape), default=lora.rank)
+    if lora.rank > largest:
+        return [f"lora.rank: {lora.rank} is more than any adapted matrix has rows or columns, at most {largest}"]
+    return []
+
+
+def _any_named(path: str, names: list[str]) -> bool:
+    return any(_named(path, name) for name in names)
+
+
+def _can_be_saved(module: nn.Module) -> bool:
+    """A layer with weights of its own; PEFT does not find its way back into a saved block or attention module."""
+    return next(module.children(), None) is None and next(module.parameters(), None) is not None
 
 
 def _named(path: str, name: str) -> bool:
-    return path == name or path.endswith("." + name)
+    return bool(name) and (path == name or path.endswith("." + name))
 
 
 def stored_adapter(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 INK, PALE = "#1f2933", "#9aa5b1"
 COLOURS = ("#0b7285", "#d9480f", "#5f3dc4", "#2b8a3e", "#a61e4d", "#e67700")
@@ -53,7 +55,11 @@ def matrix_axes(axes: Axes, rows: dict[str, dict[str, dict[str, float]]]) -> Non
 def png(figure: Figure) -> bytes:
     """A finished figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": "peftune"})
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # names come from people: a $ is a $
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # drawn as a box
+        figure.savefig(buffer, format="png", metadata={"Software": "peftune"})
     return buffer.getvalue()
 
 

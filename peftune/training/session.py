@@ -134,12 +134,14 @@ def _only_blocks_are_trained(adapted: lora.Adapted) -> bool:
 
 @contextmanager
 def sole_writer(out: Path) -> Iterator[None]:
-    """Hold `out` for this run; UserError where it cannot be written or another run is writing it."""
+    """Hold `out` for this run; UserError where it cannot be written, holds a model or another run is writing it."""
     try:
+        if (out / "config.json").is_file():  # an adapter there would be loaded with it, unasked
+            raise UserError(f"run.out {out}: holds a whole model; give the adapter a directory of its own")
         out.mkdir(parents=True, exist_ok=True)
         handle = os.open(out / ".lock", os.O_CREAT | os.O_RDWR)
-    except OSError as error:
-        raise UserError(f"run.out {out}: cannot be written: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"run.out {str(out)[:200]!r}: cannot be written: {getattr(error, 'strerror', error)}") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
-from peftune.adapters.store import quiet_peft
+from peftune.model.lora import quiet_peft
 
 LAYOUTS = [f"{keys}-{files}" for keys in ("prefixed", "bare") for files in ("one", "shards", "bin", "bin-shards")]
 TEXTS = ["the cat sat on the mat and the dog sat on the log", "naïve café, 東京 and a tab\there"]
