@@ -42,7 +42,7 @@ class _Loader(yaml.SafeLoader):
             raise ValueError(f"key {sorted(repeated)[0]} is given twice")
         return super().construct_mapping(node, deep)
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
         text = str(super().construct_scalar(node))
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise ValueError(f"half a character (surrogate) in {text!r}")
