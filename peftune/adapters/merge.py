@@ -216,7 +216,11 @@ def _default_texts() -> list[str]:
 def _check_out(out: Path, adapter: Path) -> None:
     if out.resolve() == adapter.resolve():
         raise UserError(f"{out}: is the adapter itself; choose another directory")
-    if out.exists() or out.is_symlink():
+    try:
+        taken = out.exists() or out.is_symlink()
+    except OSError as error:  # a name that is too long
+        raise UserError(f"{str(out)[:200]}: cannot write the merged model: {error.strerror or error}") from None
+    if taken:
         raise UserError(f"{out}: exists already and is not overwritten; choose another directory or remove it")
 
 

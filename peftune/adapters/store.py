@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from peftune.adapters import targets
+from peftune.adapters import settings, targets
 from peftune.adapters.provenance import read_provenance
 from peftune.errors import CheckFailed, UserError
 from peftune.model.lora import quiet_peft
@@ -58,6 +57,8 @@ def read_adapter(directory: Path) -> Adapter:
             raise UserError(
                 f"adapter {directory}: {name} has shape {shape}: it was saved without gathering ZeRO-3 parts"
             )
+        if not tensor.is_floating_point():
+            raise UserError(f"adapter {directory}: {name} holds {tensor.dtype}; expected floating-point numbers")
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"adapter {directory}: {name} holds values that are not finite; the training went wrong")
     return Adapter(directory, config, tensors, read_provenance(directory))
@@ -118,8 +119,8 @@ def check_fits(adapter_dir: Path, base: GPT2Config) -> tuple[Adapter, targets.La
 def _check_company(model: PeftModel, adapter: Adapter, name: str) -> None:
     if name in model.peft_config:
         raise UserError(f"adapter {adapter.directory}: the name {name} is already taken; give it another")
-    settings = [adapter.config, *(config.to_dict() for config in model.peft_config.values())]
-    if any(targets.changes_base(config) for config in settings):
+    configs = [adapter.config, *(config.to_dict() for config in model.peft_config.values())]
+    if any(targets.changes_base(config) for config in configs):
         raise UserError(
             f"adapter {adapter.directory}: one of {', '.join([*model.peft_config, name])} changes the base itself "
             "(PiSSA, or trained biases), so it cannot share it; fold that one in with peftune merge"
@@ -140,7 +141,8 @@ def _check_embedding(adapter: Adapter, core: Any) -> None:
 
 def _check_loaded(model: PeftModel, adapter: Adapter, name: str) -> None:
     """What PEFT holds now is what the file holds: PEFT only warns about names that it does not know."""
-    held = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    with quiet_peft():
+        held = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     tensors = {targets.stripped(key): tensor for key, tensor in adapter.tensors.items()}
     for key, tensor in held.items():
         stored = tensors.get(targets.stripped(key))
@@ -253,9 +255,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
     if kind != "LORA":
         raise UserError(f"adapter {directory}: peft_type is {kind}, peftune works with LORA only")
-    numbers = [config.get("r"), config.get("lora_alpha")]
-    if not all(isinstance(n, int | float) and math.isfinite(n) and n > 0 for n in numbers):
-        raise UserError(f"adapter {directory}: expected positive numbers r and lora_alpha in {CONFIG}, found {numbers}")
+    settings.check(config, f"adapter {directory}: {CONFIG}")
     return config  # type: ignore[no-any-return]
 
 

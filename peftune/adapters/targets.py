@@ -7,6 +7,7 @@ any weights, and what PEFT expects is compared with what the file holds.
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -35,6 +36,7 @@ _UNDERSTOOD = {
     "megatron_core", "eva_config", "use_dora", "qalora_group_size", "runtime_config", "lora_bias",
     "ensure_weight_tying",
 }  # fmt: skip
+_PART_OF_SAVED = re.compile(r"\.(modules_to_save|original_module)\.")
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # these leave the base as it is
 
 
@@ -93,7 +95,7 @@ def layout_of(config: dict[str, Any], tensors: dict[str, torch.Tensor], base: GP
     shape than PEFT expects on this base. `where` names the adapter in messages.
     """
     _refuse_unknown_settings(config, where)
-    stored = {stripped(name): tensor for name, tensor in tensors.items()}
+    stored = _without_copies({stripped(name): tensor for name, tensor in tensors.items()}, where)
     parts, whole = _sort(stored)
     vocabulary = _vocabulary(whole, base)
     skeleton = _skeleton(config, base, vocabulary, where)
@@ -132,6 +134,16 @@ def stripped(name: str) -> str:
     """A stored tensor's name without PEFT's prefix; DoRA's magnitude has been written with and without `.weight`."""
     plain = name.removeprefix(_PREFIX)
     return plain.removesuffix(".weight") if "lora_magnitude" in plain else plain
+
+
+def _without_copies(stored: dict[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
+    """PEFT stores an embedding that was resized and trained whole three times: under its own name, and as two parts."""
+    kept = {name: tensor for name, tensor in stored.items() if not _PART_OF_SAVED.search(name)}
+    for name, tensor in stored.items():
+        own = name.replace(".modules_to_save.", ".")
+        if own != name and not (own in kept and torch.equal(kept[own], tensor)):
+            raise UserError(f"adapter {where}: {name} is not what {own} holds; save the adapter again with PEFT")
+    return kept
 
 
 def _sort(stored: dict[str, torch.Tensor]) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
