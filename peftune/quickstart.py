@@ -152,7 +152,7 @@ def _sample(base: Path, lesson: Lesson, adapter: Path) -> dict[str, str]:
     for name in ("base", lesson.name):
         model: Any = bases.load_model(base)
         if name != "base":
-            model = load_onto(model, adapter, name)
+            model = load_onto(model, adapter)
         texts[name] = generate(model, tokenizer, [lesson.prompt], settings)[0].text
     return {"adapter": lesson.name, "prompt": lesson.prompt, "base": texts["base"], "text": texts[lesson.name]}
 
