@@ -94,7 +94,7 @@ def matrix(
         task = progress.add_task("evaluating", total=len(todo) * sum(map(len, domains.values())), note="")
         for name, adapter in todo.items():
             progress.update(task, description=f"evaluating {name}")
-            scorer = Scorer(_load(base, adapter, name, device))
+            scorer = Scorer(_load(base, adapter, device))
             rows[name] = {}
             for domain, blocks in domains.items():
                 with _in_precision(precision, device):
@@ -111,9 +111,9 @@ def matrix(
     return rows
 
 
-def _load(base: Path, adapter: Path | None, name: str, device: torch.device) -> GPT2LMHeadModel | PeftModel:
+def _load(base: Path, adapter: Path | None, device: torch.device) -> GPT2LMHeadModel | PeftModel:
     model = bases.load_model(base)
-    return model.to(device) if adapter is None else load_onto(model, adapter, name).to(device)  # type: ignore[arg-type]
+    return model.to(device) if adapter is None else load_onto(model, adapter).to(device)  # type: ignore[arg-type]
 
 
 @contextmanager

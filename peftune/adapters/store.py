@@ -73,9 +73,10 @@ def base_of(adapter_dir: Path) -> str:
     return recorded
 
 
-def load_onto(model: GPT2LMHeadModel | PeftModel, adapter_dir: Path, name: str) -> PeftModel:
+def load_onto(model: GPT2LMHeadModel | PeftModel, adapter_dir: Path, name: str = "default") -> PeftModel:
     """Put an adapter on a base (or beside others on a PeftModel) under `name`, frozen, through PEFT's own loading.
 
+    PEFT makes the name a part of parameter names, so one that people give (`poems-v1.5`) is none for it.
     Raises UserError where the adapter does not fit: modules, blocks or shapes that the base does not have, tensors
     that are missing or left over, a name that is taken, or settings that would change the base under other adapters.
     """

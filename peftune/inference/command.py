@@ -55,7 +55,7 @@ def run(
     texts = gather(prompts, prompts_file)
     name = choose_adapter(adapters, use)
     base = base or _recorded_base(adapters, name)
-    model, tokenizer = load(base, adapters[name] if name else None, name, precision)
+    model, tokenizer = load(base, adapters[name] if name else None, precision)
     _warn_of_cut_prompts(texts, tokenizer, model.config.n_positions)
     printer = Printer(outlives_pipe=json_path is not None)
     with suppress(BrokenPipeError):  # nobody reads any more: done
@@ -82,7 +82,7 @@ def choose_adapter(adapters: Mapping[str, Path], use: str | None) -> str | None:
     return None if use == "base" else use
 
 
-def load(base: str, adapter: Path | None, name: str | None, precision: str) -> tuple[Model, PreTrainedTokenizerFast]:
+def load(base: str, adapter: Path | None, precision: str) -> tuple[Model, PreTrainedTokenizerFast]:
     """The base (a merged model is one too) with the adapter on it, in `precision` on the GPU if there is one.
 
     The adapter is put on in full precision, so that one which changes the base (PiSSA) is rounded once, at the end.
@@ -93,8 +93,7 @@ def load(base: str, adapter: Path | None, name: str | None, precision: str) -> t
     tokenizer = load_tokenizer(directory)
     model: Model = load_model(directory)
     if adapter is not None:
-        assert name is not None, "an adapter has a name"
-        model = load_onto(model, adapter, name)
+        model = load_onto(model, adapter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device, DTYPES[precision])  # type: ignore[arg-type]
     return model.eval(), tokenizer
