@@ -31,7 +31,7 @@ from peftune.training.records import read_metrics
 from peftune.training.run import train
 
 BASE = "builtin:small"
-HELDOUT_TOKENS = 16_000  # a domain; enough for two digits, and quick
+HELDOUT_TOKENS = 10_000  # a domain; enough for two digits, and quick
 OWN_HELDOUT = 0.1
 PROMPTS = {"docs": "The following", "unicode": "LATIN SMALL LETTER"}
 
@@ -52,29 +52,34 @@ def run(out: Path, files: list[Path]) -> None:
     """
     seconds: dict[str, float] = {}
     display, console = Display(), Console(highlight=False)
-    _make_room(out)
+    _refuse_foreign(out)
     base = bases.resolve(BASE)
-    with _stage(display, seconds, "data: three domains that every Python carries" + (" and your own" if files else "")):
+    with _stage(
+        display, seconds, "data", "three domains that every Python carries" + (" and your own" if files else "")
+    ):
+        _refuse_equal_names(files)
         lessons = [_builtin_lesson(name, out) for name in PROMPTS] + [_own_lesson(path, out) for path in files]
         domains = _heldout(base, files)
         for name, blocks in domains.items():
             display.say(f"  {name}: {len(blocks.documents)} held-out documents, {blocks.tokens():,} tokens")
+    _make_room(out)
     for lesson in lessons:
-        with _stage(display, seconds, f"training adapter {lesson.name}"):
+        with _stage(display, seconds, f"train {lesson.name}", f"an adapter for {lesson.name}"):
             train(lesson.recipe)
     adapters = {lesson.name: Path(lesson.recipe.run.out) for lesson in lessons}
-    with _stage(display, seconds, "measuring the base and every adapter on documents that none of them saw"):
+    with _stage(display, seconds, "eval", "base and adapters on documents that none of them saw"):
         rows = matrix(base, adapters, domains, display)
         console.print(matrix_table(rows))
     merged = out / "merged-docs"
-    with _stage(display, seconds, f"merging adapter docs into an ordinary checkpoint, {merged}"):
+    with _stage(display, seconds, "merge", f"adapter docs into an ordinary checkpoint, {merged}"):
         report = merge(adapters["docs"], merged, BASE)
         console.print(
             f"  {report.modules_applied} of {report.modules_in_adapter} modules applied; logits of merged and "
             f"base + adapter differ by at most {report.max_abs_logit_difference:.1e}, "
-            f"the same likeliest token in {report.argmax_agreement:.2%}"
+            f"the same likeliest token in {report.argmax_agreement:.2%}",
+            soft_wrap=True,
         )
-    with _stage(display, seconds, "generating: the same prompt and seed, base and adapter"):
+    with _stage(display, seconds, "generate", "the same prompt and seed, base and adapter"):
         samples = [_sample(base, lesson, adapters[lesson.name]) for lesson in lessons]
         for sample in samples:
             _show_sample(console, sample)
@@ -82,10 +87,20 @@ def run(out: Path, files: list[Path]) -> None:
     _finish(out, adapters, rows, facts, console)
 
 
-def _make_room(out: Path) -> None:
-    """Start from an empty `out`; only what an earlier quickstart left there is removed."""
+def _refuse_equal_names(files: list[Path]) -> None:
+    stems = [path.stem for path in files]
+    twice = {stem for stem in stems if stems.count(stem) > 1}
+    if twice:
+        raise UserError(f"two files are called {sorted(twice)[0]}; an adapter is named after its file, rename one")
+
+
+def _refuse_foreign(out: Path) -> None:
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / ".quickstart").is_file())):
         raise UserError(f"--out {out}: exists and was not made by quickstart; choose another directory")
+
+
+def _make_room(out: Path) -> None:
+    """Start from an empty `out`; only what an earlier quickstart left there is removed."""
     try:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
@@ -95,31 +110,33 @@ def _make_room(out: Path) -> None:
 
 
 @contextmanager
-def _stage(display: Display, seconds: dict[str, float], title: str) -> Iterator[None]:
-    display.stage(title)
+def _stage(display: Display, seconds: dict[str, float], verb: str, what: str) -> Iterator[None]:
+    display.stage(f"{verb}: {what}")
     started = time.monotonic()
     yield
-    seconds[title.split(":")[0]] = round(time.monotonic() - started, 1)
+    seconds[verb] = round(time.monotonic() - started, 1)
 
 
 def _builtin_lesson(name: str, out: Path) -> Lesson:
-    return _lesson(name, f"builtin:{name}/train", 0.04, PROMPTS[name], out)
+    return _lesson(name, f"builtin:{name}/train", 0.03, PROMPTS[name], out)
 
 
 def _own_lesson(path: Path, out: Path) -> Lesson:
     if path.stem in (*PROMPTS, "base", "code"):
         raise UserError(f"{path}: the name {path.stem} is taken by a built-in domain; rename the file")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a text file of your own")
     return _lesson(path.stem, str(path), OWN_HELDOUT, "", out)
 
 
 def _lesson(name: str, source: str, validation: float, prompt: str, out: Path) -> Lesson:
     recipe = {
         "base": BASE,
-        "data": {"train": source, "validation": validation},
+        "data": {"train": source, "validation": validation, "block_size": 256},  # short blocks: attention costs less
         "lora": {"rank": 16, "alpha": 32},
-        "optim": {"lr": 3e-3, "steps": 60, "warmup": 5},
-        "batch": {"global_size": 16},
-        "run": {"out": str(out / "adapters" / name), "eval_every": 20, "save_every": 0},
+        "optim": {"lr": 6e-3, "steps": 70, "warmup": 4},
+        "batch": {"global_size": 8},
+        "run": {"out": str(out / "adapters" / name), "eval_every": 14, "save_every": 0},
     }
     return Lesson(name, recipe_from(recipe, []), prompt)
 
@@ -173,10 +190,18 @@ def _finish(
         f"adapter {name}": str(path) for name, path in adapters.items()
     }
     (out / "quickstart.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    console.print(f"\nDone in {sum(facts['seconds'].values()):.0f} s. Everything lies in {out}/:")
-    console.print("  quickstart.png   loss curves and the matrix      quickstart.json   every figure")
-    console.print(f"  adapters/        {', '.join(adapters)}: a few hundred kB each, plain PEFT")
-    console.print("  merged-docs/     the docs adapter folded into a full GPT-2 checkpoint\n")
-    console.print("Next:")
-    console.print(f"  peftune generate --base {BASE} --adapter {adapters['unicode']} --prompt 'GREEK CAPITAL'")
-    console.print("  peftune train launch/recipes/poems.yaml data.train=your.txt      (see docs/guide.md)")
+    size = sum(path.stat().st_size for path in adapters["docs"].glob("*.safetensors")) / 1e6
+    console.print(
+        f"""
+Done in {sum(facts["seconds"].values()):.0f} s. Everything lies in {out}/:
+  quickstart.png    loss curves and the matrix
+  quickstart.json   every figure
+  adapters/         {", ".join(adapters)}: {size:.1f} MB each, plain PEFT
+  merged-docs/      the docs adapter folded into a full GPT-2 checkpoint
+
+Next:
+  peftune generate --base {BASE} --adapter {adapters["unicode"]} --prompt "GREEK CAPITAL"
+  peftune train launch/recipes/poems.yaml data.train=your.txt        (docs/guide.md tells more)""",
+        soft_wrap=True,
+        markup=False,
+    )

@@ -28,6 +28,7 @@ from peftune.adapters.report import MergeReport, judged
 from peftune.adapters.shards import write_weights
 from peftune.adapters.store import Adapter, base_of, read_adapter
 from peftune.adapters.targets import layout_of
+from peftune.data.tokens import encode_texts, end_of_text_id
 from peftune.errors import CheckFailed, UserError
 from peftune.model.base import load_config, load_tokenizer, resolve
 from peftune.model.weights import HEAD, WTE, open_weights
@@ -155,7 +156,8 @@ class _Job:
         chosen = _default_texts() if texts is None else [text for text in texts if text]
         if not chosen:
             raise UserError("merge: no text to compare logits on; give some, or none at all for the default")
-        rows = [[tokenizer.eos_token_id, *tokenizer(text)["input_ids"]][:length] for text in chosen[:_SEQUENCES]]
+        encoded = encode_texts(chosen[:_SEQUENCES], tokenizer)
+        rows = [[end_of_text_id(tokenizer), *ids][:length] for ids in encoded]
         largest = max(max(row) for row in rows)
         if largest >= self.layout.vocabulary:
             raise UserError(

@@ -1,0 +1,251 @@
+"""A base is found, checked and loaded, or refused in one line that names it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from peftune.errors import UserError
+from peftune.model.base import BUILTIN, load_config, load_model, load_tokenizer, resolve
+
+WEIGHTS = "model.safetensors"
+PROBE = torch.arange(40)[None]
+
+
+@pytest.fixture
+def base(tiny_base: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny base that a test may spoil."""
+    return Path(shutil.copytree(tiny_base, tmp_path / "base"))
+
+
+@pytest.fixture
+def hub(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub cache that holds the tiny base as `someone/tiny`, as huggingface_hub lays it out, and no network."""
+    from huggingface_hub import constants
+
+    repository = tmp_path / "cache" / "models--someone--tiny"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = repository / "snapshots" / commit
+    for folder in ("refs", "blobs"):
+        (repository / folder).mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    for number, path in enumerate(sorted(tiny_base.iterdir())):
+        shutil.copy(path, repository / "blobs" / f"{number:040d}")
+        (snapshot / path.name).symlink_to(Path("../../blobs") / f"{number:040d}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return snapshot
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 420, message
+    return message
+
+
+def edit_config(base: Path, **values: Any) -> None:
+    path = base / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def spoil(base: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(base / WEIGHTS)
+    change(tensors)
+    save_file(tensors, base / WEIGHTS, metadata={"format": "pt"})
+
+
+def logits(base: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return load_model(base)(PROBE).logits
+
+
+def test_the_builtin_base_a_directory_and_a_hub_name_are_found(tiny_base: Path, hub: Path) -> None:
+    assert resolve("builtin:small") == BUILTIN["builtin:small"]
+    assert resolve(str(tiny_base)) == tiny_base
+    assert resolve("someone/tiny").samefile(hub)
+
+
+def test_a_base_from_the_hub_loads_and_computes_the_same(tiny_base: Path, hub: Path) -> None:
+    found = resolve("someone/tiny")
+    assert torch.equal(logits(found), logits(tiny_base))
+    assert load_tokenizer(found).encode("the cat") == load_tokenizer(tiny_base).encode("the cat")
+
+
+def test_a_recipe_with_a_hub_name_trains(hub: Path) -> None:
+    from peftune.config import recipe_from
+    from peftune.training.run import train
+
+    Path("t.txt").write_text("the cat sat on the mat\n\na dog ran to my log\n")
+    values = {
+        "base": "someone/tiny", "data": {"train": "t.txt", "validation": 0}, "lora": {"rank": 2},
+        "optim": {"steps": 1}, "batch": {"global_size": 1}, "run": {"out": "out", "precision": "fp32"},
+    }  # fmt: skip
+    train(recipe_from(values, []))
+    assert json.loads(Path("out/adapter_config.json").read_text())["base_model_name_or_path"] == "someone/tiny"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("builtin:large", "no such built-in base; known: builtin:small"),
+        ("./nowhere", "no such directory; expected a GPT-2 checkpoint directory"),
+        ("/nowhere/at/all", "no such directory"),
+        ("a/b/c", "no such directory"),
+        ("models/", "no such directory"),
+        ("a file.txt", "neither a directory nor a valid hub name"),
+        ("x" * 5000, "cannot be read: File name too long"),
+        ("~nosuchuser/x", "cannot be read"),
+        ("someone/else", "no such directory here, and the hub could not be reached"),
+        ("gpt3", "no such directory here, and the hub could not be reached"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_one_line(hub: Path, name: str, expected: str) -> None:
+    message = refusal(lambda: resolve(name))
+    assert (expected in message and message.startswith(f"base {name[:200]}")) or message.startswith(f"base {name!r}")
+
+
+def test_a_directory_without_a_model_or_with_an_adapter_is_explained(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in refusal(lambda: resolve(str(tmp_path / "empty")))
+    (tmp_path / "empty" / "adapter_config.json").write_text("{}")
+    assert "it is an adapter, pass it as --adapter" in refusal(lambda: resolve(str(tmp_path / "empty")))
+    (base / "adapter_config.json").write_text("{}")
+    assert "holds an adapter beside the model" in refusal(lambda: resolve(str(base)))
+    assert "no such directory" in refusal(lambda: resolve(str(base / "config.json")))
+
+
+def test_a_hub_copy_without_weights_is_refused(hub: Path) -> None:
+    (hub / WEIGHTS).unlink()
+    assert "holds no weights in safetensors or .bin form" in refusal(lambda: resolve("someone/tiny"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neo", "openai-gpt", None])
+def test_another_architecture_is_refused_by_name(base: Path, kind: str | None) -> None:
+    edit_config(base, model_type=kind, architectures=["LlamaForCausalLM"])
+    for load in (load_config, load_model):
+        assert f"model_type is {kind}, peftune trains GPT-2 models only" in refusal(lambda load=load: load(base))
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"5", b"", b"\xff\xfe", b"null"])
+def test_a_config_that_is_no_config_is_one_line(base: Path, content: bytes) -> None:
+    (base / "config.json").write_bytes(content)
+    assert f"base {base}" in refusal(lambda: load_config(base))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"n_head": 5}, {"n_embd": "x"}, {"n_layer": -1}, {"n_positions": None}, {"vocab_size": 0}, {"n_head": 0},
+        {"n_layer": 1.5}, {"activation_function": "nope"}, {"layer_norm_epsilon": "small"}, {"n_inner": "wide"},
+    ],
+)  # fmt: skip
+def test_impossible_numbers_in_the_config_are_one_line(base: Path, values: dict[str, Any]) -> None:
+    edit_config(base, **values)
+    assert f"base {base}" in refusal(lambda: load_model(base))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"n_positions": 128}, "wpe.weight has shape (64, 32), config.json says (128, 32)"),
+        ({"vocab_size": 310}, "wte.weight has shape (300, 32), config.json says (310, 32)"),
+        ({"n_embd": 64}, "has shape"),
+        ({"n_inner": 64}, "mlp.c_fc"),
+        ({"n_layer": 3}, "tensors are missing from the weights, such as transformer.h.2."),
+    ],
+)
+def test_weights_of_other_shapes_than_the_config_says_are_refused(
+    base: Path, values: dict[str, Any], expected: str
+) -> None:
+    edit_config(base, **values)
+    message = refusal(lambda: load_model(base))
+    assert expected in message and f"base {base}" in message
+
+
+def test_missing_tensors_are_named(base: Path) -> None:
+    spoil(base, lambda tensors: [tensors.pop(name) for name in list(tensors) if ".h.1." in name])
+    message = refusal(lambda: load_model(base))
+    assert "12 tensors are missing from the weights, such as transformer.h.1.attn.c_attn.bias" in message
+
+
+def test_weights_that_are_cut_short_or_absent_are_one_line(base: Path) -> None:
+    whole = (base / WEIGHTS).read_bytes()
+    for content in (whole[:-100], whole[:20], b"", b"\xff" * 100):
+        (base / WEIGHTS).write_bytes(content)
+        assert "the weights cannot be read" in refusal(lambda: load_model(base))
+    (base / WEIGHTS).unlink()
+    assert "the weights cannot be read" in refusal(lambda: load_model(base))
+    (base / "pytorch_model.bin").write_bytes(b"\x80\x04nothing")
+    assert "the weights cannot be read" in refusal(lambda: load_model(base))
+
+
+def test_bare_keys_with_mask_buffers_load_as_the_same_model(tiny_base: Path, base: Path) -> None:
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(base / WEIGHTS).items()}
+    tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64).tril() for i in (0, 1)}
+    save_file(tensors, base / WEIGHTS, metadata={"format": "pt"})
+    assert torch.equal(logits(base), logits(tiny_base))
+
+
+def test_a_bin_checkpoint_loads_as_the_same_model_and_runs_no_code(tiny_base: Path, base: Path) -> None:
+    torch.save(load_file(base / WEIGHTS), base / "pytorch_model.bin")
+    (base / WEIGHTS).unlink()
+    assert torch.equal(logits(base), logits(tiny_base))
+    torch.save({"code": torch.nn.Linear(2, 2)}, base / "pytorch_model.bin")
+    assert "the weights cannot be read" in refusal(lambda: load_model(base))
+
+
+def test_an_untied_head_stays_apart(base: Path) -> None:
+    head = torch.randn(300, 32)
+    spoil(base, lambda tensors: tensors.update({"lm_head.weight": head}))
+    edit_config(base, tie_word_embeddings=False)
+    model = load_model(base)
+    assert torch.equal(model.lm_head.weight, head) and model.lm_head.weight is not model.transformer.wte.weight
+
+
+def test_dropout_is_what_was_asked_whatever_the_checkpoint_says(base: Path) -> None:
+    edit_config(base, resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
+    for asked in (0.0, 0.25):
+        model = load_model(base, dropout=asked)
+        found = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+        assert found == {asked} and not model.training
+    assert load_model(base, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_missing_or_broken_tokenizer_is_one_line(base: Path) -> None:
+    (base / "tokenizer.json").write_text("{")
+    assert "the tokenizer cannot be read" in refusal(lambda: load_tokenizer(base))
+    (base / "tokenizer.json").unlink()
+    assert "no tokenizer here" in refusal(lambda: load_tokenizer(base))
+
+
+def test_vocabulary_and_merges_make_the_whole_tokenizer_and_not_one_token(tiny_base: Path, base: Path) -> None:
+    inner = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    vocabulary = {**inner["vocab"], "<|endoftext|>": len(inner["vocab"])}
+    (base / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in inner["merges"]]
+    (base / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).unlink()
+    found, known = load_tokenizer(base), load_tokenizer(tiny_base)
+    text = "the cat sat, naïve café 東京"
+    assert len(found) == len(known) and found.encode(text) == known.encode(text)
+
+
+def test_a_tokenizer_of_one_token_is_refused(base: Path) -> None:
+    """What a vocabulary without its merges, or an empty one, turns into: every text would be nothing."""
+    (base / "tokenizer.json").unlink()
+    (base / "vocab.json").write_text('{"<|endoftext|>": 0}')
+    (base / "merges.txt").write_text("#version: 0.2\n")
+    message = refusal(lambda: load_tokenizer(base))
+    assert "1 token" in message or "cannot be read" in message
