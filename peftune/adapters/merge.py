@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config
 from transformers.utils import logging
 
 from peftune.adapters import verify as verification
@@ -31,7 +31,7 @@ from peftune.adapters.targets import layout_of
 from peftune.data.tokens import encode_texts, end_of_text_id
 from peftune.errors import CheckFailed, UserError
 from peftune.model.base import load_config, load_tokenizer, resolve
-from peftune.model.weights import HEAD, WTE, open_weights
+from peftune.model.weights import HEAD, WTE, check_whole, open_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 5_000_000_000
@@ -85,7 +85,7 @@ class _Job:
     def __post_init__(self) -> None:
         self.layout = layout_of(self.adapter.config, self.adapter.tensors, self.config, str(self.adapter.directory))
         self.folded = Folded(open_weights(self.directory), self.layout)
-        self._check_base_is_whole()
+        check_whole(self.folded.weights, self.config)
         head = self.layout.targets.get("lm_head")
         if head is not None and "lora_B.bias" in head.parts:
             raise UserError(
@@ -104,22 +104,6 @@ class _Job:
                 report = self._verified(report, staging, sequences, advance)
         (staging / "merge.json").write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n", encoding="utf-8")
         return report
-
-    def _check_base_is_whole(self) -> None:
-        """Every tensor of this architecture is there, in its shape, before anything is written."""
-        weights = self.folded.weights
-        with torch.device("meta"):
-            expected = GPT2LMHeadModel(self.config).state_dict()
-        for name, tensor in expected.items():
-            if name == HEAD and weights.tied:
-                continue
-            if name not in weights.names():
-                raise UserError(
-                    f"base {self.directory}: {name} is missing from the weights; download the checkpoint again"
-                )
-            if weights.shape(name) != tensor.shape:
-                found, wanted = weights.shape(name), tuple(tensor.shape)
-                raise UserError(f"base {self.directory}: {name} has shape {found}, config.json says {wanted}")
 
     def _write_settings(self, staging: Path) -> None:
         values = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
@@ -158,12 +142,6 @@ class _Job:
             raise UserError("merge: no text to compare logits on; give some, or none at all for the default")
         encoded = encode_texts(chosen[:_SEQUENCES], tokenizer)
         rows = [[end_of_text_id(tokenizer), *ids][:length] for ids in encoded]
-        largest = max(max(row) for row in rows)
-        if largest >= self.layout.vocabulary:
-            raise UserError(
-                f"base {self.directory}: its tokenizer knows token {largest}, but the embedding has "
-                f"{self.layout.vocabulary} rows; pass a base with its own tokenizer"
-            )
         return [torch.tensor(row) for row in rows]
 
     def _write_tensors(self, staging: Path, advance: Callable[[], None]) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftune.errors import UserError
+from peftune.model import architecture
+from peftune.model.weights import check_whole, open_weights
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -89,6 +91,7 @@ def load_config(directory: Path) -> GPT2Config:
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind != "gpt2":
         raise UserError(f"base {directory}: model_type is {kind}, peftune trains GPT-2 models only (model_type gpt2)")
+    architecture.check(values, directory)
     return GPT2Config.from_pretrained(directory)
 
 
@@ -106,7 +109,22 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
         raise UserError(
             f"base {directory}: expected a fast tokenizer with an end token, found {type(tokenizer).__name__}"
         )
+    _check_vocabulary(tokenizer, load_config(directory).vocab_size, directory)
     return tokenizer  # type: ignore[no-any-return]
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int, directory: Path) -> None:
+    """Every token that a text can become has a row; special ones beyond (a `[PAD]` added later) are never made."""
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    texts = [number for number in tokenizer.get_vocab().values() if number not in added]
+    if len(texts) < 2:
+        raise UserError(f"base {directory}: the tokenizer knows {len(texts)} tokens; expected its whole vocabulary")
+    largest = max(*texts, tokenizer.eos_token_id)
+    if largest >= rows:
+        raise UserError(
+            f"base {directory}: its tokenizer knows token {largest}, but the embedding has {rows} rows; "
+            "pass a base with its own tokenizer"
+        )
 
 
 def load_model(
@@ -121,18 +139,13 @@ def load_model(
     from transformers.utils import logging
 
     config = load_config(directory)
+    check_whole(open_weights(directory), config)
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = dropout
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        loaded: Any = GPT2LMHeadModel.from_pretrained(
-            directory, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
-        )
+        model: Any = GPT2LMHeadModel.from_pretrained(directory, config=config, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"base {directory}: the weights cannot be read: {_first_line(error)}") from None
-    model, info = loaded
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise UserError(f"base {directory}: {len(missing)} tensors are missing from the weights, such as {missing[0]}")
     return model.to(device).eval()  # type: ignore[no-any-return]
 
 

@@ -10,15 +10,19 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from peftune.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config
 
 WTE = "transformer.wte.weight"
 HEAD = "lm_head.weight"
@@ -108,6 +112,25 @@ def open_weights(directory: Path) -> Weights:
     if WTE not in entries:
         raise UserError(f"base {directory}: no tensor wte.weight in {files[0].name}; expected a GPT-2 checkpoint")
     return _settle_head(directory, tuple(files), entries)
+
+
+def check_whole(weights: Weights, config: GPT2Config) -> None:
+    """Every tensor of this architecture is there, in its shape; UserError where not."""
+    from transformers import GPT2LMHeadModel
+
+    with torch.device("meta"):
+        expected = GPT2LMHeadModel(config).state_dict()
+    known = set(weights.names()) | ({HEAD} if weights.tied else set())
+    missing = [name for name in expected if name not in known]
+    if missing:
+        raise UserError(
+            f"base {weights.directory}: {len(missing)} tensors are missing from the weights, such as {missing[0]}; "
+            "download the checkpoint again"
+        )
+    for name, tensor in expected.items():
+        if name in weights.names() and weights.shape(name) != tensor.shape:
+            found, wanted = weights.shape(name), tuple(tensor.shape)
+            raise UserError(f"base {weights.directory}: {name} has shape {found}, config.json says {wanted}")
 
 
 def _settle_head(directory: Path, files: tuple[Path, ...], entries: dict[str, _Entry]) -> Weights:
@@ -200,15 +223,21 @@ def load_pickle(file: Path) -> dict[str, torch.Tensor]:
     Raises UserError for a broken file, and for one that holds anything but tensors.
     """
     try:
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, ValueError) as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            state = torch.load(file, map_location="cpu", weights_only=True)  # written before torch 1.6
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            state = _load_tensors(file)
     except (RuntimeError, ValueError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
         cause = " ".join(str(error).split())[:160]
         raise UserError(f"{file}: not a whole weights-only file ({cause}); copy or download it again") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{file}: expected a mapping of names to tensors")
     return state
+
+
+def _load_tensors(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, ValueError) as error:
+        if "mmap can only be used" not in str(error):
+            raise
+        return torch.load(file, map_location="cpu", weights_only=True)  # written before torch 1.6

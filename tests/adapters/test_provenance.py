@@ -79,7 +79,7 @@ def test_tokenizer_files_of_either_format_give_the_same_fingerprint(tiny_base: P
 def test_another_token_changes_the_tokenizer_fingerprint(tiny_base: Path, tmp_path: Path) -> None:
     other = copy(tiny_base, tmp_path / "other")
     tokenizer = AutoTokenizer.from_pretrained(other)
-    tokenizer.add_tokens(["<new>"])
+    tokenizer.add_tokens(["<new>"], special_tokens=True)
     tokenizer.save_pretrained(other)
     assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tiny_base)
 
@@ -94,7 +94,7 @@ def test_adapter_is_refused_on_another_base_and_on_another_tokenizer(
     weights, tokens = copy(tiny_base, tmp_path / "weights"), copy(tiny_base, tmp_path / "tokens")
     change_one_weight(weights)
     tokenizer = AutoTokenizer.from_pretrained(tokens)
-    tokenizer.add_tokens(["<new>"])
+    tokenizer.add_tokens(["<new>"], special_tokens=True)
     tokenizer.save_pretrained(tokens)
     for other, key, found in (
         (weights, "base_fingerprint", base_fingerprint(weights)),

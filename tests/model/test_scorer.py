@@ -129,12 +129,12 @@ def test_attention_targets_leave_the_mlp_alone(tiny_base: Path) -> None:
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        (Lora(targets=["q_proj"]), "no linear or embedding module q_proj"),
+        (Lora(targets=["q_proj"]), "no linear or embedding module 'q_proj'"),
         (Lora(layers=[0, 7]), "blocks 0 to 1, found 7"),
-        (Lora(modules_to_save=["head"]), "no module head"),
+        (Lora(modules_to_save=["head"]), "no module 'head'"),
         (Lora(targets=["lm_head"], layers=[0]), "lm_head lies outside the blocks"),
         (Lora(targets=["wte"], modules_to_save=["wte"]), "both in targets and in modules_to_save"),
-        (Lora(targets=["ln_1"]), "no linear or embedding module ln_1"),
+        (Lora(targets=["ln_1"]), "no linear or embedding module 'ln_1'"),
     ],
 )
 def test_targets_that_the_base_lacks_are_refused(tiny_base: Path, lora: Lora, message: str) -> None:

@@ -211,7 +211,7 @@ def test_fp16_on_a_cpu_and_absent_trackers_are_refused_before_training(recipe: M
         ("data.block_size=128", "only 64 positions"),
         ("base=./nowhere", "no such directory"),
         ("base=builtin:large", "no such built-in base"),
-        ("lora.targets=[q_proj]", "no linear or embedding module q_proj"),
+        ("lora.targets=[q_proj]", "no linear or embedding module 'q_proj'"),
         ("run.out=/dev/null/x", "cannot be written"),
     ],
 )

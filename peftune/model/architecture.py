@@ -1,0 +1,54 @@
+"""What config.json of a GPT-2 may say, checked before anything is built from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from peftune.complaints import problems
+from peftune.errors import UserError
+
+Size = Annotated[int, Field(gt=0)]
+
+
+class Architecture(BaseModel):
+    """The values that decide shapes and arithmetic; the defaults are those of GPT-2 itself."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    vocab_size: Size = 50257
+    n_positions: Size = 1024
+    n_embd: Size = 768
+    n_layer: Size = 12
+    n_head: Size = 12
+    n_inner: Size | None = None
+    activation_function: str = "gelu_new"
+    layer_norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
+    tie_word_embeddings: bool = True
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    reorder_and_upcast_attn: bool = False
+    add_cross_attention: bool = False
+
+    @model_validator(mode="after")
+    def _numbers_fit(self) -> Architecture:
+        from transformers.activations import ACT2FN
+
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
+        if self.activation_function not in ACT2FN:
+            raise ValueError(f"activation_function {self.activation_function!r} is none that Transformers knows")
+        if self.add_cross_attention:
+            raise ValueError("add_cross_attention is true; peftune trains language models, not decoders of others")
+        return self
+
+
+def check(values: dict[str, Any], directory: Path) -> None:
+    """UserError naming every value of config.json that no GPT-2 can have."""
+    try:
+        Architecture.model_validate(values)
+    except ValidationError as error:
+        found = "; ".join(problems(error, {"": list(Architecture.model_fields)}))
+        raise UserError(f"base {directory}: config.json: {found}") from None
