@@ -78,7 +78,7 @@ def documents(domain: str, part: Part) -> list[Document]:
             seen.add(text)
             chosen.append(Document(text, source=source))
     if part != "base":
-        chosen = [document for document in chosen if not _was_taught(document.text)]
+        chosen = [document for document in chosen if not _was_taught(document.text, domain)]
     if domain == "docs" and part == "train":
         return _without_paragraphs_of(documents(domain, "heldout"), chosen)
     return chosen
@@ -99,9 +99,11 @@ def line_hashes(text: str) -> np.ndarray:
     return np.frombuffer(digests, dtype="<u4")
 
 
-def _was_taught(text: str) -> bool:
-    """Whether the base learnt more than half of the long lines of this text."""
+def _was_taught(text: str, domain: str) -> bool:
+    """Whether the base learnt more than half of the long lines of this text; code without any cannot be told apart."""
     found = line_hashes(text).tolist()
+    if domain == "code" and not found:
+        return True
     return sum(line in _taught() for line in found) * 2 > len(found)
 
 
