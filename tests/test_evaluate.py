@@ -23,7 +23,7 @@ DOCUMENTS = {
     "animals": [
         "the cat sat on the mat",
         "a dog",
-        "the cat and the dog and the cat sat on the log " * 12,
+        "the cat and the dog and the cat sat on the log " * 30,
         "naïve 東京",
     ],
     "short": ["x", "😀", "on a mat"],
