@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -190,6 +191,8 @@ def _root(
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the program and leave with its exit code; an error that a person can mend is one line on stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 

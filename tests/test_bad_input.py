@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +112,10 @@ def test_names_that_people_give_are_names(
     assert "Warning" not in error and name in error
     assert (here / "out" / name / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert cli.run(["eval", "--adapter", f"a=out/{name}", "--data", "c.jsonl"]) == 0
+
+
+def test_a_stdout_that_cannot_show_a_character_is_no_reason_to_stop(here: Path, tiny_base: Path) -> None:
+    command = [sys.executable, "-m", "peftune", "data", "c.jsonl", "--base", str(tiny_base)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0 and b"?a dog ran to my log" in done.stdout and not done.stderr

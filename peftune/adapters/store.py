@@ -240,8 +240,8 @@ def _finish_commit(out: Path) -> None:
 def _read_config(directory: Path) -> dict[str, Any]:
     try:
         os.scandir(directory).close()
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
         raise UserError(f"adapter {directory}: {reason}; expected a directory with {CONFIG}") from None
     _finish_commit(directory)
     path = directory / CONFIG
