@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftune.errors import UserError
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -24,7 +26,7 @@ class Records:
         self.file = None
         if accelerator.is_main_process:
             mode = "r+b" if path.exists() else "w+b"
-            self.file = open(path, mode)  # noqa: SIM115  closed in close()
+            self.file = open(path, mode, buffering=0)  # noqa: SIM115  closed in close()
             self.file.truncate(min(keep_bytes, path.stat().st_size))
             self.file.seek(0, os.SEEK_END)
         if recipe["run"]["track"]:
@@ -34,12 +36,20 @@ class Records:
         """Append one event; numbers that JSON cannot hold become null."""
         if self.file is not None:
             line = json.dumps({"event": event, **{k: _finite(v) for k, v in values.items()}}, ensure_ascii=False)
-            self.file.write(line.encode() + b"\n")
-            self.file.flush()
+            self._append(line.encode() + b"\n")
         if self.accelerator.log_with and "step" in values:
             prefix = f"{event}/{values['domain']}" if "domain" in values else event
             logged = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
             self.accelerator.log(logged, step=values["step"])
+
+    def _append(self, line: bytes) -> None:
+        assert self.file is not None
+        try:
+            written = self.file.write(line)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}; checkpoints are intact") from None
+        if written != len(line):
+            raise UserError(f"{self.path}: the disk is full; checkpoints are intact")
 
     def size(self) -> int:
         """Bytes written so far."""
@@ -57,7 +67,7 @@ class Records:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All events of a metrics file; a last line cut short by a crash is passed over."""
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             events.append(json.loads(line))
         except json.JSONDecodeError:

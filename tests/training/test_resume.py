@@ -148,6 +148,27 @@ def test_a_full_disk_is_one_clear_error_and_the_checkpoint_before_is_intact(
     assert checkpoint.newest(tmp_path) == tmp_path / "step-1"
 
 
+def test_a_full_disk_under_the_records_is_one_clear_error(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftune.training.records import Records
+
+    made = recipe("run.save_every=1")
+    append = Records._append
+
+    def full_at_the_third_step(self: Records, line: bytes) -> None:
+        if b'"step": 3, "loss"' in line:
+            assert self.file is not None
+            self.file.close()
+            self.file = open("/dev/full", "wb", buffering=0)  # type: ignore[assignment]  # closed by the run itself
+        append(self, line)
+
+    monkeypatch.setattr(Records, "_append", full_at_the_third_step)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # /dev/full cannot be flushed
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written: No space left.*checkpoints are intact"):
+        train(made)
+    found = checkpoint.newest(Path(made.run.out) / "checkpoints")
+    assert found is not None and found.name == "step-2"
+
+
 @pytest.mark.parametrize("broken", ["adapter.safetensors", "moments.safetensors", "state.json"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, broken: str) -> None:
     parameters = {"p": torch.nn.Parameter(torch.ones(2))}
