@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,28 @@ from peftune.data.packing import Packing, pack
 
 VOCABULARY, LAYERS, WIDTH, HEADS, CONTEXT = 4096, 6, 256, 4, 512
 END = "<|endoftext|>"
+CARD = """---
+license: psf-2.0
+library_name: transformers
+tags: [gpt2]
+---
+
+# builtin:small
+
+A GPT-2 of 6 layers x 256 (4 heads, context 512, byte-level BPE of 4,096 tokens, 5.9M parameters), trained from nothing
+by `launch/build_base.py --steps {steps}` as a base to demonstrate adapters on. It writes text that looks like Python
+and is not meant for anything else.
+
+**Text.** {training_documents:,} documents of Python {python}'s standard library: top-level definitions and what lies
+between them, docstrings and comments included; no tests, no code page tables, nothing of the language reference.
+Modules belong to base, adapters or held-out by a hash of their name (`peftune/data/builtin.py`); `taught_lines.npy`
+holds hashes of the lines that it was taught, so that no adapter is trained or measured on them.
+
+**Training.** {steps:,} steps of {blocks_per_step} blocks of 512 tokens ({tokens:,} tokens in all), Muon for matrices and
+AdamW for the rest, bf16 products over fp32 weights, {seconds:,} seconds on {threads} CPU cores that did other work too.
+
+**Result.** {heldout_nats_per_token} nats per token on {heldout_documents:,} documents of modules that it never saw.
+"""
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -55,6 +78,7 @@ def main() -> None:
             "heldout_documents": heldout.documents,
             "heldout_nats_per_token": round(loss, 4),
             "seconds": round(seconds),
+            "python": platform.python_version(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         },
@@ -236,8 +260,20 @@ def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, out: Path, 
     model.config.save_pretrained(out)
     GenerationConfig(bos_token_id=VOCABULARY - 1, eos_token_id=VOCABULARY - 1).save_pretrained(out)
     tokenizer.save_pretrained(out)
+    name_the_tokenizer(tokenizer, out)
     np.save(out / TAUGHT.name, np.unique(np.concatenate([line_hashes(d.text) for d in documents("code", "base")])))
     (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (out / "README.md").write_text(CARD.format(**facts), encoding="utf-8")
+    (out / "model.safetensors").chmod(0o644)
+
+
+def name_the_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Store it as what it is, a GPT-2 tokenizer, with vocab.json and merges.txt too: every Transformers can read that."""
+    tokenizer.backend_tokenizer.model.save(str(out))
+    path = out / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "GPT2Tokenizer"}
+    settings.pop("backend", None)
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

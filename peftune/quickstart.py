@@ -22,7 +22,7 @@ from peftune.data.batches import Blocks
 from peftune.data.split import split_by_digest
 from peftune.data.store import TokenStore
 from peftune.display import Display, matrix_table
-from peftune.errors import UserError
+from peftune.errors import Interrupted, UserError
 from peftune.evaluate import as_json, matrix, read_domains
 from peftune.inference.generate import GenerationSettings, generate
 from peftune.model import base as bases
@@ -65,7 +65,7 @@ def run(out: Path, files: list[Path]) -> None:
     _make_room(out)
     for lesson in lessons:
         with _stage(display, seconds, f"train {lesson.name}", f"an adapter for {lesson.name}"):
-            train(lesson.recipe)
+            _train(lesson)
     adapters = {lesson.name: Path(lesson.recipe.run.out) for lesson in lessons}
     with _stage(display, seconds, "eval", "base and adapters on documents that none of them saw"):
         rows = matrix(base, adapters, domains, display)
@@ -85,6 +85,13 @@ def run(out: Path, files: list[Path]) -> None:
             _show_sample(console, sample)
     facts = as_json(domains, rows) | {"merge": asdict(report), "seconds": seconds, "samples": samples, "base": BASE}
     _finish(out, adapters, rows, facts, console)
+
+
+def _train(lesson: Lesson) -> None:
+    try:
+        train(lesson.recipe)
+    except Interrupted as error:
+        raise Interrupted(f"stopped while training adapter {lesson.name}; quickstart begins anew next time") from error
 
 
 def _refuse_equal_names(files: list[Path]) -> None:

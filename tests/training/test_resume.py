@@ -158,7 +158,7 @@ def test_a_full_disk_under_the_records_is_one_clear_error(recipe: Make, monkeypa
         if b'"step": 3, "loss"' in line:
             assert self.file is not None
             self.file.close()
-            self.file = open("/dev/full", "wb", buffering=0)  # type: ignore[assignment]  # closed by the run itself
+            self.file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115  the run closes it
         append(self, line)
 
     monkeypatch.setattr(Records, "_append", full_at_the_third_step)
