@@ -45,7 +45,7 @@ between them, docstrings and comments included; no tests, no code page tables, n
 Modules belong to base, adapters or held-out by a hash of their name (`peftune/data/builtin.py`); `taught_lines.npy`
 holds hashes of the lines that it was taught, so that no adapter is trained or measured on them.
 
-**Training.** {steps:,} steps of {blocks_per_step} blocks of 512 tokens ({tokens:,} tokens in all), Muon for matrices and
+**Training.** {steps:,} steps of {blocks_per_step} blocks of 512 tokens ({tokens:,} tokens in all), Muon for matrices,
 AdamW for the rest, bf16 products over fp32 weights, {seconds:,} seconds on {threads} CPU cores that did other work too.
 
 **Result.** {heldout_nats_per_token} nats per token on {heldout_documents:,} documents of modules that it never saw.
@@ -268,7 +268,7 @@ def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, out: Path, 
 
 
 def name_the_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Store it as what it is, a GPT-2 tokenizer, with vocab.json and merges.txt too: every Transformers can read that."""
+    """Store it as what it is, a GPT-2 tokenizer, with vocab.json and merges.txt: every Transformers reads that."""
     tokenizer.backend_tokenizer.model.save(str(out))
     path = out / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "GPT2Tokenizer"}

@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
-from rich.progress import TaskID
-
+from peftune.data.batches import Blocks
 from peftune.evaluate import Score, summed_nats_over
 from peftune.inference.generate import GenerationSettings, generate
 from peftune.training.distributed import summed_over_ranks
 from peftune.training.session import Session
 from peftune.training.signals import StopRequest
-from peftune.training.step import StopNow
+from peftune.training.step import StopNow, in_fitting_micro_batches
 
 SAMPLE_TOKENS = 80
 
 
 def evaluate_domains(session: Session, stop: StopRequest) -> dict[str, Score]:
     """Score every domain; raises StopNow between batches when a signal came."""
-    progress = session.display.progress
-    scores = {}
-    for name, blocks in session.source.corpus.domains.items():
-        rank, world = session.accelerator.process_index, session.accelerator.num_processes
-        mine = range(rank, len(blocks), world)
-        task = progress.add_task(f"evaluating {name}", total=len(mine), note="")
+    return {name: _score(session, name, blocks, stop) for name, blocks in session.source.corpus.domains.items()}
 
-        def heard(done: int, task: TaskID = task) -> None:
-            progress.advance(task, done)
-            if stop.name is not None:
-                raise StopNow
 
-        try:
-            nats = summed_nats_over(
-                session.scorer, blocks, mine, session.state.micro_size, session.accelerator.device, on_batch=heard
-            )
-        finally:
-            progress.remove_task(task)
-        scores[name] = Score(summed_over_ranks(session.accelerator, nats)[0], blocks.tokens(), blocks.text_bytes())
-    return scores
+def _score(session: Session, name: str, blocks: Blocks, stop: StopRequest) -> Score:
+    accelerator, progress = session.accelerator, session.display.progress
+    mine = range(accelerator.process_index, len(blocks), accelerator.num_processes)
+    task = progress.add_task(f"evaluating {name}", total=len(mine), note="")
+
+    def heard(done: int) -> None:
+        progress.advance(task, done)
+        if stop.name is not None:
+            raise StopNow
+
+    def attempt() -> float:
+        progress.reset(task)
+        micro_size = session.state.micro_size
+        return summed_nats_over(session.scorer, blocks, mine, micro_size, accelerator.device, on_batch=heard)
+
+    try:
+        nats = in_fitting_micro_batches(session, attempt)
+    finally:
+        progress.remove_task(task)
+    return Score(summed_over_ranks(accelerator, nats)[0], blocks.tokens(), blocks.text_bytes())
 
 
 def record(session: Session, scores: dict[str, Score]) -> None:

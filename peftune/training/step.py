@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -14,6 +16,8 @@ from peftune.training import optimizer
 from peftune.training.distributed import is_out_of_memory, summed_over_ranks
 from peftune.training.session import Session
 from peftune.training.signals import StopRequest
+
+Result = TypeVar("Result")
 
 
 class StopNow(Exception):
@@ -32,10 +36,14 @@ class Learnt:
 
 def learn(session: Session, stop: StopRequest) -> Learnt:
     """Take optimizer step number `session.state.step`; the loss and the update do not depend on micro-batches."""
+    return in_fitting_micro_batches(session, lambda: _attempt(session, stop))
+
+
+def in_fitting_micro_batches(session: Session, attempt: Callable[[], Result]) -> Result:
+    """What `attempt` returns; when memory runs out, micro-batches are halved and it starts from its beginning."""
     while True:
-        session.optimizer.zero_grad(set_to_none=True)
         try:
-            return _attempt(session, stop)
+            return attempt()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -43,6 +51,7 @@ def learn(session: Session, stop: StopRequest) -> Learnt:
 
 
 def _attempt(session: Session, stop: StopRequest) -> Learnt:
+    session.optimizer.zero_grad(set_to_none=True)
     state, recipe, accelerator = session.state, session.recipe, session.accelerator
     train = session.source.corpus.train
     blocks = blocks_of_step(state.step, len(train), recipe.batch.global_size, recipe.run.seed)
@@ -93,7 +102,7 @@ def _refuse_broken_numbers(step: int, loss: float, norm: float, scaled: bool) ->
 
 
 def _take_smaller_micro_batches(session: Session) -> None:
-    """Halve the micro-batch after memory ran out; the step is then taken again from its beginning."""
+    """Halve the micro-batch after memory ran out, and let go of what the failed attempt left."""
     session.optimizer.zero_grad(set_to_none=True)
     size = session.state.micro_size
     if session.recipe.batch.micro_size != "auto" or size == 1:

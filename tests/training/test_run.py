@@ -16,7 +16,7 @@ from peftune.config import Recipe
 from peftune.errors import CheckFailed, UserError
 from peftune.model.base import load_model
 from peftune.model.lora import quiet_peft
-from peftune.training import distributed, optimizer, step
+from peftune.training import distributed, evaluation, optimizer, step
 from peftune.training.records import read_metrics
 from peftune.training.run import train
 
@@ -168,8 +168,18 @@ def test_memory_running_out_halves_the_micro_batch_and_changes_nothing(
     np.testing.assert_allclose(again, losses, rtol=1e-6)
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-4)
+    evaluated = evaluation.summed_nats_over
+    monkeypatch.setattr(step, "_attempt", attempt)
+    monkeypatch.setattr(evaluation, "summed_nats_over", lambda *a, **k: _full() if a[3] > 2 else evaluated(*a, **k))
+    made = recipe("batch.micro_size=auto", "data.validation=0.3", f"run.out={tmp_path / 'd'}")
+    assert train(made).metrics["validation"]["base"]["tokens"] > 0
+    monkeypatch.setattr(step, "_attempt", fits_two)
     with pytest.raises(UserError, match="out of memory with micro_size 8"):
         train(recipe(f"run.out={tmp_path / 'c'}"))
+
+
+def _full() -> float:
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_a_rate_that_explodes_is_stopped_before_the_update(recipe: Make) -> None:
