@@ -52,3 +52,33 @@ def test_a_deepspeed_configuration_leaves_to_the_recipe_what_the_recipe_says(sta
     assert not {"optimizer", "scheduler"} & config.keys()
     sizes = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"
     assert {config[key] for key in sizes} == {"auto"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_runs_on_the_built_in_base(path: Path, tmp_path: Path) -> None:
+    """As it is but for the base, the user's file, the length of the run and where it goes."""
+    from peftune.training.run import train
+
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    source = load_recipe(path).data.train[0]
+    columns = [column for column in (source.prompt, source.completion) if column] or ["text"]
+    rows = [{column: f"{column} number {row} of the file" for column in columns} for row in range(40)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    train_on = (
+        {"path": str(data), **dict(zip(("prompt", "completion"), columns, strict=False))}
+        if source.prompt
+        else str(data)
+    )
+    validation = written["data"].get("validation", 0.05)
+    written["data"] |= {
+        "train": train_on,
+        "validation": validation if isinstance(validation, float) else 0.2,
+        "block_size": 64,
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(written), encoding="utf-8")
+    short = ["base=builtin:small", "optim.steps=2", f"run.out={tmp_path / 'adapter'}", "batch.global_size=4"]
+    micro = ["batch.micro_size=2"] if "micro_size" in written.get("batch", {}) else []
+    delivery = train(load_recipe(tmp_path / "recipe.yaml", short + micro))
+    assert delivery.step == 2 and (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
