@@ -34,6 +34,15 @@ class Delivery:
     metrics: dict[str, dict[str, dict[str, float]]]
     seconds: float
 
+    def summary(self) -> str:
+        """One line: where the adapter lies, and per domain the perplexity before and after."""
+        changes = [
+            f"{domain} perplexity {rows['base']['perplexity']:,.2f} → {rows['adapter']['perplexity']:,.2f}"
+            for domain, rows in self.metrics.items()
+            if rows.keys() >= {"base", "adapter"}
+        ]
+        return "; ".join([f"{self.out}: adapter of step {self.step}, {self.seconds:,.0f} s", *changes])
+
 
 def already_delivered(out: Path, now: dict[str, Any]) -> Delivery | None:
     """What an earlier run of the same recipe left in `out`; UserError where another run's adapter is there."""

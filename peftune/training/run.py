@@ -41,7 +41,9 @@ def train(recipe: Recipe) -> Delivery:
         try:
             with display.progress:
                 _loop(session, stop)
-            return deliver(session)
+            delivery = deliver(session)
+            display.say(delivery.summary())
+            return delivery
         finally:
             session.records.close()
 

@@ -77,6 +77,15 @@ def test_plain_peft_loads_the_adapter_and_computes_what_was_evaluated(recipe: Ma
     np.testing.assert_allclose(nats / blocks.tokens(), wanted["loss"], rtol=1e-6)
 
 
+def test_the_last_line_says_where_the_adapter_is_and_what_it_gained(
+    recipe: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    delivery = train(recipe("data.validation=0.2"))
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    after = delivery.metrics["validation"]["adapter"]["perplexity"]
+    assert last.startswith(f"{delivery.out}: adapter of step 3") and last.endswith(f"→ {after:,.2f}")
+
+
 def test_running_a_finished_recipe_again_does_nothing(recipe: Make) -> None:
     made = recipe("data.validation=0.2")
     first = train(made)
