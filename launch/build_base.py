@@ -48,8 +48,8 @@ holds hashes of the lines that it was taught, so that no adapter is trained or m
 **Training.** {steps:,} steps of {blocks_per_step} blocks of 512 tokens ({tokens:,} tokens in all), Muon for matrices,
 AdamW for the rest, bf16 products over fp32 weights, {seconds:,} seconds on {threads} CPU cores that did other work too.
 
-**Result.** {heldout_nats_per_token} nats per token over every third block of {heldout_documents:,} documents from modules
-that it never saw.
+**Result.** {heldout_nats_per_token} nats per token over every third block of {heldout_documents:,} documents from
+modules that it never saw.
 """
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
