@@ -102,7 +102,7 @@ def test_sigterm_saves_says_so_and_exits_with_3(recipe: Make, tmp_path: Path) ->
     out = tmp_path / "adapter"
     made = recipe("optim.steps=100000", "data.validation=0.2", "run.eval_every=10", f"run.out={out}")
     process = subprocess.Popen(command_line(made, tmp_path), stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and '"train"' not in (
+    while process.poll() is None and '"event": "train"' not in (
         (out / "metrics.jsonl").read_text() if out.exists() and (out / "metrics.jsonl").exists() else ""
     ):
         time.sleep(0.05)
@@ -187,16 +187,24 @@ def test_another_recipe_is_refused_with_the_differences(recipe: Make) -> None:
         train(recipe("optim.lr=0.5"))
 
 
+def train_without_delivery(made: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the process had been cut after its last checkpoint."""
+
+    def cut(session: object) -> None:
+        raise Interrupted("cut before delivery")
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="cut before delivery"):
+        patch.setattr(run, "deliver", cut)
+        train(made)
+
+
 def test_harmless_changes_resume(recipe: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(run, "deliver", lambda session: None)
-    train(recipe("run.save_every=1"))
-    monkeypatch.undo()
+    train_without_delivery(recipe("run.save_every=1"), monkeypatch)
     assert train(recipe("run.save_every=5", "run.eval_every=2", "batch.micro_size=3")).step == 3
 
 
 def test_never_refuses_where_a_checkpoint_is(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "deliver", lambda session: None)
-    train(recipe("run.save_every=1"))
+    train_without_delivery(recipe("run.save_every=1"), monkeypatch)
     with pytest.raises(UserError, match=r"run\.resume is never"):
         train(recipe("run.resume=never"))
 
