@@ -62,5 +62,11 @@ def _is_best(rows: Matrix, domain: str, key: str, name: str) -> bool:
 
 
 def _cell(value: float, base: float | None, best: bool) -> Text:
-    change = f" ({100 * (value / base - 1):+.0f} %)" if base else ""
-    return Text(f"{value:,.2f}{change}", style="bold green" if best else "")
+    against = f" ({change(value, base)})" if base else ""
+    return Text(f"{value:,.2f}{against}", style="bold green" if best else "")
+
+
+def change(value: float, base: float) -> str:
+    """How `value` compares with `base`: in percent, from ten times up as a factor."""
+    ratio = value / base
+    return f"{ratio:,.0f} times" if ratio >= 10 else f"{100 * (ratio - 1):+.0f} %"

@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from peftune.display import change
+
 INK, PALE = "#1f2933", "#9aa5b1"
 COLOURS = ("#0b7285", "#d9480f", "#5f3dc4", "#2b8a3e", "#a61e4d", "#e67700")
 
@@ -43,8 +45,8 @@ def matrix_axes(axes: Axes, rows: dict[str, dict[str, dict[str, float]]]) -> Non
     for y, (name, row) in enumerate(rows.items()):
         for x, domain in enumerate(domains):
             value, base = row[domain]["perplexity"], rows["base"][domain]["perplexity"]
-            change = "" if name == "base" else f"\n{100 * (value / base - 1):+.0f} %"
-            axes.text(x, y, f"{value:,.1f}{change}", ha="center", va="center", color=INK, fontsize=10)
+            against = "" if name == "base" else f"\n{change(value, base)}"
+            axes.text(x, y, f"{value:,.1f}{against}", ha="center", va="center", color=INK, fontsize=10)
     axes.set_xticks(range(len(domains)), domains)
     axes.set_yticks(range(len(rows)), [name if name == "base" else f"adapter {name}" for name in rows])
     axes.tick_params(length=0, labelsize=10)
