@@ -31,3 +31,9 @@ class CheckFailed(PeftuneError):
     """The result is not what it must be, so it is not delivered."""
 
     exit_code = 4
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, cut to one line of at most 200 characters."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -53,7 +53,6 @@ def summed_nats_over(
     chosen: Sequence[int],
     micro_size: int,
     device: torch.device,
-    packed: bool = True,
     on_batch: Callable[[int], None] | None = None,
 ) -> float:
     """Summed nats of the chosen blocks in evaluation mode; `on_batch` hears how many blocks a batch had."""
@@ -61,7 +60,7 @@ def summed_nats_over(
     scorer.eval()
     try:
         total = 0.0
-        for batch in blocks.batches(chosen, micro_size, packed):
+        for batch in blocks.batches(chosen, micro_size):
             moved = batch.to(device)
             total += float(scorer(moved.ids, moved.positions, moved.targets, moved.segments))
             if on_batch is not None:

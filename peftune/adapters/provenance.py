@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from peftune.data.store import cache_directory
 from peftune.errors import UserError
 from peftune.model.base import load_tokenizer
 from peftune.model.weights import open_weights
@@ -144,7 +145,7 @@ def _remembered(kind: str, files: list[Path], compute: Callable[[], str]) -> str
     """A cache that never fails: what cannot be read or written is computed again."""
     identity = _identity(files)
     key = hashlib.sha256(json.dumps([kind, 1, identity]).encode()).hexdigest()
-    path = _cache_directory() / "fingerprints.json"
+    path = cache_directory() / "fingerprints.json"
     known = _load_cache(path).get(key)
     if known is not None:
         return known
@@ -161,10 +162,6 @@ def _identity(files: list[Path]) -> list[list[str | int]]:
             stat = file.stat()
             found.append([os.path.realpath(file), stat.st_size, stat.st_mtime_ns, stat.st_ino])
     return found
-
-
-def _cache_directory() -> Path:
-    return Path(os.environ.get("PEFTUNE_CACHE") or Path.home() / ".cache" / "peftune")
 
 
 def _load_cache(path: Path) -> dict[str, str]:

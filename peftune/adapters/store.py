@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftune.adapters import settings, targets
 from peftune.adapters.provenance import read_provenance
-from peftune.errors import CheckFailed, UserError
+from peftune.errors import CheckFailed, UserError, first_line
 from peftune.model.lora import quiet_peft
 from peftune.model.weights import load_pickle
 
@@ -100,7 +100,7 @@ def load_onto(model: GPT2LMHeadModel | PeftModel, adapter_dir: Path, name: str =
                     torch_device="cpu",
                 )
         except (ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"adapter {adapter_dir}: PEFT cannot load it: {_first_line(error)}") from None
+            raise UserError(f"adapter {adapter_dir}: PEFT cannot load it: {first_line(error)}") from None
     _check_loaded(model, adapter, name)
     return model
 
@@ -266,14 +266,9 @@ def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            cause = _first_line(error)
+            cause = first_line(error)
             raise UserError(f"adapter {directory}: {TENSORS} is not a whole safetensors file: {cause}") from None
     pickled = directory / "adapter_model.bin"
     if not pickled.is_file():
         raise UserError(f"adapter {directory}: no {TENSORS} in this directory; copy the whole adapter")
     return load_pickle(pickled)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -72,12 +72,6 @@ def pack(lengths: np.ndarray, block_size: int) -> Packing:
     return Packing(block_size, first, example[order], start[order], stop[order])
 
 
-def one_window_per_block(lengths: np.ndarray, block_size: int) -> Packing:
-    """No packing at all: every window is a block of its own (evaluation of single documents, tests)."""
-    example, start, stop = cut_into_windows(np.asarray(lengths, dtype=np.int64), block_size)
-    return Packing(block_size, np.arange(len(example) + 1), example, start, stop)
-
-
 class _FreeSpace:
     """Blocks by free space; `take` finds the least space that fits in O(log block_size)."""
 

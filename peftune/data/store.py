@@ -91,7 +91,7 @@ def prepare(
     `cache` is the directory that holds `tokens/` (default: $PEFTUNE_CACHE, else ~/.cache/peftune). Several processes
     may prepare the same content at once. Raises UserError for unreadable sources, and where there is no document.
     """
-    entry = (cache or _default_cache()) / "tokens" / _key(sources, tokenizer, tokenizer_fingerprint, join, split_on)
+    entry = (cache or cache_directory()) / "tokens" / _key(sources, tokenizer, tokenizer_fingerprint, join, split_on)
     known = open_store(entry)
     if known is not None:
         return known
@@ -125,7 +125,8 @@ def _key(sources: Sequence[Source], tokenizer: Any, fingerprint: str, join: str,
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
 
 
-def _default_cache() -> Path:
+def cache_directory() -> Path:
+    """Where everything that can be made again is kept: $PEFTUNE_CACHE, else ~/.cache/peftune."""
     return Path(os.environ.get("PEFTUNE_CACHE") or Path.home() / ".cache" / "peftune")
 
 

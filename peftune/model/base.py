@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftune.errors import UserError
+from peftune.errors import UserError, first_line
 from peftune.model import architecture
 from peftune.model.weights import check_whole, open_weights
 
@@ -73,7 +73,7 @@ def _from_hub(name: str) -> Path:
     except RepositoryNotFoundError:
         raise UserError(f"base {name}: no such directory, and the hub knows no such model") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        cause = _first_line(error).partition(". ")[0]
+        cause = first_line(error).partition(". ")[0]
         raise UserError(f"base {name}: no such directory here, and the hub could not be reached ({cause})") from None
     if any(directory.glob("*.safetensors")) or any(directory.glob("*.bin")):
         return _checked(directory, name)
@@ -104,7 +104,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"base {directory}: the tokenizer cannot be read: {_first_line(error)}") from None
+        raise UserError(f"base {directory}: the tokenizer cannot be read: {first_line(error)}") from None
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise UserError(
             f"base {directory}: expected a fast tokenizer with an end token, found {type(tokenizer).__name__}"
@@ -145,10 +145,5 @@ def load_model(
     try:
         model: Any = GPT2LMHeadModel.from_pretrained(directory, config=config, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"base {directory}: the weights cannot be read: {_first_line(error)}") from None
+        raise UserError(f"base {directory}: the weights cannot be read: {first_line(error)}") from None
     return model.to(device).eval()  # type: ignore[no-any-return]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

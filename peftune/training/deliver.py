@@ -71,14 +71,13 @@ def deliver(session: Session) -> Delivery:
         seconds=round(session.state.seconds, 1),
     )
     out = Path(session.recipe.run.out)
-    delivery = Delivery(
-        out, step, _before_and_after(read_metrics(out / "metrics.jsonl"), step), round(session.state.seconds, 1)
-    )
+    events = read_metrics(out / "metrics.jsonl")
+    delivery = Delivery(out, step, _before_and_after(events, step), round(session.state.seconds, 1))
     if session.accelerator.is_main_process:
         provenance = _provenance(session, delivery)
         files: dict[str, bytes | str] = {
             "README.md": model_card(provenance),
-            "loss.png": draw_loss(read_metrics(out / "metrics.jsonl"), _title(session)),
+            "loss.png": draw_loss(events, _title(session)),
         }
         write_adapter(out, config, tensors, provenance, files)
     session.accelerator.wait_for_everyone()
@@ -123,8 +122,8 @@ def _provenance(session: Session, delivery: Delivery) -> dict[str, Any]:
         "step": delivery.step,
         "tokens": session.state.tokens,
         "seconds": delivery.seconds,
-        "precision": session.accelerator.mixed_precision.replace("no", "fp32"),
-        "trainable_parameters": sum(p.numel() for p in session.parameters.values()),
+        "precision": session.precision,
+        "trainable_parameters": session.trainable_parameters,
         "metrics": delivery.metrics,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS},
     }

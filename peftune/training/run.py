@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import torch
+
 from peftune.config import Recipe
 from peftune.display import Display
 from peftune.errors import Interrupted, UserError
@@ -59,21 +61,20 @@ def _checkpoint_to_resume(recipe: Recipe, source: Source) -> Path | None:
     return found
 
 
-def _micro_size(source: Source, ranks: int, dtype: object, device: object) -> int:
+def _micro_size(source: Source, ranks: int, dtype: torch.dtype, device: torch.device) -> int:
     batch, train = source.recipe.batch, source.corpus.train
     if batch.micro_size != "auto":
         return batch.micro_size
     per_rank = -(-min(batch.global_size, len(train)) // ranks)
-    return first_micro_size(source.config, train.packing.block_size, per_rank, dtype, device)  # type: ignore[arg-type]
+    return first_micro_size(source.config, train.packing.block_size, per_rank, dtype, device)
 
 
 def _begin(session: Session, found: Path | None) -> None:
     recipe, train, state = session.recipe, session.source.corpus.train, session.state
-    trainable = sum(p.numel() for p in session.parameters.values())
     numbers = {
         "blocks": len(train), "block_size": train.packing.block_size, "packing_fill": round(train.packing.fill(), 4),
         "tokens_per_epoch": train.tokens(), "total_steps": session.source.total_steps, "micro_size": state.micro_size,
-        "trainable_parameters": trainable, "ranks": session.accelerator.num_processes,
+        "trainable_parameters": session.trainable_parameters, "ranks": session.accelerator.num_processes,
     }  # fmt: skip
     if found is None:
         session.records.write("start", recipe=recipe.model_dump(mode="json"), **numbers)
@@ -86,8 +87,8 @@ def _begin(session: Session, found: Path | None) -> None:
     session.display.say(
         f"{train.tokens():,} tokens to learn in {len(train):,} blocks of {train.packing.block_size} "
         f"({train.packing.fill():.1%} full), {session.source.total_steps} steps of {recipe.batch.global_size} blocks "
-        f"({state.micro_size} a forward), {trainable:,} trainable parameters, "
-        f"{session.accelerator.mixed_precision if session.accelerator.mixed_precision != 'no' else 'fp32'}"
+        f"({state.micro_size} a forward), {session.trainable_parameters:,} trainable parameters, "
+        f"{session.precision}"
     )
 
 

@@ -64,6 +64,15 @@ class Session:
         return self.source.recipe
 
     @property
+    def trainable_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters.values())
+
+    @property
+    def precision(self) -> str:
+        mixed = self.accelerator.mixed_precision
+        return "fp32" if mixed == "no" else mixed
+
+    @property
     def checkpoints(self) -> Path:
         return Path(self.recipe.run.out) / "checkpoints"
 

@@ -86,8 +86,7 @@ def _update(session: Session, loss: float, tokens: int) -> Learnt:
 
 def draw_seed(seed: int, step: int, rank: int) -> int:
     """Seed of every random draw (dropout, noise) within one step on one rank; nothing else need be remembered."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) & (2**63 - 1)
-    return mixed
+    return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) & (2**63 - 1)
 
 
 def _refuse_broken_numbers(step: int, loss: float, norm: float, scaled: bool) -> None:

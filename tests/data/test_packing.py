@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftune.config import Source
-from peftune.data.packing import cut_into_windows, one_window_per_block, pack
+from peftune.data.packing import cut_into_windows, pack
 from peftune.data.store import prepare
 
 LENGTHS = st.lists(st.integers(2, 90), min_size=1, max_size=60).map(np.array)
@@ -27,10 +27,9 @@ def test_windows_continue_each_other_with_one_token_of_context(lengths, block_si
     assert (stop - start >= 2).all() and (stop - start <= block_size).all()
 
 
-@pytest.mark.parametrize("method", [pack, one_window_per_block])
 @given(lengths=LENGTHS, block_size=BLOCK)
-def test_every_target_is_predicted_exactly_once(method, lengths, block_size):
-    packing = method(lengths, block_size)
+def test_every_target_is_predicted_exactly_once(lengths, block_size):
+    packing = pack(lengths, block_size)
     targets = [np.zeros(length, dtype=int) for length in lengths.tolist()]
     for block in range(len(packing)):
         used = 0
