@@ -25,6 +25,7 @@ from peftune.model.scorer import Scorer
 from peftune.training import identity, optimizer
 from peftune.training.checkpoint import State
 from peftune.training.corpus import Corpus, block_size, load_corpus
+from peftune.training.loading import load_adapted
 from peftune.training.records import Records
 
 if TYPE_CHECKING:
@@ -96,9 +97,7 @@ def read_source(recipe: Recipe) -> Source:
 def assemble(source: Source, accelerator: Accelerator, dtype: torch.dtype, display: Display, state: State) -> Session:
     """Load the base, put the adapter on it, wrap both for the engine, open the records."""
     recipe = source.recipe
-    adapted = load_adapted(source, dtype, accelerator.device)
-    if recipe.run.checkpointing:
-        _recompute_activations(adapted)
+    adapted = load_adapted(recipe, source.directory, dtype, accelerator.device)
     parameters = adapted.trainable()
     bare = optimizer.build(parameters, recipe.optim, fused=accelerator.device.type == "cuda")
     scorer, wrapped = accelerator.prepare(Scorer(adapted.model, recipe.optim.neftune), bare)
@@ -107,38 +106,6 @@ def assemble(source: Source, accelerator: Accelerator, dtype: torch.dtype, displ
     out = Path(recipe.run.out)
     records = Records(out / "metrics.jsonl", accelerator, recipe.model_dump(mode="json"), state.records_bytes)
     return Session(source, accelerator, display, adapted, scorer, wrapped, parameters, state, records)
-
-
-def load_adapted(source: Source, dtype: torch.dtype, device: torch.device) -> lora.Adapted:
-    """The base with a fresh adapter: adapter in fp32, frozen weights in `dtype` where only blocks are adapted.
-
-    DoRA and PiSSA derive initial values from the base's weights, so they see them in fp32 first. Trained
-    embeddings, norms or heads keep the whole base in fp32 (matrix products still use `dtype`).
-    """
-    recipe = source.recipe
-    model = bases.load_model(source.directory, dtype=_loading_dtype(recipe, dtype), dropout=recipe.run.base_dropout)
-    adapted = lora.inject(model, recipe.lora, recipe.run.seed)
-    narrow = dtype if _only_blocks_are_trained(adapted) else torch.float32
-    for parameter in adapted.model.parameters():
-        parameter.data = parameter.data.to(device, torch.float32 if parameter.requires_grad else narrow)
-    adapted.model.to(device)
-    return adapted
-
-
-def _recompute_activations(adapted: lora.Adapted) -> None:
-    """Non-reentrant, so that gradients reach the adapter although nothing before it is trained."""
-    core: Any = adapted.model.base_model.model  # Transformers 5 renamed the switch
-    enable = getattr(core, "activation_checkpointing_enable", None) or core.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
-def _loading_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
-    exact = recipe.lora.variant in ("dora", "pissa") or recipe.lora.modules_to_save
-    return torch.float32 if exact or recipe.lora.targets not in ("all", "attention") else dtype
-
-
-def _only_blocks_are_trained(adapted: lora.Adapted) -> bool:
-    return all(".h." in name and ".ln_" not in name for name in adapted.trainable())
 
 
 @contextmanager

@@ -1,0 +1,45 @@
+"""The model that a run trains: the base in the number format of its frozen weights, a fresh adapter on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftune.config import Recipe
+from peftune.model import base as bases
+from peftune.model import lora
+
+
+def load_adapted(recipe: Recipe, directory: Path, dtype: torch.dtype, device: torch.device) -> lora.Adapted:
+    """The base with a fresh adapter: adapter in fp32, frozen weights in `dtype` where only blocks are adapted.
+
+    DoRA and PiSSA derive initial values from the base's weights, so they see them in fp32 first. Trained
+    embeddings, norms or heads keep the whole base in fp32 (matrix products still use `dtype`).
+    """
+    model = bases.load_model(directory, dtype=_loading_dtype(recipe, dtype), dropout=recipe.run.base_dropout)
+    adapted = lora.inject(model, recipe.lora, recipe.run.seed)
+    narrow = dtype if _only_blocks_are_trained(adapted) else torch.float32
+    for parameter in adapted.model.parameters():
+        parameter.data = parameter.data.to(device, torch.float32 if parameter.requires_grad else narrow)
+    adapted.model.to(device)
+    if recipe.run.checkpointing:
+        _recompute_activations(adapted)
+    return adapted
+
+
+def _recompute_activations(adapted: lora.Adapted) -> None:
+    """Non-reentrant, so that gradients reach the adapter although nothing before it is trained."""
+    core: Any = adapted.model.base_model.model  # Transformers 5 renamed the switch
+    enable = getattr(core, "activation_checkpointing_enable", None) or core.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def _loading_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
+    exact = recipe.lora.variant in ("dora", "pissa") or recipe.lora.modules_to_save
+    return torch.float32 if exact or recipe.lora.targets not in ("all", "attention") else dtype
+
+
+def _only_blocks_are_trained(adapted: lora.Adapted) -> bool:
+    return all(".h." in name and ".ln_" not in name for name in adapted.trainable())
