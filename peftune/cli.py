@@ -218,7 +218,8 @@ _STOPPED = 130  # what a shell reports for Ctrl-C
 
 
 def _complain(message: str, exit_code: int) -> int:
-    typer.echo(f"peftune: {' '.join(message.split())}", err=True)
+    if message:  # empty where another rank says it
+        typer.echo(f"peftune: {' '.join(message.split())}", err=True)
     return exit_code
 
 

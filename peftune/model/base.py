@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 BUILTIN = {"builtin:small": Path(__file__).with_name("small")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 _WANTED = ["*.json", "*.safetensors", "*.bin", "merges.txt", "vocab.json"]
 
 
@@ -127,6 +129,14 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int, directory: 
         )
 
 
+def with_dropout(config: GPT2Config, dropout: float) -> GPT2Config:
+    """The configuration of a model that is trained here: its own dropouts set, attention through SDPA."""
+    config = copy.deepcopy(config)
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = dropout
+    config._attn_implementation = "sdpa"
+    return config
+
+
 def load_model(
     directory: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", dropout: float = 0.0
 ) -> GPT2LMHeadModel:
@@ -138,12 +148,11 @@ def load_model(
     from transformers import GPT2LMHeadModel
     from transformers.utils import logging
 
-    config = load_config(directory)
+    config = with_dropout(load_config(directory), dropout)
     check_whole(open_weights(directory), config)
-    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = dropout
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        model: Any = GPT2LMHeadModel.from_pretrained(directory, config=config, dtype=dtype, attn_implementation="sdpa")
+        model: Any = GPT2LMHeadModel.from_pretrained(directory, config=config, dtype=dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"base {directory}: the weights cannot be read: {first_line(error)}") from None
     return model.to(device).eval()  # type: ignore[no-any-return]

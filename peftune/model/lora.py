@@ -128,7 +128,7 @@ def _problems(model: GPT2LMHeadModel, lora: Lora, targets: list[str]) -> list[st
 def _rank_problems(modules: dict[str, nn.Module], lora: Lora, targets: list[str]) -> list[str]:
     """A rank that no matrix of the targets has; and what PiSSA cannot take apart."""
     adapted = {path: m for path, m in modules.items() if isinstance(m, _ADAPTABLE) and _any_named(path, targets)}
-    shapes = {path: tuple(module.weight.shape) for path, module in adapted.items()}
+    shapes = {path: tuple(getattr(m.weight, "ds_shape", m.weight.shape)) for path, m in adapted.items()}  # ZeRO-3
     if lora.variant == "pissa":
         if any(path == "lm_head" or isinstance(module, nn.Embedding) for path, module in adapted.items()):
             return ["lora: pissa moves a part of the base into the adapter, which lm_head, wte and wpe cannot bear"]
@@ -158,7 +158,7 @@ def stored_adapter(
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What `adapter_config.json` and `adapter_model.safetensors` hold: plain PEFT, for the untouched base.
 
-    `values` replaces the current parameters by name (ranks that hold only a part gather first). PiSSA moved a part
+    `values` are the trained parameters by name, where the model holds only a part of them or others. PiSSA moved a part
     of the base into its first A0, B0, so its update is B·A - B0·A0 = [B, -B0]·[A; A0]: rank and alpha double.
     """
     named = {n: p.detach() for n, p in adapted.model.named_parameters()} if values is None else values
@@ -196,7 +196,10 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else getattr(value, "value", value)
 
 
-def is_dead(adapted: Adapted) -> bool:
-    """True where no trained matrix differs from a fresh adapter: every B is still zero and nothing else is trained."""
-    b = [p for n, p in adapted.trainable().items() if ".lora_B." in n or ".lora_embedding_A" in n]
-    return bool(b) and not adapted.initial and all(not bool(p.detach().any()) for p in b)
+def is_dead(adapted: Adapted, values: dict[str, torch.Tensor]) -> bool:
+    """True where no trained matrix differs from a fresh adapter: every B is still zero and nothing else is trained.
+
+    `values` are the trained parameters by name.
+    """
+    b = [value for name, value in values.items() if ".lora_B." in name or ".lora_embedding_A" in name]
+    return bool(b) and not adapted.initial and all(not bool(value.any()) for value in b)
