@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import typer
 
 from peftune import __version__
-from peftune.errors import PeftuneError, UserError
+from peftune.errors import PeftuneError, SaidElsewhere, UserError
 
 app = typer.Typer(
     name="peftune",
@@ -82,13 +84,20 @@ def train(
     """Train the adapter that a recipe describes; the same command goes on after an interruption.
 
     Example:  peftune train launch/recipes/poems.yaml optim.lr=1e-4 run.out=adapters/slow
+
+    This is one process on at most one GPU. For several, let Accelerate start it (docs/many-ranks.md):
+
+    accelerate launch --config_file accelerate_configs/ddp.yaml -m peftune train launch/recipes/poems.yaml
     """
     from peftune.config import load_recipe
 
-    checked = load_recipe(recipe, overrides)  # before torch is imported: a wrong recipe is refused at once
+    with _one_voice_a_machine():
+        checked = load_recipe(recipe, overrides)  # before torch is imported: a wrong recipe is refused at once
+    from peftune.training.distributed import joined
     from peftune.training.run import train
 
-    train(checked)
+    with joined():
+        train(checked)
 
 
 @app.command("eval")
@@ -215,6 +224,17 @@ def run(arguments: list[str]) -> int:
 _COLUMN_KEYS = ("text", "prompt", "completion", "messages", "split", "subset")
 _EXAMPLES = {"--adapter": "poems=adapters/poems", "--data": "poems=held.txt", "--column": "prompt=question"}
 _STOPPED = 130  # what a shell reports for Ctrl-C
+
+
+@contextmanager
+def _one_voice_a_machine() -> Iterator[None]:
+    """Of the ranks that a launcher started here, one tells the person about input that all of them find wrong."""
+    try:
+        yield
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        raise SaidElsewhere(error.exit_code) from None
 
 
 def _complain(message: str, exit_code: int) -> int:

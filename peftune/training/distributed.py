@@ -89,6 +89,11 @@ def layout(accelerator: Accelerator) -> str:
     return f"{ranks} ranks, {f'ZeRO-{stage}' if stage else 'DDP'}"
 
 
+def idle_gpus(accelerator: Accelerator) -> int:
+    """GPUs of this machine that a run without a launcher leaves alone."""
+    return max(0, torch.cuda.device_count() - 1) if accelerator.num_processes == 1 else 0
+
+
 def settle(accelerator: Accelerator, recipe: Recipe) -> None:
     """Write what the recipe decides into DeepSpeed's configuration, if there is one.
 
@@ -201,8 +206,9 @@ class Sharded:
     def held_bytes(self, model: nn.Module) -> dict[str, int]:
         base = self.engine.optimizer.optimizer
         masters = sum(bytes_of(p) for group in base.param_groups for p in group["params"])
-        parts = (getattr(p, "ds_tensor", p) for p in model.parameters())
-        return {"parameters": sum(map(bytes_of, parts)), "optimizer_state": state_bytes(base) + masters}
+        parts = [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]  # beside them, what is gathered
+        held = sum(map(bytes_of, parts)) + sum(map(bytes_of, model.parameters()))
+        return {"parameters": held, "optimizer_state": state_bytes(base) + masters}
 
     def _steps(self) -> list[torch.Tensor]:
         """AdamW's step counters on this rank, one for each flat part it holds."""

@@ -38,9 +38,12 @@ def train(recipe: Recipe) -> Delivery:
     """
     refuse_missing_trackers(list(recipe.run.track))
     accelerator = distributed.start(list(recipe.run.track), recipe.run.out)
-    with distributed.joined(), alive(accelerator), watched(accelerator), StopRequest() as stop:
+    with alive(accelerator), watched(accelerator), StopRequest() as stop:
         display = Display(accelerator.is_main_process)
         distributed.settle(accelerator, recipe)
+        idle = distributed.idle_gpus(accelerator)
+        if idle:
+            display.say(f"{idle} more GPUs here are not used: one process takes one; accelerate launch starts more")
         dtype = DTYPES[choose_precision(recipe.run.precision, accelerator.device.type == "cuda")]
         source = read_together(recipe, accelerator)
         with sole_writer(Path(recipe.run.out), accelerator):
