@@ -32,6 +32,7 @@ from typing import Any, NoReturn
 FAILED, BAD_INPUT, STOPPED, CHECK_FAILED = 1, 2, 3, 4
 ITS_OWN_WORDS = (BAD_INPUT, CHECK_FAILED, STOPPED)  # codes whose reason a rank has printed; the first that occurs tells
 READ_TIMEOUT = 30  # seconds in which the first machine must answer the others' launchers
+EXIT_TIMEOUT = 30  # seconds that a launcher whose ranks are done waits for those of other machines
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 AGAIN = "start the same command again, it goes on from the last checkpoint"
 
@@ -112,6 +113,8 @@ def completed(args: argparse.Namespace) -> argparse.Namespace:
 def _arrange_meeting(args: argparse.Namespace, config: dict[str, Any], machines: int) -> None:
     """Where the launchers of a run meet: torch's `c10d` way, because with `static` ranks cannot be started again."""
     args.rdzv_backend = "c10d"
+    # With torch's shared store, ranks that are started again read addresses of the dead ones and wait for them for ever.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if machines == 1:
         os.environ.setdefault("PET_RDZV_ENDPOINT", "localhost:0")  # any port that is free: runs may share a machine
         os.environ.setdefault("PET_LOCAL_ADDR", "localhost")
@@ -126,6 +129,8 @@ def _arrange_meeting(args: argparse.Namespace, config: dict[str, Any], machines:
     os.environ.setdefault("PET_LOCAL_ADDR", address if number == 0 else f"~{number:06d}")
     args.rdzv_conf = args.rdzv_conf or f"is_host={number == 0},join_timeout={_seconds('PEFTUNE_JOIN', 900)}"
     args.rdzv_conf += f",read_timeout={READ_TIMEOUT}"
+    if interface := _interface_towards(address, int(port)):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # else gloo takes what the host name means: often loopback
     if number:
         _wait_for(address, int(port), _seconds("PEFTUNE_JOIN", 900))
 
@@ -147,6 +152,18 @@ def _wait_for(address: str, port: int, seconds: int) -> None:
             say(f"waiting for machine 0 at {address}:{port} ({reason})")
             told_at = time.monotonic() + 60
         time.sleep(0.5)
+
+
+def _interface_towards(address: str, port: int) -> str | None:
+    import psutil
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, port))  # sends nothing
+        except OSError:
+            return None
+        own = probe.getsockname()[0]
+    return next((name for name, all in psutil.net_if_addrs().items() if any(a.address == own for a in all)), None)
 
 
 def found(named: str, config: Path) -> str:
@@ -192,6 +209,9 @@ def _watch(outcome: Outcome) -> None:
     from torch.distributed.launcher import api
 
     class WatchingAgent(LocalElasticAgent):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **{"exit_barrier_timeout": EXIT_TIMEOUT} | named)
+
         def run(self, role: str = "default") -> RunResult:
             result = super().run(role)
             if result is None:  # torch returns nothing where the other nodes have closed the rendezvous
@@ -221,7 +241,8 @@ def _watch(outcome: Outcome) -> None:
                 outcome.stopped_by = death_sig.name
                 for number in STOP_SIGNALS:  # one more is for the ranks too; here it would leave them orphaned
                     signal.signal(number, lambda number, _: self._pass_on(number))
-                timeout = outcome.grace
+                # SIGTERM also for Ctrl-C: a rank that is still importing ends by it without a traceback.
+                death_sig, timeout = signal.SIGTERM, outcome.grace
             super()._shutdown(death_sig, timeout)
             for rank, process in running.items():
                 if process.returncode:
