@@ -3,6 +3,7 @@
 #
 #   PYTHON                which interpreter to build it with (default: the first of the list below that works)
 #   PEFTUNE_TORCH_INDEX   an extra package index to take torch from, such as PyTorch's index of CPU builds
+#   PEFTUNE_PYTHON        an interpreter that has peftune already: nothing is made or installed
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
@@ -40,7 +41,34 @@ find_python() {
   fail "found no Python 3.10 or newer; install one from python.org or your system's packages, or set PYTHON to its path"
 }
 
-# make_environment run|dev: .venv with peftune and, for dev, what its tests need; left alone where it is complete.
+# choose_python KIND: sets `python` to the interpreter to run with, PEFTUNE_PYTHON where it is set.
+choose_python() {
+  if [[ -n ${PEFTUNE_PYTHON:-} ]]; then
+    command -v "$PEFTUNE_PYTHON" >/dev/null || fail "PEFTUNE_PYTHON is $PEFTUNE_PYTHON, which is not a program"
+    python=$PEFTUNE_PYTHON
+    return
+  fi
+  make_environment "$1"
+  # shellcheck disable=SC2034  # for the script that sources this file
+  python=$venv/bin/python
+}
+
+# environment_for CONFIG: which kind of environment a configuration of accelerate_configs/ needs.
+environment_for() { [[ $1 == *zero* ]] && echo deepspeed || echo run; }
+
+# accelerate_config NAME: its file, which may lie elsewhere too.
+accelerate_config() {
+  if [[ $1 == */* || $1 == *.yaml ]]; then
+    echo "$1"
+  elif [[ -f $root/accelerate_configs/$1.yaml ]]; then
+    echo "$root/accelerate_configs/$1.yaml"
+  else
+    fail "no configuration $1; there are: $(cd "$root/accelerate_configs" && echo *.yaml | sed 's/\.yaml//g')"
+  fi
+}
+
+# make_environment run|deepspeed|dev: .venv with peftune and, for the others, DeepSpeed or all that the tests need; left
+# alone where it is complete.
 make_environment() {
   local kind=$1 python identity stamp started=$SECONDS
   python=$(find_python) || exit $?
@@ -78,7 +106,7 @@ install_pinned() {
   fi
   say "installing the versions of launch/constraints.txt; the first time takes minutes"
   # The build backend comes first and pinned; isolated builds would take whatever is newest.
-  pip_install hatchling editables
+  pip_install hatchling editables setuptools
   pip_install --no-build-isolation "${index[@]+"${index[@]}"}" --editable "$target"
 }
 
