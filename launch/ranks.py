@@ -130,7 +130,9 @@ def _arrange_meeting(args: argparse.Namespace, config: dict[str, Any], machines:
     args.rdzv_conf = args.rdzv_conf or f"is_host={number == 0},join_timeout={_seconds('PEFTUNE_JOIN', 900)}"
     args.rdzv_conf += f",read_timeout={READ_TIMEOUT}"
     if interface := _interface_towards(address, int(port)):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # else gloo takes what the host name means: often loopback
+        os.environ.setdefault(
+            "GLOO_SOCKET_IFNAME", interface
+        )  # else gloo takes what the host name means: often loopback
     if number:
         _wait_for(address, int(port), _seconds("PEFTUNE_JOIN", 900))
 
@@ -180,7 +182,7 @@ def told(outcome: Outcome) -> int:
     killed = {rank: -code for rank, code in codes.items() if code < 0 and -code not in STOP_SIGNALS}
     for code in ITS_OWN_WORDS:
         # Without a signal from outside, a rank that stopped was told to because of another one's failure.
-        alone = outcome.stopped_by or not killed and FAILED not in codes.values()
+        alone = outcome.stopped_by or (not killed and FAILED not in codes.values())
         if code in codes.values() and (code != STOPPED or alone):
             return code
     host = socket.gethostname()

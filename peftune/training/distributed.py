@@ -205,7 +205,7 @@ class Sharded:
 
     def held_bytes(self, model: nn.Module) -> dict[str, int]:
         base = self.engine.optimizer.optimizer
-        masters = sum(bytes_of(p) for group in base.param_groups for p in group["params"])
+        masters = sum(map(bytes_of, base.state))  # the flat fp32 parts that it updates
         parts = [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]  # beside them, what is gathered
         held = sum(map(bytes_of, parts)) + sum(map(bytes_of, model.parameters()))
         return {"parameters": held, "optimizer_state": state_bytes(base) + masters}

@@ -51,16 +51,16 @@ def unequal(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def values(tiny_base: Path, unequal: Path) -> Callable[..., Values]:
-    """`values(out, section={key: value})`: a recipe of two epochs whose last step of each has a single block."""
+    """`values(out, section={key: value})`: a recipe of three epochs whose last step each has a single block."""
 
     def make(out: Path, **sections: Values) -> Values:
         made: Values = {
             "base": str(tiny_base),
             "data": {"train": str(unequal), "validation": 0.2},
             "lora": {"rank": 4, "alpha": 8},
-            "optim": {"lr": 1e-2, "clip": 0.5, "weight_decay": 0.01, "epochs": 2},
-            "batch": {"global_size": 8, "micro_size": 1},
-            "run": {"out": str(out), "precision": "fp32", "eval_every": 4, "save_every": 4},
+            "optim": {"lr": 1e-2, "clip": 0.5, "weight_decay": 0.01, "epochs": 3},
+            "batch": {"global_size": 11, "micro_size": 1},
+            "run": {"out": str(out), "precision": "fp32", "eval_every": 0, "save_every": 5},
         }
         return {
             key: {**value, **sections.get(key, {})} if isinstance(value, dict) else value for key, value in made.items()

@@ -22,7 +22,7 @@ from peftune.training.session import read_source
 
 ROOT = Path(__file__).parents[2]
 WAYS = ("one", "ddp", "zero1", "zero2", "zero3")
-CUT = 4  # the checkpoint from which every way goes on
+CUT = 5  # the checkpoint from which every way goes on
 Make = Callable[..., dict[str, Any]]
 
 
@@ -62,11 +62,10 @@ def distance(folder: Path, other: Path) -> float:
 def test_the_corpus_has_what_would_show_a_wrong_division(values: Make, tmp_path: Path) -> None:
     made = recipe_from(values(tmp_path), [])
     train = read_source(made).corpus.train
-    steps = [blocks_of_step(step, len(train), 8, 0) for step in range(-(-len(train) // 8))]
+    steps = [blocks_of_step(step, len(train), 11, 0) for step in range(-(-len(train) // 11))]
     assert len(steps[-1]) == 1, "the last step of an epoch leaves the second rank without a block"
-    assert len(steps) == CUT + 2
+    assert len(steps) == 3, "the checkpoint lies within the second epoch"
     scored = [[train.tokens_of([block]) for block in blocks] for blocks in steps]
-    assert any(0 in step for step in scored), "a micro-batch without a scored token"
     assert any(sum(step[0::2]) != sum(step[1::2]) for step in scored), "unequal tokens on the ranks"
 
 
