@@ -10,6 +10,7 @@ import torch
 from peftune.config import Recipe
 from peftune.display import Display
 from peftune.errors import Interrupted, UserError
+from peftune.model.base import footprint
 from peftune.training import checkpoint, distributed, evaluation, identity
 from peftune.training.checkpoint import State
 from peftune.training.deliver import Delivery, already_delivered, deliver
@@ -71,10 +72,12 @@ def _micro_size(source: Source, ranks: int, dtype: torch.dtype, device: torch.de
 
 def _begin(session: Session, found: Path | None) -> None:
     recipe, train, state = session.recipe, session.source.corpus.train, session.state
+    held = footprint(session.adapted.model)
     numbers = {
         "blocks": len(train), "block_size": train.packing.block_size, "packing_fill": round(train.packing.fill(), 4),
         "tokens_per_epoch": train.tokens(), "total_steps": session.source.total_steps, "micro_size": state.micro_size,
         "trainable_parameters": session.trainable_parameters, "ranks": session.accelerator.num_processes,
+        "base_bytes": held.held, "base_bytes_fp32": held.fp32, "base_bytes_bf16": held.bf16,
     }  # fmt: skip
     if found is None:
         session.records.write("start", recipe=recipe.model_dump(mode="json"), **numbers)
@@ -90,6 +93,7 @@ def _begin(session: Session, found: Path | None) -> None:
         f"({state.micro_size} a forward), {session.trainable_parameters:,} trainable parameters, "
         f"{session.precision}"
     )
+    session.display.say(held.told(recipe.quantize or session.precision))
 
 
 def _loop(session: Session, stop: StopRequest) -> None:
