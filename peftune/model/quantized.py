@@ -75,8 +75,9 @@ def _forward(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a module's weight is stored in 8 or 4 bits."""
-    return type(getattr(module, "weight", None)).__name__ in ("Int8Params", "Params4bit")
+    """Whether a module itself (not one inside it) stores its weight in 8 or 4 bits."""
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    return type(weight).__name__ in ("Int8Params", "Params4bit")
 
 
 def unpacked(module: nn.Module) -> torch.Tensor:
