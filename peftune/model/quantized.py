@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Kind = Literal["int8", "nf4"]
+MISSING = "bitsandbytes is not installed; pip install 'peftune[quant]'"
 
 
 def is_available() -> bool:
