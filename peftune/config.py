@@ -198,8 +198,8 @@ class Recipe(Section):
     base: NonEmpty
     """Hub name (`gpt2`), directory, or `builtin:small`."""
     quantize: Literal["int8", "nf4"] | None = None
-    """Hold the linear layers of the frozen base in 8 or 4 bits (needs the extra `quant`). The adapter that comes out is one
-    for the full-precision base."""
+    """Hold the linear layers of the frozen base in 8 or 4 bits (needs the extra `quant`). The adapter that comes out is
+    one for the full-precision base."""
     data: Data
     lora: Lora = Lora()
     optim: Optim = Optim()
