@@ -93,7 +93,8 @@ def _begin(session: Session, found: Path | None) -> None:
         f"({state.micro_size} a forward), {session.trainable_parameters:,} trainable parameters, "
         f"{session.precision}"
     )
-    session.display.say(held.told(recipe.quantize or session.precision))
+    if recipe.quantize is not None:
+        session.display.say(held.told(recipe.quantize))
 
 
 def _loop(session: Session, stop: StopRequest) -> None:
