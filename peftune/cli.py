@@ -14,6 +14,7 @@ import typer
 
 from peftune import __version__
 from peftune.errors import PeftuneError, SaidElsewhere, UserError
+from peftune.model.quantized import quiet
 
 app = typer.Typer(
     name="peftune",
@@ -149,6 +150,8 @@ def merge(
             f"read back, against base + adapter: logits differ by at most {report.max_abs_logit_difference:.1e}, "
             f"mean KL {report.mean_kl:.1e} nats per token, the same likeliest token in {report.argmax_agreement:.2%}"
         )
+    if report.trained_on is not None and verify:
+        typer.echo(report.about_trained())
     if report.rounding_mean_kl is not None:
         typer.echo(
             f"rounding to {report.dtype} costs {report.rounding_mean_kl:.1e} nats per token; before it logits differed "
@@ -200,6 +203,7 @@ def _root(
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the program and leave with its exit code; an error that a person can mend is one line on stderr."""
+    quiet()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))

@@ -11,7 +11,7 @@ import torch
 from peftune.config import Recipe
 from peftune.display import Display
 from peftune.errors import Interrupted, UserError
-from peftune.model.base import DTYPES
+from peftune.model.base import DTYPES, footprint
 from peftune.training import checkpoint, distributed, evaluation, identity
 from peftune.training.checkpoint import Checkpoint, State
 from peftune.training.deliver import Delivery, already_delivered, deliver
@@ -104,12 +104,15 @@ def _micro_size(source: Source, ranks: int, dtype: torch.dtype, device: torch.de
 def _begin(session: Session, found: Checkpoint | None) -> None:
     recipe, train, state = session.recipe, session.source.corpus.train, session.state
     layout = distributed.layout(session.accelerator)
+    held = footprint(session.adapted.model)
     numbers = {
         "blocks": len(train), "block_size": train.packing.block_size, "packing_fill": round(train.packing.fill(), 4),
         "tokens_per_epoch": train.tokens(), "total_steps": session.source.total_steps, "micro_size": state.micro_size,
         "trainable_parameters": session.trainable_parameters, "ranks": session.accelerator.num_processes,
         "layout": layout, "precision": session.precision,
     }  # fmt: skip
+    if not session.engine.lockstep:  # else a rank holds a part; the event "memory" tells
+        numbers |= {"base_bytes": held.held, "base_bytes_fp32": held.fp32, "base_bytes_bf16": held.bf16}
     if found is None:
         session.records.write("start", recipe=recipe.model_dump(mode="json"), **numbers)
     else:
@@ -122,6 +125,8 @@ def _begin(session: Session, found: Checkpoint | None) -> None:
         f"({state.micro_size} a forward), {session.trainable_parameters:,} trainable parameters, "
         f"{session.precision}, {layout}"
     )
+    if recipe.quantize is not None:
+        session.display.say(held.told(recipe.quantize))
 
 
 def _loop(session: Session, stop: StopRequest) -> None:

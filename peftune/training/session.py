@@ -20,7 +20,7 @@ from peftune.data.order import total_steps
 from peftune.display import Display
 from peftune.errors import UserError
 from peftune.model import base as bases
-from peftune.model import lora
+from peftune.model import lora, quantized
 from peftune.model.scorer import Scorer
 from peftune.model.weights import check_whole, open_weights
 from peftune.training import distributed, identity
@@ -95,6 +95,7 @@ def read_source(recipe: Recipe) -> Source:
     """Find base and data and check all that can be checked without weights; UserError for what does not fit."""
     directory = bases.resolve(recipe.base)
     config = bases.load_config(directory)
+    quantized.require(recipe.quantize)
     block = block_size(recipe, config)
     with torch.device("meta"):
         lora.peft_config(GPT2LMHeadModel(config), recipe.lora)
