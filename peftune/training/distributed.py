@@ -21,11 +21,11 @@ from torch import nn
 
 from peftune.config import Recipe
 from peftune.errors import Interrupted, UserError
-from peftune.json_file import read_object
 from peftune.model.weights import open_weights
 from peftune.training import optimizer as optimizers
 from peftune.training.engine import Engine, Moments, Replicated, Tensors, bytes_of, state_bytes
 from peftune.training.gradient import Gradient
+from peftune.training.refusals import check_engine_file, refuse_for_zero3
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -102,32 +102,12 @@ def settle(accelerator: Accelerator, recipe: Recipe) -> None:
     if not _is_zero(accelerator):
         return
     if zero_stage(accelerator) == 3:
-        _refuse_for_zero3(recipe)
+        refuse_for_zero3(recipe)
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}  # it sees one backward a step
     config |= {"train_batch_size": accelerator.num_processes, "gradient_clipping": recipe.optim.clip or 0.0}
     zero = config["zero_optimization"]
     zero |= {key: size for key, size in _BUCKETS.items() if zero.get(key) == "auto"}
-
-
-def _refuse_for_zero3(recipe: Recipe) -> None:
-    problems = []
-    if recipe.quantize is not None:
-        problems.append(
-            f"quantize: {recipe.quantize} (8-bit trains to a wrong loss there, 4-bit weights cannot be shared out)"
-        )
-    if recipe.lora.variant not in ("lora", "rslora"):
-        problems.append(f"lora.variant: {recipe.lora.variant} (it reads whole weights, of which a rank has a part)")
-    if recipe.lora.modules_to_save:
-        problems.append("lora.modules_to_save (whole modules would be copied from parts)")
-    if {"wte", "wpe", "lm_head"} & set(recipe.lora.targets if isinstance(recipe.lora.targets, list) else []):
-        problems.append("lora.targets outside the blocks (wte, wpe, lm_head)")
-    if recipe.run.samples:
-        problems.append("run.samples (no rank has the whole model to generate with)")
-    if recipe.run.checkpointing:
-        problems.append("run.checkpointing (recomputation finds weights already given back)")
-    if problems:
-        raise UserError(f"ZeRO-3 cannot be combined with {'; '.join(problems)}; use ZeRO-2, or leave these out")
 
 
 def build_engine(
@@ -286,19 +266,4 @@ def _prepare_for_deepspeed(on_gpu: bool) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\.\w+` is deprecated")
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if path:
-        _check_deepspeed_file(Path(path))
-
-
-def _check_deepspeed_file(path: Path) -> None:
-    """UserError where the file is missing, or decides what the recipe decides."""
-    values = read_object(path)
-    problems = [f"{key} (peftune has its own)" for key in ("optimizer", "scheduler") if key in values]
-    problems += [f"{key} (run.precision says it)" for key in ("bf16", "fp16", "amp", "torch_autocast") if key in values]
-    owned = {"gradient_accumulation_steps": (1, "auto"), "gradient_clipping": ("auto",)}
-    problems += [
-        f'{key}: {values[key]} (the recipe says it, use "auto")'
-        for key, allowed in owned.items()
-        if values.get(key, "auto") not in allowed
-    ]
-    if problems:
-        raise UserError(f"{path}: cannot be used because of {', '.join(problems)}; see ds_configs/")
+        check_engine_file(Path(path))

@@ -53,7 +53,7 @@ def unequal(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def values(tiny_base: Path, unequal: Path) -> Callable[..., Values]:
     """`values(out, section={key: value})`: a recipe of three epochs whose last step each has a single block."""
 
-    def make(out: Path, **sections: Values) -> Values:
+    def make(out: Path, **sections: Values | str) -> Values:
         made: Values = {
             "base": str(tiny_base),
             "data": {"train": str(unequal), "validation": 0.2},

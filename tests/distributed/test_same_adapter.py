@@ -32,7 +32,8 @@ def trained(values: Make, run_jobs: Callable[..., None], tmp_path_factory: pytes
     folder = tmp_path_factory.mktemp("grid")
     for way in WAYS:
         (folder / f"census-{way}").mkdir()
-        run_jobs(way, [values(folder / way)], PEFTUNE_CENSUS=str(folder / f"census-{way}"))
+        quantised = [values(folder / f"{way}-{kind}", quantize=kind) for kind in ("int8", "nf4") if way != "zero3"]
+        run_jobs(way, [*quantised, values(folder / way)], PEFTUNE_CENSUS=str(folder / f"census-{way}"))
     for way in WAYS:
         for other in WAYS:
             cut_after_checkpoint(folder / other, folder / f"{way}-from-{other}")
@@ -79,6 +80,14 @@ def test_two_ranks_give_the_same_adapter_as_one_process(trained: Path, way: str)
     np.testing.assert_allclose([e["grad_norm"] for e in many], [e["grad_norm"] for e in one], rtol=1e-5)
     assert [e["tokens"] for e in many] == [e["tokens"] for e in one]
     assert any(e["grad_norm"] > 0.5 for e in one), "the clipping had nothing to do"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("way", ["ddp", "zero1", "zero2"])
+def test_a_quantised_base_gives_the_same_adapter_on_two_ranks(trained: Path, way: str, kind: str) -> None:
+    assert distance(trained / f"one-{kind}", trained / f"{way}-{kind}") <= 1e-6
+    assert distance(trained / "one", trained / f"one-{kind}") > 1e-3, "the base was not quantised"
 
 
 @pytest.mark.slow
