@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from peftune.config import Recipe
-from peftune.errors import Interrupted, UserError
+from peftune.errors import Interrupted, PeftuneError, UserError
 from peftune.model.weights import open_weights
 from peftune.training import optimizer as optimizers
 from peftune.training.engine import Engine, Moments, Replicated, Tensors, bytes_of, state_bytes
@@ -69,8 +69,9 @@ def joined() -> Iterator[None]:
     """Leave the group of ranks at the end, in good order; after an error the others may no longer be there."""
     try:
         yield
-    except Interrupted:
-        _leave_group()
+    except PeftuneError as error:
+        if error.exit_code == Interrupted.exit_code:  # all ranks end here
+            _leave_group()
         raise
     _leave_group()
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from peftune.data.batches import NOT_SCORED, Batch
-from peftune.errors import PeftuneError, RankLost, SaidElsewhere, first_line
+from peftune.errors import CheckFailed, Interrupted, PeftuneError, RankLost, SaidElsewhere, first_line
 from peftune.training.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -69,6 +69,17 @@ def all_or_none(accelerator: Accelerator) -> Iterator[None]:
     if error is not None:
         raise error
     raise type(failures[0])(f"{failures[0]} (on another rank than the first)")
+
+
+@contextmanager
+def one_voice(accelerator: Accelerator) -> Iterator[None]:
+    """What every rank finds at the same time, a signal or broken numbers, is told by the first."""
+    try:
+        yield
+    except (Interrupted, CheckFailed) as error:
+        if accelerator.is_main_process:
+            raise
+        raise SaidElsewhere(error.exit_code) from None
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from peftune.training.engine import bytes_of
 from peftune.training.memory import peak_memory
 from peftune.training.micro import first_micro_size
 from peftune.training.precision import FIRST_LOSS_SCALE, choose_precision
-from peftune.training.ranks import alive, all_or_none, from_each, from_first
+from peftune.training.ranks import alive, all_or_none, from_each, from_first, one_voice
 from peftune.training.records import refuse_missing_trackers
 from peftune.training.session import Session, Source, assemble, read_together, sole_writer
 from peftune.training.signals import StopRequest
@@ -38,7 +38,7 @@ def train(recipe: Recipe) -> Delivery:
     """
     refuse_missing_trackers(list(recipe.run.track))
     accelerator = distributed.start(list(recipe.run.track), recipe.run.out)
-    with alive(accelerator), watched(accelerator), StopRequest() as stop:
+    with one_voice(accelerator), alive(accelerator), watched(accelerator), StopRequest() as stop:
         display = Display(accelerator.is_main_process)
         distributed.settle(accelerator, recipe)
         idle = distributed.idle_gpus(accelerator)

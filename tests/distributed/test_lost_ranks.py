@@ -19,12 +19,10 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from peftune.config import recipe_from
 from peftune.training.records import read_metrics
-from peftune.training.run import train
 
 ROOT = Path(__file__).parents[2]
-STEPS = 60
+STEPS = 30
 KILLS = int(os.environ.get("PEFTUNE_TEST_KILLS", "0"))  # more than the suite has time for
 Values = dict[str, Any]
 Make = Callable[..., Values]
@@ -73,20 +71,22 @@ def wait_for_step(job: subprocess.Popen[bytes], out: Path, step: int, log: Path)
         time.sleep(0.02)
 
 
+def of_many_steps(values: Make, out: Path) -> Values:
+    return values(out, optim={"steps": STEPS}, run={"save_every": 3})
+
+
 @pytest.fixture
 def recipe(values: Make, tmp_path: Path) -> tuple[Path, Path]:
     """A recipe file of STEPS steps with a checkpoint every three, and its output directory."""
     path, out = tmp_path / "recipe.yaml", tmp_path / "adapter"
-    # Every step does some work, so that a kill finds ranks in the middle of one.
-    made = values(out, optim={"epochs": 3, "steps": STEPS}, run={"save_every": 3}, batch={"micro_size": 1})
-    path.write_text(yaml.safe_dump(made))
+    path.write_text(yaml.safe_dump(of_many_steps(values, out)))
     return path, out
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(values: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(values: Make, run_jobs: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "adapter"
-    train(recipe_from(values(out, optim={"epochs": 3, "steps": STEPS}, run={"save_every": 3}), []))
+    run_jobs("one", [of_many_steps(values, out)])
     return out
 
 
@@ -112,7 +112,8 @@ def test_a_killed_rank_ends_the_job_and_another_topology_goes_on(
     told = log.read_text()
     assert code == 1, told
     assert "SIGKILL" in told and "goes on from the last checkpoint" in told and "Traceback" not in told
-    subprocess.run(launcher("one", path), cwd=ROOT, check=True, capture_output=True, timeout=120)
+    with running(launcher("one", path), log) as job:
+        assert job.wait(timeout=120) == 0, log.read_text()
     assert_same(out, uninterrupted)
 
 
