@@ -21,6 +21,7 @@ tags: [gpt2, lora, peftune]
 
 A {lora["variant"]} adapter (rank {lora["rank"]}, alpha {lora["alpha"]:g}, targets: {targets}) for `{recipe["base"]}`,
 {provenance["trainable_parameters"]:,} trained parameters, trained with peftune {provenance["peftune"]} on {sources}.
+{_held(recipe)}
 
 {_table(provenance["metrics"])}
 
@@ -39,6 +40,16 @@ peftune merge {out} --out {out.rstrip("/")}-merged
 ```
 
 It is an ordinary PEFT adapter: `PeftModel.from_pretrained(base, "{out}")` loads it without peftune.
+"""
+
+
+def _held(recipe: dict[str, Any]) -> str:
+    if recipe.get("quantize") is None:
+        return ""
+    kind = recipe["quantize"]
+    return f"""
+The base was held in {kind} meanwhile, and the figures below were measured on that; the adapter is one for the
+full-precision base.
 """
 
 

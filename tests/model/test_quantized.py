@@ -12,6 +12,7 @@ from transformers import GPT2LMHeadModel
 from peftune.config import Lora
 from peftune.model import quantized
 from peftune.model.base import footprint, load_model
+from peftune.model.loftq import best_product
 from peftune.model.lora import inject
 from peftune.model.scorer import Scorer
 from peftune.model.weights import open_weights
@@ -165,3 +166,19 @@ def test_loftq_repeats_itself_bit_for_bit(tiny_base: Path) -> None:
     )
     assert len(first.initial) == 2 * 2 * 4
     assert all(torch.equal(first.initial[name], second.initial[name]) for name in first.initial)
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24)])
+def test_the_correction_is_the_truncated_singular_value_decomposition(shape: tuple[int, int]) -> None:
+    error = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a, b = best_product(error, rank=5, scale=3.0)
+    left, values, right = torch.linalg.svd(error, full_matrices=False)
+    assert a.shape == (5, shape[1]) and b.shape == (shape[0], 5)
+    torch.testing.assert_close(3.0 * b @ a, (left[:, :5] * values[:5]) @ right[:5], rtol=0, atol=1e-12)
+    torch.testing.assert_close(a.square().sum(1), b.square().sum(0))
+
+
+def test_a_width_that_no_block_of_64_divides_is_quantised_too(tiny_base: Path) -> None:
+    weight = torch.randn(6, 18, generator=torch.Generator().manual_seed(0))
+    for kind, largest in (("int8", 0.02), ("nf4", 0.6)):
+        assert (quantized.rounded(weight, kind) - weight).abs().max() < largest  # type: ignore[arg-type]

@@ -188,6 +188,17 @@ def test_without_bitsandbytes_one_line_says_what_to_install(recipe: Make, monkey
         train(made)
 
 
+@pytest.mark.parametrize("targets", ["[c_attn, wte]", "[lm_head]"])
+def test_loftq_outside_the_blocks_is_refused_before_loading(recipe: Make, targets: str) -> None:
+    with pytest.raises(UserError, match="loftq corrects quantised weights, and lm_head, wte and wpe are not quantised"):
+        train(recipe("quantize=nf4", "lora.variant=loftq", f"lora.targets={targets}"))
+
+
+def test_loftq_of_more_directions_than_there_are_is_refused_before_loading(recipe: Make) -> None:
+    with pytest.raises(UserError, match="loftq takes 33 directions"):
+        train(recipe("quantize=nf4", "lora.variant=loftq", "lora.rank=33"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_screen_shows_nothing_of_the_libraries(recipe: Make, tmp_path: Path, kind: str) -> None:
