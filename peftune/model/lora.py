@@ -220,6 +220,10 @@ def _plain(value: Any) -> Any:
 
 
 def is_dead(adapted: Adapted) -> bool:
-    """True where no trained matrix differs from a fresh adapter: every B is still zero and nothing else is trained."""
-    b = [p for n, p in adapted.trainable().items() if ".lora_B." in n or ".lora_embedding_A" in n]
-    return bool(b) and not adapted.initial and all(not bool(p.detach().any()) for p in b)
+    """True where every B (of an embedding every A) is what a fresh adapter has: zero, or its initial value."""
+    b = {n: p.detach() for n, p in adapted.trainable().items() if ".lora_B." in n or ".lora_embedding_A" in n}
+    return bool(b) and all(torch.equal(p.cpu(), _fresh(adapted, n, p).cpu()) for n, p in b.items())
+
+
+def _fresh(adapted: Adapted, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    return adapted.initial.get(name, torch.zeros_like(parameter))

@@ -15,6 +15,7 @@ from peftune import __version__
 from peftune.adapters.provenance import read_provenance
 from peftune.adapters.store import write_adapter
 from peftune.errors import CheckFailed
+from peftune.model import quantized
 from peftune.model.lora import is_dead, stored_adapter
 from peftune.training import identity
 from peftune.training.card import model_card
@@ -125,5 +126,7 @@ def _provenance(session: Session, delivery: Delivery) -> dict[str, Any]:
         "precision": session.precision,
         "trainable_parameters": session.trainable_parameters,
         "metrics": delivery.metrics,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in _VERSIONS}
+        | quantized.versions(session.recipe.quantize),
     }

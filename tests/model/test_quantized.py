@@ -11,7 +11,7 @@ from transformers import GPT2LMHeadModel
 
 from peftune.config import Lora
 from peftune.model import quantized
-from peftune.model.base import footprint, load_model
+from peftune.model.base import footprint, load_model, resolve
 from peftune.model.loftq import best_product
 from peftune.model.lora import inject
 from peftune.model.scorer import Scorer
@@ -77,14 +77,14 @@ def test_a_weight_rounded_by_itself_is_that_of_the_loaded_base(kind: Any, tiny_b
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_and_evaluation_compute_the_same_whatever_the_batch(
-    kind: Any, tiny_base: Path, ids: torch.Tensor
-) -> None:
-    model = load_model(tiny_base, quantize=kind)
+def test_training_and_evaluation_compute_the_same_whatever_the_batch(kind: Any) -> None:
+    """On a trained base, whose activations have outliers: there bitsandbytes' own int8 layers differ by 0.3 and more."""
+    model = load_model(resolve("builtin:small"), quantize=kind)
+    ids = torch.randint(0, 4000, (4, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         evaluated = model.eval()(ids).logits
         assert torch.equal(model.train()(ids).logits, evaluated)
-        torch.testing.assert_close(model.eval()(ids[1:2]).logits[0], evaluated[1], rtol=0, atol=1e-6)
+        torch.testing.assert_close(model.eval()(ids[1:2]).logits[0], evaluated[1], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
