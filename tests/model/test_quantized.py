@@ -78,7 +78,7 @@ def test_a_weight_rounded_by_itself_is_that_of_the_loaded_base(kind: Any, tiny_b
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_and_evaluation_compute_the_same_whatever_the_batch(kind: Any) -> None:
-    """On a trained base, whose activations have outliers: there the library's own int8 layers differ by 0.3 and more."""
+    """On a trained base, whose activations have outliers: the library's own int8 layers differ by 0.3 there."""
     model = load_model(resolve("builtin:small"), quantize=kind)
     ids = torch.randint(0, 4000, (4, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
