@@ -1,6 +1,6 @@
 """A stand-in for a rank of `peftune train`: meets the others over gloo, works, stops when told, ends as it is told.
 
-    python rank.py RECIPE [seconds=S] [save=S] [exit=RANK:CODE] [kill=RANK] [out=FILE]
+python rank.py RECIPE [seconds=S] [save=S] [exit=RANK:CODE] [kill=RANK] [out=FILE]
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def summed(value: float) -> float:
 if world > 1:
     dist.init_process_group("gloo")
 assert summed(rank) == sum(range(world))
-print(f"rank {rank} of {world}", flush=True)
+os.write(1, f"rank {rank} of {world}\n".encode())  # at once, so that two ranks do not share a line
 if asked.get("exit", "").startswith(f"{rank}:"):
     sys.exit(int(asked["exit"].split(":")[1]))
 if asked.get("kill") == str(rank) and first_attempt:

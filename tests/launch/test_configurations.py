@@ -40,7 +40,9 @@ def test_accelerate_reads_a_configuration_as_it_is_meant(name: str) -> None:
     kind = "DEEPSPEED" if "zero" in name else "NO" if name in ("cpu", "gpu") else "MULTI_GPU"
     assert config.distributed_type == DistributedType(kind)
     assert config.use_cpu == name.startswith("cpu")
-    assert config.num_processes == {"cpu": 1, "gpu": 1}.get(name, 2 if name in ON_CPU else -1 if name in ON_GPUS else 16)
+    assert config.num_processes == {"cpu": 1, "gpu": 1}.get(
+        name, 2 if name in ON_CPU else -1 if name in ON_GPUS else 16
+    )
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
@@ -96,7 +98,7 @@ def test_a_layout_offloads_what_its_name_says(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # what DeepSpeed warns about at import is its own
 @pytest.mark.parametrize("name", sorted(LAYOUTS))
-def test_accelerate_and_deepspeed_take_a_layout_with_the_gaps_filled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerate_and_deepspeed_take_a_layout_once_filled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("ACCELERATE_CONFIG_DS_FIELDS", "deepspeed_config_file,zero3_init_flag")
     from accelerate import DeepSpeedPlugin
