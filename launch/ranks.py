@@ -114,9 +114,10 @@ def _arrange_meeting(args: argparse.Namespace, config: dict[str, Any], machines:
         os.environ.setdefault("PET_LOCAL_ADDR", "localhost")
         args.main_process_port = args.main_process_port or 0
         return
-    address, port = (getattr(args, name) or config.get(name) for name in ("main_process_ip", "main_process_port"))
+    address, port = args.main_process_ip or config.get("main_process_ip"), args.main_process_port
+    port = port or config.get("main_process_port")
     number = args.machine_rank if args.machine_rank is not None else config.get("machine_rank")
-    if None in (address, port, number):
+    if address is None or port is None or number is None:
         refuse(f"{machines} machines need --machine_rank, --main_process_ip and --main_process_port")
     # Torch would guess from host names who keeps the store, and number the machines by their names. The first machine
     # shall be the first always: rank 0 writes what the run leaves. A `~` sorts after every address and is never called.

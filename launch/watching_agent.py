@@ -36,7 +36,7 @@ def watch(outcome: Outcome) -> None:
     def agent(*arguments: Any, **named: Any) -> WatchingAgent:
         return WatchingAgent(outcome, *arguments, **{"exit_barrier_timeout": EXIT_TIMEOUT} | named)
 
-    api.LocalElasticAgent = agent
+    api.LocalElasticAgent = agent  # type: ignore[assignment,misc]  # only ever called
 
 
 class WatchingAgent(LocalElasticAgent):
@@ -51,7 +51,7 @@ class WatchingAgent(LocalElasticAgent):
 
     def run(self, role: str = "default") -> RunResult:
         try:
-            result = super().run(role)
+            result: RunResult | None = super().run(role)
         except RendezvousError as error:
             if self._worker_group.state == WorkerState.HEALTHY:
                 raise MachineLost(f"machine 0 has not answered for {ANSWER_WITHIN} s") from error
@@ -65,7 +65,7 @@ class WatchingAgent(LocalElasticAgent):
         super()._initialize_workers(worker_group)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        result = super()._monitor_workers(worker_group)
+        result: RunResult = super()._monitor_workers(worker_group)
         self._answered = time.monotonic() if result.state == WorkerState.HEALTHY else None
         self._outcome.codes = {}
         if result.failures:
@@ -89,12 +89,14 @@ class WatchingAgent(LocalElasticAgent):
     def _gone_machines(self, group: WorkerGroup) -> list[int]:
         """Machines whose launcher has been silent; a cut cable alone would leave the ranks waiting for half an hour."""
         now = time.monotonic()
-        if group.group_world_size == 1 or now < self._beat_at + BEAT_EVERY:
+        store: Any = group.store
+        machines = group.group_world_size or 1
+        if machines == 1 or now < self._beat_at + BEAT_EVERY:
             return []
         self._beat_at = now
         try:
-            group.store.add(f"peftune/beats/{group.group_rank}", 1)
-            beats = {m: group.store.add(f"peftune/beats/{m}", 0) for m in range(group.group_world_size)}
+            store.add(f"peftune/beats/{group.group_rank}", 1)
+            beats = {machine: store.add(f"peftune/beats/{machine}", 0) for machine in range(machines)}
         except RuntimeError as error:
             raise MachineLost(f"machine 0 has not answered for {ANSWER_WITHIN} s") from error
         for machine, beat in beats.items():
@@ -129,7 +131,7 @@ class WatchingAgent(LocalElasticAgent):
                 os._exit(FAILED)
 
     def _running(self) -> dict[int, Any]:
-        handlers = self._pcontext.subprocess_handlers if self._pcontext else {}
+        handlers = getattr(self._pcontext, "subprocess_handlers", {})  # ranks of a program, not of a function
         ranks = [worker.global_rank for worker in self._worker_group.workers]
         return {ranks[local]: h.proc for local, h in handlers.items() if h.proc.poll() is None}
 

@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = ROOT / "tests" / "launch" / "rank.py"
 pytestmark = pytest.mark.slow
+TRAINS_ON_MANY_RANKS = False  # set when `peftune train` does; until then only the stand-in runs here
+real = pytest.mark.skipif(not TRAINS_ON_MANY_RANKS, reason="peftune train runs in one process")
 
 
 class Machines:
@@ -41,6 +44,10 @@ class Machines:
         """As when someone pulls the plug: nothing arrives any more, and nobody is told."""
         ip("-n", self.spaces[1], "link", "set", self.cables[1], "down")
 
+    def mend(self) -> None:
+        ip("-n", self.spaces[1], "link", "set", self.cables[1], "up")
+        self.started.clear()
+
     def launch(self, *arguments: str, program: Path | None, **variables: str) -> None:
         """The same command on both machines; `program` runs in each rank in the place of `peftune train`."""
         given = {name: value for name, value in os.environ.items() if not name.startswith(("PET_", "SLURM_"))}
@@ -64,6 +71,12 @@ class Machines:
         for process in self.started:
             assert process.stdout is not None
             assert any(text in line for line in process.stdout), f"a machine ended before it said {text!r}"
+
+    def wait_for_one(self, text: str) -> None:
+        """Until the first machine has printed it, which speaks for the run."""
+        out = self.started[0].stdout
+        assert out is not None
+        assert any(text in line for line in out), f"machine 0 ended before it said {text!r}"
 
     def ended(self, seconds: float) -> tuple[list[int], list[str]]:
         """Exit codes and what was printed since, by machine; TimeoutExpired where it takes longer than that in all."""
@@ -126,3 +139,53 @@ def test_a_signal_on_one_machine_lets_both_save(machines: Machines) -> None:
     machines.started[1].terminate()
     codes, told = machines.ended(60)
     assert codes == [3, 3], told
+
+
+@pytest.fixture
+def recipe(tiny_base: Path, tmp_path: Path) -> Path:
+    """Two hundred short documents, four blocks to a step, a checkpoint every five."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"the cat sat on mat number {n} and the dog on the log\n\n" for n in range(200)))
+    values = {
+        "base": str(tiny_base),
+        "data": {"train": [str(text)], "validation": 0.1, "block_size": 64},
+        "lora": {"rank": 4, "alpha": 8},
+        "optim": {"lr": 1e-2, "steps": 10},
+        "batch": {"global_size": 4, "micro_size": 2},
+        "run": {"out": str(tmp_path / "adapter"), "precision": "fp32", "eval_every": 0, "save_every": 5},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@real
+@pytest.mark.parametrize("config", ["cpu-2", "cpu-2-zero3"])
+def test_two_machines_train_one_adapter(config: str, machines: Machines, recipe: Path, tmp_path: Path) -> None:
+    machines.launch(config, str(recipe), program=None)
+    codes, told = machines.ended(120)
+    assert codes == [0, 0], told
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@real
+def test_training_goes_on_from_the_checkpoint_after_the_cable_was_cut(
+    machines: Machines, recipe: Path, tmp_path: Path
+) -> None:
+    checkpoints = tmp_path / "adapter" / "checkpoints"
+    machines.launch("cpu-2", str(recipe), "optim.steps=100000", program=None)
+    until = time.monotonic() + 60
+    while not any(checkpoints.glob("step-*")):
+        assert time.monotonic() < until, "no checkpoint within a minute"
+        time.sleep(0.2)
+    machines.cut()
+    codes, told = machines.ended(60)
+    assert codes == [1, 1], told
+    kept = max(int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*"))
+    machines.mend()
+    machines.launch("cpu-2", str(recipe), "optim.steps=100000", program=None)
+    machines.wait_for_one("resuming")
+    machines.started[0].terminate()
+    codes, told = machines.ended(60)
+    assert codes == [3, 3], told
+    assert max(int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*")) >= kept
