@@ -93,6 +93,8 @@ def completed(args: argparse.Namespace) -> argparse.Namespace:
         refuse(f"{path.name} is for GPUs and torch finds none here; cpu.yaml and cpu-2*.yaml need none")
     if ranks is None:
         ranks = args.num_processes = torch.cuda.device_count() * machines
+    if ranks > 1 and config.get("distributed_type") in ("NO", False):  # unquoted, YAML reads NO as false
+        refuse(f"{path.name} starts one process, so not {ranks}; cpu-2.yaml and ddp.yaml start as many as you say")
     if ranks % machines:
         refuse(f"{ranks} ranks cannot be shared equally by {machines} machines")
     _arrange_meeting(args, config, machines)

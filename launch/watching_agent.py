@@ -36,7 +36,7 @@ def watch(outcome: Outcome) -> None:
     def agent(*arguments: Any, **named: Any) -> WatchingAgent:
         return WatchingAgent(outcome, *arguments, **{"exit_barrier_timeout": EXIT_TIMEOUT} | named)
 
-    api.LocalElasticAgent = agent  # type: ignore[assignment,misc]  # only ever called
+    vars(api)["LocalElasticAgent"] = agent
 
 
 class WatchingAgent(LocalElasticAgent):

@@ -74,3 +74,8 @@ def test_a_forgotten_recipe_is_asked_for(script: str, environment: dict[str, str
 
 def test_a_gpu_configuration_without_a_gpu_says_which_ones_need_none(environment: dict[str, str]) -> None:
     assert "cpu-2*.yaml need none" in refused("local.sh", ["ddp", "recipe"], environment | {"CUDA_VISIBLE_DEVICES": ""})
+
+
+def test_more_ranks_than_a_configuration_starts_are_refused_instead_of_one_started(environment: dict[str, str]) -> None:
+    assert "starts one process, so not 2" in refused("local.sh", ["cpu", "r"], environment | {"PEFTUNE_PROCESSES": "2"})
+    assert "starts one process, so not 2" in refused("multinode.sh", ["cpu", "r"], environment | NODES)

@@ -13,20 +13,18 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BATCH = ROOT / "launch" / "slurm.sbatch"
 
-# One task for each node; SIGTERM goes on to the tasks; ends with the largest of their codes, as the real one does.
+# One task for each node; ends with the largest of their codes, and kills them when it gets SIGTERM, as the real one.
 SRUN = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do echo "$1" >>"$FAKE/srun-asked"; shift; done
 tasks=()
 for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
   SLURM_NODEID=$node "$@" & tasks+=($!)
 done
-trap 'kill -TERM "${tasks[@]}"' TERM
+echo "${tasks[@]}" >"$FAKE/tasks"
+trap 'kill -KILL "${tasks[@]}"' TERM
 worst=0
 for task in "${tasks[@]}"; do
-  while :; do
-    wait "$task"; code=$?
-    kill -0 "$task" 2>/dev/null || break
-  done
+  wait "$task"; code=$?
   ((code > worst)) && worst=$code
 done
 exit $worst
@@ -37,12 +35,15 @@ show) printf '%s\\n' localhost other ;;
 *) echo "$@" >>"$FAKE/scontrol-asked" ;;
 esac
 """
+SCANCEL = """#!/usr/bin/env bash
+[[ "$*" == "--signal=TERM 4711" ]] && kill -TERM $(<"$FAKE/tasks")
+"""
 
 
 @pytest.fixture
 def slurm(environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
     """The environment of a batch script on a cluster of one node that plays two."""
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("scancel", SCANCEL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     with socket.socket() as probe:
@@ -77,12 +78,13 @@ def test_ahead_of_the_time_limit_every_node_saves_and_the_job_queues_again(
     assert "--kill-on-bad-exit=0" in (tmp_path / "srun-asked").read_text()
 
 
-def test_a_cancelled_job_saves_and_does_not_queue_again(
+def test_a_job_that_is_stopped_by_hand_saves_and_does_not_queue_again(
     slurm: dict[str, str], start: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     process = start(["bash", str(BATCH), "cpu", "recipe", "seconds=60"], **slurm | {"SLURM_JOB_NUM_NODES": "1"})
     read_until(process, "of 1", 1)
-    process.terminate()
+    process.terminate()  # of no account to the script itself
+    subprocess.run([str(tmp_path / "scancel"), "--signal=TERM", "4711"], env=slurm, check=True)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 3, errors
     assert not (tmp_path / "scontrol-asked").exists()
