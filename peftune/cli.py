@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import typer
 
 from peftune import __version__
-from peftune.errors import PeftuneError, UserError
+from peftune.errors import PeftuneError, SaidElsewhere, UserError
+from peftune.model.quantized import quiet
 
 app = typer.Typer(
     name="peftune",
@@ -82,13 +85,20 @@ def train(
     """Train the adapter that a recipe describes; the same command goes on after an interruption.
 
     Example:  peftune train launch/recipes/poems.yaml optim.lr=1e-4 run.out=adapters/slow
+
+    This is one process on at most one GPU. For several, let Accelerate start it (docs/many-ranks.md):
+
+    accelerate launch --config_file accelerate_configs/ddp.yaml -m peftune train launch/recipes/poems.yaml
     """
     from peftune.config import load_recipe
 
-    checked = load_recipe(recipe, overrides)  # before torch is imported: a wrong recipe is refused at once
+    with _one_voice_a_machine():
+        checked = load_recipe(recipe, overrides)  # before torch is imported: a wrong recipe is refused at once
+    from peftune.training.distributed import joined
     from peftune.training.run import train
 
-    train(checked)
+    with joined():
+        train(checked)
 
 
 @app.command("eval")
@@ -140,6 +150,8 @@ def merge(
             f"read back, against base + adapter: logits differ by at most {report.max_abs_logit_difference:.1e}, "
             f"mean KL {report.mean_kl:.1e} nats per token, the same likeliest token in {report.argmax_agreement:.2%}"
         )
+    if report.trained_on is not None and verify:
+        typer.echo(report.about_trained())
     if report.rounding_mean_kl is not None:
         typer.echo(
             f"rounding to {report.dtype} costs {report.rounding_mean_kl:.1e} nats per token; before it logits differed "
@@ -191,6 +203,7 @@ def _root(
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the program and leave with its exit code; an error that a person can mend is one line on stderr."""
+    quiet()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
@@ -217,8 +230,20 @@ _EXAMPLES = {"--adapter": "poems=adapters/poems", "--data": "poems=held.txt", "-
 _STOPPED = 130  # what a shell reports for Ctrl-C
 
 
+@contextmanager
+def _one_voice_a_machine() -> Iterator[None]:
+    """Of the ranks that a launcher started here, one tells the person about input that all of them find wrong."""
+    try:
+        yield
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        raise SaidElsewhere(error.exit_code) from None
+
+
 def _complain(message: str, exit_code: int) -> int:
-    typer.echo(f"peftune: {' '.join(message.split())}", err=True)
+    if message:  # empty where another rank says it
+        typer.echo(f"peftune: {' '.join(message.split())}", err=True)
     return exit_code
 
 

@@ -17,6 +17,8 @@ from peftune.complaints import problems
 from peftune.errors import UserError
 from peftune.yaml_reader import parse, read_yaml
 
+BLOCK_LINEARS = ("c_attn", "c_proj", "c_fc")
+"""The linear layers of a GPT-2 block by their last name: what `quantize` packs."""
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 
@@ -120,8 +122,9 @@ class Lora(Section):
     """Dropout on the input of each adapter."""
     targets: Literal["all", "attention"] | Annotated[list[str], Field(min_length=1)] = "all"
     """`all` linear layers of every block, `attention` only, or module names (`c_attn`, `mlp.c_fc`, `lm_head`, …)."""
-    variant: Literal["lora", "rslora", "dora", "pissa"] = "lora"
-    """LoRA (2106.09685), rank-stabilised LoRA (2312.03732), DoRA (2402.09353) or PiSSA (2404.02948)."""
+    variant: Literal["lora", "rslora", "dora", "pissa", "loftq"] = "lora"
+    """LoRA (2106.09685), rank-stabilised LoRA (2312.03732), DoRA (2402.09353), PiSSA (2404.02948), or, on a quantised
+    base, LoftQ (2310.08659): a LoRA that starts as the best correction of what quantising took from the base."""
     layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     """Adapt only these blocks, counted from 0; null adapts all."""
     modules_to_save: list[str] = []
@@ -195,7 +198,8 @@ class Recipe(Section):
     base: NonEmpty
     """Hub name (`gpt2`), directory, or `builtin:small`."""
     quantize: Literal["int8", "nf4"] | None = None
-    """Load the frozen base in 8 or 4 bits."""
+    """Hold the linear layers of the frozen base in 8 or 4 bits (needs the extra `quant`). The adapter that comes out is
+    one for the full-precision base."""
     data: Data
     lora: Lora = Lora()
     optim: Optim = Optim()
@@ -205,8 +209,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _numbers_fit(self) -> Recipe:
         problems = []
-        if self.quantize is not None:
-            problems.append(f"quantize: {self.quantize} is not part of this release, use null")
+        problems += self._quantisation_problems()
         micro = self.batch.micro_size
         if micro != "auto" and micro > self.batch.global_size:
             problems.append(f"batch: micro_size {micro} is larger than global_size {self.batch.global_size}")
@@ -215,6 +218,17 @@ class Recipe(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _quantisation_problems(self) -> list[str]:
+        if self.quantize is None:
+            needs = "loftq corrects a quantised base; give quantize: int8 or nf4, or another variant"
+            return [f"lora.variant: {needs}"] if self.lora.variant == "loftq" else []
+        problems = []
+        if self.lora.variant == "pissa":
+            problems.append("lora.variant: pissa takes its start out of the base's weights, which quantize has packed")
+        packed = [name for name in self.lora.modules_to_save if name.rpartition(".")[2] in BLOCK_LINEARS]
+        problems += [f"lora.modules_to_save: {name} cannot be trained whole, quantize has packed it" for name in packed]
+        return problems
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:

@@ -3,7 +3,9 @@
 PeftuneError
 ├── UserError        2  the user's input is at fault: one line, no traceback
 ├── Interrupted      3  SIGTERM/SIGINT after a checkpoint was saved
-└── CheckFailed      4  a check of ours failed (merge not equal, dead adapter, non-finite loss)
+├── CheckFailed      4  a check of ours failed (merge not equal, dead adapter, non-finite loss)
+├── RankLost         1  another rank died or cannot be reached; the same command goes on from the last checkpoint
+└── SaidElsewhere    *  another rank has this error and tells the person; the code is that rank's
 """
 
 from __future__ import annotations
@@ -31,6 +33,18 @@ class CheckFailed(PeftuneError):
     """The result is not what it must be, so it is not delivered."""
 
     exit_code = 4
+
+
+class RankLost(PeftuneError):
+    """Another rank is gone, so the job cannot go on; starting it again can."""
+
+
+class SaidElsewhere(PeftuneError):
+    """The error of another rank, which says it; this one leaves with the same code, in silence."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__()
+        self.exit_code = exit_code
 
 
 def first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""`--json FILE`: whole or not at all, and known to be writable before the work is done."""
+"""JSON files: `--json FILE` whole or not at all and known to be writable before the work is done; objects read."""
 
 from __future__ import annotations
 
@@ -33,3 +33,14 @@ def write_json(path: Path, value: Any) -> None:
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise UserError(f"--json {path}: cannot be written: {error.strerror or error}") from None
+
+
+def read_object(path: Path, name: str | None = None) -> dict[str, Any]:
+    """The JSON object in a file; UserError, in which the file is called `name`, where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{name or path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{name or path}: holds {type(value).__name__}, expected an object")
+    return value

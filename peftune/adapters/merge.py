@@ -21,10 +21,11 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config
 from transformers.utils import logging
 
+from peftune.adapters import trained
 from peftune.adapters import verify as verification
 from peftune.adapters.fold import Folded
 from peftune.adapters.provenance import base_fingerprint, check_base, tensors_fingerprint
-from peftune.adapters.report import MergeReport, judged
+from peftune.adapters.report import MergeReport, judged, with_trained
 from peftune.adapters.shards import write_weights
 from peftune.adapters.store import Adapter, base_of, read_adapter
 from peftune.adapters.targets import layout_of
@@ -95,7 +96,7 @@ class _Job:
     def run(self, staging: Path, verify: bool, texts: Sequence[str] | None) -> MergeReport:
         self._write_settings(staging)
         sequences = self._sequences(staging, texts) if verify else []
-        rounds = 2 if verify and self.dtype != "float32" else 1
+        rounds = 1 + (self.dtype != "float32") + trained.can_be_measured(self.adapter)
         with _progress(len(self.folded.shapes()) + (self.config.n_layer * rounds if verify else 0)) as advance:
             self._write_tensors(staging, advance)
             report = self._report()
@@ -164,6 +165,7 @@ class _Job:
             base=self.base,
             tie_word_embeddings=self.folded.tied,
             vocabulary=self.layout.vocabulary,
+            trained_on=trained.quantised_as(self.adapter),
         )
 
     def _verified(
@@ -174,17 +176,23 @@ class _Job:
         pieces = self.folded.pieces(WTE if self.folded.tied else HEAD)
         delivered = verification.Plain(open_weights(staging), config, pieces)
         exact = verification.Plain(Folded(self.folded.weights, self.layout), config, pieces)
-        trained = verification.WithAdapter(self.folded.weights, self.layout, config, pieces)
+        full = verification.WithAdapter(self.folded.weights, self.layout, config, pieces)
         candidates: dict[str, verification.Stream] = {"delivered": delivered}
         if self.dtype != "float32":
             candidates["exact"] = exact
-        found = verification.compare(trained, candidates, config, sequences, advance)
+        found = verification.compare(full, candidates, config, sequences, advance)
         rounding = None
         if self.dtype != "float32":
             rounding = verification.compare(exact, {"delivered": delivered}, config, sequences, advance)[
                 "delivered"
             ].mean_kl
-        return judged(report, found["delivered"], found.get("exact", found["delivered"]), rounding)
+        report = judged(report, found["delivered"], found.get("exact", found["delivered"]), rounding)
+        if not trained.can_be_measured(self.adapter):
+            return report
+        learnt = trained.stream(self.adapter, self.folded.weights, self.layout, config, pieces)
+        return with_trained(
+            report, verification.compare(learnt, {"delivered": delivered}, config, sequences, advance)["delivered"]
+        )
 
 
 def _default_texts() -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from peftune.adapters.logits import Difference
 from peftune.errors import CheckFailed
+from peftune.model.quantized import MISSING
 
 _EXACT = 1e-4  # largest logit difference of a float32 merge, for logits up to 32
 _ROUNDED_KL = {"bfloat16": 0.05, "float16": 0.005}  # nats per token that rounding the weights may cost
@@ -18,6 +19,9 @@ class MergeReport:
 
     `float32_max_abs_logit_difference` is that of the fold before its weights were rounded to `dtype` (the same as
     `max_abs_logit_difference` for float32); `rounding_mean_kl` is what the rounding cost, in nats per token.
+
+    `trained_on` is `int8` or `nf4` for an adapter that was trained on a quantised base; the three figures
+    `…_to_trained` then compare with the function that was trained, None where that was not measured.
     """
 
     modules_in_adapter: int
@@ -36,6 +40,21 @@ class MergeReport:
     positions: int | None = None
     float32_max_abs_logit_difference: float | None = None
     rounding_mean_kl: float | None = None
+    trained_on: str | None = None
+    max_abs_logit_difference_to_trained: float | None = None
+    mean_kl_to_trained: float | None = None
+    argmax_agreement_to_trained: float | None = None
+
+    def about_trained(self) -> str:
+        """One line on how far the merged model is from the function that was trained on a quantised base."""
+        told = f"trained on the base in {self.trained_on}: against that + adapter"
+        if self.max_abs_logit_difference_to_trained is None:
+            return f"{told} not measured, {MISSING}"
+        return (
+            f"{told} logits differ by at most {self.max_abs_logit_difference_to_trained:.1e}, mean KL "
+            f"{self.mean_kl_to_trained:.1e} nats per token, the same likeliest token in "
+            f"{self.argmax_agreement_to_trained:.2%}"
+        )
 
 
 def judged(report: MergeReport, delivered: Difference, exact: Difference, rounding: float | None) -> MergeReport:
@@ -61,4 +80,14 @@ def judged(report: MergeReport, delivered: Difference, exact: Difference, roundi
         positions=exact.positions,
         float32_max_abs_logit_difference=exact.max_abs,
         rounding_mean_kl=rounding,
+    )
+
+
+def with_trained(report: MergeReport, found: Difference) -> MergeReport:
+    """The report with the distance to quantised base + adapter, which says what was lost and judges nothing."""
+    return dataclasses.replace(
+        report,
+        max_abs_logit_difference_to_trained=found.max_abs,
+        mean_kl_to_trained=found.mean_kl,
+        argmax_agreement_to_trained=found.argmax_agreement,
     )

@@ -73,10 +73,17 @@ class Plain:
 
 
 class WithAdapter:
-    """Base + adapter through PEFT."""
+    """Base + adapter through PEFT; `held(name, tensor)` is how the base in question holds a tensor of the weights."""
 
-    def __init__(self, weights: Weights, layout: Layout, config: GPT2Config, pieces: Pieces) -> None:
-        self.weights, self.layout, self.config, self.pieces = weights, layout, config, pieces
+    def __init__(
+        self,
+        weights: Weights,
+        layout: Layout,
+        config: GPT2Config,
+        pieces: Pieces,
+        held: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
+    ) -> None:
+        self.weights, self.layout, self.config, self.pieces, self.held = weights, layout, config, pieces, held
 
     def embedding(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         target = self.layout.targets.get(name.removesuffix(".weight"))
@@ -114,7 +121,7 @@ class WithAdapter:
 
     def _tensor(self, name: str) -> torch.Tensor:
         replaced = self.layout.replaced.get(name)
-        return (self.weights.tensor(name) if replaced is None else replaced.clone()).float()
+        return (self.held(name, self.weights.tensor(name)) if replaced is None else replaced.clone()).float()
 
     def _chunks(self, name: str) -> Iterator[torch.Tensor]:
         replaced = self.layout.replaced.get(name)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from peftune.data.packing import Packing, pack
+from peftune.data.packing import Packing, Windows, cut_into_windows, pack
 from peftune.data.store import TokenStore
 
 NOT_SCORED = -100
@@ -53,9 +53,12 @@ class Blocks:
 
     @staticmethod
     def of(store: TokenStore, documents: np.ndarray, block_size: int) -> Blocks:
-        """Pack the given document numbers of a store."""
-        packing = pack(store.lengths[documents], block_size)
-        return Blocks(store, documents, packing, _supervised_per_span(store, documents, packing))
+        """Pack the given documents of a store; windows in which nothing is scored (long prompts) are left out."""
+        windows = cut_into_windows(store.lengths[documents], block_size)
+        supervised = _supervised_per_window(store, documents, windows)
+        scored = supervised > 0
+        packing, order = pack(windows.chosen(scored), block_size)
+        return Blocks(store, documents, packing, supervised[scored][order])
 
     def __len__(self) -> int:
         return len(self.packing)
@@ -108,12 +111,12 @@ class Blocks:
         return ids.astype(np.int64), scored
 
 
-def _supervised_per_span(store: TokenStore, documents: np.ndarray, packing: Packing) -> np.ndarray:
-    owner = documents[packing.example]
+def _supervised_per_window(store: TokenStore, documents: np.ndarray, windows: Windows) -> np.ndarray:
+    owner = documents[windows.example]
     counts = store.supervised_counts[owner].copy()
-    for span in np.flatnonzero((packing.start > 0) | (packing.stop < store.lengths[owner])):
-        _, scored = store.window(int(owner[span]), int(packing.start[span]), int(packing.stop[span]))
-        counts[span] = int(scored[1:].sum())
+    for number in np.flatnonzero((windows.start > 0) | (windows.stop < store.lengths[owner])):
+        _, scored = store.window(int(owner[number]), int(windows.start[number]), int(windows.stop[number]))
+        counts[number] = int(scored[1:].sum())
     return np.asarray(counts, dtype=np.int64)
 
 

@@ -37,24 +37,37 @@ class Packing:
         return float((self.stop - self.start).sum() / max(1, len(self) * self.block_size))
 
 
-def cut_into_windows(lengths: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Windows of every example as (example, start, stop), in order; `lengths` (n,) in tokens, each at least 2."""
+@dataclass(frozen=True)
+class Windows:
+    """Window i holds tokens [start[i], stop[i]) of `example[i]`; all arrays are int64."""
+
+    example: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+    def chosen(self, which: np.ndarray) -> Windows:
+        """Some of the windows, by mask or by number."""
+        return Windows(self.example[which], self.start[which], self.stop[which])
+
+
+def cut_into_windows(lengths: np.ndarray, block_size: int) -> Windows:
+    """Windows of every example, in order; `lengths` (n,) in tokens, each at least 2."""
+    lengths = np.asarray(lengths, dtype=np.int64)
     stride = block_size - 1
     counts = np.maximum(1, -(-(lengths - 1) // stride))
     example = np.repeat(np.arange(len(lengths)), counts)
     nth = np.arange(len(example)) - np.repeat(np.cumsum(counts) - counts, counts)
     start = nth * stride
-    return example, start, np.minimum(start + block_size, lengths[example])
+    return Windows(example, start, np.minimum(start + block_size, lengths[example]))
 
 
-def pack(lengths: np.ndarray, block_size: int) -> Packing:
-    """Pack examples of the given token counts; O(n log block_size), deterministic.
+def pack(windows: Windows, block_size: int) -> tuple[Packing, np.ndarray]:
+    """The packing, and the window that each of its spans is; O(n log block_size), deterministic.
 
     Dynamic best-fit decreasing (Johnson 1973): blocks with the same free space wait on one stack, and a binary
     tree over free space finds the tightest stack that still fits.
     """
-    example, start, stop = cut_into_windows(np.asarray(lengths, dtype=np.int64), block_size)
-    sizes = stop - start
+    sizes = windows.stop - windows.start
     longest_first = np.argsort(-sizes, kind="stable")
     block_of = np.empty(len(sizes), dtype=np.int64)
     open_blocks = _FreeSpace(block_size)
@@ -69,7 +82,8 @@ def pack(lengths: np.ndarray, block_size: int) -> Packing:
         open_blocks.put(block, free - size)
     order = np.argsort(block_of, kind="stable")
     first = np.searchsorted(block_of[order], np.arange(blocks + 1))
-    return Packing(block_size, first, example[order], start[order], stop[order])
+    spans = windows.chosen(order)
+    return Packing(block_size, first, spans.example, spans.start, spans.stop), order
 
 
 class _FreeSpace:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from peftune.config import Source
+from peftune.data.batches import Blocks
 from peftune.data.lint import Finding, lint
-from peftune.data.packing import Packing, pack
+from peftune.data.packing import Packing
 from peftune.data.sources import read_documents
 from peftune.data.store import TokenStore, prepare
 from peftune.errors import UserError
@@ -73,7 +74,7 @@ def describe(
 ) -> dict[str, Any]:
     """The whole report as plain values; token counts include both `<|endoftext|>`, bytes are of the scored text."""
     store = prepare(sources, tokenizer, tokenizer_fingerprint, join, split_on, cache)
-    packing = pack(store.lengths, block_size)
+    packing = Blocks.of(store, np.arange(len(store)), block_size).packing
     findings = lint(chain.from_iterable(read_documents(source, split_on) for source in sources))
     if len(store) < _FEW:
         advice = "a fraction for validation is coarse; if documents were joined, choose split_on"

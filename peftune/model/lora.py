@@ -1,25 +1,28 @@
 """Adapters on a GPT-2 through PEFT: targets, initial values, and the tensors that a plain PEFT adapter stores.
 
 PEFT owns the variants and the format. Two things are settled here: `fan_in_fan_out` follows the architecture
-(blocks are `Conv1D`, stored in x out), and PiSSA is delivered as a plain LoRA of twice the rank on the untouched base.
+(blocks are `Conv1D`, stored in x out, quantised or not), and PiSSA and LoftQ are delivered as a plain LoRA of twice the
+rank on the untouched base.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from peftune.config import Lora
 from peftune.errors import UserError
+from peftune.model.loftq import correct_quantisation
 
 ATTENTION = ("attn.c_attn", "attn.c_proj")
 ALL = (*ATTENTION, "mlp.c_fc", "mlp.c_proj")
@@ -28,7 +31,7 @@ _ADAPTABLE = (Conv1D, nn.Linear, nn.Embedding)
 
 @dataclass(frozen=True)
 class Adapted:
-    """A base with a trainable adapter; `initial` holds PiSSA's first A and B by parameter name, else nothing."""
+    """A base with a trainable adapter; `initial` holds the first A and B of PiSSA and LoftQ by name, else nothing."""
 
     model: PeftModel
     initial: dict[str, torch.Tensor]
@@ -38,17 +41,23 @@ class Adapted:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
-def inject(model: GPT2LMHeadModel, lora: Lora, seed: int) -> Adapted:
-    """Put a fresh adapter on the base; initial values follow from `seed` alone.
+def inject(
+    model: GPT2LMHeadModel, lora: Lora, seed: int, original: Callable[[str], torch.Tensor] | None = None
+) -> Adapted:
+    """Put a fresh adapter on the base; initial values follow from `seed` alone, LoftQ's from the base alone.
 
-    Raises UserError for targets, layers or extra modules that the base does not have.
+    `original` reads a tensor of the base as it was before it was quantised; LoftQ needs it. Raises UserError for
+    targets, layers or extra modules that the base does not have.
     """
     config = peft_config(model, lora)
     torch.manual_seed(seed)
     with quiet_peft():
         adapted = get_peft_model(model, config)
     initial = {}
-    if lora.variant == "pissa":
+    if lora.variant == "loftq":
+        assert original is not None, "LoftQ compares with the base before it was quantised"
+        correct_quantisation(adapted.get_base_model(), original)
+    if lora.variant in ("pissa", "loftq"):
         initial = {n: p.detach().clone() for n, p in adapted.named_parameters() if ".lora_A." in n or ".lora_B." in n}
     return Adapted(adapted, initial)
 
@@ -128,16 +137,30 @@ def _problems(model: GPT2LMHeadModel, lora: Lora, targets: list[str]) -> list[st
 def _rank_problems(modules: dict[str, nn.Module], lora: Lora, targets: list[str]) -> list[str]:
     """A rank that no matrix of the targets has; and what PiSSA cannot take apart."""
     adapted = {path: m for path, m in modules.items() if isinstance(m, _ADAPTABLE) and _any_named(path, targets)}
-    shapes = {path: tuple(module.weight.shape) for path, module in adapted.items()}
-    if lora.variant == "pissa":
+    shapes = {path: _shape(module) for path, module in adapted.items()}
+    if lora.variant in ("pissa", "loftq"):
         if any(path == "lm_head" or isinstance(module, nn.Embedding) for path, module in adapted.items()):
-            return ["lora: pissa moves a part of the base into the adapter, which lm_head, wte and wpe cannot bear"]
+            return [f"lora: {_INSIDE_BLOCKS[lora.variant]}"]
         small = next((path for path, shape in shapes.items() if lora.rank > min(shape)), None)
-        return [f"lora.rank: pissa takes {lora.rank} directions, {small} has {min(shapes[small])}"] if small else []
+        told = f"lora.rank: {lora.variant} takes {lora.rank} directions, {small} has"
+        return [f"{told} {min(shapes[small])}"] if small else []
     largest = max((size for shape in shapes.values() for size in shape), default=lora.rank)
     if lora.rank > largest:
         return [f"lora.rank: {lora.rank} is more than any adapted matrix has rows or columns, at most {largest}"]
     return []
+
+
+_INSIDE_BLOCKS = {
+    "pissa": "pissa moves a part of the base into the adapter, which lm_head, wte and wpe cannot bear",
+    "loftq": "loftq corrects quantised weights, and lm_head, wte and wpe are not quantised; leave them out",
+}
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    """Of the weight, also where that is packed (quantised) or given away (ZeRO-3, which notes its `ds_shape`)."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return tuple(getattr(module.weight, "ds_shape", module.weight.shape))  # type: ignore[arg-type]
 
 
 def _any_named(path: str, names: list[str]) -> bool:
@@ -158,8 +181,9 @@ def stored_adapter(
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What `adapter_config.json` and `adapter_model.safetensors` hold: plain PEFT, for the untouched base.
 
-    `values` replaces the current parameters by name (ranks that hold only a part gather first). PiSSA moved a part
-    of the base into its first A0, B0, so its update is B·A - B0·A0 = [B, -B0]·[A; A0]: rank and alpha double.
+    `values` are the trained parameters by name, where the model holds only a part of them or others. PiSSA moved a part
+    of the base into its first A0, B0, so its update is B·A - B0·A0 = [B, -B0]·[A; A0]: rank and alpha double. So does
+    LoftQ, whose A0, B0 stand for what quantising took from the base.
     """
     named = {n: p.detach() for n, p in adapted.model.named_parameters()} if values is None else values
     with quiet_peft():
@@ -168,7 +192,7 @@ def stored_adapter(
     config = adapted.model.peft_config["default"].to_dict()
     config |= {
         "inference_mode": True,
-        "fan_in_fan_out": _has_conv1d(adapted.model),
+        "fan_in_fan_out": _adapts_blocks(adapted.model),
         "target_modules": sorted(config["target_modules"]),
     }
     if adapted.initial:
@@ -188,15 +212,19 @@ def _without_initial(tensors: dict[str, torch.Tensor], initial: dict[str, torch.
     return doubled
 
 
-def _has_conv1d(model: PeftModel) -> bool:
-    return any(isinstance(getattr(module, "base_layer", None), Conv1D) for module in model.modules())
+def _adapts_blocks(model: PeftModel) -> bool:
+    """Every linear layer of a block is a `Conv1D` in the full-precision base, whatever a quantised one is made of."""
+    return any(".h." in name and isinstance(module, LoraLayer) for name, module in model.named_modules())
 
 
 def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else getattr(value, "value", value)
 
 
-def is_dead(adapted: Adapted) -> bool:
-    """True where no trained matrix differs from a fresh adapter: every B is still zero and nothing else is trained."""
-    b = [p for n, p in adapted.trainable().items() if ".lora_B." in n or ".lora_embedding_A" in n]
-    return bool(b) and not adapted.initial and all(not bool(p.detach().any()) for p in b)
+def is_dead(adapted: Adapted, values: dict[str, torch.Tensor]) -> bool:
+    """True where no trained matrix differs from a fresh adapter: every B is still zero and nothing else is trained.
+
+    `values` are the trained parameters by name.
+    """
+    b = [value for name, value in values.items() if ".lora_B." in name or ".lora_embedding_A" in name]
+    return bool(b) and not adapted.initial and all(not bool(value.any()) for value in b)

@@ -14,16 +14,15 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from peftune.errors import UserError
+from peftune.training.engine import Moments, Tensors
 
 _NAME = re.compile(r"step-(\d+)")
 
@@ -45,25 +44,32 @@ class State:
     records_bytes: int = 0
     """Length of metrics.jsonl at this point; what a killed run wrote after it is cut off on resuming."""
     seconds: float = 0.0
-    scaler: dict[str, Any] | None = None
-    """State of the fp16 loss scaler."""
+    loss_scale: float = 1.0
+    """What losses are multiplied by before they are differentiated; other than 1 in fp16 only."""
     identity: dict[str, Any] = field(default_factory=dict)
     """Recipe and fingerprints that the run was started with."""
 
 
-Moments = dict[str, dict[str, torch.Tensor]]
+@dataclass(frozen=True)
+class Checkpoint:
+    """A state with the adapter and AdamW's moments by parameter name, all whole and on the CPU."""
+
+    state: State
+    values: Tensors
+    moments: Moments
 
 
-def save(folder: Path, state: State, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Path:
+def save(folder: Path, saved: Checkpoint) -> Path:
     """Write `folder/step-N`, then remove checkpoints that are no longer wanted; UserError when the disk is full."""
+    state = saved.state
     place = folder / f"step-{state.step}"
     beside = folder / f".step-{state.step}.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
         beside.mkdir()
-        save_file({n: p.detach().cpu().contiguous() for n, p in parameters.items()}, beside / "adapter.safetensors")
-        save_file(_flat(moments_of(parameters, optimizer)), beside / "moments.safetensors")
+        save_file({name: value.contiguous() for name, value in saved.values.items()}, beside / "adapter.safetensors")
+        save_file(_flat(saved.moments), beside / "moments.safetensors")
         (beside / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
         for path in (*beside.iterdir(), beside):
             _flush(path)
@@ -79,16 +85,13 @@ def save(folder: Path, state: State, parameters: dict[str, nn.Parameter], optimi
     return place
 
 
-def newest(folder: Path) -> Path | None:
+def newest(folder: Path) -> Checkpoint | None:
     """The newest checkpoint that can be read whole; a damaged one (power loss) is passed over."""
     for path in reversed(listed(folder)):
         try:
-            read_state(path)
-            load_file(path / "adapter.safetensors")
-            load_file(path / "moments.safetensors")
+            return read(path)
         except (OSError, ValueError, TypeError, SafetensorError):
             continue
-        return path
     return None
 
 
@@ -98,45 +101,20 @@ def listed(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def read_state(path: Path) -> State:
-    """The state that a checkpoint was saved with."""
-    return State(**json.loads((path / "state.json").read_text(encoding="utf-8")))
+def read(path: Path) -> Checkpoint:
+    """A checkpoint as it was saved; OSError, ValueError, TypeError or SafetensorError where it is damaged."""
+    values = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    known = {field.name for field in fields(State)}
+    state = State(**{key: value for key, value in values.items() if key in known})
+    moments: Moments = {}
+    for name, tensor in load_file(path / "moments.safetensors").items():
+        parameter, _, key = name.rpartition("/")
+        moments.setdefault(parameter, {})[key] = tensor
+    return Checkpoint(state, load_file(path / "adapter.safetensors"), moments)
 
 
-def restore(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> State:
-    """Load parameters and moments in place; the parameters must be those that were saved."""
-    values = load_file(path / "adapter.safetensors")
-    assert values.keys() == parameters.keys(), "the recipe's fingerprint should have refused this checkpoint"
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(values[name])
-    moments = load_file(path / "moments.safetensors")
-    for name, parameter in parameters.items():
-        entries = {
-            key: moments[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{key}" in moments
-        }
-        if entries:
-            optimizer.state[parameter] = _placed(entries, parameter, optimizer)
-    return read_state(path)
-
-
-def moments_of(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Moments:
-    """AdamW's state of each parameter by name: `step` (), `exp_avg` and `exp_avg_sq` of the parameter's shape."""
-    return {name: dict(optimizer.state[p]) for name, p in parameters.items() if p in optimizer.state}
-
-
-def _flat(moments: Moments) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}/{key}": value.detach().cpu().contiguous() for name, m in moments.items() for key, value in m.items()
-    }
-
-
-def _placed(
-    entries: dict[str, torch.Tensor], parameter: nn.Parameter, optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
-    """Moments beside their parameter; AdamW keeps its step count on the CPU unless it is fused."""
-    fused = bool(optimizer.param_groups[0].get("fused"))
-    return {key: value.to(parameter.device) if key != "step" or fused else value for key, value in entries.items()}
+def _flat(moments: Moments) -> Tensors:
+    return {f"{name}/{key}": value.contiguous() for name, entries in moments.items() for key, value in entries.items()}
 
 
 def prune(folder: Path, keep: int, best: int | None) -> None:

@@ -8,17 +8,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-
 from peftune import __version__
 from peftune.adapters.provenance import read_provenance
 from peftune.adapters.store import write_adapter
 from peftune.errors import CheckFailed
 from peftune.model.lora import is_dead, stored_adapter
-from peftune.training import identity
+from peftune.training import checkpoint, distributed, identity
 from peftune.training.card import model_card
+from peftune.training.engine import Tensors
 from peftune.training.pictures import draw_loss
+from peftune.training.ranks import from_first
 from peftune.training.records import read_metrics
 from peftune.training.session import Session
 
@@ -58,9 +57,16 @@ def deliver(session: Session) -> Delivery:
 
     Raises CheckFailed for an adapter that is still what it was at the start.
     """
-    if is_dead(session.adapted):
+    values, _ = session.engine.whole()
+    return from_first(session.accelerator, lambda: _deliver(session, values))
+
+
+def _deliver(session: Session, values: Tensors) -> Delivery:
+    if is_dead(session.adapted, values):
         raise CheckFailed("the adapter did not learn: every B matrix is still zero")
-    step, values = _chosen(session)
+    step = _step_to_deliver(session)
+    if step != session.state.step:
+        values = checkpoint.read(session.checkpoints / f"step-{step}").values
     config, tensors = stored_adapter(session.adapted, values)
     config["base_model_name_or_path"] = session.recipe.base
     session.records.write(
@@ -73,23 +79,18 @@ def deliver(session: Session) -> Delivery:
     out = Path(session.recipe.run.out)
     events = read_metrics(out / "metrics.jsonl")
     delivery = Delivery(out, step, _before_and_after(events, step), round(session.state.seconds, 1))
-    if session.accelerator.is_main_process:
-        provenance = _provenance(session, delivery)
-        files: dict[str, bytes | str] = {
-            "README.md": model_card(provenance),
-            "loss.png": draw_loss(events, _title(session)),
-        }
-        write_adapter(out, config, tensors, provenance, files)
-    session.accelerator.wait_for_everyone()
+    provenance = _provenance(session, delivery)
+    files: dict[str, bytes | str] = {
+        "README.md": model_card(provenance),
+        "loss.png": draw_loss(events, _title(session)),
+    }
+    write_adapter(out, config, tensors, provenance, files)
     return delivery
 
 
-def _chosen(session: Session) -> tuple[int, dict[str, torch.Tensor] | None]:
-    """The step to deliver, with its parameters by name where they are not those in the model."""
+def _step_to_deliver(session: Session) -> int:
     best = session.state.best_step
-    if session.recipe.run.early_stopping is None or best is None or best == session.state.step:
-        return session.state.step, None
-    return best, load_file(session.checkpoints / f"step-{best}" / "adapter.safetensors")
+    return session.state.step if session.recipe.run.early_stopping is None or best is None else best
 
 
 def _title(session: Session) -> str:
@@ -123,6 +124,7 @@ def _provenance(session: Session, delivery: Delivery) -> dict[str, Any]:
         "tokens": session.state.tokens,
         "seconds": delivery.seconds,
         "precision": session.precision,
+        "layout": distributed.layout(session.accelerator),
         "trainable_parameters": session.trainable_parameters,
         "metrics": delivery.metrics,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS},

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from peftune.data.batches import Blocks
-from peftune.evaluate import Score, summed_nats_over
+from peftune.evaluate import Score
 from peftune.inference.generate import GenerationSettings, generate
-from peftune.training.distributed import summed_over_ranks
+from peftune.training.ranks import in_step, summed_over_ranks
 from peftune.training.session import Session
 from peftune.training.signals import StopRequest
 from peftune.training.step import StopNow, in_fitting_micro_batches
@@ -14,30 +16,34 @@ SAMPLE_TOKENS = 80
 
 
 def evaluate_domains(session: Session, stop: StopRequest) -> dict[str, Score]:
-    """Score every domain; raises StopNow between batches when a signal came."""
+    """Score every domain, each block on one rank; raises StopNow, on all ranks, where a signal came to one."""
     return {name: _score(session, name, blocks, stop) for name, blocks in session.source.corpus.domains.items()}
 
 
 def _score(session: Session, name: str, blocks: Blocks, stop: StopRequest) -> Score:
-    accelerator, progress = session.accelerator, session.display.progress
+    accelerator, progress, engine = session.accelerator, session.display.progress, session.engine
     mine = range(accelerator.process_index, len(blocks), accelerator.num_processes)
     task = progress.add_task(f"evaluating {name}", total=len(mine), note="")
 
-    def heard(done: int) -> None:
-        progress.advance(task, done)
-        if stop.name is not None:
-            raise StopNow
-
     def attempt() -> float:
         progress.reset(task)
-        micro_size = session.state.micro_size
-        return summed_nats_over(session.scorer, blocks, mine, micro_size, accelerator.device, on_batch=heard)
+        nats = 0.0
+        for batch in in_step(accelerator, engine.lockstep, blocks.batches(mine, session.state.micro_size), stop):
+            nats += float(session.score(batch))
+            progress.advance(task, len(batch.ids))
+        return nats
 
+    engine.module.eval()
     try:
-        nats = in_fitting_micro_batches(session, attempt)
+        with torch.no_grad():
+            nats = in_fitting_micro_batches(session, attempt)
     finally:
+        engine.module.train()
         progress.remove_task(task)
-    return Score(summed_over_ranks(accelerator, nats)[0], blocks.tokens(), blocks.text_bytes())
+    nats, stopped = summed_over_ranks(accelerator, nats, float(stop.name is not None))
+    if stopped:
+        raise StopNow
+    return Score(nats, blocks.tokens(), blocks.text_bytes())
 
 
 def record(session: Session, scores: dict[str, Score]) -> None:
@@ -71,10 +77,10 @@ def sample(session: Session) -> None:
         return
     model = session.adapted.model
     settings = GenerationSettings(max_new_tokens=SAMPLE_TOKENS, temperature=0.0)
-    session.scorer.eval()
-    with session.accelerator.autocast():
+    session.engine.module.eval()
+    with session.autocast():
         generations = generate(model, session.source.tokenizer, prompts, settings)
-    session.scorer.train()
+    session.engine.module.train()
     for made in generations:
         session.records.write("sample", step=session.state.step, prompt=made.prompt, text=made.text)
         session.display.say(f"  sample {made.prompt!r} → {made.text!r}")

@@ -26,6 +26,7 @@ def of(recipe: Recipe, fingerprints: dict[str, str]) -> dict[str, Any]:
 
 def refuse_other(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
     """UserError listing every difference between the run that is there and the one asked for."""
+    saved, now = _DEFAULTS | saved, _DEFAULTS | now  # a key that the older release did not know had its default
     keys = sorted(saved.keys() | now.keys())
     changed = [f"{k} was {_short(saved.get(k))}, is {_short(now.get(k))}" for k in keys if saved.get(k) != now.get(k)]
     if changed:
@@ -48,3 +49,7 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = "not there" if value is None else str(value)
     return text if len(text) <= 40 else text[:37] + "…"
+
+
+_EMPTY = Recipe.model_validate({"base": "-", "data": {"train": "-"}, "run": {"out": "-"}})
+_DEFAULTS = {k: v for k, v in of(_EMPTY, {}).items() if k not in ("base", "data.train")}

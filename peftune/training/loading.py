@@ -10,20 +10,25 @@ import torch
 from peftune.config import Recipe
 from peftune.model import base as bases
 from peftune.model import lora
+from peftune.model.weights import open_weights
 
 
 def load_adapted(recipe: Recipe, directory: Path, dtype: torch.dtype, device: torch.device) -> lora.Adapted:
     """The base with a fresh adapter: adapter in fp32, frozen weights in `dtype` where only blocks are adapted.
 
     DoRA and PiSSA derive initial values from the base's weights, so they see them in fp32 first. Trained
-    embeddings, norms or heads keep the whole base in fp32 (matrix products still use `dtype`).
+    embeddings, norms or heads keep the whole base in fp32 (matrix products still use `dtype`). What `quantize` packs
+    stays packed; LoftQ reads the weights of the base once more, one after the other, to see what packing lost.
     """
-    model = bases.load_model(directory, dtype=_loading_dtype(recipe, dtype), dropout=recipe.run.base_dropout)
-    adapted = lora.inject(model, recipe.lora, recipe.run.seed)
-    narrow = dtype if _only_blocks_are_trained(adapted) else torch.float32
-    for parameter in adapted.model.parameters():
-        parameter.data = parameter.data.to(device, torch.float32 if parameter.requires_grad else narrow)
-    adapted.model.to(device)
+    model = bases.load_model(
+        directory,
+        dtype=_loading_dtype(recipe, dtype),
+        device="cpu" if recipe.quantize is None else device,
+        dropout=recipe.run.base_dropout,
+        quantize=recipe.quantize,
+    )
+    adapted = lora.inject(model, recipe.lora, recipe.run.seed, open_weights(directory).tensor)
+    bases.place(adapted.model, device, dtype if _only_blocks_are_trained(adapted) else torch.float32)
     if recipe.run.checkpointing:
         _recompute_activations(adapted)
     return adapted

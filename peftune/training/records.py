@@ -64,6 +64,16 @@ class Records:
             self.accelerator.end_training()
 
 
+def refuse_missing_trackers(trackers: list[str]) -> None:
+    """UserError for an experiment tracker that is not installed."""
+    from accelerate.tracking import get_available_trackers
+
+    available = {str(getattr(name, "value", name)) for name in get_available_trackers()}
+    missing = [name for name in trackers if name not in available]
+    if missing:
+        raise UserError(f"run.track: {', '.join(missing)} not installed; pip install 'peftune[track]', or leave it out")
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All events of a metrics file; a last line cut short by a crash is passed over."""
     events = []

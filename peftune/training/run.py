@@ -4,60 +4,92 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from peftune.config import Recipe
 from peftune.display import Display
 from peftune.errors import Interrupted, UserError
+from peftune.model.base import DTYPES, footprint
 from peftune.training import checkpoint, distributed, evaluation, identity
-from peftune.training.checkpoint import State
+from peftune.training.checkpoint import Checkpoint, State
 from peftune.training.deliver import Delivery, already_delivered, deliver
+from peftune.training.engine import bytes_of
+from peftune.training.memory import peak_memory
 from peftune.training.micro import first_micro_size
-from peftune.training.session import Session, Source, assemble, read_source, sole_writer
+from peftune.training.precision import FIRST_LOSS_SCALE, choose_precision
+from peftune.training.ranks import alive, all_or_none, from_each, from_first, one_voice
+from peftune.training.records import refuse_missing_trackers
+from peftune.training.session import Session, Source, assemble, read_together, sole_writer
 from peftune.training.signals import StopRequest
 from peftune.training.step import Learnt, StopNow, learn
+from peftune.training.watchdog import watched
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def train(recipe: Recipe) -> Delivery:
     """Train the adapter that a recipe describes and write its directory; goes on where an earlier run was cut.
 
     Raises UserError for input that cannot work, Interrupted after a signal (a checkpoint is saved first), CheckFailed
-    for numbers that are not finite or an adapter that did not learn.
+    for numbers that are not finite or an adapter that did not learn, RankLost where another rank is gone.
     """
-    accelerator, dtype = distributed.start(recipe.run.precision, list(recipe.run.track), recipe.run.out)
-    display = Display(accelerator.is_main_process)
-    source = read_source(recipe)
+    refuse_missing_trackers(list(recipe.run.track))
+    accelerator = distributed.start(list(recipe.run.track), recipe.run.out)
+    with one_voice(accelerator), alive(accelerator), watched(accelerator), StopRequest() as stop:
+        display = Display(accelerator.is_main_process)
+        distributed.settle(accelerator, recipe)
+        idle = distributed.idle_gpus(accelerator)
+        if idle:
+            display.say(f"{idle} more GPUs here are not used: one process takes one; accelerate launch starts more")
+        dtype = DTYPES[choose_precision(recipe.run.precision, accelerator.device.type == "cuda")]
+        source = read_together(recipe, accelerator)
+        with sole_writer(Path(recipe.run.out), accelerator):
+            found = from_first(accelerator, lambda: _standing(recipe, source))
+            if isinstance(found, Delivery):
+                display.say(f"{recipe.run.out}: this recipe was trained already, nothing to do")
+                return found
+            return _train(source, accelerator, dtype, display, found, stop)
+
+
+def _train(
+    source: Source,
+    accelerator: Accelerator,
+    dtype: torch.dtype,
+    display: Display,
+    found: Checkpoint | None,
+    stop: StopRequest,
+) -> Delivery:
+    state = found.state if found else State(loss_scale=FIRST_LOSS_SCALE if dtype == torch.float16 else 1.0)
+    if source.recipe.batch.micro_size != "auto" or not state.micro_size:
+        mine = _micro_size(source, accelerator.num_processes, dtype, accelerator.device)
+        state.micro_size = min(from_each(accelerator, mine))
+    session = assemble(source, accelerator, dtype, display, state)
+    _begin(session, found)
+    try:
+        with display.progress:
+            _loop(session, stop)
+        delivery = deliver(session)
+        display.say(delivery.summary())
+        return delivery
+    finally:
+        session.records.close()
+
+
+def _standing(recipe: Recipe, source: Source) -> Delivery | Checkpoint | None:
+    """What an earlier run of this recipe left: a finished adapter, a checkpoint to go on from, or nothing."""
     out = Path(recipe.run.out)
-    with sole_writer(out), StopRequest() as stop:
-        done = already_delivered(out, source.identity)
-        if done is not None:
-            display.say(f"{out}: this recipe was trained already, nothing to do")
-            return done
-        found = _checkpoint_to_resume(recipe, source)
-        state = checkpoint.read_state(found) if found else State()
-        if recipe.batch.micro_size != "auto" or not state.micro_size:
-            state.micro_size = _micro_size(source, accelerator.num_processes, dtype, accelerator.device)
-        session = assemble(source, accelerator, dtype, display, state)
-        _begin(session, found)
-        try:
-            with display.progress:
-                _loop(session, stop)
-            delivery = deliver(session)
-            display.say(delivery.summary())
-            return delivery
-        finally:
-            session.records.close()
-
-
-def _checkpoint_to_resume(recipe: Recipe, source: Source) -> Path | None:
-    folder = Path(recipe.run.out) / "checkpoints"
-    found = checkpoint.newest(folder)
+    done = already_delivered(out, source.identity)
+    if done is not None:
+        return done
+    found = checkpoint.newest(out / "checkpoints")
     if found is None:
         return None
     if recipe.run.resume == "never":
-        raise UserError(f"{folder} holds checkpoints and run.resume is never; use auto, or another run.out")
-    identity.refuse_other(checkpoint.read_state(found).identity, source.identity, str(Path(recipe.run.out)))
+        raise UserError(f"{out}/checkpoints: a run is there, and run.resume is never; use auto, or another run.out")
+    identity.refuse_other(found.state.identity, source.identity, str(out))
     return found
 
 
@@ -69,33 +101,39 @@ def _micro_size(source: Source, ranks: int, dtype: torch.dtype, device: torch.de
     return first_micro_size(source.config, train.packing.block_size, per_rank, dtype, device)
 
 
-def _begin(session: Session, found: Path | None) -> None:
+def _begin(session: Session, found: Checkpoint | None) -> None:
     recipe, train, state = session.recipe, session.source.corpus.train, session.state
+    layout = distributed.layout(session.accelerator)
+    held = footprint(session.adapted.model)
     numbers = {
         "blocks": len(train), "block_size": train.packing.block_size, "packing_fill": round(train.packing.fill(), 4),
         "tokens_per_epoch": train.tokens(), "total_steps": session.source.total_steps, "micro_size": state.micro_size,
         "trainable_parameters": session.trainable_parameters, "ranks": session.accelerator.num_processes,
+        "layout": layout, "precision": session.precision,
     }  # fmt: skip
+    if not session.engine.lockstep:  # else a rank holds a part; the event "memory" tells
+        numbers |= {"base_bytes": held.held, "base_bytes_fp32": held.fp32, "base_bytes_bf16": held.bf16}
     if found is None:
         session.records.write("start", recipe=recipe.model_dump(mode="json"), **numbers)
     else:
-        checkpoint.restore(found, session.parameters, session.optimizer)
-        if session.accelerator.scaler is not None and state.scaler:
-            session.accelerator.scaler.load_state_dict(state.scaler)
-        session.records.write("resume", from_step=state.step)
+        session.engine.restore(found.values, found.moments)
+        session.records.write("resume", from_step=state.step, layout=layout)
         session.display.say(f"resuming {recipe.run.out} from step {state.step}")
     session.display.say(
         f"{train.tokens():,} tokens to learn in {len(train):,} blocks of {train.packing.block_size} "
         f"({train.packing.fill():.1%} full), {session.source.total_steps} steps of {recipe.batch.global_size} blocks "
         f"({state.micro_size} a forward), {session.trainable_parameters:,} trainable parameters, "
-        f"{session.precision}"
+        f"{session.precision}, {layout}"
     )
+    if recipe.quantize is not None:
+        session.display.say(held.told(recipe.quantize))
 
 
 def _loop(session: Session, stop: StopRequest) -> None:
     state, run, total = session.state, session.recipe.run, session.source.total_steps
     task = session.display.progress.add_task("training", total=total, completed=state.step, note="")
     began, saved_step = time.monotonic() - state.seconds, state.step if state.records_bytes else -1
+    first_step = state.step + 1
     try:
         while True:
             better = _evaluate_if_due(session, stop, total)
@@ -114,11 +152,12 @@ def _loop(session: Session, stop: StopRequest) -> None:
             state.tokens += learnt.tokens
             rate = learnt.tokens / (time.monotonic() - started)
             _log(session, learnt, rate)
+            if state.step == first_step:
+                _log_memory(session)
             session.display.progress.update(
                 task, completed=state.step, note=f"loss {learnt.loss:.3f}  {rate:,.0f} tok/s"
             )
     except StopNow:
-        session.optimizer.zero_grad(set_to_none=True)
         state.seconds = time.monotonic() - began
         if saved_step != state.step:
             _save(session)
@@ -150,16 +189,22 @@ def _has_stopped_improving(session: Session) -> bool:
 def _save(session: Session) -> None:
     state = session.state
     state.records_bytes = session.records.size()
-    scaler = session.accelerator.scaler
-    state.scaler = scaler.state_dict() if scaler is not None else None
-    if session.accelerator.is_main_process:
-        checkpoint.save(session.checkpoints, state, session.parameters, session.optimizer)
-    session.accelerator.wait_for_everyone()
+    values, moments = session.engine.whole()
+    with all_or_none(session.accelerator):
+        if session.accelerator.is_main_process:
+            checkpoint.save(session.checkpoints, Checkpoint(state, values, moments))
 
 
 def _log(session: Session, learnt: Learnt, rate: float) -> None:
     session.records.write(
         "train", step=session.state.step, loss=learnt.loss, lr=learnt.lr, grad_norm=learnt.grad_norm,
         tokens=session.state.tokens, tokens_per_second=round(rate, 1),
-        peak_memory_bytes=distributed.peak_memory(session.accelerator),
+        peak_memory_bytes=peak_memory(session.accelerator.device),
     )  # fmt: skip
+
+
+def _log_memory(session: Session) -> None:
+    """Once a start, after the first step has made the optimizer's state: what each rank holds."""
+    held = session.engine.held_bytes(session.adapted.model) | {"gradient": bytes_of(session.gradient.flat)}
+    held["peak"] = peak_memory(session.accelerator.device)
+    session.records.write("memory", step=session.state.step, bytes_per_rank=from_each(session.accelerator, held))

@@ -11,21 +11,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from peftune.adapters.provenance import base_fingerprint, tokenizer_fingerprint
 from peftune.config import Recipe
+from peftune.data.batches import Batch
 from peftune.data.order import total_steps
 from peftune.display import Display
 from peftune.errors import UserError
 from peftune.model import base as bases
-from peftune.model import lora
+from peftune.model import lora, quantized
 from peftune.model.scorer import Scorer
-from peftune.training import identity, optimizer
+from peftune.model.weights import check_whole, open_weights
+from peftune.training import distributed, identity
 from peftune.training.checkpoint import State
 from peftune.training.corpus import Corpus, block_size, load_corpus
+from peftune.training.engine import Engine
+from peftune.training.gradient import Gradient
 from peftune.training.loading import load_adapted
+from peftune.training.ranks import all_or_none, from_first
 from peftune.training.records import Records
 
 if TYPE_CHECKING:
@@ -48,15 +52,15 @@ class Source:
 
 @dataclass
 class Session:
-    """A run in progress; `scorer` and `optimizer` are as the engine wrapped them, `adapted` is what lies inside."""
+    """A run in progress; `adapted` is the model that lies inside the engine's module."""
 
     source: Source
     accelerator: Accelerator
     display: Display
+    dtype: torch.dtype
     adapted: lora.Adapted
-    scorer: nn.Module
-    optimizer: torch.optim.Optimizer
-    parameters: dict[str, nn.Parameter]
+    engine: Engine
+    gradient: Gradient
     state: State
     records: Records
 
@@ -66,22 +70,32 @@ class Session:
 
     @property
     def trainable_parameters(self) -> int:
-        return sum(p.numel() for p in self.parameters.values())
+        return self.gradient.flat.numel()
 
     @property
     def precision(self) -> str:
-        mixed = self.accelerator.mixed_precision
-        return "fp32" if mixed == "no" else mixed
+        return bases.NAME_OF[self.dtype]
 
     @property
     def checkpoints(self) -> Path:
         return Path(self.recipe.run.out) / "checkpoints"
+
+    def autocast(self) -> torch.autocast:
+        """Matrix products in the run's precision."""
+        return torch.autocast(self.accelerator.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def score(self, batch: Batch) -> torch.Tensor:
+        """Summed nats of a batch (float64 scalar), differentiable in the adapter."""
+        moved = batch.to(self.accelerator.device)
+        with self.autocast():
+            return self.engine.module(moved.ids, moved.positions, moved.targets, moved.segments)  # type: ignore[no-any-return]
 
 
 def read_source(recipe: Recipe) -> Source:
     """Find base and data and check all that can be checked without weights; UserError for what does not fit."""
     directory = bases.resolve(recipe.base)
     config = bases.load_config(directory)
+    quantized.require(recipe.quantize)
     block = block_size(recipe, config)
     with torch.device("meta"):
         lora.peft_config(GPT2LMHeadModel(config), recipe.lora)
@@ -94,23 +108,59 @@ def read_source(recipe: Recipe) -> Source:
     return Source(recipe, directory, config, tokenizer, corpus, identity.of(recipe, prints), prints, total)
 
 
+def read_together(recipe: Recipe, accelerator: Accelerator) -> Source:
+    """`read_source` on every rank: the first of each machine fills the cache, the others find it there."""
+    if accelerator.num_processes > 1:
+        with all_or_none(accelerator):
+            if accelerator.is_local_main_process:
+                read_source(recipe)
+    with all_or_none(accelerator):
+        source = read_source(recipe)
+    return source
+
+
 def assemble(source: Source, accelerator: Accelerator, dtype: torch.dtype, display: Display, state: State) -> Session:
     """Load the base, put the adapter on it, wrap both for the engine, open the records."""
     recipe = source.recipe
-    adapted = load_adapted(recipe, source.directory, dtype, accelerator.device)
+    adapted = _load(source, accelerator, dtype)
     parameters = adapted.trainable()
-    bare = optimizer.build(parameters, recipe.optim, fused=accelerator.device.type == "cuda")
-    scorer, wrapped = accelerator.prepare(Scorer(adapted.model, recipe.optim.neftune), bare)
+    gradient = Gradient(list(parameters.values()), [p.shape for p in parameters.values()], accelerator.device)
+    scorer = Scorer(adapted.model, recipe.optim.neftune)
     scorer.train()
+    engine = distributed.build_engine(accelerator, scorer, parameters, recipe)
     state.identity = source.identity
     out = Path(recipe.run.out)
     records = Records(out / "metrics.jsonl", accelerator, recipe.model_dump(mode="json"), state.records_bytes)
-    return Session(source, accelerator, display, adapted, scorer, wrapped, parameters, state, records)
+    return Session(source, accelerator, display, dtype, adapted, engine, gradient, state, records)
+
+
+def _load(source: Source, accelerator: Accelerator, dtype: torch.dtype) -> lora.Adapted:
+    recipe = source.recipe
+    if distributed.zero_stage(accelerator) != 3:
+        with all_or_none(accelerator):
+            adapted = load_adapted(recipe, source.directory, dtype, accelerator.device)
+        return adapted
+    config = bases.with_dropout(source.config, recipe.run.base_dropout)
+    with all_or_none(accelerator):
+        if accelerator.is_main_process:
+            check_whole(open_weights(source.directory), config)
+    model = distributed.load_sharded(source.directory, config, dtype, accelerator)
+    return lora.inject(model, recipe.lora, recipe.run.seed)
 
 
 @contextmanager
-def sole_writer(out: Path) -> Iterator[None]:
-    """Hold `out` for this run; UserError where it cannot be written, holds a model or another run is writing it."""
+def sole_writer(out: Path, accelerator: Accelerator) -> Iterator[None]:
+    """The first rank holds `out` for this run; UserError, on all ranks, where it cannot (see `_hold`)."""
+    handle = from_first(accelerator, lambda: _hold(out))
+    try:
+        yield
+    finally:
+        if accelerator.is_main_process:
+            os.close(handle)
+
+
+def _hold(out: Path) -> int:
+    """Lock `out`; UserError where it cannot be written, holds a whole model or another run is writing it."""
     try:
         if (out / "config.json").is_file():  # an adapter there would be loaded with it, unasked
             raise UserError(f"run.out {out}: holds a whole model; give the adapter a directory of its own")
@@ -123,7 +173,4 @@ def sole_writer(out: Path) -> Iterator[None]:
     except BlockingIOError:
         os.close(handle)
         raise UserError(f"run.out {out}: another run is writing there; wait for it, or choose another name") from None
-    try:
-        yield
-    finally:
-        os.close(handle)
+    return handle

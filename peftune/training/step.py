@@ -1,19 +1,25 @@
-"""One optimizer step: accumulate summed nats over micro-batches, divide by the step's scored tokens, clip, update."""
+"""One optimizer step, the same lines on every rank and under every engine.
+
+Each rank adds up the gradient of summed nats over its micro-batches; then all ranks sum, divide by the step's scored
+tokens, clip and update, which is the engine's part (`engine.Replicated`, `distributed.Sharded`).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from peftune.data.order import blocks_of_step
 from peftune.errors import CheckFailed, UserError
 from peftune.training import optimizer
-from peftune.training.distributed import is_out_of_memory, summed_over_ranks
+from peftune.training.memory import is_out_of_memory
+from peftune.training.precision import next_loss_scale
+from peftune.training.ranks import in_step, summed_over_ranks
 from peftune.training.session import Session
 from peftune.training.signals import StopRequest
 
@@ -35,8 +41,44 @@ class Learnt:
 
 
 def learn(session: Session, stop: StopRequest) -> Learnt:
-    """Take optimizer step number `session.state.step`; the loss and the update do not depend on micro-batches."""
-    return in_fitting_micro_batches(session, lambda: _attempt(session, stop))
+    """Take optimizer step number `session.state.step`; neither loss nor update depends on micro-batches or ranks.
+
+    Raises StopNow, on all ranks, where a signal came to one; CheckFailed, before the update, for broken numbers.
+    """
+    state, optim, accelerator = session.state, session.recipe.optim, session.accelerator
+    train = session.source.corpus.train
+    blocks = blocks_of_step(state.step, len(train), session.recipe.batch.global_size, session.recipe.run.seed)
+    tokens = train.tokens_of(blocks)
+    while True:
+        nats = in_fitting_micro_batches(session, lambda: _accumulate(session, blocks, stop))
+        largest = session.gradient.largest()
+        nats, largest, stopped = summed_over_ranks(accelerator, nats, largest, float(stop.name is not None))
+        if stopped:
+            raise StopNow
+        if math.isfinite(largest) or state.loss_scale <= 1.0:
+            break
+        state.loss_scale /= 2  # fp16 overflowed: the same step again
+    _refuse_broken_numbers(state.step, nats / tokens, largest)
+    rate = optimizer.lr_at(state.step, session.source.total_steps, optim)
+    norm = session.engine.update(session.gradient, tokens * state.loss_scale, rate)
+    if session.precision == "fp16":
+        state.loss_scale = next_loss_scale(state.loss_scale, state.step)
+    return Learnt(nats / tokens, norm, rate, tokens)
+
+
+def _accumulate(session: Session, blocks: np.ndarray, stop: StopRequest) -> float:
+    """This rank's share of a step: its gradient into `session.gradient`, its summed nats. Nothing travels here."""
+    state, recipe, accelerator = session.state, session.recipe, session.accelerator
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    torch.manual_seed(draw_seed(recipe.run.seed, state.step, rank))
+    session.gradient.clear()
+    nats = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    batches = session.source.corpus.train.batches(blocks[rank::ranks], state.micro_size, recipe.data.packing)
+    for batch in in_step(accelerator, session.engine.lockstep, batches, stop):
+        loss = session.score(batch)
+        session.gradient.add(loss * state.loss_scale)
+        nats += loss.detach()
+    return float(nats)  # host sync here
 
 
 def in_fitting_micro_batches(session: Session, attempt: Callable[[], Result]) -> Result:
@@ -50,65 +92,34 @@ def in_fitting_micro_batches(session: Session, attempt: Callable[[], Result]) ->
         _take_smaller_micro_batches(session)
 
 
-def _attempt(session: Session, stop: StopRequest) -> Learnt:
-    session.optimizer.zero_grad(set_to_none=True)
-    state, recipe, accelerator = session.state, session.recipe, session.accelerator
-    train = session.source.corpus.train
-    blocks = blocks_of_step(state.step, len(train), recipe.batch.global_size, recipe.run.seed)
-    tokens = train.tokens_of(blocks)
-    mine = blocks[accelerator.process_index :: accelerator.num_processes]
-    torch.manual_seed(draw_seed(recipe.run.seed, state.step, accelerator.process_index))
-    batches = list(train.batches(mine, state.micro_size, recipe.data.packing))
-    nats = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    for number, batch in enumerate(batches, start=1):
-        if stop.name is not None:
-            raise StopNow
-        moved = batch.to(accelerator.device)
-        last = number == len(batches)
-        with nullcontext() if last else accelerator.no_sync(session.scorer):
-            loss = session.scorer(moved.ids, moved.positions, moved.targets, moved.segments)
-            accelerator.backward(loss * (accelerator.num_processes / tokens))  # ranks are averaged: undo it
-        nats += loss.detach()
-    mean = summed_over_ranks(accelerator, float(nats))[0] / tokens  # host sync here
-    return _update(session, mean, tokens)
-
-
-def _update(session: Session, loss: float, tokens: int) -> Learnt:
-    state, optim = session.state, session.recipe.optim
-    rate = optimizer.lr_at(state.step, session.source.total_steps, optim)
-    optimizer.set_rate(session.optimizer, rate)
-    norm = float(session.accelerator.clip_grad_norm_(session.parameters.values(), optim.clip or math.inf))
-    _refuse_broken_numbers(state.step, loss, norm, scaled=session.accelerator.scaler is not None)
-    session.optimizer.step()
-    session.optimizer.zero_grad(set_to_none=True)
-    return Learnt(loss, norm, rate, tokens)
-
-
 def draw_seed(seed: int, step: int, rank: int) -> int:
     """Seed of every random draw (dropout, noise) within one step on one rank; nothing else need be remembered."""
     return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) & (2**63 - 1)
 
 
-def _refuse_broken_numbers(step: int, loss: float, norm: float, scaled: bool) -> None:
-    """Stop before the update; with fp16 loss scaling an overflowing gradient is expected and skipped by the scaler."""
-    if not math.isfinite(loss) or not (scaled or math.isfinite(norm)):
+def _refuse_broken_numbers(step: int, loss: float, largest: float) -> None:
+    """Stop before the update; `largest` is the sum over ranks of the largest element of each rank's gradient."""
+    if not math.isfinite(loss) or not math.isfinite(largest):
         raise CheckFailed(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}; the adapter was not updated. "
+            f"step {step + 1}: loss {loss}, largest gradient {largest}; the adapter was not updated. "
             "Lower optim.lr, or resume from the last checkpoint with run.precision=fp32"
         )
-    if norm == 0.0:
-        raise CheckFailed(f"step {step + 1}: no gradient reaches the adapter (norm 0), so it would never learn")
+    if largest == 0.0:
+        raise CheckFailed(f"step {step + 1}: no gradient reaches the adapter (all zero), so it would never learn")
 
 
 def _take_smaller_micro_batches(session: Session) -> None:
-    """Halve the micro-batch after memory ran out, and let go of what the failed attempt left."""
-    session.optimizer.zero_grad(set_to_none=True)
+    """Halve this rank's micro-batch after memory ran out; the other ranks need not know."""
     size = session.state.micro_size
     if session.recipe.batch.micro_size != "auto" or size == 1:
         raise UserError(
             f"out of memory with micro_size {size} blocks of {session.source.corpus.train.packing.block_size} tokens; "
             "use batch.micro_size=auto, run.checkpointing=true or a smaller data.block_size"
         ) from None
+    if session.engine.lockstep:
+        raise UserError(
+            f"out of memory with micro_size {size}; ranks of ZeRO-3 go in step, give batch.micro_size={size // 2}"
+        )
     session.state.micro_size = size // 2
     session.display.say(f"out of memory: micro-batches of {size // 2} blocks from here on (the result stays the same)")
     if session.accelerator.device.type == "cuda":

@@ -111,42 +111,45 @@ def test_sigterm_saves_says_so_and_exits_with_3(recipe: Make, tmp_path: Path) ->
     assert process.returncode == 3, told
     assert "SIGTERM" in told and "checkpoint saved" in told and "Traceback" not in told
     found = checkpoint.newest(out / "checkpoints")
-    assert found is not None and checkpoint.read_state(found).step > 0
+    assert found is not None and found.state.step > 0
 
 
 def test_a_checkpoint_is_small_and_holds_no_base_weights(recipe: Make, tmp_path: Path) -> None:
     train(recipe("run.save_every=2", f"run.out={tmp_path / 'a'}"))
     saved = checkpoint.newest(tmp_path / "a" / "checkpoints")
     assert saved is not None
-    trainable = 4 * sum(t.numel() for t in checkpoint.load_file(saved / "adapter.safetensors").values())
-    assert sum(path.stat().st_size for path in saved.iterdir()) < 4 * trainable + 1_000_000
-    assert all(".lora_" in name for name in checkpoint.load_file(saved / "adapter.safetensors"))
+    trainable = 4 * sum(value.numel() for value in saved.values.values())
+    files = (tmp_path / "a" / "checkpoints" / f"step-{saved.state.step}").iterdir()
+    assert sum(path.stat().st_size for path in files) < 4 * trainable + 1_000_000
+    assert all(".lora_" in name for name in saved.values)
+
+
+def small_checkpoint(step: int, best_step: int | None = None) -> checkpoint.Checkpoint:
+    moments = {"p": {"step": torch.tensor(float(step)), "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}}
+    return checkpoint.Checkpoint(checkpoint.State(step=step, best_step=best_step), {"p": torch.ones(2)}, moments)
 
 
 def test_only_the_newest_two_and_the_best_checkpoint_stay(recipe: Make, tmp_path: Path) -> None:
     (tmp_path / "best").mkdir()
-    parameters = {"p": torch.nn.Parameter(torch.ones(2))}
-    optimizer = torch.optim.AdamW(parameters.values())
     for number in range(1, 6):
-        checkpoint.save(tmp_path, checkpoint.State(step=number, best_step=2), parameters, optimizer)
+        checkpoint.save(tmp_path, small_checkpoint(step=number, best_step=2))
     assert [path.name for path in checkpoint.listed(tmp_path)] == ["step-2", "step-4", "step-5"]
 
 
 def test_a_full_disk_is_one_clear_error_and_the_checkpoint_before_is_intact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parameters = {"p": torch.nn.Parameter(torch.ones(2))}
-    optimizer = torch.optim.AdamW(parameters.values())
-    checkpoint.save(tmp_path, checkpoint.State(step=1), parameters, optimizer)
+    checkpoint.save(tmp_path, small_checkpoint(step=1))
 
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoint, "_flush", full)
     with pytest.raises(UserError, match="the disk is full; earlier checkpoints are intact"):
-        checkpoint.save(tmp_path, checkpoint.State(step=2), parameters, optimizer)
+        checkpoint.save(tmp_path, small_checkpoint(step=2))
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
-    assert checkpoint.newest(tmp_path) == tmp_path / "step-1"
+    found = checkpoint.newest(tmp_path)
+    assert found is not None and found.state.step == 1
 
 
 def test_a_full_disk_under_the_records_is_one_clear_error(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,18 +170,17 @@ def test_a_full_disk_under_the_records_is_one_clear_error(recipe: Make, monkeypa
     with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written: No space left.*checkpoints are intact"):
         train(made)
     found = checkpoint.newest(Path(made.run.out) / "checkpoints")
-    assert found is not None and found.name == "step-2"
+    assert found is not None and found.state.step == 2
 
 
 @pytest.mark.parametrize("broken", ["adapter.safetensors", "moments.safetensors", "state.json"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, broken: str) -> None:
-    parameters = {"p": torch.nn.Parameter(torch.ones(2))}
-    optimizer = torch.optim.AdamW(parameters.values())
     for number in (1, 2):
-        checkpoint.save(tmp_path, checkpoint.State(step=number), parameters, optimizer)
+        checkpoint.save(tmp_path, small_checkpoint(step=number))
     path = tmp_path / "step-2" / broken
     path.write_bytes(path.read_bytes()[:7])
-    assert checkpoint.newest(tmp_path) == tmp_path / "step-1"
+    found = checkpoint.newest(tmp_path)
+    assert found is not None and found.state.step == 1
 
 
 def test_another_recipe_is_refused_with_the_differences(recipe: Make) -> None:
@@ -210,7 +212,9 @@ def test_never_refuses_where_a_checkpoint_is(recipe: Make, monkeypatch: pytest.M
 
 
 def test_two_runs_cannot_write_one_directory(recipe: Make, tmp_path: Path) -> None:
+    from peftune.training import distributed
     from peftune.training.session import sole_writer
 
-    with sole_writer(tmp_path / "adapter"), pytest.raises(UserError, match="another run is writing there"):
+    accelerator = distributed.start([], str(tmp_path))
+    with sole_writer(tmp_path / "adapter", accelerator), pytest.raises(UserError, match="another run is writing there"):
         train(recipe())

@@ -13,12 +13,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from peftune.config import Recipe
+from peftune.data.batches import Batch
 from peftune.errors import CheckFailed, UserError
 from peftune.model.base import load_model
 from peftune.model.lora import quiet_peft
-from peftune.training import distributed, evaluation, optimizer, step
+from peftune.training import optimizer, precision, step
 from peftune.training.records import read_metrics
 from peftune.training.run import train
+from peftune.training.session import Session
 
 Make = Callable[..., Recipe]
 
@@ -51,6 +53,7 @@ def test_the_adapter_directory_is_what_the_design_says(recipe: Make, tiny_base: 
         "eval",
         "sample",
         "train",
+        "memory",
         "train",
         "eval",
         "sample",
@@ -165,30 +168,22 @@ def test_memory_running_out_halves_the_micro_batch_and_changes_nothing(
     recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses, wanted = learnt(recipe(f"run.out={tmp_path / 'a'}"))
-    attempt = step._attempt
+    score = Session.score
 
-    def fits_two(session: object, stop: object) -> object:
-        if session.state.micro_size > 2:  # type: ignore[attr-defined]
+    def fits_two(session: Session, batch: Batch) -> torch.Tensor:
+        if len(batch.ids) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return attempt(session, stop)  # type: ignore[arg-type]
+        return score(session, batch)
 
-    monkeypatch.setattr(step, "_attempt", fits_two)
+    monkeypatch.setattr(Session, "score", fits_two)
     again, found = learnt(recipe("batch.micro_size=auto", f"run.out={tmp_path / 'b'}"))
     np.testing.assert_allclose(again, losses, rtol=1e-6)
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-4)
-    evaluated = evaluation.summed_nats_over
-    monkeypatch.setattr(step, "_attempt", attempt)
-    monkeypatch.setattr(evaluation, "summed_nats_over", lambda *a, **k: _full() if a[3] > 2 else evaluated(*a, **k))
     made = recipe("batch.micro_size=auto", "data.validation=0.3", f"run.out={tmp_path / 'd'}")
     assert train(made).metrics["validation"]["base"]["tokens"] > 0
-    monkeypatch.setattr(step, "_attempt", fits_two)
     with pytest.raises(UserError, match="out of memory with micro_size 8"):
         train(recipe(f"run.out={tmp_path / 'c'}"))
-
-
-def _full() -> float:
-    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_a_rate_that_explodes_is_stopped_before_the_update(recipe: Make) -> None:
@@ -219,7 +214,7 @@ def test_schedules_rise_then_fall_to_zero_after_the_last_step(schedule: str, las
 
 def test_fp16_on_a_cpu_and_absent_trackers_are_refused_before_training(recipe: Make) -> None:
     with pytest.raises(UserError, match="fp16 needs a GPU"):
-        distributed.choose_precision("fp16", on_gpu=False)
+        precision.choose_precision("fp16", on_gpu=False)
     with pytest.raises(UserError, match=r"mlflow.* not installed"):
         train(recipe("run.track=[mlflow]"))
 

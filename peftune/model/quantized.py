@@ -1,0 +1,124 @@
+"""Bases in 8 or 4 bits: the one door to bitsandbytes, which quantises and unpacks; peftune multiplies.
+
+The linear layers of the blocks are stored quantised and nothing else is. What is computed is x·Ŵᵀ + b with the unpacked
+Ŵ, rounded to the dtype of the run, in training and evaluation and on every device alike. The library's own products
+are other functions of the same weights: its int8 one rounds activations as well (on GPUs always, on CPUs in evaluation
+mode alone) and picks outlier columns over a whole batch, so that a loss would depend on what else is in the batch; its
+4-bit one repacks weights in evaluation mode on some CPUs, and training cannot go on after that.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from peftune.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Kind = Literal["int8", "nf4"]
+MISSING = "bitsandbytes is not installed; pip install 'peftune[quant]'"
+
+
+def is_available() -> bool:
+    """Whether bitsandbytes is installed."""
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
+def require(kind: Kind | None) -> None:
+    """UserError where a quantised base is asked for and bitsandbytes is not installed."""
+    if kind is not None and not is_available():
+        raise UserError(f"quantize: {kind} needs bitsandbytes; pip install 'peftune[quant]'")
+
+
+def quiet() -> None:
+    """Keep one line off the screen that bitsandbytes logs when anything imports it, as PEFT does where it is installed.
+
+    It misses an optional package with a product in 4 bits for CPUs; peftune does not use that product.
+    """
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    if _is_wanted not in logger.filters:
+        logger.addFilter(_is_wanted)
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
+
+
+def loading_options(kind: Kind, device: str | torch.device) -> dict[str, Any]:
+    """What Transformers' `from_pretrained` needs to quantise the linear layers of the blocks, one tensor at a time."""
+    from transformers import BitsAndBytesConfig
+
+    quiet()
+    bits: dict[str, Any] = {"load_in_8bit": True}
+    if kind == "nf4":
+        bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    settings = BitsAndBytesConfig(**bits, llm_int8_skip_modules=["lm_head"])  # type: ignore[no-untyped-call]
+    return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def multiply_unpacked(model: nn.Module) -> None:
+    """Let every quantised layer of a model compute x·Ŵᵀ + b instead of what bitsandbytes makes of it."""
+    for module in model.modules():
+        if is_quantized(module):
+            module.forward = partial(_forward, module)
+
+
+def _forward(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    from peftune.model.frozen_linear import frozen_linear
+
+    return frozen_linear(x, lambda dtype: unpacked(module).to(dtype), module.bias)  # type: ignore[arg-type]
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module itself (not one inside it) stores its weight in 8 or 4 bits."""
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    return type(weight).__name__ in ("Int8Params", "Params4bit")
+
+
+def unpacked(module: nn.Module) -> torch.Tensor:
+    """Ŵ (out, in) of a quantised layer, float32."""
+    return _unpack(module.weight)
+
+
+def _unpack(weight: Any) -> torch.Tensor:
+    from bitsandbytes import functional
+
+    if type(weight).__name__ == "Int8Params":
+        return functional.int8_vectorwise_dequant(weight.data, weight.SCB)  # type: ignore[no-any-return]
+    return functional.dequantize_4bit(weight.data, weight.quant_state).float()  # type: ignore[no-any-return]
+
+
+def rounded(weight: torch.Tensor, kind: Kind) -> torch.Tensor:
+    """Ŵ (in, out), float32, of a block's weight as checkpoints hold it: what a loaded quantised base computes with."""
+    from bitsandbytes.nn import Int8Params, Params4bit
+
+    out_in = weight.float().T.contiguous()
+    packed = (
+        Int8Params(out_in, requires_grad=False)
+        if kind == "int8"
+        else Params4bit(out_in, requires_grad=False, quant_type="nf4", compress_statistics=False)
+    )
+    return _unpack(packed.to(weight.device)).T
+
+
+def constants(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What a quantised parameter holds beside its bits: scales, and the table of 4-bit values."""
+    for holder, name in ((parameter, "SCB"), (getattr(parameter, "quant_state", None), "absmax")):
+        value = getattr(holder, name, None)
+        if value is not None:
+            yield value
+    table = getattr(getattr(parameter, "quant_state", None), "code", None)
+    if table is not None:
+        yield table
+
+
+def elements(parameter: torch.Tensor) -> int:
+    """Number of weights that a parameter stands for, packed or not."""
+    state = getattr(parameter, "quant_state", None)
+    return int(state.shape.numel() if state is not None else parameter.numel())

@@ -1,0 +1,107 @@
+"""A lost rank ends the job: each rank keeps telling that it lives, and listens to its two neighbours.
+
+A killed process closes its connections, which the others notice at once. A machine that loses power or network does
+not: its peers would wait in a collective for as long as the network library lets them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # PyTorch lists it nowhere
+
+from peftune.errors import RankLost
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_LOST_AFTER = 60.0  # seconds; PEFTUNE_LOST_AFTER says otherwise
+
+
+@contextmanager
+def watched(accelerator: Accelerator) -> Iterator[None]:
+    """Watch the other ranks meanwhile; where one is not heard of for a minute, say so and end this process.
+
+    The main thread may be waiting for that very rank, so the process ends at once, with exit code 1.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+    patience = float(os.environ.get("PEFTUNE_LOST_AFTER", _LOST_AFTER))
+    watch = _Watch(accelerator.process_index, accelerator.num_processes, patience)
+    threading.Thread(target=watch.beat, daemon=True).start()
+    threading.Thread(target=watch.guard, args=(_leave,), daemon=True).start()
+    try:
+        yield
+    finally:
+        watch.done.set()
+
+
+class _Watch:
+    """When this rank last heard of its neighbours, and of the store through which ranks hear of each other."""
+
+    def __init__(self, rank: int, ranks: int, patience: float) -> None:
+        self.rank, self.patience = rank, patience
+        self.neighbours = sorted({(rank + 1) % ranks, (rank - 1) % ranks})
+        now = time.monotonic()
+        self.heard = dict.fromkeys(self.neighbours, now)
+        self.beats = dict.fromkeys(self.neighbours, -1)
+        self.reached_store = now
+        self.done = threading.Event()
+
+    def beat(self) -> None:
+        """Count up for the others to see, and look at their counts; runs until `done` or until the store is gone."""
+        try:
+            store = self._store()
+            while not self.done.wait(self.patience / 12):
+                store.add(_key(self.rank), 1)
+                for other in self.neighbours:
+                    self._saw(other, store.add(_key(other), 0))
+                self.reached_store = time.monotonic()
+        except RuntimeError:  # every error of the store is one; the guard tells when it has lasted too long
+            return
+
+    def guard(self, leave: Callable[[str], None]) -> None:
+        """Call `leave` with the reason once somebody has been silent for too long."""
+        while not self.done.wait(self.patience / 12):
+            now = time.monotonic()
+            if now - self.reached_store > self.patience:
+                leave(f"rank {self.rank} cannot reach {_address()}, where the ranks meet, for {self.patience:.0f} s")
+            for other, last in self.heard.items():
+                if now - last > self.patience:
+                    leave(f"rank {self.rank} has not heard of rank {other} for {self.patience:.0f} s")
+
+    def _saw(self, other: int, count: int) -> None:
+        if count != self.beats[other]:
+            self.beats[other] = count
+            self.heard[other] = time.monotonic()
+
+    def _store(self) -> TCPStore:
+        host, _, port = _address().rpartition(":")
+        return TCPStore(
+            host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=self.patience)
+        )
+
+
+def _address() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def _key(rank: int) -> str:
+    """A restarted job meets at the same store; its ranks must not be taken for those that died."""
+    return f"peftune/beats/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
+
+
+def _leave(reason: str) -> None:
+    text = (
+        f"peftune: {reason}: a process, a machine or the network is gone; the job ends here, the same command goes on"
+    )
+    print(f"{text} from the last checkpoint", file=sys.stderr, flush=True)
+    os._exit(RankLost.exit_code)

@@ -1,0 +1,55 @@
+"""Several training runs on one group of ranks, which saves their start-up:  launcher many_runs.py JOBS.json
+
+JOBS.json is a list of recipes. With PEFTUNE_CENSUS=FOLDER each rank writes what it holds at the end of its last run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from peftune.config import recipe_from
+from peftune.training import run
+from peftune.training.distributed import joined
+from peftune.training.session import Session
+
+
+def take_census(session: Session, folder: Path) -> None:
+    """Each rank's own part of AdamW's first moment and of the model, beside the whole, one file a rank."""
+    from peftune.training.distributed import Sharded
+
+    engine = session.engine
+    optimizer = engine.engine.optimizer.optimizer if isinstance(engine, Sharded) else engine.optimizer  # type: ignore[attr-defined]
+    parts = [getattr(p, "ds_tensor", p).detach().clone().flatten() for p in session.adapted.model.parameters()]
+    torch.save(
+        {
+            "moments": [state["exp_avg"].detach().clone().flatten() for state in optimizer.state.values()],
+            "parameters": parts,
+            "live_elements": sum(p.numel() for p in session.adapted.model.parameters()),
+            "whole": engine.whole(),
+        },
+        folder / f"rank-{session.accelerator.process_index}.pt",
+    )
+
+
+def main() -> None:
+    census = os.environ.get("PEFTUNE_CENSUS")
+    deliver = run.deliver
+
+    def deliver_and_count(session: Session) -> run.Delivery:
+        if census is not None:
+            take_census(session, Path(census))
+        return deliver(session)
+
+    run.deliver = deliver_and_count
+    with joined():
+        for values in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+            run.train(recipe_from(values, []))
+
+
+if __name__ == "__main__":
+    main()

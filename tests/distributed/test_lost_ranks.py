@@ -1,0 +1,202 @@
+"""Ranks that die, machines that stop them: the job ends with one clear line, and the same command goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from peftune.training.records import read_metrics
+
+ROOT = Path(__file__).parents[2]
+STEPS = 30
+KILLS = int(os.environ.get("PEFTUNE_TEST_KILLS", "0"))  # more than the suite has time for
+Values = dict[str, Any]
+Make = Callable[..., Values]
+
+
+def launcher(way: str, recipe: Path, *options: str) -> list[str]:
+    if way == "one":
+        return [sys.executable, "-m", "peftune", "train", str(recipe)]
+    config = str(ROOT / "accelerate_configs" / f"{way}.yaml")
+    start = [sys.executable, str(ROOT / "launch" / "ranks.py"), "--config_file", config, *options]
+    return [*start, "-m", "peftune", "train", str(recipe)]
+
+
+@contextmanager
+def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A job in a session of its own; nothing of it is left behind."""
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PEFTUNE_GRACE": "40"}
+    with open(log, "wb") as told:
+        job = subprocess.Popen(command, cwd=ROOT, env=settings, stderr=told, stdout=told, start_new_session=True)
+    try:
+        yield job
+    finally:
+        for process in [*psutil.Process(job.pid).children(recursive=True)] if job.poll() is None else []:
+            process.kill()
+        job.kill()
+        job.wait()
+
+
+def rank_process(job: subprocess.Popen[bytes], rank: int) -> psutil.Process:
+    """The process of a rank, by what its launcher told it."""
+    for process in psutil.Process(job.pid).children(recursive=True):
+        if process.environ().get("RANK") == str(rank):
+            return process
+    raise AssertionError(f"no rank {rank} among {psutil.Process(job.pid).children(recursive=True)}")
+
+
+def steps_done(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return max((e["step"] for e in read_metrics(path) if e["event"] == "train"), default=0) if path.exists() else 0
+
+
+def wait_for_step(job: subprocess.Popen[bytes], out: Path, step: int, log: Path) -> None:
+    end = time.monotonic() + 120
+    while steps_done(out) < step:
+        assert job.poll() is None and time.monotonic() < end, log.read_text()
+        time.sleep(0.02)
+
+
+def of_many_steps(values: Make, out: Path) -> Values:
+    return values(out, optim={"steps": STEPS}, run={"save_every": 3})
+
+
+@pytest.fixture
+def recipe(values: Make, tmp_path: Path) -> tuple[Path, Path]:
+    """A recipe file of STEPS steps with a checkpoint every three, and its output directory."""
+    path, out = tmp_path / "recipe.yaml", tmp_path / "adapter"
+    path.write_text(yaml.safe_dump(of_many_steps(values, out)))
+    return path, out
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(values: Make, run_jobs: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "adapter"
+    run_jobs("one", [of_many_steps(values, out)])
+    return out
+
+
+def assert_same(out: Path, other: Path) -> None:
+    """The same adapter to 1e-6 relative, over all elements; and each step in the records once."""
+    a, b = (load_file(path / "adapter_model.safetensors") for path in (out, other))
+    squares = sum(float((a[name].double() - b[name].double()).square().sum()) for name in a)
+    assert (squares / sum(float(t.double().square().sum()) for t in a.values())) ** 0.5 <= 1e-6
+    assert [e["step"] for e in read_metrics(out / "metrics.jsonl") if e["event"] == "train"] == [*range(1, STEPS + 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "rank"), [("cpu-2", 1), ("cpu-2-zero3", 0)])
+def test_a_killed_rank_ends_the_job_and_another_topology_goes_on(
+    recipe: tuple[Path, Path], uninterrupted: Path, tmp_path: Path, way: str, rank: int
+) -> None:
+    path, out = recipe
+    log = tmp_path / "log"
+    with running(launcher(way, path), log) as job:
+        wait_for_step(job, out, 5, log)
+        rank_process(job, rank).send_signal(signal.SIGKILL)
+        code = job.wait(timeout=60)
+    told = log.read_text()
+    assert code == 1, told
+    assert "SIGKILL" in told and "goes on from the last checkpoint" in told and "Traceback" not in told
+    with running(launcher("one", path), log) as job:
+        assert job.wait(timeout=120) == 0, log.read_text()
+    assert_same(out, uninterrupted)
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_launcher_saves_on_all_ranks_and_exits_with_3(
+    recipe: tuple[Path, Path], uninterrupted: Path, tmp_path: Path
+) -> None:
+    path, out = recipe
+    log = tmp_path / "log"
+    with running(launcher("cpu-2-zero2", path), log) as job:
+        wait_for_step(job, out, 4, log)
+        job.send_signal(signal.SIGTERM)
+        code = job.wait(timeout=60)
+    told = log.read_text()
+    assert code == 3, told
+    assert told.count("checkpoint saved in") == 1 and "Traceback" not in told
+    saved = max(int(folder.name[5:]) for folder in (out / "checkpoints").glob("step-*"))
+    assert saved == steps_done(out) >= 4, "the checkpoint is of the last step that was taken"
+    with running(launcher("cpu-2", path), log) as job:
+        assert job.wait(timeout=120) == 0, log.read_text()
+    assert_same(out, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_is_started_again_without_a_hand(
+    recipe: tuple[Path, Path], uninterrupted: Path, tmp_path: Path
+) -> None:
+    path, out = recipe
+    log = tmp_path / "log"
+    with running(launcher("cpu-2-zero1", path, "--max_restarts", "2"), log) as job:
+        wait_for_step(job, out, 5, log)
+        rank_process(job, 1).send_signal(signal.SIGKILL)
+        assert job.wait(timeout=150) == 0, log.read_text()
+    assert [e for e in read_metrics(out / "metrics.jsonl") if e["event"] == "resume"]
+    assert_same(out, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_frozen_rank_is_noticed_by_the_other(
+    recipe: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopped process keeps its connections open, as a machine without power or network does."""
+    path, out = recipe
+    log = tmp_path / "log"
+    monkeypatch.setenv("PEFTUNE_LOST_AFTER", "6")
+    with running(launcher("cpu-2", path), log) as job:
+        wait_for_step(job, out, 3, log)
+        rank_process(job, 1).send_signal(signal.SIGSTOP)
+        code = job.wait(timeout=90)
+    assert code == 1, log.read_text()
+    assert "rank 0 has not heard of rank 1 for 6 s" in log.read_text()
+
+
+@pytest.mark.slow
+def test_bad_input_is_told_once_and_not_by_every_rank(recipe: tuple[Path, Path], tmp_path: Path) -> None:
+    path, _ = recipe
+    for change, wanted in (("data", {"train": str(tmp_path / "absent.txt")}), ("lora", {"rank": 4, "rnak": 5})):
+        made = yaml.safe_load(path.read_text()) | {change: wanted}
+        bad = tmp_path / "bad.yaml"
+        bad.write_text(json.dumps(made))
+        log = tmp_path / "log"
+        with running(launcher("cpu-2", bad), log) as job:
+            assert job.wait(timeout=60) == 2, log.read_text()
+        assert log.read_text().count("peftune: ") == 1 and "Traceback" not in log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not KILLS, reason="set PEFTUNE_TEST_KILLS=20 to kill ranks at random that often")
+def test_random_kills_under_changing_topologies_change_nothing(
+    recipe: tuple[Path, Path], uninterrupted: Path, tmp_path: Path
+) -> None:
+    path, out = recipe
+    chance = random.Random(0)
+    log = tmp_path / "log"
+    ways = ["cpu-2", "cpu-2-zero1", "cpu-2-zero2", "cpu-2-zero3"]
+    for _ in range(KILLS):
+        with running(launcher(chance.choice(ways), path), log) as job:
+            at = min(STEPS - 5, steps_done(out) + chance.randint(0, 6))
+            while steps_done(out) < at and job.poll() is None:
+                time.sleep(0.01)
+            if job.poll() is None:
+                rank_process(job, chance.randint(0, 1)).send_signal(signal.SIGKILL)
+            job.wait(timeout=60)
+    with running(launcher("one", path), log) as job:
+        assert job.wait(timeout=120) == 0, log.read_text()
+    assert_same(out, uninterrupted)

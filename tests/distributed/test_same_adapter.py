@@ -1,0 +1,176 @@
+"""One process, DDP and ZeRO 1-3 on two ranks learn the same adapter, and each goes on from any other's checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peftune.config import recipe_from
+from peftune.data.order import blocks_of_step
+from peftune.training.checkpoint import read
+from peftune.training.records import read_metrics
+from peftune.training.session import read_source
+
+ROOT = Path(__file__).parents[2]
+WAYS = ("one", "ddp", "zero1", "zero2", "zero3")
+CUT = 5  # the checkpoint from which every way goes on
+Make = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def trained(values: Make, run_jobs: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`WAY/` trained through in each way, and `WAY-from-OTHER/` resumed in it from step CUT of the other's run."""
+    folder = tmp_path_factory.mktemp("grid")
+    for way in WAYS:
+        (folder / f"census-{way}").mkdir()
+        quantised = [values(folder / f"{way}-{kind}", quantize=kind) for kind in ("int8", "nf4") if way != "zero3"]
+        run_jobs(way, [*quantised, values(folder / way)], PEFTUNE_CENSUS=str(folder / f"census-{way}"))
+    for way in WAYS:
+        for other in WAYS:
+            cut_after_checkpoint(folder / other, folder / f"{way}-from-{other}")
+        run_jobs(way, [values(folder / f"{way}-from-{other}") for other in WAYS])
+    return folder
+
+
+def cut_after_checkpoint(run: Path, out: Path) -> None:
+    """What a run would have left had it been killed after the checkpoint of step CUT."""
+    shutil.copytree(run / "checkpoints" / f"step-{CUT}", out / "checkpoints" / f"step-{CUT}")
+    shutil.copy(run / "metrics.jsonl", out)
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_metrics(folder / "metrics.jsonl") if event["event"] == kind]
+
+
+def distance(folder: Path, other: Path) -> float:
+    """Relative distance of two adapters, over all their elements."""
+    a, b = (load_file(path / "adapter_model.safetensors") for path in (folder, other))
+    assert a.keys() == b.keys()
+    squares = sum(float((a[name].double() - b[name].double()).square().sum()) for name in a)
+    return (squares / sum(float(tensor.double().square().sum()) for tensor in a.values())) ** 0.5
+
+
+@pytest.mark.slow
+def test_the_corpus_has_what_would_show_a_wrong_division(values: Make, tmp_path: Path) -> None:
+    made = recipe_from(values(tmp_path), [])
+    train = read_source(made).corpus.train
+    steps = [blocks_of_step(step, len(train), 11, 0) for step in range(-(-len(train) // 11))]
+    assert len(steps[-1]) == 1, "the last step of an epoch leaves the second rank without a block"
+    assert len(steps) == 3, "the checkpoint lies within the second epoch"
+    scored = [[train.tokens_of([block]) for block in blocks] for blocks in steps]
+    assert any(sum(step[0::2]) != sum(step[1::2]) for step in scored), "unequal tokens on the ranks"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_two_ranks_give_the_same_adapter_as_one_process(trained: Path, way: str) -> None:
+    """fp32 sums of the same numbers in another order: 2e-8 in a step's loss, 1e-6 in the whole adapter."""
+    assert distance(trained / "one", trained / way) <= 1e-6
+    one, many = events(trained / "one", "train"), events(trained / way, "train")
+    np.testing.assert_allclose([e["loss"] for e in many], [e["loss"] for e in one], rtol=1e-6)
+    np.testing.assert_allclose([e["grad_norm"] for e in many], [e["grad_norm"] for e in one], rtol=1e-5)
+    assert [e["tokens"] for e in many] == [e["tokens"] for e in one]
+    assert any(e["grad_norm"] > 0.5 for e in one), "the clipping had nothing to do"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("way", ["ddp", "zero1", "zero2"])
+def test_a_quantised_base_gives_the_same_adapter_on_two_ranks(trained: Path, way: str, kind: str) -> None:
+    assert distance(trained / f"one-{kind}", trained / f"{way}-{kind}") <= 1e-6
+    assert distance(trained / "one", trained / f"one-{kind}") > 1e-3, "the base was not quantised"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_evaluation_over_ranks_counts_every_token_once(trained: Path, way: str) -> None:
+    one, many = events(trained / "one", "eval"), events(trained / way, "eval")
+    assert [e["tokens"] for e in many] == [e["tokens"] for e in one]
+    np.testing.assert_allclose([e["loss"] for e in many], [e["loss"] for e in one], rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "other"), list(product(WAYS, WAYS)))
+def test_any_checkpoint_goes_on_in_any_way(trained: Path, way: str, other: str) -> None:
+    resumed = trained / f"{way}-from-{other}"
+    assert events(resumed, "resume")[0]["from_step"] == CUT
+    assert [e["step"] for e in events(resumed, "train")] == [e["step"] for e in events(trained / "one", "train")]
+    assert distance(trained / "one", resumed) <= 1e-6
+    if way == other:
+        assert distance(trained / way, resumed) == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_a_checkpoint_is_small_and_holds_only_the_adapter(trained: Path, way: str) -> None:
+    path = trained / way / "checkpoints" / f"step-{CUT}"
+    trainable = sum(value.numel() * 4 for value in read(path).values.values())
+    assert sum(file.stat().st_size for file in path.iterdir()) < 4 * trainable + 1_000_000
+    assert all(".lora_" in name for name in read(path).values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["zero1", "zero2", "zero3"])
+def test_each_rank_holds_its_own_half_of_the_optimizer_state(trained: Path, way: str) -> None:
+    ranks = [torch.load(trained / f"census-{way}" / f"rank-{rank}.pt") for rank in (0, 1)]
+    values, moments = ranks[0]["whole"]
+    elements = sum(value.numel() for value in values.values())
+    whole = torch.cat([entry["exp_avg"].flatten() for entry in moments.values()]).sort().values
+    parts = [torch.cat(rank["moments"]) for rank in ranks]
+    assert all(elements / 2 <= part.numel() <= elements / 2 + 16 for part in parts)
+    together = torch.cat(parts)
+    nonzero = together[together != 0].sort().values
+    torch.testing.assert_close(nonzero, whole[whole != 0], rtol=0, atol=0)  # alignment pads parts with zeros
+
+
+@pytest.fixture(scope="module")
+def shared_out(values: Make, run_jobs: Callable[..., None], trained: Path) -> Path:
+    """ZeRO-3 that keeps no matrix whole, however small; the shipped file keeps those below 100,000 elements."""
+    folder = trained / "census-all-shared"
+    folder.mkdir()
+    zero3 = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    zero3["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (folder / "zero3.json").write_text(json.dumps(zero3))
+    settings = (ROOT / "accelerate_configs" / "cpu-2-zero3.yaml").read_text()
+    config = folder / "all-shared.yaml"
+    config.write_text(settings.replace("ds_configs/zero3.json", str(folder / "zero3.json")))
+    run_jobs(config, [values(trained / "all-shared")], PEFTUNE_CENSUS=str(folder))
+    return folder
+
+
+@pytest.mark.slow
+def test_zero3_shares_out_the_weights_of_the_base(trained: Path, shared_out: Path) -> None:
+    ranks = [torch.load(shared_out / f"rank-{rank}.pt") for rank in (0, 1)]
+    whole = torch.load(trained / "census-one" / "rank-0.pt")
+    for number, full in enumerate(whole["parameters"]):
+        parts = torch.cat([rank["parameters"][number] for rank in ranks])
+        assert parts.numel() - full.numel() in (0, 1)
+        torch.testing.assert_close(parts[: full.numel()], full, rtol=1e-4, atol=1e-5)
+    assert all(rank["live_elements"] == 0 for rank in ranks), "weights were left whole between two forwards"
+    assert distance(trained / "one", trained / "all-shared") <= 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("way", "parameters", "optimizer"),
+    [("ddp", 1.0, 1.0), ("zero1", 1.0, 0.75), ("zero2", 1.0, 0.75), ("all-shared", 0.5, 0.75)],
+)
+def test_the_metrics_tell_what_each_rank_holds(
+    trained: Path, shared_out: Path, way: str, parameters: float, optimizer: float
+) -> None:
+    """ZeRO keeps a master copy beside both moments: three halves where one process has two wholes."""
+    alone = events(trained / "one", "memory")[0]["bytes_per_rank"][0]
+    many = events(trained / way, "memory")[0]["bytes_per_rank"]
+    assert len(many) == 2
+    for held in many:
+        np.testing.assert_allclose(held["parameters"], parameters * alone["parameters"], rtol=0.02)
+        np.testing.assert_allclose(held["optimizer_state"], optimizer * alone["optimizer_state"], rtol=0.02)
