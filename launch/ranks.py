@@ -121,6 +121,7 @@ def _arrange_meeting(args: argparse.Namespace, config: dict[str, Any], machines:
     number = args.machine_rank if args.machine_rank is not None else config.get("machine_rank")
     if address is None or port is None or number is None:
         refuse(f"{machines} machines need --machine_rank, --main_process_ip and --main_process_port")
+    _give(args, "deepspeed_multinode_launcher", "standard")  # else DeepSpeed would start the others over ssh
     # Torch would guess from host names who keeps the store, and number the machines by their names. The first machine
     # shall be the first always: rank 0 writes what the run leaves. A `~` sorts after every address and is never called.
     os.environ.setdefault("PET_LOCAL_ADDR", address if number == 0 else f"~{number:06d}")
