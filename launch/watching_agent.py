@@ -20,8 +20,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 from torch.distributed.launcher import api
 
-BEAT_EVERY, GONE_AFTER = 3, 15  # seconds: a launcher tells the others that it lives; silence that means it does not
-ANSWER_WITHIN = 15  # seconds in which the first machine, which keeps the store, must answer the others
+GONE_AFTER = int(os.environ.get("PEFTUNE_LOST_AFTER", "60"))  # seconds of silence that mean a machine is gone
+ANSWER_WITHIN = GONE_AFTER  # seconds in which the first machine, which keeps the store, must answer the others
+BEAT_EVERY = min(5, GONE_AFTER / 5)  # seconds between two signs of life
 HUNG_RANKS = 5  # seconds for ranks to end once a machine is gone: they wait for it inside a collective
 EXIT_TIMEOUT = 30  # seconds that a launcher whose ranks are done waits for those of other machines
 
