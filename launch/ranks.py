@@ -9,7 +9,7 @@ takes the arguments of `accelerate launch` and hands them to it. What it adds:
   traceback of the launcher; a rank that was killed is named in one line, and the code is 1;
 - SIGTERM, SIGINT and SIGHUP reach every rank, which then has PEFTUNE_GRACE seconds (110) to save and to end;
 - `--max_restarts N` starts ranks again after a crash, never after 2, 3 or 4, where it would end in the same way;
-- a configuration without `num_processes` gets one rank for each GPU of this machine, one with `use_cpu` none of them;
+- without `--num_processes`, ranks of a GPU configuration are as many as this machine has GPUs;
 - a DeepSpeed file named in the configuration is found from any directory, and every rank gets its share of the cores.
 
 LOGLEVEL=INFO (or WARNING) shows what Accelerate and torch say meanwhile.
@@ -89,11 +89,12 @@ def completed(args: argparse.Namespace) -> argparse.Namespace:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     machines = args.num_machines or config.get("num_machines") or 1
     ranks = args.num_processes or config.get("num_processes")
+    several = config.get("distributed_type") not in ("NO", False)  # unquoted, YAML reads NO as false
     if not on_cpu and not torch.cuda.is_available():
         refuse(f"{path.name} is for GPUs and torch finds none here; cpu.yaml and cpu-2*.yaml need none")
-    if ranks is None:
+    if args.num_processes is None and several and not on_cpu:
         ranks = args.num_processes = torch.cuda.device_count() * machines
-    if ranks > 1 and config.get("distributed_type") in ("NO", False):  # unquoted, YAML reads NO as false
+    if ranks > 1 and not several:
         refuse(f"{path.name} starts one process, so not {ranks}; cpu-2.yaml and ddp.yaml start as many as you say")
     if ranks % machines:
         refuse(f"{ranks} ranks cannot be shared equally by {machines} machines")

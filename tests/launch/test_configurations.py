@@ -40,9 +40,7 @@ def test_accelerate_reads_a_configuration_as_it_is_meant(name: str) -> None:
     kind = "DEEPSPEED" if "zero" in name else "NO" if name in ("cpu", "gpu") else "MULTI_GPU"
     assert config.distributed_type == DistributedType(kind)
     assert config.use_cpu == name.startswith("cpu")
-    assert config.num_processes == {"cpu": 1, "gpu": 1}.get(
-        name, 2 if name in ON_CPU else -1 if name in ON_GPUS else 16
-    )
+    assert config.num_processes == (1 if name in ("cpu", "gpu") else 16 if name.startswith("multi-node-") else 2)
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
@@ -64,6 +62,8 @@ def test_the_comment_at_the_top_says_how_to_start_it(name: str) -> None:
     head = CONFIGS[name].read_text(encoding="utf-8").split("compute_environment")[0]
     script = "multinode" if name.startswith("multi-node-") else "local"
     assert f"bash launch/{script}.sh {name.removeprefix('multi-node-')} RECIPE" in head
+    if script == "local":
+        assert f"accelerate launch --config_file accelerate_configs/{name}.yaml -m peftune train RECIPE" in head
 
 
 @pytest.mark.parametrize("name", ON_GPUS)
