@@ -5,15 +5,13 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import typer
 
 from peftune import __version__
-from peftune.errors import PeftuneError, SaidElsewhere, UserError
+from peftune.errors import PeftuneError, UserError, told_once_a_machine
 from peftune.model.quantized import quiet
 
 app = typer.Typer(
@@ -92,7 +90,7 @@ def train(
     """
     from peftune.config import load_recipe
 
-    with _one_voice_a_machine():
+    with told_once_a_machine():
         checked = load_recipe(recipe, overrides)  # before torch is imported: a wrong recipe is refused at once
     from peftune.training.distributed import joined
     from peftune.training.run import train
@@ -228,17 +226,6 @@ def run(arguments: list[str]) -> int:
 _COLUMN_KEYS = ("text", "prompt", "completion", "messages", "split", "subset")
 _EXAMPLES = {"--adapter": "poems=adapters/poems", "--data": "poems=held.txt", "--column": "prompt=question"}
 _STOPPED = 130  # what a shell reports for Ctrl-C
-
-
-@contextmanager
-def _one_voice_a_machine() -> Iterator[None]:
-    """Of the ranks that a launcher started here, one tells the person about input that all of them find wrong."""
-    try:
-        yield
-    except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            raise
-        raise SaidElsewhere(error.exit_code) from None
 
 
 def _complain(message: str, exit_code: int) -> int:

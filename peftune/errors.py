@@ -10,6 +10,10 @@ PeftuneError
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class PeftuneError(Exception):
     """Root of every error that peftune raises on purpose."""
@@ -45,6 +49,17 @@ class SaidElsewhere(PeftuneError):
     def __init__(self, exit_code: int) -> None:
         super().__init__()
         self.exit_code = exit_code
+
+
+@contextmanager
+def told_once_a_machine() -> Iterator[None]:
+    """Of the ranks that a launcher started here, one tells the person about input that all of them find wrong."""
+    try:
+        yield
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        raise SaidElsewhere(error.exit_code) from None
 
 
 def first_line(error: BaseException) -> str:

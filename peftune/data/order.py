@@ -31,3 +31,14 @@ def blocks_of_step(step: int, blocks: int, global_size: int, seed: int) -> np.nd
 @lru_cache(maxsize=2)
 def _permutation(blocks: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(blocks)
+
+
+def share_of(blocks: np.ndarray, micro_size: int, rank: int, ranks: int) -> np.ndarray:
+    """A rank's blocks of a step: every `ranks`-th group of `micro_size`, so that micro-batches are those of one rank.
+
+    Groups are smaller where there would not be one for each rank.
+    """
+    size = max(1, min(micro_size, -(-len(blocks) // ranks)))
+    group = np.arange(len(blocks)) // size
+    chosen: np.ndarray = blocks[group % ranks == rank]
+    return chosen

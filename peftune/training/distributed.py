@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+import peftune
 from peftune.config import Recipe
 from peftune.errors import Interrupted, PeftuneError, UserError
 from peftune.model.weights import open_weights
@@ -266,6 +267,9 @@ def _prepare_for_deepspeed(on_gpu: bool) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed calls PyTorch's collectives by names that PyTorch 2.13 has replaced.
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\.\w+` is deprecated")
-    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    if path:
-        check_engine_file(Path(path))
+    named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if named:  # the shipped files name theirs from the repository's root, wherever the run is started
+        beside = Path(peftune.__file__).parents[1] / named
+        path = beside if beside.is_file() and not Path(named).is_file() else Path(named)
+        check_engine_file(path)
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)

@@ -28,7 +28,7 @@ def _score(session: Session, name: str, blocks: Blocks, stop: StopRequest) -> Sc
     def attempt() -> float:
         progress.reset(task)
         nats = 0.0
-        for batch in in_step(accelerator, engine.lockstep, blocks.batches(mine, session.state.micro_size), stop):
+        for batch in in_step(accelerator, engine.lockstep, blocks.batches(mine, session.micro_size), stop):
             nats += float(session.score(batch))
             progress.advance(task, len(batch.ids))
         return nats

@@ -10,7 +10,7 @@ import torch
 
 from peftune.config import Recipe
 from peftune.display import Display
-from peftune.errors import Interrupted, UserError
+from peftune.errors import Interrupted, UserError, told_once_a_machine
 from peftune.model.base import DTYPES, footprint
 from peftune.training import checkpoint, distributed, evaluation, identity
 from peftune.training.checkpoint import Checkpoint, State
@@ -36,8 +36,8 @@ def train(recipe: Recipe) -> Delivery:
     Raises UserError for input that cannot work, Interrupted after a signal (a checkpoint is saved first), CheckFailed
     for numbers that are not finite or an adapter that did not learn, RankLost where another rank is gone.
     """
-    refuse_missing_trackers(list(recipe.run.track))
-    with meeting():
+    with told_once_a_machine(), meeting():
+        refuse_missing_trackers(list(recipe.run.track))
         accelerator = distributed.start(list(recipe.run.track), recipe.run.out)
     with one_voice(accelerator), alive(accelerator), watched(accelerator), StopRequest() as stop:
         display = Display(accelerator.is_main_process)

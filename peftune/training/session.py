@@ -63,6 +63,8 @@ class Session:
     gradient: Gradient
     state: State
     records: Records
+    micro_size: int
+    """Blocks per forward on this rank: `state.micro_size`, or less once memory ran out here."""
 
     @property
     def recipe(self) -> Recipe:
@@ -131,7 +133,7 @@ def assemble(source: Source, accelerator: Accelerator, dtype: torch.dtype, displ
     state.identity = source.identity
     out = Path(recipe.run.out)
     records = Records(out / "metrics.jsonl", accelerator, recipe.model_dump(mode="json"), state.records_bytes)
-    return Session(source, accelerator, display, dtype, adapted, engine, gradient, state, records)
+    return Session(source, accelerator, display, dtype, adapted, engine, gradient, state, records, state.micro_size)
 
 
 def _load(source: Source, accelerator: Accelerator, dtype: torch.dtype) -> lora.Adapted:

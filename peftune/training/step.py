@@ -14,12 +14,12 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from peftune.data.order import blocks_of_step
+from peftune.data.order import blocks_of_step, share_of
 from peftune.errors import CheckFailed, UserError
 from peftune.training import optimizer
 from peftune.training.memory import is_out_of_memory
 from peftune.training.precision import next_loss_scale
-from peftune.training.ranks import in_step, summed_over_ranks
+from peftune.training.ranks import from_each, in_step, summed_over_ranks
 from peftune.training.session import Session
 from peftune.training.signals import StopRequest
 
@@ -52,9 +52,13 @@ def learn(session: Session, stop: StopRequest) -> Learnt:
     while True:
         nats = in_fitting_micro_batches(session, lambda: _accumulate(session, blocks, stop))
         largest = session.gradient.largest()
-        nats, largest, stopped = summed_over_ranks(accelerator, nats, largest, float(stop.name is not None))
+        smaller = float(session.micro_size < state.micro_size)
+        told = summed_over_ranks(accelerator, nats, largest, float(stop.name is not None), smaller)
+        nats, largest, stopped, smaller = told
         if stopped:
             raise StopNow
+        if smaller:
+            state.micro_size = session.micro_size = min(from_each(accelerator, session.micro_size))
         if math.isfinite(largest) or state.loss_scale <= 1.0:
             break
         state.loss_scale /= 2  # fp16 overflowed: the same step again
@@ -70,10 +74,11 @@ def _accumulate(session: Session, blocks: np.ndarray, stop: StopRequest) -> floa
     """This rank's share of a step: its gradient into `session.gradient`, its summed nats. Nothing travels here."""
     state, recipe, accelerator = session.state, session.recipe, session.accelerator
     rank, ranks = accelerator.process_index, accelerator.num_processes
+    mine = share_of(blocks, state.micro_size, rank, ranks)
     torch.manual_seed(draw_seed(recipe.run.seed, state.step, rank))
     session.gradient.clear()
     nats = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    batches = session.source.corpus.train.batches(blocks[rank::ranks], state.micro_size, recipe.data.packing)
+    batches = session.source.corpus.train.batches(mine, session.micro_size, recipe.data.packing)
     for batch in in_step(accelerator, session.engine.lockstep, batches, stop):
         loss = session.score(batch)
         session.gradient.add(loss * state.loss_scale)
@@ -110,7 +115,7 @@ def _refuse_broken_numbers(step: int, loss: float, largest: float) -> None:
 
 def _take_smaller_micro_batches(session: Session) -> None:
     """Halve this rank's micro-batch after memory ran out; the other ranks need not know."""
-    size = session.state.micro_size
+    size = session.micro_size
     if session.recipe.batch.micro_size != "auto" or size == 1:
         raise UserError(
             f"out of memory with micro_size {size} blocks of {session.source.corpus.train.packing.block_size} tokens; "
@@ -120,7 +125,7 @@ def _take_smaller_micro_batches(session: Session) -> None:
         raise UserError(
             f"out of memory with micro_size {size}; ranks of ZeRO-3 go in step, give batch.micro_size={size // 2}"
         )
-    session.state.micro_size = size // 2
+    session.micro_size = size // 2
     session.display.say(f"out of memory: micro-batches of {size // 2} blocks from here on (the result stays the same)")
     if session.accelerator.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -127,3 +129,20 @@ def test_validation_loss_does_not_depend_on_the_batch(recipe: Make, tmp_path: Pa
         found.append([e["loss"] for e in read_metrics(out / "metrics.jsonl") if e["event"] == "eval"])
     for a, b in pairwise(found):
         np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@given(count=st.integers(1, 40), micro_size=st.integers(1, 9), ranks=st.integers(1, 8))
+def test_ranks_take_every_block_once_and_equally_many_micro_batches(count: int, micro_size: int, ranks: int) -> None:
+    from peftune.data.order import share_of
+
+    blocks = np.random.default_rng(0).permutation(count)
+    shares = [share_of(blocks, micro_size, rank, ranks) for rank in range(ranks)]
+    assert sorted(np.concatenate(shares).tolist()) == list(range(count))
+    forwards = [-(-len(share) // micro_size) for share in shares]
+    assert max(forwards) == -(-count // (micro_size * ranks)) and max(forwards) - min(forwards) <= 1
+    if count >= micro_size * ranks:  # the micro-batches of one process, dealt out
+        alone = [blocks[first : first + micro_size].tolist() for first in range(0, count, micro_size)]
+        dealt = [
+            share[first : first + micro_size].tolist() for share in shares for first in range(0, len(share), micro_size)
+        ]
+        assert sorted(dealt) == sorted(alone)
