@@ -138,6 +138,8 @@ class Sharded:
         owned = scorer if self.lockstep else nn.ParameterList(parameters.values())
         self.engine, _ = accelerator.prepare(owned, optimizer)
         self.module = self.engine if self.lockstep else scorer
+        if not self.lockstep:
+            self._begin_state()
         if self.lockstep:  # the loss reads the head's weight outside of the head's own forward
             import deepspeed
 
@@ -161,7 +163,7 @@ class Sharded:
 
         values = {n: safe_get_full_fp32_param(p).detach().cpu().clone() for n, p in self.parameters.items()}
         done = self._steps()
-        if not done:
+        if not done or not done[0]:
             return values, {}
         moments: Moments = {}
         for name, p in self.parameters.items():
@@ -192,6 +194,15 @@ class Sharded:
         parts = [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]  # beside them, what is gathered
         held = sum(map(bytes_of, parts)) + sum(map(bytes_of, model.parameters()))
         return {"parameters": held, "optimizer_state": state_bytes(base) + masters}
+
+    def _begin_state(self) -> None:
+        """AdamW's state before its first step: ZeRO-1 and 2 link it once the first of several groups has one."""
+        base = self.engine.optimizer.optimizer
+        for group in base.param_groups:
+            for flat in group["params"]:
+                place = flat.device if group["fused"] else "cpu"
+                moments = {key: torch.zeros_like(flat) for key in ("exp_avg", "exp_avg_sq")}
+                base.state[flat] = {"step": torch.zeros((), device=place), **moments}
 
     def _steps(self) -> list[torch.Tensor]:
         """AdamW's step counters on this rank, one for each flat part it holds."""

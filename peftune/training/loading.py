@@ -30,11 +30,11 @@ def load_adapted(recipe: Recipe, directory: Path, dtype: torch.dtype, device: to
     adapted = lora.inject(model, recipe.lora, recipe.run.seed, open_weights(directory).tensor)
     bases.place(adapted.model, device, dtype if _only_blocks_are_trained(adapted) else torch.float32)
     if recipe.run.checkpointing:
-        _recompute_activations(adapted)
+        recompute_activations(adapted)
     return adapted
 
 
-def _recompute_activations(adapted: lora.Adapted) -> None:
+def recompute_activations(adapted: lora.Adapted) -> None:
     """Non-reentrant, so that gradients reach the adapter although nothing before it is trained."""
     core: Any = adapted.model.base_model.model  # Transformers 5 renamed the switch
     enable = getattr(core, "activation_checkpointing_enable", None) or core.gradient_checkpointing_enable

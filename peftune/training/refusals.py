@@ -24,8 +24,6 @@ def refuse_for_zero3(recipe: Recipe) -> None:
         problems.append("lora.targets outside the blocks (wte, wpe, lm_head)")
     if recipe.run.samples:
         problems.append("run.samples (no rank has the whole model to generate with)")
-    if recipe.run.checkpointing:
-        problems.append("run.checkpointing (recomputation finds weights already given back)")
     if problems:
         raise UserError(f"ZeRO-3 cannot be combined with {'; '.join(problems)}; use ZeRO-2, or leave these out")
 

@@ -28,7 +28,7 @@ from peftune.training.checkpoint import State
 from peftune.training.corpus import Corpus, block_size, load_corpus
 from peftune.training.engine import Engine
 from peftune.training.gradient import Gradient
-from peftune.training.loading import load_adapted
+from peftune.training.loading import load_adapted, recompute_activations
 from peftune.training.ranks import all_or_none, from_first
 from peftune.training.records import Records
 
@@ -147,7 +147,10 @@ def _load(source: Source, accelerator: Accelerator, dtype: torch.dtype) -> lora.
         if accelerator.is_main_process:
             check_whole(open_weights(source.directory), config)
     model = distributed.load_sharded(source.directory, config, dtype, accelerator)
-    return lora.inject(model, recipe.lora, recipe.run.seed)
+    adapted = lora.inject(model, recipe.lora, recipe.run.seed)
+    if recipe.run.checkpointing:
+        recompute_activations(adapted)
+    return adapted
 
 
 @contextmanager

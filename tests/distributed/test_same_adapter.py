@@ -24,6 +24,11 @@ ROOT = Path(__file__).parents[2]
 WAYS = ("one", "ddp", "zero1", "zero2", "zero3")
 CUT = 5  # the checkpoint from which every way goes on
 Make = Callable[..., dict[str, Any]]
+SPECIAL: dict[str, dict[str, Any]] = {
+    # LoRA+ and weight decay make several groups of parameters; padded rows, recomputed activations, a part of the blocks
+    "groups": {"optim": {"lr": 1e-3, "lr_b_ratio": 8.0, "weight_decay": 0.1}, "data": {"packing": False}},
+    "parts": {"lora": {"layers": [1], "variant": "rslora"}, "run": {"checkpointing": True}, "optim": {"clip": None}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +37,10 @@ def trained(values: Make, run_jobs: Callable[..., None], tmp_path_factory: pytes
     folder = tmp_path_factory.mktemp("grid")
     for way in WAYS:
         (folder / f"census-{way}").mkdir()
+        special = [values(folder / f"{way}-{name}", **sections) for name, sections in SPECIAL.items()]
         quantised = [values(folder / f"{way}-{kind}", quantize=kind) for kind in ("int8", "nf4") if way != "zero3"]
-        run_jobs(way, [*quantised, values(folder / way)], PEFTUNE_CENSUS=str(folder / f"census-{way}"))
+        jobs = [*special, *quantised, values(folder / way)]
+        run_jobs(way, jobs, PEFTUNE_CENSUS=str(folder / f"census-{way}"))
     for way in WAYS:
         for other in WAYS:
             cut_after_checkpoint(folder / other, folder / f"{way}-from-{other}")
@@ -80,6 +87,13 @@ def test_two_ranks_give_the_same_adapter_as_one_process(trained: Path, way: str)
     np.testing.assert_allclose([e["grad_norm"] for e in many], [e["grad_norm"] for e in one], rtol=1e-5)
     assert [e["tokens"] for e in many] == [e["tokens"] for e in one]
     assert any(e["grad_norm"] > 0.5 for e in one), "the clipping had nothing to do"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPECIAL)
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_what_else_a_recipe_asks_for_is_the_same_on_two_ranks(trained: Path, way: str, name: str) -> None:
+    assert distance(trained / f"one-{name}", trained / f"{way}-{name}") <= 1e-6
 
 
 @pytest.mark.slow
