@@ -25,7 +25,7 @@ WAYS = ("one", "ddp", "zero1", "zero2", "zero3")
 CUT = 5  # the checkpoint from which every way goes on
 Make = Callable[..., dict[str, Any]]
 SPECIAL: dict[str, dict[str, Any]] = {
-    # LoRA+ and weight decay make several groups of parameters; padded rows, recomputed activations, a part of the blocks
+    # LoRA+ and weight decay make several groups of parameters; padded rows; activations made anew; some of the blocks
     "groups": {"optim": {"lr": 1e-3, "lr_b_ratio": 8.0, "weight_decay": 0.1}, "data": {"packing": False}},
     "parts": {"lora": {"layers": [1], "variant": "rslora"}, "run": {"checkpointing": True}, "optim": {"clip": None}},
 }
