@@ -70,9 +70,7 @@ def measured(way: str, steps: int, rank: int) -> list[dict[str, Any]]:
         folder = Path(scratch)
         two_ranks.write_text(folder / "text.txt", 60)
         runs = [(MICRO_BATCHES[0], 1), *((many, n * steps) for many in MICRO_BATCHES for n in (1, 2))]
-        two_ranks.write_jobs(
-            folder, [job(folder, number, many, count, rank) for number, (many, count) in enumerate(runs)]
-        )
+        two_ranks.write_jobs(folder, [job(folder, f"run-{i}", *run, rank) for i, run in enumerate(runs)])
         two_ranks.launch(config_of(way, folder), Path(__file__), folder, own_network=True)
         figures = json.loads((folder / "figures.json").read_text())
     *runs_of_n, idle = figures[1:]  # connections are made in the first run
@@ -101,7 +99,7 @@ def theory(way: str, micro_batches: int, a: int, shared: int, whole: int) -> int
 def job(folder: Path, name: str, micro_batches: int, steps: int, rank: int) -> dict[str, Any]:
     """A recipe on the built-in base that takes so many steps."""
     return two_ranks.recipe(
-        folder, f"run-{number}", data={"block_size": 64}, lora={"rank": rank}, optim={"steps": steps},
+        folder, name, data={"block_size": 64}, lora={"rank": rank}, optim={"steps": steps},
         batch={"global_size": BLOCKS, "micro_size": BLOCKS // 2 // micro_batches}, run={"precision": "fp32"},
     )  # fmt: skip
 
@@ -123,8 +121,10 @@ def sizes(rank: int) -> tuple[int, int, int]:
     """Trained elements, and bytes of the base in fp32 that ZeRO-3 shares out and that it keeps whole."""
     from peftune.config import Lora
     from peftune.model.base import load_config, resolve
+    from peftune.model.quantized import quiet
     from peftune.training.footprint import ZeroSettings, gathered_twice, shapes_of
 
+    quiet()
     shapes = shapes_of(load_config(resolve("builtin:small")), Lora(rank=rank))
     shared = gathered_twice(shapes, ZeroSettings())[0]
     return shapes.adapter, 4 * shared, 4 * (sum(shapes.frozen()) - shared)

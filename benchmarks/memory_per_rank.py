@@ -68,8 +68,10 @@ def main() -> None:
 def measured(way: str, base: Path, config: Any, rank: int) -> list[dict[str, Any]]:
     """A row for each way of holding the base; ZeRO-3 refuses quantised ones."""
     from peftune.config import Lora
+    from peftune.model.quantized import quiet
     from peftune.training.footprint import bytes_per_rank, shapes_of
 
+    quiet()
     shapes = shapes_of(config, Lora(rank=rank))
     held_as = HELD_AS[:2] if way == "zero3" else HELD_AS
     rows = []
@@ -105,7 +107,8 @@ def job(folder: Path, base: Path, kind: str, rank: int) -> dict[str, Any]:
     precision = "fp32" if kind == "fp32" else "bf16"
     return two_ranks.recipe(
         folder, kind, base=str(base), quantize=kind if kind in HELD_AS[2:] else None, data={"block_size": 128},
-        lora={"rank": rank}, optim={"steps": 3}, batch={"global_size": 4, "micro_size": 1}, run={"precision": precision},
+        lora={"rank": rank}, optim={"steps": 3}, batch={"global_size": 4, "micro_size": 1},
+        run={"precision": precision},
     )  # fmt: skip
 
 
