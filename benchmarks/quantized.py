@@ -4,7 +4,8 @@
     python benchmarks/quantized.py error [--base builtin:small] [--ranks 8 16 64]
 
 `memory` loads a random base of the shape of GPT-2 in a process of its own for each way of holding it, and prints the
-bytes held, the largest resident set over that before loading (Linux: VmHWM, mapped file pages included) and seconds.
+bytes held, the largest private memory while loading over that before (Linux: RssAnon, so without the pages of the
+mapped checkpoint, which the system takes back) and seconds.
 `error` scores the built-in held-out documents with each way of holding a trained base, with and without LoftQ's
 correction at its start: loss in nats per token, mean KL of its predictions from those of float32, and seconds.
 """
@@ -30,24 +31,32 @@ from peftune.model.lora import inject
 from peftune.model.weights import open_weights
 
 _LOAD = """
-import json, sys, time
+import json, sys, threading, time
 from pathlib import Path
 from peftune.model.base import DTYPES, footprint, load_model
 from peftune.model.quantized import loading_options
 
-def status(key):
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if key in line)
+def private():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024 / 1e6
 
-kind = sys.argv[2]
-if kind in ("int8", "nf4"):
+def watch():
+    while not done.wait(0.002):
+        seen.append(private())
+
+kind, done = sys.argv[2], threading.Event()
+if kind in ("int8", "nf4"):  # import everything first
     loading_options(kind, "cpu")
-    import bitsandbytes
-    from peft import PeftModel
+    import bitsandbytes.nn
 from transformers import GPT2LMHeadModel
-before, start = status("VmRSS"), time.time()
+before, start = private(), time.time()
+seen, watcher = [before], threading.Thread(target=watch)
+watcher.start()
 model = load_model(Path(sys.argv[1]), DTYPES.get(kind, DTYPES["bf16"]), quantize=None if kind in DTYPES else kind)
+seconds = round(time.time() - start, 1)
+done.set(), watcher.join()
 print(json.dumps({"held as": kind, "MB": round(footprint(model.requires_grad_(False)).held / 1e6, 1),
-                  "peak_MB": round((status("VmHWM") - before) * 1024 / 1e6), "seconds": round(time.time() - start, 1)}))
+                  "peak_MB": round(max(seen) - before), "seconds": seconds}))
 """
 
 

@@ -136,6 +136,18 @@ def test_what_is_missing_is_listed_at_once() -> None:
         recipe_from({}, [])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["lora.variant=pissa"], "lora.variant: pissa takes its start out of the base's weights"),
+        (["lora.modules_to_save=[ln_f, c_attn]"], "lora.modules_to_save: c_attn cannot be trained whole"),
+        (["lora.modules_to_save=[mlp.c_proj]"], "lora.modules_to_save: mlp.c_proj cannot be trained whole"),
+    ],
+)
+def test_what_a_quantised_base_cannot_bear_is_refused(overrides: list[str], expected: str) -> None:
+    assert expected in complaint("quantize=int8", *overrides)
+
+
 def test_early_stopping_needs_something_to_watch() -> None:
     assert "run.early_stopping needs" in complaint("run.early_stopping=2", "data.validation=0")
     assert "run.early_stopping needs" in complaint("run.early_stopping=2", "run.eval_every=0")

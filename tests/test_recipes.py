@@ -36,24 +36,6 @@ def test_the_support_recipe_scores_answers_alone() -> None:
     assert (source.prompt, source.completion, source.text) == ("ticket", "answer", None)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_an_accelerate_configuration_is_read_by_accelerate(path: Path) -> None:
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    config = load_config_from_file(str(path))
-    assert config.num_processes == 1
-    assert "deepspeed_config" not in yaml.safe_load(path.read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_deepspeed_configuration_leaves_to_the_recipe_what_the_recipe_says(stage: int) -> None:
-    config = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text(encoding="utf-8"))
-    assert config["zero_optimization"]["stage"] == stage
-    assert not {"optimizer", "scheduler"} & config.keys()
-    sizes = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"
-    assert {config[key] for key in sizes} == {"auto"}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_shipped_recipe_runs_on_the_built_in_base(path: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ Shapes: B rows, T columns (the longest row of the batch).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,18 +23,19 @@ class Batch:
 
     `ids`, `positions`: (B, T) int64, positions restart with each document. `targets`: (B, T) int64, the token that
     each place must predict, or -100. `segments`: (B, T) int64, number of the document within its row, -1 where
-    there is none; attention never crosses segments.
+    there is none; attention never crosses segments. None where every row is one document from end to end, so that
+    attention need only be causal and may take its fastest kernels.
     """
 
     ids: torch.Tensor
     positions: torch.Tensor
     targets: torch.Tensor
-    segments: torch.Tensor
+    segments: torch.Tensor | None
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
-        moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
-        return Batch(**moved)
+        """The same batch on another device; to a GPU through pinned memory, so that the copy does not stop the host."""
+        ids, positions, targets = (_moved(tensor, device) for tensor in (self.ids, self.positions, self.targets))
+        return Batch(ids, positions, targets, None if self.segments is None else _moved(self.segments, device))
 
     def supervised(self) -> int:
         """Number of scored tokens."""
@@ -103,12 +104,22 @@ class Blocks:
                 ids[y, place], positions[y, place], segments[y, place] = tokens, np.arange(len(tokens)), number
                 targets[y, x : x + len(tokens) - 1] = np.where(scored[1:], tokens[1:], NOT_SCORED)
                 x += len(tokens)
-        return Batch(*(torch.from_numpy(array) for array in (ids, positions, targets, segments)))
+        end_to_end = bool((segments == 0).all())
+        return Batch(
+            torch.from_numpy(ids),
+            torch.from_numpy(positions),
+            torch.from_numpy(targets),
+            None if end_to_end else torch.from_numpy(segments),
+        )
 
     def _tokens(self, span: int) -> tuple[np.ndarray, np.ndarray]:
         document = int(self.documents[self.packing.example[span]])
         ids, scored = self.store.window(document, int(self.packing.start[span]), int(self.packing.stop[span]))
         return ids.astype(np.int64), scored
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _supervised_per_window(store: TokenStore, documents: np.ndarray, windows: Windows) -> np.ndarray:

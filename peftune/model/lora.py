@@ -222,9 +222,13 @@ def _plain(value: Any) -> Any:
 
 
 def is_dead(adapted: Adapted, values: dict[str, torch.Tensor]) -> bool:
-    """True where no trained matrix differs from a fresh adapter: every B is still zero and nothing else is trained.
+    """True where every B (of an embedding every A) is what a fresh adapter has: zero, or its initial value.
 
-    `values` are the trained parameters by name.
+    `values` are the trained parameters by name, on the CPU.
     """
-    b = [value for name, value in values.items() if ".lora_B." in name or ".lora_embedding_A" in name]
-    return bool(b) and not adapted.initial and all(not bool(value.any()) for value in b)
+    b = {name: value for name, value in values.items() if ".lora_B." in name or ".lora_embedding_A" in name}
+    return bool(b) and all(torch.equal(value, _fresh(adapted, name, value)) for name, value in b.items())
+
+
+def _fresh(adapted: Adapted, name: str, value: torch.Tensor) -> torch.Tensor:
+    return adapted.initial[name].cpu() if name in adapted.initial else torch.zeros_like(value)

@@ -9,6 +9,7 @@ mode alone) and picks outlier columns over a whole batch, so that a loss would d
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import logging
 from collections.abc import Iterator
@@ -34,6 +35,11 @@ def require(kind: Kind | None) -> None:
     """UserError where a quantised base is asked for and bitsandbytes is not installed."""
     if kind is not None and not is_available():
         raise UserError(f"quantize: {kind} needs bitsandbytes; pip install 'peftune[quant]'")
+
+
+def versions(kind: Kind | None) -> dict[str, str]:
+    """Version of the library that packed the base, by its name; nothing where it was not packed."""
+    return {} if kind is None else {"bitsandbytes": importlib.metadata.version("bitsandbytes")}
 
 
 def quiet() -> None:

@@ -26,14 +26,17 @@ class Scorer(nn.Module):
         self.neftune = neftune
 
     def forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, segments: torch.Tensor
+        self, ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, segments: torch.Tensor | None
     ) -> torch.Tensor:
-        """Summed loss in nats (float64 scalar) over the places with a target ≥ 0; all arguments (B, T) int64."""
+        """Summed loss in nats (float64 scalar) over the places with a target ≥ 0; all arguments (B, T) int64.
+
+        Without `segments` each row is one document: no mask, and SDPA's causal kernel (flash attention on a GPU).
+        """
         core = self.causal()
         hidden = core.transformer(
             inputs_embeds=self._embedded(core, ids, segments),
             position_ids=positions,
-            attention_mask=document_mask(segments),
+            attention_mask=None if segments is None else document_mask(segments),
             use_cache=False,
         ).last_hidden_state
         scored = targets >= 0
@@ -43,10 +46,12 @@ class Scorer(nn.Module):
         """The GPT-2 inside, adapters (if any) in place."""
         return self.model.base_model.model if isinstance(self.model, PeftModel) else self.model  # type: ignore[return-value]
 
-    def _embedded(self, core: GPT2LMHeadModel, ids: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+    def _embedded(self, core: GPT2LMHeadModel, ids: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
         embedded = core.transformer.wte(ids)
         if not (self.training and self.neftune):
             return embedded  # type: ignore[no-any-return]
+        if segments is None:
+            segments = torch.zeros_like(ids)
         lengths = (segments[:, :, None] == segments[:, None, :]).sum(dim=2)
         bound = self.neftune / torch.sqrt(lengths * float(embedded.shape[-1]))
         noise = torch.empty_like(embedded).uniform_(-1, 1) * bound[:, :, None].to(embedded.dtype)

@@ -22,7 +22,7 @@ tags: [gpt2, lora, peftune]
 A {lora["variant"]} adapter (rank {lora["rank"]}, alpha {lora["alpha"]:g}, targets: {targets}) for `{recipe["base"]}`,
 {provenance["trainable_parameters"]:,} trained parameters, trained with peftune {provenance["peftune"]} on {sources}.
 
-{_table(provenance["metrics"])}
+{_held(recipe)}{_table(provenance["metrics"])}
 
 Learning: {provenance["step"]} steps of {recipe["batch"]["global_size"]} blocks, {provenance["tokens"]:,} tokens,
 peak rate {optim["lr"]:g} ({optim["schedule"]}), {provenance["precision"]}, seed {recipe["run"]["seed"]},
@@ -39,6 +39,16 @@ peftune merge {out} --out {out.rstrip("/")}-merged
 ```
 
 It is an ordinary PEFT adapter: `PeftModel.from_pretrained(base, "{out}")` loads it without peftune.
+"""
+
+
+def _held(recipe: dict[str, Any]) -> str:
+    if recipe.get("quantize") is None:
+        return ""
+    kind = recipe["quantize"]
+    return f"""The base was held in {kind} meanwhile, and the figures below were measured on that; the adapter is one
+for the full-precision base.
+
 """
 
 

@@ -12,6 +12,7 @@ from peftune import __version__
 from peftune.adapters.provenance import read_provenance
 from peftune.adapters.store import write_adapter
 from peftune.errors import CheckFailed
+from peftune.model import quantized
 from peftune.model.lora import is_dead, stored_adapter
 from peftune.training import checkpoint, distributed, identity
 from peftune.training.card import model_card
@@ -127,5 +128,7 @@ def _provenance(session: Session, delivery: Delivery) -> dict[str, Any]:
         "layout": distributed.layout(session.accelerator),
         "trainable_parameters": session.trainable_parameters,
         "metrics": delivery.metrics,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in _VERSIONS}
+        | quantized.versions(session.recipe.quantize),
     }

@@ -46,7 +46,7 @@ def start(trackers: list[str], folder: str) -> Accelerator:
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
     wants_zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     if wants_zero:
         _prepare_for_deepspeed(on_gpu)
@@ -92,7 +92,8 @@ def layout(accelerator: Accelerator) -> str:
 
 def idle_gpus(accelerator: Accelerator) -> int:
     """GPUs of this machine that a run without a launcher leaves alone."""
-    return max(0, torch.cuda.device_count() - 1) if accelerator.num_processes == 1 else 0
+    alone = accelerator.num_processes == 1 and accelerator.device.type == "cuda"
+    return torch.cuda.device_count() - 1 if alone else 0
 
 
 def settle(accelerator: Accelerator, recipe: Recipe) -> None:

@@ -120,4 +120,4 @@ def in_step(
 
 def _idle_batch() -> Batch:
     zeros = torch.zeros(1, 8, dtype=torch.int64)
-    return Batch(zeros, torch.arange(8)[None], torch.full_like(zeros, NOT_SCORED), zeros)
+    return Batch(zeros, torch.arange(8)[None], torch.full_like(zeros, NOT_SCORED), None)

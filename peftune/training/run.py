@@ -24,7 +24,7 @@ from peftune.training.records import refuse_missing_trackers
 from peftune.training.session import Session, Source, assemble, read_together, sole_writer
 from peftune.training.signals import StopRequest
 from peftune.training.step import Learnt, StopNow, learn
-from peftune.training.watchdog import watched
+from peftune.training.watchdog import meeting, watched
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,7 +37,8 @@ def train(recipe: Recipe) -> Delivery:
     for numbers that are not finite or an adapter that did not learn, RankLost where another rank is gone.
     """
     refuse_missing_trackers(list(recipe.run.track))
-    accelerator = distributed.start(list(recipe.run.track), recipe.run.out)
+    with meeting():
+        accelerator = distributed.start(list(recipe.run.track), recipe.run.out)
     with one_voice(accelerator), alive(accelerator), watched(accelerator), StopRequest() as stop:
         display = Display(accelerator.is_main_process)
         distributed.settle(accelerator, recipe)

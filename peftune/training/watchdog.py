@@ -23,6 +23,20 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _LOST_AFTER = 60.0  # seconds; PEFTUNE_LOST_AFTER says otherwise
+_MEET_WITHIN = 300.0  # seconds from the start of a rank, imports excluded
+
+
+@contextmanager
+def meeting() -> Iterator[None]:
+    """End this process where the ranks do not meet; some launchers leave restarted ranks waiting for dead ones."""
+    reason = f"the ranks have not met within {_MEET_WITHIN:.0f} s"
+    timer = threading.Timer(_MEET_WITHIN, _leave, [reason])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

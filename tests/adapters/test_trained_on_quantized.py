@@ -16,6 +16,8 @@ from peftune import cli
 from peftune.adapters.merge import merge
 from peftune.config import Recipe, recipe_from
 from peftune.model import quantized
+from peftune.model.base import load_model
+from peftune.model.weights import open_weights
 from peftune.training.loading import load_adapted
 from peftune.training.run import train
 
@@ -90,6 +92,21 @@ def test_both_distances_are_those_of_whole_models(
     assert report.mean_kl_to_trained == pytest.approx(float(torch.cat(kl).mean()), rel=1e-3)
     assert report.argmax_agreement_to_trained == pytest.approx(float(torch.cat(same).double().mean()))
     assert report.max_abs_logit_difference_to_trained > 10 * report.max_abs_logit_difference
+
+
+@pytest.mark.parametrize("layout", ["bare-shards", "bare-bin", "prefixed-bin-shards"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layout_of_the_base_is_quantised_alike(
+    kind: Any, layout: str, layouts: dict[str, Path], tiny_base: Path
+) -> None:
+    """By Transformers when a base is loaded, by peftune's own reader when a merge compares."""
+    loaded, weights = load_model(layouts[layout], quantize=kind), open_weights(layouts[layout])
+    one_file = load_model(tiny_base, quantize=kind)
+    for name, module in one_file.named_modules():
+        if quantized.is_quantized(module):
+            wanted = quantized.unpacked(module)
+            assert torch.equal(quantized.unpacked(loaded.get_submodule(name)), wanted)
+            assert torch.equal(quantized.rounded(weights.tensor(f"{name}.weight"), kind).T, wanted)
 
 
 def test_loftq_is_merged_nearer_to_what_was_trained(trained: Train, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,14 @@ def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def rank_process(job: subprocess.Popen[bytes], rank: int) -> psutil.Process:
-    """The process of a rank, by what its launcher told it."""
-    for process in psutil.Process(job.pid).children(recursive=True):
-        if process.environ().get("RANK") == str(rank):
-            return process
+    """The process of a rank, by what its launcher told it; waits until it has been started."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        for process in psutil.Process(job.pid).children(recursive=True):
+            with suppress(psutil.Error):  # it ended meanwhile
+                if process.environ().get("RANK") == str(rank):
+                    return process
+        time.sleep(0.05)
     raise AssertionError(f"no rank {rank} among {psutil.Process(job.pid).children(recursive=True)}")
 
 
@@ -194,9 +198,8 @@ def test_random_kills_under_changing_topologies_change_nothing(
             at = min(STEPS - 5, steps_done(out) + chance.randint(0, 6))
             while steps_done(out) < at and job.poll() is None:
                 time.sleep(0.01)
-            if job.poll() is None:
-                rank_process(job, chance.randint(0, 1)).send_signal(signal.SIGKILL)
-            job.wait(timeout=60)
+            rank_process(job, chance.randint(0, 1)).kill()
+            assert job.wait(timeout=60) == 1, log.read_text()
     with running(launcher("one", path), log) as job:
         assert job.wait(timeout=120) == 0, log.read_text()
     assert_same(out, uninterrupted)

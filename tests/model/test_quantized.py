@@ -11,7 +11,8 @@ from transformers import GPT2LMHeadModel
 
 from peftune.config import Lora
 from peftune.model import quantized
-from peftune.model.base import footprint, load_model
+from peftune.model.base import footprint, load_model, resolve
+from peftune.model.loftq import best_product
 from peftune.model.lora import inject
 from peftune.model.scorer import Scorer
 from peftune.model.weights import open_weights
@@ -76,14 +77,14 @@ def test_a_weight_rounded_by_itself_is_that_of_the_loaded_base(kind: Any, tiny_b
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_and_evaluation_compute_the_same_whatever_the_batch(
-    kind: Any, tiny_base: Path, ids: torch.Tensor
-) -> None:
-    model = load_model(tiny_base, quantize=kind)
+def test_training_and_evaluation_compute_the_same_whatever_the_batch(kind: Any) -> None:
+    """On a trained base, whose activations have outliers: the library's own int8 layers differ by 0.3 there."""
+    model = load_model(resolve("builtin:small"), quantize=kind)
+    ids = torch.randint(0, 4000, (4, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         evaluated = model.eval()(ids).logits
         assert torch.equal(model.train()(ids).logits, evaluated)
-        torch.testing.assert_close(model.eval()(ids[1:2]).logits[0], evaluated[1], rtol=0, atol=1e-6)
+        torch.testing.assert_close(model.eval()(ids[1:2]).logits[0], evaluated[1], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -165,3 +166,19 @@ def test_loftq_repeats_itself_bit_for_bit(tiny_base: Path) -> None:
     )
     assert len(first.initial) == 2 * 2 * 4
     assert all(torch.equal(first.initial[name], second.initial[name]) for name in first.initial)
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24)])
+def test_the_correction_is_the_truncated_singular_value_decomposition(shape: tuple[int, int]) -> None:
+    error = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a, b = best_product(error, rank=5, scale=3.0)
+    left, values, right = torch.linalg.svd(error, full_matrices=False)
+    assert a.shape == (5, shape[1]) and b.shape == (shape[0], 5)
+    torch.testing.assert_close(3.0 * b @ a, (left[:, :5] * values[:5]) @ right[:5], rtol=0, atol=1e-12)
+    torch.testing.assert_close(a.square().sum(1), b.square().sum(0))
+
+
+def test_a_width_that_no_block_of_64_divides_is_quantised_too(tiny_base: Path) -> None:
+    weight = torch.randn(6, 18, generator=torch.Generator().manual_seed(0))
+    for kind, largest in (("int8", 0.02), ("nf4", 0.6)):
+        assert (quantized.rounded(weight, kind) - weight).abs().max() < largest  # type: ignore[arg-type]

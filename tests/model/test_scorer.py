@@ -55,6 +55,19 @@ def test_the_mask_is_causal_within_a_document_and_closed_between_documents() -> 
     assert seen == {(0, 0), (1, 0), (1, 1), (2, 2), (3, 2), (3, 3), (4, 4)}
 
 
+@pytest.mark.parametrize("neftune", [0.0, 5.0])
+def test_rows_of_one_document_need_no_mask(tiny_base: Path, neftune: float) -> None:
+    """No mask lets SDPA take its causal kernel, which sums in another order: 1e-6."""
+    scorer = Scorer(load_model(tiny_base), neftune).train()
+    ids, positions = torch.randint(0, 299, (3, 64)), torch.arange(64).expand(3, 64)
+    targets = ids.roll(-1, dims=1)
+    scored = []
+    for segments in (torch.zeros_like(ids), None):
+        torch.manual_seed(0)
+        scored.append(scorer(ids, positions, targets, segments))
+    torch.testing.assert_close(*scored, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_editing_one_document_moves_no_other_documents_logits(tiny_base: Path, implementation: str) -> None:
     model = load_model(tiny_base)

@@ -159,7 +159,9 @@ def test_memory_of_the_base_is_told_and_recorded(recipe: Make, kind: str, capsys
     start = read_metrics(Path(made.run.out) / "metrics.jsonl")[0]
     assert start["base_bytes"] < start["base_bytes_fp32"] == 2 * start["base_bytes_bf16"]
     assert f" as {kind} (fp32 0.1 MB, bf16 0.1 MB)" in capsys.readouterr().err
-    assert json.loads((Path(made.run.out) / "peftune.json").read_text())["recipe"]["quantize"] == kind
+    provenance = json.loads((Path(made.run.out) / "peftune.json").read_text())
+    assert provenance["recipe"]["quantize"] == kind and "bitsandbytes" in provenance["versions"]
+    assert f"The base was held in {kind}" in (Path(made.run.out) / "README.md").read_text()
 
 
 def test_evaluation_and_generation_take_the_adapter_on_the_full_precision_base(
@@ -186,6 +188,17 @@ def test_without_bitsandbytes_one_line_says_what_to_install(recipe: Make, monkey
     made = recipe("quantize=int8")
     with pytest.raises(UserError, match=r"quantize: int8 needs bitsandbytes; pip install 'peftune\[quant\]'"):
         train(made)
+
+
+@pytest.mark.parametrize("targets", ["[c_attn, wte]", "[lm_head]"])
+def test_loftq_outside_the_blocks_is_refused_before_loading(recipe: Make, targets: str) -> None:
+    with pytest.raises(UserError, match="loftq corrects quantised weights, and lm_head, wte and wpe are not quantised"):
+        train(recipe("quantize=nf4", "lora.variant=loftq", f"lora.targets={targets}"))
+
+
+def test_loftq_of_more_directions_than_there_are_is_refused_before_loading(recipe: Make) -> None:
+    with pytest.raises(UserError, match="loftq takes 33 directions"):
+        train(recipe("quantize=nf4", "lora.variant=loftq", "lora.rank=33"))
 
 
 @pytest.mark.slow

@@ -1,0 +1,83 @@
+"""A launched run ends with its ranks' own exit code, in one line or none, and saves when it is told to stop."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+LOCAL = ["bash", str(Path(__file__).parents[2] / "launch" / "local.sh")]
+Start = Callable[..., subprocess.Popen[str]]
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str]:
+    """Exit code and what stood on stderr, without what gloo itself says there and the tracebacks of ranks."""
+    _, errors = process.communicate(timeout=seconds)
+    return process.returncode, "\n".join(line for line in errors.splitlines() if line.startswith("peftune:"))
+
+
+def wait_for_ranks(process: subprocess.Popen[str], count: int) -> None:
+    """Until that many ranks have met: each says so in one line."""
+    assert process.stdout is not None
+    for _ in range(count):
+        assert re.match(r"rank \d of \d", process.stdout.readline())
+
+
+@pytest.mark.slow
+def test_a_code_that_a_rank_has_explained_is_passed_on_without_a_word_or_a_restart(start: Start) -> None:
+    process = start([*LOCAL, "cpu-2", "recipe", "exit=1:4", "seconds=20"], MAX_RESTARTS="2")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 4
+    assert "peftune:" not in errors and "ChildFailedError" not in errors
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_job_within_a_minute_and_is_named(start: Start) -> None:
+    process = start([*LOCAL, "cpu-2", "recipe", "kill=1", "seconds=120"])
+    wait_for_ranks(process, 2)
+    code, line = finish(process, 60)
+    assert code == 1
+    assert re.fullmatch(r"peftune: rank 1 on \S+ was killed by SIGKILL .*start the same command again.*", line)
+
+
+@pytest.mark.slow
+def test_ctrl_c_lets_every_rank_save_and_ends_with_3(start: Start) -> None:
+    process = start([*LOCAL, "cpu-2", "recipe", "seconds=60", "save=1"])
+    wait_for_ranks(process, 2)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)  # impatience, or a scheduler that sends it twice, changes nothing
+    assert finish(process) == (3, "")
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_save_in_time_are_ended_and_the_line_says_how_to_give_more(start: Start) -> None:
+    process = start([*LOCAL, "cpu-2", "recipe", "seconds=60", "save=30"], PEFTUNE_GRACE="1")
+    wait_for_ranks(process, 2)
+    process.terminate()
+    code, line = finish(process, 20)
+    assert code == 1 and "1 s after SIGTERM" in line and "PEFTUNE_GRACE" in line
+
+
+def test_one_process_takes_signals_itself_and_keeps_its_code(start: Start) -> None:
+    process = start([*LOCAL, "cpu", "recipe", "seconds=60"])
+    wait_for_ranks(process, 1)
+    process.terminate()
+    assert finish(process) == (3, "")
+
+
+def test_a_deepspeed_layout_is_found_from_another_directory(start: Start) -> None:
+    assert finish(start([*LOCAL, "cpu-2-zero3", "recipe"])) == (0, "")
+
+
+def test_a_signal_before_the_ranks_exist_ends_with_3(start: Start) -> None:
+    process = start([*LOCAL, "cpu-2", "recipe"])
+    time.sleep(0.7)  # the launcher imports torch
+    process.terminate()
+    code, line = finish(process)
+    assert code == 3 and "before any rank had started" in line

@@ -1,0 +1,163 @@
+"""The same promises on a GPU. Skipped, and counted as skipped, where there is none."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peftune.config import Recipe, recipe_from
+from peftune.model import quantized
+from peftune.model.base import load_model
+from peftune.model.scorer import Scorer
+from peftune.training import run
+from peftune.training.records import read_metrics
+from peftune.training.session import Session
+
+pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).parents[1]
+Make = Callable[..., Recipe]
+
+
+@pytest.fixture
+def recipe(tiny_base: Path, tmp_path: Path) -> Make:
+    """`recipe(out, "key=value", …)` over a small corpus of long and short documents, fp32 unless told otherwise."""
+    corpus = tmp_path / "text.jsonl"
+    texts = [" ".join(["the cat sat on the mat"] * (1 + number % 9)) for number in range(60)]
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    values: dict[str, Any] = {
+        "base": str(tiny_base),
+        "data": {"train": str(corpus), "validation": 0.1},
+        "lora": {"rank": 4, "alpha": 8},
+        "optim": {"lr": 1e-2, "steps": 8},
+        "batch": {"global_size": 8},
+        "run": {"out": "", "precision": "fp32", "eval_every": 0, "save_every": 4},
+    }
+    return lambda out, *overrides: recipe_from(values, [f"run.out={tmp_path / out}", *overrides])
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe], list[float]]:
+    """Train a recipe as on a machine without a GPU; its losses."""
+
+    def start(made: Recipe) -> list[float]:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            return losses(made)
+
+    return start
+
+
+def losses(made: Recipe) -> list[float]:
+    run.train(made)
+    return told(Path(made.run.out))
+
+
+def told(out: Path) -> list[float]:
+    return [event["loss"] for event in read_metrics(out / "metrics.jsonl") if event["event"] == "train"]
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 1e-2), ("fp16", 1e-2)])
+def test_a_gpu_learns_what_a_cpu_learns(recipe: Make, on_cpu: Any, precision: str, tolerance: float) -> None:
+    if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        pytest.skip("this GPU has no bf16")
+    wanted = on_cpu(recipe("cpu"))
+    np.testing.assert_allclose(losses(recipe("gpu", f"run.precision={precision}")), wanted, rtol=tolerance)
+
+
+def test_a_run_begun_on_a_gpu_goes_on_on_a_cpu(recipe: Make, on_cpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = on_cpu(recipe("whole"))
+    taken = iter([run.learn] * 5)
+    with monkeypatch.context() as patch, pytest.raises(Exception, match="the same command"):
+        patch.setattr(run, "learn", lambda s, stop: next(taken, _stop)(s, stop))
+        run.train(recipe("moved"))
+    np.testing.assert_allclose(on_cpu(recipe("moved")), whole, rtol=1e-4)
+
+
+def _stop(session: object, stop: object) -> object:
+    raise run.StopNow
+
+
+def test_adamw_is_fused_and_batches_come_through_pinned_memory(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    score, pin = Session.score, torch.Tensor.pin_memory
+
+    def look(session: Session, batch: Any) -> torch.Tensor:
+        seen.append(bool(session.engine.optimizer.param_groups[0]["fused"]))  # type: ignore[attr-defined]
+        return score(session, batch)
+
+    pinned: list[int] = []
+    monkeypatch.setattr(Session, "score", look)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t, *a: pinned.append(t.numel()) or pin(t, *a))
+    run.train(recipe("fused"))
+    assert seen and all(seen) and pinned
+
+
+def test_a_gpu_that_is_full_halves_the_micro_batch(recipe: Make, tmp_path: Path) -> None:
+    corpus = tmp_path / "many.jsonl"  # a step of 2,000 blocks keeps about 1.4 GB of activations in one forward
+    corpus.write_text("".join(json.dumps({"text": "the cat sat on the mat " * 11}) + "\n" for _ in range(2000)))
+    torch.cuda.empty_cache()
+    limit = torch.cuda.memory_allocated() + 500_000_000
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        run.train(recipe("full", "batch.global_size=2000", f"data.train=[{corpus}]", "optim.steps=2"))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    state = json.loads((tmp_path / "full" / "checkpoints" / "step-2" / "state.json").read_text())
+    assert 0 < state["micro_size"] < 1000
+
+
+def test_rows_of_one_document_take_flash_attention(tiny_base: Path) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    scorer = Scorer(load_model(tiny_base, torch.bfloat16, "cuda"))
+    ids, positions = torch.randint(0, 299, (2, 64), device="cuda"), torch.arange(64, device="cuda").expand(2, 64)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION]), torch.no_grad():  # raises where no such kernel takes it
+        flash = scorer(ids, positions, ids.roll(-1, dims=1), None)
+    masked = scorer(ids, positions, ids.roll(-1, dims=1), torch.zeros_like(ids))
+    torch.testing.assert_close(flash, masked, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantised_base_computes_on_a_gpu_what_it_computes_on_a_cpu(tiny_base: Path, kind: quantized.Kind) -> None:
+    ids, positions = torch.randint(0, 299, (2, 64)), torch.arange(64).expand(2, 64)
+    targets = ids.roll(-1, dims=1)
+    wanted = Scorer(load_model(tiny_base, quantize=kind))(ids, positions, targets, None)
+    scorer = Scorer(load_model(tiny_base, device="cuda", quantize=kind))
+    found = scorer(ids.cuda(), positions.cuda(), targets.cuda(), None)
+    torch.testing.assert_close(found.cpu(), wanted, rtol=1e-4, atol=0)
+
+
+@pytest.fixture
+def gpus() -> Iterator[int]:
+    yield torch.cuda.device_count()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("way", ["ddp", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"])
+def test_every_gpu_configuration_gives_the_same_adapter(
+    recipe: Make, tmp_path: Path, gpus: int, way: str, ranks: int
+) -> None:
+    """NCCL between GPUs, offloaded optimizer and weights in pinned memory; one GPU is a world of one."""
+    if gpus < ranks:
+        pytest.skip(f"{ranks} GPUs needed, {gpus} here")
+    losses(recipe("one"))
+    made = recipe("many", f"batch.micro_size={4 // ranks}")
+    (tmp_path / "r.json").write_text(json.dumps(made.model_dump(mode="json")))
+    launcher = [sys.executable, str(ROOT / "launch" / "ranks.py"), "--config_file"]
+    options = [str(ROOT / "accelerate_configs" / f"{way}.yaml"), "--num_processes", str(ranks)]
+    command = [*launcher, *options, "-m", "peftune", "train", str(tmp_path / "r.json")]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+    np.testing.assert_allclose(told(tmp_path / "many"), told(tmp_path / "one"), rtol=1e-4)
+    one, many = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "many"))
+    squares = sum(float((one[name].double() - many[name].double()).square().sum()) for name in one)
+    assert (squares / sum(float(t.double().square().sum()) for t in one.values())) ** 0.5 <= 1e-3
