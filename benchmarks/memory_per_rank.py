@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import two_ranks
+from merge_memory import make_base
+from transformers import GPT2Config
 from two_ranks import CONFIGS, ROOT
 
 HELD_AS = ("fp32", "bf16", "int8", "nf4")
@@ -45,9 +47,6 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    from merge_memory import make_base
-    from transformers import GPT2Config
-
     config = GPT2Config(n_layer=arguments.layers, n_embd=arguments.width, n_head=arguments.width // 64)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -65,13 +64,11 @@ def main() -> None:
         sys.exit("\n".join(wrong))
 
 
-def measured(way: str, base: Path, config: Any, rank: int) -> list[dict[str, Any]]:
+def measured(way: str, base: Path, config: GPT2Config, rank: int) -> list[dict[str, Any]]:
     """A row for each way of holding the base; ZeRO-3 refuses quantised ones."""
     from peftune.config import Lora
-    from peftune.model.quantized import quiet
     from peftune.training.footprint import bytes_per_rank, shapes_of
 
-    quiet()
     shapes = shapes_of(config, Lora(rank=rank))
     held_as = HELD_AS[:2] if way == "zero3" else HELD_AS
     rows = []

@@ -39,7 +39,7 @@ class ZeroSettings:
 
     reduce_bucket: int = 25_000_000
     """`reduce_bucket_size`: the fp32 buffer from which gradients are sent."""
-    persistence: int = 100_000
+    persistence: int = 500_000
     """`stage3_param_persistence_threshold`: parameters up to this size stay whole on every rank."""
     reuse_distance: int = 200_000_000
     """`stage3_max_reuse_distance`: weights that are needed again within so many are not given back."""
