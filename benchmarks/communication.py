@@ -6,8 +6,8 @@ Each group of ranks is started as a person starts it (`accelerate launch` with a
 namespace of its own with nothing in it but a loopback device. What that device has sent is what the two ranks and their
 launcher have sent each other, TCP headers included. A run of 2N steps less one of N holds no start-up, evaluation or
 ending. Every way learns the same blocks twice: as one micro-batch a step, and as four. The base has random weights, two
-blocks of GPT-2's width and few tokens. `zero3-large` is ZeRO-3 that gives every weight back after its forward, as it
-does with most of a base that is far larger than its reuse distance of 200M weights.
+blocks of GPT-2's width and few tokens. `zero3-large` is ZeRO-3 that gives every weight back after its forward and
+gathers none ahead, as it does with most of a base that is far larger than its reuse distance of 200M weights.
 
 The figures are of both directions together; a rank sends half. Theory for two ranks, with a trained elements in fp32,
 W bytes of base weights that ZeRO-3 shares out and s bytes of those that it keeps whole: reducing S bytes in a ring (or
@@ -30,16 +30,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import two_ranks
-from merge_memory import make_base
-from transformers import GPT2Config
 from two_ranks import CONFIGS, ROOT, bytes_sent
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config
 
 MICRO_BATCHES = (1, 4)  # of each rank in a step
 BLOCKS = 8  # of a step, on both ranks
-IDLE_SECONDS = 20.0
+IDLE_SECONDS = 12.0
 GATHERS = {"zero3": 1, "zero3-large": 2}  # of the base in a micro-batch
 
 
@@ -68,6 +69,8 @@ def main() -> None:
 
 def measured(way: str, steps: int, rank: int) -> list[dict[str, Any]]:
     """A row for each number of micro-batches."""
+    from merge_memory import make_base
+
     a, shared, whole = sizes(rank)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -103,6 +106,8 @@ def theory(way: str, micro_batches: int, a: int, shared: int, whole: int) -> int
 
 def config() -> GPT2Config:
     """Matrices as large as those of GPT-2, few of them."""
+    from transformers import GPT2Config
+
     return GPT2Config(n_layer=2, vocab_size=2048, n_positions=128, bos_token_id=256, eos_token_id=256)
 
 
@@ -119,7 +124,7 @@ def config_of(way: str, folder: Path) -> Path:
     if way in CONFIGS:
         return ROOT / "accelerate_configs" / f"{CONFIGS[way]}.yaml"
     zero3 = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
-    zero3["zero_optimization"]["stage3_max_reuse_distance"] = 0
+    zero3["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
     (folder / "zero3.json").write_text(json.dumps(zero3))
     shipped = (ROOT / "accelerate_configs" / f"{CONFIGS['zero3']}.yaml").read_text()
     config = folder / "zero3-large.yaml"

@@ -27,12 +27,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import two_ranks
-from merge_memory import make_base
-from transformers import GPT2Config
 from two_ranks import CONFIGS, ROOT
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config
 
 HELD_AS = ("fp32", "bf16", "int8", "nf4")
 TOLERANCE = 0.05
@@ -47,6 +48,9 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    from merge_memory import make_base
+    from transformers import GPT2Config
+
     config = GPT2Config(n_layer=arguments.layers, n_embd=arguments.width, n_head=arguments.width // 64)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
