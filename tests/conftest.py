@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -60,3 +60,17 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     GPT2LMHeadModel(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def distance() -> Callable[[Path, Path], float]:
+    """`distance(out, other)`: relative distance of two adapters over all their elements, in float64."""
+    from safetensors.torch import load_file
+
+    def between(out: Path, other: Path) -> float:
+        a, b = (load_file(path / "adapter_model.safetensors") for path in (out, other))
+        assert a.keys() == b.keys()
+        squares = sum(float((a[name].double() - b[name].double()).square().sum()) for name in a)
+        return float((squares / sum(float(tensor.double().square().sum()) for tensor in a.values())) ** 0.5)
+
+    return between

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from peftune.config import Lora, recipe_from
 from peftune.data.order import blocks_of_step
@@ -26,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 WAYS = ("one", "ddp", "zero1", "zero2", "zero3")
 CUT = 5  # the checkpoint from which every way goes on
 Make = Callable[..., dict[str, Any]]
+Distance = Callable[[Path, Path], float]
 SPECIAL: dict[str, dict[str, Any]] = {
     # LoRA+ and weight decay make several groups of parameters; padded rows; activations made anew; some of the blocks
     "groups": {"optim": {"lr": 1e-3, "lr_b_ratio": 8.0, "weight_decay": 0.1}, "data": {"packing": False}},
@@ -60,14 +60,6 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in read_metrics(folder / "metrics.jsonl") if event["event"] == kind]
 
 
-def distance(folder: Path, other: Path) -> float:
-    """Relative distance of two adapters, over all their elements."""
-    a, b = (load_file(path / "adapter_model.safetensors") for path in (folder, other))
-    assert a.keys() == b.keys()
-    squares = sum(float((a[name].double() - b[name].double()).square().sum()) for name in a)
-    return (squares / sum(float(tensor.double().square().sum()) for tensor in a.values())) ** 0.5
-
-
 @pytest.mark.slow
 def test_the_corpus_has_what_would_show_a_wrong_division(values: Make, tmp_path: Path) -> None:
     made = recipe_from(values(tmp_path), [])
@@ -81,7 +73,7 @@ def test_the_corpus_has_what_would_show_a_wrong_division(values: Make, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS[1:])
-def test_two_ranks_give_the_same_adapter_as_one_process(trained: Path, way: str) -> None:
+def test_two_ranks_give_the_same_adapter_as_one_process(trained: Path, way: str, distance: Distance) -> None:
     """fp32 sums of the same numbers in another order: 2e-8 in a step's loss, 1e-6 in the whole adapter."""
     assert distance(trained / "one", trained / way) <= 1e-6
     one, many = events(trained / "one", "train"), events(trained / way, "train")
@@ -94,14 +86,18 @@ def test_two_ranks_give_the_same_adapter_as_one_process(trained: Path, way: str)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPECIAL)
 @pytest.mark.parametrize("way", WAYS[1:])
-def test_what_else_a_recipe_asks_for_is_the_same_on_two_ranks(trained: Path, way: str, name: str) -> None:
+def test_what_else_a_recipe_asks_for_is_the_same_on_two_ranks(
+    trained: Path, way: str, name: str, distance: Distance
+) -> None:
     assert distance(trained / f"one-{name}", trained / f"{way}-{name}") <= 1e-6
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 @pytest.mark.parametrize("way", ["ddp", "zero1", "zero2"])
-def test_a_quantised_base_gives_the_same_adapter_on_two_ranks(trained: Path, way: str, kind: str) -> None:
+def test_a_quantised_base_gives_the_same_adapter_on_two_ranks(
+    trained: Path, way: str, kind: str, distance: Distance
+) -> None:
     assert distance(trained / f"one-{kind}", trained / f"{way}-{kind}") <= 1e-6
     assert distance(trained / "one", trained / f"one-{kind}") > 1e-3, "the base was not quantised"
 
@@ -116,7 +112,7 @@ def test_evaluation_over_ranks_counts_every_token_once(trained: Path, way: str) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("way", "other"), list(product(WAYS, WAYS)))
-def test_any_checkpoint_goes_on_in_any_way(trained: Path, way: str, other: str) -> None:
+def test_any_checkpoint_goes_on_in_any_way(trained: Path, way: str, other: str, distance: Distance) -> None:
     resumed = trained / f"{way}-from-{other}"
     assert events(resumed, "resume")[0]["from_step"] == CUT
     assert [e["step"] for e in events(resumed, "train")] == [e["step"] for e in events(trained / "one", "train")]
@@ -164,7 +160,7 @@ def shared_out(values: Make, run_jobs: Callable[..., None], trained: Path) -> Pa
 
 
 @pytest.mark.slow
-def test_zero3_shares_out_the_weights_of_the_base(trained: Path, shared_out: Path) -> None:
+def test_zero3_shares_out_the_weights_of_the_base(trained: Path, shared_out: Path, distance: Distance) -> None:
     ranks = [torch.load(shared_out / f"rank-{rank}.pt") for rank in (0, 1)]
     whole = torch.load(trained / "census-one" / "rank-0.pt")
     for number, full in enumerate(whole["parameters"]):

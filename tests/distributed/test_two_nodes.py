@@ -8,12 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from safetensors.torch import load_file
 
 from peftune.training.records import read_metrics
 
@@ -21,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 STAND_IN = ROOT / "tests" / "launch" / "rank.py"
 pytestmark = pytest.mark.slow
 STEPS = 80
+Distance = Callable[[Path, Path], float]
 
 
 class Machines:
@@ -141,19 +141,13 @@ def alone(recipe: Path, tmp_path: Path) -> Path:
     return out
 
 
-def distance(out: Path, other: Path) -> float:
-    a, b = (load_file(path / "adapter_model.safetensors") for path in (out, other))
-    squares = sum(float((a[name].double() - b[name].double()).square().sum()) for name in a)
-    return (squares / sum(float(t.double().square().sum()) for t in a.values())) ** 0.5
-
-
 def steps_told(out: Path) -> list[int]:
     return [event["step"] for event in read_metrics(out / "metrics.jsonl") if event["event"] == "train"]
 
 
 @pytest.mark.parametrize("config", ["cpu-2", "cpu-2-zero3"])
 def test_two_machines_train_one_adapter(
-    config: str, machines: Machines, recipe: Path, alone: Path, tmp_path: Path
+    config: str, machines: Machines, recipe: Path, alone: Path, tmp_path: Path, distance: Distance
 ) -> None:
     machines.launch(config, str(recipe), program=None)
     codes, told = machines.ended(150)
@@ -162,7 +156,7 @@ def test_two_machines_train_one_adapter(
 
 
 def test_a_cut_cable_ends_the_run_which_goes_on_once_it_is_mended(
-    machines: Machines, recipe: Path, alone: Path, tmp_path: Path
+    machines: Machines, recipe: Path, alone: Path, tmp_path: Path, distance: Distance
 ) -> None:
     out = tmp_path / "adapter"
     machines.launch("cpu-2", str(recipe), program=None, PEFTUNE_LOST_AFTER="12")
