@@ -62,9 +62,9 @@ def values(tiny_base: Path, unequal: Path) -> Callable[..., Values]:
             "batch": {"global_size": 11, "micro_size": 1},
             "run": {"out": str(out), "precision": "fp32", "eval_every": 0, "save_every": 5},
         }
-        return {
-            key: {**value, **sections.get(key, {})} if isinstance(value, dict) else value for key, value in made.items()
-        }
+        for name, section in sections.items():
+            made[name] = made[name] | section if isinstance(section, dict) else section
+        return made
 
     return make
 
