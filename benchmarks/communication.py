@@ -135,10 +135,10 @@ def config_of(way: str, folder: Path) -> Path:
 def sizes(rank: int) -> tuple[int, int, int]:
     """Trained elements, and bytes of the base in fp32 that ZeRO-3 shares out and that it keeps whole."""
     from peftune.config import Lora
-    from peftune.training.footprint import ZeroSettings, gathered_twice, shapes_of
+    from peftune.training.footprint import ZeroSettings, shapes_of, shared_out
 
     shapes = shapes_of(config(), Lora(rank=rank))
-    shared = gathered_twice(shapes, ZeroSettings())[0]
+    shared = sum(shared_out(shapes, ZeroSettings()))
     return shapes.adapter, 4 * shared, 4 * (sum(shapes.frozen()) - shared)
 
 
