@@ -1,12 +1,13 @@
 """Bytes that travel per optimizer step, measured on two CPU ranks: DDP, ZeRO-1, ZeRO-2, ZeRO-3.
 
-    python benchmarks/communication.py [--ways ddp zero3] [--steps 4] [--rank 16] [--json F]
+    python benchmarks/communication.py [--ways ddp zero3] [--steps 3] [--rank 16] [--json F]
 
 Each group of ranks is started as a person starts it (`accelerate launch` with a shipped cpu-2*.yaml), in a network
 namespace of its own with nothing in it but a loopback device. What that device has sent is what the two ranks and their
 launcher have sent each other, TCP headers included. A run of 2N steps less one of N holds no start-up, evaluation or
-ending. Every way learns the same blocks twice: as one micro-batch a step, and as four. `zero3-large` is ZeRO-3 that
-gives every weight back after its forward, as it does with most of a base of many times 200M weights.
+ending. Every way learns the same blocks twice: as one micro-batch a step, and as four. The base has random weights, two
+blocks of GPT-2's width and few tokens. `zero3-large` is ZeRO-3 that gives every weight back after its forward and
+gathers none ahead, as it does with most of a base that is far larger than its reuse distance of 200M weights.
 
 The figures are of both directions together; a rank sends half. Theory for two ranks, with a trained elements in fp32,
 W bytes of base weights that ZeRO-3 shares out and s bytes of those that it keeps whole: reducing S bytes in a ring (or
@@ -29,14 +30,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import two_ranks
 from two_ranks import CONFIGS, ROOT, bytes_sent
 
+if TYPE_CHECKING:
+    from transformers import GPT2Config
+
 MICRO_BATCHES = (1, 4)  # of each rank in a step
 BLOCKS = 8  # of a step, on both ranks
-IDLE_SECONDS = 20.0
+IDLE_SECONDS = 12.0
 GATHERS = {"zero3": 1, "zero3-large": 2}  # of the base in a micro-batch
 
 
@@ -44,8 +48,8 @@ def main() -> None:
     """Measure every way, print a table beside theory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", nargs="+", default=[*CONFIGS, "zero3-large"], choices=[*CONFIGS, "zero3-large"])
-    parser.add_argument("--steps", type=int, default=4, help="N: runs of N and 2N steps are compared")
-    parser.add_argument("--rank", type=int, default=16, help="of the adapter on builtin:small")
+    parser.add_argument("--steps", type=int, default=3, help="N: runs of N and 2N steps are compared")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapter")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     two_ranks.require_own_network()
@@ -65,9 +69,13 @@ def main() -> None:
 
 def measured(way: str, steps: int, rank: int) -> list[dict[str, Any]]:
     """A row for each number of micro-batches."""
+    from merge_memory import make_base
+
     a, shared, whole = sizes(rank)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        (folder / "base").mkdir()
+        make_base(folder / "base", config())
         two_ranks.write_text(folder / "text.txt", 60)
         runs = [(MICRO_BATCHES[0], 1), *((many, n * steps) for many in MICRO_BATCHES for n in (1, 2))]
         two_ranks.write_jobs(folder, [job(folder, f"run-{i}", *run, rank) for i, run in enumerate(runs)])
@@ -96,10 +104,17 @@ def theory(way: str, micro_batches: int, a: int, shared: int, whole: int) -> int
     return 12 * a if way in ("zero1", "zero2") else 12 * a + whole + GATHERS[way] * micro_batches * shared
 
 
+def config() -> GPT2Config:
+    """Matrices as large as those of GPT-2, few of them."""
+    from transformers import GPT2Config
+
+    return GPT2Config(n_layer=2, vocab_size=2048, n_positions=128, bos_token_id=256, eos_token_id=256)
+
+
 def job(folder: Path, name: str, micro_batches: int, steps: int, rank: int) -> dict[str, Any]:
-    """A recipe on the built-in base that takes so many steps."""
+    """A recipe that takes so many steps."""
     return two_ranks.recipe(
-        folder, name, data={"block_size": 64}, lora={"rank": rank}, optim={"steps": steps},
+        folder, name, base=str(folder / "base"), data={"block_size": 64}, lora={"rank": rank}, optim={"steps": steps},
         batch={"global_size": BLOCKS, "micro_size": BLOCKS // 2 // micro_batches}, run={"precision": "fp32"},
     )  # fmt: skip
 
@@ -109,7 +124,7 @@ def config_of(way: str, folder: Path) -> Path:
     if way in CONFIGS:
         return ROOT / "accelerate_configs" / f"{CONFIGS[way]}.yaml"
     zero3 = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
-    zero3["zero_optimization"]["stage3_max_reuse_distance"] = 0
+    zero3["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
     (folder / "zero3.json").write_text(json.dumps(zero3))
     shipped = (ROOT / "accelerate_configs" / f"{CONFIGS['zero3']}.yaml").read_text()
     config = folder / "zero3-large.yaml"
@@ -120,13 +135,10 @@ def config_of(way: str, folder: Path) -> Path:
 def sizes(rank: int) -> tuple[int, int, int]:
     """Trained elements, and bytes of the base in fp32 that ZeRO-3 shares out and that it keeps whole."""
     from peftune.config import Lora
-    from peftune.model.base import load_config, resolve
-    from peftune.model.quantized import quiet
-    from peftune.training.footprint import ZeroSettings, gathered_twice, shapes_of
+    from peftune.training.footprint import ZeroSettings, shapes_of, shared_out
 
-    quiet()
-    shapes = shapes_of(load_config(resolve("builtin:small")), Lora(rank=rank))
-    shared = gathered_twice(shapes, ZeroSettings())[0]
+    shapes = shapes_of(config(), Lora(rank=rank))
+    shared = sum(shared_out(shapes, ZeroSettings()))
     return shapes.adapter, 4 * shared, 4 * (sum(shapes.frozen()) - shared)
 
 

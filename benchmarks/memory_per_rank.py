@@ -27,10 +27,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import two_ranks
 from two_ranks import CONFIGS, ROOT
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config
 
 HELD_AS = ("fp32", "bf16", "int8", "nf4")
 TOLERANCE = 0.05
@@ -65,13 +68,11 @@ def main() -> None:
         sys.exit("\n".join(wrong))
 
 
-def measured(way: str, base: Path, config: Any, rank: int) -> list[dict[str, Any]]:
+def measured(way: str, base: Path, config: GPT2Config, rank: int) -> list[dict[str, Any]]:
     """A row for each way of holding the base; ZeRO-3 refuses quantised ones."""
     from peftune.config import Lora
-    from peftune.model.quantized import quiet
     from peftune.training.footprint import bytes_per_rank, shapes_of
 
-    quiet()
     shapes = shapes_of(config, Lora(rank=rank))
     held_as = HELD_AS[:2] if way == "zero3" else HELD_AS
     rows = []

@@ -21,6 +21,20 @@ def test_the_recipe_reference_is_what_the_docstrings_say() -> None:
     assert shipped == page, "run: python docs/build_recipe_reference.py"
 
 
+def test_the_tables_of_memory_are_what_the_formulas_say() -> None:
+    shipped = (ROOT / "docs" / "many-ranks.md").read_text(encoding="utf-8")
+    page = runpy.run_path(str(ROOT / "docs" / "build_memory_table.py"))["page"](shipped)
+    assert shipped == page, "run: python docs/build_memory_table.py"
+
+
+def test_many_ranks_names_every_shipped_configuration_and_every_refusal() -> None:
+    page = (ROOT / "docs" / "many-ranks.md").read_text(encoding="utf-8")
+    names = {path.stem.removeprefix("multi-node-") for path in (ROOT / "accelerate_configs").glob("*.yaml")}
+    assert [name for name in sorted(names - {"cpu", "gpu"}) if name not in page] == []
+    refusals = (ROOT / "peftune" / "training" / "refusals.py").read_text(encoding="utf-8")
+    assert [key for key in set(re.findall(r"\b(?:run|lora)\.\w+", refusals)) if key not in page] == []
+
+
 def test_every_recipe_key_is_explained() -> None:
     from peftune.config import Batch, Data, Lora, Optim, Recipe, Run, Source
 

@@ -14,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peftune.config import recipe_from
+from peftune.config import Lora, recipe_from
 from peftune.data.order import blocks_of_step
+from peftune.model.base import load_config
 from peftune.training.checkpoint import read
+from peftune.training.footprint import ZeroSettings, bytes_per_rank, shapes_of
 from peftune.training.records import read_metrics
 from peftune.training.session import read_source
 
@@ -174,3 +176,17 @@ def test_the_metrics_tell_what_each_rank_holds(
     for held in many:
         np.testing.assert_allclose(held["parameters"], parameters * alone["parameters"], rtol=0.02)
         np.testing.assert_allclose(held["optimizer_state"], optimizer * alone["optimizer_state"], rtol=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "zero1", "zero2", "zero3", "all-shared"])
+def test_the_formulas_foresee_what_each_rank_holds(trained: Path, shared_out: Path, tiny_base: Path, way: str) -> None:
+    """Parts are rounded up to equal lengths, AdamW counts its steps for each tensor: a few bytes a parameter."""
+    shapes = shapes_of(load_config(tiny_base), Lora(rank=4))
+    zero = ZeroSettings(persistence=0) if way == "all-shared" else ZeroSettings()
+    foreseen = bytes_per_rank(shapes, "zero3" if way == "all-shared" else way, 2, "fp32", zero=zero)  # type: ignore[arg-type]
+    slack = 16 * (len(shapes.trained) + len(shapes.frozen()))
+    for held in events(trained / way, "memory")[0]["bytes_per_rank"]:
+        assert held["parameters"] == pytest.approx(foreseen.base + foreseen.adapter, abs=slack)
+        assert held["optimizer_state"] == pytest.approx(foreseen.optimizer_state, abs=slack)
+        assert held["gradient"] == foreseen.gradient
