@@ -13,7 +13,7 @@ from transformers import GPT2Config
 
 from peftune.config import Lora
 from peftune.training.footprint import RankMemory, Shapes, Way, bytes_per_rank, shapes_of
-from peftune.training.micro import _LIVE_TENSORS
+from peftune.training.micro import LIVE_TENSORS
 
 PAGE = Path(__file__).with_name("many-ranks.md")
 BEGIN, END = "<!-- written by docs/build_memory_table.py -->", "<!-- end -->"
@@ -47,7 +47,7 @@ def tables() -> str:
     trained = row("trained elements, millions", [f"{s.adapter / 1e6:.1f}" for s in shapes.values()])
     live = {  # activations of a micro-batch
         f"activations of {TOKENS:,} tokens, {name}": [
-            f"{TOKENS * c.n_layer * c.n_embd * _LIVE_TENSORS * size / 1e6:,.0f}" for c in configs.values()
+            f"{TOKENS * c.n_layer * c.n_embd * LIVE_TENSORS * size / 1e6:,.0f}" for c in configs.values()
         ]
         for name, size in (("bf16", 2), ("fp32", 4))
     }

@@ -26,7 +26,7 @@ from peftune.config import BLOCK_LINEARS, Lora
 from peftune.model import lora as adapters
 from peftune.model.base import DTYPES
 from peftune.model.quantized import Kind
-from peftune.training.loading import _only_blocks_are_trained
+from peftune.training.loading import only_blocks_are_trained
 
 Way = Literal["one", "ddp", "zero1", "zero2", "zero3"]
 _NF4_BLOCK = 64  # weights that share a scale
@@ -113,7 +113,7 @@ def shapes_of(config: GPT2Config, lora: Lora) -> Shapes:
         matrices=tuple((shape[0], shape[1]) for shape in matrices.values()),
         others=tuple(torch.Size(shape).numel() for name, shape in frozen.items() if name not in matrices),
         trained=tuple(p.numel() for p in adapted.trainable().values()),
-        exact=not _only_blocks_are_trained(adapted),
+        exact=not only_blocks_are_trained(adapted),
         starts=starts,
     )
 

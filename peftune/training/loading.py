@@ -20,6 +20,8 @@ def load_adapted(recipe: Recipe, directory: Path, dtype: torch.dtype, device: to
     embeddings, norms or heads keep the whole base in fp32 (matrix products still use `dtype`). What `quantize` packs
     stays packed; LoftQ reads the weights of the base once more, one after the other, to see what packing lost.
     """
+    if device.type == "cpu":
+        device = torch.device("cpu")  # a rank's is cpu:0, on which bitsandbytes keeps int8 weights twice
     model = bases.load_model(
         directory,
         dtype=_loading_dtype(recipe, dtype),
@@ -28,7 +30,7 @@ def load_adapted(recipe: Recipe, directory: Path, dtype: torch.dtype, device: to
         quantize=recipe.quantize,
     )
     adapted = lora.inject(model, recipe.lora, recipe.run.seed, open_weights(directory).tensor)
-    bases.place(adapted.model, device, dtype if _only_blocks_are_trained(adapted) else torch.float32)
+    bases.place(adapted.model, device, dtype if only_blocks_are_trained(adapted) else torch.float32)
     if recipe.run.checkpointing:
         recompute_activations(adapted)
     return adapted
@@ -46,5 +48,5 @@ def _loading_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if exact or recipe.lora.targets not in ("all", "attention") else dtype
 
 
-def _only_blocks_are_trained(adapted: lora.Adapted) -> bool:
+def only_blocks_are_trained(adapted: lora.Adapted) -> bool:
     return all(".h." in name and ".ln_" not in name for name in adapted.trainable())

