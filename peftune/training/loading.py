@@ -21,7 +21,7 @@ def load_adapted(recipe: Recipe, directory: Path, dtype: torch.dtype, device: to
     stays packed; LoftQ reads the weights of the base once more, one after the other, to see what packing lost.
     """
     if device.type == "cpu":
-        device = torch.device("cpu")  # a rank's is cpu:0, on which bitsandbytes keeps int8 weights twice
+        device = torch.device("cpu")  # a rank's is cpu:0, on which int8 weights would be kept twice
     model = bases.load_model(
         directory,
         dtype=_loading_dtype(recipe, dtype),
