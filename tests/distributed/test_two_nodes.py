@@ -113,32 +113,36 @@ def test_a_rank_killed_on_one_machine_starts_again_on_both(machines: Machines, t
     assert out.read_text() == "adapter of 2 ranks, trained on 0\n"
 
 
-@pytest.fixture
-def recipe(tiny_base: Path, tmp_path: Path) -> Path:
-    """Two hundred short documents, four blocks to a step, a checkpoint every five."""
-    text = tmp_path / "text.txt"
+def written_recipe(base: Path, folder: Path) -> Path:
+    """Two hundred short documents, four blocks to a step, a checkpoint every five; the adapter beside the recipe."""
+    text = folder / "text.txt"
     text.write_text("".join(f"the cat sat on mat number {n} and the dog on the log\n\n" for n in range(200)))
     values = {
-        "base": str(tiny_base),
+        "base": str(base),
         "data": {"train": [str(text)], "validation": 0.1, "block_size": 64},
         "lora": {"rank": 4, "alpha": 8},
         "optim": {"lr": 1e-2, "steps": STEPS},
         "batch": {"global_size": 4, "micro_size": 2},
-        "run": {"out": str(tmp_path / "adapter"), "precision": "fp32", "eval_every": 0, "save_every": 5},
+        "run": {"out": str(folder / "adapter"), "precision": "fp32", "eval_every": 0, "save_every": 5},
     }
-    path = tmp_path / "recipe.yaml"
+    path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
 
 
 @pytest.fixture
-def alone(recipe: Path, tmp_path: Path) -> Path:
+def recipe(tiny_base: Path, tmp_path: Path) -> Path:
+    return written_recipe(tiny_base, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same recipe trained by one process."""
-    out = tmp_path / "alone"
+    folder = tmp_path_factory.mktemp("alone")
     given = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "peftune", "train", str(recipe), f"run.out={out}"]
+    command = [sys.executable, "-m", "peftune", "train", str(written_recipe(tiny_base, folder))]
     subprocess.run(command, env=given, check=True, capture_output=True, timeout=120)
-    return out
+    return folder / "adapter"
 
 
 def steps_told(out: Path) -> list[int]:
