@@ -138,12 +138,12 @@ class Sharded:
         owned = scorer if self.lockstep else nn.ParameterList(parameters.values())
         self.engine, _ = accelerator.prepare(owned, optimizer)
         self.module = self.engine if self.lockstep else scorer
-        if not self.lockstep:
-            self._begin_state()
         if self.lockstep:  # the loss reads the head's weight outside of the head's own forward
             import deepspeed
 
             deepspeed.zero.register_external_parameter(scorer, scorer.causal().lm_head.weight)
+        else:
+            self._begin_state()
 
     def update(self, gradient: Gradient, divisor: float, rate: float) -> float:
         gradient.flat.mul_(self.ranks / divisor)  # the engine averages over ranks

@@ -112,12 +112,10 @@ def read_source(recipe: Recipe) -> Source:
 
 def read_together(recipe: Recipe, accelerator: Accelerator) -> Source:
     """`read_source` on every rank: the first of each machine fills the cache, the others find it there."""
-    if accelerator.num_processes > 1:
-        with all_or_none(accelerator):
-            if accelerator.is_local_main_process:
-                read_source(recipe)
     with all_or_none(accelerator):
-        source = read_source(recipe)
+        source = read_source(recipe) if accelerator.is_local_main_process else None
+    with all_or_none(accelerator):
+        source = source or read_source(recipe)
     return source
 
 
