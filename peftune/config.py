@@ -154,6 +154,9 @@ class Optim(Section):
     """Number of optimizer steps, instead of `epochs`."""
     neftune: Annotated[float, Field(ge=0)] = 0.0
     """NEFTune (2310.05914): strength of the uniform noise on embeddings while training; 0 is off."""
+    label_smoothing: Fraction = 0.0
+    """Share of each target's probability that is spread evenly over the vocabulary while training (1512.00567). The
+    training loss is then the smoothed one; evaluation never is."""
 
 
 class Batch(Section):
@@ -188,6 +191,9 @@ class Run(Section):
     """Stop after so many evaluations without a better validation loss; the best step is what is delivered."""
     samples: list[str] = []
     """Prompts continued greedily at each evaluation and recorded; "" begins a document."""
+    fast: bool = True
+    """Compute steps by peftune's own GPT-2 where it applies (it says where not), to rounding what Transformers and PEFT
+    compute; `false` always takes theirs."""
     base_dropout: Fraction = 0.0
     """Dropout inside the frozen base (GPT-2 was pretrained with 0.1; for LoRA it only slows training)."""
 

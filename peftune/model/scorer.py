@@ -11,19 +11,20 @@ from transformers import GPT2LMHeadModel
 
 from peftune.model.attention import document_mask
 from peftune.model.loss import summed_nats
+from peftune.model.neftune import noisy
 
 
 class Scorer(nn.Module):
     """Scores batches with a GPT-2, with or without an adapter.
 
-    `neftune` is the strength of the noise on token embeddings in training mode: uniform in ±neftune / sqrt(n·D)
-    for a document of n tokens (Jain et al., 2310.05914, per document so that packing does not matter).
+    In training mode `neftune` is the strength of the noise on embeddings (`neftune.noisy`), and `smoothing` the share
+    of each target's probability that is spread over the vocabulary.
     """
 
-    def __init__(self, model: PeftModel | GPT2LMHeadModel, neftune: float = 0.0) -> None:
+    def __init__(self, model: PeftModel | GPT2LMHeadModel, neftune: float = 0.0, smoothing: float = 0.0) -> None:
         super().__init__()
         self.model = model
-        self.neftune = neftune
+        self.neftune, self.smoothing = neftune, smoothing
 
     def forward(
         self, ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, segments: torch.Tensor | None
@@ -40,7 +41,8 @@ class Scorer(nn.Module):
             use_cache=False,
         ).last_hidden_state
         scored = targets >= 0
-        return summed_nats(hidden[scored], core.lm_head, targets[scored])
+        smoothing = self.smoothing if self.training else 0.0
+        return summed_nats(hidden[scored], core.lm_head, targets[scored], smoothing)
 
     def causal(self) -> GPT2LMHeadModel:
         """The GPT-2 inside, adapters (if any) in place."""
@@ -53,9 +55,7 @@ class Scorer(nn.Module):
         if segments is None:
             segments = torch.zeros_like(ids)
         lengths = (segments[:, :, None] == segments[:, None, :]).sum(dim=2)
-        bound = self.neftune / torch.sqrt(lengths * float(embedded.shape[-1]))
-        noise = torch.empty_like(embedded).uniform_(-1, 1) * bound[:, :, None].to(embedded.dtype)
-        return embedded + noise  # type: ignore[no-any-return]
+        return noisy(embedded, lengths, self.neftune)
 
 
 def nats_to_perplexity(nats_per_token: float) -> float:

@@ -110,7 +110,7 @@ def _begin(session: Session, found: Checkpoint | None) -> None:
         "blocks": len(train), "block_size": train.packing.block_size, "packing_fill": round(train.packing.fill(), 4),
         "tokens_per_epoch": train.tokens(), "total_steps": session.source.total_steps, "micro_size": state.micro_size,
         "trainable_parameters": session.trainable_parameters, "ranks": session.accelerator.num_processes,
-        "layout": layout, "precision": session.precision,
+        "layout": layout, "precision": session.precision, "function": session.function.told,
     }  # fmt: skip
     if not session.engine.lockstep:  # else a rank holds a part; the event "memory" tells
         numbers |= {"base_bytes": held.held, "base_bytes_fp32": held.fp32, "base_bytes_bf16": held.bf16}
@@ -124,7 +124,7 @@ def _begin(session: Session, found: Checkpoint | None) -> None:
         f"{train.tokens():,} tokens to learn in {len(train):,} blocks of {train.packing.block_size} "
         f"({train.packing.fill():.1%} full), {session.source.total_steps} steps of {recipe.batch.global_size} blocks "
         f"({state.micro_size} a forward), {session.trainable_parameters:,} trainable parameters, "
-        f"{session.precision}, {layout}"
+        f"{session.precision}, {layout}; {session.function.told}"
     )
     if recipe.quantize is not None:
         session.display.say(held.told(recipe.quantize))

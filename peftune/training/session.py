@@ -23,10 +23,11 @@ from peftune.model import base as bases
 from peftune.model import lora, quantized
 from peftune.model.scorer import Scorer
 from peftune.model.weights import check_whole, open_weights
-from peftune.training import distributed, identity
+from peftune.training import distributed, function, identity
 from peftune.training.checkpoint import State
 from peftune.training.corpus import Corpus, block_size, load_corpus
 from peftune.training.engine import Engine
+from peftune.training.function import Function
 from peftune.training.gradient import Gradient
 from peftune.training.loading import load_adapted, recompute_activations
 from peftune.training.ranks import all_or_none, from_first
@@ -63,6 +64,7 @@ class Session:
     gradient: Gradient
     state: State
     records: Records
+    function: Function
     micro_size: int
     """Blocks per forward on this rank: `state.micro_size`, or less once memory ran out here."""
 
@@ -88,6 +90,8 @@ class Session:
 
     def score(self, batch: Batch) -> torch.Tensor:
         """Summed nats of a batch (float64 scalar), differentiable in the adapter."""
+        if self.function.fast is not None:
+            return self.function.fast(batch.ids, batch.positions, batch.targets, batch.segments)
         moved = batch.to(self.accelerator.device)
         with self.autocast():
             return self.engine.module(moved.ids, moved.positions, moved.targets, moved.segments)  # type: ignore[no-any-return]
@@ -125,13 +129,16 @@ def assemble(source: Source, accelerator: Accelerator, dtype: torch.dtype, displ
     adapted = _load(source, accelerator, dtype)
     parameters = adapted.trainable()
     gradient = Gradient(list(parameters.values()), [p.shape for p in parameters.values()], accelerator.device)
-    scorer = Scorer(adapted.model, recipe.optim.neftune)
+    scorer = Scorer(adapted.model, recipe.optim.neftune, recipe.optim.label_smoothing)
     scorer.train()
     engine = distributed.build_engine(accelerator, scorer, parameters, recipe)
+    chosen = function.choose(adapted, recipe, dtype, engine.lockstep)
     state.identity = source.identity
     out = Path(recipe.run.out)
     records = Records(out / "metrics.jsonl", accelerator, recipe.model_dump(mode="json"), state.records_bytes)
-    return Session(source, accelerator, display, dtype, adapted, engine, gradient, state, records, state.micro_size)
+    return Session(
+        source, accelerator, display, dtype, adapted, engine, gradient, state, records, chosen, state.micro_size
+    )
 
 
 def _load(source: Source, accelerator: Accelerator, dtype: torch.dtype) -> lora.Adapted:

@@ -1,0 +1,100 @@
+"""GPT-2 with adapters, as its paper has it, on the bare tokens of a batch: the function that training computes fast.
+
+The tensors are those of the model that Transformers loaded and PEFT adapted; nothing is copied. Frozen weights and
+matrix products have the dtype of the run; the stream between blocks, and the adapters, are fp32. Autograd keeps
+nothing below the lowest adapter, because nothing there asks for a gradient.
+
+Legend: N tokens, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from peftune.model.fast.attention import Attend, Kernel
+from peftune.model.fast.documents import tokens_of
+from peftune.model.fast.projection import Projection
+from peftune.model.loss import summed_nats
+from peftune.model.neftune import noisy
+
+
+@dataclass(frozen=True)
+class Norm:
+    """LayerNorm of the fp32 stream; the result has the dtype of the run."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    epsilon: float
+    dtype: torch.dtype
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        normed = F.layer_norm(x, self.weight.shape, self.weight.float(), self.bias.float(), self.epsilon)
+        return normed.to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Attention and a perceptron of two layers, each added to the stream."""
+
+    ln_1: Norm
+    c_attn: Projection
+    attn_c_proj: Projection
+    ln_2: Norm
+    c_fc: Projection
+    mlp_c_proj: Projection
+
+    def __call__(self, x: torch.Tensor, attend: Attend, training: bool) -> torch.Tensor:
+        """The stream (N, D) after this block."""
+        attended = attend(self.c_attn(self.ln_1(x), training))
+        x = x + self.attn_c_proj(attended, training)
+        hidden = F.gelu(self.c_fc(self.ln_2(x), training), approximate="tanh")
+        return x + self.mlp_c_proj(hidden, training)
+
+
+@dataclass(frozen=True)
+class FastGPT2:
+    """Computes what `scorer.Scorer` computes, to rounding, in the mode of `module` (training or evaluation)."""
+
+    module: nn.Module
+    wte: torch.Tensor
+    wpe: torch.Tensor
+    blocks: tuple[Block, ...]
+    ln_f: Norm
+    head: nn.Module
+    heads: int
+    kernel: Kernel
+    neftune: float
+    smoothing: float
+    recompute: bool
+    """Keep the stream before each block alone, and run the block again in the backward."""
+
+    def __call__(
+        self, ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, segments: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Summed loss in nats (float64 scalar) over the places with a target ≥ 0; arguments (B, T) on the CPU."""
+        training, device = self.module.training, self.wte.device
+        tokens = tokens_of(ids.shape, segments)
+        places = torch.from_numpy(tokens.places)
+        ids, positions, targets = (_moved(tensor.flatten()[places], device) for tensor in (ids, positions, targets))
+        attend = self.kernel.plan(tokens.lengths, self.heads, device)
+        x = self.wte[ids].float()
+        if training and self.neftune:
+            x = noisy(x, torch.from_numpy(tokens.lengths.repeat(tokens.lengths)).to(device), self.neftune)
+        x = x + self.wpe[positions].float()
+        for block in self.blocks:
+            if self.recompute and training:
+                x = checkpoint(block, x, attend, training, use_reentrant=False)
+            else:
+                x = block(x, attend, training)
+        scored = targets >= 0
+        return summed_nats(self.ln_f(x[scored]), self.head, targets[scored], self.smoothing if training else 0.0)
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device; to a GPU through pinned memory, so that the copy does not stop the host."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
