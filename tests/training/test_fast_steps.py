@@ -1,0 +1,89 @@
+"""A whole run by fast steps ends where one by Transformers' and PEFT's steps ends, whatever the recipe asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from peftune.config import Recipe
+from peftune.errors import Interrupted
+from peftune.training import run, step
+from peftune.training.records import read_metrics
+from peftune.training.run import train
+
+Make = Callable[..., Recipe]
+Distance = Callable[[Path, Path], float]
+
+
+def events(out: Path, kind: str) -> list[dict[str, float]]:
+    return [event for event in read_metrics(out / "metrics.jsonl") if event["event"] == kind]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("optim.label_smoothing=0.1", "lora.variant=rslora"),
+        ("data.packing=false", "run.checkpointing=true", "batch.micro_size=3"),
+        ("lora.targets=[c_attn, mlp.c_proj]", "lora.layers=[1]", "optim.lr_b_ratio=4"),
+        ("lora.variant=pissa",),
+        ("quantize=int8",),
+        ("quantize=nf4", "lora.variant=loftq"),
+    ],
+)
+def test_it_ends_in_the_same_place(recipe: Make, tmp_path: Path, distance: Distance, asked: tuple[str, ...]) -> None:
+    """Losses to 1e-6; adapters after eight AdamW steps to 1e-5 over all elements, as rounding differs."""
+    if "quantize" in asked[0]:
+        pytest.importorskip("bitsandbytes")
+    common = "data.validation=0.2", "run.eval_every=4", "optim.steps=8", *asked
+    for name in ("true", "false"):
+        train(recipe(*common, f"run.fast={name}", f"run.out={tmp_path / name}"))
+    for kind in ("train", "eval"):
+        found, wanted = ([e["loss"] for e in events(tmp_path / name, kind)] for name in ("true", "false"))
+        np.testing.assert_allclose(found, wanted, rtol=2e-6)
+    assert distance(tmp_path / "true", tmp_path / "false") < 1e-5
+
+
+def test_a_run_may_change_its_function_where_it_was_cut(
+    recipe: Make, tmp_path: Path, distance: Distance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(recipe("optim.steps=6", f"run.out={whole}"))
+
+    def stop_after_three(session: object, stop: object) -> object:
+        if session.state.step == 3:  # type: ignore[attr-defined]
+            raise step.StopNow
+        return step.learn(session, stop)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "learn", stop_after_three)
+        with pytest.raises(Interrupted):
+            train(recipe("optim.steps=6", f"run.out={cut}"))
+    train(recipe("optim.steps=6", f"run.out={cut}", "run.fast=false"))
+    assert distance(whole, cut) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ((), "fast steps (batched products in slabs)"),
+        (("run.fast=false",), "steps by Transformers and PEFT (run.fast is false)"),
+        (("lora.variant=dora",), "steps by Transformers and PEFT (DoRA normalises whole weights)"),
+        (("run.base_dropout=0.1",), "0.1, attn_pdrop 0.1, resid_pdrop 0.1)"),
+    ],
+)
+def test_a_run_says_which_function_computes_it_and_why(recipe: Make, asked: tuple[str, ...], told: str) -> None:
+    made = recipe("optim.steps=1", *asked)
+    train(made)
+    (start,) = events(Path(made.run.out), "start")
+    assert str(start["function"]).endswith(told)
+
+
+def test_the_smoothed_loss_is_learnt_from_and_evaluation_is_not_smoothed(recipe: Make, tmp_path: Path) -> None:
+    plain = train(recipe("data.validation=0.2", f"run.out={tmp_path / 'a'}"))
+    smoothed = train(recipe("data.validation=0.2", "optim.label_smoothing=0.3", f"run.out={tmp_path / 'b'}"))
+    assert plain.metrics["validation"]["base"] == smoothed.metrics["validation"]["base"]
+    first, first_smoothed = (events(tmp_path / name, "train")[0]["loss"] for name in ("a", "b"))
+    assert first_smoothed != first
