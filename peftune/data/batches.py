@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from peftune.data.packing import Packing, Windows, cut_into_windows, pack
 from peftune.data.store import TokenStore
 
 NOT_SCORED = -100
+_WINDOWS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,11 @@ class Blocks:
 
     def tokens_of(self, blocks: Sequence[int] | np.ndarray) -> int:
         """Scored tokens of some blocks: what their summed loss is divided by."""
-        return sum(int(self.supervised[s.start : s.stop].sum()) for s in map(self.packing.spans, blocks))
+        return int(self._supervised_per_block[np.asarray(blocks, dtype=np.int64)].sum())
+
+    @cached_property
+    def _supervised_per_block(self) -> np.ndarray:
+        return np.add.reduceat(self.supervised, self.packing.first[:-1])
 
     def text_bytes(self) -> int:
         """UTF-8 bytes of the scored text."""
@@ -91,31 +97,35 @@ class Blocks:
                 yield self._batch([range(span, span + 1) for span in rows])
 
     def _batch(self, rows: Sequence[range]) -> Batch:
-        sizes = self.packing.stop - self.packing.start
-        width = max(int(sizes[row.start : row.stop].sum()) for row in rows)
-        shape = (len(rows), width)
-        ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        targets, segments = np.full(shape, NOT_SCORED), np.full(shape, -1)
-        for y, row in enumerate(rows):
-            x = 0
-            for number, span in enumerate(row):
-                tokens, scored = self._tokens(span)
-                place = slice(x, x + len(tokens))
-                ids[y, place], positions[y, place], segments[y, place] = tokens, np.arange(len(tokens)), number
-                targets[y, x : x + len(tokens) - 1] = np.where(scored[1:], tokens[1:], NOT_SCORED)
-                x += len(tokens)
-        end_to_end = bool((segments == 0).all())
-        return Batch(
-            torch.from_numpy(ids),
-            torch.from_numpy(positions),
-            torch.from_numpy(targets),
-            None if end_to_end else torch.from_numpy(segments),
-        )
+        counts = np.array([len(row) for row in rows])
+        spans = np.concatenate([np.arange(row.start, row.stop) for row in rows])
+        packing = self.packing
+        start, stop = packing.start[spans], packing.stop[spans]
+        tokens, scored = self.store.windows(self.documents[packing.example[spans]], start, stop)
+        sizes = stop - start
+        begins = np.cumsum(sizes) - sizes  # of each span among `tokens`
+        begins_row = np.cumsum(counts) - counts  # of each row among `spans`
+        of_rows = np.add.reduceat(sizes, begins_row)
+        shape = (len(rows), int(of_rows.max()))
+        place = np.arange(len(tokens)) + np.repeat(np.arange(len(rows)) * shape[1] - begins[begins_row], of_rows)
 
-    def _tokens(self, span: int) -> tuple[np.ndarray, np.ndarray]:
-        document = int(self.documents[self.packing.example[span]])
-        ids, scored = self.store.window(document, int(self.packing.start[span]), int(self.packing.stop[span]))
-        return ids.astype(np.int64), scored
+        def laid_out(values: np.ndarray, elsewhere: int) -> np.ndarray:
+            whole = np.full(shape, elsewhere, dtype=np.int64)
+            whole.reshape(-1)[place] = values
+            return whole
+
+        # What a place must predict stands next to it, except at a span's end.
+        following = np.append(np.where(scored, tokens, NOT_SCORED)[1:], NOT_SCORED)
+        following[begins + sizes - 1] = NOT_SCORED
+        positions = np.arange(len(tokens)) - np.repeat(begins, sizes)
+        numbers = np.repeat(np.arange(len(spans)) - np.repeat(begins_row, counts), sizes)
+        segments = laid_out(numbers, -1)
+        return Batch(
+            torch.from_numpy(laid_out(tokens, 0)),
+            torch.from_numpy(laid_out(positions, 0)),
+            torch.from_numpy(laid_out(following, NOT_SCORED)),
+            torch.from_numpy(segments) if segments.any() else None,  # all 0: every row is one document
+        )
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -124,11 +134,16 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def _supervised_per_window(store: TokenStore, documents: np.ndarray, windows: Windows) -> np.ndarray:
     owner = documents[windows.example]
-    counts = store.supervised_counts[owner].copy()
-    for number in np.flatnonzero((windows.start > 0) | (windows.stop < store.lengths[owner])):
-        _, scored = store.window(int(owner[number]), int(windows.start[number]), int(windows.stop[number]))
-        counts[number] = int(scored[1:].sum())
-    return np.asarray(counts, dtype=np.int64)
+    counts = np.asarray(store.supervised_counts[owner], dtype=np.int64)
+    plain = counts == store.lengths[owner] - 1  # all is scored: nothing to look up
+    counts[plain] = (windows.stop - windows.start - 1)[plain]
+    parts = np.flatnonzero(~plain & ((windows.start > 0) | (windows.stop < store.lengths[owner])))
+    for some in np.array_split(parts, len(parts) // _WINDOWS_AT_ONCE + 1):
+        if len(some):
+            start, stop = windows.start[some] + 1, windows.stop[some]  # the first token is context
+            _, scored = store.windows(owner[some], start, stop)
+            counts[some] = np.add.reduceat(scored, np.cumsum(stop - start) - (stop - start), dtype=np.int64)
+    return counts
 
 
 def _rows_by_length(spans: Sequence[int], packing: Packing, budget: int) -> Iterator[list[int]]:

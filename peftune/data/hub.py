@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 
 from peftune.config import Source
-from peftune.data.records import Row
+from peftune.data.records import Row, Rows
 from peftune.errors import UserError
 
 _TIMEOUT = 10.0  # seconds until the hub counts as out of reach
@@ -17,7 +17,7 @@ _TIMEOUT = 10.0  # seconds until the hub counts as out of reach
 Choose = Callable[[list[str]], list[str]]
 
 
-def rows(source: Source, choose: Choose) -> Iterator[Row]:
+def rows(source: Source, choose: Choose) -> Rows:
     """Rows of a hub data set at the revision that `identity` names, of the columns that `choose` picks.
 
     Raises UserError where it cannot be loaded.

@@ -9,34 +9,36 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from peftune.data.tally import Tally
 from peftune.data.text_files import open_text
 from peftune.errors import UserError
 
 Row = tuple[str, dict[str, Any]]
+Rows = Generator[Row, None, None]  # to be closed where reading stops early: a file is open
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _CHUNK = 1 << 20
 _BETWEEN = re.compile(r"[ \t\n\r]*")
 
 
-def rows(path: Path, choose: Callable[[list[str]], list[str]]) -> Iterator[Row]:
+def rows(path: Path, choose: Callable[[list[str]], list[str]], tally: Tally | None = None) -> Rows:
     """Rows of one file by its suffix; `choose` says which of the columns found a wide format should read."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        yield from _parquet(path, choose)
-    elif suffix in (".csv", ".tsv"):
-        yield from _csv(path, "," if suffix == ".csv" else "\t")
-    elif suffix == ".json" and _first_character(path) == "[":
-        yield from _json_list(path)
-    else:
-        yield from _json_lines(path)
+        return _parquet(path, choose, tally)
+    if suffix in (".csv", ".tsv"):
+        return _csv(path, "," if suffix == ".csv" else "\t", tally)
+    if suffix == ".json" and _first_character(path) == "[":
+        return _json_list(path, tally)
+    return _json_lines(path, tally)
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
-    with open_text(path) as file:
+def _json_lines(path: Path, tally: Tally | None) -> Rows:
+    with open_text(path, tally=tally) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 place = f"{path}:{number}"
@@ -68,9 +70,9 @@ def _first_character(path: Path) -> str:
     return ""
 
 
-def _json_list(path: Path) -> Iterator[Row]:
+def _json_list(path: Path, tally: Tally | None) -> Rows:
     """Elements of one list, decoded one at a time as the file is read."""
-    with open_text(path) as file:
+    with open_text(path, tally=tally) as file:
         text = _Ahead(file.read)
         text.skip("[")
         row = 0
@@ -136,10 +138,10 @@ class _Ahead:
                 raise UserError(f"{place}: not JSON that can be read: {error}") from None
 
 
-def _csv(path: Path, delimiter: str) -> Iterator[Row]:
+def _csv(path: Path, delimiter: str, tally: Tally | None) -> Rows:
     if csv.field_size_limit() < sys.maxsize:
         csv.field_size_limit(sys.maxsize)  # the default refuses a text over 128 KiB
-    with open_text(path, newline="") as file:
+    with open_text(path, newline="", tally=tally) as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         names: list[str] | None = None
         begins = 1
@@ -171,13 +173,13 @@ def _header(names: list[str], place: str) -> list[str]:
     return names
 
 
-def _parquet(path: Path, choose: Callable[[list[str]], list[str]]) -> Iterator[Row]:
+def _parquet(path: Path, choose: Callable[[list[str]], list[str]], tally: Tally | None) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
+        with open(path, "rb") as raw, pq.ParquetFile(raw) as file, tally.reading(raw) if tally else nullcontext():
             columns = choose(file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=1024, columns=columns):
                 for row in batch.to_pylist():

@@ -13,8 +13,8 @@ import difflib
 import glob
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -22,18 +22,12 @@ from typing import Any, cast, get_args
 from peftune.config import Source
 from peftune.data import builtin, chat, hub, records, text_files
 from peftune.data.documents import Document
+from peftune.data.tally import Tally
 from peftune.errors import UserError
 
 _KINDS = (["text"], ["prompt", "completion"], ["messages"])
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?\Z")
 _TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
-
-
-@dataclass
-class Tally:
-    """What reading found beside documents."""
-
-    blank: int = 0
 
 
 def read_documents(source: Source, split_on: str, tally: Tally | None = None) -> Iterator[Document]:
@@ -52,11 +46,18 @@ def read_documents(source: Source, split_on: str, tally: Tally | None = None) ->
         return
     for path in files:
         if path.suffix.lower() in records.SUFFIXES:
-            found = records.rows(path, partial(_columns, source, str(path)))
+            found = records.rows(path, partial(_columns, source, str(path)), tally)
             yield from _documents_of_rows(source, found, tally)
         else:
-            for line, text in text_files.split_text(path, split_on):
-                yield Document(text, source=f"{path}:{line}")
+            name = str(path)  # once: a corpus may have millions of documents
+            for line, text in text_files.split_text(path, split_on, tally):
+                yield Document(text, source=f"{name}:{line}")
+
+
+def size_of(sources: Sequence[Source]) -> int | None:
+    """Bytes of all files that will be read; None where a source is not a file."""
+    found = [None if source.path.startswith("builtin:") else files_of(source) for source in sources]
+    return None if None in found else sum(path.stat().st_size for files in found for path in files or ())
 
 
 def identity(source: Source) -> list[str | None]:
@@ -160,16 +161,17 @@ def _builtin_documents(path: str) -> list[Document]:
     return builtin.documents(domain, cast(builtin.Part, part))
 
 
-def _documents_of_rows(source: Source, rows: Iterable[records.Row], tally: Tally) -> Iterator[Document]:
+def _documents_of_rows(source: Source, rows: records.Rows, tally: Tally) -> Iterator[Document]:
     columns: list[str] | None = None
-    for place, row in rows:
-        if columns is None:
-            columns = _columns(source, place, list(row))
-        document = _document(row, columns, source, place)
-        if _is_blank(document):
-            tally.blank += 1
-        else:
-            yield document
+    with closing(rows):  # a row may be refused while its file is open
+        for place, row in rows:
+            if columns is None:
+                columns = _columns(source, place, list(row))
+            document = _document(row, columns, source, place)
+            if _is_blank(document):
+                tally.blank += 1
+            else:
+                yield document
 
 
 def _columns(source: Source, place: str, found: Sequence[str]) -> list[str]:

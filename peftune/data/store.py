@@ -27,17 +27,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from peftune.config import Source
-from peftune.data.documents import Document
+from peftune.data.pipeline import tokenized
 from peftune.data.progress import progress
-from peftune.data.sources import Tally, identity, read_documents
+from peftune.data.sources import identity, read_documents, size_of
+from peftune.data.tally import Tally
 from peftune.data.token_files import DOCUMENT, FILES, FORMAT, sha256_of, writing
-from peftune.data.tokens import end_of_text_id, tokenize_documents
+from peftune.data.tokens import end_of_text_id
 from peftune.errors import CheckFailed, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 1000, 1_000_000
 
 
 class TokenStore:
@@ -72,10 +71,15 @@ class TokenStore:
 
     def window(self, i: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [start, stop) of document i: ids int64 and supervised bool, both (stop - start,)."""
-        assert 0 <= start <= stop <= self.lengths[i]
-        first, last = int(self._first[i]) + start, int(self._first[i]) + stop
-        bits = np.unpackbits(self._bits[first // 8 : -(-last // 8)])
-        return self._ids[first:last].astype(np.int64), bits[first % 8 : first % 8 + stop - start].astype(bool)
+        return self.windows(np.array([i]), np.array([start]), np.array([stop]))
+
+    def windows(self, i: np.ndarray, start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [start, stop) of several documents, one window after another, as `window` gives them."""
+        assert (start >= 0).all() and (start <= stop).all() and (stop <= self.lengths[i]).all()
+        sizes = stop - start
+        places = np.arange(int(sizes.sum())) + np.repeat(self._first[i] + start - (np.cumsum(sizes) - sizes), sizes)
+        scored = self._bits[places >> 3] >> (7 - (places & 7)) & 1
+        return np.asarray(self._ids[places], dtype=np.int64), np.asarray(scored, dtype=bool)
 
 
 def prepare(
@@ -97,8 +101,7 @@ def prepare(
         return known
     with _beside(entry) as directory:
         tally = Tally()
-        documents = (document for source in sources for document in read_documents(source, split_on, tally))
-        _write(directory, documents, tokenizer, join, tally)
+        _write(directory, sources, tokenizer, join, split_on, tally)
         written = open_store(directory)  # stays mapped when the directory gets its name
         if written is None:
             raise CheckFailed(f"{directory}: the token files differ from what was written; is the disk full or faulty?")
@@ -167,12 +170,18 @@ def _publish(directory: Path, entry: Path) -> None:
 
 
 def _write(
-    directory: Path, documents: Iterator[Document], tokenizer: PreTrainedTokenizerFast, join: str, tally: Tally
+    directory: Path,
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerFast,
+    join: str,
+    split_on: str,
+    tally: Tally,
 ) -> None:
-    with writing(directory, len(tokenizer)) as writer, progress("tokenising") as tell:
-        for batch in _batches(documents):
-            writer.append(batch, tokenize_documents(batch, tokenizer, join))
-            tell(writer.documents, writer.tokens)
+    documents = (document for source in sources for document in read_documents(source, split_on, tally))
+    with writing(directory, len(tokenizer)) as writer, progress("tokenising", size_of(sources)) as tell:
+        for examples, digests in tokenized(documents, tokenizer, join):
+            writer.append(examples, digests)
+            tell(tally.bytes_read(), f"{writer.documents:,} documents, {writer.tokens:,} tokens")
         writer.finish(tally.blank)
 
 
@@ -180,17 +189,3 @@ def _mapped(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
     if not path.stat().st_size:
         return np.empty(0, dtype=dtype)  # an empty file cannot be mapped
     return np.memmap(path, dtype=dtype, mode="r")
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Documents in groups small enough for memory and large enough for all cores."""
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text) + len(document.prompt or "")
-        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch

@@ -18,18 +18,23 @@ from __future__ import annotations
 
 import codecs
 import io
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
+from peftune.data.tally import Tally
 from peftune.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 
 SplitOn = Literal["auto", "blank-line", "endoftext", "file", "line"]
 _WIDE_SHARE = 20  # `auto`: one gap in so many must be wide for wide gaps to be what separates documents
-_PIECE = 1 << 20  # characters; a longer line is handled in pieces
+_PIECE = 1 << 20  # characters read at a time
+_BLANK_LINE = r"(?:[^\S\n]*\n)"
+_GAP = re.compile(rf"\n{_BLANK_LINE}+")
 _MARKS = (  # the longer mark first: UTF-32-LE begins like UTF-16-LE
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
@@ -40,7 +45,7 @@ _MARKS = (  # the longer mark first: UTF-32-LE begins like UTF-16-LE
 _NAMES = {"utf-8": "UTF-8"}
 
 
-def split_text(path: Path, split_on: str) -> Iterator[tuple[int, str]]:
+def split_text(path: Path, split_on: str, tally: Tally | None = None) -> Iterator[tuple[int, str]]:
     """Documents of a text file as (line on which it begins, text); blank documents are left out.
 
     Raises UserError for a file that cannot be read or decoded, with the offset of the first bad byte.
@@ -48,7 +53,7 @@ def split_text(path: Path, split_on: str) -> Iterator[tuple[int, str]]:
     blank_lines = 1
     if split_on == "auto":
         split_on, blank_lines = _how_to_split(path)
-    with open_text(path) as file:
+    with open_text(path, tally=tally) as file:
         if split_on == "endoftext":
             found = _between_separators(file)
         elif split_on == "blank-line":
@@ -59,16 +64,16 @@ def split_text(path: Path, split_on: str) -> Iterator[tuple[int, str]]:
             found = iter([(1, file.read())])
         for line, text in found:
             if text.strip():
-                leading = len(text) - len(text.lstrip("\n"))
+                leading = len(text) - len(text.lstrip("\n")) if text[0] == "\n" else 0
                 yield line + leading, text.strip("\n")
 
 
 @contextmanager
-def open_text(path: Path, newline: str | None = None) -> Iterator[io.TextIOWrapper]:
+def open_text(path: Path, newline: str | None = None, tally: Tally | None = None) -> Iterator[io.TextIOWrapper]:
     """A strict text stream over UTF-8, or the UTF-16 or UTF-32 that a byte order mark announces.
 
     `newline` is that of `open`: None turns every line end into LF. Inside the `with`, failures to read or to
-    decode become UserErrors.
+    decode become UserErrors, and `tally` knows how far the stream has come.
     """
     encoding, mark = "utf-8", 0
     try:
@@ -79,7 +84,8 @@ def open_text(path: Path, newline: str | None = None) -> Iterator[io.TextIOWrapp
                     encoding, mark = name, len(bom)
                     break
             raw.seek(mark)
-            yield io.TextIOWrapper(raw, encoding=encoding, errors="strict", newline=newline)
+            with tally.reading(raw) if tally else nullcontext():
+                yield io.TextIOWrapper(raw, encoding=encoding, errors="strict", newline=newline)
     except UnicodeDecodeError:
         offset = _first_bad_byte(path, encoding, mark)
         name = _NAMES.get(encoding, encoding.upper())
@@ -111,71 +117,72 @@ def _first_bad_byte(path: Path, encoding: str, mark: int) -> int:
 
 
 def _pieces(file: io.TextIOWrapper) -> Iterator[str]:
-    """Lines with their ends; one that is very long comes in parts of at most _PIECE characters."""
-    while piece := file.readline(_PIECE):
+    while piece := file.read(_PIECE):
         yield piece
 
 
 def _how_to_split(path: Path) -> tuple[str, int]:
     """What `auto` means for this file: (`endoftext` or `blank-line`, blank lines that end a document)."""
-    gaps = wide = blank = 0
-    started, at_line_start, tail = False, True, ""
+    gaps = wide = 0
+    rest = tail = ""
+    started = False
     with open_text(path) as file:
         for piece in _pieces(file):
-            if END_OF_TEXT in tail + piece:
+            tail += piece
+            if END_OF_TEXT in tail:
                 return "endoftext", 0
-            if at_line_start and not piece.strip():
-                blank += 1
-            elif piece.strip():
-                gaps += started and blank > 0
-                wide += started and blank > 1
-                started, blank = True, 0
-            at_line_start = piece.endswith("\n")
-            tail = "" if at_line_start else (tail + piece)[-len(END_OF_TEXT) :]
+            tail = tail[-len(END_OF_TEXT) :]
+            rest += piece if started else piece.lstrip()  # blank lines before all text are no gap
+            started = started or bool(rest)
+            whole = _before_trailing_space(rest, piece)
+            found = _GAP.findall(rest, 0, whole)
+            gaps += len(found)
+            wide += sum(gap.count("\n") > 2 for gap in found)
+            rest = rest[whole:]
     return "blank-line", 2 if wide and wide * _WIDE_SHARE >= gaps else 1
+
+
+def _before_trailing_space(text: str, piece: str) -> int:
+    """Where the text ends whose gaps are complete; only `piece`, its end, can hold anything but white space."""
+    return 0 if piece.isspace() else len(text.rstrip())
 
 
 def _between_separators(file: io.TextIOWrapper) -> Iterator[tuple[int, str]]:
     parts: list[str] = []
     line = begins = 1
-    held = ""  # the end of a piece of a very long line, which may hold the first half of a separator
+    held = ""  # the end of a piece, which may hold the first half of a separator
     for piece in _pieces(file):
         first, *others = (held + piece).split(END_OF_TEXT)
-        held = ""
         parts.append(first)
+        line += first.count("\n")
         for other in others:
             yield begins, "".join(parts)
             parts, begins = [other], line
-        if piece.endswith("\n"):
-            line += 1
-        else:
-            last = parts.pop()
-            cut = max(0, len(last) - len(END_OF_TEXT) + 1)
-            parts.append(last[:cut])
-            held = last[cut:]
+            line += other.count("\n")
+        last = parts.pop()
+        cut = max(0, len(last) - len(END_OF_TEXT) + 1)
+        parts.append(last[:cut])
+        held = last[cut:]
+        line -= held.count("\n")
     yield begins, "".join([*parts, held])
 
 
 def _between_blank_lines(file: io.TextIOWrapper, enough: int) -> Iterator[tuple[int, str]]:
+    gap = re.compile(rf"\n{_BLANK_LINE}{{{enough},}}")
+    bound = "\n" * (1 + enough)  # a gap before the first document and one after the last, so that all are alike
     parts: list[str] = []
-    waiting: list[str] = []  # blank lines that belong to the document if fewer than `enough` follow each other
-    line = begins = 1
-    at_line_start = True
-    for piece in _pieces(file):
-        if at_line_start and not piece.strip():
-            waiting.append(piece)
-        else:
-            if parts and len(waiting) >= enough:
-                yield begins, "".join(parts)
-                parts = []
-            if not parts:
-                begins, waiting = line, []
-            parts += [*waiting, piece]
-            waiting = []
-        at_line_start = piece.endswith("\n")
-        line += at_line_start
-    if parts:
-        yield begins, "".join(parts)
+    rest, line, begins = bound, -enough, -enough  # the file itself begins on line 1
+    for piece, last in chain(((piece, False) for piece in _pieces(file)), [(bound, True)]):
+        rest += piece
+        whole = len(rest) if last else _before_trailing_space(rest, piece)
+        at = 0
+        for found in gap.finditer(rest, 0, whole):
+            yield begins, "".join([*parts, rest[at : found.start()]])
+            line += rest.count("\n", at, found.end())
+            parts, begins, at = [], line, found.end()
+        parts.append(rest[at:whole])
+        line += rest.count("\n", at, whole)
+        rest = rest[whole:]
 
 
 def looks_like_text(path: Path) -> bool:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from peftune.data.documents import Document, Example
+from peftune.data.documents import Document
+from peftune.data.tokens import Examples
 
 FORMAT = 1
 FILES = ("ids.bin", "supervised.bin", "documents.bin")
@@ -36,15 +37,16 @@ class Writer:
         self.loose = np.empty(0, dtype=bool)  # scored bits that do not fill a byte yet
         self.documents = self.tokens = 0
 
-    def append(self, documents: Sequence[Document], examples: Sequence[Example]) -> None:
-        """Add documents with their tokens, in order."""
-        table = np.empty(len(examples), dtype=DOCUMENT)
-        table["tokens"] = [len(example.ids) for example in examples]
-        table["supervised"] = [int(example.supervised.sum()) for example in examples]
-        table["bytes"] = [example.supervised_bytes for example in examples]
-        table["digest"] = [digest_of(document) for document in documents]
-        self._write("ids.bin", _joined(example.ids for example in examples).astype(self.dtype).tobytes())
-        bits = np.concatenate([self.loose, *(example.supervised for example in examples)])
+    def append(self, examples: Examples, digests: np.ndarray) -> None:
+        """Add tokenised documents with their digests (n,) uint64, in order."""
+        table = np.empty(len(digests), dtype=DOCUMENT)
+        table["tokens"] = examples.lengths
+        begins = np.cumsum(examples.lengths) - examples.lengths
+        table["supervised"] = np.add.reduceat(examples.supervised, begins, dtype=np.int64)
+        table["bytes"] = examples.supervised_bytes
+        table["digest"] = digests
+        self._write("ids.bin", examples.ids.astype(self.dtype).tobytes())
+        bits = np.concatenate([self.loose, examples.supervised])
         whole = len(bits) // 8 * 8
         self._write("supervised.bin", np.packbits(bits[:whole]).tobytes())
         self.loose = bits[whole:]
@@ -75,9 +77,10 @@ class Writer:
         self.hashes[name].update(data)
 
 
-def digest_of(document: Document) -> int:
-    """First 8 bytes of the SHA-256 of what a reader of the document would see, big-endian."""
-    return int.from_bytes(hashlib.sha256(document.content().encode("utf-8")).digest()[:8], "big")
+def digests_of(documents: Sequence[Document]) -> np.ndarray:
+    """First 8 bytes of the SHA-256 of what a reader of each document would see, big-endian: (n,) uint64."""
+    digests = (hashlib.sha256(document.content().encode("utf-8")).digest()[:8] for document in documents)
+    return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64)
 
 
 def sha256_of(path: Path) -> str:
@@ -87,7 +90,3 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
-    return np.concatenate([np.empty(0, dtype=np.int64), *parts])

@@ -8,20 +8,31 @@ Special tokens written out in a text are text: no document can end itself or ano
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from peftune.data.documents import Document, Example
+from peftune.data.engines import Engines, engines_of
 from peftune.errors import UserError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-# A copy of each tokenizer's engine with special tokens off, and the vocabulary size at which it was made.
-_plain_engines: WeakKeyDictionary[PreTrainedTokenizerFast, tuple[int, Tokenizer]] = WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenised documents one after another; whole arrays, since a Python value per token costs more than its id.
+
+    `ids` (t,) uint32 and `supervised` (t,) bool over all tokens, `lengths` and `supervised_bytes` (n,) int64 over
+    documents; see `Example`.
+    """
+
+    ids: np.ndarray
+    supervised: np.ndarray
+    lengths: np.ndarray
+    supervised_bytes: np.ndarray
 
 
 def tokenize_document(document: Document, tokenizer: PreTrainedTokenizerFast, join: str) -> Example:
@@ -30,20 +41,40 @@ def tokenize_document(document: Document, tokenizer: PreTrainedTokenizerFast, jo
 
 
 def tokenize_documents(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast, join: str) -> list[Example]:
-    """Tokenised documents, on all cores.
+    """Tokenised documents, one by one.
 
     `ids` (n,) int64; `supervised` (n,) bool, first False and last True; `supervised_bytes` is the UTF-8 length of the
     scored text with the space that `join` put before it, without `<|endoftext|>`.
     """
+    found = tokenize_batch(documents, engines_of(tokenizer), end_of_text_id(tokenizer), join)
+    cuts = np.cumsum(found.lengths)[:-1]
+    ids, supervised = np.split(found.ids.astype(np.int64), cuts), np.split(found.supervised, cuts)
+    return list(map(Example, ids, supervised, found.supervised_bytes.tolist())) if documents else []
+
+
+def tokenize_batch(documents: Sequence[Document], engines: Engines, end: int, join: str) -> Examples:
+    """Tokenised documents as whole arrays; `end` begins and ends each."""
     pieces = [pieces_of(document, join) for document in documents]
-    encoded = iter(encode_texts([text for document in pieces for text, _ in document], tokenizer))
-    end = end_of_text_id(tokenizer)
-    return [_example([(next(encoded), text, scored) for text, scored in document], end) for document in pieces]
+    texts = [text for document in pieces for text, _ in document]
+    scored = np.array([scored for document in pieces for _, scored in document], dtype=bool)
+    found, counts = engines.encode(texts)
+    last_piece = np.cumsum([len(document) for document in pieces], dtype=np.int64)
+    lengths = 2 + _sums(counts, last_piece)
+    after = np.cumsum(lengths)
+    text = np.ones(int(lengths.sum()), dtype=bool)  # places of `found`
+    text[after - lengths] = text[after - 1] = False
+    ids = np.full(len(text), end, dtype=np.uint32)
+    ids[text] = found
+    supervised = np.ones(len(text), dtype=bool)
+    supervised[text] = np.repeat(scored, counts)
+    supervised[after - lengths] = False
+    in_bytes = np.fromiter((len(t) if t.isascii() else len(t.encode("utf-8")) for t in texts), np.int64, len(texts))
+    return Examples(ids, supervised, lengths, _sums(in_bytes * scored, last_piece))
 
 
 def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
     """Ids of each text as it stands: nothing added, nothing cut, no special token recognised, no warning on length."""
-    encodings = _plain_engine(tokenizer).encode_batch_fast(list(texts), add_special_tokens=False)
+    encodings = engines_of(tokenizer).own.encode_batch_fast(list(texts), add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
 
 
@@ -66,30 +97,6 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
     return end
 
 
-def _example(pieces: list[tuple[list[int], str, bool]], end: int) -> Example:
-    count = 2 + sum(len(ids) for ids, _, _ in pieces)
-    ids = np.empty(count, dtype=np.int64)
-    supervised = np.zeros(count, dtype=bool)
-    at, scored_bytes = 1, 0
-    for piece, text, scored in pieces:
-        ids[at : at + len(piece)] = piece
-        supervised[at : at + len(piece)] = scored
-        scored_bytes += len(text.encode("utf-8")) if scored else 0
-        at += len(piece)
-    ids[[0, -1]] = end
-    supervised[-1] = True
-    return Example(ids, supervised, scored_bytes)
-
-
-def _plain_engine(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    size = len(tokenizer)
-    known = _plain_engines.get(tokenizer)
-    if known is None or known[0] != size:
-        from tokenizers import Tokenizer
-
-        engine = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        engine.encode_special_tokens = True
-        engine.no_truncation()
-        engine.no_padding()
-        known = _plain_engines[tokenizer] = (size, engine)
-    return known[1]
+def _sums(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Sums of the stretches of `values` that end before `ends` (rising)."""
+    return np.diff(np.concatenate([[0], np.cumsum(values)])[ends], prepend=0)

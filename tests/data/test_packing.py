@@ -6,12 +6,12 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftune.config import Source
-from peftune.data.batches import Blocks
-from peftune.data.packing import cut_into_windows, pack
+from peftune.data.batches import NOT_SCORED, Blocks
+from peftune.data.packing import Windows, cut_into_windows, pack
 from peftune.data.store import prepare
 
 LENGTHS = st.lists(st.integers(2, 90), min_size=1, max_size=60).map(np.array)
@@ -56,6 +56,75 @@ def test_packing_is_best_fit(lengths, block_size):
     assert len(used) < 2 or np.sort(used)[:2].sum() > block_size
     again = packed(lengths, block_size)
     assert np.array_equal(packing.example, again.example) and np.array_equal(packing.first, again.first)
+
+
+def plain_best_fit(sizes: list[int], block_size: int) -> list[list[int]]:
+    """Best-fit decreasing in so many words: each window into the fullest block with room, of equals the last used."""
+    blocks: list[list[int]] = []
+    free: list[tuple[int, int, int]] = []  # free space, how long ago it became so (fewer is later), block
+    for clock, window in enumerate(sorted(range(len(sizes)), key=lambda i: -sizes[i])):
+        fitting = [entry for entry in free if entry[0] >= sizes[window]]
+        space, _, block = taken = min(fitting, default=(block_size, 0, len(blocks)))
+        if taken in free:
+            free.remove(taken)
+        else:
+            blocks.append([])
+        blocks[block].append(window)
+        free.append((space - sizes[window], -clock, block))
+    return [sorted(block) for block in blocks]
+
+
+@given(sizes=st.lists(st.integers(2, 40), max_size=80), block_size=st.integers(40, 90))
+def test_packing_by_sizes_equals_packing_one_by_one(sizes, block_size):
+    stop = np.array(sizes, dtype=np.int64)
+    packing, order = pack(Windows(np.arange(len(sizes)), np.zeros_like(stop), stop), block_size)
+    assert [order[list(packing.spans(b))].tolist() for b in range(len(packing))] == plain_best_fit(sizes, block_size)
+
+
+ROWS = st.lists(
+    st.tuples(st.text("ab c", max_size=30), st.text("abé", min_size=1, max_size=60)), min_size=1, max_size=9
+)
+
+
+@settings(max_examples=40)
+@given(rows=ROWS, block_size=st.integers(4, 40), micro_size=st.integers(1, 4), packed_rows=st.booleans())
+def test_batches_are_those_of_a_plain_loop(rows, block_size, micro_size, packed_rows, tokenizer, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("batches")
+    lines = "\n".join(json.dumps({"prompt": prompt, "completion": text}) for prompt, text in rows)
+    (directory / "a.jsonl").write_text(lines)
+    store = prepare([Source(path=str(directory / "a.jsonl"))], tokenizer, "t", " ", "auto", directory)
+    blocks = Blocks.of(store, np.arange(len(store))[::-1], block_size)
+    packing = blocks.packing
+    chosen = np.arange(len(blocks))[::-1]
+    seen = 0
+    for batch in blocks.batches(chosen, micro_size, packed_rows):
+        seen += batch.supervised()
+        segments = np.zeros(batch.ids.shape, int) if batch.segments is None else batch.segments.numpy()
+        for y in range(len(segments)):
+            for number in range(segments[y].max() + 1):
+                place = np.flatnonzero(segments[y] == number)
+                assert (np.diff(place) == 1).all()
+                ids, positions, targets = (t[y, place].tolist() for t in (batch.ids, batch.positions, batch.targets))
+                spans = [
+                    (
+                        i,
+                        store.window(
+                            len(store) - 1 - int(packing.example[i]), int(packing.start[i]), int(packing.stop[i])
+                        ),
+                    )
+                    for i in range(len(packing.example))
+                ]
+                assert positions == list(range(len(ids)))
+                assert any(
+                    tokens.tolist() == ids
+                    and targets == [*np.where(scored, tokens, NOT_SCORED)[1:].tolist(), NOT_SCORED]
+                    for _, (tokens, scored) in spans
+                )
+            assert (batch.targets[y].numpy()[segments[y] < 0] == NOT_SCORED).all()
+    assert seen == blocks.tokens() == blocks.tokens_of(chosen)
+    for i in range(len(packing.example)):
+        window = int(packing.start[i]), int(packing.stop[i])
+        assert blocks.supervised[i] == store.window(len(store) - 1 - int(packing.example[i]), *window)[1][1:].sum()
 
 
 def test_e2e_fills_its_blocks(gpt2_tokenizer, shared, write, tmp_path):

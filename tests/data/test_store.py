@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftune.config import Source
+from peftune.data import pipeline
 from peftune.data import store as store_module
 from peftune.data.sources import read_documents
 from peftune.data.split import split_by_digest
@@ -45,7 +46,7 @@ def equal(one: TokenStore, other: TokenStore) -> bool:
 
 
 def test_the_store_holds_exactly_what_the_tokenizer_gives(rows, pairs, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "_BATCH_DOCUMENTS", 7)  # bits of a batch do not end on a byte
+    monkeypatch.setattr(pipeline, "_BATCH_DOCUMENTS", 7)  # bits of a batch do not end on a byte
     store = prepare([rows, pairs], tokenizer, "t", " ", "auto", tmp_path)
     documents = [*read_documents(rows, "auto"), *read_documents(pairs, "auto")]
     assert len(store) == len(documents) == 63
@@ -75,7 +76,7 @@ def test_a_second_call_maps_what_the_first_wrote(rows, tokenizer, tmp_path, monk
     def refuse(*_: object) -> None:
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(store_module, "tokenize_documents", refuse)
+    monkeypatch.setattr(store_module, "tokenized", refuse)
     second = prepare([rows], tokenizer, "t", " ", "auto", tmp_path)
     assert equal(first, second) and isinstance(second._ids, np.memmap)
 

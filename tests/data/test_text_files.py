@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,45 @@ def test_pieces_of_any_size_give_the_same_documents(tmp_path_factory, text):
         assert list(split_text(path, "endoftext")) == whole
         assert text_files._how_to_split(path)[0] == ("endoftext" if E in text else "blank-line")
     assert [t for _, t in whole] == [part.strip("\n") for part in text.split(E) if part.strip()]
+
+
+def by_lines(text: str, enough: int) -> list[tuple[int, str]]:
+    """Documents between blank lines, as (first line, text), read line by line."""
+    found: list[tuple[int, list[str]]] = []
+    blank = enough
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            blank += 1
+            continue
+        if blank >= enough:
+            found.append((number, []))
+        else:
+            found[-1][1].extend(text.split("\n")[number - 1 - blank : number - 1])
+        found[-1][1].append(line)
+        blank = 0
+    return [(number, "\n".join(lines)) for number, lines in found]
+
+
+def widest_gaps(text: str) -> int:
+    """Blank lines that separate documents under `auto`, gap by gap."""
+    bodies = by_lines(text, 1)
+    lines = text.split("\n")
+    gaps = [sum(not line.strip() for line in lines[a - 1 : b - 1]) for (a, _), (b, _) in pairwise(bodies)]
+    wide = sum(gap > 1 for gap in gaps)
+    return 2 if wide and wide * 20 >= len(gaps) else 1
+
+
+LINES = st.lists(st.sampled_from(["a", "bb", "\n", "\n\n", "\n\n\n", " ", "\t", "\u00a0", "\x1c"]), max_size=40)
+
+
+@given(text=LINES.map("".join), piece=st.sampled_from([1, 2, 5, 1 << 20]))
+def test_blank_lines_separate_as_line_by_line(tmp_path_factory, text, piece):
+    path = tmp_path_factory.mktemp("lines") / "a.txt"
+    path.write_text(text, newline="")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_files, "_PIECE", piece)
+        assert list(split_text(path, "blank-line")) == by_lines(text, 1)
+        assert list(split_text(path, "auto")) == by_lines(text, widest_gaps(text))
 
 
 @pytest.mark.parametrize("padding", [0, 1, 5000, 1 << 20, (1 << 20) + 3])
