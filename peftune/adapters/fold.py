@@ -17,7 +17,7 @@ import torch
 from peftune.adapters.targets import Layout, Target, module_of
 from peftune.model.weights import HEAD, WTE, Weights, row_chunks
 
-_CACHED = 500_000  # values of a matrix folded at a time: 4 MB in float64, and memory that is used again
+_CACHED = 200_000  # values of a matrix folded at a time: 1.6 MB in float64, and memory that is used again
 
 
 @dataclass
