@@ -149,17 +149,19 @@ class _Job:
 
     def _write_tensors(self, staging: Path, advance: Callable[[], None]) -> None:
         dtype = DTYPES[self.dtype]
-        if why_rewritten(self.folded, dtype, self.max_shard_bytes) is None:
+        copies = why_rewritten(self.folded, dtype, self.max_shard_bytes) is None
+        if copies:
             with copying(staging, self.folded, dtype, lambda _: advance()) as finish:
                 _check_loadable(staging)  # names and shapes are there, and the kernel copies meanwhile
                 finish()
         else:
             limit = self.max_shard_bytes or SHARD_BYTES
             write_weights(staging, self.folded.shapes(), dtype, self.folded.chunks, limit, lambda _: advance())
-            _check_loadable(staging)
         unused = sorted(self.layout.tensors() - self.folded.used)
         if unused:
             raise CheckFailed(f"merge: {len(unused)} tensors of the adapter were not applied, such as {unused[0]}")
+        if not copies:
+            _check_loadable(staging)
 
     def _report(self) -> MergeReport:
         return MergeReport(
