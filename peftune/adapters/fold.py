@@ -17,6 +17,8 @@ import torch
 from peftune.adapters.targets import Layout, Target, module_of
 from peftune.model.weights import HEAD, WTE, Weights, row_chunks
 
+_CACHED = 200_000  # values of a matrix folded at a time: 1.6 MB in float64, and memory that is used again
+
 
 @dataclass
 class Folded:
@@ -45,12 +47,18 @@ class Folded:
         if target is not None and target.kind != "conv1d":
             yield from self._by_rows(name, target)
         elif target is not None:
-            yield _fold_matrix(self._base(name).float(), target, self.layout).float()
+            yield from self._conv1d(name, target)
         elif name in (WTE, HEAD):
             yield from (self._base(name, start, stop).float() for start, stop in self.pieces(name))
         else:
             yield self._with_bias(name, self._base(name).float())
         self._mark_used(name)
+
+    def changed(self) -> set[str]:
+        """Names of the merged tensors that the adapter changes; all others are the base's own."""
+        biased = {f"{name}.bias" for name, target in self.layout.targets.items() if "lora_B.bias" in target.parts}
+        moved = {f"{name}.weight" for name in self.layout.targets} | biased | set(self.layout.replaced)
+        return moved & self.shapes().keys()
 
     def tensor(self, name: str) -> torch.Tensor:
         """A whole merged tensor."""
@@ -94,6 +102,16 @@ class Folded:
         source = WTE if name == HEAD and self.weights.tied else name
         return self.weights.tensor(source) if stop is None else self.weights.rows(source, start or 0, stop)
 
+    def _conv1d(self, name: str, target: Target) -> Iterator[torch.Tensor]:
+        """A block's matrix (in, out), a cache-sized piece of inputs at a time where no input needs the others."""
+        whole, width = self._shape(name)
+        rows = whole if target.pissa or self.layout.dora else max(1, _CACHED // width)
+        for start in range(0, whole, rows):
+            stop = min(start + rows, whole)
+            cut = {"lora_A.weight": target.parts["lora_A.weight"][:, start:stop]}
+            part = dataclasses.replace(target, parts=target.parts | cut)
+            yield _fold_matrix(self._base(name, start, stop).float(), part, self.layout).float()
+
     def _by_rows(self, name: str, target: Target) -> Iterator[torch.Tensor]:
         """Embedding or head: (tokens, width), folded a few thousand tokens at a time."""
         pieces = self.pieces(name)
@@ -135,15 +153,16 @@ def _embedding_delta(target: Target, start: int, stop: int) -> torch.Tensor:
 
 def _fold_matrix(weight: torch.Tensor, target: Target, layout: Layout) -> torch.Tensor:
     """A weight as it is stored, with its adapter: float64, of the same shape."""
-    stored_in_out = target.kind == "conv1d"
-    out_in = weight.T if stored_in_out else weight
+    in_out = target.kind == "conv1d"
     a, b = target.parts["lora_A.weight"].double(), target.parts["lora_B.weight"].double()
-    start = _without_principal(out_in, target) if target.pissa else out_in.double()
-    moved = torch.addmm(start, b, a, alpha=target.scale)
-    if layout.dora:
-        magnitude = target.parts["lora_magnitude_vector"].double()
-        moved = moved * (magnitude / torch.linalg.vector_norm(moved, dim=1))[:, None]
-    return moved.T if stored_in_out else moved
+    start = _without_principal(weight.T if in_out else weight, target) if target.pissa else weight.double()
+    start = start.T if in_out and target.pissa else start
+    moved = torch.addmm(start, a.T, b.T, alpha=target.scale) if in_out else torch.addmm(start, b, a, alpha=target.scale)
+    if not layout.dora:
+        return moved
+    scales = target.parts["lora_magnitude_vector"].double() / torch.linalg.vector_norm(moved, dim=0 if in_out else 1)
+    scaled: torch.Tensor = moved * (scales if in_out else scales[:, None])
+    return scaled
 
 
 def _without_principal(out_in: torch.Tensor, target: Target) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Fold an adapter into its base: an ordinary GPT-2 checkpoint, proven to compute what base + adapter compute.
 
-Tensors stream one at a time through `fold` into `shards`; `verify` compares logits on real text before the directory
-appears under its name. What cannot be folded exactly is refused with the reason.
+`copied` writes what has the base's layout as a copy with changes; all else streams one tensor at a time through `fold`
+into `shards`. `verify` compares logits on real text before the directory appears under its name. What cannot be
+folded exactly is refused with the reason.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers.utils import logging
 
 from peftune.adapters import trained
 from peftune.adapters import verify as verification
+from peftune.adapters.copied import copying, why_rewritten
 from peftune.adapters.fold import Folded
 from peftune.adapters.provenance import base_fingerprint, check_base, tensors_fingerprint
 from peftune.adapters.report import MergeReport, judged, with_trained
@@ -50,13 +52,14 @@ def merge(
     dtype: str = "float32",
     verify: bool = True,
     texts: Sequence[str] | None = None,
-    max_shard_bytes: int = SHARD_BYTES,
+    max_shard_bytes: int | None = None,
 ) -> MergeReport:
     """Fold `adapter` into its base and write `out`, an ordinary GPT-2 directory with merge.json.
 
     `base` wins over the name that the adapter records; `texts` are what logits are compared on (default: the
-    language reference). Raises UserError for input that cannot be merged, CheckFailed where the result is not the
-    model that was trained; then there is no `out`.
+    language reference); `max_shard_bytes` cuts the weights into files of at most so many (default: the base's own
+    files where they can be copied, or 5 GB). Raises UserError for input that cannot be merged, CheckFailed where
+    the result is not the model that was trained; then there is no `out`.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")
@@ -81,7 +84,7 @@ class _Job:
     directory: Path
     config: GPT2Config
     dtype: str
-    max_shard_bytes: int
+    max_shard_bytes: int | None
 
     def __post_init__(self) -> None:
         self.layout = layout_of(self.adapter.config, self.adapter.tensors, self.config, str(self.adapter.directory))
@@ -100,7 +103,6 @@ class _Job:
         with _progress(len(self.folded.shapes()) + (self.config.n_layer * rounds if verify else 0)) as advance:
             self._write_tensors(staging, advance)
             report = self._report()
-            _check_loadable(staging)
             if verify:
                 report = self._verified(report, staging, sequences, advance)
         (staging / "merge.json").write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n", encoding="utf-8")
@@ -146,11 +148,20 @@ class _Job:
         return [torch.tensor(row) for row in rows]
 
     def _write_tensors(self, staging: Path, advance: Callable[[], None]) -> None:
-        shapes, dtype = self.folded.shapes(), DTYPES[self.dtype]
-        write_weights(staging, shapes, dtype, self.folded.chunks, self.max_shard_bytes, lambda _: advance())
+        dtype = DTYPES[self.dtype]
+        copies = why_rewritten(self.folded, dtype, self.max_shard_bytes) is None
+        if copies:
+            with copying(staging, self.folded, dtype, lambda _: advance()) as finish:
+                _check_loadable(staging)  # names and shapes are there, and the kernel copies meanwhile
+                finish()
+        else:
+            limit = self.max_shard_bytes or SHARD_BYTES
+            write_weights(staging, self.folded.shapes(), dtype, self.folded.chunks, limit, lambda _: advance())
         unused = sorted(self.layout.tensors() - self.folded.used)
         if unused:
             raise CheckFailed(f"merge: {len(unused)} tensors of the adapter were not applied, such as {unused[0]}")
+        if not copies:
+            _check_loadable(staging)
 
     def _report(self) -> MergeReport:
         return MergeReport(

@@ -43,10 +43,27 @@ def write_weights(
         files.append(directory / name)
         index.update(dict.fromkeys(names, name))
     if len(shards) > 1:
-        total = sum(math.prod(shape) for shape in shapes.values())
-        content = {"metadata": {"total_size": total * dtype.itemsize, "total_parameters": total}, "weight_map": index}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+        write_index(directory, shapes, dtype, index)
     return files
+
+
+def write_index(directory: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, index: dict[str, str]) -> None:
+    """Say in which file each tensor is."""
+    total = sum(math.prod(shape) for shape in shapes.values())
+    content = {"metadata": {"total_size": total * dtype.itemsize, "total_parameters": total}, "weight_map": index}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def stored(chunk: torch.Tensor, dtype: torch.dtype, name: str) -> memoryview:
+    """The bytes of merged values in `dtype`; CheckFailed where one is not finite in it.
+
+    A sum is finite only if all its terms are, and reads them once; only where it is not, each value is looked at.
+    """
+    values = chunk.to(dtype).contiguous()
+    if not math.isfinite(values.sum(dtype=torch.float32).item()) and not bool(torch.isfinite(values).all()):
+        raise CheckFailed(f"{name}: merged values do not fit {dtype}; use bfloat16 or float32")
+    flat: Any = values.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 def plan_shards(shapes: dict[str, tuple[int, ...]], item_bytes: int, max_bytes: int) -> list[list[str]]:
@@ -72,13 +89,8 @@ def _write_file(
         for name, shape in shapes.items():
             written = 0
             for chunk in chunks(name):
-                stored = chunk.to(dtype).contiguous()
-                if not bool(torch.isfinite(stored).all()):
-                    raise CheckFailed(f"{name}: merged values do not fit {dtype}; use bfloat16 or float32")
-                flat: Any = stored.reshape(-1).view(torch.uint8).numpy()
-                file.write(memoryview(flat))
-                written += stored.numel()
-            assert written == math.prod(shape), f"{name}: {written} values written, the header says {shape}"
+                written += file.write(stored(chunk, dtype, name))
+            assert written == math.prod(shape) * dtype.itemsize, f"{name}: {written} bytes, the header says {shape}"
             done(name)
         file.flush()
         os.fsync(file.fileno())

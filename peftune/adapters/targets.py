@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora.layer import Embedding, LoraLayer
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from peftune.errors import UserError
@@ -169,7 +170,7 @@ def _skeleton(config: dict[str, Any], base: GPT2Config, vocabulary: int, where: 
     known = {key: value for key, value in config.items() if key in _UNDERSTOOD and key != "runtime_config"}
     try:
         lora = LoraConfig(**{**known, "init_lora_weights": False, "inference_mode": False})
-        with torch.device("meta"), warnings.catch_warnings():
+        with torch.device("meta"), no_init_weights(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return inject_adapter_in_model(lora, GPT2LMHeadModel(resized))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:

@@ -117,8 +117,9 @@ def open_weights(directory: Path) -> Weights:
 def check_whole(weights: Weights, config: GPT2Config) -> None:
     """Every tensor of this architecture is there, in its shape; UserError where not."""
     from transformers import GPT2LMHeadModel
+    from transformers.initialization import no_init_weights
 
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         expected = GPT2LMHeadModel(config).state_dict()
     known = set(weights.names()) | ({HEAD} if weights.tied else set())
     missing = [name for name in expected if name not in known]
