@@ -38,7 +38,7 @@ def tokenized(
     def work(batch: list[Document]) -> tuple[Examples, np.ndarray]:
         return tokenize_batch(batch, engines, end, join), digests_of(batch)
 
-    threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+    threads = min(_MOST_THREADS, _cores())
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[tuple[Examples, np.ndarray]]] = deque()
         for batch, size in _batches(documents):
@@ -51,6 +51,11 @@ def tokenized(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def _cores() -> int:
+    """Cores that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[tuple[list[Document], int]]:

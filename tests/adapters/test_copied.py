@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -22,6 +23,7 @@ from peftune.adapters.store import read_adapter
 from peftune.adapters.targets import layout_of
 from peftune.errors import CheckFailed, UserError
 from peftune.model.base import load_config
+from peftune.model.lora import quiet_peft
 from peftune.model.weights import open_weights
 
 pytestmark = pytest.mark.filterwarnings(
@@ -189,3 +191,13 @@ def test_the_index_of_a_copy_names_every_tensor(tiny_base: Path, make_adapter: A
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
     assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in tensors_of(base).values())
+
+
+def test_every_bit_is_the_one_that_peft_merges(make_adapter: Any, tools: Any, tiny_base: Path, tmp_path: Path) -> None:
+    """Plain LoRA on all linear layers of an fp32 base: PEFT's own order of operations, so no rounding differs."""
+    adapter = make_adapter(target_modules=["c_attn", "c_proj", "c_fc"])
+    merge(adapter, tmp_path / "out", str(tiny_base), texts=tools.texts)
+    with quiet_peft():
+        merged = PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(tiny_base), adapter).merge_and_unload()
+    wanted, found = merged.state_dict(), load_file(tmp_path / "out" / "model.safetensors")
+    assert found and all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())

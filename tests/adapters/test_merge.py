@@ -159,8 +159,8 @@ def test_wrong_orientation_of_a_square_matrix_is_caught(
     make_adapter: Any, tools: Any, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = make_adapter(target_modules=["attn.c_proj"])
-    right = fold._fold_matrix
-    monkeypatch.setattr(fold, "_fold_matrix", lambda w, t, layout: right(w.T, t, layout).T)
+    right = fold._update
+    monkeypatch.setattr(fold, "_update", lambda target: right(target).T)
     with pytest.raises(CheckFailed, match="logits differ"):
         merge(adapter, tmp_path / "out", str(tiny_base), texts=tools.texts)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
