@@ -154,8 +154,9 @@ def _embedding_delta(target: Target, start: int, stop: int) -> torch.Tensor:
 
 def _update(target: Target) -> torch.Tensor:
     """What plain LoRA adds to a block's matrix (in, out), float32, as PEFT computes it."""
-    product = target.parts["lora_B.weight"].float() @ target.parts["lora_A.weight"].float()
-    return product.mul_(target.scale).T
+    # copies, because the last bit of a product depends on how its factors lie in memory
+    a, b = (target.parts[f"lora_{name}.weight"].to(torch.float32, copy=True) for name in "AB")
+    return (b @ a).mul_(target.scale).T
 
 
 def _fold_matrix(weight: torch.Tensor, target: Target, layout: Layout) -> torch.Tensor:
