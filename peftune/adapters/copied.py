@@ -10,9 +10,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -74,14 +73,12 @@ def why_rewritten(folded: Folded, dtype: torch.dtype, max_file_bytes: int | None
     return None
 
 
-@contextmanager
-def copying(
-    directory: Path, folded: Folded, dtype: torch.dtype, done: Callable[[str], None]
-) -> Iterator[Callable[[], None]]:
-    """Begin to copy the base's files in a thread; yields a function that writes the changed tensors and waits for all.
+def write_copy(directory: Path, folded: Folded, dtype: torch.dtype, done: Callable[[str], None]) -> None:
+    """Copy the base's files into `directory` in a thread, and write the changed tensors meanwhile.
 
-    Names and shapes can be read from `directory` at once. `done(name)` is called after each tensor, from both threads.
-    Raises OSError where the disk does not take it, CheckFailed for changed values that are not finite in `dtype`.
+    The files keep the base's headers, which `check_whole` has compared with what Transformers expects. `done(name)`
+    is called after each tensor, from both threads. Raises OSError where the disk does not take it, CheckFailed for
+    changed values that are not finite in `dtype`.
     """
     headers, changed = [_read_header(file) for file in folded.weights.files], folded.changed()
     copies = [directory / header.file.name for header in headers]
@@ -98,30 +95,14 @@ def copying(
             for name in header.places
             if name not in changed
         ]
-
-        def finish() -> None:
-            with _one_thread():
-                for header, copy in zip(headers, copies, strict=True):
-                    _overwrite(header, copy, folded, changed, dtype, done)
-            for part in copied:
-                part.result()
-            for copy in copies:
-                _sync(copy)
-
-        yield finish
+        for header, copy in zip(headers, copies, strict=True):
+            _overwrite(header, copy, folded, changed, dtype, done)
+        for part in copied:
+            part.result()
+        for copy in copies:
+            _sync(copy)
     finally:
         kernel.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Folding waits for memory and leaves a core to the kernel; threads that wait for each other cost 4 to 16 x."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _read_header(file: Path) -> _Header:
@@ -135,7 +116,7 @@ def _read_header(file: Path) -> _Header:
 
 
 def _begin(header: _Header, copy: Path) -> None:
-    """The header, and the file's whole length, so that the copy can be listed before its values are there."""
+    """The header, and the file's whole length, so that both threads may write anywhere in it."""
     with header.file.open("rb") as base, copy.open("xb") as opened:
         opened.write(base.read(header.begin))
         opened.truncate(header.end)

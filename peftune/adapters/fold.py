@@ -17,7 +17,7 @@ import torch
 from peftune.adapters.targets import Layout, Target, module_of
 from peftune.model.weights import HEAD, WTE, Weights, row_chunks
 
-_CACHED = 200_000  # values added at a time: 0.8 MB, and memory that is used again
+_PIECE = 1_000_000  # values read and changed at a time: 4 MB, so that memory is used again
 
 
 @dataclass
@@ -109,9 +109,9 @@ class Folded:
             return
         whole, width = self._shape(name)
         update = _update(target)
-        rows = max(1, _CACHED // width)
+        rows = max(1, _PIECE // width)
         for start in range(0, whole, rows):
-            yield self._base(name, start, min(start + rows, whole)).float() + update[start : start + rows]
+            yield self._base(name, start, min(start + rows, whole)).float().add_(update[start : start + rows])
 
     def _by_rows(self, name: str, target: Target) -> Iterator[torch.Tensor]:
         """Embedding or head: (tokens, width), folded a few thousand tokens at a time."""
@@ -156,7 +156,7 @@ def _update(target: Target) -> torch.Tensor:
     """What plain LoRA adds to a block's matrix (in, out), float32, as PEFT computes it."""
     # copies, because the last bit of a product depends on how its factors lie in memory
     a, b = (target.parts[f"lora_{name}.weight"].to(torch.float32, copy=True) for name in "AB")
-    return (b @ a).mul_(target.scale).T
+    return (a.T @ b.T).mul_(target.scale)
 
 
 def _fold_matrix(weight: torch.Tensor, target: Target, layout: Layout) -> torch.Tensor:
@@ -175,7 +175,7 @@ def _fold_matrix(weight: torch.Tensor, target: Target, layout: Layout) -> torch.
 
 def _without_principal(out_in: torch.Tensor, target: Target) -> torch.Tensor:
     """W less its `rank` largest singular directions, from a float32 decomposition as PEFT's `pissa_init` does it."""
-    left, values, right = torch.linalg.svd(out_in, full_matrices=False)
+    left, values, right = torch.linalg.svd(out_in.clone(), full_matrices=False)  # aligned, for the same bits each time
     rank = target.rank
     kept = (left[:, :rank].double() * values[:rank].double()) @ right[:rank].double()
     residual: torch.Tensor = out_in.double() - kept

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from peftune.adapters import trained
 from peftune.adapters import verify as verification
-from peftune.adapters.copied import copying, why_rewritten
+from peftune.adapters.copied import why_rewritten, write_copy
 from peftune.adapters.fold import Folded
 from peftune.adapters.provenance import base_fingerprint, check_base, tensors_fingerprint
 from peftune.adapters.report import MergeReport, judged, with_trained
@@ -149,19 +149,15 @@ class _Job:
 
     def _write_tensors(self, staging: Path, advance: Callable[[], None]) -> None:
         dtype = DTYPES[self.dtype]
-        copies = why_rewritten(self.folded, dtype, self.max_shard_bytes) is None
-        if copies:
-            with copying(staging, self.folded, dtype, lambda _: advance()) as finish:
-                _check_loadable(staging)  # names and shapes are there, and the kernel copies meanwhile
-                finish()
+        if why_rewritten(self.folded, dtype, self.max_shard_bytes) is None:
+            write_copy(staging, self.folded, dtype, lambda _: advance())
         else:
             limit = self.max_shard_bytes or SHARD_BYTES
             write_weights(staging, self.folded.shapes(), dtype, self.folded.chunks, limit, lambda _: advance())
+            _check_loadable(staging)
         unused = sorted(self.layout.tensors() - self.folded.used)
         if unused:
             raise CheckFailed(f"merge: {len(unused)} tensors of the adapter were not applied, such as {unused[0]}")
-        if not copies:
-            _check_loadable(staging)
 
     def _report(self) -> MergeReport:
         return MergeReport(
