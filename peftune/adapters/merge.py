@@ -42,7 +42,7 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
-_SEQUENCES, _LENGTH = 8, 128
+_SEQUENCES, _LENGTH = 8, 64
 
 
 def merge(
@@ -149,15 +149,17 @@ class _Job:
 
     def _write_tensors(self, staging: Path, advance: Callable[[], None]) -> None:
         dtype = DTYPES[self.dtype]
-        if why_rewritten(self.folded, dtype, self.max_shard_bytes) is None:
+        copied = why_rewritten(self.folded, dtype, self.max_shard_bytes) is None
+        if copied:
             write_copy(staging, self.folded, dtype, lambda _: advance())
         else:
             limit = self.max_shard_bytes or SHARD_BYTES
             write_weights(staging, self.folded.shapes(), dtype, self.folded.chunks, limit, lambda _: advance())
-            _check_loadable(staging)
         unused = sorted(self.layout.tensors() - self.folded.used)
         if unused:
             raise CheckFailed(f"merge: {len(unused)} tensors of the adapter were not applied, such as {unused[0]}")
+        if not copied:  # a copy has the base's own headers
+            _check_loadable(staging)
 
     def _report(self) -> MergeReport:
         return MergeReport(

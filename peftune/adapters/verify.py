@@ -152,10 +152,11 @@ def compare(
     for index in range(config.n_layer):
         for number, stream in enumerate(streams):
             block = stream.block(index).eval()
-            hidden[number] = [_output(block(states)) for states in hidden[number]]
+            hidden[number] = _output(block(hidden[number]))
             del block
         done()
-    flat = [_normed(stream, config, states) for stream, states in zip(streams, hidden, strict=True)]
+    real = torch.stack([torch.arange(hidden[0].shape[1]) < len(ids) for ids in sequences])
+    flat = [_normed(stream, config, states[real]) for stream, states in zip(streams, hidden, strict=True)]
     places = [slice(start, start + _PLACES) for start in range(0, len(flat[0]), _PLACES)]
     tallies = [[Tally(len(flat[0][place])) for place in places] for _ in candidates]
     for heads in zip(*(stream.head() for stream in streams), strict=True):
@@ -166,17 +167,15 @@ def compare(
     return {name: together([t.difference() for t in tally]) for name, tally in zip(candidates, tallies, strict=True)}
 
 
-def _embed(stream: Stream, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    used, places = torch.unique(torch.cat(list(sequences)), return_inverse=True)
-    longest = max(len(ids) for ids in sequences)
-    tokens, positions = stream.embedding(WTE, used)[places], stream.embedding(WPE, torch.arange(longest))
-    pieces = torch.split(tokens, [len(ids) for ids in sequences])
-    return [(piece + positions[: len(piece)])[None] for piece in pieces]
+def _embed(stream: Stream, sequences: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(sequences, longest, width); what fills shorter ones up stands behind them, where causal attention is blind."""
+    padded = nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
+    used, places = torch.unique(padded, return_inverse=True)
+    return stream.embedding(WTE, used)[places] + stream.embedding(WPE, torch.arange(padded.shape[1]))
 
 
-def _normed(stream: Stream, config: GPT2Config, hidden: list[torch.Tensor]) -> torch.Tensor:
+def _normed(stream: Stream, config: GPT2Config, states: torch.Tensor) -> torch.Tensor:
     weight, bias = stream.final_norm()
-    states = torch.cat([piece[0] for piece in hidden])
     return nn.functional.layer_norm(states, (config.n_embd,), weight, bias, config.layer_norm_epsilon)
 
 
