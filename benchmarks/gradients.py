@@ -62,7 +62,7 @@ def errors(job: dict[str, Any], precision: str) -> dict[str, float]:
 
 
 def reference(session: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """Gradient of the mean loss over the same step's tokens through PEFT, one document at a time, float32 on the CPU."""
+    """Gradient of the mean loss over the same step's tokens through PEFT, a document at a time, float32 on the CPU."""
     import torch
     from peft import get_peft_model
     from torch.nn import functional as F

@@ -84,7 +84,7 @@ def gemm_peak(sizes: list[tuple[int, int, int]], dtype: str, device: str, repeat
         x = torch.randn(rows, inner, device=device, dtype=getattr(torch, dtype))
         w = torch.randn(inner, columns, device=device, dtype=getattr(torch, dtype))
         seconds = [_timed(lambda x=x, w=w: x @ w, device) for _ in range(repeats + 2)][2:]
-        rates[f"{rows}×{inner}×{columns}"] = 2e-9 * rows * inner * columns / statistics.median(seconds)
+        rates[f"{rows}x{inner}x{columns}"] = 2e-9 * rows * inner * columns / statistics.median(seconds)
     return {**rates, "peak": max(rates.values())}
 
 

@@ -1,4 +1,4 @@
-"""What a target found: contestants with medians and spread, gates, and rows that hold a ratio against what is wanted."""
+"""What a target found: contestants with medians and spread, gates, and rows: a ratio against what is wanted."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Row:
     measured: Spread | None
     wanted: float
     sense: Literal["at least", "at most", "information"]
-    unit: str = "×"
+    unit: str = "times"
     reason: str = ""
 
     @property
@@ -114,7 +114,7 @@ def told(result: Result) -> str:
 
 
 def verdict(row: Row) -> str:
-    """`4.7 × (4.5 to 4.9), wanted at least 4: met`, with the reason where there is one."""
+    """`4.7 times (4.5 to 4.9), wanted at least 4: met`, with the reason where there is one."""
     reason = f" ({row.reason})" if row.reason else ""
     if row.measured is None:
         return f"not run{reason}"
@@ -125,6 +125,6 @@ def verdict(row: Row) -> str:
 
 def number(value: float) -> str:
     """Three significant digits, without an exponent where a person would not write one."""
-    if value == 0 or not _SMALLEST <= abs(value):
+    if abs(value) < _SMALLEST:
         return f"{value:.2g}"
     return f"{value:,.0f}" if abs(value) >= _LARGEST / 10 else f"{value:.3g}"

@@ -36,7 +36,7 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     )  # fmt: skip
     made.add_argument(
         "--tokenizer", default="builtin:small", metavar="DIR",
-        help="directory of a GPT-2 tokenizer; the default is peftune's own of 4,096 tokens, under the shape's vocabulary",
+        help="directory of a GPT-2 tokenizer; default: peftune's own of 4,096 tokens, under the shape's vocabulary",
     )  # fmt: skip
     made.add_argument("--data", metavar="FILE", help="text to cut documents from (default: peftune's built-in corpora)")
     made.add_argument("--rounds", type=int, default=5, help="rounds that count; contestants take turns in each")

@@ -36,6 +36,11 @@ class Peer:
 
 
 _TUNED: dict[str, Any] = {"weights": "bfloat16", "dropout": 0.0}
+_ON_CUDA = {
+    "packing": True, "gradient_checkpointing": False, "bf16": True, "per_device_train_batch_size": 16,
+    "optim": "adamw_torch_fused", "tf32": True,
+}  # fmt: skip
+_FIXED = {"packing_strategy": "wrapped", "torch_compile": True}  # rows of one length: compiled once
 _BY_LENGTH = {"train_sampling_strategy": "group_by_length"}
 
 PEERS = {
@@ -63,6 +68,9 @@ PEERS = {
         Peer("trainer-bf16-no-dropout", "trainer", dropout=0.0, arguments={"bf16": True}),
         Peer("trainer-tuned", "trainer", **_TUNED, arguments={"bf16": True}),
         Peer("trainer-tuned-by-length", "trainer", **_TUNED, arguments={"bf16": True, **_BY_LENGTH}),
+        Peer("trl-cuda-flash", "trl", **_TUNED, attention="flash_attention_2", arguments=_ON_CUDA),
+        Peer("trl-cuda-sdpa", "trl", **_TUNED, arguments={**_ON_CUDA, **_BY_LENGTH, "packing": False}),
+        Peer("trl-cuda-compiled", "trl", **_TUNED, arguments={**_ON_CUDA, **_FIXED}),
         Peer("peft-fp32", "loop"),
         Peer("peft-bf16", "loop", **_TUNED),
     )

@@ -35,7 +35,7 @@ class Shape:
         )
 
     def __str__(self) -> str:
-        return f"{self.layers} layers × {self.width}, {self.heads} heads, vocabulary {self.vocabulary:,}"
+        return f"{self.layers} layers of width {self.width}, {self.heads} heads, vocabulary {self.vocabulary:,}"
 
 
 PRESETS = {
