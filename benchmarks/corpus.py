@@ -26,26 +26,42 @@ _SHORTEST = 4
 
 
 def write_documents(
-    path: Path, tokenizer: Any, count: int, mean: float, longest: int, data: str | None = None, seed: int = 0
+    path: Path,
+    tokenizer: Any,
+    count: int,
+    mean: float,
+    longest: int,
+    data: str | None = None,
+    seed: int = 0,
+    prompted: float = 0.0,
 ) -> list[int]:
     """Write `count` documents as JSON lines; returns real tokens of each (at most `longest` - 1).
 
     Lengths are log-normal with this mean, cut at `longest`, the place in a block that the document takes with both its
-    `<|endoftext|>`. Where mean = longest all are exactly that long. Text repeats only when the source is used up.
+    `<|endoftext|>`. Where the mean is not below the longest, all are exactly that long. Text repeats only when the
+    source is used up. `prompted` is the share of a document's tokens that become a prompt, unsupervised.
     """
     chance = random.Random(seed)
     pieces = _endless(_text(data), tokenizer, chance)
     median = _median(mean, longest)
-    lengths = []
+    lengths: list[int] = []
     with open(path, "w", encoding="utf-8") as file:
         while len(lengths) < count:
             wanted = _length(median * chance.lognormvariate(0, SPREAD), longest)
             text, found = _cut(pieces, tokenizer, wanted - 2)
             if not text.strip() or found > longest - 2 or (mean >= longest and found != longest - 2):
                 continue  # cutting moved a token boundary
-            file.write(json.dumps({"text": text}) + "\n")
+            row = _parted(text, tokenizer, round(prompted * found)) if prompted else {"text": text}
+            if row is None:
+                continue
+            file.write(json.dumps(row) + "\n")
             lengths.append(found + 1)
     return lengths
+
+
+def supervised_share(longest: int, prompted: float) -> float:
+    """Of the real tokens of a document of this length, those that are supervised."""
+    return 1 - round(prompted * (longest - 2)) / (longest - 1)
 
 
 def statistics_of(lengths: list[int]) -> dict[str, float]:
@@ -123,6 +139,15 @@ def _cut(pieces: Iterator[tuple[str, list[tuple[int, int]]]], tokenizer: Any, wa
             text += "\n\n"
             tokens += 1
     return text, len(tokenizer(text, verbose=False)["input_ids"])
+
+
+def _parted(text: str, tokenizer: Any, tokens: int) -> dict[str, str] | None:
+    """Prompt of so many tokens and the rest; None where cutting moved a token boundary."""
+    places = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    cut = places[tokens][0]
+    row = {"prompt": text[:cut], "completion": text[cut:]}
+    sizes = [len(ids) for ids in tokenizer(list(row.values()), verbose=False)["input_ids"]]
+    return row if sizes == [tokens, len(places) - tokens] and text[cut:].strip() else None
 
 
 def _padded(lengths: list[int], batch: int) -> int:

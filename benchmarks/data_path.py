@@ -9,6 +9,7 @@ TRL's packing as a line of its own. Caches are new in each round.
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import sys
 import time
@@ -63,11 +64,10 @@ def _map(job: dict[str, Any], tokenizer: Any, scratch: Path) -> tuple[float, int
 
 
 def _whole(job: dict[str, Any], tokenizer: Any, scratch: Path) -> tuple[float, int]:
-    from trl import pack_dataset
-
+    pack: Any = importlib.import_module("trl").pack_dataset
     start = time.perf_counter()
     mapped = _mapped(_load(job, scratch), job, tokenizer)
-    pack_dataset(mapped.select_columns(["input_ids"]), job["block"], "bfd")
+    pack(mapped.select_columns(["input_ids"]), job["block"], "bfd")
     return time.perf_counter() - start, _count(mapped)
 
 

@@ -89,9 +89,11 @@ def reference(session: Any, values: dict[str, Any]) -> dict[str, Any]:
             start, stop = int(train.packing.start[span]), int(train.packing.stop[span])
             ids, scored = (torch.from_numpy(part.copy()) for part in train.store.window(document, start, stop))
             logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-            F.cross_entropy(logits[scored[1:]], ids[1:][scored[1:]], reduction="sum").backward()
+            loss = F.cross_entropy(logits[scored[1:]], ids[1:][scored[1:]], reduction="sum")
+            torch.autograd.backward(loss)
             tokens += int(scored[1:].sum())
-    return {name: parameters[name].grad.double() / tokens for name in values}
+    summed = {name: parameters[name].grad for name in values}
+    return {name: gradient.double() / tokens for name, gradient in summed.items() if gradient is not None}
 
 
 def contestant(setup: Setup, precisions: tuple[str, ...] = ("fp32", "bf16")) -> Contestant:

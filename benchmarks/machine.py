@@ -113,6 +113,6 @@ def serve(job: dict[str, Any], channel: Channel) -> None:
     sizes = [tuple(size) for size in job["sizes"]]
     channel.ready(settings={"sizes": job["sizes"], "device": job["device"]})
     for _ in channel.rounds():
-        bf16 = gemm_peak(sizes, "bfloat16", job["device"])  # type: ignore[arg-type]
-        fp32 = gemm_peak(sizes, "float32", job["device"])  # type: ignore[arg-type]
+        bf16 = gemm_peak(sizes, "bfloat16", job["device"])
+        fp32 = gemm_peak(sizes, "float32", job["device"])
         channel.answer(value=bf16["peak"], bf16=bf16, fp32=fp32, bandwidth=bandwidth(job["device"]))

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from benchmarks.machine import describe
 from benchmarks.rounds import Contestant
 
+Sense = Literal["at least", "at most", "information"]
 _SMALLEST, _LARGEST = 0.01, 1000.0
 
 
@@ -50,7 +51,7 @@ class Row:
     against: str
     measured: Spread | None
     wanted: float
-    sense: Literal["at least", "at most", "information"]
+    sense: Sense
     unit: str = "times"
     reason: str = ""
 

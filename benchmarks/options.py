@@ -138,7 +138,7 @@ class Setup:
         targets = a.targets if a.targets in ("all", "attention") else a.targets.split(",")
         return {
             "base": str(self.base),
-            "data": {"train": str(self.documents), "validation": 0, "block_size": a.block},
+            "data": {"train": str(self.documents), "validation": 0, "block_size": a.block, "join": ""},
             "lora": {"rank": a.rank, "alpha": a.alpha, "targets": targets},
             "optim": {"lr": 1e-4, "schedule": "constant", "warmup": 0, "steps": 1_000_000},
             "batch": {"global_size": a.batch},
@@ -194,13 +194,15 @@ def prepared(arguments: argparse.Namespace) -> Iterator[Setup]:
         os.environ["PEFTUNE_CACHE"] = str(root / "cache")
         base = make_base(root, arguments.shape, arguments.tokenizer, arguments.seed)
         documents, lengths = root / "documents.jsonl", []
+        prompted = getattr(arguments, "prompted", 0.0)
         if "documents" in arguments:
             from peftune.model.base import load_tokenizer
 
             print("cutting documents", file=sys.stderr)
+            documents = root / f"documents-{arguments.mean:g}-{arguments.longest}-{prompted:g}.jsonl"
             lengths = corpus.write_documents(
                 documents, load_tokenizer(base), arguments.documents, arguments.mean, arguments.longest,
-                arguments.data, arguments.seed,
+                arguments.data, arguments.seed, prompted,
             )  # fmt: skip
         yield Setup(arguments, root, base, documents, lengths)
 

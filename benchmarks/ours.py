@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.memory import MemoryGrowth
 from benchmarks.rounds import Channel
-from peftune.config import Recipe, Run, recipe_from
+from peftune.config import Recipe, recipe_from
 from peftune.display import Display
 from peftune.model.base import DTYPES, footprint
 from peftune.training import distributed
@@ -20,9 +20,6 @@ from peftune.training.precision import FIRST_LOSS_SCALE, choose_precision
 from peftune.training.session import Session, assemble, read_together
 from peftune.training.signals import StopRequest
 from peftune.training.step import learn
-
-HAS_FAST = "fast" in Run.model_fields
-"""Whether this peftune has a training step of its own beside that through Transformers and PEFT (`run.fast`)."""
 
 
 def begin(recipe: Recipe) -> Session:

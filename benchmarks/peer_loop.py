@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import sys
 import tempfile
 import time
@@ -51,7 +53,7 @@ class Clock:
         return self.begin()
 
 
-class Timing(TrainerCallback):  # type: ignore[misc]
+class Timing(TrainerCallback):
     """The clock in a Trainer's own loop."""
 
     def __init__(self, clock: Clock) -> None:
@@ -76,7 +78,8 @@ def serve(job: dict[str, Any], channel: Channel) -> None:
     """Rounds of whole steps until `tokens` real tokens; the value is real tokens per second."""
     peer = Peer(**job["peer"])
     if peer.fp32_products is not None:
-        torch.backends.mkldnn.matmul.fp32_precision = peer.fp32_products
+        matmul: Any = torch.backends.mkldnn
+        matmul.matmul.fp32_precision = peer.fp32_products
     clock = Clock(channel, job)
     with redirect_stdout(sys.stderr):
         {"trl": _trl, "trainer": _trainer, "loop": _loop}[peer.trainer](peer, job, clock)
@@ -122,13 +125,14 @@ def _run(trainer: Any, peer: Peer, clock: Clock) -> None:
 
 def _trl(peer: Peer, job: dict[str, Any], clock: Clock) -> None:
     from datasets import load_dataset
-    from trl import SFTConfig, SFTTrainer
+
+    trl: Any = importlib.import_module("trl")  # loads its names late, which a type checker cannot follow
 
     with tempfile.TemporaryDirectory() as out:
         data = load_dataset("json", data_files=job["documents"], cache_dir=out, split="train")
-        trainer = SFTTrainer(
+        trainer = trl.SFTTrainer(
             model=load_base(peer, job),
-            args=SFTConfig(**_arguments(peer, job, out)),
+            args=trl.SFTConfig(**_arguments(peer, job, out)),
             train_dataset=data,
             processing_class=AutoTokenizer.from_pretrained(job["base"]),
             peft_config=lora_config(job["lora"]),
@@ -181,8 +185,6 @@ def _loop(peer: Peer, job: dict[str, Any], clock: Clock) -> None:
 
 def examples(job: dict[str, Any], tokenizer: Any) -> Iterator[list[int]]:
     """Token ids of each document with `<|endoftext|>` at its end."""
-    import json
-
     for line in Path(job["documents"]).read_text(encoding="utf-8").splitlines():
         yield [*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id]
 

@@ -35,6 +35,8 @@ class Peer:
         return {key: value for key, value in asdict(self).items() if value is not None and key != "name"}
 
 
+# TRL's packed batch is one long row under a mask of its square: small batches are faster where no kernel skips the mask.
+_PACKED = {"packing": True, "gradient_checkpointing": False, "bf16": True, "max_length": 512}
 _TUNED: dict[str, Any] = {"weights": "bfloat16", "dropout": 0.0}
 _ON_CUDA = {
     "packing": True, "gradient_checkpointing": False, "bf16": True, "per_device_train_batch_size": 16,
@@ -48,16 +50,11 @@ PEERS = {
     for peer in (
         Peer("trl-default", "trl"),
         Peer("trl-packing", "trl", arguments={"packing": True}),
+        Peer("trl-tuned", "trl", **_TUNED, arguments={**_PACKED, "per_device_train_batch_size": 1}),
+        Peer("trl-tuned-2", "trl", **_TUNED, arguments={**_PACKED, "per_device_train_batch_size": 2}),
         Peer(
-            "trl-tuned", "trl", **_TUNED,
-            arguments={"packing": True, "gradient_checkpointing": False, "bf16": True},
-        ),
-        Peer(
-            "trl-tuned-narrow", "trl", **_TUNED,
-            arguments={
-                "packing": True, "gradient_checkpointing": False, "bf16": True, "max_length": 512,
-                "per_device_train_batch_size": 2,
-            },
+            "trl-tuned-wrapped", "trl", **_TUNED,
+            arguments={**_PACKED, "packing_strategy": "wrapped", "per_device_train_batch_size": 4},
         ),
         Peer(
             "trl-tuned-by-length", "trl", **_TUNED,
@@ -67,6 +64,7 @@ PEERS = {
         Peer("trainer-bf16", "trainer", arguments={"bf16": True}),
         Peer("trainer-bf16-no-dropout", "trainer", dropout=0.0, arguments={"bf16": True}),
         Peer("trainer-tuned", "trainer", **_TUNED, arguments={"bf16": True}),
+        Peer("trainer-tuned-2", "trainer", **_TUNED, arguments={"bf16": True, "per_device_train_batch_size": 2}),
         Peer("trainer-tuned-by-length", "trainer", **_TUNED, arguments={"bf16": True, **_BY_LENGTH}),
         Peer("trl-cuda-flash", "trl", **_TUNED, attention="flash_attention_2", arguments=_ON_CUDA),
         Peer("trl-cuda-sdpa", "trl", **_TUNED, arguments={**_ON_CUDA, **_BY_LENGTH, "packing": False}),

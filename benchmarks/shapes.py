@@ -30,9 +30,11 @@ class Shape:
         """The configuration, dropouts as GPT-2 ships them (0.1), so that a peer's default is what users get."""
         from transformers import GPT2Config
 
+        end = self.vocabulary - 1  # else GPT-2's own, which a smaller vocabulary does not have
         return GPT2Config(
-            n_layer=self.layers, n_embd=self.width, n_head=self.heads, vocab_size=self.vocabulary, n_positions=POSITIONS
-        )
+            n_layer=self.layers, n_embd=self.width, n_head=self.heads, vocab_size=self.vocabulary,
+            n_positions=POSITIONS, bos_token_id=end, eos_token_id=end,
+        )  # fmt: skip
 
     def __str__(self) -> str:
         return f"{self.layers} layers of width {self.width}, {self.heads} heads, vocabulary {self.vocabulary:,}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 
-from benchmarks.measure import Result, Row, Spread, finish, spread
+from benchmarks.measure import Result, Row, Sense, Spread, finish, spread
 from benchmarks.options import add_training, parse, parser, prepared
 from benchmarks.rounds import Contestant
 from benchmarks.training import CALIBRATION, compare, ours_both_ways
@@ -28,7 +28,7 @@ def run(arguments: Namespace) -> Result:
             entry["growth_MB"] = [round(found["grown"] / 1e6) for found in entry["rounds"]]
             result.notes.append(f"{entry['name']} grew by {entry['growth_MB']} MB")
     for peer in peers:
-        sense = "at most" if peer.name == "peft-bf16" else "information"
+        sense: Sense = "at most" if peer.name == "peft-bf16" else "information"
         share = _share(mine[0], peer)
         result.rows.append(
             Row("B3", "growth of memory in a step", peer.name, share, 0.2, sense, reason=peer.failure or "")

@@ -34,10 +34,7 @@ def run(arguments: Namespace) -> Result:
 def main() -> None:
     """Measure and tell."""
     made = parser(__doc__, shape=PRESETS["medium"])
-    add_training(
-        made, "peft-bf16,trainer-tuned", batch=2, mean=math.inf, documents=60, tokens=2000, gate_blocks=1,
-        tune=["trainer-tuned:per_device_train_batch_size=2"],
-    )  # fmt: skip
+    add_training(made, "peft-bf16,trainer-tuned-2", batch=2, mean=math.inf, documents=60, tokens=2000, gate_blocks=1)
     arguments = parse(made)
     finish(run(arguments), arguments.json)
 

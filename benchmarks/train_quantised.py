@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 
-from benchmarks.measure import Result, Row, Spread, finish, ratio
+from benchmarks.measure import Result, Row, Sense, Spread, finish, ratio
 from benchmarks.options import add_training, parse, parser, prepared
 from benchmarks.rounds import Contestant
 from benchmarks.shapes import PRESETS
@@ -24,8 +24,8 @@ def run(arguments: Namespace) -> Result:
             contestant.must_run = False
         result = compare(setup, "B12", "quantised base, medium", [bf16, *packed])
     for c in packed:
-        wanted = c.name == "int8"
-        speed, memory = ("at least", "at most") if wanted else ("information", "information")
+        speed: Sense = "at least" if c.name == "int8" else "information"
+        memory: Sense = "at most" if c.name == "int8" else "information"
         why = c.failure or ""
         result.rows += [
             Row("B12", f"speed on a base in {c.name}", "our bf16", ratio(c, bf16), 0.8, speed, reason=why),

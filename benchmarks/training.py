@@ -7,10 +7,12 @@ from argparse import Namespace
 from benchmarks import gradients, machine
 from benchmarks.measure import Result
 from benchmarks.options import Setup
-from benchmarks.ours import HAS_FAST
 from benchmarks.rounds import Contestant, interleave
+from peftune.config import Run
 
 CALIBRATION = "calibration"
+HAS_FAST = "fast" in Run.model_fields
+"""Whether this peftune has a training step of its own beside that through Transformers and PEFT (`run.fast`)."""
 
 
 def calibration(arguments: Namespace) -> Contestant:
