@@ -35,7 +35,7 @@ class Peer:
         return {key: value for key, value in asdict(self).items() if value is not None and key != "name"}
 
 
-# TRL's packed batch is one long row under a mask of its square: small batches are faster where no kernel skips the mask.
+# TRL's packed batch is one long row under a mask of its square: where no kernel skips the mask, small batches are best.
 _PACKED = {"packing": True, "gradient_checkpointing": False, "bf16": True, "max_length": 512}
 _TUNED: dict[str, Any] = {"weights": "bfloat16", "dropout": 0.0}
 _ON_CUDA = {

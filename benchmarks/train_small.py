@@ -17,7 +17,7 @@ from benchmarks.options import add_training, parse, parser, prepared
 from benchmarks.training import compare, fastest, ours_both_ways
 
 PEERS = (
-    "trl-default,trl-tuned,trl-tuned-narrow,trl-tuned-by-length,trainer-default,trainer-tuned,trainer-tuned-by-length"
+    "trl-default,trl-tuned,trl-tuned-wrapped,trl-tuned-by-length,trainer-default,trainer-tuned,trainer-tuned-by-length"
 )
 
 
