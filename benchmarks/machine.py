@@ -41,7 +41,6 @@ def describe() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": versions(),
-        "load_before": round(os.getloadavg()[0], 2),
     }
     return found
 

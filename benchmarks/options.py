@@ -123,6 +123,8 @@ class Setup:
     base: Path
     documents: Path
     lengths: list[int]
+    load: float
+    """Load average of the machine before anything was measured."""
 
     def environment(self) -> dict[str, str]:
         """Of every contestant: the same threads, no hub, a cache of its own."""
@@ -166,6 +168,7 @@ class Setup:
         """What was compared on what, to be printed with the figures."""
         a = self.arguments
         found = {"shape": str(a.shape), "weights": "random", "tokenizer": tokenizer_told(a), "rounds": a.rounds}
+        found |= {"load average before": round(self.load, 2)}
         found |= {"warm-up rounds": a.warmup, "threads": a.threads or "default", "seed": a.seed}
         if self.lengths:
             found |= {"documents": {**corpus.statistics_of(self.lengths), "sha256": corpus.digest(self.documents)}}
@@ -188,6 +191,7 @@ def tokenizer_told(arguments: argparse.Namespace) -> str:
 @contextmanager
 def prepared(arguments: argparse.Namespace) -> Iterator[Setup]:
     """Base and documents of a command, in `--work` or in a temporary directory."""
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="peftune-bench-") as scratch:
         root = Path(arguments.work or scratch).absolute()
         root.mkdir(parents=True, exist_ok=True)
@@ -204,7 +208,7 @@ def prepared(arguments: argparse.Namespace) -> Iterator[Setup]:
                 documents, load_tokenizer(base), arguments.documents, arguments.mean, arguments.longest,
                 arguments.data, arguments.seed, prompted,
             )  # fmt: skip
-        yield Setup(arguments, root, base, documents, lengths)
+        yield Setup(arguments, root, base, documents, lengths, load)
 
 
 def make_base(root: Path, shape: Shape, tokenizer: str, seed: int) -> Path:

@@ -7,6 +7,7 @@ import json
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -110,13 +111,19 @@ def _arguments(peer: Peer, job: dict[str, Any], out: str) -> dict[str, Any]:
 
 
 def _run(trainer: Any, peer: Peer, clock: Clock) -> None:
-    step = trainer.training_step
+    step, collate = trainer.training_step, trainer.data_collator
+    counts: deque[int] = deque()  # counted before batches move to a GPU, where asking would make the host wait
+
+    def collated(examples: Any) -> Any:
+        batch = collate(examples)
+        counts.append(real_tokens(batch))
+        return batch
 
     def counted(model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
-        clock.tokens += real_tokens(inputs)
+        clock.tokens += counts.popleft() if counts else real_tokens(inputs)  # empty where workers collate
         return step(model, inputs, *rest, **named)
 
-    trainer.training_step = counted
+    trainer.training_step, trainer.data_collator = counted, collated
     trainer.add_callback(Timing(clock))
     threads = torch.get_num_threads()
     clock.channel.ready(settings={**peer.told(), "batch": trainer.args.per_device_train_batch_size, "threads": threads})
@@ -169,11 +176,11 @@ def _loop(peer: Peer, job: dict[str, Any], clock: Clock) -> None:
     low = peer.weights == "bfloat16"
     clock.channel.ready(settings={**peer.told(), "batch": size, "threads": torch.get_num_threads()})
     going = clock.begin()
-    for ids, mask in _padded(list(examples(job, tokenizer)), size, tokenizer.eos_token_id, job["device"]):
+    for ids, mask, tokens in _padded(list(examples(job, tokenizer)), size, tokenizer.eos_token_id, job["device"]):
         if not going:
             return
-        clock.tokens += int(mask.sum())
-        dense = bool(mask.all())
+        clock.tokens += tokens
+        dense = tokens == ids.numel()
         with torch.autocast(job["device"], torch.bfloat16, enabled=low):
             labels = ids.masked_fill(mask == 0, -100)
             loss = model(input_ids=ids, attention_mask=None if dense else mask, labels=labels, use_cache=False).loss
@@ -189,12 +196,14 @@ def examples(job: dict[str, Any], tokenizer: Any) -> Iterator[list[int]]:
         yield [*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id]
 
 
-def _padded(rows: list[list[int]], size: int, pad: int, device: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of `size` documents and their masks, without end."""
+def _padded(
+    rows: list[list[int]], size: int, pad: int, device: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """Batches of `size` documents, their masks and their real tokens, without end."""
     while True:
         for first in range(0, len(rows) - size + 1, size):
             batch = rows[first : first + size]
             width = max(map(len, batch))
             ids = torch.tensor([row + [pad] * (width - len(row)) for row in batch], device=device)
             mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch], device=device)
-            yield ids, mask
+            yield ids, mask, sum(map(len, batch))

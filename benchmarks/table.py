@@ -43,10 +43,9 @@ def machine_told(results: Sequence[dict[str, Any]]) -> str:
     m = results[0]["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
     gpu = m["gpu"] or "no GPU"
-    loads = ", ".join(str(result["machine"]["load_before"]) for result in results)
     return (
         f"Machine: {m['cpu']}, {m['cores']} cores ({', '.join(m['instructions'])}), {m['memory_GB']} GB, {gpu}; "
-        f"{m['system']}, Python {m['python']}; {packages}. Load average before each target: {loads}."
+        f"{m['system']}, Python {m['python']}; {packages}."
     )
 
 

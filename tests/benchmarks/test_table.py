@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import all as everything
+from benchmarks import scaling
 from benchmarks.measure import Result, Row, Spread, number, ratio, spread
 from benchmarks.rounds import Contestant
 from benchmarks.table import BEGIN, END, achievement, chart, markdown, rewritten
 
 MACHINE = {
     "cpu": "A CPU", "cores": 2, "instructions": ["avx2"], "memory_GB": 8.0, "gpu": None, "system": "Linux",
-    "python": "3.11", "versions": {"torch": "2.13"}, "load_before": 0.1,
+    "python": "3.11", "versions": {"torch": "2.13"},
 }  # fmt: skip
 
 
@@ -59,6 +63,31 @@ def test_the_shipped_page_has_its_markers() -> None:
 def test_a_chart_is_drawn_of_what_was_measured(tmp_path: Path) -> None:
     chart([result()], tmp_path / "chart.png")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_all_writes_page_chart_and_table_from_an_earlier_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, picture, earlier = (tmp_path / name for name in ("page.md", "chart.svg", "all.json"))
+    page.write_text(f"# Title\n{BEGIN}\n{END}\n", encoding="utf-8")
+    earlier.write_text(json.dumps([result()]), encoding="utf-8")
+    options = ["--from", str(earlier), "--write", str(page), "--chart", str(picture)]
+    monkeypatch.setattr(sys, "argv", ["all", *options])
+    everything.main()
+    assert "at least 10 times | met |" in page.read_text(encoding="utf-8")
+    assert "<svg" in picture.read_text(encoding="utf-8")
+    assert "B11  GPU against TRL: not run (no CUDA device)" in capsys.readouterr().out
+
+
+def test_curves_are_drawn_and_told_against_the_formula(tmp_path: Path) -> None:
+    points = [
+        {"x": x, "seconds": {"median": x / 1e6, "low": x / 2e6, "high": x / 5e5}, "flop": x * 1e5}
+        for x in (1.0, 2.0, 16.0)
+    ]
+    curve = {"name": "rank", "label": "rank", "calibration": 200.0, "points": points}
+    assert "  2: 0.002 ms a token, 0.0002 GFLOP, 50.0% of peak" in scaling.told(curve)
+    scaling.chart([curve, curve], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_more_is_better_in_the_chart_whichever_way_a_target_points() -> None:
