@@ -126,7 +126,7 @@ def _panel(axis: Any, found: dict[str, Any]) -> None:
     axis.set_ylabel("ms per real token", fontsize=8)
     axis.set_title(f"{found['name']}: {share:.0%} of peak at the middle", fontsize=9)
     axis.set_ylim(bottom=0)
-    if max(xs) > 8 * min(xs):
+    if max(xs) > max(1, 8 * min(xs)):
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1000 else f"{value:,.0f}")
     axis.spines[["top", "right"]].set_visible(False)
