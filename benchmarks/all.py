@@ -73,9 +73,11 @@ def main() -> None:
     if arguments.write:
         rewritten(page, "")  # a page without markers is told before hours of measuring
     options = [*(["--quick"] if arguments.quick else []), *_for_every(arguments), *passed]
-    results = _earlier(arguments) if arguments.earlier else [measure(t, options) for t in arguments.only.split(",")]
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    results = _earlier(arguments) if arguments.earlier else []
+    for target in [] if arguments.earlier else arguments.only.split(","):
+        results.append(measure(target, options))
+        if arguments.json:  # after each: hours of measuring outlive an interruption
+            arguments.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if arguments.chart:
         chart(results, arguments.chart)
     if arguments.write:

@@ -67,12 +67,15 @@ def serve(job: dict[str, Any], channel: Channel) -> None:
     channel.ready(settings=_settings(session), base_bytes=footprint(session.adapted.model).held)
     for _ in channel.rounds():
         growth.before_first_step()
-        start, tokens, taken = time.perf_counter(), 0, 0
+        start, busy, tokens, taken = time.perf_counter(), time.process_time(), 0, 0
         while tokens < job["tokens"]:
             tokens += steps.step()
             taken += 1
         seconds = time.perf_counter() - start
-        channel.answer(value=tokens / seconds, tokens=tokens, seconds=seconds, steps=taken, grown=growth.grown())
+        channel.answer(
+            value=tokens / seconds, tokens=tokens, seconds=seconds, steps=taken, grown=growth.grown(),
+            cpu_seconds=time.process_time() - busy,
+        )  # fmt: skip
 
 
 def _settings(session: Session) -> dict[str, Any]:

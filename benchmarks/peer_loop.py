@@ -36,7 +36,7 @@ class Clock:
             return False
         self.growth.before_first_step()
         self.tokens = self.steps = 0
-        self.start = time.perf_counter()
+        self.start, self.busy = time.perf_counter(), time.process_time()
         return True
 
     def stepped(self) -> bool:
@@ -49,7 +49,7 @@ class Clock:
         seconds = time.perf_counter() - self.start
         self.channel.answer(
             value=self.tokens / seconds, tokens=self.tokens, seconds=seconds, steps=self.steps,
-            grown=self.growth.grown(),
+            grown=self.growth.grown(), cpu_seconds=time.process_time() - self.busy,
         )  # fmt: skip
         return self.begin()
 
