@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -62,14 +63,12 @@ def make_base(directory: Path, config: GPT2Config) -> None:
     )
 
 
-def make_adapter(directory: Path, config: GPT2Config) -> None:
-    """A random rank-16 adapter on every linear layer of every block."""
-    lora = LoraConfig(
-        r=16,
-        lora_alpha=32,
-        target_modules=["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
-        fan_in_fan_out=True,
-    )
+LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+
+
+def make_adapter(directory: Path, config: GPT2Config, rank: int = 16, targets: Sequence[str] = LINEARS) -> None:
+    """A random adapter, by default on every linear layer of every block."""
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets), fan_in_fan_out=True)
     with torch.device("meta"):
         shapes = get_peft_model_state_dict(
             inject_adapter_in_model(lora, GPT2LMHeadModel(config)), save_embedding_layers=False

@@ -1,0 +1,6 @@
+"""Side-by-side measurements, each one command: `python -m benchmarks.train_small --help`, `python -m benchmarks.all`.
+
+What is compared runs in processes of its own that take turns (`rounds`), so that a machine which slows down slows all
+of them; figures are medians over rounds with the lowest and the highest beside them. A target that is about training
+is gated: gradients are compared with PEFT's, document by document, before anything is timed (`gradients`).
+"""

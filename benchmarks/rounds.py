@@ -1,0 +1,216 @@
+"""Contestants take turns: each a process that loads and warms up once, then works one round whenever it is told to.
+
+The parent writes one line to a contestant's standard input for each round and reads one line of JSON back; meanwhile
+all others sleep on a read. So a Trainer is timed inside its own loop (it waits in a callback), threads and global
+settings of one library never reach another, and a machine that slows down does so for all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).parents[1]
+
+
+class Channel:
+    """The contestant's end: `ready` once, then an answer for every round."""
+
+    def __init__(self) -> None:
+        self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)  # whatever a library prints goes to stderr
+
+    def ready(self, **facts: Any) -> None:
+        """Loaded; `settings` are printed."""
+        self._say(facts)
+
+    def wait(self) -> bool:
+        """Sleep until the next round, without the memory that is free; False when there is none."""
+        _give_back_free_memory()
+        return sys.stdin.readline().strip() == "round"
+
+    def rounds(self) -> Iterator[None]:
+        """One turn for each round that is asked for."""
+        while self.wait():
+            yield
+
+    def answer(self, value: float, **facts: Any) -> None:
+        """The figure of this round, and what else is worth keeping."""
+        self._say({"value": value, **facts})
+
+    def _say(self, facts: dict[str, Any]) -> None:
+        self._out.write(json.dumps(facts) + "\n")
+        self._out.flush()
+
+
+def _give_back_free_memory() -> None:
+    """A sleeper that keeps gigabytes it does not use would make another run out (glibc; elsewhere nothing is done)."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+@dataclass
+class Contestant:
+    """What is measured: `module` (its `serve(job, channel)` runs in a process of its own) and the job it is given."""
+
+    name: str
+    module: str
+    job: dict[str, Any]
+    unit: str
+    must_run: bool = False
+    """Ours must; a peer that cannot run here is told as such, with the reason."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    failure: str | None = None
+
+    def values(self) -> list[float]:
+        return [found["value"] for found in self.rounds]
+
+
+class Failed(SystemExit):
+    """A contestant ended before its time; the message is the last line that it wrote. Of ours it ends the command."""
+
+
+def interleave(
+    contestants: list[Contestant], rounds: int, warmup: int, environment: dict[str, str], at_once: bool = True
+) -> None:
+    """Fill `facts` and `rounds` of every contestant; warm-up rounds are not kept.
+
+    With `at_once` False there is one process at a time, fresh for each contestant and round, with `warmup` rounds
+    before: for memory, where a sleeping neighbour would take some.
+    """
+    if not at_once:
+        for _ in range(rounds):
+            for contestant in contestants:
+                _round_alone(contestant, warmup, environment)
+        return
+    with tempfile.TemporaryDirectory() as logs:
+        running: dict[str, _Process] = {}
+        try:
+            for contestant in contestants:
+                _attempt(
+                    contestant, lambda c=contestant: running.update({c.name: _begun(c, warmup, environment, logs)})
+                )
+            for number in range(rounds):
+                for contestant in contestants:
+                    if contestant.failure is None:
+                        _attempt(contestant, lambda c=contestant: c.rounds.append(running[c.name].round()))
+                        _tell(contestant, f"round {number + 1} of {rounds}")
+        finally:
+            for process in running.values():
+                process.end()
+
+
+def _round_alone(contestant: Contestant, warmup: int, environment: dict[str, str]) -> None:
+    def once() -> None:
+        with tempfile.TemporaryDirectory() as logs:
+            process = _begun(contestant, warmup, environment, logs)
+            try:
+                contestant.rounds.append(process.round())
+            finally:
+                process.end()
+
+    if contestant.failure is None:
+        _attempt(contestant, once)
+        _tell(contestant, "alone")
+
+
+def _begun(contestant: Contestant, warmup: int, environment: dict[str, str], logs: str) -> _Process:
+    process = _Process(contestant, environment, Path(logs) / f"{abs(hash(contestant.name))}.log")
+    try:
+        contestant.facts = process.read()
+        print(f"  {contestant.name}: {json.dumps(contestant.facts)}", file=sys.stderr)
+        for _ in range(warmup):
+            process.round()
+    except BaseException:
+        process.end()
+        raise
+    return process
+
+
+def _attempt(contestant: Contestant, work: Any) -> None:
+    try:
+        work()
+    except Failed as error:
+        if contestant.must_run:
+            raise
+        contestant.failure = str(error)
+        print(f"  {contestant.name}: not run: {error}", file=sys.stderr)
+
+
+def _tell(contestant: Contestant, where: str) -> None:
+    if contestant.failure is None:
+        found = contestant.rounds[-1]
+        print(f"  {where}: {contestant.name} {found['value']:,.4g} {contestant.unit}", file=sys.stderr, flush=True)
+
+
+class _Process:
+    """One contestant at work."""
+
+    def __init__(self, contestant: Contestant, environment: dict[str, str], log: Path) -> None:
+        self.name, self.log = contestant.name, log
+        command = [sys.executable, "-m", "benchmarks.rounds", contestant.module, json.dumps(contestant.job)]
+        with open(log, "wb") as stderr:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT,
+                env={**os.environ, **environment},
+            )  # fmt: skip
+
+    def read(self) -> dict[str, Any]:
+        line = _pipe(self.process.stdout).readline()
+        if not line:
+            self.process.wait()
+            if self.process.returncode == -signal.SIGKILL:
+                raise Failed(f"{self.name} was killed, most likely because memory ran out")
+            lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+            raise Failed(f"{self.name} ended with {self.process.returncode}: {' '.join(lines[-1:])[:400]}")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def round(self) -> dict[str, Any]:
+        try:
+            _pipe(self.process.stdin).write("round\n")
+            _pipe(self.process.stdin).flush()
+        except BrokenPipeError:
+            pass  # `read` tells why it ended
+        return self.read()
+
+    def end(self) -> None:
+        """Close its input, which ends it between rounds; what goes on regardless is stopped."""
+        stdin, stdout = _pipe(self.process.stdin), _pipe(self.process.stdout)
+        try:
+            stdin.close()
+            self.process.wait(timeout=10)
+        except (subprocess.TimeoutExpired, BrokenPipeError):
+            self.process.kill()
+            self.process.wait()
+        finally:
+            stdout.close()
+
+
+def _pipe(pipe: IO[str] | None) -> IO[str]:
+    assert pipe is not None
+    return pipe
+
+
+def main() -> None:
+    """A contestant's process: `python -m benchmarks.rounds MODULE JOB`, started by `interleave`."""
+    module, job = sys.argv[1], json.loads(sys.argv[2])
+    importlib.import_module(module).serve(job, Channel())
+
+
+if __name__ == "__main__":
+    main()
