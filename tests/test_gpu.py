@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from peftune.config import Recipe, recipe_from
+from peftune.config import Lora, Recipe, recipe_from
 from peftune.model import quantized
-from peftune.model.base import load_model
+from peftune.model.base import load_model, place
+from peftune.model.fast import attention, varlen
+from peftune.model.fast.adapted import fast
+from peftune.model.lora import inject
 from peftune.model.scorer import Scorer
 from peftune.training import run
 from peftune.training.records import read_metrics
@@ -111,7 +114,7 @@ def test_a_gpu_that_is_full_halves_the_micro_batch(recipe: Make, tmp_path: Path)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     state = json.loads((tmp_path / "full" / "checkpoints" / "step-2" / "state.json").read_text())
-    assert 0 < state["micro_size"] < 1000
+    assert 0 < state["micro_size"] < 2000
 
 
 def test_rows_of_one_document_take_flash_attention(tiny_base: Path) -> None:
@@ -123,6 +126,42 @@ def test_rows_of_one_document_take_flash_attention(tiny_base: Path) -> None:
         flash = scorer(ids, positions, ids.roll(-1, dims=1), None)
     masked = scorer(ids, positions, ids.roll(-1, dims=1), torch.zeros_like(ids))
     torch.testing.assert_close(flash, masked, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2), (torch.float16, 1e-2)])
+def test_fast_steps_give_the_gradients_of_the_library_path(
+    tiny_base: Path, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Documents of unequal length, one row padded; whichever kernel was chosen for this dtype."""
+    segments = torch.tensor([[0] * 20 + [1] * 44, [0] * 3 + [1] * 37 + [-1] * 24])
+    positions = torch.cat([torch.arange(n) for n in (20, 44, 3, 37, 24)]).view(2, 64)
+    ids = torch.randint(0, 299, (2, 64))
+    targets = torch.where(segments >= 0, ids.roll(-1, dims=1), -100)
+
+    def gradient(number_format: torch.dtype, is_fast: bool) -> torch.Tensor:
+        adapted = inject(load_model(tiny_base), Lora(rank=4, alpha=8), 0)
+        for name, parameter in adapted.trainable().items():
+            if ".lora_B." in name:
+                torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
+        place(adapted.model, "cuda", number_format)
+        adapted.model.train()
+        if is_fast:
+            loss = fast(adapted, dtype, 0.0, 0.0, recompute=False)(ids, positions, targets, segments)
+        else:
+            loss = Scorer(adapted.model)(ids.cuda(), positions.cuda(), targets.cuda(), segments.cuda())
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(adapted.trainable().values()))])
+
+    found, wanted = gradient(dtype, True), gradient(torch.float32, False)
+    assert float((found - wanted).norm() / wanted.norm()) < tolerance
+
+
+@pytest.mark.parametrize("plan", [varlen.plan, attention._fused])
+def test_every_gpu_kernel_is_causal_attention_within_documents(plan: Any) -> None:
+    lengths, heads = np.array([5, 130, 1, 129]), 2
+    qkv = torch.randn(265, 3 * heads * 64, device="cuda", dtype=torch.bfloat16)
+    found = plan(lengths, heads, torch.device("cuda"))(qkv)
+    wanted = attention._in_slabs(lengths, heads, torch.device("cpu"))(qkv.float().cpu())
+    torch.testing.assert_close(found.float().cpu(), wanted, rtol=3e-2, atol=3e-2)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])

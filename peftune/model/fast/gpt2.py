@@ -80,7 +80,9 @@ class FastGPT2:
         training, device = self.module.training, self.wte.device
         tokens = tokens_of(ids.shape, segments)
         places = torch.from_numpy(tokens.places)
-        ids, positions, targets = (_moved(tensor.flatten()[places], device) for tensor in (ids, positions, targets))
+        ids, positions, targets = (tensor.flatten()[places] for tensor in (ids, positions, targets))
+        (scored,) = torch.nonzero(targets >= 0, as_tuple=True)  # here, where it stops no GPU
+        ids, positions, scored, targets = (_moved(t, device) for t in (ids, positions, scored, targets[scored]))
         attend = self.kernel.plan(tokens.lengths, self.heads, device)
         x = self.wte[ids].float()
         if training and self.neftune:
@@ -91,8 +93,7 @@ class FastGPT2:
                 x = checkpoint(block, x, attend, training, use_reentrant=False)
             else:
                 x = block(x, attend, training)
-        scored = targets >= 0
-        return summed_nats(self.ln_f(x[scored]), self.head, targets[scored], self.smoothing if training else 0.0)
+        return summed_nats(self.ln_f(x[scored]), self.head, targets, self.smoothing if training else 0.0)
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
