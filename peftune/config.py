@@ -103,7 +103,7 @@ class Data(Section):
     block_size: Annotated[int, Field(ge=8)] | Literal["auto"] = "auto"
     """Tokens per block; `auto` is the context length of the base (1,024 for GPT-2)."""
     packing: bool = True
-    """Lay several documents in one row; `false` gives each a row of its own, sorted by length. Same result, slower."""
+    """Lay several documents in one row; `false` gives each a row of its own, sorted by length. Same result."""
     join: Literal[" ", ""] = " "
     """Put between prompt and completion where neither has white space at the seam."""
     split_on: Literal["auto", "blank-line", "endoftext", "file", "line"] = "auto"
