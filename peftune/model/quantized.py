@@ -9,7 +9,6 @@ mode alone) and picks outlier columns over a whole batch, so that a loss would d
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import logging
 from collections.abc import Iterator
@@ -39,7 +38,9 @@ def require(kind: Kind | None) -> None:
 
 def versions(kind: Kind | None) -> dict[str, str]:
     """Version of the library that packed the base, by its name; nothing where it was not packed."""
-    return {} if kind is None else {"bitsandbytes": importlib.metadata.version("bitsandbytes")}
+    from importlib.metadata import version
+
+    return {} if kind is None else {"bitsandbytes": version("bitsandbytes")}
 
 
 def quiet() -> None:
