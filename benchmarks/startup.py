@@ -31,7 +31,9 @@ _PATIENCE = 600.0  # seconds until a command that tells no step is given up
 
 def serve(job: dict[str, Any], channel: Channel) -> None:
     """One round starts the command once; the value is seconds."""
-    channel.ready(settings={"command": job["command"]})
+    channel.ready(
+        settings={"command": " ".join(Path(part).name if part.startswith("/") else part for part in job["command"])}
+    )
     for _ in channel.rounds():
         shutil.rmtree(job["out"], ignore_errors=True)
         channel.answer(_seconds(job))

@@ -116,7 +116,7 @@ def chart(results: Sequence[dict[str, Any]], path: Path) -> None:
     for status in ("met", "missed"):
         axis.barh(-9, 0, color=_COLOURS[status], label=status)
     axis.set_ylim(-0.6, max(len(rows), 1) - 0.4)
-    axis.legend(loc="lower right", frameon=False)
+    axis.legend(loc="upper right", frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
