@@ -71,11 +71,16 @@ def test_the_corpus_has_what_would_show_a_wrong_division(values: Make, tmp_path:
     assert any(sum(step[0::2]) != sum(step[1::2]) for step in scored), "unequal tokens on the ranks"
 
 
+def limit(*ways: str) -> float:
+    """Of the distance to one process; ZeRO-3 goes by Transformers' and PEFT's steps, the others by fast ones."""
+    return 1e-5 if "zero3" in ways else 1e-6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS[1:])
 def test_two_ranks_give_the_same_adapter_as_one_process(trained: Path, way: str, distance: Distance) -> None:
     """fp32 sums of the same numbers in another order: 2e-8 in a step's loss, 1e-6 in the whole adapter."""
-    assert distance(trained / "one", trained / way) <= 1e-6
+    assert distance(trained / "one", trained / way) <= limit(way)
     one, many = events(trained / "one", "train"), events(trained / way, "train")
     np.testing.assert_allclose([e["loss"] for e in many], [e["loss"] for e in one], rtol=1e-6)
     np.testing.assert_allclose([e["grad_norm"] for e in many], [e["grad_norm"] for e in one], rtol=1e-5)
@@ -89,7 +94,7 @@ def test_two_ranks_give_the_same_adapter_as_one_process(trained: Path, way: str,
 def test_what_else_a_recipe_asks_for_is_the_same_on_two_ranks(
     trained: Path, way: str, name: str, distance: Distance
 ) -> None:
-    assert distance(trained / f"one-{name}", trained / f"{way}-{name}") <= 1e-6
+    assert distance(trained / f"one-{name}", trained / f"{way}-{name}") <= limit(way)
 
 
 @pytest.mark.slow
@@ -117,7 +122,7 @@ def test_any_checkpoint_goes_on_in_any_way(trained: Path, way: str, other: str, 
     resumed = trained / f"{way}-from-{other}"
     assert events(resumed, "resume")[0]["from_step"] == CUT
     assert [e["step"] for e in events(resumed, "train")] == [e["step"] for e in events(trained / "one", "train")]
-    assert distance(trained / "one", resumed) <= 1e-6
+    assert distance(trained / "one", resumed) <= limit(way, other)
     if way == other:
         assert distance(trained / way, resumed) == 0.0
 
@@ -169,7 +174,7 @@ def test_zero3_shares_out_the_weights_of_the_base(trained: Path, shared_out: Pat
         assert parts.numel() - full.numel() in (0, 1)
         torch.testing.assert_close(parts[: full.numel()], full, rtol=1e-4, atol=1e-5)
     assert all(rank["live_elements"] == 0 for rank in ranks), "weights were left whole between two forwards"
-    assert distance(trained / "one", trained / "all-shared") <= 1e-6
+    assert distance(trained / "one", trained / "all-shared") <= limit("zero3")
 
 
 @pytest.mark.slow

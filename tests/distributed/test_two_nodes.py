@@ -156,7 +156,8 @@ def test_two_machines_train_one_adapter(
     machines.launch(config, str(recipe), program=None)
     codes, told = machines.ended(150)
     assert codes == [0, 0], told
-    assert distance(tmp_path / "adapter", alone) <= 1e-6
+    same_function = config == "cpu-2"  # ZeRO-3 goes by Transformers' and PEFT's steps, one process by fast ones
+    assert distance(tmp_path / "adapter", alone) <= (1e-6 if same_function else 1e-5)
 
 
 def test_a_cut_cable_ends_the_run_which_goes_on_once_it_is_mended(
