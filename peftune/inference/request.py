@@ -71,10 +71,14 @@ OnUpdate = Callable[[Update], None]
 
 @dataclass(eq=False)
 class Ticket:
-    """A request that was accepted. `cancel` may be called from any thread: its slot is free at the next boundary."""
+    """A request that was accepted; `seed` writes the same text again.
+
+    `cancel` may be called from any thread: the slot is free at the next boundary.
+    """
 
     request: Request
     on_update: OnUpdate
+    seed: int
     cancelled: bool = field(default=False)
 
     def cancel(self) -> None:
