@@ -6,11 +6,11 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from peftune import __version__
+from peftune import __version__, cli_adapters
 from peftune.errors import PeftuneError, UserError, told_once_a_machine
 from peftune.model.quantized import quiet
 
@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(cli_adapters.app)
 
 _BASE_HELP = "Hub name, directory, or builtin:small."
 _ADAPTER_HELP = "Adapter directory, with the name to show; a bare DIR is named after its last part. May be repeated."
@@ -235,9 +236,13 @@ def _complain(message: str, exit_code: int) -> int:
 
 
 def _where_help_is(arguments: list[str]) -> str:
-    verbs = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
-    verb = next((f" {argument}" for argument in arguments if argument in verbs), "")
-    return f"See: peftune{verb} --help"
+    command: Any = typer.main.get_command(app)
+    words = ["peftune"]
+    for argument in arguments:
+        if argument in getattr(command, "commands", {}):
+            command = command.commands[argument]
+            words.append(argument)
+    return f"See: {' '.join(words)} --help"
 
 
 def _columns(values: list[str] | None) -> dict[str, str]:

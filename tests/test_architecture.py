@@ -25,6 +25,7 @@ FLOORS = (
     {"inference", "evaluate"},
     {"training"},
     {"quickstart"},
+    {"cli_adapters"},
     {"cli"},
     {"__main__"},
 )

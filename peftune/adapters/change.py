@@ -79,10 +79,10 @@ def by_kind(rest: dict[str, tuple[float, float]]) -> dict[str, Facts]:
     for name, sizes in rest.items():
         groups.setdefault(next(kind for kind, pattern in _KINDS.items() if pattern.search(name)), []).append(sizes)
     found: dict[str, Facts] = {}
-    for kind, sizes in groups.items():
-        moved, before = sum(m for m, _ in sizes), sum(b for _, b in sizes)
+    for kind, members in groups.items():
+        moved, before = sum(m for m, _ in members), sum(b for _, b in members)
         if moved:
-            changed = sum(m > 0 for m, _ in sizes)
+            changed = sum(m > 0 for m, _ in members)
             relative = math.sqrt(moved / before) if before else None
             found[kind] = {"tensors": changed, "norm": math.sqrt(moved), "relative_change": relative}
     return found

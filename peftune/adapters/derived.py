@@ -57,7 +57,7 @@ def write_derived(
 def _plain_lora(base: str, updates: list[Update]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     usual = Counter(update.rank for update in updates).most_common(1)[0][0]
     ranks = {re.escape(update.name): update.rank for update in updates if update.rank != usual}
-    config = LoraConfig(
+    lora: Any = LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
         inference_mode=True,
@@ -67,8 +67,8 @@ def _plain_lora(base: str, updates: list[Update]) -> tuple[dict[str, Any], dict[
         alpha_pattern=dict(ranks),
         target_modules=sorted(update.name for update in updates),
         fan_in_fan_out=any(update.kind == "conv1d" for update in updates),
-    ).to_dict()
-    plain = {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in config.items()}
+    )
+    plain = {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in lora.to_dict().items()}
     tensors = {f"{_PREFIX}{u.name}.{part}": tensor for u in updates for part, tensor in u.parts().items()}
     return plain, tensors
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from transformers import GPT2Config
 
@@ -45,7 +46,7 @@ def implied(adapters: Iterable[Adapter]) -> GPT2Config:
                     f"adapter {adapter.directory}: is made for a base with {what} {size}, {other.directory} for one "
                     f"with {known}; they do not fit one base"
                 )
-    sizes = {what: size for what, (size, _) in found.items()}
+    sizes: dict[str, Any] = {what: size for what, (size, _) in found.items()}
     if _WIDTH not in sizes:
         names = " and ".join(sorted({str(adapter.directory) for adapter in adapters}))
         raise UserError(f"adapter {names}: does not tell the width of its base; pass --base")

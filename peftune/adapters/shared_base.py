@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from peftune.adapters.provenance import check_base, describe_base
 from peftune.adapters.store import Adapter
@@ -58,13 +57,6 @@ def why_apart(first: Adapter, second: Adapter) -> str:
         f"adapter {first.directory} names the base {names[0]}, {second.directory} {names[1]}, and {silent.directory} "
         "holds no fingerprint that would tell whether these are the same; pass --base if they are"
     )
-
-
-def base_directory(adapter: Adapter, base: str) -> Path:
-    """The local directory of a base, if this adapter belongs to it; UserError if not."""
-    directory = resolve(base)
-    check_base(adapter.directory, directory)
-    return directory
 
 
 def _prints(adapter: Adapter) -> dict[str, str]:
