@@ -1,4 +1,4 @@
-"""What an adapter is, told from its tensors: norms of the whole update by module and layer, with and without its base."""
+"""What an adapter is, told from its tensors: norms of its update by module and layer, with and without its base."""
 
 from __future__ import annotations
 
