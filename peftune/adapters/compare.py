@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peftune.adapters.anatomy import place_of, variant
+from peftune.adapters.catalogue import targets
 from peftune.adapters.implied import read_layout
 from peftune.adapters.shared_base import recorded_base, why_apart
 from peftune.adapters.store import Adapter, read_adapter
@@ -56,7 +57,7 @@ def compare(first: Path, second: Path) -> Comparison:
         first, second, why_apart(a, b), _overall(ones, others, shared),
         {name: _figures(ones[name], others[name]) for name in shared},
         sorted(ones.keys() - others.keys(), key=place_of), sorted(others.keys() - ones.keys(), key=place_of),
-        _differences(a, b), _notes((a, b), layouts, unlike),
+        _differences((a, b), layouts), _notes((a, b), layouts, unlike),
     )  # fmt: skip
 
 
@@ -100,24 +101,24 @@ def _overall(ones: dict[str, Update], others: dict[str, Update], shared: list[st
     }
 
 
-def _differences(a: Adapter, b: Adapter) -> dict[str, tuple[Any, Any]]:
+def _differences(pair: tuple[Adapter, Adapter], layouts: tuple[Layout, Layout]) -> dict[str, tuple[Any, Any]]:
     """Settings that differ, and where both were trained by a recipe what differs in these."""
-    recipes = [_recipe(adapter) for adapter in (a, b)]
-    ones, others = _settings(a), _settings(b)
+    recipes = [_recipe(adapter) for adapter in pair]
+    ones, others = (_settings(adapter, layout) for adapter, layout in zip(pair, layouts, strict=True))
     if all(recipes):
         ones, others = ones | recipes[0], others | recipes[1]
     keys = [*ones, *(key for key in others if key not in ones)]
     return {key: (ones.get(key), others.get(key)) for key in keys if ones.get(key) != others.get(key)}
 
 
-def _settings(adapter: Adapter) -> dict[str, Any]:
-    config, recorded = adapter.config, adapter.provenance or {}
-    targets = config.get("target_modules")
+def _settings(adapter: Adapter, layout: Layout) -> dict[str, Any]:
+    recorded = adapter.provenance or {}
     return {
         "base": recorded_base(adapter),
         "variant": variant(adapter),
-        **{key: config.get(key) or None for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")},
-        "target_modules": sorted(targets) if isinstance(targets, list) else targets,
+        "targets": targets(adapter),
+        "ranks": sorted({target.rank for target in layout.targets.values()}),
+        "scales": sorted({target.scale for target in layout.targets.values()}),
         **{key: recorded.get(key) for key in ("step", "tokens", "precision")},
     }
 
