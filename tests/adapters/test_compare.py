@@ -87,7 +87,8 @@ def test_other_bases_and_other_recipes_are_told(make_adapter: Any, tiny_base: Pa
     found = compare(*adapters)
     assert "weights 000000000000" in found.apart and not found.as_json()["same_base"]
     assert found.differences == {
-        "ranks": ([4], [8]), "scales": ([1.5], [0.75]), "step": (0, 10), "optim.lr": (1e-4, 2e-4), "data.train": ([{"path": "0"}], [{"path": "1"}]),
+        "ranks": ([4], [8]), "scales": ([1.5], [0.75]), "step": (0, 10), "optim.lr": (1e-4, 2e-4),
+        "data.train": ([{"path": "0"}], [{"path": "1"}]),
     }  # fmt: skip
 
 
