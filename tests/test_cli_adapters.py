@@ -96,6 +96,18 @@ def test_show_tells_what_is_known_and_what_is_not(here: Path, tiny_base: Path, c
     assert "no peftune.json: what it was trained on, for how long and how well is not known" in plain
 
 
+def test_a_peftune_json_of_another_make_is_told_as_far_as_it_goes(here: Path, capsys: Captured) -> None:
+    odd = {
+        "recipe": {"data": {"train": ["x", {}]}}, "step": "ten", "metrics": {"a": 1, "b": {"adapter": {"loss": "low"}}},
+        "combined": {"adapters": [1, {}], "relative_error": "none"}, "extracted": {"tuned": 3}, "versions": [1],
+        "data_fingerprints": 7, "identity": [],
+    }  # fmt: skip
+    (here / "a" / "peftune.json").write_text(json.dumps(odd))
+    assert "extracted from 3" in printed(capsys, "show", "a")
+    assert "2 adapters in ." in printed(capsys, "list", ".")
+    assert "norm, first" in printed(capsys, "compare", "a", "b")
+
+
 def test_combined_adapters_go_through_every_other_verb(here: Path, tiny_base: Path, capsys: Captured) -> None:
     base = str(tiny_base)
     out = printed(capsys, "combine", "a", "b", "--weights", "-0.5,1", "--out", "c", "--json", "c.json")

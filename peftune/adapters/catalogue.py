@@ -107,11 +107,7 @@ def _entry(place: Path, root: Path) -> Entry:
 def _facts(adapter: Adapter) -> dict[str, Any]:
     recorded = adapter.provenance or {}
     metrics = recorded.get("metrics")
-    losses = {
-        domain: rows["adapter"]["loss"]
-        for domain, rows in (metrics.items() if isinstance(metrics, dict) else ())
-        if isinstance(rows, dict) and isinstance(rows.get("adapter"), dict) and "loss" in rows["adapter"]
-    }
+    losses = {name: _loss(rows) for name, rows in metrics.items()} if isinstance(metrics, dict) else {}
     return {
         "base": recorded_base(adapter),
         "base_fingerprint": recorded.get("base_fingerprint"),
@@ -119,10 +115,15 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
         "ranks": ranks(adapter),
         "targets": targets(adapter),
         "megabytes": megabytes(adapter),
-        "step": recorded.get("step"),
-        "tokens": recorded.get("tokens"),
-        "loss": losses,
+        **{key: recorded[key] if isinstance(recorded.get(key), int) else None for key in ("step", "tokens")},
+        "loss": {domain: loss for domain, loss in losses.items() if loss is not None},
     }
+
+
+def _loss(rows: Any) -> float | None:
+    adapter = rows.get("adapter") if isinstance(rows, dict) else None
+    loss = adapter.get("loss") if isinstance(adapter, dict) else None
+    return loss if isinstance(loss, int | float) else None
 
 
 def ranks(adapter: Adapter) -> list[int]:

@@ -52,13 +52,15 @@ def _history(recorded: dict[str, Any] | None) -> list[str]:
         effort = [f"{recorded[key]:,.0f} {unit}" for key, unit in _EFFORT.items() if _is_number(recorded.get(key))]
         held = [f"base in {kind}" for kind in [_at(recorded, "recipe", "quantize")] if kind]
         lines.append(f"trained on {told}: {', '.join([*effort, str(recorded.get('precision', '')), *held])}")
-    for part in _at(recorded, "combined", "adapters") or []:
-        lines.append(f"combined from {part['weight']:g} of {part['adapter']} ({part['fingerprint'][:12]})")
-    if _at(recorded, "extracted", "tuned"):
-        made = recorded["extracted"]
-        lines.append(f"extracted from {made['tuned']} ({made['tuned_fingerprint'][:12]})")
+    parts = _at(recorded, "combined", "adapters")
+    for part in parts if isinstance(parts, list) else []:
+        weight, name, fingerprint = (_at(part, key) for key in ("weight", "adapter", "fingerprint"))
+        lines.append(f"combined from {weight} of {name} ({str(fingerprint)[:12]})")
+    tuned = _at(recorded, "extracted", "tuned")
+    if tuned is not None:
+        lines.append(f"extracted from {tuned} ({str(_at(recorded, 'extracted', 'tuned_fingerprint'))[:12]})")
     errors = [_at(recorded, key, "relative_error") for key in ("combined", "extracted")]
-    return lines + [f"relative error when it was made: {share(error)}" for error in errors if error is not None]
+    return lines + [f"relative error when it was made: {share(error)}" for error in errors if _is_number(error)]
 
 
 _EFFORT = {"step": "steps", "tokens": "tokens", "seconds": "s"}
@@ -73,6 +75,10 @@ def _at(recorded: Any, *keys: str) -> Any:
     for key in keys:
         recorded = recorded.get(key) if isinstance(recorded, dict) else None
     return recorded
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _print_metrics(printer: Printer, metrics: Any) -> None:
@@ -124,10 +130,10 @@ def _provenance(found: Anatomy) -> list[str]:
     prints = {
         "adapter": found.fingerprint, "base": recorded.get("base_fingerprint"),
         "tokenizer": recorded.get("tokenizer_fingerprint"),
-        **{f"data {name}": value for name, value in (_at(recorded, "data_fingerprints") or {}).items()},
+        **{f"data {name}": value for name, value in _mapping(recorded.get("data_fingerprints")).items()},
     }  # fmt: skip
     lines = ["fingerprints: " + ", ".join(f"{name} {str(value)[:12]}" for name, value in prints.items() if value)]
-    versions = {"peftune": recorded.get("peftune"), **(_at(recorded, "versions") or {})}
+    versions = {"peftune": recorded.get("peftune"), **_mapping(recorded.get("versions"))}
     if recorded:
         lines.append("made with: " + ", ".join(f"{name} {value}" for name, value in versions.items() if value))
     return lines
