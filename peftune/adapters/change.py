@@ -19,6 +19,7 @@ _KINDS = {
     "output head": re.compile(r"^lm_head\."), "embeddings": re.compile(r"\.wte\.|\.wpe\."),
     "norms": re.compile(r"\.ln_"), "biases": re.compile(r"\.bias$"), "other matrices": re.compile(""),
 }  # fmt: skip
+_PIECE = 1_000_000  # values in float64 at a time: 8 MB
 Facts = dict[str, float | None]
 
 
@@ -41,9 +42,11 @@ class Pair:
     def change(self, name: str) -> tuple[float, float]:
         """(‖D‖², ‖W_base‖²) of a tensor, read in pieces."""
         moved, size = 0.0, 0.0
-        for before, after in zip(_chunks(self.base, name), _chunks(self.tuned, name), strict=True):
-            moved += float((after.double() - before.double()).square().sum())
-            size += float(before.double().square().sum())
+        for chunks in zip(_chunks(self.base, name), _chunks(self.tuned, name), strict=True):
+            pieces = (torch.split(chunk.reshape(-1), _PIECE) for chunk in chunks)
+            for before, after in zip(*pieces, strict=True):
+                moved += float((after.double() - before.double()).square().sum())
+                size += float(before.double().square().sum())
         return moved, size
 
     def notes(self) -> list[str]:
