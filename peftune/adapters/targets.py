@@ -89,6 +89,13 @@ def changes_base(config: dict[str, Any]) -> bool:
     return config.get("init_lora_weights", True) not in _PLAIN_INITS or config.get("bias", "none") != "none"
 
 
+def refuse_biased_head(layout: Layout, where: str) -> None:
+    """UserError for an adapter that adds a bias to the head: no tensor of a GPT-2 can hold it."""
+    head = layout.targets.get("lm_head")
+    if head is not None and "lora_B.bias" in head.parts:
+        raise UserError(f"adapter {where}: lora_bias on lm_head, but the head of a GPT-2 has no bias")
+
+
 def layout_of(config: dict[str, Any], tensors: dict[str, torch.Tensor], base: GPT2Config, where: str) -> Layout:
     """Sort an adapter's tensors by what they do to a base of this shape.
 

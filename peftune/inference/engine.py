@@ -183,6 +183,7 @@ class Engine:
                 for row in self._rows:
                     row.ticket.on_update(Update(finish_reason="error", error=f"{type(error).__name__} in the engine"))
                 self._rows.clear()
+                self._batch = Batch(self.bank.plan, self._slots)
         for row in [*self._rows, *self._waiting.take(lambda _: True)]:
             row.ticket.on_update(Update(finish_reason="cancelled"))
         self._rows.clear()
@@ -234,6 +235,7 @@ class Engine:
         hidden = self._batch.read([row.function for row in rows], slots, ids, start)
         done = []
         for row, chunk, states in zip(rows, chunks, hidden, strict=True):
+            row.touched = max(row.touched, start + width)
             if row.wants_prompt:
                 row.score_prompt(self._batch.logits([row.function] * len(chunk), states[: len(chunk)]))
             row.read += len(chunk)
@@ -249,6 +251,7 @@ class Engine:
         hidden = self._batch.write([row.function for row in ready], slots, ids, [row.read for row in ready])
         for row in ready:
             row.read += 1
+            row.touched = max(row.touched, row.read)
         return list(zip(ready, hidden, strict=True))
 
     def _choose(self, fresh: list[tuple[Running, torch.Tensor]]) -> None:
@@ -262,7 +265,7 @@ class Engine:
             return
         rows = [row for row, _ in fresh]
         logits = self._batch.logits([row.function for row in rows], torch.stack([states for _, states in fresh]))
-        finite = torch.isfinite(logits).all(-1).tolist()  # host sync, as reading the tokens is
+        finite = logits.sum(-1).isfinite().tolist()  # host sync, as reading the tokens is
         tokens = choose(rows, (logits if all(finite) else logits.nan_to_num())[:, : len(self.bank.tokenizer)])
         for row, token, row_logits, good in zip(rows, tokens, logits, finite, strict=True):
             if not good:
@@ -280,9 +283,10 @@ class Engine:
             if row.text.finish_reason is None:
                 continue
             self._seconds_a_text += 0.1 * (time.monotonic() - row.began - self._seconds_a_text)
+            self._batch.forget(slot, row.touched)
             last = self._rows.pop()
             if slot < len(self._rows):
-                self._batch.move(len(self._rows), slot, last.read)
+                self._batch.move(len(self._rows), slot, last.touched)
                 self._rows[slot] = last
 
     def _retry_after(self) -> float:
