@@ -108,6 +108,7 @@ class Answer:
 
     async def _events(self, work: Work) -> AsyncIterator[bytes]:
         fixed = self._object(self.shape.part, [])
+        routing = {"routing": fixed.pop("routing")} if self.chosen.routing is not None else {}  # told once
         usage: dict[str, Any] = {"usage": None} if self.stream_usage else {}
         written = 0
         try:
@@ -120,7 +121,8 @@ class Answer:
                 written += len(update.ids)
                 piece = self.choices[index].teller.tell(_good(update))
                 if not piece.is_empty:
-                    yield _event(fixed | {"choices": [self.shape.delta(index, piece)]} | usage)
+                    yield _event(fixed | {"choices": [self.shape.delta(index, piece)]} | usage | routing)
+                    routing = {}
         except Refusal as refusal:
             yield _event(refusal.body)
             return

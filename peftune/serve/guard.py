@@ -99,7 +99,7 @@ def check_host(host: str, allowed: tuple[str, ...]) -> None:
 
 
 async def _refuse(refusal: Refusal, started: bool, request: Request, send: Send) -> None:
-    """The refusal as the answer; one that has begun already stays unfinished, at which uvicorn closes the connection."""
+    """The refusal as the answer; one that has begun already stays unfinished: uvicorn closes the connection."""
     if not started:
         await refusal.response()(request.scope, request.receive, send)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from peftune.serve.body import read_json
 from peftune.serve.chat import speaks
 from peftune.serve.refusal import Refusal
 from peftune.serve.service import AUTO, BASE, Service, is_inside, service_of
-
-_STARTED = int(time.time())
 
 
 async def list_models(http: Request) -> Response:
@@ -108,7 +105,7 @@ def _roots(http: Request) -> list[Path]:
 def _card(service: Service, name: str | None) -> dict[str, Any]:
     """A model in the shape of OpenAI's list, with what other servers of adapters add."""
     bank = service.bank
-    card: dict[str, Any] = {"id": name or service.base, "object": "model", "created": _STARTED, "owned_by": "peftune"}
+    card: dict[str, Any] = {"id": name or service.base, "object": "model", "created": service.created, "owned_by": "peftune"}
     if name is None:
         return card | {"root": service.base, "parent": None, "max_model_len": bank.config.n_positions, "chat": False}
     loaded = bank.get(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,7 @@ class Service:
     settings: ServeSettings
     metrics: Metrics = field(default_factory=Metrics)
     draining: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
