@@ -105,7 +105,12 @@ def _roots(http: Request) -> list[Path]:
 def _card(service: Service, name: str | None) -> dict[str, Any]:
     """A model in the shape of OpenAI's list, with what other servers of adapters add."""
     bank = service.bank
-    card: dict[str, Any] = {"id": name or service.base, "object": "model", "created": service.created, "owned_by": "peftune"}
+    card: dict[str, Any] = {
+        "id": name or service.base,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "peftune",
+    }
     if name is None:
         return card | {"root": service.base, "parent": None, "max_model_len": bank.config.n_positions, "chat": False}
     loaded = bank.get(name)

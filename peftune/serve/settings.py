@@ -47,8 +47,8 @@ class ServeSettings:
 
     @property
     def most_choices(self) -> int:
-        """Texts that one request may ask for: more could never be accepted together."""
-        return min(128, self.slots + self.queue)
+        """Texts that one request may ask for: more could never be sure of a place in an empty queue."""
+        return min(128, self.queue)
 
     @property
     def only_loopback(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -52,12 +53,31 @@ class Running:
         self.bank = self.service.bank
         self.server = server
         self.url = server.url
+        self.address = server._listener.getsockname()
         key = self.service.settings.api_key
         self.client = OpenAI(base_url=f"{self.url}/v1", api_key=key or "none", max_retries=0)
         self.http = httpx.Client(base_url=self.url, timeout=30)
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.http.post(path, json=body)
+
+    def stream(self, receive_buffer: int | None = None, **fields: Any) -> socket.socket:
+        """A connection on which a stream of 400 tokens has begun, unread."""
+        asked = {"model": "a0", "prompt": "x", "stream": True, "max_tokens": 400, "temperature": 0} | fields
+        connection = socket.socket()
+        if receive_buffer:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        connection.settimeout(10)
+        connection.connect(self.address)
+        connection.sendall(self.request(json.dumps(asked).encode()))
+        assert b" 200 " in connection.recv(200)
+        return connection
+
+    def request(self, body: bytes = b"", headers: str = "") -> bytes:
+        """A request for completions as bytes; without `headers` with the length of the body."""
+        headers = headers or f"Content-Length: {len(body)}\r\n"
+        start = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{headers}\r\n"
+        return start.encode() + body
 
     def metric(self, start: str) -> float:
         """The sum of all series that begin so."""
@@ -72,10 +92,10 @@ class Running:
 
 
 @contextmanager
-def serving(adapters: dict[str, Path], **settings: Any) -> Iterator[Running]:
+def serving(adapters: dict[str, Path], base: str = "builtin:small", **settings: Any) -> Iterator[Running]:
     chosen = ServeSettings(port=0, **settings)
     with listen(chosen.host, chosen.port) as listener:
-        server = Server(make_service("builtin:small", adapters, "fp32", chosen), listener)
+        server = Server(make_service(base, adapters, "fp32", chosen), listener)
         thread = threading.Thread(target=server.run)
         thread.start()
         until = time.monotonic() + 20
@@ -112,3 +132,8 @@ def server(root: Path) -> Iterator[Running]:
 def start() -> Callable[..., Any]:
     """`with start(adapters, **settings) as running`: a server of one's own."""
     return serving
+
+
+@pytest.fixture(scope="session")
+def make() -> Callable[..., Path]:
+    return make_adapter

@@ -58,11 +58,12 @@ def test_a_stream_joins_to_the_whole(server: Any, more: dict[str, Any]) -> None:
         told = parts[choice.index]
         assert "".join(part.text for part in told) == choice.text
         assert [part.finish_reason for part in told] == [None] * (len(told) - 1) + [choice.finish_reason]
-        assert sum((part.token_ids for part in told), []) == choice.token_ids
+        assert [token for part in told for token in part.token_ids] == choice.token_ids
         assert told[0].prompt_token_ids == choice.prompt_token_ids == server.bank.encode(PROMPTS[3])[1:]
         if "logprobs" in more:
             for key in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
-                assert sum((getattr(part.logprobs, key) for part in told), []) == getattr(choice.logprobs, key)
+                joined = [value for part in told for value in getattr(part.logprobs, key)]
+                assert joined == getattr(choice.logprobs, key)
 
 
 def test_logprobs_of_an_echoed_prompt_are_those_of_the_model(server: Any) -> None:
@@ -82,7 +83,9 @@ def test_logprobs_of_an_echoed_prompt_are_those_of_the_model(server: Any) -> Non
         for token in choice.logprobs.tokens
     )
     assert spelled.decode() == prompt
-    whole = [(t, at) for t, at in zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True) if t[:2] != "by"]
+    whole = [
+        (t, at) for t, at in zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True) if t[:2] != "by"
+    ]
     assert len(whole) > 4 and all(prompt[at:].startswith(token) for token, at in whole)
     for row, token, top in zip(nats, choice.logprobs.tokens, choice.logprobs.top_logprobs, strict=False):
         assert sorted(top.values(), reverse=True)[:3] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
@@ -143,7 +146,10 @@ def test_auto_asks_the_likeliest_adapter_and_below_the_threshold_the_base(
 
 
 def test_chat_is_for_adapters_that_were_trained_on_it_and_renders_as_training_did(server: Any) -> None:
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+    ]
     common = {"messages": messages, "max_completion_tokens": 6, "temperature": 0}
     answer = server.client.chat.completions.create(model="a7", logprobs=True, top_logprobs=2, **common)
     (choice,) = answer.choices
