@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from contextlib import suppress
 from typing import Any, NoReturn
 
 from fastapi import Request
@@ -12,7 +11,7 @@ from fastapi import Request
 from peftune.serve.refusal import Refusal
 
 _CLOSE = {"Connection": "close"}  # the rest of the body is not read, so no request can follow it
-_LINGER_BYTES, _LINGER_SECONDS = 8 << 20, 2.0
+_LINGER_BYTES = 8 << 20
 
 
 async def read_json(request: Request, limit: int, seconds: float) -> dict[str, Any]:
@@ -25,14 +24,15 @@ async def read_json(request: Request, limit: int, seconds: float) -> dict[str, A
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Refusal(415, f"Content-Type is {kind or 'missing'}, expected application/json", headers=_CLOSE)
-    if int(request.headers.get("content-length", 0)) > limit:
-        await _refuse_size(request, limit)
+    too_large = Refusal(413, f"the body has more than {limit} bytes", code="body_too_large", headers=_CLOSE)
+    if "expect" in request.headers and int(request.headers.get("content-length", 0)) > limit:
+        raise too_large  # it asked first, and has sent nothing yet
     try:
         raw = await asyncio.wait_for(_read(request, limit), seconds)
     except asyncio.TimeoutError:
         raise Refusal(408, f"the body did not arrive within {seconds:g} seconds", headers=_CLOSE) from None
-    if len(raw) > limit:
-        await _refuse_size(request, limit)
+    if raw is None:
+        raise too_large
     return parse(bytes(raw))
 
 
@@ -58,30 +58,16 @@ def parse(raw: bytes) -> dict[str, Any]:
     return value
 
 
-async def _read(request: Request, limit: int) -> bytearray:
-    raw = bytearray()
+async def _read(request: Request, limit: int) -> bytearray | None:
+    """The body, or None above `limit`. Of that some more is read: who still sends would lose the answer."""
+    raw, seen = bytearray(), 0
     async for chunk in request.stream():
-        raw += chunk
-        if len(raw) > limit:
+        seen += len(chunk)
+        if seen <= limit:
+            raw += chunk
+        elif seen > limit + _LINGER_BYTES:
             break
-    return raw
-
-
-async def _refuse_size(request: Request, limit: int) -> NoReturn:
-    """413, after a while of reading on: a client that still sends would lose the answer with the connection."""
-    if "expect" not in request.headers:  # one that asks first has sent nothing yet
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(_discard(request), _LINGER_SECONDS)
-    raise Refusal(413, f"the body has more than {limit} bytes", code="body_too_large", headers=_CLOSE)
-
-
-async def _discard(request: Request) -> None:
-    seen = 0
-    while seen < _LINGER_BYTES:
-        message = await request.receive()
-        seen += len(message.get("body", b""))
-        if message["type"] == "http.disconnect" or not message.get("more_body", False):
-            return
+    return raw if seen <= limit else None
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -62,7 +62,8 @@ def speaks(bank: AdapterBank, name: str) -> bool:
     recipe = provenance.get("recipe")
     data = recipe.get("data") if isinstance(recipe, dict) else None
     sources = data.get("train") if isinstance(data, dict) else None
-    return isinstance(sources, list) and any(isinstance(one, dict) and one.get("messages") for one in sources)
+    listed = isinstance(sources, list) and bool(sources)
+    return listed and all(isinstance(one, dict) and bool(one.get("messages")) for one in sources)
 
 
 def _speakers(service: Service, model: str) -> list[str]:

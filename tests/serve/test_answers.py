@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 import openai
 import pytest
 from openai import AsyncOpenAI
