@@ -109,9 +109,15 @@ def evaluate(
     precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="What to compute in.")] = "fp32",
     column: Columns = None,
     block_size: BlockSize = None,
+    routing: Annotated[
+        bool, typer.Option("--routing", help="Instead: how often a prompt is sent to its domain's adapter.")
+    ] = False,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of --routing: tokens of a document to judge by.")] = 32,
+    prompts: Annotated[int, typer.Option(min=1, help="Of --routing: at most so many prompts a domain.")] = 500,
+    threshold: Annotated[float, typer.Option(help="Of --routing: nats per token that the base must lose by.")] = 0.0,
     json_path: Json = None,
 ) -> None:
-    """Print the perplexity matrix: the base and each adapter, on each domain.
+    """Print the perplexity matrix: the base and each adapter, on each domain. With --routing, where prompts are sent.
 
     Example:  peftune eval --base gpt2 --adapter poems=adapters/poems --data poems=held.txt --data code=code.jsonl
     """
@@ -122,6 +128,11 @@ def evaluate(
     from peftune.data.report import source_of
 
     domains = {name: [source_of(path, columns)] for name, path in paths.items()}
+    if routing:
+        from peftune.inference import routing_accuracy
+
+        routing_accuracy.run(base, folders, domains, prompt_tokens, prompts, threshold, json_path)
+        return
     evaluate.run(base, folders, domains, batch, precision, json_path, block_size)
 
 
