@@ -62,7 +62,7 @@ class Answer:
     async def whole(self, http: Request) -> Response:
         """One JSON object; nothing more is written once the client has left."""
         pieces: list[list[Piece]] = [[] for _ in self.choices]
-        work = self._submit()
+        work = self._submit(at_end=True)
         collecting = asyncio.ensure_future(self._collect(work, pieces))
         leaving = asyncio.ensure_future(_left(http))
         try:
@@ -79,22 +79,24 @@ class Answer:
 
     def stream(self) -> Response:
         """Server-sent events. Refused before the first of them where the engine has no room."""
-        work = self._submit()
+        work = self._submit(at_end=False)
         return _Events(self._events(work), lambda: self._close(work))
 
-    def _submit(self) -> Work:
+    def _submit(self, at_end: bool) -> Work:
         if self.service.draining:
             raise draining()
         self.service.named(self.chosen.shown)  # it may have been unloaded since it was chosen
-        work = Work(self.service.engine, [choice.request for choice in self.choices])
+        work = Work(self.service.engine, [choice.request for choice in self.choices], at_end)
         work.submit()
         self.service.metrics.prompt_tokens.add(self.prompt_tokens, self._label)
         return work
 
     def _close(self, work: Work) -> None:
-        given_up = work.close()
+        metrics, given_up = self.service.metrics, work.close()
         if given_up:
-            self.service.metrics.cancelled.add(given_up, self._label)
+            metrics.cancelled.add(given_up, self._label)
+        if work.first_token is not None:
+            metrics.first_token.observe(work.first_token - self.arrived, self.endpoint)
 
     async def _collect(self, work: Work, pieces: list[list[Piece]]) -> int:
         """Fill `pieces`; how many tokens were written."""
@@ -102,7 +104,7 @@ class Answer:
         async for found in work.updates():
             assert found is not None, "without a limit there is no silence"
             index, update = found
-            self._count(update, first=not written)
+            self._count(update)
             written += len(update.ids)
             pieces[index].append(self.choices[index].teller.tell(_good(update)))
         return written
@@ -118,7 +120,7 @@ class Answer:
                     yield b": waiting\n\n"
                     continue
                 index, update = found
-                self._count(update, first=not written)
+                self._count(update)
                 written += len(update.ids)
                 piece = self.choices[index].teller.tell(_good(update))
                 if not piece.is_empty:
@@ -131,9 +133,7 @@ class Answer:
             yield _event(fixed | {"usage": self._usage(written)})
         yield b"data: [DONE]\n\n"
 
-    def _count(self, update: Update, first: bool) -> None:
-        if first and update.ids:
-            self.service.metrics.first_token.observe(time.monotonic() - self.arrived, self.endpoint)
+    def _count(self, update: Update) -> None:
         if update.ids:
             self.service.metrics.tokens.add(len(update.ids), self._label)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 
 from peftune.errors import UserError
@@ -12,29 +13,34 @@ from peftune.serve.refusal import Refusal, full
 
 
 class Work:
-    """Requests in the engine; `close` gives up those that have not ended, and is to be called in any case."""
+    """Requests in the engine; `close` gives up those that have not ended, and is to be called in any case.
 
-    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
-        self._engine, self._requests = engine, requests
-        self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
+    With `at_end` updates come once a choice has ended: waking the event loop for every token takes the engine's time.
+    `first_token` is when the first token of all was written, on the monotonic clock.
+    """
+
+    def __init__(self, engine: Engine, requests: Sequence[Request], at_end: bool) -> None:
+        self._engine, self._requests, self.at_end = engine, requests, at_end
+        self._told: asyncio.Queue[tuple[int, list[Update]]] = asyncio.Queue()
         self._tickets: dict[int, Ticket] = {}
+        self.first_token: float | None = None
 
     def submit(self) -> None:
         """All of them or none: Refusal 429 where the queue has no room for all, 400 for what the engine refuses."""
         loop = asyncio.get_running_loop()
         for index, request in enumerate(self._requests):
-
-            def tell(update: Update, index: int = index) -> None:
-                loop.call_soon_threadsafe(self._updates.put_nowait, (index, update))
-
             try:
-                self._tickets[index] = self._engine.submit(request, tell)
+                self._tickets[index] = self._engine.submit(request, _Listener(self, index, loop).hear)
             except Busy as busy:
                 self.close()
                 raise full(busy.retry_after) from None
             except UserError as error:
                 self.close()
                 raise Refusal(400, str(error)) from None
+
+    def tell(self, index: int, updates: list[Update]) -> None:
+        """Updates of a choice have come; called in the event loop."""
+        self._told.put_nowait((index, updates))
 
     async def updates(self, silence: float | None = None) -> AsyncIterator[tuple[int, Update] | None]:
         """(which, update) as the engine writes, until all have ended; None when nothing came for `silence` seconds.
@@ -43,13 +49,14 @@ class Work:
         """
         while self._tickets:
             try:
-                index, update = await asyncio.wait_for(self._updates.get(), silence)
+                index, updates = await asyncio.wait_for(self._told.get(), silence)
             except asyncio.TimeoutError:
                 yield None
                 continue
-            if update.finish_reason is not None:
+            if updates[-1].finish_reason is not None:
                 self._tickets.pop(index, None)
-            yield index, update
+            for update in updates:
+                yield index, update
 
     def close(self) -> int:
         """Cancel what has not ended; how many these were."""
@@ -58,3 +65,19 @@ class Work:
             ticket.cancel()
         self._tickets.clear()
         return given_up
+
+
+class _Listener:
+    """Hears of one choice in the engine's thread."""
+
+    def __init__(self, work: Work, index: int, loop: asyncio.AbstractEventLoop) -> None:
+        self._work, self._index, self._loop = work, index, loop
+        self._heard: list[Update] = []
+
+    def hear(self, update: Update) -> None:
+        if update.ids and self._work.first_token is None:
+            self._work.first_token = time.monotonic()
+        self._heard.append(update)
+        if update.finish_reason is not None or not self._work.at_end:
+            self._loop.call_soon_threadsafe(self._work.tell, self._index, self._heard)
+            self._heard = []
