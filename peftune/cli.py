@@ -11,6 +11,10 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from peftune import __version__
+from peftune.cli_options import BASE_HELP as _BASE_HELP
+from peftune.cli_options import Adapters
+from peftune.cli_options import named as _named
+from peftune.cli_serve import serve
 from peftune.errors import PeftuneError, UserError, told_once_a_machine
 from peftune.model.quantized import quiet
 
@@ -23,12 +27,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-_BASE_HELP = "Hub name, directory, or builtin:small."
-_ADAPTER_HELP = "Adapter directory, with the name to show; a bare DIR is named after its last part. May be repeated."
 _COLUMN_HELP = "Column to read: text=, prompt=, completion= or messages=; of a hub data set also split=, subset=."
 _JSON_HELP = "Also write the figures to this file."
 
-Adapters = Annotated[list[str] | None, typer.Option("--adapter", metavar="NAME=DIR", help=_ADAPTER_HELP)]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help=_JSON_HELP)]
 Columns = Annotated[list[str] | None, typer.Option("--column", metavar="KEY=COLUMN", help=_COLUMN_HELP)]
 SplitOn = Annotated[
@@ -200,6 +201,9 @@ def generate(
     command.run(base, folders, use, prompt or [], prompts, settings, json_path, precision)
 
 
+app.command()(serve)
+
+
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False
@@ -235,7 +239,6 @@ def run(arguments: list[str]) -> int:
 
 
 _COLUMN_KEYS = ("text", "prompt", "completion", "messages", "split", "subset")
-_EXAMPLES = {"--adapter": "poems=adapters/poems", "--data": "poems=held.txt", "--column": "prompt=question"}
 _STOPPED = 130  # what a shell reports for Ctrl-C
 
 
@@ -257,21 +260,3 @@ def _columns(values: list[str] | None) -> dict[str, str]:
         if key not in _COLUMN_KEYS:
             raise UserError(f"--column {key}={columns[key]}: expected one of {', '.join(_COLUMN_KEYS)} before the =")
     return columns
-
-
-def _named(option: str, values: list[str] | None) -> dict[str, str]:
-    """NAME=VALUE pairs in the order given; a bare path is named after its last part."""
-    named: dict[str, str] = {}
-    for value in values or []:
-        name, separator, path = value.partition("=")
-        if option != "--column" and (not separator or "/" in name):
-            name, path = (
-                Path(value).resolve().name.removesuffix(Path(value).suffix if option == "--data" else ""),
-                value,
-            )
-        if not name or not path:
-            raise UserError(f"{option} {value!r}: expected a name, = and a value, such as {_EXAMPLES[option]}")
-        if name in named:
-            raise UserError(f"{option}: {name} is given twice, {named[name]} and {path}; give each a name of its own")
-        named[name] = path
-    return named
