@@ -85,6 +85,7 @@ class Answer:
     def _submit(self) -> Work:
         if self.service.draining:
             raise draining()
+        self.service.named(self.chosen.shown)  # it may have been unloaded since it was chosen
         work = Work(self.service.engine, [choice.request for choice in self.choices])
         work.submit()
         self.service.metrics.prompt_tokens.add(self.prompt_tokens, self._label)

@@ -26,7 +26,7 @@ def build_app(service: Service) -> FastAPI:
     app.add_api_route("/v1/models/{model:path}", models.show_model, methods=["GET"], response_model=None)
     app.add_api_route("/v1/load_lora_adapter", models.load_adapter, methods=["POST"], response_model=None)
     app.add_api_route("/v1/unload_lora_adapter", models.unload_adapter, methods=["POST"], response_model=None)
-    app.add_api_route("/health", _health, methods=["GET"], response_model=None)
+    app.add_api_route("/health", _health, methods=["GET", "HEAD"], response_model=None)
     app.add_api_route("/metrics", _metrics, methods=["GET"], response_model=None)
     app.add_api_route("/", _page, methods=["GET"], response_model=None)
     return app

@@ -126,7 +126,10 @@ class Server(uvicorn.Server):
         """The signal handler."""
         if self._service.draining:
             os._exit(128 + sig)
-        self.drain()
+        if self.started:
+            self.drain()
+        else:
+            self.should_exit = True
 
     def drain(self) -> None:
         """Refuse what comes, let end what runs, then stop; from any thread."""

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from peftune.complaints import problems
 from peftune.errors import UserError
@@ -16,6 +26,7 @@ MOST_LOGPROBS = 20
 MOST_CHOICES = 16
 _MOST_STOPS, _LONGEST_STOP = 4, 1000
 _SEEDS = 2**63
+_MOST_FIELDS, _MOST_MESSAGES, _MOST_PROMPTS = 64, 1024, 1024
 
 
 class Body(BaseModel):
@@ -26,7 +37,11 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, value: Any) -> Any:
-        return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        if len(value) > _MOST_FIELDS:
+            raise ValueError(f"{len(value)} fields, expected at most {_MOST_FIELDS}")  # each would be complained about
+        return {key: item for key, item in value.items() if item is not None}
 
 
 def _stops(value: Any) -> Any:
@@ -49,6 +64,8 @@ def _prompts(value: Any) -> Any:
             return value
         if _are_ids(value):
             return [value]
+        if len(value) > _MOST_PROMPTS:
+            raise ValueError(f"{len(value)} prompts, expected at most {_MOST_PROMPTS}")
         if all(isinstance(item, list) and item and _are_ids(item) for item in value):
             return value
     raise ValueError("expected a string, a list of strings, a list of token ids, or a list of such lists; none empty")
@@ -123,7 +140,7 @@ class Sampling(Body):
 class Completion(Sampling):
     """`/v1/completions`; without a prompt a new document begins."""
 
-    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)] = Field(default_factory=lambda: [""])
+    prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts)] = Field(default_factory=lambda: [""])
     max_tokens: Annotated[int, Field(ge=0, le=1 << 31)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: bool = False
@@ -161,7 +178,7 @@ class Message(Body):
 class Chat(Sampling):
     """`/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=_MOST_MESSAGES)]
     max_tokens: Annotated[int, Field(ge=1, le=1 << 31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=1 << 31)] | None = None
     logprobs: bool = False

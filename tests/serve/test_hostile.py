@@ -85,6 +85,27 @@ def test_a_body_that_makes_no_sense_is_refused_with_400(server: Any, body: bytes
 
 
 @pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model": "a1", "prompt": "' + b"x" * 1_000_000 + b'"}',
+        b'{"model": "a1", "messages": [' + b",".join([b"{}"] * 340_000) + b"]}",
+        b"{" + b",".join(b'"%x": 1' % number for number in range(90_000)) + b"}",
+        b'{"model": "a1", "prompt": [' + b",".join([b"[1]"] * 250_000) + b"]}",
+        b'{"model": "a1", "prompt": [' + b",".join([b"1"] * 500_000) + b"]}",
+        b'{"model": "a1", "stop": [' + b",".join([b'"a"'] * 250_000) + b"]}",
+    ],
+    ids=["text", "messages", "fields", "prompts", "tokens", "stops"],
+)
+def test_no_body_within_the_limit_keeps_the_server_busy_for_long(server: Any, body: bytes) -> None:
+    assert len(body) <= 1 << 20
+    path = "/v1/chat/completions" if b"messages" in body else PATH
+    began = time.monotonic()
+    answer = server.http.post(path, content=body, headers=JSON)
+    assert answer.status_code == 400 and len(answer.content) < 2000
+    assert time.monotonic() - began < 2  # a tenth of it on an idle core; it grew with the square, it would be minutes
+
+
+@pytest.mark.parametrize(
     ("method", "path", "headers", "status"),
     [
         ("POST", PATH, {"content-type": "text/plain"}, 415),
