@@ -6,13 +6,13 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from peftune import __version__
+from peftune import __version__, cli_adapters
 from peftune.cli_options import BASE_HELP as _BASE_HELP
-from peftune.cli_options import Adapters
+from peftune.cli_options import Adapters, Json
 from peftune.cli_options import named as _named
 from peftune.cli_serve import serve
 from peftune.errors import PeftuneError, UserError, told_once_a_machine
@@ -26,11 +26,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(cli_adapters.app)
 
 _COLUMN_HELP = "Column to read: text=, prompt=, completion= or messages=; of a hub data set also split=, subset=."
-_JSON_HELP = "Also write the figures to this file."
 
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help=_JSON_HELP)]
 Columns = Annotated[list[str] | None, typer.Option("--column", metavar="KEY=COLUMN", help=_COLUMN_HELP)]
 SplitOn = Annotated[
     Literal["auto", "blank-line", "endoftext", "file", "line"], typer.Option(help="How a txt file becomes documents.")
@@ -249,9 +248,13 @@ def _complain(message: str, exit_code: int) -> int:
 
 
 def _where_help_is(arguments: list[str]) -> str:
-    verbs = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
-    verb = next((f" {argument}" for argument in arguments if argument in verbs), "")
-    return f"See: peftune{verb} --help"
+    command: Any = typer.main.get_command(app)
+    words = ["peftune"]
+    for argument in arguments:
+        if argument in getattr(command, "commands", {}):
+            command = command.commands[argument]
+            words.append(argument)
+    return f"See: {' '.join(words)} --help"
 
 
 def _columns(values: list[str] | None) -> dict[str, str]:

@@ -13,7 +13,10 @@ BASE_HELP = "Hub name, directory, or builtin:small."
 _ADAPTER_HELP = "Adapter directory, with the name to show; a bare DIR is named after its last part. May be repeated."
 _EXAMPLES = {"--adapter": "poems=adapters/poems", "--data": "poems=held.txt", "--column": "prompt=question"}
 
+_JSON_HELP = "Also write the figures to this file."
+
 Adapters = Annotated[list[str] | None, typer.Option("--adapter", metavar="NAME=DIR", help=_ADAPTER_HELP)]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help=_JSON_HELP)]
 
 
 def named(option: str, values: list[str] | None) -> dict[str, str]:

@@ -26,7 +26,7 @@ FLOORS = (
     {"training"},
     {"serve"},
     {"quickstart"},
-    {"cli_serve"},
+    {"cli_adapters", "cli_serve"},
     {"cli"},
     {"__main__"},
 )

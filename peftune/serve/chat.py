@@ -62,8 +62,8 @@ def speaks(bank: AdapterBank, name: str) -> bool:
     recipe = provenance.get("recipe")
     data = recipe.get("data") if isinstance(recipe, dict) else None
     sources = data.get("train") if isinstance(data, dict) else None
-    listed = isinstance(sources, list) and bool(sources)
-    return listed and all(isinstance(one, dict) and bool(one.get("messages")) for one in sources)
+    listed = sources if isinstance(sources, list) else []
+    return bool(listed) and all(isinstance(one, dict) and bool(one.get("messages")) for one in listed)
 
 
 def _speakers(service: Service, model: str) -> list[str]:
