@@ -42,7 +42,8 @@ def parse(raw: bytes) -> dict[str, Any]:
         value = json.loads(
             raw.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_once
         )
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        if b"\\u" in raw:  # only so can half a character come, UTF-8 has none
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         raise Refusal(400, f"the body is not UTF-8 at byte {error.start}") from None
     except UnicodeEncodeError:
