@@ -48,14 +48,12 @@ class Pair:
 
     def notes(self) -> list[str]:
         """What rounding alone may have changed."""
-        coarse = [w for w in (self.base, self.tuned) if w.dtype(WTE) in (torch.float16, torch.bfloat16)]
-        if len(coarse) != 1:
+        kind = self.tuned.dtype(WTE)
+        if kind == self.base.dtype(WTE) or torch.finfo(kind).eps <= torch.finfo(self.base.dtype(WTE)).eps:
             return []
-        kind = str(coarse[0].dtype(WTE)).removeprefix("torch.")
-        eps = torch.finfo(coarse[0].dtype(WTE)).eps / 2
         return [
-            f"{coarse[0].directory} is stored as {kind}, the other is not: rounding alone differs by up to {eps:.1e} "
-            "of each weight, and counts as change"
+            f"{self.tuned.directory} is stored as {str(kind).removeprefix('torch.')}, more coarsely than its base: "
+            f"rounding alone moves a weight by up to {torch.finfo(kind).eps / 2:.1e} of itself, and counts as change"
         ]
 
 

@@ -22,7 +22,7 @@ from peftune.adapters.shared_base import shared_base
 from peftune.adapters.store import Adapter, read_adapter
 from peftune.adapters.targets import Layout
 from peftune.adapters.update import Update, added, best_of_rank, distance, norm, update_of
-from peftune.errors import CheckFailed, UserError
+from peftune.errors import UserError
 from peftune.model.base import load_config, resolve
 from peftune.model.weights import HEAD, WTE, Weights, open_weights
 
@@ -158,9 +158,11 @@ def _measured(result: Combined, exact: list[Update], kept: list[Update], strengt
         norms.append(size)
         modules[whole.name] = {"rank": cut.rank, "norm": size, "relative_error": lost / size if size else 0.0}
     lost = math.hypot(*errors)
-    if result.rank is None and not lost <= _ROUNDING * strength:
-        raise CheckFailed(f"combine: the sum would be stored with an error of {lost:.1e}; nothing was written")
-    relative = lost / math.hypot(*norms)
+    whole_norm = math.hypot(*norms)
+    fits = math.isfinite(lost) and whole_norm < torch.finfo(torch.float32).max
+    if not fits or (result.rank is None and lost > _ROUNDING * strength):
+        raise UserError(f"combine: a sum of norm {whole_norm:.1e} does not fit float32; choose other weights")
+    relative = lost / whole_norm
     return Combined(result.out, result.base, result.weights, result.rank, modules, relative)
 
 

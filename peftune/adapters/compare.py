@@ -101,32 +101,41 @@ def _overall(ones: dict[str, Update], others: dict[str, Update], shared: list[st
 
 
 def _differences(a: Adapter, b: Adapter) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ, and where both were trained by a recipe what differs in these."""
+    recipes = [_recipe(adapter) for adapter in (a, b)]
     ones, others = _settings(a), _settings(b)
+    if all(recipes):
+        ones, others = ones | recipes[0], others | recipes[1]
     keys = [*ones, *(key for key in others if key not in ones)]
     return {key: (ones.get(key), others.get(key)) for key in keys if ones.get(key) != others.get(key)}
 
 
 def _settings(adapter: Adapter) -> dict[str, Any]:
-    """What decides the function and how it was learnt, flat: the configuration, and a trained adapter's recipe."""
-    config = adapter.config
-    own = {key: config.get(key) or None for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")}
+    config, recorded = adapter.config, adapter.provenance or {}
     targets = config.get("target_modules")
-    recorded = adapter.provenance or {}
-    identity = recorded.get("identity")
-    figures = {key: recorded[key] for key in ("step", "tokens", "precision") if key in recorded}
     return {
         "base": recorded_base(adapter),
         "variant": variant(adapter),
-        **own,
+        **{key: config.get(key) or None for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")},
         "target_modules": sorted(targets) if isinstance(targets, list) else targets,
-        **figures,
-        **({k: v for k, v in identity.items() if not k.startswith("lora.")} if isinstance(identity, dict) else {}),
+        **{key: recorded.get(key) for key in ("step", "tokens", "precision")},
     }
+
+
+def _recipe(adapter: Adapter) -> dict[str, Any]:
+    """Every value of the recipe that decides what is learnt, flat; `lora.` stands in the adapter's own settings."""
+    identity = (adapter.provenance or {}).get("identity")
+    if not isinstance(identity, dict):
+        return {}
+    return {key: value for key, value in identity.items() if not key.startswith("lora.")}
 
 
 def _notes(adapters: tuple[Adapter, Adapter], layouts: tuple[Layout, Layout], unlike: list[str]) -> list[str]:
     notes = [f"{name} has another shape in each and is left out" for name in unlike]
-    for adapter, layout in zip(adapters, layouts, strict=True):
+    recipes = [bool(_recipe(adapter)) for adapter in adapters]
+    for adapter, layout, has_recipe in zip(adapters, layouts, recipes, strict=True):
+        if not has_recipe and any(recipes):
+            notes.append(f"{adapter.directory}: no recipe is recorded, so training is not compared")
         if layout.dora or any(target.pissa for target in layout.targets.values()):
             kind = "DoRA's magnitudes" if layout.dora else "what PiSSA takes out of the base"
             notes.append(f"{adapter.directory}: B·A alone is compared, without {kind}")

@@ -70,6 +70,7 @@ def extract(base: str, tuned: str, rank: int, out: Path, targets: str = "all") -
     pair = Pair(open_weights(first), open_weights(second))
     check_whole(pair.base, config)
     check_whole(pair.tuned, load_config(second))
+    described = describe_base(base, first)
     names = [f"transformer.h.{block}.{name}" for block in range(config.n_layer) for name in inside]
     display = Display()
     with display.progress as progress:
@@ -89,7 +90,7 @@ def extract(base: str, tuned: str, rank: int, out: Path, targets: str = "all") -
     result = _result(Extracted(out, base, tuned, rank, changes, 0.0, [], {}, 0.0, pair.notes()), rest)
     how = {"extracted": {"tuned": tuned, "tuned_fingerprint": base_fingerprint(second), "rank": rank,
                          "relative_error": result.relative_error, "held": result.held}}  # fmt: skip
-    derived.write_derived(out, describe_base(base, first), config, updates, how, _card(result))
+    derived.write_derived(out, described, config, updates, how, _card(result))
     return result
 
 

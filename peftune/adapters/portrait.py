@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from peftune.adapters.anatomy import Anatomy, Module, layer_of
-from peftune.adapters.tables import Printer
+from peftune.adapters.tables import Printer, figure, share
 from peftune.model.lora import ALL
 
 _BAR = 24
-_MODELS = ("base", "adapter")
 
 
 def print_anatomy(found: Anatomy) -> None:
@@ -43,38 +42,52 @@ def _ranks(modules: dict[str, Module]) -> list[str]:
 
 
 def _history(recorded: dict[str, Any] | None) -> list[str]:
-    """What it was trained on, or made of."""
+    """What it was trained on, or made of, as far as peftune.json says."""
     if recorded is None:
         return ["no peftune.json: what it was trained on, for how long and how well is not known"]
     lines = []
-    recipe = recorded.get("recipe")
-    if isinstance(recipe, dict):
-        sources = ", ".join(str(source["path"]) for source in recipe["data"]["train"])
-        held = f", base in {recipe['quantize']}" if recipe.get("quantize") else ""
-        lines.append(
-            f"trained on {sources}: {recorded['step']:,} steps, {recorded['tokens']:,} tokens, "
-            f"{recorded['seconds']:,.0f} s, {recorded['precision']}{held}"
-        )
-    for part in recorded.get("combined", {}).get("adapters", []):
+    sources = _at(recorded, "recipe", "data", "train")
+    if isinstance(sources, list):
+        told = ", ".join(str(source["path"]) for source in sources if isinstance(source, dict) and "path" in source)
+        effort = [f"{recorded[key]:,.0f} {unit}" for key, unit in _EFFORT.items() if _is_number(recorded.get(key))]
+        held = [f"base in {kind}" for kind in [_at(recorded, "recipe", "quantize")] if kind]
+        lines.append(f"trained on {told}: {', '.join([*effort, str(recorded.get('precision', '')), *held])}")
+    for part in _at(recorded, "combined", "adapters") or []:
         lines.append(f"combined from {part['weight']:g} of {part['adapter']} ({part['fingerprint'][:12]})")
-    made = recorded.get("extracted")
-    if made is not None:
+    if _at(recorded, "extracted", "tuned"):
+        made = recorded["extracted"]
         lines.append(f"extracted from {made['tuned']} ({made['tuned_fingerprint'][:12]})")
-    for key in ("combined", "extracted"):
-        if key in recorded:
-            lines.append(f"relative error when it was made: {recorded[key]['relative_error']:.1e}")
-    return lines
+    errors = [_at(recorded, key, "relative_error") for key in ("combined", "extracted")]
+    return lines + [f"relative error when it was made: {share(error)}" for error in errors if error is not None]
+
+
+_EFFORT = {"step": "steps", "tokens": "tokens", "seconds": "s"}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _at(recorded: Any, *keys: str) -> Any:
+    """The entry below these keys, or None."""
+    for key in keys:
+        recorded = recorded.get(key) if isinstance(recorded, dict) else None
+    return recorded
 
 
 def _print_metrics(printer: Printer, metrics: Any) -> None:
     if not isinstance(metrics, dict) or not metrics:
         return
     rows = [
-        [domain, *(f"{r[key]:,.3f}" if r else "-" for key in ("loss", "perplexity") for r in map(rows.get, _MODELS))]
-        for domain, rows in metrics.items()
+        [domain, *(_metric(_at(models, model, key)) for key in ("loss", "perplexity") for model in ("base", "adapter"))]
+        for domain, models in metrics.items()
     ]
     columns = ("held-out domain", "loss, base", "with adapter", "perplexity, base", "with adapter")
     printer.table("How well", columns, rows)
+
+
+def _metric(value: Any) -> str:
+    return f"{value:,.3f}" if _is_number(value) else "-"
 
 
 def _print_norms(printer: Printer, found: Anatomy) -> None:
@@ -83,7 +96,7 @@ def _print_norms(printer: Printer, found: Anatomy) -> None:
     layers = found.layers()
     strongest = max(layers.values(), default=0.0) or 1.0
     rows = [
-        [layer, *(_norm(cells.get((layer, name))) for name in inside), f"{size:.3g}", _bar(size / strongest)]
+        [layer, *(_norm(cells.get((layer, name))) for name in inside), figure(size), _bar(size / strongest)]
         for layer, size in layers.items()
     ]
     if rows:
@@ -99,7 +112,7 @@ def _inside(name: str) -> str:
 def _norm(module: Module | None) -> str:
     if module is None:
         return "-"
-    return f"{module.norm:.3g}" + (f" ({module.relative:.2%})" if module.relative is not None else "")
+    return figure(module.norm) + (f" ({share(module.relative)})" if module.relative is not None else "")
 
 
 def _bar(share: float) -> str:
@@ -111,10 +124,10 @@ def _provenance(found: Anatomy) -> list[str]:
     prints = {
         "adapter": found.fingerprint, "base": recorded.get("base_fingerprint"),
         "tokenizer": recorded.get("tokenizer_fingerprint"),
-        **{f"data {name}": value for name, value in recorded.get("data_fingerprints", {}).items()},
+        **{f"data {name}": value for name, value in (_at(recorded, "data_fingerprints") or {}).items()},
     }  # fmt: skip
-    lines = ["fingerprints: " + ", ".join(f"{name} {value[:12]}" for name, value in prints.items() if value)]
-    versions = {"peftune": recorded.get("peftune"), **recorded.get("versions", {})}
+    lines = ["fingerprints: " + ", ".join(f"{name} {str(value)[:12]}" for name, value in prints.items() if value)]
+    versions = {"peftune": recorded.get("peftune"), **(_at(recorded, "versions") or {})}
     if recorded:
         lines.append("made with: " + ", ".join(f"{name} {value}" for name, value in versions.items() if value))
     return lines

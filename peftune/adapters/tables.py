@@ -30,7 +30,8 @@ class Printer:
 
     def table(self, title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], left: int = 1) -> None:
         """A table whose first `left` columns are words and whose others are figures."""
-        table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
+        self.console.print(Text(title, style="bold"), soft_wrap=True)  # a table's own title wraps at its width
+        table = Table(header_style="bold", pad_edge=False)
         for number, name in enumerate(columns):
             table.add_column(name, justify="left" if number < left or not name else "right", overflow="fold")
         for row in rows:
@@ -71,7 +72,7 @@ def print_combined(result: Combined) -> None:
     """`peftune adapters combine`."""
     printer = Printer()
     rows = [
-        [name.removeprefix("transformer."), f"{int(m['rank'])}", f"{m['norm']:.3g}", f"{m['relative_error']:.1e}"]
+        [name.removeprefix("transformer."), f"{int(m['rank'])}", figure(m["norm"]), share(m["relative_error"])]
         for name, m in result.modules.items()
     ]
     if result.rank is not None:
@@ -82,7 +83,7 @@ def print_combined(result: Combined) -> None:
     terms = " + ".join(f"{weight:g} x {name}" for name, weight in result.weights.items())
     printer.line(
         f"{result.out}: {terms}, {kind}: {len(result.modules)} modules, {span}, relative error "
-        f"{result.relative_error:.1e}"
+        f"{share(result.relative_error)}"
     )
 
 
@@ -90,8 +91,8 @@ def print_extracted(result: Extracted) -> None:
     """`peftune adapters extract`."""
     printer = Printer()
     rows = [
-        [name.removeprefix("transformer."), f"{m['rank']}", f"{m['norm']:.3g}", _percent(m["relative_change"]),
-         _percent(m["relative_error"])]
+        [name.removeprefix("transformer."), f"{m['rank']}", figure(m["norm"]), share(m["relative_change"]),
+         share(m["relative_error"])]
         for name, m in result.modules.items()
     ]  # fmt: skip
     columns = ("module", "rank", "norm of the change", "of the weight", "missing")
@@ -99,8 +100,7 @@ def print_extracted(result: Extracted) -> None:
     if result.unchanged:
         printer.line(f"not changed by the fine-tune, and so left out: {len(result.unchanged)} modules")
     rest = [
-        [kind, f"{m['tensors']}", f"{m['norm']:.3g}", _percent(m["relative_change"])]
-        for kind, m in result.not_held.items()
+        [kind, f"{m['tensors']}", figure(m["norm"]), share(m["relative_change"])] for kind, m in result.not_held.items()
     ]
     if rest:
         title = "Changed too, and not in these modules, so the adapter does not hold it"
@@ -108,8 +108,8 @@ def print_extracted(result: Extracted) -> None:
     for note in result.notes:
         printer.line(f"note: {note}")
     printer.line(
-        f"{result.out}: {len(result.modules)} modules of rank {result.rank}; {result.relative_error:.2%} of the change "
-        f"in them is missing; held of the whole fine-tune, by squared norm: {result.held:.2%}"
+        f"{result.out}: {len(result.modules)} modules of rank {result.rank}; {share(result.relative_error)} of the "
+        f"change in them is missing; held of the whole fine-tune, by squared norm: {result.held:.2%}"
     )
 
 
@@ -118,9 +118,8 @@ def print_comparison(found: Comparison) -> None:
     printer = Printer()
     printer.line(f"not known to be of one base: {found.apart}" if found.apart else "both are adapters of the same base")
     columns = ("module", "norm, first", "second", "cosine", "distance", "overlap in", "overlap out")
-    keys = ("norm_first", "norm_second", "cosine", "distance", "overlap_in", "overlap_out")
     rows = [
-        [name.removeprefix("transformer."), *(_figure(figures.get(key)) for key in keys)]
+        [name.removeprefix("transformer."), *(told(figures.get(key)) for key, told in _COMPARED.items())]
         for name, figures in [*found.modules.items(), ("all", found.overall)]
     ]
     printer.table(f"{found.first} and {found.second}", columns, rows)
@@ -134,14 +133,37 @@ def print_comparison(found: Comparison) -> None:
         printer.line(f"note: {note}")
 
 
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+def figure(value: float | None) -> str:
+    """Three significant digits."""
+    return "-" if value is None else f"{value:#.3g}".rstrip(".")
 
 
-def _percent(value: float | None) -> str:
-    return "from 0" if value is None else f"{value:.2%}"
+def share(value: float | None) -> str:
+    """A relative size in percent, or by its power of ten where that would read 0; None is one relative to nothing."""
+    if value is None:
+        return "from 0"
+    return f"{value:.2%}" if value >= 1e-4 or value == 0 else f"{value:.1e}"
+
+
+def _cosine(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3f}"
+
+
+_COMPARED = {
+    "norm_first": figure, "norm_second": figure, "cosine": _cosine, "distance": figure, "overlap_in": figure,
+    "overlap_out": figure,
+}  # fmt: skip
 
 
 def _short(value: Any) -> str:
+    """One cell; a data source by what was said of it."""
+    if isinstance(value, list):
+        return _short(", ".join(_source(item) for item in value))
     text = "-" if value is None else str(value)
     return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _source(item: Any) -> str:
+    if not isinstance(item, dict):
+        return str(item)
+    return " ".join(str(v) if k == "path" else f"{k}={v}" for k, v in item.items() if v is not None)
