@@ -70,7 +70,7 @@ class Engine:
         self._batch = Batch(bank.plan, slots)
         self._rows: list[Running] = []
         self._waiting: FairQueue[Running] = FairQueue()
-        self._jobs: deque[Callable[[], None]] = deque()
+        self._jobs: deque[tuple[Future[Route], Callable[[], Route]]] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = self._stopped = False
@@ -100,17 +100,12 @@ class Engine:
         return ticket
 
     def route(self, ids: tuple[int, ...], names: tuple[str, ...] | None = None) -> Future[Route]:
-        """Which adapter a prompt is likeliest under; computed between two steps."""
+        """Which adapter a prompt is likeliest under; computed between two steps. Raises Busy once the engine stops."""
         future: Future[Route] = Future()
-
-        def job() -> None:
-            try:
-                future.set_result(route(self.bank, ids, names))
-            except PeftuneError as error:
-                future.set_exception(error)
-
         with self._changed:
-            self._jobs.append(job)
+            if self._closing:
+                raise Busy("the engine is stopping", 5.0)
+            self._jobs.append((future, lambda: route(self.bank, ids, names)))
             self._changed.notify_all()
         return future
 
@@ -149,7 +144,7 @@ class Engine:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        while time.monotonic() < until and (self._rows or len(self._waiting)):
+        while time.monotonic() < until and (self._rows or len(self._waiting) or self._jobs):
             time.sleep(0.02)
         with self._changed:
             self._stopped = True
@@ -187,10 +182,16 @@ class Engine:
         for row in [*self._rows, *self._waiting.take(lambda _: True)]:
             row.ticket.on_update(Update(finish_reason="cancelled"))
         self._rows.clear()
+        for future, _ in self._jobs:
+            future.set_exception(Busy("the engine is stopping", 5.0))
 
     def _do_jobs(self) -> None:
         while self._jobs:
-            self._jobs.popleft()()
+            future, job = self._jobs.popleft()
+            try:
+                future.set_result(job())
+            except Exception as error:  # whoever waits for it raises it
+                future.set_exception(error)
 
     def _drop_cancelled(self) -> None:
         with self._changed:

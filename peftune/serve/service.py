@@ -13,7 +13,7 @@ from fastapi import Request
 
 from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank
-from peftune.inference.engine import Engine
+from peftune.inference.engine import Busy, Engine
 from peftune.serve.metrics import Metrics
 from peftune.serve.refusal import Refusal, draining
 from peftune.serve.settings import ServeSettings
@@ -87,6 +87,8 @@ class Service:
         self._routes += 1
         try:
             found = await asyncio.wrap_future(self.engine.route(tuple(ids), names))
+        except Busy:
+            raise draining() from None
         except UserError as error:  # an adapter that went away meanwhile
             raise Refusal(409, str(error), "model") from None
         finally:

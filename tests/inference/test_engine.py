@@ -204,11 +204,15 @@ def test_an_engine_of_its_own_thread_answers_routes_drains_and_stops(bank: Adapt
     engine.submit(request, listen)
     route = engine.route(request.ids).result(timeout=30)
     assert set(route.scores) == set(bank.names)
+    with pytest.raises(UserError, match="nobody"):
+        engine.route(request.ids, ("nobody",)).result(timeout=30)  # told to who asked, and to nobody else
     engine.stop(drain_seconds=30)
     assert ended.is_set()
     assert updates == alone(bank, request)
     with pytest.raises(Busy):
         engine.submit(request, listen)
+    with pytest.raises(Busy):
+        engine.route(request.ids)
 
 
 def test_what_is_left_after_the_drain_is_cancelled(bank: AdapterBank) -> None:
