@@ -11,6 +11,10 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from peftune import __version__, cli_adapters
+from peftune.cli_options import BASE_HELP as _BASE_HELP
+from peftune.cli_options import Adapters, Json
+from peftune.cli_options import named as _named
+from peftune.cli_serve import serve
 from peftune.errors import PeftuneError, UserError, told_once_a_machine
 from peftune.model.quantized import quiet
 
@@ -24,13 +28,8 @@ app = typer.Typer(
 )
 app.add_typer(cli_adapters.app)
 
-_BASE_HELP = "Hub name, directory, or builtin:small."
-_ADAPTER_HELP = "Adapter directory, with the name to show; a bare DIR is named after its last part. May be repeated."
 _COLUMN_HELP = "Column to read: text=, prompt=, completion= or messages=; of a hub data set also split=, subset=."
-_JSON_HELP = "Also write the figures to this file."
 
-Adapters = Annotated[list[str] | None, typer.Option("--adapter", metavar="NAME=DIR", help=_ADAPTER_HELP)]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help=_JSON_HELP)]
 Columns = Annotated[list[str] | None, typer.Option("--column", metavar="KEY=COLUMN", help=_COLUMN_HELP)]
 SplitOn = Annotated[
     Literal["auto", "blank-line", "endoftext", "file", "line"], typer.Option(help="How a txt file becomes documents.")
@@ -109,9 +108,15 @@ def evaluate(
     precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="What to compute in.")] = "fp32",
     column: Columns = None,
     block_size: BlockSize = None,
+    routing: Annotated[
+        bool, typer.Option("--routing", help="Instead: how often a prompt is sent to its domain's adapter.")
+    ] = False,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of --routing: tokens of a document to judge by.")] = 32,
+    prompts: Annotated[int, typer.Option(min=1, help="Of --routing: at most so many prompts a domain.")] = 500,
+    threshold: Annotated[float, typer.Option(help="Of --routing: nats per token that the base must lose by.")] = 0.0,
     json_path: Json = None,
 ) -> None:
-    """Print the perplexity matrix: the base and each adapter, on each domain.
+    """Print the perplexity matrix: the base and each adapter, on each domain. With --routing, where prompts are sent.
 
     Example:  peftune eval --base gpt2 --adapter poems=adapters/poems --data poems=held.txt --data code=code.jsonl
     """
@@ -122,6 +127,11 @@ def evaluate(
     from peftune.data.report import source_of
 
     domains = {name: [source_of(path, columns)] for name, path in paths.items()}
+    if routing:
+        from peftune.inference import routing_accuracy
+
+        routing_accuracy.run(base, folders, domains, prompt_tokens, prompts, threshold, json_path)
+        return
     evaluate.run(base, folders, domains, batch, precision, json_path, block_size)
 
 
@@ -190,6 +200,9 @@ def generate(
     command.run(base, folders, use, prompt or [], prompts, settings, json_path, precision)
 
 
+app.command()(serve)
+
+
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False
@@ -225,7 +238,6 @@ def run(arguments: list[str]) -> int:
 
 
 _COLUMN_KEYS = ("text", "prompt", "completion", "messages", "split", "subset")
-_EXAMPLES = {"--adapter": "poems=adapters/poems", "--data": "poems=held.txt", "--column": "prompt=question"}
 _STOPPED = 130  # what a shell reports for Ctrl-C
 
 
@@ -251,21 +263,3 @@ def _columns(values: list[str] | None) -> dict[str, str]:
         if key not in _COLUMN_KEYS:
             raise UserError(f"--column {key}={columns[key]}: expected one of {', '.join(_COLUMN_KEYS)} before the =")
     return columns
-
-
-def _named(option: str, values: list[str] | None) -> dict[str, str]:
-    """NAME=VALUE pairs in the order given; a bare path is named after its last part."""
-    named: dict[str, str] = {}
-    for value in values or []:
-        name, separator, path = value.partition("=")
-        if option != "--column" and (not separator or "/" in name):
-            name, path = (
-                Path(value).resolve().name.removesuffix(Path(value).suffix if option == "--data" else ""),
-                value,
-            )
-        if not name or not path:
-            raise UserError(f"{option} {value!r}: expected a name, = and a value, such as {_EXAMPLES[option]}")
-        if name in named:
-            raise UserError(f"{option}: {name} is given twice, {named[name]} and {path}; give each a name of its own")
-        named[name] = path
-    return named

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from peftune.cli_options import Json
 from peftune.errors import UserError
 
 app = typer.Typer(
@@ -15,13 +16,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-_JSON_HELP = "Also write the figures to this file."
 _OUT_HELP = "Directory for the new adapter; must not exist."
 _RANK_HELP = "Cut every module to at most this rank. Default: exact, ranks add up."
 _SHARED_HELP = "The base that all of them share, where they do not say it themselves."
 _TARGETS_HELP = "all, attention, mlp, or modules with commas between: attn.c_attn,mlp.c_fc."
 
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help=_JSON_HELP)]
 Out = Annotated[Path, typer.Option(help=_OUT_HELP)]
 
 

@@ -54,12 +54,16 @@ class Row:
             piece = self.stops.push(self.decoder.push(token))
             if len(self.ids) == max_new_tokens:
                 self.finish_reason = "length"
-        if self.finish_reason is not None and not self.stops.stopped:
-            piece += self.stops.push(self.decoder.flush()) + self.stops.flush()
+        if self.finish_reason is not None:
+            piece += self.close()
         if self.stops.stopped:
             self.finish_reason = "stop"
         self.pieces.append(piece)
         return piece
+
+    def close(self) -> str:
+        """The text ends here: what was held back, unless a stop string has ended it before."""
+        return "" if self.stops.stopped else self.stops.push(self.decoder.flush()) + self.stops.flush()
 
 
 def decode(model: Model, rows: list[Row], known: int, end: int, settings: GenerationSettings, on_text: OnText) -> None:

@@ -1,0 +1,50 @@
+"""Keys and values of the texts that are being written: a slot each, bounded, allocated once.
+
+Pages of memory are taken only where something was written: a slot costs what its longest text so far needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+_STRIDE = 64  # keys are read in multiples of so many, so that a row's sums do not depend on its neighbours' lengths
+
+
+def of_rows(tensor: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
+    """The slots of a tensor (slots, …): a view where they follow one another, else a copy."""
+    first = slots[0]
+    if list(slots) == list(range(first, first + len(slots))):
+        return tensor[first : first + len(slots)]
+    return tensor.index_select(0, torch.tensor(slots, device=tensor.device))
+
+
+class Cache:
+    """For each block keys and values (slots, H, positions, W) of H heads of width W.
+
+    Positions that nothing has written hold zeros: what is masked must still be finite.
+    """
+
+    def __init__(
+        self, blocks: int, slots: int, heads: int, positions: int, width: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (slots, heads, positions, width)
+        self.positions = positions
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(blocks)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(blocks)]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Put the first `length` positions of one slot into another, which was forgotten before."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, :length] = tensor[source, :, :length]
+        self.forget(source, length)
+
+    def forget(self, slot: int, length: int) -> None:
+        """Write zeros over what a text has left: masked or not, a NaN of one text would reach the next."""
+        for tensor in (*self.keys, *self.values):
+            tensor[slot, :, :length] = 0
+
+    def span(self, length: int) -> int:
+        """How many positions are read for texts of up to `length`."""
+        return min(self.positions, -(-length // _STRIDE) * _STRIDE)
