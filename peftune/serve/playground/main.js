@@ -1,0 +1,150 @@
+// The page: models to choose from, run and stop, and an address that brings all of it back.
+
+import * as api from "./api.js";
+import { Column } from "./column.js";
+import * as details from "./details.js";
+import * as settings from "./settings.js";
+
+const at = (id) => document.getElementById(id);
+const MANY = 12; // models from which on a filter helps
+let running = null; // the AbortController of what is being written
+
+/** Ask for the models and tick `wanted`; without a wish the base and the first adapters. */
+async function showModels(wanted) {
+  let cards;
+  try {
+    cards = await api.models();
+  } catch (error) {
+    tell(error);
+    return;
+  }
+  tell(null);
+  const base = cards.find((card) => card.parent === null);
+  at("base").textContent = `on ${base.id}, ${base.max_model_len} positions`;
+  const adapters = cards.filter((card) => card !== base);
+  const offered = [
+    { id: "base", note: "no adapter" },
+    ...adapters.map((card) => ({ id: card.id, note: card.chat ? `rank ${card.rank}, chat` : `rank ${card.rank}` })),
+    ...(adapters.length ? [{ id: "auto", note: "the likeliest for the prompt" }] : []),
+  ];
+  const ticked = wanted ?? offered.slice(0, 3).map((model) => model.id).filter((id) => id !== "auto");
+  at("models").replaceChildren(...offered.map((model) => choiceOf(model, ticked.includes(model.id))));
+  at("filter").hidden = offered.length < MANY;
+  const missing = ticked.filter((name) => !offered.some((model) => model.id === name));
+  at("missing").hidden = missing.length === 0;
+  at("missing").textContent = `Not on this server: ${missing.join(", ")}`;
+}
+
+function choiceOf({ id, note }, checked) {
+  const label = document.createElement("label");
+  const box = Object.assign(document.createElement("input"), { type: "checkbox", name: "model", value: id, checked });
+  const name = Object.assign(document.createElement("span"), { textContent: id });
+  label.append(box, name, Object.assign(document.createElement("small"), { textContent: note }));
+  return label;
+}
+
+const chosen = () => [...at("models").querySelectorAll("input:checked")].map((box) => box.value);
+
+async function run() {
+  const models = chosen();
+  if (!at("form").reportValidity()) return;
+  if (!models.length) {
+    tell(new Error("Choose at least one model."));
+    return;
+  }
+  tell(null);
+  save();
+  details.close();
+  running?.abort();
+  const mine = (running = new AbortController());
+  const request = settings.request();
+  const columns = models.map((model) => new Column(model, request.prompt));
+  at("columns").replaceChildren(...columns.map((column) => column.element));
+  document.body.dataset.ran = "";
+  setRunning(true);
+  if (matchMedia("(max-width: 859px)").matches) at("results").scrollIntoView();
+  const ended = await Promise.allSettled(columns.map((column) => column.run(request, mine.signal)));
+  const refused = ended.find((one) => one.status === "rejected");
+  if (refused) tell(refused.reason);
+  if (running === mine) setRunning(false);
+}
+
+function stop() {
+  running?.abort();
+}
+
+function setRunning(on) {
+  if (!on) running = null;
+  at("run").textContent = on ? "Stop" : "Run";
+  document.body.toggleAttribute("data-running", on);
+}
+
+/** One line for a person; a server that wants a key gets a field for it. */
+function tell(error) {
+  at("problem").textContent = error?.message ?? "";
+  if (error?.status === 401) {
+    at("key-row").hidden = false;
+    at("key").focus();
+  }
+}
+
+function save() {
+  settings.toAddress(chosen());
+}
+
+function load() {
+  return showModels(settings.fromAddress());
+}
+
+function onInput(event) {
+  if (event.target === at("key")) return;
+  if (event.target === at("filter")) {
+    for (const label of at("models").children) label.hidden = !label.textContent.includes(at("filter").value);
+    return;
+  }
+  settings.mirror(event.target);
+  save();
+}
+
+function onKey(event) {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+    event.preventDefault();
+    run();
+  } else if (event.key === "Escape" && details.isOpen()) {
+    details.close();
+  } else if (event.key === "Escape") {
+    stop();
+  }
+}
+
+async function copyLink() {
+  save();
+  await navigator.clipboard.writeText(location.href).then(
+    () => (at("copy-link").textContent = "Copied"),
+    () => (at("copy-link").textContent = "Copy it from the address bar"), // not allowed here, as without https
+  );
+  setTimeout(() => (at("copy-link").textContent = "Copy link"), 2000);
+}
+
+at("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (document.activeElement === at("key")) return; // Enter there means the key
+  if (running) stop();
+  else run();
+});
+at("form").addEventListener("input", onInput);
+at("key").addEventListener("change", () => {
+  api.key.set(at("key").value);
+  load();
+});
+at("dice").addEventListener("click", () => {
+  settings.rollSeed();
+  save();
+});
+at("refresh").addEventListener("click", () => showModels(chosen()));
+at("copy-link").addEventListener("click", copyLink);
+document.addEventListener("keydown", onKey);
+document.addEventListener("scroll", details.follow, { passive: true, capture: true });
+window.addEventListener("hashchange", load);
+at("sampling").open = matchMedia("(min-width: 860px)").matches;
+load();
