@@ -145,7 +145,8 @@ def run(arguments: Namespace) -> Result:
         merge(Path(adapters[0]), merged, base=str(setup.base), verify=False)
         found = gate(setup, adapters)
         everyone = _contestants(a, setup.base, merged, adapters)
-        interleave(list(everyone.values()), a.rounds, a.warmup, setup.environment())
+        for group in _groups(everyone):  # one after the other: ten processes at once may not fit
+            interleave(group, a.rounds, a.warmup, setup.environment())
         told = {"batch": a.batch, "prompt": a.prompt, "new": a.new, "precision": a.precision}
         adapter = {"adapters": f"rank {a.rank} on {a.targets}, {a.many} of them at most"}
         result = Result(
@@ -178,6 +179,12 @@ def _contestants(a: Namespace, base: Path, merged: Path, adapters: list[str]) ->
         )
         for name, (way, model, rows) in batches.items()
     }  # fmt: skip
+
+
+def _groups(everyone: dict[str, Contestant]) -> list[list[Contestant]]:
+    """Those with as many rows, which are compared with each other."""
+    sizes = sorted({len(one.job["rows"]) for one in everyone.values()})
+    return [[one for one in everyone.values() if len(one.job["rows"]) == size] for size in sizes]
 
 
 def _rows(a: Namespace, everyone: dict[str, Contestant]) -> list[Row]:

@@ -184,6 +184,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string. May be repeated.")] = None,
     precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="What to compute in.")] = "fp32",
+    interactive: Annotated[bool, typer.Option("--interactive", help="Prompts at the terminal; /help there.")] = False,
     json_path: Json = None,
 ) -> None:
     """Continue prompts with the base or with an adapter on it, printed as it is written.
@@ -197,7 +198,14 @@ def generate(
         max_new_tokens, temperature, top_k, top_p, repetition_penalty, beams, seed, tuple(stop or ())
     )
     folders = {name: Path(folder) for name, folder in _named("--adapter", adapters).items()}
-    command.run(base, folders, use, prompt or [], prompts, settings, json_path, precision)
+    if not interactive:
+        command.run(base, folders, use, prompt or [], prompts, settings, json_path, precision)
+        return
+    if prompt or prompts or json_path:
+        raise UserError("--interactive reads its prompts from the terminal; drop --prompt, --prompts and --json")
+    from peftune.inference import interactive as terminal
+
+    terminal.run(base, folders, use, settings, precision)
 
 
 app.command()(serve)

@@ -56,7 +56,7 @@ def run(
         check_writable(json_path)
     texts = gather(prompts, prompts_file)
     name = choose_adapter(adapters, use)
-    base = base or _recorded_base(adapters, name)
+    base = base or recorded_base(adapters, name)
     writer = _writer(base, name, adapters[name] if name else None, precision, settings)
     _warn_of_cut_prompts(texts, writer)
     printer = Printer(outlives_pipe=json_path is not None)
@@ -126,7 +126,8 @@ def load(base: str, adapter: Path | None, precision: str) -> tuple[Model, PreTra
     return model.eval(), tokenizer
 
 
-def _recorded_base(adapters: Mapping[str, Path], name: str | None) -> str:
+def recorded_base(adapters: Mapping[str, Path], name: str | None) -> str:
+    """The base that the adapter of this name was trained on, or all of them; UserError where that is not one."""
     named = sorted({base_of(adapters[name])} if name else {base_of(directory) for directory in adapters.values()})
     if len(named) != 1:
         found = f"the adapters name {', '.join(named)}" if named else "no base and no adapter"

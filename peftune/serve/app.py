@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 
 from peftune.serve import chat, completions, metrics, models
 from peftune.serve.guard import Guard, on_http_exception
-from peftune.serve.page import Page
+from peftune.serve.page import PREFIX, Page
 from peftune.serve.refusal import draining
 from peftune.serve.service import Service, service_of
 
@@ -29,6 +29,7 @@ def build_app(service: Service) -> FastAPI:
     app.add_api_route("/health", _health, methods=["GET", "HEAD"], response_model=None)
     app.add_api_route("/metrics", _metrics, methods=["GET"], response_model=None)
     app.add_api_route("/", _page, methods=["GET"], response_model=None)
+    app.add_api_route(PREFIX + "{name}", _page_file, methods=["GET"], response_model=None)
     return app
 
 
@@ -54,3 +55,8 @@ async def _metrics(http: Request) -> Response:
 async def _page(http: Request) -> Response:
     page: Page = http.app.state.page
     return page.response()
+
+
+async def _page_file(http: Request) -> Response:
+    page: Page = http.app.state.page
+    return page.response(http.path_params["name"])

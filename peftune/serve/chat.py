@@ -9,7 +9,7 @@ from fastapi import Request, Response
 
 from peftune.data.chat import STOPS, render_chat
 from peftune.errors import UserError
-from peftune.inference.bank import AdapterBank
+from peftune.inference.conversation import speaks
 from peftune.inference.request import Request as EngineRequest
 from peftune.serve import protocol
 from peftune.serve.answer import Answer, Choice, Shape
@@ -49,21 +49,6 @@ async def chat(http: Request) -> Response:
     shape = _shape(body)
     answer = Answer(service, chosen, choices, len(prompt.ids), shape, PATH, arrived, body.include_usage)
     return answer.stream() if body.stream else await answer.whole(http)
-
-
-def speaks(bank: AdapterBank, name: str) -> bool:
-    """Whether an adapter was trained on conversations, as far as its provenance says.
-
-    `chat` is recorded since that key exists; older adapters show it where the recipe names a column of messages.
-    """
-    provenance = bank.get(name).provenance or {}
-    if isinstance(provenance.get("chat"), bool):
-        return bool(provenance["chat"])
-    recipe = provenance.get("recipe")
-    data = recipe.get("data") if isinstance(recipe, dict) else None
-    sources = data.get("train") if isinstance(data, dict) else None
-    listed = sources if isinstance(sources, list) else []
-    return bool(listed) and all(isinstance(one, dict) and bool(one.get("messages")) for one in listed)
 
 
 def _speakers(service: Service, model: str) -> list[str]:

@@ -12,10 +12,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from peftune.serve.page import PREFIX
 from peftune.serve.refusal import Refusal, broken, draining
 from peftune.serve.service import Service
 
 _log = logging.getLogger("peftune.serve")
+_FOLDERS = ("/v1/models/", PREFIX)
 _OPEN = ("/", "/health")  # without a key: a page without secrets, and a load balancer's question
 _ENDPOINTS = frozenset(
     {
@@ -60,7 +62,7 @@ class Guard:
         settings = self._service.settings
         if settings.api_key is None:
             check_host(request.headers.get("host", ""), (settings.host, *settings.allowed_hosts))
-        elif request.url.path not in _OPEN:
+        elif request.url.path not in _OPEN and not request.url.path.startswith(PREFIX):
             check_key(request.headers.get("authorization", ""), settings.api_key)
         if self._service.draining and request.method == "POST":
             raise draining()
@@ -68,7 +70,7 @@ class Guard:
 
     def _count(self, request: Request, status: int, seconds: float) -> None:
         path, metrics = request.url.path, self._service.metrics
-        known = path if path in _ENDPOINTS else "/v1/models/" if path.startswith("/v1/models/") else "other"
+        known = path if path in _ENDPOINTS else next((part for part in _FOLDERS if path.startswith(part)), "other")
         model = self._service.label(getattr(request.state, "model", None))
         metrics.requests.add(1, known, model, str(status))
         metrics.duration.observe(seconds, known)

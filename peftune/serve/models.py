@@ -12,9 +12,9 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from peftune.errors import UserError
+from peftune.inference.conversation import speaks
 from peftune.serve import protocol
 from peftune.serve.body import read_json
-from peftune.serve.chat import speaks
 from peftune.serve.refusal import Refusal
 from peftune.serve.service import AUTO, BASE, Service, is_inside, service_of
 

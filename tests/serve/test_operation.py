@@ -19,7 +19,7 @@ import openai
 import psutil
 import pytest
 
-from peftune.serve.page import Page
+from peftune.serve.page import FOLDER
 
 COMPLETIONS, LOAD, UNLOAD = "/v1/completions", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 SHORT = {"model": "base", "prompt": "x", "max_tokens": 2}
@@ -173,12 +173,21 @@ def test_what_fails_in_the_server_tells_the_client_nothing_of_it(
     assert server.post(COMPLETIONS, **SHORT).status_code == 200
 
 
-def test_the_page_may_run_its_own_script_and_no_other(tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    page.write_text("<style>p {}</style><script>alert(1)</script>")
-    policy = Page(page).response().headers["content-security-policy"]
-    assert "default-src 'none'" in policy and "unsafe" not in policy
-    assert "script-src 'sha256-bhHHL3z2vDgxUt0W3dWQOrprscmda2Y5pLsLg4GF+pI='" in policy
+def test_the_page_may_load_its_own_files_and_nothing_else(server: Any) -> None:
+    for path, kind in (
+        ("/", "text/html"),
+        ("/playground/main.js", "text/javascript"),
+        ("/playground/style.css", "text/css"),
+    ):
+        answer = server.http.get(path)
+        assert (answer.status_code, answer.headers["content-type"]) == (200, f"{kind}; charset=utf-8")
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "script-src 'self'" in policy and "unsafe" not in policy
+    for path in ("/playground/page.py", "/playground/", "/playground/%2e%2e/page.py", "/playground/..%2fpage.py"):
+        assert server.http.get(path).status_code == 404
+    page = " ".join(file.read_text(encoding="utf-8") for file in FOLDER.iterdir())
+    assert set(re.findall(r"https?://[^'\" ]+", page)) <= {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"innerHTML|insertAdjacentHTML|document\.write|eval\(", page)
 
 
 def test_sigterm_lets_a_stream_end_and_leaves_with_zero(root: Path) -> None:
