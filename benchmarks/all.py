@@ -28,7 +28,8 @@ from benchmarks.table import chart, markdown, rewritten, rows_of
 
 COMMANDS = {
     "B1": "train_small", "B2": "train_medium", "B3": "step_memory", "B4": "share_of_peak", "B5": "gradients",
-    "B6": "merging", "B9": "data_path", "B11": "train_gpu", "B12": "train_quantised", "B13": "startup",
+    "B6": "merging", "B7": "swapping", "B8": "decoding", "B9": "data_path", "B11": "train_gpu",
+    "B12": "train_quantised", "B13": "startup",
 }  # fmt: skip
 
 

@@ -17,10 +17,11 @@ class MemoryGrowth:
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
         self.before: int | None = None
+        self.files_before = 0
 
     def before_first_step(self) -> None:
         if self.before is None:
-            self.before = self._held()
+            self.before, self.files_before = self._held(), _status("RssFile")
             self._forget_peak()
 
     def grown(self) -> int | None:
@@ -28,6 +29,10 @@ class MemoryGrowth:
         if self.before is None or (self.device == "cpu" and not _STATUS.is_file()):
             return None
         return self._peak() - self.before
+
+    def files(self) -> int:
+        """Growth of the pages of files held now, libraries' code and what is mapped: the system may drop them."""
+        return _status("RssFile") - self.files_before
 
     def _held(self) -> int:
         if self.device == "cuda":

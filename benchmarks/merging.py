@@ -3,8 +3,9 @@
     python -m benchmarks.merging [--shape medium] [--rank 8] [--targets c_attn]
 
 Everyone is warm: imported, and one merge done. Seconds are of a whole merge, from the adapter's directory to one that
-Transformers loads; memory is the largest resident set of any merge less that after the imports (Linux). The
-tensors that peftune wrote are compared with PEFT's, bit by bit.
+Transformers loads; memory is the largest resident set of any merge less that after the imports (Linux), so the first
+merge counts, which computes the base's fingerprint, and so do pages of files; how many of those there are at a merge's
+end is told beside it. The tensors that peftune wrote are compared with PEFT's, bit by bit.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import versions
-from benchmarks.measure import Result, Row, Spread, finish, ratio, spread
+from benchmarks.measure import Result, Row, Sense, Spread, finish, ratio, spread
 from benchmarks.memory import MemoryGrowth
 from benchmarks.options import parse, parser, prepared, targets_of
 from benchmarks.rounds import Channel, Contestant, interleave
@@ -43,7 +44,7 @@ def serve(job: dict[str, Any], channel: Channel) -> None:
         start = time.perf_counter()
         with redirect_stdout(sys.stderr):
             merge(base, adapter, out)
-        channel.answer(time.perf_counter() - start, grown=growth.grown())
+        channel.answer(time.perf_counter() - start, grown=growth.grown(), files=growth.files())
 
 
 def _ours(way: str) -> Any:
@@ -117,14 +118,17 @@ def run(arguments: Namespace) -> Result:
 def _rows(everyone: dict[str, Contestant], different: dict[str, float] | None) -> list[Row]:
     ours, verified, peft, cp, kept = everyone.values()
     grown = [found["grown"] / 1e6 for found in ours.rounds if found["grown"] is not None]
+    files = [found["files"] / 1e6 for found in ours.rounds if found["grown"] is not None]
     count = None if different is None else Spread(len(different), len(different), len(different))
     told = f"{next(iter(different))} and others, at most {max(different.values()):.1e} apart" if different else ""
+    told_only: Sense = "information"
     peft_version = versions().get("peft", "?")
     return [
         Row("B6", "merge", f"PEFT {peft_version}", ratio(peft, ours), 6, "at least", reason=peft.failure or ""),
         Row("B6", "merge, time", "cp of the base", ratio(ours, cp), 1.15, "at most", reason=cp.failure or ""),
         Row("B6", "merge, time", "cp, on disk", ratio(ours, kept), 0, "information", reason=kept.failure or ""),
         Row("B6", "merge, memory", "above imports", spread(grown) if grown else None, 64, "at most", "MB"),
+        Row("B6", "merge, pages of files in it", "above imports", spread(files) if files else None, 0, told_only, "MB"),
         Row("B6", "merge, tensors that differ", "PEFT", count, 0, "at most", "tensors", told or peft.failure or ""),
         Row("B6", "merge and verify", f"PEFT {peft_version}, unverified", ratio(peft, verified), 0, "information"),
     ]

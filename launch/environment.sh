@@ -67,8 +67,8 @@ accelerate_config() {
   fi
 }
 
-# make_environment run|deepspeed|dev: .venv with peftune and, for the others, DeepSpeed or all that the tests need; left
-# alone where it is complete.
+# make_environment run|deepspeed|dev: .venv with peftune and its server and, for the others, DeepSpeed or all that the
+# tests need; left alone where it is complete.
 make_environment() {
   local kind=$1 python identity stamp started=$SECONDS
   python=$(find_python) || exit $?
@@ -97,8 +97,8 @@ make_venv() {
 }
 
 install_pinned() {
-  local target=$root index=()
-  [[ $1 == run ]] || target="${root}[$1]"
+  local target="${root}[serve]" index=()
+  [[ $1 == run ]] || target="${root}[$1,serve]"
   if [[ -n ${PEFTUNE_TORCH_INDEX:-} ]]; then
     index=(--extra-index-url "$PEFTUNE_TORCH_INDEX")
   elif [[ $(uname -s) == Linux ]] && ! command -v nvidia-smi >/dev/null; then

@@ -6,11 +6,15 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from peftune import __version__
+from peftune import __version__, cli_adapters
+from peftune.cli_options import BASE_HELP as _BASE_HELP
+from peftune.cli_options import Adapters, Json
+from peftune.cli_options import named as _named
+from peftune.cli_serve import serve
 from peftune.errors import PeftuneError, UserError, told_once_a_machine
 from peftune.model.quantized import quiet
 
@@ -22,14 +26,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(cli_adapters.app)
 
-_BASE_HELP = "Hub name, directory, or builtin:small."
-_ADAPTER_HELP = "Adapter directory, with the name to show; a bare DIR is named after its last part. May be repeated."
 _COLUMN_HELP = "Column to read: text=, prompt=, completion= or messages=; of a hub data set also split=, subset=."
-_JSON_HELP = "Also write the figures to this file."
 
-Adapters = Annotated[list[str] | None, typer.Option("--adapter", metavar="NAME=DIR", help=_ADAPTER_HELP)]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help=_JSON_HELP)]
 Columns = Annotated[list[str] | None, typer.Option("--column", metavar="KEY=COLUMN", help=_COLUMN_HELP)]
 SplitOn = Annotated[
     Literal["auto", "blank-line", "endoftext", "file", "line"], typer.Option(help="How a txt file becomes documents.")
@@ -108,9 +108,15 @@ def evaluate(
     precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="What to compute in.")] = "fp32",
     column: Columns = None,
     block_size: BlockSize = None,
+    routing: Annotated[
+        bool, typer.Option("--routing", help="Instead: how often a prompt is sent to its domain's adapter.")
+    ] = False,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of --routing: tokens of a document to judge by.")] = 32,
+    prompts: Annotated[int, typer.Option(min=1, help="Of --routing: at most so many prompts a domain.")] = 500,
+    threshold: Annotated[float, typer.Option(help="Of --routing: nats per token that the base must lose by.")] = 0.0,
     json_path: Json = None,
 ) -> None:
-    """Print the perplexity matrix: the base and each adapter, on each domain.
+    """Print the perplexity matrix: the base and each adapter, on each domain. With --routing, where prompts are sent.
 
     Example:  peftune eval --base gpt2 --adapter poems=adapters/poems --data poems=held.txt --data code=code.jsonl
     """
@@ -121,6 +127,11 @@ def evaluate(
     from peftune.data.report import source_of
 
     domains = {name: [source_of(path, columns)] for name, path in paths.items()}
+    if routing:
+        from peftune.inference import routing_accuracy
+
+        routing_accuracy.run(base, folders, domains, prompt_tokens, prompts, threshold, json_path)
+        return
     evaluate.run(base, folders, domains, batch, precision, json_path, block_size)
 
 
@@ -173,6 +184,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string. May be repeated.")] = None,
     precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="What to compute in.")] = "fp32",
+    interactive: Annotated[bool, typer.Option("--interactive", help="Prompts at the terminal; /help there.")] = False,
     json_path: Json = None,
 ) -> None:
     """Continue prompts with the base or with an adapter on it, printed as it is written.
@@ -186,7 +198,17 @@ def generate(
         max_new_tokens, temperature, top_k, top_p, repetition_penalty, beams, seed, tuple(stop or ())
     )
     folders = {name: Path(folder) for name, folder in _named("--adapter", adapters).items()}
-    command.run(base, folders, use, prompt or [], prompts, settings, json_path, precision)
+    if not interactive:
+        command.run(base, folders, use, prompt or [], prompts, settings, json_path, precision)
+        return
+    if prompt or prompts or json_path:
+        raise UserError("--interactive reads its prompts from the terminal; drop --prompt, --prompts and --json")
+    from peftune.inference import interactive as terminal
+
+    terminal.run(base, folders, use, settings, precision)
+
+
+app.command()(serve)
 
 
 @app.callback(invoke_without_command=True)
@@ -224,7 +246,6 @@ def run(arguments: list[str]) -> int:
 
 
 _COLUMN_KEYS = ("text", "prompt", "completion", "messages", "split", "subset")
-_EXAMPLES = {"--adapter": "poems=adapters/poems", "--data": "poems=held.txt", "--column": "prompt=question"}
 _STOPPED = 130  # what a shell reports for Ctrl-C
 
 
@@ -235,9 +256,13 @@ def _complain(message: str, exit_code: int) -> int:
 
 
 def _where_help_is(arguments: list[str]) -> str:
-    verbs = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
-    verb = next((f" {argument}" for argument in arguments if argument in verbs), "")
-    return f"See: peftune{verb} --help"
+    command: Any = typer.main.get_command(app)
+    words = ["peftune"]
+    for argument in arguments:
+        if argument in getattr(command, "commands", {}):
+            command = command.commands[argument]
+            words.append(argument)
+    return f"See: {' '.join(words)} --help"
 
 
 def _columns(values: list[str] | None) -> dict[str, str]:
@@ -246,21 +271,3 @@ def _columns(values: list[str] | None) -> dict[str, str]:
         if key not in _COLUMN_KEYS:
             raise UserError(f"--column {key}={columns[key]}: expected one of {', '.join(_COLUMN_KEYS)} before the =")
     return columns
-
-
-def _named(option: str, values: list[str] | None) -> dict[str, str]:
-    """NAME=VALUE pairs in the order given; a bare path is named after its last part."""
-    named: dict[str, str] = {}
-    for value in values or []:
-        name, separator, path = value.partition("=")
-        if option != "--column" and (not separator or "/" in name):
-            name, path = (
-                Path(value).resolve().name.removesuffix(Path(value).suffix if option == "--data" else ""),
-                value,
-            )
-        if not name or not path:
-            raise UserError(f"{option} {value!r}: expected a name, = and a value, such as {_EXAMPLES[option]}")
-        if name in named:
-            raise UserError(f"{option}: {name} is given twice, {named[name]} and {path}; give each a name of its own")
-        named[name] = path
-    return named

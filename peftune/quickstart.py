@@ -208,6 +208,8 @@ Done in {sum(facts["seconds"].values()):.0f} s. Everything lies in {out}/:
 
 Next:
   peftune generate --base {BASE} --adapter {adapters["unicode"]} --prompt "GREEK CAPITAL"
+  peftune serve --base {BASE} {" ".join(f"--adapter {name}={path}" for name, path in adapters.items())}
+      then open http://127.0.0.1:8000: the adapters side by side       (docs/serve.md tells more)
   peftune train launch/recipes/poems.yaml data.train=your.txt        (docs/guide.md tells more)""",
         soft_wrap=True,
         markup=False,

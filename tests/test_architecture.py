@@ -18,13 +18,15 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Who stands on which floor; a room imports from floors below its own.
 FLOORS = (
     {"errors", "__version__"},
-    {"complaints", "yaml_reader", "json_file"},
+    {"complaints", "yaml_reader", "json_file", "cli_options"},
     {"config"},
     {"data", "model", "display"},
     {"adapters"},
     {"inference", "evaluate"},
     {"training"},
+    {"serve"},
     {"quickstart"},
+    {"cli_adapters", "cli_serve"},
     {"cli"},
     {"__main__"},
 )
@@ -44,6 +46,11 @@ def rooms_imported_by(module: Path) -> Iterator[tuple[int, str]]:
             yield node.lineno, str(node.module).split(".")[1]
         elif isinstance(node, ast.Import):
             yield from ((node.lineno, n.name.split(".")[1]) for n in node.names if n.name.startswith("peftune."))
+
+
+def test_only_the_server_knows_its_framework() -> None:
+    said = {path for word in ("fastapi", "starlette", "uvicorn") for path in modules_that_say(word)}
+    assert {path for path in said if not path.startswith("serve/")} == {"cli_serve.py"}  # tells what is not installed
 
 
 def modules_that_say(word: str) -> set[str]:

@@ -15,7 +15,7 @@ import peftune
 from peftune import cli
 from peftune.errors import CheckFailed, Interrupted, PeftuneError
 
-VERBS = ["quickstart", "data", "train", "eval", "merge", "generate"]
+VERBS = ["quickstart", "data", "train", "eval", "merge", "generate", "serve"]
 Captured = pytest.CaptureFixture[str]
 
 
@@ -86,6 +86,9 @@ def test_it_knows_its_version(capsys: Captured) -> None:
         (["merge", "adapters/a", "--out", "m", "--dtype", "int8"], "--dtype"),
         (["generate", "--temperature", "hot"], "--temperature"),
         (["data"], "SOURCES"),
+        (["serve"], "--base"),
+        (["serve", "--base", "x", "--port", "-1", "--slots", "0", "--drain", "inf"], "port is -1"),
+        (["serve", "--base", "x", "--port", "-1", "--slots", "0", "--drain", "inf"], "slots is 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

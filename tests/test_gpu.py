@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from peftune.config import Lora, Recipe, recipe_from
+from peftune.inference.bank import AdapterBank
+from peftune.inference.settings import GenerationSettings
 from peftune.model import quantized
 from peftune.model.base import load_model, place
 from peftune.model.fast import attention, varlen
@@ -177,6 +180,26 @@ def test_a_quantised_base_computes_on_a_gpu_what_it_computes_on_a_cpu(tiny_base:
 @pytest.fixture
 def gpus() -> Iterator[int]:
     yield torch.cuda.device_count()
+
+
+def test_a_mixed_batch_writes_on_a_gpu_what_it_writes_on_a_cpu(tiny_base: Path, tmp_path: Path) -> None:
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        model = get_peft_model(load_model(tiny_base), LoraConfig(r=4 + seed, target_modules=["c_attn", "c_fc"]))
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.data += 0.2 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / name)
+    banks = [AdapterBank(str(tiny_base), device=device) for device in ("cpu", "cuda")]
+    names = ["one", "two", None, "two"]
+    for bank in banks:
+        for name in ("one", "two"):
+            bank.add(name, tmp_path / name)
+    ids = torch.randint(0, 250, (4, 30), generator=torch.Generator().manual_seed(0))
+    cpu, gpu = (bank.logits(ids, names).cpu() for bank in banks)
+    torch.testing.assert_close(gpu, cpu, rtol=1e-3, atol=1e-4)
+    settings = GenerationSettings(max_new_tokens=20, temperature=0)
+    alone = [banks[1].generate(["the cat"], settings, name)[0] for name in names]
+    assert banks[1].generate(["the cat"] * 4, settings, names) == alone
 
 
 @pytest.mark.slow

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from peftune.config import Source
 from peftune.errors import UserError
+from peftune.inference import routing_accuracy
 from peftune.quickstart import run
 
 
@@ -65,6 +67,18 @@ def test_the_merged_directory_is_an_ordinary_gpt2(made: tuple[Path, subprocess.C
     assert model.config.model_type == "gpt2" and not hasattr(model, "peft_config")
     written = model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=5, do_sample=False)
     assert written.shape[1] > 1
+
+
+@pytest.mark.slow
+def test_prompts_of_the_three_built_in_domains_find_their_adapter(
+    made: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    """The base learnt code and nothing else, so code is its domain."""
+    adapters = {name: made[0] / "adapters" / name for name in ("docs", "unicode")}
+    domains = {"base": "code", "docs": "docs", "unicode": "unicode"}
+    data = {name: [Source(path=f"builtin:{domain}/heldout")] for name, domain in domains.items()}
+    for sent in routing_accuracy.run("builtin:small", adapters, data, prompt_tokens=16, at_most=60, threshold=0.0):
+        assert sent.right > 0.95 * sent.prompts, sent
 
 
 def test_another_directory_is_never_overwritten(tmp_path: Path) -> None:

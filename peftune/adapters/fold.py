@@ -17,7 +17,7 @@ import torch
 from peftune.adapters.targets import Layout, Target, module_of
 from peftune.model.weights import HEAD, WTE, Weights, row_chunks
 
-_PIECE = 1_000_000  # values read and changed at a time: 4 MB, so that memory is used again
+_PIECE = 250_000  # values read and changed at a time: 1 MB, so that memory is used again
 
 
 @dataclass

@@ -30,7 +30,7 @@ from peftune.adapters.provenance import base_fingerprint, check_base, tensors_fi
 from peftune.adapters.report import MergeReport, judged, with_trained
 from peftune.adapters.shards import write_weights
 from peftune.adapters.store import Adapter, base_of, read_adapter
-from peftune.adapters.targets import layout_of
+from peftune.adapters.targets import layout_of, refuse_biased_head
 from peftune.data.tokens import encode_texts, end_of_text_id
 from peftune.errors import CheckFailed, UserError
 from peftune.model.base import load_config, load_tokenizer, resolve
@@ -90,11 +90,7 @@ class _Job:
         self.layout = layout_of(self.adapter.config, self.adapter.tensors, self.config, str(self.adapter.directory))
         self.folded = Folded(open_weights(self.directory), self.layout)
         check_whole(self.folded.weights, self.config)
-        head = self.layout.targets.get("lm_head")
-        if head is not None and "lora_B.bias" in head.parts:
-            raise UserError(
-                f"adapter {self.adapter.directory}: lora_bias on lm_head, but the head of a GPT-2 has no bias"
-            )
+        refuse_biased_head(self.layout, str(self.adapter.directory))
 
     def run(self, staging: Path, verify: bool, texts: Sequence[str] | None) -> MergeReport:
         self._write_settings(staging)

@@ -22,6 +22,7 @@ from peftune.model.base import load_tokenizer
 from peftune.model.weights import open_weights
 
 _REMEMBERED = 512
+_PIECE = 1_000_000  # values hashed at a time: three of 4 MB are held at once, the mapped one, its copy and the last
 _TOKENIZER_FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "config.json",
@@ -39,7 +40,7 @@ def base_fingerprint(directory: Path) -> str:
         digest = hashlib.sha256()
         for name in weights.names():
             digest.update(f"{name}|{list(weights.shape(name))}|{weights.dtype(name)}\n".encode())
-            for chunk in weights.chunks(name):
+            for chunk in weights.chunks(name, _PIECE):
                 digest.update(_bytes(chunk))
         return digest.hexdigest()
 

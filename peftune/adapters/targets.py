@@ -6,16 +6,16 @@ any weights, and what PEFT expects is compared with what the file holds.
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import re
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora.layer import Embedding, LoraLayer
-from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
@@ -89,6 +89,13 @@ def changes_base(config: dict[str, Any]) -> bool:
     return config.get("init_lora_weights", True) not in _PLAIN_INITS or config.get("bias", "none") != "none"
 
 
+def refuse_biased_head(layout: Layout, where: str) -> None:
+    """UserError for an adapter that adds a bias to the head: no tensor of a GPT-2 can hold it."""
+    head = layout.targets.get("lm_head")
+    if head is not None and "lora_B.bias" in head.parts:
+        raise UserError(f"adapter {where}: lora_bias on lm_head, but the head of a GPT-2 has no bias")
+
+
 def layout_of(config: dict[str, Any], tensors: dict[str, torch.Tensor], base: GPT2Config, where: str) -> Layout:
     """Sort an adapter's tensors by what they do to a base of this shape.
 
@@ -99,12 +106,11 @@ def layout_of(config: dict[str, Any], tensors: dict[str, torch.Tensor], base: GP
     stored = _without_copies({stripped(name): tensor for name, tensor in tensors.items()}, where)
     parts, whole = _sort(stored)
     vocabulary = _vocabulary(whole, base)
-    skeleton = _skeleton(config, base, vocabulary, where)
+    skeleton = _skeleton_of(config, base, vocabulary, where)
     _compare_shapes(stored, whole, skeleton, base, where)
-    layers = {name: module for name, module in skeleton.named_modules() if isinstance(module, LoraLayer)}
     pissa = config.get("init_lora_weights") == "pissa"
     targets = {
-        name: _target(name, layers[name], parts[name], pissa and f"{name}.weight" not in whole)
+        name: Target(name, *skeleton.layers[name], parts[name], pissa and f"{name}.weight" not in whole)
         for name in sorted(parts)
     }
     _refuse_pissa_outside_blocks(targets, base, where)
@@ -119,7 +125,7 @@ def layout_of(config: dict[str, Any], tensors: dict[str, torch.Tensor], base: GP
 
 
 def _refuse_unknown_settings(config: dict[str, Any], where: str) -> None:
-    defaults = {field.name: getattr(LoraConfig(), field.name) for field in dataclasses.fields(LoraConfig)}
+    defaults = vars(LoraConfig())
     for key, value in config.items():
         if key not in _UNDERSTOOD and value and value != defaults.get(key):
             raise UserError(f"adapter {where}: uses {key}, which peftune does not understand; use PEFT itself")
@@ -164,15 +170,22 @@ def _vocabulary(whole: dict[str, torch.Tensor], base: GPT2Config) -> int:
     return rows.pop() if len(rows) == 1 else int(base.vocab_size)
 
 
-def _skeleton(config: dict[str, Any], base: GPT2Config, vocabulary: int, where: str) -> nn.Module:
-    """The base's architecture with this adapter in it, on the meta device."""
-    resized = GPT2Config.from_dict({**base.to_dict(), "vocab_size": vocabulary})
+@dataclass(frozen=True)
+class _Skeleton:
+    """What PEFT makes of a configuration: names and shapes that it expects in the file, the model's own, and for each
+    adapted module its kind, rank, alpha and scale."""
+
+    expected: dict[str, torch.Size]
+    plain: dict[str, torch.Size]
+    layers: dict[str, tuple[Kind, int, float, float]]
+
+
+def _skeleton_of(config: dict[str, Any], base: GPT2Config, vocabulary: int, where: str) -> _Skeleton:
+    """The base's architecture with this adapter in it."""
     known = {key: value for key, value in config.items() if key in _UNDERSTOOD and key != "runtime_config"}
+    resized = {**base.to_dict(), "vocab_size": vocabulary}
     try:
-        lora = LoraConfig(**{**known, "init_lora_weights": False, "inference_mode": False})
-        with torch.device("meta"), no_init_weights(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return inject_adapter_in_model(lora, GPT2LMHeadModel(resized))
+        return _skeleton(*(json.dumps(values, sort_keys=True, default=str) for values in (known, resized)))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         lines = " ".join(str(error).split())
         raise UserError(
@@ -180,26 +193,43 @@ def _skeleton(config: dict[str, Any], base: GPT2Config, vocabulary: int, where: 
         ) from None
 
 
-def _compare_shapes(
-    stored: dict[str, torch.Tensor], whole: dict[str, torch.Tensor], skeleton: nn.Module, base: GPT2Config, where: str
-) -> None:
-    with warnings.catch_warnings():
+@lru_cache(maxsize=32)  # building it takes fifty times as long as reading the adapter; a server loads many of a kind
+def _skeleton(settings: str, architecture: str) -> _Skeleton:
+    """Injected on the meta device, without any weights; both arguments are JSON."""
+    lora = LoraConfig(**{**json.loads(settings), "init_lora_weights": False, "inference_mode": False})
+    with torch.device("meta"), no_init_weights(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected = get_peft_model_state_dict(skeleton, save_embedding_layers=False)
+        model = inject_adapter_in_model(lora, GPT2LMHeadModel(GPT2Config.from_dict(json.loads(architecture))))
+        expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return _Skeleton(
+        {name: tensor.shape for name, tensor in expected.items()},
+        {_plain(name): tensor.shape for name, tensor in model.state_dict().items()},
+        {name: _facts(module) for name, module in model.named_modules() if isinstance(module, LoraLayer)},
+    )
+
+
+def _facts(layer: LoraLayer) -> tuple[Kind, int, float, float]:
+    base = layer.get_base_layer()
+    kind: Kind = "conv1d" if isinstance(base, Conv1D) else "embedding" if isinstance(layer, Embedding) else "linear"
+    return kind, layer.r["default"], layer.lora_alpha["default"], layer.scaling["default"]
+
+
+def _compare_shapes(
+    stored: dict[str, torch.Tensor], whole: dict[str, torch.Tensor], skeleton: _Skeleton, base: GPT2Config, where: str
+) -> None:
     fits = f"the base has {base.n_layer} blocks of width {base.n_embd}; pass the base that it was trained on"
-    for name, tensor in expected.items():
+    for name, shape in skeleton.expected.items():
         if name not in stored:
             raise UserError(f"adapter {where}: {name} is named by its configuration, but is not there; {fits}")
-        if stored[name].shape != tensor.shape:
-            found, wanted = tuple(stored[name].shape), tuple(tensor.shape)
+        if stored[name].shape != shape:
+            found, wanted = tuple(stored[name].shape), tuple(shape)
             raise UserError(f"adapter {where}: {name} has shape {found}, this base needs {wanted}; {fits}")
     for name in stored:
-        if name not in expected and name.replace(".base_layer.", ".") not in whole:
+        if name not in skeleton.expected and name.replace(".base_layer.", ".") not in whole:
             raise UserError(f"adapter {where}: {name} belongs to nothing that its configuration adapts; {fits}")
-    plain = {_plain(name): tensor.shape for name, tensor in skeleton.state_dict().items()}
     for name, tensor in whole.items():
-        if plain.get(name) != tensor.shape:
-            has = tuple(plain[name]) if name in plain else "no such tensor"
+        if skeleton.plain.get(name) != tensor.shape:
+            has = tuple(skeleton.plain[name]) if name in skeleton.plain else "no such tensor"
             raise UserError(
                 f"adapter {where}: brings {name} of shape {tuple(tensor.shape)}, this base has {has}; {fits}"
             )
@@ -217,12 +247,6 @@ def _refuse_pissa_outside_blocks(targets: dict[str, Target], base: GPT2Config, w
             f"adapter {where}: PiSSA on lm_head of a base with tied embeddings changed the input embedding as well, "
             "which no adapter holds; train it with another variant or without lm_head"
         )
-
-
-def _target(name: str, layer: LoraLayer, parts: dict[str, torch.Tensor], pissa: bool) -> Target:
-    base = layer.get_base_layer()
-    kind: Kind = "conv1d" if isinstance(base, Conv1D) else "embedding" if isinstance(layer, Embedding) else "linear"
-    return Target(name, kind, layer.r["default"], layer.lora_alpha["default"], layer.scaling["default"], parts, pissa)
 
 
 def _replaced(

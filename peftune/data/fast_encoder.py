@@ -95,7 +95,7 @@ def fast_encoder(engine: Tokenizer) -> FastEncoder | str:
     if obstacle is not None:
         return obstacle
     vocabulary = _vocabulary(state)
-    byte_of = {letter: byte for byte, letter in enumerate(_letters())}
+    byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
     if not all(letter in byte_of for token in vocabulary for letter in token):
         return "its tokens are not all written in byte letters"
     obstacle = next(_obstacles_to_merging(state["model"]["merges"], vocabulary), None)
@@ -140,7 +140,7 @@ def _vocabulary(state: dict[str, Any]) -> dict[str, int]:
 
 
 def _obstacles_to_merging(merges: list[list[str]], vocabulary: dict[str, int]) -> Iterator[str]:
-    if not set(_letters()) <= vocabulary.keys():
+    if not set(byte_letters()) <= vocabulary.keys():
         yield "its vocabulary lacks some of the 256 bytes"
     made = [vocabulary.get(first + second, -1) for first, second in merges]
     if any(later <= earlier for earlier, later in pairwise([-1, *made])):
@@ -168,7 +168,7 @@ class _Characters:
     def __init__(self) -> None:
         from tokenizers import Tokenizer, models, pre_tokenizers
 
-        letters = _letters()
+        letters = byte_letters()
         merges = [(letters[ord(first)], second) for first in "a1!" for second in letters]
         tokens = [*letters, *(first + second for first, second in merges)]
         byte_of = {letter: byte for byte, letter in enumerate(letters)}
@@ -204,7 +204,7 @@ def _encoding(ranks: dict[bytes, int], special: dict[str, int]) -> Any:
     return tiktoken.Encoding("tokenizer", pat_str=_WORDS, mergeable_ranks=ranks, special_tokens=special)
 
 
-def _letters() -> list[str]:
+def byte_letters() -> list[str]:
     """The character by which a byte-level vocabulary writes each byte: itself where it prints, else from U+0100 on."""
     prints = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))

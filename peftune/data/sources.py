@@ -13,7 +13,7 @@ import difflib
 import glob
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from functools import lru_cache, partial
 from pathlib import Path
@@ -30,7 +30,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?\Z")
 _TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 
 
-def read_documents(source: Source, split_on: str, tally: Tally | None = None) -> Iterator[Document]:
+def read_documents(source: Source, split_on: str, tally: Tally | None = None) -> Generator[Document, None, None]:
     """Documents of one source in a fixed order; `tally.blank` grows by what was skipped.
 
     Raises UserError naming file and row (or line, or byte) for whatever cannot be read.
@@ -52,6 +52,20 @@ def read_documents(source: Source, split_on: str, tally: Tally | None = None) ->
             name = str(path)  # once: a corpus may have millions of documents
             for line, text in text_files.split_text(path, split_on, tally):
                 yield Document(text, source=f"{name}:{line}")
+
+
+def holds_chat(source: Source, split_on: str) -> bool:
+    """Whether a source's documents are conversations: its first row tells, which is all that is read."""
+    if source.messages is not None:
+        return True
+    if source.text is not None or source.prompt is not None or source.path.startswith("builtin:"):
+        return False
+    files = files_of(source)
+    if files is not None and files[0].suffix.lower() not in records.SUFFIXES:
+        return False
+    with closing(read_documents(source, split_on)) as documents:
+        first = next(documents, None)
+    return first is not None and first.turns is not None
 
 
 def size_of(sources: Sequence[Source]) -> int | None:

@@ -21,7 +21,7 @@ import torch
 from peftune.adapters.fold import Folded
 from peftune.adapters.provenance import check_base
 from peftune.adapters.store import Adapter, check_fits
-from peftune.adapters.targets import Layout
+from peftune.adapters.targets import Layout, refuse_biased_head
 from peftune.data.tokens import encode_texts, end_of_text_id
 from peftune.errors import UserError
 from peftune.inference.settings import GenerationSettings
@@ -97,6 +97,7 @@ class AdapterBank:
                 raise UserError(f"adapter {name}: there is one of this name already ({self._loaded[name].directory})")
             check_base(directory, self.directory)
             adapter, layout = check_fits(directory, self.config)
+            refuse_biased_head(layout, str(directory))
             self._loaded[name] = self._load(name, adapter, layout)
             return self._loaded[name]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,8 @@ from peftune.adapters.provenance import check_base
 from peftune.adapters.store import base_of, load_onto
 from peftune.display import Display
 from peftune.errors import UserError
-from peftune.inference.decode import slide
+from peftune.inference.bank import AdapterBank
+from peftune.inference.decode import OnText, slide
 from peftune.inference.generate import Generation, GenerationSettings, context_ids, generate
 from peftune.inference.output import Printer, as_json
 from peftune.inference.prompts import gather
@@ -54,15 +56,12 @@ def run(
         check_writable(json_path)
     texts = gather(prompts, prompts_file)
     name = choose_adapter(adapters, use)
-    base = base or _recorded_base(adapters, name)
-    model, tokenizer = load(base, adapters[name] if name else None, precision)
-    _warn_of_cut_prompts(texts, tokenizer, model.config.n_positions)
+    base = base or recorded_base(adapters, name)
+    writer = _writer(base, name, adapters[name] if name else None, precision, settings)
+    _warn_of_cut_prompts(texts, writer)
     printer = Printer(outlives_pipe=json_path is not None)
     with suppress(BrokenPipeError):  # nobody reads any more: done
-        if len(texts) == 1:
-            generations = [_one(model, tokenizer, texts[0], settings, printer, stream)]
-        else:
-            generations = _several(model, tokenizer, texts, settings, printer)
+        generations = [_one(writer, texts[0], printer, stream)] if len(texts) == 1 else _several(writer, texts, printer)
         if json_path is not None:
             used = dataclasses.asdict(settings) | {"temperature": settings.sampling_temperature, "precision": precision}
             write_json(json_path, as_json({"base": base, "adapter": name, "settings": used}, generations))
@@ -82,6 +81,34 @@ def choose_adapter(adapters: Mapping[str, Path], use: str | None) -> str | None:
     return None if use == "base" else use
 
 
+@dataclass(frozen=True)
+class _Writer:
+    """What continues prompts: `write(prompts, on_text)`, of a model that has so many positions."""
+
+    write: Callable[[Sequence[str], OnText | None], list[Generation]]
+    tokenizer: PreTrainedTokenizerFast
+    positions: int
+
+
+def _writer(base: str, name: str | None, adapter: Path | None, precision: str, settings: GenerationSettings) -> _Writer:
+    """A bank with the one adapter on it; beam search, which a bank has not, goes through Transformers."""
+    if settings.beams > 1:
+        model, tokenizer = load(base, adapter, precision)
+        return _Writer(
+            lambda prompts, on_text: generate(model, tokenizer, prompts, settings, on_text),
+            tokenizer,
+            model.config.n_positions,
+        )
+    bank = AdapterBank(base, precision)
+    if name is not None and adapter is not None:
+        bank.add(name, adapter)
+    return _Writer(
+        lambda prompts, on_text: bank.generate(prompts, settings, name, on_text, slots=_TOGETHER),
+        bank.tokenizer,
+        bank.config.n_positions,
+    )
+
+
 def load(base: str, adapter: Path | None, precision: str) -> tuple[Model, PreTrainedTokenizerFast]:
     """The base (a merged model is one too) with the adapter on it, in `precision` on the GPU if there is one.
 
@@ -99,7 +126,8 @@ def load(base: str, adapter: Path | None, precision: str) -> tuple[Model, PreTra
     return model.eval(), tokenizer
 
 
-def _recorded_base(adapters: Mapping[str, Path], name: str | None) -> str:
+def recorded_base(adapters: Mapping[str, Path], name: str | None) -> str:
+    """The base that the adapter of this name was trained on, or all of them; UserError where that is not one."""
     named = sorted({base_of(adapters[name])} if name else {base_of(directory) for directory in adapters.values()})
     if len(named) != 1:
         found = f"the adapters name {', '.join(named)}" if named else "no base and no adapter"
@@ -107,28 +135,20 @@ def _recorded_base(adapters: Mapping[str, Path], name: str | None) -> str:
     return named[0]
 
 
-def _warn_of_cut_prompts(prompts: list[str], tokenizer: PreTrainedTokenizerFast, n_positions: int) -> None:
+def _warn_of_cut_prompts(prompts: list[str], writer: _Writer) -> None:
     for number, prompt in enumerate(prompts, 1):
-        ids = context_ids(tokenizer, prompt)
-        read = len(slide(ids, n_positions))
+        ids = context_ids(writer.tokenizer, prompt)
+        read = len(slide(ids, writer.positions))
         if read < len(ids):
-            Display().say(
-                f"prompt {number}: {len(ids)} tokens, the model has {n_positions} positions: it reads the last {read}"
-            )
+            has = f"the model has {writer.positions} positions"
+            Display().say(f"prompt {number}: {len(ids)} tokens, {has}: it reads the last {read}")
 
 
-def _one(
-    model: Model,
-    tokenizer: PreTrainedTokenizerFast,
-    prompt: str,
-    settings: GenerationSettings,
-    printer: Printer,
-    stream: bool,
-) -> Generation:
+def _one(writer: _Writer, prompt: str, printer: Printer, stream: bool) -> Generation:
     printer.prompt(prompt)
     began = time.monotonic()
     on_text = (lambda _, piece: printer.continuation(piece)) if stream else None
-    (generation,) = generate(model, tokenizer, [prompt], settings, on_text)
+    (generation,) = writer.write([prompt], on_text)
     if not stream:
         printer.continuation(generation.text)
     printer.end()
@@ -140,20 +160,14 @@ def _one(
     return generation
 
 
-def _several(
-    model: Model,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: list[str],
-    settings: GenerationSettings,
-    printer: Printer,
-) -> list[Generation]:
+def _several(writer: _Writer, prompts: list[str], printer: Printer) -> list[Generation]:
     generations: list[Generation] = []
     progress = Display().progress
     progress.disable = progress.disable or printer.is_terminal  # there the texts themselves are the progress
     with progress:
         task = progress.add_task("generate", total=len(prompts), note="")
         for first in range(0, len(prompts), _TOGETHER):
-            group = generate(model, tokenizer, prompts[first : first + _TOGETHER], settings)
+            group = writer.write(prompts[first : first + _TOGETHER], None)
             for generation in group:
                 generations.append(generation)
                 printer.header(len(generations), len(prompts))

@@ -70,7 +70,7 @@ class Engine:
         self._batch = Batch(bank.plan, slots)
         self._rows: list[Running] = []
         self._waiting: FairQueue[Running] = FairQueue()
-        self._jobs: deque[Callable[[], None]] = deque()
+        self._jobs: deque[tuple[Future[Route], Callable[[], Route]]] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = self._stopped = False
@@ -100,17 +100,12 @@ class Engine:
         return ticket
 
     def route(self, ids: tuple[int, ...], names: tuple[str, ...] | None = None) -> Future[Route]:
-        """Which adapter a prompt is likeliest under; computed between two steps."""
+        """Which adapter a prompt is likeliest under; computed between two steps. Raises Busy once the engine stops."""
         future: Future[Route] = Future()
-
-        def job() -> None:
-            try:
-                future.set_result(route(self.bank, ids, names))
-            except PeftuneError as error:
-                future.set_exception(error)
-
         with self._changed:
-            self._jobs.append(job)
+            if self._closing:
+                raise Busy("the engine is stopping", 5.0)
+            self._jobs.append((future, lambda: route(self.bank, ids, names)))
             self._changed.notify_all()
         return future
 
@@ -149,7 +144,7 @@ class Engine:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        while time.monotonic() < until and (self._rows or len(self._waiting)):
+        while time.monotonic() < until and (self._rows or len(self._waiting) or self._jobs):
             time.sleep(0.02)
         with self._changed:
             self._stopped = True
@@ -183,13 +178,20 @@ class Engine:
                 for row in self._rows:
                     row.ticket.on_update(Update(finish_reason="error", error=f"{type(error).__name__} in the engine"))
                 self._rows.clear()
+                self._batch = Batch(self.bank.plan, self._slots)
         for row in [*self._rows, *self._waiting.take(lambda _: True)]:
             row.ticket.on_update(Update(finish_reason="cancelled"))
         self._rows.clear()
+        for future, _ in self._jobs:
+            future.set_exception(Busy("the engine is stopping", 5.0))
 
     def _do_jobs(self) -> None:
         while self._jobs:
-            self._jobs.popleft()()
+            future, job = self._jobs.popleft()
+            try:
+                future.set_result(job())
+            except Exception as error:  # whoever waits for it raises it
+                future.set_exception(error)
 
     def _drop_cancelled(self) -> None:
         with self._changed:
@@ -234,6 +236,7 @@ class Engine:
         hidden = self._batch.read([row.function for row in rows], slots, ids, start)
         done = []
         for row, chunk, states in zip(rows, chunks, hidden, strict=True):
+            row.touched = max(row.touched, start + width)
             if row.wants_prompt:
                 row.score_prompt(self._batch.logits([row.function] * len(chunk), states[: len(chunk)]))
             row.read += len(chunk)
@@ -249,6 +252,7 @@ class Engine:
         hidden = self._batch.write([row.function for row in ready], slots, ids, [row.read for row in ready])
         for row in ready:
             row.read += 1
+            row.touched = max(row.touched, row.read)
         return list(zip(ready, hidden, strict=True))
 
     def _choose(self, fresh: list[tuple[Running, torch.Tensor]]) -> None:
@@ -262,7 +266,7 @@ class Engine:
             return
         rows = [row for row, _ in fresh]
         logits = self._batch.logits([row.function for row in rows], torch.stack([states for _, states in fresh]))
-        finite = torch.isfinite(logits).all(-1).tolist()  # host sync, as reading the tokens is
+        finite = logits.sum(-1).isfinite().tolist()  # host sync, as reading the tokens is
         tokens = choose(rows, (logits if all(finite) else logits.nan_to_num())[:, : len(self.bank.tokenizer)])
         for row, token, row_logits, good in zip(rows, tokens, logits, finite, strict=True):
             if not good:
@@ -280,9 +284,10 @@ class Engine:
             if row.text.finish_reason is None:
                 continue
             self._seconds_a_text += 0.1 * (time.monotonic() - row.began - self._seconds_a_text)
+            self._batch.forget(slot, row.touched)
             last = self._rows.pop()
             if slot < len(self._rows):
-                self._batch.move(len(self._rows), slot, last.read)
+                self._batch.move(len(self._rows), slot, last.touched)
                 self._rows[slot] = last
 
     def _retry_after(self) -> float:

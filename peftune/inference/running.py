@@ -18,12 +18,16 @@ _FINE, _COARSE = 16, 64  # widths that prompts are padded to, up to _COARSE and 
 
 @dataclass(eq=False)
 class Running:
-    """One row of the batch. `read` tokens of `text.window` are in the cache; `began` on the monotonic clock."""
+    """One row of the batch. `read` tokens of `text.window` are in the cache, padding reached up to `touched`.
+
+    `began` is when it got its slot, on the monotonic clock.
+    """
 
     ticket: Ticket
     function: Function
     text: Row
     read: int = 0
+    touched: int = 0
     began: float = 0.0
     prompt: list[TokenLogprob] = field(default_factory=list)
     seen: torch.Tensor | None = None

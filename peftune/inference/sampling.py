@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _COLDEST = 1e-6  # a smaller temperature overflows float32 and chooses nothing else
-_FIRST_TRY = 2048  # the nucleus is sought among so many tokens first: 0.6 ms a row, 5 for all 50,257
+_TRIES = (64, 2048)  # the nucleus is sought among so many tokens first; sorting all 50,257 takes 5 ms a row
 
 
 def penalise_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
@@ -42,9 +42,13 @@ def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
     if p >= 1:
         return logits_BV
     probability_BV = logits_BV.softmax(-1, dtype=torch.float64)
-    keep_BV, found_B = _nucleus(probability_BV, p, _FIRST_TRY)
-    if not bool(found_B.all()):
-        keep_BV[~found_B] = _nucleus(probability_BV[~found_B], p, logits_BV.shape[-1])[0]
+    keep_BV = torch.zeros_like(probability_BV, dtype=torch.bool)
+    missing_B = torch.ones(len(logits_BV), dtype=torch.bool, device=logits_BV.device)
+    for among in (*_TRIES, logits_BV.shape[-1]):
+        keep_BV[missing_B], found = _nucleus(probability_BV[missing_B], p, among)
+        missing_B[missing_B.clone()] = ~found
+        if not bool(missing_B.any()):
+            break
     return logits_BV.masked_fill(~keep_BV, -torch.inf)
 
 

@@ -75,18 +75,18 @@ class Weights:
         """A copy of rows `start` to `stop` of one tensor."""
         return _read(self._entries[name], slice(start, stop))
 
-    def chunks(self, name: str) -> Iterator[torch.Tensor]:
-        """The tensor in consecutive pieces of rows, each of about 8M elements."""
-        for start, stop in row_chunks(self.shape(name)):
+    def chunks(self, name: str, elements: int = CHUNK_ELEMENTS) -> Iterator[torch.Tensor]:
+        """The tensor in consecutive pieces of rows, each of about so many elements."""
+        for start, stop in row_chunks(self.shape(name), elements):
             yield self.rows(name, start, stop)
 
 
-def row_chunks(shape: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(start, stop) of consecutive pieces of rows, each of about 8M elements."""
+def row_chunks(shape: tuple[int, ...], elements: int = CHUNK_ELEMENTS) -> list[tuple[int, int]]:
+    """(start, stop) of consecutive pieces of rows, each of about so many elements."""
     if not shape or not shape[0]:
         return []
     width = max(1, torch.Size(shape).numel() // shape[0])
-    step = max(1, CHUNK_ELEMENTS // width)
+    step = max(1, elements // width)
     return [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 

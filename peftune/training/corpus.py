@@ -10,6 +10,7 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from peftune.config import Recipe, Source
 from peftune.data.batches import Blocks
+from peftune.data.sources import holds_chat
 from peftune.data.split import split_by_digest
 from peftune.data.store import TokenStore, prepare
 from peftune.errors import UserError
@@ -17,11 +18,15 @@ from peftune.errors import UserError
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training blocks, evaluation blocks by domain name, and the fingerprints of the text behind each."""
+    """Training blocks, evaluation blocks by domain name, and the fingerprints of the text behind each.
+
+    `chat` where every training source holds conversations: only then does an adapter answer as an assistant.
+    """
 
     train: Blocks
     domains: dict[str, Blocks]
     fingerprints: dict[str, str]
+    chat: bool
 
 
 def block_size(recipe: Recipe, config: GPT2Config) -> int:
@@ -41,6 +46,7 @@ def load_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, tokenizer_fi
         return prepare(sources, tokenizer, tokenizer_fingerprint, recipe.data.join, recipe.data.split_on)
 
     store = store_of(recipe.data.train)
+    chat = all(holds_chat(source, recipe.data.split_on) for source in recipe.data.train)
     everything = np.arange(len(store))
     validation = recipe.data.validation
     if isinstance(validation, float | int):
@@ -48,9 +54,9 @@ def load_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, tokenizer_fi
         if len(learnt) == 0:
             raise UserError(f"data.validation {validation} leaves no document to learn from; {len(store)} in all")
         domains = {"validation": Blocks.of(store, heldout, block)} if len(heldout) else {}
-        return Corpus(Blocks.of(store, learnt, block), domains, {"train": store.fingerprint})
+        return Corpus(Blocks.of(store, learnt, block), domains, {"train": store.fingerprint}, chat)
     named = validation if isinstance(validation, dict) else {"validation": validation}
     stores = {name: store_of(sources) for name, sources in named.items()}
     domains = {name: Blocks.of(s, np.arange(len(s)), block) for name, s in stores.items()}
     prints = {"train": store.fingerprint} | {f"validation/{name}": s.fingerprint for name, s in stores.items()}
-    return Corpus(Blocks.of(store, everything, block), domains, prints)
+    return Corpus(Blocks.of(store, everything, block), domains, prints, chat)

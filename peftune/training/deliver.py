@@ -120,6 +120,7 @@ def _provenance(session: Session, delivery: Delivery) -> dict[str, Any]:
         "tokenizer_fingerprint": prints["tokenizer"],
         "data_fingerprints": {k[5:]: v for k, v in prints.items() if k.startswith("data ")},
         "recipe": session.recipe.model_dump(mode="json"),
+        "chat": source.corpus.chat,
         "identity": source.identity,
         "step": delivery.step,
         "tokens": session.state.tokens,

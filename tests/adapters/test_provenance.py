@@ -46,6 +46,15 @@ def test_fingerprint_is_read_from_the_cache_the_second_time(tiny_base: Path, tmp
     assert base_fingerprint(tiny_base) == value
 
 
+def test_fingerprint_does_not_depend_on_how_much_is_read_at_a_time(
+    tiny_base: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    value = base_fingerprint(tiny_base)
+    monkeypatch.setenv("PEFTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(provenance, "_PIECE", 1000)
+    assert base_fingerprint(tiny_base) == value
+
+
 @pytest.mark.parametrize("damage", ["broken", "list", "unwritable", "a file"])
 def test_a_broken_cache_is_no_error(damage: str, tiny_base: Path, tmp_path: Path, monkeypatch: Any) -> None:
     value = base_fingerprint(tiny_base)

@@ -14,7 +14,7 @@ from benchmarks import gradients, train_medium
 from benchmarks.peers import chosen
 from benchmarks.rounds import Contestant, Failed, interleave
 
-COMMANDS = [*everything.COMMANDS.values(), "all", "scaling"]
+COMMANDS = [*everything.COMMANDS.values(), "all", "scaling", "compiling", "serving"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

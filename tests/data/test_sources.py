@@ -11,7 +11,7 @@ import pytest
 from peftune.config import Source
 from peftune.data import hub
 from peftune.data.documents import Document
-from peftune.data.sources import Tally, files_of, identity, read_documents
+from peftune.data.sources import Tally, files_of, holds_chat, identity, read_documents
 from peftune.errors import UserError
 
 TEXTS = ["One.", 'Two "quoted", with\na line.', "Drei äöü 🙂"]
@@ -188,3 +188,15 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch):
     hub.revision_of.cache_clear()
     with pytest.raises(UserError, match=r"^no file nobody/poems and no hub data set of that name could be loaded: .+"):
         read("nobody/poems")
+
+
+def test_conversations_are_known_by_their_column_or_by_the_first_row(write):
+    row = {"chat": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    named = write("named.jsonl", json.dumps(row) + "\n")
+    found = write("found.jsonl", json.dumps({"messages": row["chat"]}) + "\n" + "not read")
+    both = write("both.jsonl", json.dumps({"messages": row["chat"], "text": "c"}) + "\n")
+    assert holds_chat(Source(path=str(named), messages="chat"), "auto")
+    assert holds_chat(Source(path=str(found)), "auto")
+    for other in (Source(path=str(both)), Source(path=str(write("a.txt", "User: a\n\nAssistant: b")))):
+        assert not holds_chat(other, "auto")
+    assert not holds_chat(Source(path="builtin:code/train"), "auto")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +72,59 @@ def values(tiny_base: Path, unequal: Path) -> Callable[..., Values]:
     return make
 
 
-@pytest.fixture(scope="session")
-def run_jobs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
-    """`run_jobs(way, [values, …])`: train all of them, one after another, on one group of ranks."""
+class Group:
+    """One group of ranks that trains lists of recipes as they are given to it; it sleeps between them."""
 
-    def start(way: str | Path, jobs: list[Values], **more: str) -> None:
-        listed = tmp_path_factory.mktemp("jobs") / "jobs.json"
-        listed.write_text(json.dumps(jobs), encoding="utf-8")
+    def __init__(self, way: str | Path, folder: Path, lists: int, **more: str) -> None:
+        self.files = [folder / f"jobs-{number}.json" for number in range(lists)]
+        self.given = 0
+        self.log = folder / "log"
         program = str(Path(__file__).with_name("many_runs.py"))
-        done = subprocess.run(
-            command(way, program, str(listed)),
-            cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-6000:]
+        with open(self.log, "wb") as told:
+            self.process = subprocess.Popen(
+                command(way, program, *map(str, self.files)),
+                cwd=ROOT, env=environment(**more), stdout=told, stderr=told, start_new_session=True,
+            )  # fmt: skip
 
-    return start
+    def train(self, jobs: list[Values]) -> None:
+        """All of them, one after another; returns when the last has been delivered, or the ranks have ended."""
+        file = self.files[self.given]
+        self.given += 1
+        beside = file.with_suffix(".beside")
+        beside.write_text(json.dumps(jobs), encoding="utf-8")
+        beside.rename(file)
+        until = time.monotonic() + 300
+        while not file.with_suffix(".done").exists():
+            assert self.process.poll() is None and time.monotonic() < until, self.told()
+            time.sleep(0.05)
+        if self.given == len(self.files):
+            assert self.process.wait(timeout=60) == 0, self.told()
+
+    def told(self) -> str:
+        return self.log.read_text(encoding="utf-8")[-6000:]
+
+    def remove(self) -> None:
+        """Nothing of it is left behind, whatever became of it."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Group]]:
+    """`group(way, lists=n)`: ranks that train n lists of recipes, with one start-up."""
+    started: list[Group] = []
+
+    def start(way: str | Path, lists: int = 1, **more: str) -> Group:
+        started.append(Group(way, tmp_path_factory.mktemp("jobs"), lists, **more))
+        return started[-1]
+
+    yield start
+    for ranks in started:
+        ranks.remove()
+
+
+@pytest.fixture(scope="session")
+def run_jobs(group: Callable[..., Group]) -> Callable[..., None]:
+    """`run_jobs(way, [values, …])`: train all of them, one after another, on one group of ranks."""
+    return lambda way, jobs, **more: group(way, **more).train(jobs)

@@ -1,6 +1,7 @@
-"""Several training runs on one group of ranks, which saves their start-up:  launcher many_runs.py JOBS.json
+"""Several training runs on one group of ranks, which saves their start-up:  launcher many_runs.py JOBS.json…
 
-JOBS.json is a list of recipes. With PEFTUNE_CENSUS=FOLDER each rank writes what it holds at the end of its last run.
+Each JOBS.json is a list of recipes; the ranks wait until it is there, and rank 0 writes JOBS.done after its last run.
+With PEFTUNE_CENSUS=FOLDER each rank writes what it holds at the end of the last run of the first list.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +39,13 @@ def take_census(session: Session, folder: Path) -> None:
     )
 
 
+def recipes_in(jobs: Path) -> list[dict[str, Any]]:
+    while not jobs.exists():
+        time.sleep(0.05)
+    recipes: list[dict[str, Any]] = json.loads(jobs.read_text(encoding="utf-8"))
+    return recipes
+
+
 def main() -> None:
     census = os.environ.get("PEFTUNE_CENSUS")
     deliver = run.deliver
@@ -47,8 +57,12 @@ def main() -> None:
 
     run.deliver = deliver_and_count
     with joined():
-        for values in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-            run.train(recipe_from(values, []))
+        for jobs in map(Path, sys.argv[1:]):
+            for values in recipes_in(jobs):
+                run.train(recipe_from(values, []))
+            census = None
+            if os.environ.get("RANK", "0") == "0":
+                jobs.with_suffix(".done").touch()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from peftune.training.records import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS = 30
-KILLS = int(os.environ.get("PEFTUNE_TEST_KILLS", "2"))  # more take more time than the suite has
+KILLS = int(os.environ.get("PEFTUNE_TEST_KILLS", "0"))  # at random, beside the two that are always made
 Values = dict[str, Any]
 Make = Callable[..., Values]
 
@@ -106,19 +106,25 @@ def assert_same(distance: Callable[[Path, Path], float], uninterrupted: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "rank"), [("cpu-2", 1), ("cpu-2-zero3", 0)])
-def test_a_killed_rank_ends_the_job_and_another_topology_goes_on(
-    recipe: tuple[Path, Path], assert_same: Callable[[Path], None], tmp_path: Path, way: str, rank: int
+def test_killed_ranks_end_the_job_and_other_topologies_go_on(
+    recipe: tuple[Path, Path], assert_same: Callable[[Path], None], tmp_path: Path
 ) -> None:
+    """A rank of DDP, then one of ZeRO-3, then as many at random as asked for; one process takes the last steps."""
     path, out = recipe
+    chance = random.Random(0)
+    ways = ["cpu-2", "cpu-2-zero1", "cpu-2-zero2", "cpu-2-zero3"]
+    chosen = [("cpu-2", 1), ("cpu-2-zero3", 0)]
     log = tmp_path / "log"
-    with running(launcher(way, path), log) as job:
-        wait_for_step(job, out, 5, log)
-        rank_process(job, rank).send_signal(signal.SIGKILL)
-        code = job.wait(timeout=60)
-    told = log.read_text()
-    assert code == 1, told
-    assert "SIGKILL" in told and "goes on from the last checkpoint" in told and "Traceback" not in told
+    for way, rank in chosen + [(chance.choice(ways), chance.randint(0, 1)) for _ in range(KILLS)]:
+        before = steps_done(out)
+        with running(launcher(way, path), log) as job:
+            wait_for_step(job, out, min(STEPS - 5, before + 4), log)
+            time.sleep(chance.random() * 0.1)
+            rank_process(job, rank).send_signal(signal.SIGKILL)
+            code = job.wait(timeout=60)
+        told = log.read_text()
+        assert code == 1, told
+        assert "SIGKILL" in told and "goes on from the last checkpoint" in told and "Traceback" not in told
     with running(launcher("one", path), log) as job:
         assert job.wait(timeout=120) == 0, log.read_text()
     assert_same(out)
@@ -185,23 +191,3 @@ def test_bad_input_is_told_once_and_not_by_every_rank(recipe: tuple[Path, Path],
         with running(launcher("cpu-2", bad), log) as job:
             assert job.wait(timeout=60) == 2, log.read_text()
         assert log.read_text().count("peftune: ") == 1 and "Traceback" not in log.read_text()
-
-
-@pytest.mark.slow
-def test_random_kills_under_changing_topologies_change_nothing(
-    recipe: tuple[Path, Path], assert_same: Callable[[Path], None], tmp_path: Path
-) -> None:
-    path, out = recipe
-    chance = random.Random(0)
-    log = tmp_path / "log"
-    ways = ["cpu-2", "cpu-2-zero1", "cpu-2-zero2", "cpu-2-zero3"]
-    for _ in range(KILLS):
-        with running(launcher(chance.choice(ways), path), log) as job:
-            at = min(STEPS - 5, steps_done(out) + chance.randint(0, 6))
-            while steps_done(out) < at and job.poll() is None:
-                time.sleep(0.01)
-            rank_process(job, chance.randint(0, 1)).kill()
-            assert job.wait(timeout=60) == 1, log.read_text()
-    with running(launcher("one", path), log) as job:
-        assert job.wait(timeout=120) == 0, log.read_text()
-    assert_same(out)

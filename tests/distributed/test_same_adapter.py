@@ -34,19 +34,24 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def trained(values: Make, run_jobs: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`WAY/` trained through in each way, and `WAY-from-OTHER/` resumed in it from step CUT of the other's run."""
+def trained(values: Make, group: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`WAY/` trained through in each way, and `WAY-from-OTHER/` resumed in it from step CUT of the other's run.
+
+    The ranks of each way train both lists; what each run takes from the recipe or a checkpoint is set anew.
+    """
     folder = tmp_path_factory.mktemp("grid")
+    groups = {}
     for way in WAYS:
         (folder / f"census-{way}").mkdir()
         special = [values(folder / f"{way}-{name}", **sections) for name, sections in SPECIAL.items()]
         quantised = [values(folder / f"{way}-{kind}", quantize=kind) for kind in ("int8", "nf4") if way != "zero3"]
         jobs = [*special, *quantised, values(folder / way)]
-        run_jobs(way, jobs, PEFTUNE_CENSUS=str(folder / f"census-{way}"))
+        groups[way] = group(way, lists=2, PEFTUNE_CENSUS=str(folder / f"census-{way}"))
+        groups[way].train(jobs)
     for way in WAYS:
         for other in WAYS:
             cut_after_checkpoint(folder / other, folder / f"{way}-from-{other}")
-        run_jobs(way, [values(folder / f"{way}-from-{other}") for other in WAYS])
+        groups[way].train([values(folder / f"{way}-from-{other}") for other in WAYS])
     return folder
 
 

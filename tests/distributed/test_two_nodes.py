@@ -149,22 +149,22 @@ def steps_told(out: Path) -> list[int]:
     return [event["step"] for event in read_metrics(out / "metrics.jsonl") if event["event"] == "train"]
 
 
-@pytest.mark.parametrize("config", ["cpu-2", "cpu-2-zero3"])
-def test_two_machines_train_one_adapter(
-    config: str, machines: Machines, recipe: Path, alone: Path, tmp_path: Path, distance: Distance
+def test_two_machines_share_out_a_base_and_train_one_adapter(
+    machines: Machines, recipe: Path, alone: Path, tmp_path: Path, distance: Distance
 ) -> None:
-    machines.launch(config, str(recipe), program=None)
+    """1e-5: ZeRO-3 goes by Transformers' and PEFT's steps, one process by fast ones."""
+    machines.launch("cpu-2-zero3", str(recipe), program=None)
     codes, told = machines.ended(150)
     assert codes == [0, 0], told
-    same_function = config == "cpu-2"  # ZeRO-3 goes by Transformers' and PEFT's steps, one process by fast ones
-    assert distance(tmp_path / "adapter", alone) <= (1e-6 if same_function else 1e-5)
+    assert distance(tmp_path / "adapter", alone) <= 1e-5
 
 
 def test_a_cut_cable_ends_the_run_which_goes_on_once_it_is_mended(
     machines: Machines, recipe: Path, alone: Path, tmp_path: Path, distance: Distance
 ) -> None:
+    """Also what two machines under DDP learn: the adapter of one process."""
     out = tmp_path / "adapter"
-    machines.launch("cpu-2", str(recipe), program=None, PEFTUNE_LOST_AFTER="12")
+    machines.launch("cpu-2", str(recipe), program=None, PEFTUNE_LOST_AFTER="8")
     until = time.monotonic() + 60
     while not any((out / "checkpoints").glob("step-*")):
         assert time.monotonic() < until, "no checkpoint within a minute"

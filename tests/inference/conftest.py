@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from peftune.inference.bank import AdapterBank
+from peftune.model.lora import quiet_peft
 
 TEXT = ["the cat sat on the mat and the dog sat on the log", "naïve café, straße, 東京, 😀 and a tab\there\n"] * 4
 
@@ -65,3 +71,54 @@ def base(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, tmp_path_fa
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+LINEAR = ["c_attn", "c_proj", "c_fc"]
+KINDS: dict[str, dict[str, Any]] = {
+    "attention": {"r": 4, "lora_alpha": 8, "target_modules": ["c_attn"]},
+    "wide": {"r": 24, "lora_alpha": 12, "target_modules": LINEAR},
+    "rslora": {"r": 8, "lora_alpha": 4, "target_modules": ["c_fc", "mlp.c_proj"], "use_rslora": True},
+    "uneven": {"r": 2, "target_modules": LINEAR, "rank_pattern": {"c_fc": 6}, "alpha_pattern": {"c_attn": 3}},
+    "one-block": {"r": 3, "target_modules": ["attn.c_proj"], "layers_to_transform": [1]},
+    "dora": {"r": 4, "target_modules": ["c_attn"], "use_dora": True},
+    "pissa": {"r": 4, "target_modules": ["c_attn"], "init_lora_weights": "pissa"},
+    "head": {"r": 4, "target_modules": ["c_attn", "lm_head"]},
+    "whole": {"r": 4, "target_modules": ["c_fc"], "modules_to_save": ["ln_f"]},
+}
+
+
+@pytest.fixture(scope="session")
+def base_directory(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The random model as a checkpoint."""
+    directory = tmp_path_factory.mktemp("wide-base")
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def adapters(base_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One plain PEFT adapter of each of `KINDS`, with random values."""
+    root = tmp_path_factory.mktemp("adapters")
+    for seed, (name, settings) in enumerate(KINDS.items()):
+        torch.manual_seed(seed)
+        with quiet_peft(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = LoraConfig(task_type="CAUSAL_LM", **settings)
+            peft_model = get_peft_model(GPT2LMHeadModel.from_pretrained(base_directory), config)
+            for parameter in peft_model.parameters():
+                if parameter.requires_grad:
+                    parameter.data += 0.2 * torch.randn_like(parameter)
+            peft_model.save_pretrained(root / name)
+    return {name: root / name for name in KINDS}
+
+
+@pytest.fixture(scope="session")
+def bank(base_directory: Path, adapters: dict[str, Path]) -> AdapterBank:
+    """All of the adapters on their base; tests leave it as they found it."""
+    bank = AdapterBank(str(base_directory), device="cpu")
+    for name, directory in adapters.items():
+        bank.add(name, directory)
+    return bank

@@ -89,6 +89,16 @@ def test_the_last_line_says_where_the_adapter_is_and_what_it_gained(
     assert last.startswith(f"{delivery.out}: adapter of step 3") and last.endswith(f"→ {after:,.2f}")
 
 
+def test_provenance_tells_whether_the_data_were_conversations(recipe: Make, corpus: Path, tmp_path: Path) -> None:
+    chats = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on a mat"}]
+    chats.write_text(f"{json.dumps({'messages': turns})}\n" * 8)
+    for train_on, chat in ((f"[{chats}]", True), (f"[{chats}, {corpus}]", False)):
+        made = recipe(f"data.train={train_on}", "optim.steps=1", f"run.out={tmp_path / str(chat)}")
+        train(made)
+        assert json.loads((Path(made.run.out) / "peftune.json").read_text())["chat"] is chat
+
+
 def test_running_a_finished_recipe_again_does_nothing(recipe: Make) -> None:
     made = recipe("data.validation=0.2")
     first = train(made)

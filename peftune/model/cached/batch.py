@@ -60,8 +60,13 @@ class Batch:
         """Logits (N, V), float32, of hidden states (N, D); row i is of `functions[i]`."""
         return _by_model(functions, lambda model, rows: model.logits(_chosen(hidden, rows)))
 
+    def forget(self, slot: int, length: int) -> None:
+        """A slot is free: nothing of its `length` positions stays."""
+        if self._cache is not None:
+            self._cache.forget(slot, length)
+
     def move(self, source: int, target: int, length: int) -> None:
-        """What a slot remembers, `length` positions of it, goes to another."""
+        """What a slot remembers, `length` positions of it, goes to a free one."""
         if self._cache is not None:
             self._cache.move(source, target, length)
 

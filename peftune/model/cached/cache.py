@@ -35,9 +35,15 @@ class Cache:
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(blocks)]
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Put the first `length` positions of one slot into another."""
+        """Put the first `length` positions of one slot into another, which was forgotten before."""
         for tensor in (*self.keys, *self.values):
             tensor[target, :, :length] = tensor[source, :, :length]
+        self.forget(source, length)
+
+    def forget(self, slot: int, length: int) -> None:
+        """Write zeros over what a text has left: masked or not, a NaN of one text would reach the next."""
+        for tensor in (*self.keys, *self.values):
+            tensor[slot, :, :length] = 0
 
     def span(self, length: int) -> int:
         """How many positions are read for texts of up to `length`."""

@@ -86,11 +86,13 @@ class Stacks:
         parts = adapter.parts if adapter is not None else {}
         for at, (stack_a, stack_b) in self._stacks.items():
             a, b = parts.get(at, (None, None))
-            stack_a[slot].zero_()
-            stack_b[slot].zero_()
+            rank = 0 if a is None else a.shape[1]
             if a is not None and b is not None:
-                stack_a[slot, :, : a.shape[1]] = a
-                stack_b[slot, : b.shape[0]] = b
+                stack_a[slot, :, :rank] = a
+                stack_b[slot, :rank] = b
+            if rank < self._rank:
+                stack_a[slot, :, rank:] = 0
+                stack_b[slot, rank:] = 0
         self._held[slot] = number
 
     def _make_room(self, adapters: Sequence[LowRank]) -> None:

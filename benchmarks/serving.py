@@ -1,0 +1,154 @@
+"""`peftune serve` under load: concurrent requests over many adapters through OpenAI's own client; memory over reloads.
+
+    python -m benchmarks.serving [--base builtin:small] [--requests 200] [--adapters 8] [--slots 16] [--cycles 1000]
+
+Greedy requests, all sent at once, in turn to every adapter; each answer is compared with the one that the same request
+gets alone. Told are latencies (50th and 95th percentile, from sending to the whole answer), tokens a second over all,
+and the server's resident memory before and after that many loads and unloads of an adapter. Needs the extra `serve` and
+`openai`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+from benchmarks.measure import Result, Row, finish, spread
+from benchmarks.options import parse, parser, targets_of
+
+_PROMPTS = ("def main(", "The ", "import os\n", "LATIN SMALL LETTER", "class A", "for i in", "return ", "x = ")
+
+
+@contextmanager
+def server(arguments: Namespace, adapters: dict[str, Path], root: Path) -> Iterator[tuple[str, int]]:
+    """URL and process id of a server with these adapters, loadable from `root` as well."""
+    command = [sys.executable, "-m", "peftune", "serve", "--base", arguments.base, "--port", "0"]
+    command += ["--slots", str(arguments.slots), "--queue", "4096", "--adapter-root", str(root)]
+    command += [part for name, path in adapters.items() for part in ("--adapter", f"{name}={path}")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            found = [word for word in line.split() if word.startswith("http://")]
+            if found:
+                yield found[0].rstrip("/"), process.pid
+                return
+        raise SystemExit("the server ended before it was ready")
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+async def ask(client: Any, model: str, prompt: str, length: int) -> tuple[str, int, float]:
+    """Text, tokens and seconds of one greedy request."""
+    start = time.perf_counter()
+    answer = await client.completions.create(model=model, prompt=prompt, max_tokens=length, temperature=0)
+    return answer.choices[0].text, answer.usage.completion_tokens, time.perf_counter() - start
+
+
+async def load(arguments: Namespace, url: str, names: list[str]) -> dict[str, Any]:
+    """All requests at once, then each alone."""
+    from openai import AsyncOpenAI
+
+    wanted = [(names[i % len(names)], _PROMPTS[i // len(names) % len(_PROMPTS)]) for i in range(arguments.requests)]
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client:
+        await ask(client, names[0], "warm", 4)
+        rounds = []
+        for _ in range(arguments.rounds):
+            start = time.perf_counter()
+            answers = await asyncio.gather(*(ask(client, *one, arguments.length) for one in wanted))
+            rounds.append((time.perf_counter() - start, answers))
+        alone = {one: (await ask(client, *one, arguments.length))[0] for one in dict.fromkeys(wanted)}
+    different = sum(
+        text != alone[one] for _, answers in rounds for (text, _, _), one in zip(answers, wanted, strict=True)
+    )
+    if different:
+        raise SystemExit(f"{different} of {len(wanted) * len(rounds)} answers differ from those that come alone")
+    latencies = [sorted(seconds for _, _, seconds in answers) for _, answers in rounds]
+    return {
+        "p50": [statistics.median(each) for each in latencies],
+        "p95": [each[int(0.95 * (len(each) - 1))] for each in latencies],
+        "tokens per second": [sum(tokens for _, tokens, _ in answers) / seconds for seconds, answers in rounds],
+        "compared": len(wanted) * len(rounds),
+    }
+
+
+def reload(arguments: Namespace, url: str, process: int, adapter: Path) -> list[float]:
+    """Growth of the server's memory in MB over each half of the cycles, after a tenth of them to warm up."""
+
+    def post(path: str, body: dict[str, str]) -> None:
+        request = Request(f"{url}/v1/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urlopen(request, timeout=60) as answer:
+            answer.read()
+
+    marks = []
+    for count in (arguments.cycles // 10, arguments.cycles // 2, arguments.cycles // 2):
+        for _ in range(count):
+            post("load_lora_adapter", {"lora_name": "coming-and-going", "lora_path": str(adapter)})
+            post("unload_lora_adapter", {"lora_name": "coming-and-going"})
+        marks.append(_resident_bytes(process) / 1e6)
+    return [after - before for before, after in pairwise(marks)]
+
+
+def _resident_bytes(process: int) -> int:
+    lines = Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
+
+
+def run(arguments: Namespace) -> Result:
+    """Adapters, a server, load, reloads."""
+    from benchmarks.merge_memory import make_adapter
+    from peftune.model.base import load_config, resolve
+
+    a = arguments
+    with tempfile.TemporaryDirectory(prefix="peftune-bench-") as scratch:
+        root, adapters = Path(scratch).resolve(), {}
+        for number in range(a.adapters):
+            adapters[f"a{number}"] = root / f"a{number}"
+            adapters[f"a{number}"].mkdir()
+            make_adapter(adapters[f"a{number}"], load_config(resolve(a.base)), a.rank, targets_of(a.targets))
+        with server(a, adapters, root) as (url, process):
+            found = asyncio.run(load(a, url, list(adapters)))
+            grown = reload(a, url, process, adapters["a0"])
+    settings = {"base": a.base, "requests": a.requests, "slots": a.slots, "tokens each": a.length, "rounds": a.rounds}
+    settings |= {"adapters": f"{a.adapters}, rank {a.rank} on {a.targets}", "cycles": a.cycles}
+    result = Result("serve", "concurrent requests over adapters", settings)
+    result.gate = {"answers that equal those that come alone": f"{found['compared']} of {found['compared']}"}
+    rows = (("p50", "s"), ("p95", "s"), ("tokens per second", "tok/s"))
+    result.rows = [Row("serve", what, "the clock", spread(found[what]), 0, "information", unit) for what, unit in rows]
+    told = f"{grown[0]:+.1f} MB in the first half of the cycles, {grown[1]:+.1f} in the second"
+    result.rows.append(
+        Row("serve", "memory over loads and unloads", "flat", spread(grown[1:]), 5, "at most", "MB", told)
+    )
+    return result
+
+
+def main() -> None:
+    """Measure and tell."""
+    made = parser(__doc__, rounds=3)
+    made.add_argument("--base", default="builtin:small", help="hub name, directory or builtin:small")
+    made.add_argument("--requests", type=int, default=200, help="sent at once")
+    made.add_argument("--adapters", type=int, default=8)
+    made.add_argument("--slots", type=int, default=16)
+    made.add_argument("--length", type=int, default=32, help="tokens a request")
+    made.add_argument("--cycles", type=int, default=1000, help="loads and unloads of an adapter")
+    made.add_argument("--rank", type=int, default=8)
+    made.add_argument("--targets", default="all", help="all, attention, or module names with commas")
+    arguments = parse(made)
+    finish(run(arguments), arguments.json)
+
+
+if __name__ == "__main__":
+    main()

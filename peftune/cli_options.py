@@ -1,0 +1,37 @@
+"""Options that several verbs share, and how NAME=VALUE is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftune.errors import UserError
+
+BASE_HELP = "Hub name, directory, or builtin:small."
+_ADAPTER_HELP = "Adapter directory, with the name to show; a bare DIR is named after its last part. May be repeated."
+_EXAMPLES = {"--adapter": "poems=adapters/poems", "--data": "poems=held.txt", "--column": "prompt=question"}
+
+_JSON_HELP = "Also write the figures to this file."
+
+Adapters = Annotated[list[str] | None, typer.Option("--adapter", metavar="NAME=DIR", help=_ADAPTER_HELP)]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help=_JSON_HELP)]
+
+
+def named(option: str, values: list[str] | None) -> dict[str, str]:
+    """NAME=VALUE pairs in the order given; a bare path is named after its last part."""
+    pairs: dict[str, str] = {}
+    for value in values or []:
+        name, separator, path = value.partition("=")
+        if option != "--column" and (not separator or "/" in name):
+            name, path = (
+                Path(value).resolve().name.removesuffix(Path(value).suffix if option == "--data" else ""),
+                value,
+            )
+        if not name or not path:
+            raise UserError(f"{option} {value!r}: expected a name, = and a value, such as {_EXAMPLES[option]}")
+        if name in pairs:
+            raise UserError(f"{option}: {name} is given twice, {pairs[name]} and {path}; give each a name of its own")
+        pairs[name] = path
+    return pairs

@@ -1,0 +1,81 @@
+"""What an operator decides about a server: typed, validated whole, every problem listed at once."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftune.errors import UserError
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """How to serve; an instance is valid, or UserError names every problem.
+
+    `host`, `port`        where to listen; port 0 takes a free one
+    `api_key`             what a client must send as `Authorization: Bearer KEY`; None asks for none
+    `roots`               directories from which clients may load adapters; none: they may not
+    `allowed_hosts`       names under which the server may be addressed without a key, besides IP addresses
+    `slots`, `queue`      requests in the running batch; requests that may wait for it
+    `max_body`            bytes of a request's body
+    `max_adapters`        adapters in memory at a time
+    `drain`               seconds that running requests get to end once the server is told to stop
+    `routing_threshold`   nats per token by which an adapter must beat the base before `auto` takes it
+    `body_seconds`        in which a whole body must arrive
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    roots: tuple[Path, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    slots: int = 8
+    queue: int = 256
+    max_body: int = 1 << 20
+    max_adapters: int = 256
+    drain: float = 30.0
+    routing_threshold: float = 0.0
+    body_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        problems = list(self._problems())
+        if problems:
+            raise UserError("serve: " + "; ".join(problems))
+
+    @property
+    def most_choices(self) -> int:
+        """Texts that one request may ask for: more could never be sure of a place in an empty queue."""
+        return min(128, self.queue)
+
+    @property
+    def only_loopback(self) -> bool:
+        """Whether nothing but this machine can connect."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    def _problems(self) -> Iterator[str]:
+        if not self.host:
+            yield "host is empty, expected a name or an address"
+        if not 0 <= self.port < 65536:
+            yield f"port is {self.port}, expected 0 (a free one) to 65535"
+        if self.api_key is not None and (not self.api_key.isascii() or not self.api_key.isprintable()):
+            yield "the API key holds characters that no header can carry, expected printable ASCII"
+        if self.api_key is not None and not self.api_key.strip():
+            yield "the API key is empty, expected some characters, or none at all"
+        for name, value in (("slots", self.slots), ("queue", self.queue), ("max-adapters", self.max_adapters)):
+            if value < 1:
+                yield f"{name} is {value}, expected 1 or more"
+        if self.max_body < 1024:
+            yield f"max-body is {self.max_body} bytes, expected 1024 or more"
+        if not 0 <= self.drain < math.inf:
+            yield f"drain is {self.drain} seconds, expected 0 or more"
+        if not math.isfinite(self.routing_threshold):
+            yield f"routing-threshold is {self.routing_threshold}, expected a number of nats per token"
+        for root in self.roots:
+            if not root.is_dir():
+                yield f"adapter-root {root} is no directory"

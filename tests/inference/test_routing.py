@@ -1,0 +1,92 @@
+"""A prompt goes to the adapter under which it is likeliest."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from peftune.config import Source
+from peftune.data.store import prepare
+from peftune.errors import UserError
+from peftune.inference import routing_accuracy
+from peftune.inference.bank import AdapterBank
+from peftune.inference.routing import nats_per_token, route
+from peftune.inference.routing_accuracy import prompts_of
+
+
+def test_scores_are_the_gain_over_the_base_in_nats_per_token(bank: AdapterBank) -> None:
+    ids = bank.encode("the cat sat on the mat and the dog")
+    found = route(bank, ids)
+    for name in bank.names:
+        base, own = (-bank.logits(torch.tensor([ids]), n)[0, :-1].double().log_softmax(-1) for n in (None, name))
+        places = range(len(ids) - 1)
+        gain = sum(float(base[i, ids[i + 1]] - own[i, ids[i + 1]]) for i in places) / len(places)
+        assert found.scores[name] == pytest.approx(gain, abs=1e-4)
+    best = max(found.scores, key=lambda name: found.scores[name])
+    assert found.name == (best if found.scores[best] > 0 else None)
+
+
+def test_the_base_answers_where_no_adapter_reaches_the_threshold(bank: AdapterBank) -> None:
+    ids = bank.encode("the dog")
+    assert route(bank, ids, threshold=math.inf).name is None
+    assert route(bank, ids, threshold=-math.inf).name is not None
+
+
+def test_a_prompt_of_no_tokens_says_nothing(bank: AdapterBank) -> None:
+    assert route(bank, bank.encode("")).name is None
+
+
+def test_a_text_longer_than_the_context_is_judged_by_its_beginning(bank: AdapterBank) -> None:
+    ids = list(range(100, 200))
+    assert nats_per_token(bank, ids, ["wide"]) == nats_per_token(bank, ids[:64], ["wide"])
+
+
+def texts(path: Path, lines: list[str]) -> list[Source]:
+    path.write_text("\n\n".join(lines), encoding="utf-8")
+    return [Source(path=str(path))]
+
+
+def test_every_prompt_is_counted_where_it_was_sent(
+    base_directory: Path,
+    adapters: dict[str, Path],
+    bank: AdapterBank,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = [f"the cat sat {word} on the log" for word in ("on", "and", "naïve", "東京", "dog")]
+    own = {name: adapters[name] for name in ("attention", "wide")}
+    data = {"wide": texts(tmp_path / "wide.txt", lines), "base": texts(tmp_path / "base.txt", lines[:2])}
+    report = tmp_path / "routing.json"
+    results = routing_accuracy.run(str(base_directory), own, data, 4, 100, 0.0, report)
+    sent = [route(bank, bank.encode(line)[:5], list(own)).name or "base" for line in lines]
+    assert results[0].to == Counter(sent)
+    assert results[1].to == Counter(sent[:2])
+    written = json.loads(report.read_text())
+    assert written["accuracy"] == (sent.count("wide") + sent[:2].count("base")) / 7
+    assert "prompts of" in capsys.readouterr().out
+
+
+def test_a_domain_without_an_adapter_of_its_name_is_refused(adapters: dict[str, Path], tmp_path: Path) -> None:
+    data = {"poems": texts(tmp_path / "poems.txt", ["a"])}
+    with pytest.raises(UserError, match="no adapter is called poems"):
+        routing_accuracy.run(None, {name: adapters[name] for name in ("wide", "head")}, data, 4, 9, 0.0)
+
+
+def test_a_prompt_is_what_stands_before_the_completion_or_the_first_tokens(
+    base_directory: Path, tmp_path: Path
+) -> None:
+    bank = AdapterBank(str(base_directory), device="cpu")
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "the cat sat", "completion": " on the mat"}\n')
+    pairs = [Source(path=str(file), prompt="prompt", completion="completion")]
+    text = [Source(path=str(tmp_path / "t.txt"))]
+    (tmp_path / "t.txt").write_text("the dog on the log")
+    stores = [prepare(s, bank.tokenizer, "test", " ", "auto") for s in (pairs, text)]
+    assert prompts_of(stores[0], 2, 9) == [bank.encode("the cat sat")]
+    assert prompts_of(stores[1], 2, 9) == [bank.encode("the dog on the log")[:3]]
+    assert prompts_of(stores[1], 99, 9) == [bank.encode("the dog on the log")]

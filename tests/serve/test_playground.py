@@ -1,0 +1,138 @@
+"""The playground in a real browser: what a person types, sees, stops and shares."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+import pytest
+import torch
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'peftune[dev]'")
+
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium without a screen; elsewhere than in CI its tests are skipped, by name, where there is none."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None and not os.environ.get("CI"):
+        pytest.skip("no Chromium here: install it (Debian: apt-get install chromium) to test the playground")
+    assert path is not None, "CI tests the playground: .ci/run installs chromium"
+    with sync_api.sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def page(browser: Any, server: Any) -> Iterator[Any]:
+    """A new window; at its end nothing was said on the console, and nothing asked of another host."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page, said, asked = context.new_page(), [], []
+    page.set_default_timeout(15_000)
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    yield page
+    context.close()
+    assert [line for line in said if "400 (Bad Request)" not in line] == []  # what a refusal is told as
+    assert {urlsplit(url).netloc for url in asked if not url.startswith("data:")} == {urlsplit(server.url).netloc}
+
+
+def address(server: Any, **chosen: Any) -> str:
+    return f"{server.url}/#" + urlencode(chosen, doseq=True)
+
+
+def test_two_adapters_write_side_by_side_and_colours_tell_what_they_changed(page: Any, server: Any) -> None:
+    page.goto(server.url)
+    page.wait_for_selector("input[name=model][value=a1]")
+    page.fill("#prompt", "def main(")
+    for box in page.query_selector_all("input[name=model]"):
+        box.set_checked(box.get_attribute("value") in ("base", "a0", "a1"))
+    page.fill("#temperature", "0")
+    page.fill("#max_tokens", "12")
+    page.click("#run")
+    page.wait_for_selector(".column[data-model=a1][data-state=scored]")
+    page.wait_for_selector(".column[data-model=a0][data-state=scored]")
+    ids = server.bank.encode("def main(")
+    for name in ("a0", "a1"):
+        asked = {"model": name, "prompt": "def main(", "max_tokens": 12, "temperature": 0, "return_token_ids": True}
+        (choice,) = server.post("/v1/completions", **asked).json()["choices"]
+        written = page.inner_text(f".column[data-model={name}] .output")
+        assert written.replace("\n", "") == ("def main(" + choice["text"]).replace("\n", "")
+        text = torch.tensor([ids + choice["token_ids"]])
+        nats = [server.bank.logits(text, n)[0].log_softmax(-1) for n in (name, None)]
+        token, place = choice["token_ids"][0], len(ids) - 1
+        raised = float(nats[0][place, token] - nats[1][place, token])
+        first = page.query_selector(f".column[data-model={name}] .token")
+        assert float(first.get_attribute("data-nats")) == pytest.approx(raised, abs=2e-3)
+        shown = first.get_attribute("class")
+        assert ("up-" in shown) == (raised >= 0.41) and ("down-" in shown) == (raised <= -0.41)
+    assert page.query_selector(".column[data-model=base] .token[data-nats]") is None
+
+
+def test_everything_chosen_is_in_the_address_and_comes_back_from_it(page: Any, server: Any) -> None:
+    chosen = {
+        "prompt": "a <b>&=# é\n", "temperature": "0.35", "top_p": "0.5", "top_k": "7", "repetition_penalty": "1.2",
+        "max_tokens": "5", "seed": "4242", "stop": "x\\n", "model": ["a3", "auto"],
+    }  # fmt: skip
+    page.goto(address(server, **chosen))
+    page.wait_for_selector("input[value=a3]:checked")
+    for name in set(chosen) - {"model"}:
+        assert page.input_value(f"#{name}") == chosen[name], name
+    assert page.eval_on_selector_all("input[name=model]:checked", "all => all.map(one => one.value)") == ["a3", "auto"]
+    page.fill("#seed", "7")
+    said = parse_qsl(page.evaluate("location.hash").lstrip("#"), keep_blank_values=True)
+    assert ("seed", "7") in said and ("prompt", chosen["prompt"]) in said and ("model", "auto") in said
+    assert "key" not in dict(said)
+
+
+def test_it_runs_and_stops_by_keyboard_and_a_stop_frees_the_slot(page: Any, server: Any) -> None:
+    page.goto(address(server, prompt="x", max_tokens=400, temperature=0, model=["a2"]))
+    page.wait_for_selector("input[value=a2]:checked")
+    page.focus("#prompt")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector(".column .token")
+    page.keyboard.press("Escape")
+    page.wait_for_selector(".column[data-state=scored]")
+    assert "stopped" in page.inner_text(".column .status")
+    server.wait(lambda: server.engine.load.running == 0)
+    assert 0 < len(page.query_selector_all(".token")) < 400
+    page.focus(".output")
+    page.keyboard.press("ArrowRight")
+    assert page.is_visible("#details")
+
+
+def test_markup_in_a_prompt_and_in_a_text_stays_text(page: Any, server: Any) -> None:
+    page.goto(address(server, prompt="<img src=x onerror=alert(1)>", max_tokens=3, model=["base"]))
+    page.wait_for_selector("input[value=base]:checked")
+    page.click("#run")
+    page.wait_for_selector(".column[data-state=scored]")
+    assert page.query_selector("#columns img") is None
+    assert "<img src=x onerror=alert(1)>" in page.inner_text(".output")
+
+
+def test_a_phone_shows_everything_in_its_width(page: Any, server: Any) -> None:
+    page.set_viewport_size({"width": 360, "height": 740})
+    page.goto(address(server, prompt="word" * 40, max_tokens=8, model=["base", "a0", "auto"]))
+    page.wait_for_selector("input[value=a0]:checked")
+    page.click("#run")
+    page.wait_for_selector(".column[data-model=auto][data-state=scored]")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert "→" in page.inner_text(".column[data-model=auto] .route")
+
+
+def test_a_refusal_is_one_line_that_can_be_read(page: Any, server: Any) -> None:
+    page.goto(address(server, prompt="x", max_tokens=9999, model=["a0"]))
+    page.wait_for_selector("input[value=a0]:checked")
+    page.click("#run")
+    page.wait_for_selector(".column .problem:not([hidden])")
+    assert "this model has 512 positions" in page.inner_text(".column .problem")
