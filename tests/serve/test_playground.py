@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -136,3 +137,40 @@ def test_a_refusal_is_one_line_that_can_be_read(page: Any, server: Any) -> None:
     page.click("#run")
     page.wait_for_selector(".column .problem:not([hidden])")
     assert "this model has 512 positions" in page.inner_text(".column .problem")
+
+
+def test_characters_of_several_tokens_and_stop_strings_show_the_text_and_no_more(page: Any, server: Any) -> None:
+    seen = ""
+    for seed in range(3):
+        chosen = {"prompt": "日本 😀", "temperature": 100, "top_p": 1, "max_tokens": 60, "seed": seed}
+        page.goto("about:blank")
+        page.goto(address(server, **chosen, stop="qu\nz\\n", model=["a5"]))
+        page.wait_for_selector("input[value=a5]:checked")
+        page.click("#run")
+        page.wait_for_selector(".column[data-state=scored]")
+        (choice,) = server.post("/v1/completions", **chosen, model="a5", stop=["qu", "z\n"]).json()["choices"]
+        shown = page.eval_on_selector_all(".token", "all => all.map(one => one.textContent)")
+        assert "".join(shown) == choice["text"]
+        assert page.query_selector(".token:not([data-nats])") is None
+        seen += choice["text"]
+    assert not seen.isascii(), "nothing here tested characters of several tokens"
+
+
+def test_a_key_is_asked_for_and_a_link_survives_it(browser: Any, start: Callable[..., Any], root: Path) -> None:
+    with start({"a0": root / "a0", "a1": root / "a1"}, api_key="not-told") as running:
+        page = browser.new_page()
+        page.set_default_timeout(15_000)
+        page.goto(address(running, prompt="x", max_tokens=2, model=["a1"]))
+        page.wait_for_selector("#key-row:not([hidden])")
+        page.fill("#prompt", "y")
+        for key, told in (("wrong", "a wrong API key"), ("not-told", "")):
+            page.fill("#key", key)
+            page.keyboard.press("Enter")
+            sync_api.expect(page.locator("#problem")).to_have_text(told)
+        page.wait_for_selector("input[value=a1]:checked")
+        assert page.eval_on_selector_all("input[name=model]:checked", "all => all.map(one => one.value)") == ["a1"]
+        assert page.input_value("#prompt") == "y"
+        page.keyboard.press("Control+Enter")
+        page.wait_for_selector(".column[data-state=scored] .token")
+        assert "not-told" not in page.evaluate("location.href + JSON.stringify(localStorage) + document.cookie")
+        page.close()

@@ -103,7 +103,7 @@ export class Column {
     if (count) told.push(`${count} token${count > 1 ? "s" : ""}`);
     const seconds = (this.lastAt - this.firstAt) / 1000;
     if (count > 1 && seconds > 0) told.push(`${((count - 1) / seconds).toFixed(0)}/s`);
-    if (this.firstAt) told.push(`${((this.firstAt - this.began) / 1000).toFixed(2)} s to the first`);
+    if (this.firstAt) told.push(`first ${((this.firstAt - this.began) / 1000).toFixed(2)} s`);
     this.status.textContent = told.join(" · ");
   }
 

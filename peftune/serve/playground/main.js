@@ -8,9 +8,11 @@ import * as settings from "./settings.js";
 const at = (id) => document.getElementById(id);
 const MANY = 12; // models from which on a filter helps
 let running = null; // the AbortController of what is being written
+let wished = null; // models that the address names, until the server has told which there are
 
 /** Ask for the models and tick `wanted`; without a wish the base and the first adapters. */
 async function showModels(wanted) {
+  wished = wanted;
   let cards;
   try {
     cards = await api.models();
@@ -43,7 +45,10 @@ function choiceOf({ id, note }, checked) {
   return label;
 }
 
-const chosen = () => [...at("models").querySelectorAll("input:checked")].map((box) => box.value);
+function chosen() {
+  if (!at("models").children.length) return wished ?? [];
+  return [...at("models").querySelectorAll("input:checked")].map((box) => box.value);
+}
 
 async function run() {
   const models = chosen();
