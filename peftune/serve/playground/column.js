@@ -5,7 +5,6 @@ import { factor, watch } from "./details.js";
 import { Tokens } from "./tokens.js";
 
 const BASE = "base";
-const AUTO = "auto";
 const LIKELIEST = 5; // tokens told beside each one
 const BEFORE_SCORING = 24; // new tokens, while a text is written; the rest at its end
 const SHOWN_PROMPT = 240; // characters of the prompt's end that stand before the text
@@ -103,8 +102,8 @@ export class Column {
     const told = [state];
     if (count) told.push(`${count} token${count > 1 ? "s" : ""}`);
     const seconds = (this.lastAt - this.firstAt) / 1000;
-    if (count > 1 && seconds > 0) told.push(`${((count - 1) / seconds).toFixed(0)} a second`);
-    if (this.firstAt) told.push(`first after ${((this.firstAt - this.began) / 1000).toFixed(2)} s`);
+    if (count > 1 && seconds > 0) told.push(`${((count - 1) / seconds).toFixed(0)}/s`);
+    if (this.firstAt) told.push(`${((this.firstAt - this.began) / 1000).toFixed(2)} s to the first`);
     this.status.textContent = told.join(" · ");
   }
 
@@ -119,7 +118,7 @@ export class Column {
     this.element.dataset.model = this.model;
     this.element.dataset.state = "writing";
     const head = make("div", "head");
-    const title = make("h2", "", this.model === AUTO ? "auto" : this.model);
+    const title = make("h2", "", this.model);
     const copy = make("button", "quiet", "Copy text");
     copy.type = "button";
     copy.addEventListener("click", () => navigator.clipboard.writeText(this.tokens.text));
