@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.machine import versions
 from benchmarks.measure import Result, Row, finish, ratio
-from benchmarks.options import Setup, parse, parser, prepared, targets_of
+from benchmarks.options import Setup, add_adapter, parse, parser, prepared, targets_of
 from benchmarks.rounds import Channel, Contestant, interleave
 
 Rows = list[int | None]
@@ -128,18 +128,14 @@ def gate(setup: Setup, adapters: list[str]) -> dict[str, Any]:
 
 def run(arguments: Namespace) -> Result:
     """Adapters, a merged checkpoint, gate, rounds, rows."""
-    from benchmarks.merge_memory import make_adapter
+    from benchmarks.merge_memory import make_adapters
     from peftune.adapters.merge import merge
 
     a = arguments
     with prepared(a) as setup:
-        adapters = []
-        for number in range(max(a.batch, a.many, 3)):
-            directory = setup.root / f"adapter-{number}"
-            shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir()
-            make_adapter(directory, a.shape.config(), a.rank, targets_of(a.targets))
-            adapters.append(str(directory))
+        count = max(a.batch, a.many, 3)
+        made = make_adapters(setup.root, a.shape.config(), a.rank, targets_of(a.targets), count)
+        adapters = [str(directory) for directory in made]
         merged = setup.root / "merged"
         shutil.rmtree(merged, ignore_errors=True)
         merge(Path(adapters[0]), merged, base=str(setup.base), verify=False)
@@ -213,8 +209,7 @@ def main() -> None:
     made.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     made.add_argument("--new", type=int, default=64, help="tokens to write")
     made.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
-    made.add_argument("--rank", type=int, default=8)
-    made.add_argument("--targets", default="c_attn", help="all, attention, or module names with commas")
+    add_adapter(made)
     arguments = parse(made)
     finish(run(arguments), arguments.json)
 

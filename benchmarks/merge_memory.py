@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -76,6 +77,16 @@ def make_adapter(directory: Path, config: GPT2Config, rank: int = 16, targets: S
     lora.save_pretrained(directory)
     tensors = {f"base_model.model.{name}": torch.randn(tensor.shape) * 0.01 for name, tensor in shapes.items()}
     save_file(tensors, directory / "adapter_model.safetensors")
+
+
+def make_adapters(root: Path, config: GPT2Config, rank: int, targets: Sequence[str], count: int) -> list[Path]:
+    """So many random adapters in directories of their own, made anew."""
+    directories = [root / f"adapter-{number}" for number in range(count)]
+    for directory in directories:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
+        make_adapter(directory, config, rank, targets)
+    return directories
 
 
 def main() -> None:

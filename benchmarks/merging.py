@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.machine import versions
 from benchmarks.measure import Result, Row, Sense, Spread, finish, ratio, spread
 from benchmarks.memory import MemoryGrowth
-from benchmarks.options import parse, parser, prepared, targets_of
+from benchmarks.options import add_adapter, parse, parser, prepared, targets_of
 from benchmarks.rounds import Channel, Contestant, interleave
 from benchmarks.shapes import PRESETS
 
@@ -94,13 +94,11 @@ def differing(ours: Path, other: Path) -> dict[str, float]:
 
 def run(arguments: Namespace) -> Result:
     """Adapter, rounds, comparison, rows."""
-    from benchmarks.merge_memory import make_adapter
+    from benchmarks.merge_memory import make_adapters
 
     with prepared(arguments) as setup:
-        adapter = setup.root / "random-adapter"
-        shutil.rmtree(adapter, ignore_errors=True)
-        adapter.mkdir()
-        make_adapter(adapter, arguments.shape.config(), arguments.rank, targets_of(arguments.targets))
+        shape, targets = arguments.shape.config(), targets_of(arguments.targets)
+        (adapter,) = make_adapters(setup.root, shape, arguments.rank, targets, 1)
         everyone = {}
         for name, way in WAYS.items():
             job = {"way": way, "base": str(setup.base), "adapter": str(adapter), "out": str(setup.root / f"out-{way}")}
@@ -137,8 +135,7 @@ def _rows(everyone: dict[str, Contestant], different: dict[str, float] | None) -
 def main() -> None:
     """Measure and tell."""
     made = parser(__doc__, shape=PRESETS["medium"])
-    made.add_argument("--rank", type=int, default=8)
-    made.add_argument("--targets", default="c_attn", help="all, attention, or module names with commas")
+    add_adapter(made)
     arguments = parse(made)
     finish(run(arguments), arguments.json)
 

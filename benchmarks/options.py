@@ -86,6 +86,12 @@ def add_training(made: argparse.ArgumentParser, peers: str, **defaults: Any) -> 
     made.set_defaults(**defaults)
 
 
+def add_adapter(made: argparse.ArgumentParser, targets: str = "c_attn") -> None:
+    """Options of targets whose adapters are random."""
+    made.add_argument("--rank", type=int, default=8)
+    made.add_argument("--targets", default=targets, help="all, attention, or module names with commas")
+
+
 def parse(made: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """The options; `--quick` changes defaults only, so what is given beside it counts."""
     given = sys.argv[1:] if argv is None else argv

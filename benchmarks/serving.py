@@ -26,7 +26,7 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 from benchmarks.measure import Result, Row, finish, spread
-from benchmarks.options import parse, parser, targets_of
+from benchmarks.options import add_adapter, parse, parser, targets_of
 
 _PROMPTS = ("def main(", "The ", "import os\n", "LATIN SMALL LETTER", "class A", "for i in", "return ", "x = ")
 
@@ -109,16 +109,14 @@ def _resident_bytes(process: int) -> int:
 
 def run(arguments: Namespace) -> Result:
     """Adapters, a server, load, reloads."""
-    from benchmarks.merge_memory import make_adapter
+    from benchmarks.merge_memory import make_adapters
     from peftune.model.base import load_config, resolve
 
     a = arguments
     with tempfile.TemporaryDirectory(prefix="peftune-bench-") as scratch:
-        root, adapters = Path(scratch).resolve(), {}
-        for number in range(a.adapters):
-            adapters[f"a{number}"] = root / f"a{number}"
-            adapters[f"a{number}"].mkdir()
-            make_adapter(adapters[f"a{number}"], load_config(resolve(a.base)), a.rank, targets_of(a.targets))
+        root = Path(scratch).resolve()
+        made = make_adapters(root, load_config(resolve(a.base)), a.rank, targets_of(a.targets), a.adapters)
+        adapters = {f"a{number}": directory for number, directory in enumerate(made)}
         with server(a, adapters, root) as (url, process):
             found = asyncio.run(load(a, url, list(adapters)))
             grown = reload(a, url, process, adapters["a0"])
@@ -144,8 +142,7 @@ def main() -> None:
     made.add_argument("--slots", type=int, default=16)
     made.add_argument("--length", type=int, default=32, help="tokens a request")
     made.add_argument("--cycles", type=int, default=1000, help="loads and unloads of an adapter")
-    made.add_argument("--rank", type=int, default=8)
-    made.add_argument("--targets", default="all", help="all, attention, or module names with commas")
+    add_adapter(made, targets="all")
     arguments = parse(made)
     finish(run(arguments), arguments.json)
 

@@ -9,7 +9,6 @@ adapter (nothing is copied) and for a slot of a mixed batch (its A and B are cop
 
 from __future__ import annotations
 
-import shutil
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from typing import Any
 
 from benchmarks.machine import versions
 from benchmarks.measure import Result, Row, finish, ratio, spread
-from benchmarks.options import parse, parser, prepared, targets_of
+from benchmarks.options import add_adapter, parse, parser, prepared, targets_of
 from benchmarks.rounds import Channel, Contestant, interleave
 
 _SWAPS = 200
@@ -102,16 +101,11 @@ def _hotswap(job: dict[str, Any]) -> Swap:
 
 def run(arguments: Namespace) -> Result:
     """Two adapters, rounds, rows."""
-    from benchmarks.merge_memory import make_adapter
+    from benchmarks.merge_memory import make_adapters
 
     with prepared(arguments) as setup:
-        adapters = []
-        for number in range(2):
-            directory = setup.root / f"swapped-{number}"
-            shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir()
-            make_adapter(directory, arguments.shape.config(), arguments.rank, targets_of(arguments.targets))
-            adapters.append(str(directory))
+        made = make_adapters(setup.root, arguments.shape.config(), arguments.rank, targets_of(arguments.targets), 2)
+        adapters = [str(directory) for directory in made]
         names = {"use": "in memory", "slot": "in memory, two slots", "add": "from disk",
                  "set_adapter": "PEFT set_adapter", "hotswap": "PEFT hotswap_adapter"}  # fmt: skip
         everyone = {
@@ -142,8 +136,7 @@ def run(arguments: Namespace) -> Result:
 def main() -> None:
     """Measure and tell."""
     made = parser(__doc__, rounds=3)
-    made.add_argument("--rank", type=int, default=8)
-    made.add_argument("--targets", default="c_attn", help="all, attention, or module names with commas")
+    add_adapter(made)
     arguments = parse(made)
     finish(run(arguments), arguments.json)
 

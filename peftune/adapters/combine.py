@@ -19,7 +19,7 @@ from peftune.adapters import derived
 from peftune.adapters.implied import implied, read_layout
 from peftune.adapters.provenance import tensors_fingerprint
 from peftune.adapters.shared_base import shared_base
-from peftune.adapters.store import Adapter, read_adapter
+from peftune.adapters.store import Adapter, check_free, read_adapter
 from peftune.adapters.targets import Layout
 from peftune.adapters.update import Update, added, best_of_rank, distance, norm, update_of
 from peftune.errors import UserError
@@ -58,7 +58,7 @@ def combine(
     the adapters do not tell themselves. Raises UserError for adapters of several bases, and for what is no sum of
     low-rank updates (DoRA, modules trained whole, biases).
     """
-    derived.check_out(out)
+    check_free(out, "the adapter")
     _check_weights(directories, weights)
     adapters = [read_adapter(directory) for directory in directories]
     for adapter in adapters:

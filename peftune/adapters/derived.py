@@ -19,23 +19,13 @@ from peft import LoraConfig
 from transformers import GPT2Config
 
 from peftune import __version__
-from peftune.adapters.store import write_adapter
+from peftune.adapters.store import check_free, write_adapter
 from peftune.adapters.targets import layout_of
 from peftune.adapters.update import Update, update_of
-from peftune.errors import CheckFailed, UserError
+from peftune.errors import CheckFailed
 
 _PREFIX = "base_model.model."
 _VERSIONS = ("torch", "transformers", "peft", "safetensors")
-
-
-def check_out(out: Path) -> None:
-    """Refuse a directory that is there already, or that cannot be made."""
-    try:
-        taken = out.exists() or out.is_symlink()
-    except OSError as error:  # a name that is too long
-        raise UserError(f"{str(out)[:200]}: cannot write the adapter: {error.strerror or error}") from None
-    if taken:
-        raise UserError(f"{out}: exists already and is not overwritten; choose another directory or remove it")
 
 
 def write_derived(
@@ -48,7 +38,7 @@ def write_derived(
     """
     config, tensors = _plain_lora(base["base"], updates)
     _check_read(config, tensors, shape, updates, out)
-    check_out(out)
+    check_free(out, "the adapter")
     versions = {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
     provenance = {"peftune": __version__, **base, **how, "versions": versions}
     write_adapter(out, config, tensors, provenance, {"README.md": _model_card(out, base["base"], card)})

@@ -18,6 +18,7 @@ import torch
 from peftune.adapters import derived
 from peftune.adapters.change import Facts, Pair, by_kind, check_alike
 from peftune.adapters.provenance import base_fingerprint, describe_base
+from peftune.adapters.store import check_free
 from peftune.adapters.targets import Kind
 from peftune.adapters.update import Update
 from peftune.display import Display
@@ -60,7 +61,7 @@ def extract(base: str, tuned: str, rank: int, out: Path, targets: str = "all") -
     `targets` is all, attention, mlp, or names with commas between. Raises UserError for checkpoints of unlike
     architectures, and where no target was changed.
     """
-    derived.check_out(out)
+    check_free(out, "the adapter")
     inside = _targets(targets)
     if rank < 1:
         raise UserError(f"--rank {rank}: expected 1 or more")

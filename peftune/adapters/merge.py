@@ -29,7 +29,7 @@ from peftune.adapters.fold import Folded
 from peftune.adapters.provenance import base_fingerprint, check_base, tensors_fingerprint
 from peftune.adapters.report import MergeReport, judged, with_trained
 from peftune.adapters.shards import write_weights
-from peftune.adapters.store import Adapter, base_of, read_adapter
+from peftune.adapters.store import Adapter, base_of, check_free, read_adapter
 from peftune.adapters.targets import layout_of, refuse_biased_head
 from peftune.data.tokens import encode_texts, end_of_text_id
 from peftune.errors import CheckFailed, UserError
@@ -209,12 +209,7 @@ def _default_texts() -> list[str]:
 def _check_out(out: Path, adapter: Path) -> None:
     if out.resolve() == adapter.resolve():
         raise UserError(f"{out}: is the adapter itself; choose another directory")
-    try:
-        taken = out.exists() or out.is_symlink()
-    except OSError as error:  # a name that is too long
-        raise UserError(f"{str(out)[:200]}: cannot write the merged model: {error.strerror or error}") from None
-    if taken:
-        raise UserError(f"{out}: exists already and is not overwritten; choose another directory or remove it")
+    check_free(out, "the merged model")
 
 
 def _check_loadable(directory: Path) -> None:

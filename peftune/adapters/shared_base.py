@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from peftune.adapters.provenance import check_base, describe_base
-from peftune.adapters.store import Adapter
+from peftune.adapters.store import Adapter, named_base
 from peftune.errors import UserError
 from peftune.model.base import resolve
 
@@ -14,8 +14,7 @@ _PRINTS = {"base_fingerprint": "weights", "tokenizer_fingerprint": "tokenizer"}
 
 def recorded_base(adapter: Adapter) -> str | None:
     """The name of the base that an adapter records, or None."""
-    name = (adapter.provenance or {}).get("base") or adapter.config.get("base_model_name_or_path")
-    return name if isinstance(name, str) and name else None
+    return named_base(adapter.config, adapter.provenance)
 
 
 def shared_base(adapters: Sequence[Adapter], base: str | None) -> dict[str, str]:

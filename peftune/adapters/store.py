@@ -67,10 +67,16 @@ def read_adapter(directory: Path) -> Adapter:
 def base_of(adapter_dir: Path) -> str:
     """The name of the base that the adapter was trained on; UserError where it does not say."""
     config = _read_config(adapter_dir)
-    recorded = (read_provenance(adapter_dir) or {}).get("base") or config.get("base_model_name_or_path")
-    if not isinstance(recorded, str) or not recorded:
+    recorded = named_base(config, read_provenance(adapter_dir))
+    if recorded is None:
         raise UserError(f"adapter {adapter_dir}: does not say which base it was trained on; pass --base")
     return recorded
+
+
+def named_base(config: Mapping[str, Any], provenance: Mapping[str, Any] | None) -> str | None:
+    """The name of the base that an adapter's two files record, or None."""
+    name = (provenance or {}).get("base") or config.get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
 
 
 def load_onto(model: GPT2LMHeadModel | PeftModel, adapter_dir: Path, name: str = "default") -> PeftModel:
@@ -149,6 +155,16 @@ def _check_loaded(model: PeftModel, adapter: Adapter, name: str) -> None:
         stored = tensors.get(targets.stripped(key))
         if stored is None or not torch.equal(stored.to(tensor.dtype), tensor.detach().cpu()):
             raise CheckFailed(f"adapter {adapter.directory}: {key} did not arrive in the model as it is in the file")
+
+
+def check_free(out: Path, what: str) -> None:
+    """Refuse a directory that is there already, or whose name cannot be; `what` is to be written there."""
+    try:
+        taken = out.exists() or out.is_symlink()
+    except OSError as error:  # a name that is too long
+        raise UserError(f"{str(out)[:200]}: cannot write {what}: {error.strerror or error}") from None
+    if taken:
+        raise UserError(f"{out}: exists already and is not overwritten; choose another directory or remove it")
 
 
 def write_adapter(

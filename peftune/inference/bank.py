@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -22,17 +22,15 @@ from peftune.adapters.fold import Folded
 from peftune.adapters.provenance import check_base
 from peftune.adapters.store import Adapter, check_fits
 from peftune.adapters.targets import Layout, refuse_biased_head
-from peftune.data.tokens import encode_texts, end_of_text_id
+from peftune.data.tokens import end_of_text_id
 from peftune.errors import UserError
+from peftune.inference.generate import Generation, context_ids
 from peftune.inference.settings import GenerationSettings
 from peftune.model.base import DTYPES, load_config, load_tokenizer, resolve
 from peftune.model.cached.batch import Batch, Function
 from peftune.model.cached.building import Plan, build
 from peftune.model.cached.low_rank import LowRank, Place, low_rank
 from peftune.model.weights import check_whole, open_weights
-
-if TYPE_CHECKING:
-    from peftune.inference.generate import Generation
 
 RESERVED = ("base", "auto")  # no adapter, and the likeliest one
 
@@ -126,7 +124,7 @@ class AdapterBank:
 
     def encode(self, prompt: str) -> list[int]:
         """What the model reads for a prompt: the context `<|endoftext|>`, then the prompt as plain text."""
-        return [self.end, *encode_texts([prompt], self.tokenizer)[0]]
+        return context_ids(self.tokenizer, prompt)
 
     def logits(self, ids: torch.Tensor, adapters: str | Sequence[str | None] | None = ()) -> torch.Tensor:
         """Logits (R, T, V), float32, of texts `ids` (R, T) int64; `adapters` as in `generate`."""

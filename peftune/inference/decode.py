@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -16,7 +17,7 @@ from peftune.inference.text import Decoder, StopFilter
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import Cache, GPT2LMHeadModel
+    from transformers import Cache, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     Model = GPT2LMHeadModel | PeftModel
 
@@ -64,6 +65,15 @@ class Row:
     def close(self) -> str:
         """The text ends here: what was held back, unless a stop string has ended it before."""
         return "" if self.stops.stopped else self.stops.push(self.decoder.flush()) + self.stops.flush()
+
+
+def row_of(
+    index: int, context: list[int], window: list[int], tokenizer: PreTrainedTokenizerFast, settings: GenerationSettings
+) -> Row:
+    """A row that has written nothing; its random stream is of the settings' seed, or of a new one."""
+    seed = secrets.randbelow(2**32) if settings.seed is None else settings.seed
+    generator = torch.Generator().manual_seed(seed)
+    return Row(index, context, window, Decoder(tokenizer), StopFilter(settings.stop), generator)
 
 
 def decode(model: Model, rows: list[Row], known: int, end: int, settings: GenerationSettings, on_text: OnText) -> None:

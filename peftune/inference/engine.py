@@ -8,7 +8,6 @@ its place. `Engine.step` is plain and synchronous; `start` runs it in a thread o
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections import deque
@@ -20,12 +19,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from peftune.errors import PeftuneError, UserError
-from peftune.inference.decode import Row, slide
+from peftune.inference.decode import row_of, slide
 from peftune.inference.queue import FairQueue
 from peftune.inference.request import OnUpdate, Request, Ticket, Update
-from peftune.inference.routing import Route, route
+from peftune.inference.routing import THRESHOLD, Route, route
 from peftune.inference.running import Running, choose
-from peftune.inference.text import Decoder, StopFilter
 from peftune.model.cached.batch import Batch
 
 if TYPE_CHECKING:
@@ -84,11 +82,9 @@ class Engine:
         the model does not know, and a prompt that leaves no position to write to.
         """
         self._check(request)
-        seed = secrets.randbelow(2**32) if request.settings.seed is None else request.settings.seed
-        ticket = Ticket(request, on_update, seed)
         window = slide(list(request.ids), self.bank.config.n_positions) if request.slide else list(request.ids)
-        text = Row(0, list(request.ids), window, Decoder(self.bank.tokenizer), StopFilter(request.settings.stop),
-                   torch.Generator().manual_seed(seed))  # fmt: skip
+        text = row_of(0, list(request.ids), window, self.bank.tokenizer, request.settings)
+        ticket = Ticket(request, on_update, text.generator.initial_seed())
         running = Running(ticket, self.bank.function(request.adapter), text)
         with self._changed:
             if self._closing:
@@ -99,13 +95,15 @@ class Engine:
             self._changed.notify_all()
         return ticket
 
-    def route(self, ids: tuple[int, ...], names: tuple[str, ...] | None = None) -> Future[Route]:
+    def route(
+        self, ids: tuple[int, ...], names: tuple[str, ...] | None = None, threshold: float = THRESHOLD
+    ) -> Future[Route]:
         """Which adapter a prompt is likeliest under; computed between two steps. Raises Busy once the engine stops."""
         future: Future[Route] = Future()
         with self._changed:
             if self._closing:
                 raise Busy("the engine is stopping", 5.0)
-            self._jobs.append((future, lambda: route(self.bank, ids, names)))
+            self._jobs.append((future, lambda: route(self.bank, ids, names, threshold)))
             self._changed.notify_all()
         return future
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +12,8 @@ import torch
 from peftune.data.tokens import encode_texts, end_of_text_id
 from peftune.errors import UserError
 from peftune.inference.beams import search
-from peftune.inference.decode import FinishReason, Row, decode, slide
+from peftune.inference.decode import FinishReason, Row, decode, row_of, slide
 from peftune.inference.settings import GenerationSettings
-from peftune.inference.text import Decoder, StopFilter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -104,9 +102,7 @@ def _row(
             f"prompt {number}: {len(context)} tokens and max_new_tokens {most} exceed the model's {config.n_positions} "
             "positions, and beam search has no sliding window; shorten one, or use beams 1"
         )
-    generator = torch.Generator().manual_seed(secrets.randbelow(2**32) if settings.seed is None else settings.seed)
-    window = slide(list(context), config.n_positions)
-    return Row(index, context, window, Decoder(tokenizer), StopFilter(settings.stop), generator)
+    return row_of(index, context, slide(list(context), config.n_positions), tokenizer, settings)
 
 
 def _search_all(

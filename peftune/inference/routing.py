@@ -39,15 +39,15 @@ def route(
 ) -> Route:
     """Where a prompt `ids` (context token first) belongs, among `names` (None: all adapters of the bank).
 
-    A prompt without a token after its context says nothing: the base answers. Raises UserError for an unknown name.
+    Without a token after its context a prompt says nothing: all scores are 0. Raises UserError for an unknown name.
     """
     names = bank.names if names is None else names
-    if len(ids) < 2 or not names:
-        return Route(None, dict.fromkeys(names, 0.0), threshold)
-    base, *others = nats_per_token(bank, ids, [None, *names])
-    scores = {name: base - nats for name, nats in zip(names, others, strict=True)}
-    best = max(scores, key=scores.__getitem__)
-    return Route(best if scores[best] > threshold else None, scores, threshold)
+    scores = dict.fromkeys(names, 0.0)
+    if len(ids) > 1 and names:
+        base, *others = nats_per_token(bank, ids, [None, *names])
+        scores = {name: base - nats for name, nats in zip(names, others, strict=True)}
+    best = max(scores, key=scores.__getitem__, default=None)
+    return Route(best if best is not None and scores[best] > threshold else None, scores, threshold)
 
 
 def nats_per_token(bank: AdapterBank, ids: Sequence[int], names: Sequence[str | None]) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -84,21 +85,20 @@ class Service:
         if self._routes >= self.settings.queue:
             raise Refusal(429, "too many prompts wait to be routed", code="queue_full", headers={"Retry-After": "1"})
         names = tuple(self.bank.names if among is None else among)
+        threshold = self.settings.routing_threshold if among is None else None
         self._routes += 1
         try:
-            found = await asyncio.wrap_future(self.engine.route(tuple(ids), names))
+            found = await asyncio.wrap_future(
+                self.engine.route(tuple(ids), names, -math.inf if threshold is None else threshold)
+            )
         except Busy:
             raise draining() from None
         except UserError as error:  # an adapter that went away meanwhile
             raise Refusal(409, str(error), "model") from None
         finally:
             self._routes -= 1
-        threshold = self.settings.routing_threshold if among is None else None
-        best = max(found.scores, key=found.scores.__getitem__, default=None)
-        if best is not None and threshold is not None and not found.scores[best] > threshold:
-            best = None
-        shown = best if best is not None else self.base
-        return Chosen(best, shown, {"model": shown, "scores": found.scores, "threshold": threshold})
+        shown = found.name if found.name is not None else self.base
+        return Chosen(found.name, shown, {"model": shown, "scores": found.scores, "threshold": threshold})
 
 
 def service_of(request: Request) -> Service:

@@ -65,9 +65,18 @@ class Stacks:
         self._rank = 0
         self._held = [0] * slots  # number of the adapter in each slot, 0 for none
         self._stacks: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._last: tuple[object, Deltas] = (None, {})  # of the same rows, who ask again at every token
 
     def deltas(self, slots: Sequence[int], adapters: Sequence[LowRank | None]) -> Deltas:
         """What the rows in `slots` add; row i has `adapters[i]`, None for the base alone."""
+        asked = [
+            (slot, adapter.number if adapter is not None else 0) for slot, adapter in zip(slots, adapters, strict=True)
+        ]
+        if self._last[0] != asked:
+            self._last = asked, self._deltas(slots, adapters)
+        return self._last[1]
+
+    def _deltas(self, slots: Sequence[int], adapters: Sequence[LowRank | None]) -> Deltas:
         first = adapters[0]
         if all(adapter is first for adapter in adapters):  # the short way: one A and B, seen once for each row
             parts = first.parts if first is not None else {}
