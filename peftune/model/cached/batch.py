@@ -51,7 +51,7 @@ class Batch:
         def part(model: CachedGPT2, rows: list[int]) -> torch.Tensor:
             of, at = [functions[row].low_rank for row in rows], [slots[row] for row in rows]
             where = [positions[row] for row in rows]
-            return model.write(_chosen(ids, rows), where, cache, at, self._stacks.deltas(at, of))
+            return model.write(_chosen(ids, rows), where, cache, at, self._stacks.deltas(at, of, one_token=True))
 
         return _by_model(functions, part)
 

@@ -18,31 +18,33 @@ Place = tuple[int, str]
 Deltas = Mapping[Place, tuple[torch.Tensor, torch.Tensor]]
 """A (R, in, r) and B (R, r, out), its scale in it, of every place that one of the rows adapts."""
 
+# A row's last bits must not change with the zeros that a neighbour of a higher rank adds. So ranks are seen padded:
+_SEVERAL = 16  # for several tokens, because MKL multiplies by narrower matrices in another order,
+_SMALL = 400  # and for one so that torch takes MKL at all: below so many products it has a loop of its own
+
 _numbers = itertools.count(1)
-
-
-_LEAST_RANK = 16  # below it, MKL's last bits change with the zeros that a wider neighbour adds
 
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """An adapter of plain LoRA in memory: for each place A (in, r) and B (r, out), float32; B holds the scale.
+    """An adapter of plain LoRA in memory: for each place A (r, in) and B (r, out), float32; B holds the scale.
 
-    `number` is its own: another adapter, or the same one loaded again, has another. Small ranks are padded with zeros.
+    `rank` is the largest of any place; zeros pad it to at least 16. `number` is its own: another adapter, or the same
+    one loaded again, has another.
     """
 
     parts: Mapping[Place, tuple[torch.Tensor, torch.Tensor]]
+    rank: int
     number: int = field(default_factory=lambda: next(_numbers))
-
-    @property
-    def rank(self) -> int:
-        """The largest rank of any place."""
-        return max(a.shape[1] for a, _ in self.parts.values())
 
 
 def low_rank(parts: Mapping[Place, tuple[torch.Tensor, torch.Tensor]], scales: Mapping[Place, float]) -> LowRank:
     """An adapter out of PEFT's A (r, in) and B (out, r), and the scale of each place."""
-    return LowRank({at: (_wide(a.T), _wide(scales[at] * b).T.contiguous()) for at, (a, b) in parts.items()})
+    padded = {}
+    for at, (a, b) in parts.items():
+        rank = max(_SEVERAL, _one_token(len(a), min(a.shape[1], len(b))))
+        padded[at] = _padded(a, rank), _padded(scales[at] * b.T, rank)
+    return LowRank(padded, max(len(a) for a, _ in parts.values()))
 
 
 def adapted(y: torch.Tensor, x: torch.Tensor, delta: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
@@ -67,16 +69,21 @@ class Stacks:
         self._stacks: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}
         self._last: tuple[object, Deltas] = (None, {})  # of the same rows, who ask again at every token
 
-    def deltas(self, slots: Sequence[int], adapters: Sequence[LowRank | None]) -> Deltas:
-        """What the rows in `slots` add; row i has `adapters[i]`, None for the base alone."""
-        asked = [
-            (slot, adapter.number if adapter is not None else 0) for slot, adapter in zip(slots, adapters, strict=True)
-        ]
+    def deltas(self, slots: Sequence[int], adapters: Sequence[LowRank | None], one_token: bool = False) -> Deltas:
+        """What the rows in `slots` add to `one_token` of theirs, or to several.
+
+        Row i has `adapters[i]`, None for the base alone.
+        """
+        numbers = [adapter.number if adapter is not None else 0 for adapter in adapters]
+        asked = one_token, list(slots), numbers
         if self._last[0] != asked:
-            self._last = asked, self._deltas(slots, adapters)
+            found = self._deltas(slots, adapters)
+            rank = max((adapter.rank for adapter in adapters if adapter is not None), default=0)
+            self._last = asked, {at: _seen(a, b, rank if one_token else None) for at, (a, b) in found.items()}
         return self._last[1]
 
     def _deltas(self, slots: Sequence[int], adapters: Sequence[LowRank | None]) -> Deltas:
+        """A (R, r, in) and B (R, r, out) of the rows, as wide as they lie in memory."""
         first = adapters[0]
         if all(adapter is first for adapter in adapters):  # the short way: one A and B, seen once for each row
             parts = first.parts if first is not None else {}
@@ -93,20 +100,18 @@ class Stacks:
         if self._held[slot] == number:
             return
         parts = adapter.parts if adapter is not None else {}
-        for at, (stack_a, stack_b) in self._stacks.items():
-            a, b = parts.get(at, (None, None))
-            rank = 0 if a is None else a.shape[1]
-            if a is not None and b is not None:
-                stack_a[slot, :, :rank] = a
-                stack_b[slot, :rank] = b
-            if rank < self._rank:
-                stack_a[slot, :, rank:] = 0
-                stack_b[slot, rank:] = 0
+        for at, stacks in self._stacks.items():
+            for stack, part in zip(stacks, parts.get(at, (None, None)), strict=True):
+                rank = 0 if part is None else len(part)
+                if part is not None:
+                    stack[slot, :rank] = part
+                if rank < self._rank:
+                    stack[slot, rank:] = 0
         self._held[slot] = number
 
     def _make_room(self, adapters: Sequence[LowRank]) -> None:
         """Stacks for all places of these adapters, as wide as their ranks; what is in other slots stays."""
-        rank = max(adapter.rank for adapter in adapters)
+        rank = max(len(a) for adapter in adapters for a, _ in adapter.parts.values())
         if rank > self._rank:
             self._rank = rank
             self._stacks = {}
@@ -114,13 +119,27 @@ class Stacks:
         for adapter in adapters:
             for at, (a, b) in adapter.parts.items():
                 if at not in self._stacks:
-                    shape_a, shape_b = (self._slots, a.shape[0], self._rank), (self._slots, self._rank, b.shape[1])
+                    shape_a, shape_b = ((self._slots, self._rank, part.shape[1]) for part in (a, b))
                     self._stacks[at] = a.new_zeros(shape_a), b.new_zeros(shape_b)
 
 
-def _wide(matrix: torch.Tensor) -> torch.Tensor:
-    """(n, r) with zeros up to the least rank."""
-    return F.pad(matrix.float(), (0, max(0, _LEAST_RANK - matrix.shape[1]))).contiguous()
+def _seen(a: torch.Tensor, b: torch.Tensor, rank: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (R, in, r) and B (R, r, out) as one token needs them, whose highest rank is `rank`; None: several tokens."""
+    if rank is None:
+        return a.mT, b
+    rank = _one_token(rank, min(a.shape[2], b.shape[2]))
+    return a[:, :rank].mT, b[:, :rank]
+
+
+def _one_token(rank: int, width: int) -> int:
+    """What `rank` is padded to for one token; the narrower side of A and B has this width."""
+    enough = max(rank, -(-_SMALL // width))
+    return -(-enough // 8) * 8  # MKL's kernels take 8 columns at once
+
+
+def _padded(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    """(r, n) in float32 with zeros up to `rank`."""
+    return F.pad(matrix.float(), (0, 0, 0, rank - len(matrix))).contiguous()
 
 
 def _each(matrix: torch.Tensor, rows: int) -> torch.Tensor:
