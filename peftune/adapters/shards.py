@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from peftune.errors import CheckFailed
+from peftune.model.weights import all_finite
 
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 Chunks = Callable[[str], Iterator[torch.Tensor]]
@@ -55,12 +56,9 @@ def write_index(directory: Path, shapes: dict[str, tuple[int, ...]], dtype: torc
 
 
 def stored(chunk: torch.Tensor, dtype: torch.dtype, name: str) -> memoryview:
-    """The bytes of merged values in `dtype`; CheckFailed where one is not finite in it.
-
-    A sum is finite only if all its terms are, and reads them once; only where it is not, each value is looked at.
-    """
+    """The bytes of merged values in `dtype`; CheckFailed where one is not finite in it."""
     values = chunk.to(dtype).contiguous()
-    if not math.isfinite(values.sum(dtype=torch.float32).item()) and not bool(torch.isfinite(values).all()):
+    if not all_finite(values):
         raise CheckFailed(f"{name}: merged values do not fit {dtype}; use bfloat16 or float32")
     flat: Any = values.reshape(-1).view(torch.uint8).numpy()
     return memoryview(flat)

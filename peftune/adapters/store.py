@@ -23,7 +23,7 @@ from peftune.adapters import settings, targets
 from peftune.adapters.provenance import read_provenance
 from peftune.errors import CheckFailed, UserError, first_line
 from peftune.model.lora import quiet_peft
-from peftune.model.weights import load_pickle
+from peftune.model.weights import all_finite, load_pickle
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -59,7 +59,7 @@ def read_adapter(directory: Path) -> Adapter:
             )
         if not tensor.is_floating_point():
             raise UserError(f"adapter {directory}: {name} holds {tensor.dtype}; expected floating-point numbers")
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise UserError(f"adapter {directory}: {name} holds values that are not finite; the training went wrong")
     return Adapter(directory, config, tensors, read_provenance(directory))
 

@@ -8,6 +8,7 @@ Every file is opened anew for each tensor: pages of a memory-mapped file count a
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 import warnings
@@ -88,6 +89,14 @@ def row_chunks(shape: tuple[int, ...], elements: int = CHUNK_ELEMENTS) -> list[t
     width = max(1, torch.Size(shape).numel() // shape[0])
     step = max(1, elements // width)
     return [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite.
+
+    A sum is finite only if all its terms are, and reads them once; only where it is not, each value is looked at.
+    """
+    return math.isfinite(values.sum(dtype=torch.float32).item()) or bool(values.isfinite().all())
 
 
 def open_weights(directory: Path) -> Weights:

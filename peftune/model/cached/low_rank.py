@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch.nn import functional as F
 
 from peftune.model.cached.cache import of_rows
 
@@ -139,7 +138,9 @@ def _one_token(rank: int, width: int) -> int:
 
 def _padded(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     """(r, n) in float32 with zeros up to `rank`."""
-    return F.pad(matrix.float(), (0, 0, 0, rank - len(matrix))).contiguous()
+    padded = matrix.new_zeros(rank, matrix.shape[1], dtype=torch.float32)
+    padded[: len(matrix)] = matrix
+    return padded
 
 
 def _each(matrix: torch.Tensor, rows: int) -> torch.Tensor:
