@@ -42,7 +42,7 @@ def write_documents(
     source is used up. `prompted` is the share of a document's tokens that become a prompt, unsupervised.
     """
     chance = random.Random(seed)
-    pieces = _endless(_text(data), tokenizer, chance)
+    pieces = _endless(corpus_texts(data), tokenizer, chance)
     median = _median(mean, longest)
     lengths: list[int] = []
     with open(path, "w", encoding="utf-8") as file:
@@ -85,7 +85,7 @@ def corpus_of_size(path: Path, megabytes: float, data: str | None = None) -> int
 
     Repeats are marked with their number, so that no tokenizer's cache of whole texts helps anyone.
     """
-    texts, written, turn = _text(data), 0, 0
+    texts, written, turn = corpus_texts(data), 0, 0
     with open(path, "w", encoding="utf-8") as file:
         while written < megabytes * 1e6:
             for text in texts:
@@ -98,7 +98,8 @@ def corpus_of_size(path: Path, megabytes: float, data: str | None = None) -> int
     return written
 
 
-def _text(data: str | None) -> list[str]:
+def corpus_texts(data: str | None = None) -> list[str]:
+    """All documents of a file, or of the built-in corpora."""
     sources = BUILTIN if data is None else (data,)
     return [document.text for name in sources for document in read_documents(Source(path=name), "auto")]
 

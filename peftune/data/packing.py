@@ -58,8 +58,9 @@ def cut_into_windows(lengths: np.ndarray, block_size: int) -> Windows:
     stride = block_size - 1
     counts = np.maximum(1, -(-(lengths - 1) // stride))
     example = np.repeat(np.arange(len(lengths)), counts)
-    nth = np.arange(len(example)) - np.repeat(np.cumsum(counts) - counts, counts)
-    start = nth * stride
+    start = np.arange(len(example))  # the number of each window within its example, times the stride
+    start -= np.repeat(np.cumsum(counts) - counts, counts)
+    start *= stride
     return Windows(example, start, np.minimum(start + block_size, lengths[example]))
 
 

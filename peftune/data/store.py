@@ -47,16 +47,17 @@ class TokenStore:
     """
 
     def __init__(self, directory: Path, meta: dict[str, Any]) -> None:
-        documents = _mapped(directory / "documents.bin", DOCUMENT)
-        self.lengths = np.ascontiguousarray(documents["tokens"])
-        self.supervised_counts = np.ascontiguousarray(documents["supervised"])
-        self.supervised_bytes = np.ascontiguousarray(documents["bytes"])
-        self.digests = np.ascontiguousarray(documents["digest"])
+        documents = np.asarray(_mapped(directory / "documents.bin", DOCUMENT))
+        self.lengths = documents["tokens"]
+        self.supervised_counts = documents["supervised"]
+        self.supervised_bytes = documents["bytes"]
+        self.digests = documents["digest"]
         self.fingerprint: str = meta["fingerprint"]
         self.blank: int = meta["blank"]
         self._ids = _mapped(directory / "ids.bin", np.dtype(meta["dtype"]))
         self._bits = _mapped(directory / "supervised.bin", np.dtype(np.uint8))
-        self._first = np.concatenate([[0], np.cumsum(self.lengths)])
+        self._first = np.zeros(len(self.lengths) + 1, dtype=np.int64)
+        np.cumsum(self.lengths, out=self._first[1:])
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -14,7 +14,7 @@ from benchmarks import gradients, train_medium
 from benchmarks.peers import chosen
 from benchmarks.rounds import Contestant, Failed, interleave
 
-COMMANDS = [*everything.COMMANDS.values(), "all", "scaling", "compiling", "serving"]
+COMMANDS = [*everything.COMMANDS.values(), "all", "scaling", "compiling", "serving", "large_corpus"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
