@@ -81,7 +81,7 @@ def serve(job: dict[str, Any], channel: Channel) -> None:
 def _settings(session: Session) -> dict[str, Any]:
     recipe, train = session.recipe, session.source.corpus.train
     return {
-        "precision": session.precision, "fast": getattr(recipe.run, "fast", None), "quantize": recipe.quantize,
+        "precision": session.precision, "function": session.function.told, "quantize": recipe.quantize,
         "block_size": train.packing.block_size, "fill": round(train.packing.fill(), 3),
         "blocks_per_step": recipe.batch.global_size, "blocks_per_forward": session.micro_size,
         "rank": recipe.lora.rank, "targets": recipe.lora.targets, "base_dropout": recipe.run.base_dropout,

@@ -194,6 +194,9 @@ class Run(Section):
     fast: bool = True
     """Compute steps by peftune's own GPT-2 where it applies (it says where not), to rounding what Transformers and PEFT
     compute; `false` always takes theirs."""
+    compile: bool = False
+    """Compile what stands between the matrix products of fast steps; needs a C++ compiler, on a GPU Triton. Takes up to
+    a minute the first time, less from its cache afterwards, and is left out of runs too short to repay it."""
     base_dropout: Fraction = 0.0
     """Dropout inside the frozen base (GPT-2 was pretrained with 0.1; for LoRA it only slows training)."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -10,6 +11,8 @@ from peftune.config import Recipe
 from peftune.model.fast.adapted import fast, reason_against
 from peftune.model.fast.gpt2 import FastGPT2
 from peftune.model.lora import Adapted
+
+_WORTH = {"cpu": 2e14, "cuda": 2e16}  # FLOP in ten minutes or so
 
 
 @dataclass(frozen=True)
@@ -20,14 +23,28 @@ class Function:
     told: str
 
 
-def choose(adapted: Adapted, recipe: Recipe, dtype: torch.dtype, sharded: bool) -> Function:
-    """The fast function wherever it computes the same; `sharded` is a base whose weights lie on all ranks."""
+def choose(adapted: Adapted, recipe: Recipe, dtype: torch.dtype, sharded: bool, tokens: int) -> Function:
+    """The fast function wherever it computes the same; `sharded` is a base whose weights lie on all ranks.
+
+    `tokens` is what the whole run learns from, at most: whether compiling repays.
+    """
     if not recipe.run.fast:
         reason: str | None = "run.fast is false"
     else:
         reason = "ZeRO-3 shares out the base" if sharded else reason_against(adapted)
     if reason is not None:
         return Function(None, f"steps by Transformers and PEFT ({reason})")
-    optim = recipe.optim
-    chosen = fast(adapted, dtype, optim.neftune, optim.label_smoothing, recipe.run.checkpointing)
-    return Function(chosen, f"fast steps ({chosen.kernel.name})")
+    optim, worth = recipe.optim, recipe.run.compile and _worth_compiling(adapted, tokens)
+    chosen = fast(adapted, dtype, optim.neftune, optim.label_smoothing, recipe.run.checkpointing, worth)
+    told = chosen.pieces.told if worth or not recipe.run.compile else "not compiled: the run is too short to repay it"
+    return Function(chosen, f"fast steps ({', '.join(filter(None, (chosen.kernel.name, told)))})")
+
+
+def _worth_compiling(adapted: Adapted, tokens: int) -> bool:
+    """Whether a run takes many minutes: of its time compiling saves a few percent, and takes half a minute.
+
+    Decided by the recipe and the data alone, so that a run that is resumed decides as it did before.
+    """
+    core: Any = adapted.model.get_base_model()
+    elements = 12 * core.config.n_layer * core.config.n_embd**2 + core.lm_head.weight.numel()
+    return bool(4.0 * elements * tokens > _WORTH.get(core.device.type, 0.0))

@@ -10,7 +10,7 @@ from peftune.errors import UserError
 HARMLESS = frozenset(
     {
         "run.out", "run.eval_every", "run.save_every", "run.resume", "run.track", "run.samples",
-        "run.early_stopping", "run.checkpointing", "run.fast", "batch.micro_size",
+        "run.early_stopping", "run.checkpointing", "run.fast", "run.compile", "batch.micro_size",
     }
 )  # fmt: skip
 """Keys that may change between a run and its resumption: none decides what is learnt (beyond rounding)."""

@@ -132,7 +132,8 @@ def assemble(source: Source, accelerator: Accelerator, dtype: torch.dtype, displ
     scorer = Scorer(adapted.model, recipe.optim.neftune, recipe.optim.label_smoothing)
     scorer.train()
     engine = distributed.build_engine(accelerator, scorer, parameters, recipe)
-    chosen = function.choose(adapted, recipe, dtype, engine.lockstep)
+    tokens = source.total_steps * recipe.batch.global_size * source.corpus.train.packing.block_size
+    chosen = function.choose(adapted, recipe, dtype, engine.lockstep, tokens)
     state.identity = source.identity
     out = Path(recipe.run.out)
     records = Records(out / "metrics.jsonl", accelerator, recipe.model_dump(mode="json"), state.records_bytes)

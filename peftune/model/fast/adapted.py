@@ -12,7 +12,8 @@ from transformers import GPT2Config
 
 from peftune.model import quantized
 from peftune.model.fast.attention import kernel_for
-from peftune.model.fast.gpt2 import Block, FastGPT2, Norm
+from peftune.model.fast.gpt2 import Block, FastGPT2
+from peftune.model.fast.pieces import PLAIN, Norm, compiled
 from peftune.model.fast.projection import Adapter, Projection
 from peftune.model.lora import Adapted
 
@@ -46,20 +47,32 @@ def _unlike_lora(core: nn.Module, adapted: Adapted) -> str | None:
     return None
 
 
-def fast(adapted: Adapted, dtype: torch.dtype, neftune: float, smoothing: float, recompute: bool) -> FastGPT2:
-    """The fast function over the tensors of a model, in `dtype`; `reason_against` is None for it."""
+def fast(
+    adapted: Adapted,
+    dtype: torch.dtype,
+    neftune: float,
+    smoothing: float,
+    recompute: bool,
+    compile_pieces: bool = False,
+) -> FastGPT2:
+    """The fast function over the tensors of a model, in `dtype`; `reason_against` is None for it.
+
+    `compile_pieces`: compile what stands between products, where that can be had.
+    """
     core: Any = adapted.model.get_base_model()
     body, config = core.transformer, core.config
     width = config.n_embd // config.n_head
+    ln_f = _norm(body.ln_f, dtype)
     return FastGPT2(
         module=adapted.model,
         wte=body.wte.weight,
         wpe=body.wpe.weight,
         blocks=tuple(_block(layer, dtype) for layer in body.h),
-        ln_f=_norm(body.ln_f, dtype),
+        ln_f=ln_f,
         head=core.lm_head,
         heads=config.n_head,
         kernel=kernel_for(body.wte.weight.device, dtype, width),
+        pieces=compiled(ln_f, config.n_inner or 4 * config.n_embd) if compile_pieces else PLAIN,
         neftune=neftune,
         smoothing=smoothing,
         recompute=recompute,

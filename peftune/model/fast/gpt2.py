@@ -13,28 +13,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from peftune.model.fast.attention import Attend, Kernel
 from peftune.model.fast.documents import tokens_of
+from peftune.model.fast.pieces import Norm, Pieces
 from peftune.model.fast.projection import Projection
 from peftune.model.loss import summed_nats
 from peftune.model.neftune import noisy
-
-
-@dataclass(frozen=True)
-class Norm:
-    """LayerNorm of the fp32 stream; the result has the dtype of the run."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-    epsilon: float
-    dtype: torch.dtype
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        normed = F.layer_norm(x, self.weight.shape, self.weight.float(), self.bias.float(), self.epsilon)
-        return normed.to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -48,11 +34,11 @@ class Block:
     c_fc: Projection
     mlp_c_proj: Projection
 
-    def __call__(self, x: torch.Tensor, attend: Attend, training: bool) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, attend: Attend, training: bool, pieces: Pieces) -> torch.Tensor:
         """The stream (N, D) after this block."""
-        attended = attend(self.c_attn(self.ln_1(x), training))
-        x = x + self.attn_c_proj(attended, training)
-        hidden = F.gelu(self.c_fc(self.ln_2(x), training), approximate="tanh")
+        attended = attend(self.c_attn(pieces.normed(x, self.ln_1), training))
+        x, normed = pieces.added(x, self.attn_c_proj(attended, training), self.ln_2)
+        hidden = pieces.activated(self.c_fc(normed, training))
         return x + self.mlp_c_proj(hidden, training)
 
 
@@ -68,6 +54,7 @@ class FastGPT2:
     head: nn.Module
     heads: int
     kernel: Kernel
+    pieces: Pieces
     neftune: float
     smoothing: float
     recompute: bool
@@ -90,10 +77,12 @@ class FastGPT2:
         x = x + self.wpe[positions].float()
         for block in self.blocks:
             if self.recompute and training:
-                x = checkpoint(block, x, attend, training, use_reentrant=False)
+                x = checkpoint(block, x, attend, training, self.pieces, use_reentrant=False)
             else:
-                x = block(x, attend, training)
-        return summed_nats(self.ln_f(x[scored]), self.head, targets, self.smoothing if training else 0.0)
+                x = block(x, attend, training, self.pieces)
+        return summed_nats(
+            self.pieces.normed(x[scored], self.ln_f), self.head, targets, self.smoothing if training else 0.0
+        )
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
