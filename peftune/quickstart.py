@@ -26,7 +26,6 @@ from peftune.errors import Interrupted, UserError
 from peftune.evaluate import as_json, matrix, read_domains
 from peftune.inference.generate import GenerationSettings, generate
 from peftune.model import base as bases
-from peftune.training.pictures import draw_overview
 from peftune.training.records import read_metrics
 from peftune.training.run import train
 
@@ -192,6 +191,8 @@ def _finish(
     out: Path, adapters: dict[str, Path], rows: dict[str, Any], facts: dict[str, Any], console: Console
 ) -> None:
     runs = {name: read_metrics(directory / "metrics.jsonl") for name, directory in adapters.items()}
+    from peftune.training.pictures import draw_overview
+
     (out / "quickstart.png").write_bytes(draw_overview(runs, rows))
     facts["files"] = {"picture": str(out / "quickstart.png"), "merged": str(out / "merged-docs")} | {
         f"adapter {name}": str(path) for name, path in adapters.items()

@@ -17,7 +17,6 @@ from peftune.model.lora import is_dead, stored_adapter
 from peftune.training import checkpoint, distributed, identity
 from peftune.training.card import model_card
 from peftune.training.engine import Tensors
-from peftune.training.pictures import draw_loss
 from peftune.training.ranks import from_first
 from peftune.training.records import read_metrics
 from peftune.training.session import Session
@@ -80,6 +79,8 @@ def _deliver(session: Session, values: Tensors) -> Delivery:
     out = Path(session.recipe.run.out)
     events = read_metrics(out / "metrics.jsonl")
     delivery = Delivery(out, step, _before_and_after(events, step), round(session.state.seconds, 1))
+    from peftune.training.pictures import draw_loss  # matplotlib: not before the first step
+
     provenance = _provenance(session, delivery)
     files: dict[str, bytes | str] = {
         "README.md": model_card(provenance),
