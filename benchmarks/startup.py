@@ -61,15 +61,15 @@ def _seconds(job: dict[str, Any]) -> float:
 
 
 def _wait_for_step(child: subprocess.Popen[bytes], watched: Path, sign: str, log: Path) -> None:
-    until = time.monotonic() + _PATIENCE
-    while time.monotonic() < until:
+    until, parent = time.monotonic() + _PATIENCE, os.getppid()
+    while time.monotonic() < until and os.getppid() == parent:  # an interrupted benchmark leaves nobody training
         ended = child.poll() is not None  # before reading, so that the last words are read
         if watched.is_file() and sign in watched.read_text(encoding="utf-8", errors="replace"):
             return
         if ended:
             raise SystemExit(f"no step: ended with {child.returncode}: {_last_words(log)}")
         time.sleep(0.01)
-    raise SystemExit(f"no step within {_PATIENCE:.0f} s")
+    raise SystemExit(f"no step within {_PATIENCE:.0f} s, or interrupted")
 
 
 def _last_words(log: Path) -> str:
