@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +24,12 @@ class Function:
     told: str
 
 
-def choose(adapted: Adapted, recipe: Recipe, dtype: torch.dtype, sharded: bool, tokens: int) -> Function:
+def choose(
+    adapted: Adapted, recipe: Recipe, dtype: torch.dtype, sharded: bool, tokens: int, say: Callable[[str], None]
+) -> Function:
     """The fast function wherever it computes the same; `sharded` is a base whose weights lie on all ranks.
 
-    `tokens` is what the whole run learns from, at most: whether compiling repays.
+    `tokens` is what the whole run learns from, at most: whether compiling repays. `say` tells what takes long.
     """
     if not recipe.run.fast:
         reason: str | None = "run.fast is false"
@@ -35,6 +38,8 @@ def choose(adapted: Adapted, recipe: Recipe, dtype: torch.dtype, sharded: bool, 
     if reason is not None:
         return Function(None, f"steps by Transformers and PEFT ({reason})")
     optim, worth = recipe.optim, recipe.run.compile and _worth_compiling(adapted, tokens)
+    if worth:
+        say("compiling what stands between matrix products: half a minute the first time, seconds afterwards")
     chosen = fast(adapted, dtype, optim.neftune, optim.label_smoothing, recipe.run.checkpointing, worth)
     told = chosen.pieces.told if worth or not recipe.run.compile else "not compiled: the run is too short to repay it"
     return Function(chosen, f"fast steps ({', '.join(filter(None, (chosen.kernel.name, told)))})")

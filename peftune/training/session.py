@@ -133,7 +133,7 @@ def assemble(source: Source, accelerator: Accelerator, dtype: torch.dtype, displ
     scorer.train()
     engine = distributed.build_engine(accelerator, scorer, parameters, recipe)
     tokens = source.total_steps * recipe.batch.global_size * source.corpus.train.packing.block_size
-    chosen = function.choose(adapted, recipe, dtype, engine.lockstep, tokens)
+    chosen = function.choose(adapted, recipe, dtype, engine.lockstep, tokens, display.say)
     state.identity = source.identity
     out = Path(recipe.run.out)
     records = Records(out / "metrics.jsonl", accelerator, recipe.model_dump(mode="json"), state.records_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from peftune.config import Recipe
 from peftune.errors import Interrupted
-from peftune.training import run, step
+from peftune.training import function, run, step
 from peftune.training.records import read_metrics
 from peftune.training.run import train
 
@@ -44,6 +45,25 @@ def test_it_ends_in_the_same_place(recipe: Make, tmp_path: Path, distance: Dista
         found, wanted = ([e["loss"] for e in events(tmp_path / name, kind)] for name in ("true", "false"))
         np.testing.assert_allclose(found, wanted, rtol=2e-6)
     assert distance(tmp_path / "true", tmp_path / "false") < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="compiling needs a C++ compiler")
+def test_compiled_it_ends_in_the_same_place(
+    recipe: Make,
+    tmp_path: Path,
+    distance: Distance,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(function, "_WORTH", {"cpu": 0.0})
+    common = "data.validation=0.2", "run.eval_every=4", "optim.steps=8", "lora.layers=[1]"
+    for name in ("true", "false"):
+        train(recipe(*common, f"run.compile={name}", f"run.out={tmp_path / name}"))
+    (start,) = events(tmp_path / "true", "start")
+    assert "pieces between products compiled in" in str(start["function"])
+    assert distance(tmp_path / "true", tmp_path / "false") < 1e-5
+    assert "compiling what stands between matrix products" in capsys.readouterr().err
 
 
 def test_a_run_may_change_its_function_where_it_was_cut(
