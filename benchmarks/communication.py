@@ -134,10 +134,10 @@ def config_of(way: str, folder: Path) -> Path:
 
 def sizes(rank: int) -> tuple[int, int, int]:
     """Trained elements, and bytes of the base in fp32 that ZeRO-3 shares out and that it keeps whole."""
-    from peftune.config import Lora
-    from peftune.training.footprint import ZeroSettings, shapes_of, shared_out
+    from peftune.config.recipe import LoraSection
+    from peftune.training.memory_model import ZeroSettings, shapes_of, shared_out
 
-    shapes = shapes_of(config(), Lora(rank=rank))
+    shapes = shapes_of(config(), LoraSection(rank=rank))
     shared = sum(shared_out(shapes, ZeroSettings()))
     return shapes.adapter, 4 * shared, 4 * (sum(shapes.frozen()) - shared)
 
@@ -146,18 +146,19 @@ def be_a_rank(folder: Path) -> None:
     """Train every recipe of `folder`/jobs.json on one group of ranks; the first rank writes what travelled in each."""
     import torch
 
-    from peftune.config import recipe_from
-    from peftune.training import distributed, run
-    from peftune.training.watchdog import watched
+    from peftune.config.recipe import recipe_from
+    from peftune.training import run
+    from peftune.training.distributed import zero
+    from peftune.training.distributed.watchdog import watched
 
     figures = []
-    with distributed.joined():
+    with zero.joined():
         for values in json.loads((folder / "jobs.json").read_text()):
             before, start = bytes_sent(), time.monotonic()
             run.train(recipe_from(values, []))
             torch.distributed.barrier()
             figures.append({"bytes": bytes_sent() - before, "seconds": time.monotonic() - start})
-        accelerator = distributed.start([], str(folder))
+        accelerator = zero.start([], str(folder))
         with watched(accelerator):  # nothing but the beats of the watchdog and the launcher's own
             before = bytes_sent()
             time.sleep(IDLE_SECONDS)

@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from peftune.config import Source
-from peftune.data.sources import read_documents
+from peftune.config.recipe import Source
+from peftune.data.sources.read import read_documents
 
 BUILTIN = ("builtin:docs/train", "builtin:code/train")
 SPREAD = 0.75

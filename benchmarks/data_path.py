@@ -29,9 +29,9 @@ OURS = "peftune, file to blocks"
 
 def serve(job: dict[str, Any], channel: Channel) -> None:
     """One round prepares the whole file in a new cache; the value is MB of text per second."""
-    from peftune.model.base import load_tokenizer
+    from peftune.model.base import Base
 
-    tokenizer = load_tokenizer(Path(job["base"]))
+    tokenizer = Base(Path(job["base"])).tokenizer
     work = {"ours": _ours, "map": _map, "whole": _whole}[job["way"]]
     scratch = Path(job["scratch"])
     channel.ready(settings={"way": job["way"], "processes": job["processes"]})
@@ -46,9 +46,9 @@ def serve(job: dict[str, Any], channel: Channel) -> None:
 def _ours(job: dict[str, Any], tokenizer: Any, scratch: Path) -> tuple[float, int]:
     import numpy as np
 
-    from peftune.config import Source
+    from peftune.config.recipe import Source
     from peftune.data.batches import Blocks
-    from peftune.data.store import prepare
+    from peftune.data.tokens.store import prepare
 
     start = time.perf_counter()
     store = prepare([Source(path=job["file"])], tokenizer, "benchmark", " ", "auto", scratch)

@@ -129,7 +129,7 @@ def gate(setup: Setup, adapters: list[str]) -> dict[str, Any]:
 def run(arguments: Namespace) -> Result:
     """Adapters, a merged checkpoint, gate, rounds, rows."""
     from benchmarks.merge_memory import make_adapters
-    from peftune.adapters.merge import merge
+    from peftune.adapters.merge.merge import merge
 
     a = arguments
     with prepared(a) as setup:

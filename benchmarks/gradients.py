@@ -37,7 +37,7 @@ def errors(job: dict[str, Any], precision: str) -> dict[str, float]:
     import torch
 
     from benchmarks.ours import Steps, begin
-    from peftune.config import recipe_from
+    from peftune.config.recipe import recipe_from
 
     out = f"run.out={job['recipe']['run']['out']}-{precision}"
     recipe = recipe_from(job["recipe"], [*job["overrides"], f"run.precision={precision}", "optim.clip=null", out])
@@ -68,7 +68,7 @@ def reference(session: Any, values: dict[str, Any]) -> dict[str, Any]:
     from torch.nn import functional as F
     from transformers import GPT2LMHeadModel
 
-    from peftune.data.order import blocks_of_step
+    from peftune.data.sampler import blocks_of_step
     from peftune.model.base import with_dropout
     from peftune.model.lora import peft_config, quiet_peft
 

@@ -31,13 +31,13 @@ def serve(job: dict[str, Any], channel: Channel) -> None:
     """One round prepares and packs the file; the value is MB of growth."""
     import numpy as np
 
-    from peftune.config import Source
+    from peftune.config.recipe import Source
     from peftune.data.batches import Blocks
-    from peftune.data.order import blocks_of_step
-    from peftune.data.store import prepare
-    from peftune.model.base import load_tokenizer, resolve
+    from peftune.data.sampler import blocks_of_step
+    from peftune.data.tokens.store import prepare
+    from peftune.model.base import open_base
 
-    tokenizer = load_tokenizer(resolve("builtin:small"))
+    tokenizer = open_base("builtin:small").tokenizer
     sources, cache = [Source(path=job["file"])], Path(job["scratch"])
     tokenizer("warm up")
     channel.ready(settings={key: job[key] for key in ("megabytes", "characters")})

@@ -12,8 +12,8 @@ The base has random weights and the shape of GPT-2 (50,257 tokens, of which a to
 - resident growth: largest resident set of the run less that before it (Linux: VmHWM, mapped pages of the base's file,
   activations and what Python holds included; buffers that nothing has written to are not).
 
-Formulas are those of peftune/training/footprint.py. Ends with code 1 where one of the first three is off by more than
-5 %, or more was gathered than foreseen.
+Formulas are those of peftune/training/memory_model.py. Ends with code 1 where one of the first three is off by more
+than 5 %, or more was gathered than foreseen.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def main() -> None:
 
 def measured(way: str, base: Path, config: GPT2Config, rank: int) -> list[dict[str, Any]]:
     """A row for each way of holding the base; ZeRO-3 refuses quantised ones."""
-    from peftune.config import Lora
-    from peftune.training.footprint import bytes_per_rank, shapes_of
+    from peftune.config.recipe import LoraSection
+    from peftune.training.memory_model import bytes_per_rank, shapes_of
 
-    shapes = shapes_of(config, Lora(rank=rank))
+    shapes = shapes_of(config, LoraSection(rank=rank))
     held_as = HELD_AS[:2] if way == "zero3" else HELD_AS
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -137,9 +137,10 @@ def problems(row: dict[str, Any]) -> list[str]:
 
 def be_a_rank(folder: Path) -> None:
     """Train every recipe of `folder`/jobs.json on one group of ranks; each rank writes what it held in each."""
-    from peftune.config import recipe_from
-    from peftune.training import distributed, run
-    from peftune.training.session import Session
+    from peftune.config.recipe import recipe_from
+    from peftune.training import run
+    from peftune.training.distributed import zero
+    from peftune.training.setup import Session
 
     looks: list[dict[str, int]] = []
     deliver, learn, known = run.deliver, run.learn, {"before": 0, "gathered": 0}
@@ -156,7 +157,7 @@ def be_a_rank(folder: Path) -> None:
         return learnt
 
     run.deliver, run.learn = deliver_and_look, learn_and_look
-    with distributed.joined():
+    with zero.joined():
         for values in json.loads((folder / "jobs.json").read_text()):
             known["before"] = tensor_bytes()
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
@@ -164,7 +165,7 @@ def be_a_rank(folder: Path) -> None:
             looks.append({"gathered": 0})
             run.train(recipe_from(values, []))
             looks[-1]["growth"] = status("VmHWM") - before
-        rank = distributed.start([], str(folder)).process_index
+        rank = zero.start([], str(folder)).process_index
     (folder / f"rank-{rank}.json").write_text(json.dumps(looks))
 
 

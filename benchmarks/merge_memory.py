@@ -24,14 +24,14 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from peftune.adapters.shards import write_weights
+from peftune.adapters.merge.shards import write_weights
 from peftune.model.weights import row_chunks
 
 _MERGE = """
 import json, sys, time
 from pathlib import Path
 start = time.time()
-from peftune.adapters.merge import merge
+from peftune.adapters.merge.merge import merge
 report = merge(Path(sys.argv[1]), Path(sys.argv[2]), base=sys.argv[3], dtype=sys.argv[4])
 peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 print(json.dumps({"peak_MB": int(peak.split()[1]) // 1024, "seconds": round(time.time() - start),

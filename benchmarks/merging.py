@@ -58,7 +58,7 @@ def serve(job: dict[str, Any], channel: Channel) -> None:
 def _ours(way: str) -> Any:
     from transformers import GenerationConfig, GPT2LMHeadModel  # noqa: F401  # imported when a merge first needs them
 
-    from peftune.adapters.merge import merge
+    from peftune.adapters.merge.merge import merge
 
     return lambda base, adapter, out: merge(adapter, out, base=str(base), verify=way == "verified")
 
@@ -82,9 +82,10 @@ def _cp(_: str) -> Any:
 
 def differing(ours: Path, other: Path) -> dict[str, float]:
     """Tensors that are not bit for bit the same in two merged directories, and how far apart at most (inf: absent)."""
-    from peftune.model.weights import open_weights
 
-    a, b = open_weights(ours), open_weights(other)
+    from peftune.model.base import Base
+
+    a, b = Base(ours).weights, Base(other).weights
     found = {name: math.inf for name in set(a.names()) ^ set(b.names())}
     for name in sorted(set(a.names()) & set(b.names())):
         apart = float((a.tensor(name) - b.tensor(name)).abs().max())

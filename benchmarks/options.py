@@ -206,12 +206,12 @@ def prepared(arguments: argparse.Namespace) -> Iterator[Setup]:
         documents, lengths = root / "documents.jsonl", []
         prompted = getattr(arguments, "prompted", 0.0)
         if "documents" in arguments:
-            from peftune.model.base import load_tokenizer
+            from peftune.model.base import Base
 
             print("cutting documents", file=sys.stderr)
             documents = root / f"documents-{arguments.mean:g}-{arguments.longest}-{prompted:g}.jsonl"
             lengths = corpus.write_documents(
-                documents, load_tokenizer(base), arguments.documents, arguments.mean, arguments.longest,
+                documents, Base(base).tokenizer, arguments.documents, arguments.mean, arguments.longest,
                 arguments.data, arguments.seed, prompted,
             )  # fmt: skip
         yield Setup(arguments, root, base, documents, lengths, load)
@@ -222,9 +222,9 @@ def make_base(root: Path, shape: Shape, tokenizer: str, seed: int) -> Path:
     import torch
     from transformers import AutoTokenizer, GPT2LMHeadModel
 
-    from peftune.model.base import resolve
+    from peftune.model.base import open_base
 
-    directory = resolve(tokenizer) if tokenizer.startswith("builtin:") else Path(tokenizer)
+    directory = open_base(tokenizer).directory if tokenizer.startswith("builtin:") else Path(tokenizer)
     name = f"base-{shape.layers}-{shape.width}-{shape.heads}-{shape.vocabulary}-{directory.name}-{seed}"
     if (root / name / "config.json").is_file():
         return root / name

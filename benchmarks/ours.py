@@ -10,22 +10,22 @@ from typing import Any
 
 from benchmarks.memory import MemoryGrowth
 from benchmarks.rounds import Channel
-from peftune.config import Recipe, recipe_from
-from peftune.display import Display
-from peftune.model.base import DTYPES, footprint
-from peftune.training import distributed
+from peftune.config.recipe import Recipe, recipe_from
+from peftune.console import Console
+from peftune.model.load import DTYPES, footprint
 from peftune.training.checkpoint import State
+from peftune.training.distributed import zero
+from peftune.training.distributed.signals import StopRequest
 from peftune.training.micro import first_micro_size
 from peftune.training.precision import FIRST_LOSS_SCALE, choose_precision
-from peftune.training.session import Session, assemble, read_together
-from peftune.training.signals import StopRequest
+from peftune.training.setup import Session, assemble, read_together
 from peftune.training.step import learn
 
 
 def begin(recipe: Recipe) -> Session:
     """The session of a recipe on this process, up to where the first step is due."""
-    accelerator = distributed.start([], recipe.run.out)
-    distributed.settle(accelerator, recipe)
+    accelerator = zero.start([], recipe.run.out)
+    zero.settle(accelerator, recipe)
     on_gpu = accelerator.device.type == "cuda"
     dtype = DTYPES[choose_precision(recipe.run.precision, on_gpu)]
     source = read_together(recipe, accelerator)
@@ -43,7 +43,7 @@ def begin(recipe: Recipe) -> Session:
         if recipe.batch.micro_size == "auto"
         else recipe.batch.micro_size
     )
-    return assemble(source, accelerator, dtype, Display(speaks=False), state)
+    return assemble(source, accelerator, dtype, Console(speaks=False), state)
 
 
 class Steps:

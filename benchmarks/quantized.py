@@ -24,16 +24,17 @@ import torch
 from merge_memory import make_base
 from transformers import GPT2Config
 
-from peftune.config import Lora
-from peftune.data.builtin import documents
-from peftune.model.base import load_model, load_tokenizer, resolve
+from peftune.config.recipe import LoraSection
+from peftune.data.sources.builtin import documents
+from peftune.model.base import Base, open_base
+from peftune.model.load import load_model
 from peftune.model.lora import inject
-from peftune.model.weights import open_weights
 
 _LOAD = """
 import json, sys, threading, time
 from pathlib import Path
-from peftune.model.base import DTYPES, footprint, load_model
+from peftune.model.base import Base, open_base
+from peftune.model.load import DTYPES, footprint, load_model
 from peftune.model.quantized import loading_options
 
 def private():
@@ -52,7 +53,7 @@ from transformers import GPT2LMHeadModel
 before, start = private(), time.time()
 seen, watcher = [before], threading.Thread(target=watch)
 watcher.start()
-model = load_model(Path(sys.argv[1]), DTYPES.get(kind, DTYPES["bf16"]), quantize=None if kind in DTYPES else kind)
+model = load_model(Base(Path(sys.argv[1])), DTYPES.get(kind, DTYPES["bf16"]), quantize=None if kind in DTYPES else kind)
 seconds = round(time.time() - start, 1)
 done.set(), watcher.join()
 print(json.dumps({"held as": kind, "MB": round(footprint(model.requires_grad_(False)).held / 1e6, 1),
@@ -71,20 +72,22 @@ def memory(layers: int, width: int) -> None:
 @torch.no_grad()
 def error(base: str, ranks: list[int]) -> None:
     """One line of JSON for each way of holding a trained base, on the same documents."""
-    directory = resolve(base)
-    tokenizer = load_tokenizer(directory)
+    directory = open_base(base).directory
+    tokenizer = Base(directory).tokenizer
     texts = [d.text for part in ("docs/heldout", "code/heldout") for d in documents(*part.split("/"))[:12]]
     rows = [torch.tensor([[tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]])[:, :256] for text in texts]
 
     def predictions(model: torch.nn.Module) -> list[torch.Tensor]:
         return [model(row).logits[0].log_softmax(dim=1) for row in rows]
 
-    full = predictions(load_model(directory))
+    full = predictions(load_model(Base(directory)))
     for kind in (None, "int8", "nf4"):
         for rank in [0] if kind is None else [0, *ranks]:
-            start, model = time.time(), load_model(directory, quantize=kind)
+            start, model = time.time(), load_model(Base(directory), quantize=kind)
             if rank:
-                model = inject(model, Lora(rank=rank, variant="loftq"), 0, open_weights(directory).tensor).model.eval()
+                model = inject(
+                    model, LoraSection(rank=rank, variant="loftq"), 0, Base(directory).weights.tensor
+                ).model.eval()
             seconds, found = time.time() - start, predictions(model)
             nats = [-p[:-1].gather(1, row[0, 1:, None]).sum() for p, row in zip(found, rows, strict=True)]
             kl = [(p.exp() * (p - q)).sum() for p, q in zip(full, found, strict=True)]

@@ -110,12 +110,12 @@ def _resident_bytes(process: int) -> int:
 def run(arguments: Namespace) -> Result:
     """Adapters, a server, load, reloads."""
     from benchmarks.merge_memory import make_adapters
-    from peftune.model.base import load_config, resolve
+    from peftune.model.base import open_base
 
     a = arguments
     with tempfile.TemporaryDirectory(prefix="peftune-bench-") as scratch:
         root = Path(scratch).resolve()
-        made = make_adapters(root, load_config(resolve(a.base)), a.rank, targets_of(a.targets), a.adapters)
+        made = make_adapters(root, open_base(a.base).config, a.rank, targets_of(a.targets), a.adapters)
         adapters = {f"a{number}": directory for number, directory in enumerate(made)}
         with server(a, adapters, root) as (url, process):
             found = asyncio.run(load(a, url, list(adapters)))

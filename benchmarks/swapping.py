@@ -47,9 +47,9 @@ def _bank(job: dict[str, Any]) -> Any:
 
 
 def _use(job: dict[str, Any]) -> Swap:
-    from peftune.model.cached.low_rank import Stacks
+    from peftune.model.decode.lora_slots import AdapterSlots
 
-    bank, stacks = _bank(job), Stacks(1)
+    bank, stacks = _bank(job), AdapterSlots(1)
 
     def swap(number: int) -> object:
         bank.use(f"a{number}")
@@ -61,9 +61,9 @@ def _use(job: dict[str, Any]) -> Swap:
 def _slot(job: dict[str, Any]) -> Swap:
     import torch
 
-    from peftune.model.cached.low_rank import Stacks
+    from peftune.model.decode.lora_slots import AdapterSlots
 
-    bank, stacks = _bank(job), Stacks(2)
+    bank, stacks = _bank(job), AdapterSlots(2)
     both = [bank.function(f"a{number}").low_rank for number in (0, 1)]
     return torch.inference_mode()(lambda number: stacks.deltas([0, 1], [both[number], both[1 - number]]))
 

@@ -8,10 +8,10 @@ from benchmarks import gradients, machine
 from benchmarks.measure import Result
 from benchmarks.options import Setup
 from benchmarks.rounds import Contestant, interleave
-from peftune.config import Run
+from peftune.config.recipe import RunSection
 
 CALIBRATION = "calibration"
-HAS_FAST = "fast" in Run.model_fields
+HAS_FAST = "fast" in RunSection.model_fields
 """Whether this peftune has a training step of its own beside that through Transformers and PEFT (`run.fast`)."""
 
 

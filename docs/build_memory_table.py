@@ -11,8 +11,8 @@ from pathlib import Path
 
 from transformers import GPT2Config
 
-from peftune.config import Lora
-from peftune.training.footprint import RankMemory, Shapes, Way, bytes_per_rank, shapes_of
+from peftune.config.recipe import LoraSection
+from peftune.training.memory_model import RankMemory, Shapes, Way, bytes_per_rank, shapes_of
 from peftune.training.micro import LIVE_TENSORS
 
 PAGE = Path(__file__).with_name("many-ranks.md")
@@ -41,7 +41,7 @@ def page(text: str) -> str:
 def tables() -> str:
     """Bytes between two steps, then what comes on top while a step runs."""
     configs = {name: GPT2Config(n_layer=n, n_embd=width, n_head=heads) for name, (n, width, heads) in MODELS.items()}
-    shapes = {name: shapes_of(config, Lora()) for name, config in configs.items()}
+    shapes = {name: shapes_of(config, LoraSection()) for name, config in configs.items()}
     head = ["| MB | " + " | ".join(MODELS) + " |", "|---|" + "---|" * len(MODELS)]
     held = [row(way, [held_of(memory(s, *WAYS[way])) for s in shapes.values()]) for way in WAYS]
     trained = row("trained elements, millions", [f"{s.adapter / 1e6:.1f}" for s in shapes.values()])

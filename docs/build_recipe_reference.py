@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from peftune import config
+from peftune.config import recipe
 
 PAGE = Path(__file__).with_name("recipe.md")
 HEAD = """\
@@ -23,24 +23,24 @@ What to learn, as YAML. Only `base`, `data.train` and `run.out` must be given. O
 the file: `peftune train recipe.yaml optim.lr=1e-4 run.out=adapters/slow`. Unknown keys are refused with the nearest
 known one, and every problem is listed at once.
 
-This page is written by `python docs/build_recipe_reference.py` from the docstrings of `peftune/config.py`.
+This page is written by `python docs/build_recipe_reference.py` from the docstrings of `peftune/config/recipe.py`.
 """
 SECTIONS = ("data", "lora", "optim", "batch", "run")
 NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null"}
-NAMES |= {config.Source: "source", config.Recipe: "recipe"}
-PLURALS = {str: "texts", config.SourceLike: "sources"}
+NAMES |= {recipe.Source: "source", recipe.Recipe: "recipe"}
+PLURALS = {str: "texts", recipe.SourceLike: "sources"}
 BOUNDS = {"ge": "≥ {}", "gt": "> {}", "le": "≤ {}", "lt": "< {}"}
 
 
 def page() -> str:
     """The whole text of docs/recipe.md."""
-    top = {name: field for name, field in config.Recipe.model_fields.items() if name not in SECTIONS}
+    top = {name: field for name, field in recipe.Recipe.model_fields.items() if name not in SECTIONS}
     parts = [HEAD, "## The top", table(top, "")]
     for name in SECTIONS:
-        section = config.Recipe.model_fields[name].annotation
+        section = recipe.Recipe.model_fields[name].annotation
         assert section is not None
         parts += [f"## {name}: {sentence(section.__doc__)}", table(section.model_fields, f"{name}.")]
-    parts += [f"## A source: {sentence(config.Source.__doc__)}", table(config.Source.model_fields, "")]
+    parts += [f"## A source: {sentence(recipe.Source.__doc__)}", table(recipe.Source.model_fields, "")]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 

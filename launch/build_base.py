@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from peftune.data.builtin import TAUGHT, documents, line_hashes
 from peftune.data.packing import Packing, pack
+from peftune.data.sources.builtin import TAUGHT, documents, line_hashes
 
 VOCABULARY, LAYERS, WIDTH, HEADS, CONTEXT = 4096, 6, 256, 4, 512
 END = "<|endoftext|>"
@@ -42,8 +42,8 @@ and is not meant for anything else.
 
 **Text.** {training_documents:,} documents of Python {python}'s standard library: top-level definitions and what lies
 between them, docstrings and comments included; no tests, no code page tables, nothing of the language reference.
-Modules belong to base, adapters or held-out by a hash of their name (`peftune/data/builtin.py`); `taught_lines.npy`
-holds hashes of the lines that it was taught, so that no adapter is trained or measured on them.
+Modules belong to base, adapters or held-out by a hash of their name (`peftune/data/sources/builtin.py`);
+`taught_lines.npy` holds hashes of the lines that it was taught, so that no adapter is trained or measured on them.
 
 **Training.** {steps:,} steps of {blocks_per_step} blocks of 512 tokens ({tokens:,} tokens in all), Muon for matrices,
 AdamW for the rest, bf16 products over fp32 weights, {seconds:,} seconds on {threads} CPU cores that did other work too.

@@ -5,7 +5,7 @@ PeftuneError
 ├── Interrupted      3  SIGTERM/SIGINT after a checkpoint was saved
 ├── CheckFailed      4  a check of ours failed (merge not equal, dead adapter, non-finite loss)
 ├── RankLost         1  another rank died or cannot be reached; the same command goes on from the last checkpoint
-└── SaidElsewhere    *  another rank has this error and tells the person; the code is that rank's
+└── ReportedElsewhere    *  another rank has this error and tells the person; the code is that rank's
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class RankLost(PeftuneError):
     """Another rank is gone, so the job cannot go on; starting it again can."""
 
 
-class SaidElsewhere(PeftuneError):
+class ReportedElsewhere(PeftuneError):
     """The error of another rank, which says it; this one leaves with the same code, in silence."""
 
     def __init__(self, exit_code: int) -> None:
@@ -52,14 +52,14 @@ class SaidElsewhere(PeftuneError):
 
 
 @contextmanager
-def told_once_a_machine() -> Iterator[None]:
+def report_once_per_machine() -> Iterator[None]:
     """Of the ranks that a launcher started here, one tells the person about input that all of them find wrong."""
     try:
         yield
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
-        raise SaidElsewhere(error.exit_code) from None
+        raise ReportedElsewhere(error.exit_code) from None
 
 
 def first_line(error: BaseException) -> str:

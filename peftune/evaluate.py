@@ -13,16 +13,17 @@ import torch
 from peft import PeftModel
 from transformers import GPT2LMHeadModel
 
-from peftune.adapters.provenance import check_base, tokenizer_fingerprint
-from peftune.adapters.store import base_of, check_fits, load_onto
-from peftune.config import Source
+from peftune.adapters.directory import base_of, check_fits, load_onto
+from peftune.adapters.provenance import check_base
+from peftune.config.recipe import Source
+from peftune.console import Console, matrix_table
 from peftune.data.batches import Blocks
-from peftune.data.store import prepare
-from peftune.display import Display, matrix_table
+from peftune.data.tokens.store import prepare
 from peftune.errors import UserError
-from peftune.json_file import check_writable, write_json
-from peftune.model import base as bases
-from peftune.model.scorer import Scorer, nats_to_perplexity
+from peftune.files import check_writable, write_json
+from peftune.model.base import Base, open_base
+from peftune.model.load import DTYPES, load_model
+from peftune.model.reference import LossModel, nats_to_perplexity
 
 Figures = dict[str, float]
 
@@ -71,10 +72,10 @@ def summed_nats_over(
 
 
 def matrix(
-    base: Path,
+    base: Base,
     adapters: Mapping[str, Path],
     domains: Mapping[str, Blocks],
-    display: Display,
+    display: Console,
     batch: int = 8,
     precision: str = "fp32",
 ) -> dict[str, dict[str, Figures]]:
@@ -82,10 +83,9 @@ def matrix(
 
     `batch` (blocks per forward) does not change the result. Raises UserError for an adapter of another base.
     """
-    config = bases.load_config(base)
     for directory in adapters.values():
         check_base(directory, base)
-        check_fits(directory, config)
+        check_fits(directory, base.config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: dict[str, dict[str, Figures]] = {}
     todo: dict[str, Path | None] = {"base": None, **adapters}
@@ -93,7 +93,7 @@ def matrix(
         task = progress.add_task("evaluating", total=len(todo) * sum(map(len, domains.values())), note="")
         for name, adapter in todo.items():
             progress.update(task, description=f"evaluating {name}")
-            scorer = Scorer(_load(base, adapter, device))
+            scorer = LossModel(_load(base, adapter, device))
             rows[name] = {}
             for domain, blocks in domains.items():
                 with _in_precision(precision, device):
@@ -110,14 +110,14 @@ def matrix(
     return rows
 
 
-def _load(base: Path, adapter: Path | None, device: torch.device) -> GPT2LMHeadModel | PeftModel:
-    model = bases.load_model(base)
+def _load(base: Base, adapter: Path | None, device: torch.device) -> GPT2LMHeadModel | PeftModel:
+    model = load_model(base)
     return model.to(device) if adapter is None else load_onto(model, adapter).to(device)  # type: ignore[arg-type]
 
 
 @contextmanager
 def _in_precision(precision: str, device: torch.device) -> Iterator[None]:
-    with torch.autocast(device.type, bases.DTYPES[precision], enabled=precision != "fp32"):
+    with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
         yield
 
 
@@ -137,22 +137,24 @@ def run(
         raise UserError("an adapter cannot be called base: that row is the base itself; use --adapter OTHER=DIR")
     if json_path is not None:
         check_writable(json_path)
-    directory = bases.resolve(base or _common_base(adapters))
-    domains = read_domains(directory, data, block_size)
-    display = Display()
-    rows = matrix(directory, adapters, domains, display, batch, precision)
+    found = open_base(base or _common_base(adapters))
+    domains = read_domains(found, data, block_size)
+    display = Console()
+    rows = matrix(found, adapters, domains, display, batch, precision)
     _print(rows)
     if json_path is not None:
         write_json(json_path, as_json(domains, rows))
 
 
-def read_domains(base: Path, data: Mapping[str, list[Source]], block_size: int | None = None) -> dict[str, Blocks]:
+def read_domains(base: Base, data: Mapping[str, list[Source]], block_size: int | None = None) -> dict[str, Blocks]:
     """Tokenise and pack each named domain for a base."""
-    positions = bases.load_config(base).n_positions
+    positions = base.config.n_positions
     if block_size is not None and not 8 <= block_size <= positions:
         raise UserError(f"--block-size {block_size}: expected 8 to {positions}, the positions of the base")
-    tokenizer, fingerprint = bases.load_tokenizer(base), tokenizer_fingerprint(base)
-    stores = {name: prepare(sources, tokenizer, fingerprint, " ", "auto") for name, sources in data.items()}
+    stores = {
+        name: prepare(sources, base.tokenizer, base.tokenizer_fingerprint, " ", "auto")
+        for name, sources in data.items()
+    }
     return {name: Blocks.of(s, np.arange(len(s)), block_size or positions) for name, s in stores.items()}
 
 

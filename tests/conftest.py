@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    from peftune.inference.bank import AdapterBank
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -74,3 +81,123 @@ def distance() -> Callable[[Path, Path], float]:
         return float((squares / sum(float(tensor.double().square().sum()) for tensor in a.values())) ** 0.5)
 
     return between
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer made on the spot."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    backend.train_from_iterator(TEXT, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|endoftext|>", bos_token="<|endoftext|>", unk_token="<|endoftext|>"
+    )
+
+
+def random_gpt2(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> GPT2LMHeadModel:
+    """Weights wide enough that no two logits are nearly equal: greedy choices are then a matter of function alone."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        initializer_range=0.4,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture
+def fresh(tokenizer: PreTrainedTokenizerFast) -> Callable[[int], GPT2LMHeadModel]:
+    """Makes a model of its own, to be changed or trained."""
+    return lambda seed=0: random_gpt2(tokenizer, seed)
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
+    return random_gpt2(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def base(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model as a checkpoint directory."""
+    directory = tmp_path_factory.mktemp("base")
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+LINEAR = ["c_attn", "c_proj", "c_fc"]
+KINDS: dict[str, dict[str, Any]] = {
+    "attention": {"r": 4, "lora_alpha": 8, "target_modules": ["c_attn"]},
+    "wide": {"r": 24, "lora_alpha": 12, "target_modules": LINEAR},
+    "rslora": {"r": 8, "lora_alpha": 4, "target_modules": ["c_fc", "mlp.c_proj"], "use_rslora": True},
+    "uneven": {"r": 2, "target_modules": LINEAR, "rank_pattern": {"c_fc": 6}, "alpha_pattern": {"c_attn": 3}},
+    "one-block": {"r": 3, "target_modules": ["attn.c_proj"], "layers_to_transform": [1]},
+    "dora": {"r": 4, "target_modules": ["c_attn"], "use_dora": True},
+    "pissa": {"r": 4, "target_modules": ["c_attn"], "init_lora_weights": "pissa"},
+    "head": {"r": 4, "target_modules": ["c_attn", "lm_head"]},
+    "whole": {"r": 4, "target_modules": ["c_fc"], "modules_to_save": ["ln_f"]},
+}
+
+
+@pytest.fixture(scope="session")
+def base_directory(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The random model as a checkpoint."""
+    directory = tmp_path_factory.mktemp("wide-base")
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def adapters(base_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One plain PEFT adapter of each of `KINDS`, with random values."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2LMHeadModel
+
+    from peftune.model.lora import quiet_peft
+
+    root = tmp_path_factory.mktemp("adapters")
+    for seed, (name, settings) in enumerate(KINDS.items()):
+        torch.manual_seed(seed)
+        with quiet_peft(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = LoraConfig(task_type="CAUSAL_LM", **settings)
+            peft_model = get_peft_model(GPT2LMHeadModel.from_pretrained(base_directory), config)
+            for parameter in peft_model.parameters():
+                if parameter.requires_grad:
+                    parameter.data += 0.2 * torch.randn_like(parameter)
+            peft_model.save_pretrained(root / name)
+    return {name: root / name for name in KINDS}
+
+
+@pytest.fixture(scope="session")
+def bank(base_directory: Path, adapters: dict[str, Path]) -> AdapterBank:
+    """All of the adapters on their base; tests leave it as they found it."""
+    from peftune.inference.bank import AdapterBank
+
+    bank = AdapterBank(str(base_directory), device="cpu")
+    for name, directory in adapters.items():
+        bank.add(name, directory)
+    return bank

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import peftune
-from peftune.cli import app
+from peftune.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -31,15 +31,17 @@ def test_many_ranks_names_every_shipped_configuration_and_every_refusal() -> Non
     page = (ROOT / "docs" / "many-ranks.md").read_text(encoding="utf-8")
     names = {path.stem.removeprefix("multi-node-") for path in (ROOT / "accelerate_configs").glob("*.yaml")}
     assert [name for name in sorted(names - {"cpu", "gpu"}) if name not in page] == []
-    refusals = (ROOT / "peftune" / "training" / "refusals.py").read_text(encoding="utf-8")
+    refusals = (ROOT / "peftune" / "training" / "distributed" / "checks.py").read_text(encoding="utf-8")
     assert [key for key in set(re.findall(r"\b(?:run|lora)\.\w+", refusals)) if key not in page] == []
 
 
 def test_every_recipe_key_is_explained() -> None:
-    from peftune.config import Batch, Data, Lora, Optim, Recipe, Run, Source
+    from peftune.config.recipe import BatchSection, DataSection, LoraSection, OptimSection, Recipe, RunSection, Source
 
     fields = [
-        (s, name, f) for s in (Recipe, Data, Lora, Optim, Batch, Run, Source) for name, f in s.model_fields.items()
+        (s, name, f)
+        for s in (Recipe, DataSection, LoraSection, OptimSection, BatchSection, RunSection, Source)
+        for name, f in s.model_fields.items()
     ]
     sections = {"data", "lora", "optim", "batch", "run"}
     assert [(s.__name__, name) for s, name, f in fields if not f.description and name not in sections] == []

@@ -15,8 +15,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2LMHeadModel
 
-from peftune import cli
-from peftune.model.base import load_tokenizer
+from peftune.cli import main
+from peftune.model.base import Base
 from peftune.model.lora import quiet_peft
 
 DOCUMENTS = {
@@ -64,7 +64,7 @@ def evaluate(corpora: dict[str, Path], tiny_base: Path, tmp_path: Path) -> Evalu
     def call(*options: str) -> dict[str, Any]:
         data = [option for name, path in corpora.items() for option in ("--data", f"{name}={path}")]
         arguments = ["eval", "--base", str(tiny_base), *data, "--json", str(tmp_path / "f.json"), *options]
-        assert cli.run(arguments) == 0
+        assert main.run(arguments) == 0
         found: dict[str, Any] = json.loads((tmp_path / "f.json").read_text())
         return found
 
@@ -87,14 +87,14 @@ def plain_loop(model: Any, tokenizer: Any, texts: list[str], context: int = 64) 
 
 
 def refusal(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert cli.run(["eval", *arguments]) == 2
+    assert main.run(["eval", *arguments]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("peftune: ")
     return line
 
 
 def test_the_base_is_scored_as_a_plain_loop_over_documents_does(evaluate: Evaluate, tiny_base: Path) -> None:
-    found, tokenizer = evaluate(), load_tokenizer(tiny_base)
+    found, tokenizer = evaluate(), Base(tiny_base).tokenizer
     for name, texts in DOCUMENTS.items():
         nats, tokens = plain_loop(GPT2LMHeadModel.from_pretrained(tiny_base), tokenizer, texts)
         size = sum(len(text.encode()) for text in texts)
@@ -107,7 +107,7 @@ def test_the_base_is_scored_as_a_plain_loop_over_documents_does(evaluate: Evalua
 
 
 def test_an_adapter_is_scored_as_peft_computes_it(evaluate: Evaluate, tiny_base: Path, adapter: Path) -> None:
-    found, tokenizer = evaluate("--adapter", f"mine={adapter}"), load_tokenizer(tiny_base)
+    found, tokenizer = evaluate("--adapter", f"mine={adapter}"), Base(tiny_base).tokenizer
     assert list(found["rows"]) == ["base", "mine"]
     for name, texts in DOCUMENTS.items():
         with quiet_peft():
@@ -139,7 +139,7 @@ def test_shorter_blocks_score_every_token_once(evaluate: Evaluate, tiny_base: Pa
     whole, found = evaluate(), evaluate("--block-size", "16")
     assert found["domains"] == whole["domains"]
     nats, tokens = plain_loop(
-        GPT2LMHeadModel.from_pretrained(tiny_base), load_tokenizer(tiny_base), DOCUMENTS["animals"], context=16
+        GPT2LMHeadModel.from_pretrained(tiny_base), Base(tiny_base).tokenizer, DOCUMENTS["animals"], context=16
     )
     np.testing.assert_allclose(found["rows"]["base"]["animals"]["loss"], nats / tokens, rtol=1e-6)
 
@@ -157,25 +157,24 @@ def test_only_the_completion_is_scored(tiny_base: Path, tmp_path: Path) -> None:
     path.write_text('{"q": "the cat", "a": "sat"}\n')
     columns = ["--column", "prompt=q", "--column", "completion=a"]
     call = ["eval", "--base", str(tiny_base), "--data", str(path), *columns, "--json", str(tmp_path / "f.json")]
-    assert cli.run(call) == 0
+    assert main.run(call) == 0
     facts = json.loads((tmp_path / "f.json").read_text())["domains"]["p"]
-    assert facts == {"documents": 1, "tokens": len(load_tokenizer(tiny_base).encode(" sat")) + 1, "bytes": 4}
+    assert facts == {"documents": 1, "tokens": len(Base(tiny_base).tokenizer.encode(" sat")) + 1, "bytes": 4}
 
 
 def test_an_adapter_of_another_base_is_refused_with_both_fingerprints(
     tiny_base: Path, adapter: Path, corpora: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from peftune.adapters.provenance import base_fingerprint, describe_base
 
     other = shutil.copytree(tiny_base, tmp_path / "other")
     model = GPT2LMHeadModel.from_pretrained(other)
     model.transformer.wte.weight.data[0, 0] += 1
     model.save_pretrained(other)
     owned = shutil.copytree(adapter, tmp_path / "owned")
-    (owned / "peftune.json").write_text(json.dumps(describe_base(str(tiny_base), tiny_base)))
+    (owned / "peftune.json").write_text(json.dumps(Base(tiny_base, str(tiny_base)).identity()))
     line = refusal(capfd, "--base", str(other), "--adapter", f"a={owned}", "--data", str(corpora["short"]))
-    assert base_fingerprint(tiny_base)[:12] in line and base_fingerprint(other)[:12] in line
-    assert cli.run(["eval", "--adapter", f"a={owned}", "--data", str(corpora["short"])]) == 0
+    assert Base(tiny_base).fingerprint[:12] in line and Base(other).fingerprint[:12] in line
+    assert main.run(["eval", "--adapter", f"a={owned}", "--data", str(corpora["short"])]) == 0
 
 
 def test_names_that_cannot_be_are_refused(

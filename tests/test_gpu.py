@@ -14,18 +14,19 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from peftune.config import Lora, Recipe, recipe_from
+from peftune.config.recipe import LoraSection, Recipe, recipe_from
 from peftune.inference.bank import AdapterBank
 from peftune.inference.settings import GenerationSettings
 from peftune.model import quantized
-from peftune.model.base import load_model, place
-from peftune.model.fast import attention, varlen
-from peftune.model.fast.adapted import fast
+from peftune.model.base import Base
+from peftune.model.load import load_model, move_to
 from peftune.model.lora import inject
-from peftune.model.scorer import Scorer
+from peftune.model.reference import LossModel
+from peftune.model.train import attention, varlen_attention
+from peftune.model.train.from_peft import fast
 from peftune.training import run
-from peftune.training.records import read_metrics
-from peftune.training.session import Session
+from peftune.training.metrics import read_metrics
+from peftune.training.setup import Session
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[1]
@@ -80,9 +81,9 @@ def test_a_gpu_learns_what_a_cpu_learns(recipe: Make, on_cpu: Any, precision: st
 
 def test_a_run_begun_on_a_gpu_goes_on_on_a_cpu(recipe: Make, on_cpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = on_cpu(recipe("whole"))
-    taken = iter([run.learn] * 5)
+    taken = iter([run.train_step] * 5)
     with monkeypatch.context() as patch, pytest.raises(Exception, match="the same command"):
-        patch.setattr(run, "learn", lambda s, stop: next(taken, _stop)(s, stop))
+        patch.setattr(run, "train_step", lambda s, stop: next(taken, _stop)(s, stop))
         run.train(recipe("moved"))
     np.testing.assert_allclose(on_cpu(recipe("moved")), whole, rtol=1e-4)
 
@@ -123,7 +124,7 @@ def test_a_gpu_that_is_full_halves_the_micro_batch(recipe: Make, tmp_path: Path)
 def test_rows_of_one_document_take_flash_attention(tiny_base: Path) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    scorer = Scorer(load_model(tiny_base, torch.bfloat16, "cuda"))
+    scorer = LossModel(load_model(Base(tiny_base), torch.bfloat16, "cuda"))
     ids, positions = torch.randint(0, 299, (2, 64), device="cuda"), torch.arange(64, device="cuda").expand(2, 64)
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION]), torch.no_grad():  # raises where no such kernel takes it
         flash = scorer(ids, positions, ids.roll(-1, dims=1), None)
@@ -142,23 +143,23 @@ def test_fast_steps_give_the_gradients_of_the_library_path(
     targets = torch.where(segments >= 0, ids.roll(-1, dims=1), -100)
 
     def gradient(number_format: torch.dtype, is_fast: bool) -> torch.Tensor:
-        adapted = inject(load_model(tiny_base), Lora(rank=4, alpha=8), 0)
+        adapted = inject(load_model(Base(tiny_base)), LoraSection(rank=4, alpha=8), 0)
         for name, parameter in adapted.trainable().items():
             if ".lora_B." in name:
                 torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
-        place(adapted.model, "cuda", number_format)
+        move_to(adapted.model, "cuda", number_format)
         adapted.model.train()
         if is_fast:
             loss = fast(adapted, dtype, 0.0, 0.0, recompute=False)(ids, positions, targets, segments)
         else:
-            loss = Scorer(adapted.model)(ids.cuda(), positions.cuda(), targets.cuda(), segments.cuda())
+            loss = LossModel(adapted.model)(ids.cuda(), positions.cuda(), targets.cuda(), segments.cuda())
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(adapted.trainable().values()))])
 
     found, wanted = gradient(dtype, True), gradient(torch.float32, False)
     assert float((found - wanted).norm() / wanted.norm()) < tolerance
 
 
-@pytest.mark.parametrize("plan", [varlen.plan, attention._fused])
+@pytest.mark.parametrize("plan", [varlen_attention.plan, attention._fused])
 def test_every_gpu_kernel_is_causal_attention_within_documents(plan: Any) -> None:
     lengths, heads = np.array([5, 130, 1, 129]), 2
     qkv = torch.randn(265, 3 * heads * 64, device="cuda", dtype=torch.bfloat16)
@@ -171,8 +172,8 @@ def test_every_gpu_kernel_is_causal_attention_within_documents(plan: Any) -> Non
 def test_a_quantised_base_computes_on_a_gpu_what_it_computes_on_a_cpu(tiny_base: Path, kind: quantized.Kind) -> None:
     ids, positions = torch.randint(0, 299, (2, 64)), torch.arange(64).expand(2, 64)
     targets = ids.roll(-1, dims=1)
-    wanted = Scorer(load_model(tiny_base, quantize=kind))(ids, positions, targets, None)
-    scorer = Scorer(load_model(tiny_base, device="cuda", quantize=kind))
+    wanted = LossModel(load_model(Base(tiny_base), quantize=kind))(ids, positions, targets, None)
+    scorer = LossModel(load_model(Base(tiny_base), device="cuda", quantize=kind))
     found = scorer(ids.cuda(), positions.cuda(), targets.cuda(), None)
     torch.testing.assert_close(found.cpu(), wanted, rtol=1e-4, atol=0)
 
@@ -185,7 +186,7 @@ def gpus() -> Iterator[int]:
 def test_a_mixed_batch_writes_on_a_gpu_what_it_writes_on_a_cpu(tiny_base: Path, tmp_path: Path) -> None:
     for seed, name in enumerate(("one", "two")):
         torch.manual_seed(seed)
-        model = get_peft_model(load_model(tiny_base), LoraConfig(r=4 + seed, target_modules=["c_attn", "c_fc"]))
+        model = get_peft_model(load_model(Base(tiny_base)), LoraConfig(r=4 + seed, target_modules=["c_attn", "c_fc"]))
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.data += 0.2 * torch.randn_like(parameter)
         model.save_pretrained(tmp_path / name)

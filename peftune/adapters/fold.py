@@ -14,18 +14,18 @@ from dataclasses import dataclass, field
 
 import torch
 
-from peftune.adapters.targets import Layout, Target, module_of
+from peftune.adapters.layout import AdapterLayout, LoraTarget, module_of
 from peftune.model.weights import HEAD, WTE, Weights, row_chunks
 
 _PIECE = 250_000  # values read and changed at a time: 1 MB, so that memory is used again
 
 
 @dataclass
-class Folded:
+class MergedTensors:
     """Merged tensors by name; `used` collects the adapter's tensors whose change has been delivered."""
 
     weights: Weights
-    layout: Layout
+    layout: AdapterLayout
     used: set[str] = field(default_factory=set)
 
     @property
@@ -102,7 +102,7 @@ class Folded:
         source = WTE if name == HEAD and self.weights.tied else name
         return self.weights.tensor(source) if stop is None else self.weights.rows(source, start or 0, stop)
 
-    def _conv1d(self, name: str, target: Target) -> Iterator[torch.Tensor]:
+    def _conv1d(self, name: str, target: LoraTarget) -> Iterator[torch.Tensor]:
         """A block's matrix (in, out); plain LoRA in float32 and PEFT's own order, so that all bits are PEFT's."""
         if target.pissa or self.layout.dora:
             yield _fold_matrix(self._base(name).float(), target, self.layout).float()
@@ -113,7 +113,7 @@ class Folded:
         for start in range(0, whole, rows):
             yield self._base(name, start, min(start + rows, whole)).float().add_(update[start : start + rows])
 
-    def _by_rows(self, name: str, target: Target) -> Iterator[torch.Tensor]:
+    def _by_rows(self, name: str, target: LoraTarget) -> Iterator[torch.Tensor]:
         """Embedding or head: (tokens, width), folded a few thousand tokens at a time."""
         pieces = self.pieces(name)
         norms = self._column_norms(name, target, pieces) if target.kind == "embedding" and self.layout.dora else None
@@ -125,7 +125,7 @@ class Folded:
             moved = base.double() + _embedding_delta(target, start, stop)
             yield (moved if norms is None else moved * (target.parts["lora_magnitude_vector"].double() / norms)).float()
 
-    def _column_norms(self, name: str, target: Target, pieces: list[tuple[int, int]]) -> torch.Tensor:
+    def _column_norms(self, name: str, target: LoraTarget, pieces: list[tuple[int, int]]) -> torch.Tensor:
         """(width,) norms over all tokens: what PEFT's DoRA divides an embedding by."""
         squares = torch.zeros(self._shape(name)[1], dtype=torch.float64)
         for start, stop in pieces:
@@ -141,25 +141,25 @@ def _order(name: str) -> tuple[int, int, str]:
     return (1, int(parts[2]), name) if parts[:2] == ["transformer", "h"] else (2, 0, name)
 
 
-def _rows_of(target: Target, start: int, stop: int) -> Target:
+def _rows_of(target: LoraTarget, start: int, stop: int) -> LoraTarget:
     cut = {"lora_B.weight", "lora_B.bias", "lora_magnitude_vector"}
     parts = {name: tensor[start:stop] if name in cut else tensor for name, tensor in target.parts.items()}
     return dataclasses.replace(target, parts=parts)
 
 
-def _embedding_delta(target: Target, start: int, stop: int) -> torch.Tensor:
+def _embedding_delta(target: LoraTarget, start: int, stop: int) -> torch.Tensor:
     a, b = target.parts["lora_embedding_A"][:, start:stop], target.parts["lora_embedding_B"]
     return target.scale * (a.double().T @ b.double().T)
 
 
-def _update(target: Target) -> torch.Tensor:
+def _update(target: LoraTarget) -> torch.Tensor:
     """What plain LoRA adds to a block's matrix (in, out), float32, as PEFT computes it."""
     # copies, because the last bit of a product depends on how its factors lie in memory
     a, b = (target.parts[f"lora_{name}.weight"].to(torch.float32, copy=True) for name in "AB")
     return (a.T @ b.T).mul_(target.scale)
 
 
-def _fold_matrix(weight: torch.Tensor, target: Target, layout: Layout) -> torch.Tensor:
+def _fold_matrix(weight: torch.Tensor, target: LoraTarget, layout: AdapterLayout) -> torch.Tensor:
     """A weight as it is stored, with its adapter: float64, of the same shape."""
     in_out = target.kind == "conv1d"
     a, b = target.parts["lora_A.weight"].double(), target.parts["lora_B.weight"].double()
@@ -173,7 +173,7 @@ def _fold_matrix(weight: torch.Tensor, target: Target, layout: Layout) -> torch.
     return scaled
 
 
-def _without_principal(out_in: torch.Tensor, target: Target) -> torch.Tensor:
+def _without_principal(out_in: torch.Tensor, target: LoraTarget) -> torch.Tensor:
     """W less its `rank` largest singular directions, from a float32 decomposition as PEFT's `pissa_init` does it."""
     left, values, right = torch.linalg.svd(out_in.clone(), full_matrices=False)  # aligned, for the same bits each time
     rank = target.rank

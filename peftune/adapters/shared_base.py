@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peftune.adapters.provenance import check_base, describe_base
-from peftune.adapters.store import Adapter, named_base
+from peftune.adapters.directory import Adapter, named_base
+from peftune.adapters.provenance import FINGERPRINTS, check_base
 from peftune.errors import UserError
-from peftune.model.base import resolve
-
-_PRINTS = {"base_fingerprint": "weights", "tokenizer_fingerprint": "tokenizer"}
+from peftune.model.base import open_base
 
 
 def recorded_base(adapter: Adapter) -> str | None:
@@ -24,10 +22,10 @@ def shared_base(adapters: Sequence[Adapter], base: str | None) -> dict[str, str]
     of several bases, or where nothing tells that they are not.
     """
     if base is not None:
-        directory = resolve(base)
+        found = open_base(base)
         for adapter in adapters:
-            check_base(adapter.directory, directory)
-        return describe_base(base, directory)
+            check_base(adapter.directory, found)
+        return found.identity()
     for second in adapters[1:]:
         told = why_apart(adapters[0], second)
         if told:
@@ -43,7 +41,7 @@ def why_apart(first: Adapter, second: Adapter) -> str:
     """Why two adapters cannot be taken for adapters of one base; empty where they can."""
     ones, others = _prints(first), _prints(second)
     names = recorded_base(first), recorded_base(second)
-    for key, what in _PRINTS.items():
+    for key, what in FINGERPRINTS.items():
         if key in ones and key in others and ones[key] != others[key]:
             return (
                 f"adapter {first.directory} was trained on {names[0]} ({what} {ones[key][:12]}), {second.directory} on "
@@ -60,4 +58,4 @@ def why_apart(first: Adapter, second: Adapter) -> str:
 
 def _prints(adapter: Adapter) -> dict[str, str]:
     recorded = adapter.provenance or {}
-    return {key: recorded[key] for key in _PRINTS if isinstance(recorded.get(key), str)}
+    return {key: recorded[key] for key in FINGERPRINTS if isinstance(recorded.get(key), str)}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from peftune.data.packing import Packing, Windows, cut_into_windows, pack
-from peftune.data.store import TokenStore
+from peftune.data.tokens.store import TokenStore
 
 NOT_SCORED = -100
 _WINDOWS_AT_ONCE = 1000

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from peftune.data.documents import Document
-from peftune.data.text_files import END_OF_TEXT
+from peftune.data.sources.plain_text import END_OF_TEXT
 
 
 @dataclass(frozen=True)

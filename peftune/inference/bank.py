@@ -18,19 +18,19 @@ from typing import Any
 
 import torch
 
-from peftune.adapters.fold import Folded
+from peftune.adapters.directory import Adapter, check_fits
+from peftune.adapters.fold import MergedTensors
+from peftune.adapters.layout import AdapterLayout, refuse_biased_head
 from peftune.adapters.provenance import check_base
-from peftune.adapters.store import Adapter, check_fits
-from peftune.adapters.targets import Layout, refuse_biased_head
-from peftune.data.tokens import end_of_text_id
+from peftune.data.tokens.encode import end_of_text_id
 from peftune.errors import UserError
 from peftune.inference.generate import Generation, context_ids
 from peftune.inference.settings import GenerationSettings
-from peftune.model.base import DTYPES, load_config, load_tokenizer, resolve
-from peftune.model.cached.batch import Batch, Function
-from peftune.model.cached.building import Plan, build
-from peftune.model.cached.low_rank import LowRank, Place, low_rank
-from peftune.model.weights import check_whole, open_weights
+from peftune.model.base import open_base
+from peftune.model.decode.batch import DecodeBatch, ModelVariant
+from peftune.model.decode.build import Plan, build
+from peftune.model.decode.lora_slots import LoraWeights, ModulePath, low_rank
+from peftune.model.load import DTYPES
 
 RESERVED = ("base", "auto")  # no adapter, and the likeliest one
 
@@ -43,7 +43,7 @@ class Loaded:
     directory: Path
     provenance: dict[str, Any] | None
     rank: int
-    function: Function
+    function: ModelVariant
     own_weights: bool
 
 
@@ -59,14 +59,12 @@ class AdapterBank:
         if precision not in DTYPES:
             raise UserError(f"precision is {precision}, expected one of {', '.join(DTYPES)}")
         self.base = base
-        self.directory = resolve(base)
-        self.config = load_config(self.directory)
-        self.tokenizer = load_tokenizer(self.directory)
-        self._weights = open_weights(self.directory)
-        check_whole(self._weights, self.config)
+        self.opened = open_base(base)
+        self.config, self.tokenizer = self.opened.config, self.opened.tokenizer
+        self._weights = self.opened.weights
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.plan = Plan(self.config, DTYPES[precision], place)
-        self._base = Function(build(self.plan, self._weights.tensor, self._weights.tied))
+        self._base = ModelVariant(build(self.plan, self._weights.tensor, self._weights.tied))
         self._loaded: dict[str, Loaded] = {}
         self._in_use: str | None = None
         self._lock = threading.Lock()
@@ -93,7 +91,7 @@ class AdapterBank:
         with self._lock:  # PEFT's own construction is not made for several threads
             if name in self._loaded:
                 raise UserError(f"adapter {name}: there is one of this name already ({self._loaded[name].directory})")
-            check_base(directory, self.directory)
+            check_base(directory, self.opened)
             adapter, layout = check_fits(directory, self.config)
             refuse_biased_head(layout, str(directory))
             self._loaded[name] = self._load(name, adapter, layout)
@@ -118,7 +116,7 @@ class AdapterBank:
             raise UserError(f"no adapter is called {name!r}; known: {', '.join([*self._loaded, 'base'])}")
         return found
 
-    def function(self, name: str | None) -> Function:
+    def function(self, name: str | None) -> ModelVariant:
         """What a row with this adapter computes; None is the base alone."""
         return self._base if name is None else self.get(name).function
 
@@ -129,8 +127,8 @@ class AdapterBank:
     def logits(self, ids: torch.Tensor, adapters: str | Sequence[str | None] | None = ()) -> torch.Tensor:
         """Logits (R, T, V), float32, of texts `ids` (R, T) int64; `adapters` as in `generate`."""
         functions = [self.function(name) for name in self.one_each(len(ids), adapters)]
-        batch = Batch(self.plan, len(ids), remember=False)
-        hidden = batch.read(functions, range(len(ids)), ids.to(self.plan.device), 0)
+        batch = DecodeBatch(self.plan, len(ids), remember=False)
+        hidden = batch.prefill(functions, range(len(ids)), ids.to(self.plan.device), 0)
         return torch.stack([batch.logits([f] * len(h), h) for f, h in zip(functions, hidden, strict=True)])
 
     def generate(
@@ -161,25 +159,25 @@ class AdapterBank:
             raise UserError(f"{len(adapters)} adapters for {count} prompts; expected one for each")
         return [None if name == "base" else name for name in adapters]
 
-    def _load(self, name: str, adapter: Adapter, layout: Layout) -> Loaded:
+    def _load(self, name: str, adapter: Adapter, layout: AdapterLayout) -> Loaded:
         rank = max((target.rank for target in layout.targets.values()), default=0)
         low = _low_rank(layout, self.plan.device)
         if low is not None:
-            function = Function(self._base.model, low)
+            function = ModelVariant(self._base.model, low)
         else:
-            folded = Folded(self._weights, layout)
+            folded = MergedTensors(self._weights, layout)
             shared, changed = self._base.model, folded.changed()
-            function = Function(build(self.plan, folded.tensor, folded.tied, shared, changed))
+            function = ModelVariant(build(self.plan, folded.tensor, folded.tied, shared, changed))
         return Loaded(name, adapter.directory, adapter.provenance, rank, function, low is None)
 
 
-def _low_rank(layout: Layout, device: torch.device) -> LowRank | None:
+def _low_rank(layout: AdapterLayout, device: torch.device) -> LoraWeights | None:
     """The adapter as factors beside the base, where it is no more than that."""
     plain = all(target.kind == "conv1d" and not target.pissa for target in layout.targets.values())
     if not plain or layout.replaced or layout.dora or layout.lora_bias or not layout.targets:
         return None
-    parts: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}
-    scales: dict[Place, float] = {}
+    parts: dict[ModulePath, tuple[torch.Tensor, torch.Tensor]] = {}
+    scales: dict[ModulePath, float] = {}
     for target in layout.targets.values():
         _, _, block, module = target.name.split(".", 3)
         at = int(block), module

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from peftune.errors import CheckFailed
+from peftune.inference.detokenize import Decoder, StopFilter
 from peftune.inference.sampling import next_tokens
 from peftune.inference.settings import GenerationSettings
-from peftune.inference.text import Decoder, StopFilter
 
 if TYPE_CHECKING:
     from peft import PeftModel

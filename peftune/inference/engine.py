@@ -20,11 +20,11 @@ import torch
 
 from peftune.errors import PeftuneError, UserError
 from peftune.inference.decode import row_of, slide
-from peftune.inference.queue import FairQueue
-from peftune.inference.request import OnUpdate, Request, Ticket, Update
+from peftune.inference.fair_queue import FairQueue
+from peftune.inference.request import OnOutput, Request, RequestHandle, RequestOutput
 from peftune.inference.routing import THRESHOLD, Route, route
-from peftune.inference.running import Running, choose
-from peftune.model.cached.batch import Batch
+from peftune.inference.sequence import RunningSequence, choose
+from peftune.model.decode.batch import DecodeBatch
 
 if TYPE_CHECKING:
     from peftune.inference.bank import AdapterBank
@@ -65,9 +65,9 @@ class Engine:
             raise UserError(f"slots is {slots} and queue is {queue}, expected 1 or more of each")
         self.bank = bank
         self._slots, self._queue = slots, queue
-        self._batch = Batch(bank.plan, slots)
-        self._rows: list[Running] = []
-        self._waiting: FairQueue[Running] = FairQueue()
+        self._batch = DecodeBatch(bank.plan, slots)
+        self._rows: list[RunningSequence] = []
+        self._waiting: FairQueue[RunningSequence] = FairQueue()
         self._jobs: deque[tuple[Future[Route], Callable[[], Route]]] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -75,8 +75,8 @@ class Engine:
         self._prompt_tokens = self._tokens_written = self._steps = 0
         self._seconds_a_text = 1.0  # of late
 
-    def submit(self, request: Request, on_update: OnUpdate) -> Ticket:
-        """Put a request into the queue; `on_update` is called in the engine's thread.
+    def submit(self, request: Request, on_output: OnOutput) -> RequestHandle:
+        """Put a request into the queue; `on_output` is called in the engine's thread.
 
         Raises Busy where the queue is full or the engine stops, UserError for an adapter that is not there, ids that
         the model does not know, and a prompt that leaves no position to write to.
@@ -84,8 +84,8 @@ class Engine:
         self._check(request)
         window = slide(list(request.ids), self.bank.config.n_positions) if request.slide else list(request.ids)
         text = row_of(0, list(request.ids), window, self.bank.tokenizer, request.settings)
-        ticket = Ticket(request, on_update, text.generator.initial_seed())
-        running = Running(ticket, self.bank.function(request.adapter), text)
+        ticket = RequestHandle(request, on_output, text.generator.initial_seed())
+        running = RunningSequence(ticket, self.bank.function(request.adapter), text)
         with self._changed:
             if self._closing:
                 raise Busy("the engine is stopping", 5.0)
@@ -109,7 +109,7 @@ class Engine:
 
     @property
     def load(self) -> Load:
-        """Running and waiting now; tokens and steps so far."""
+        """RunningSequence and waiting now; tokens and steps so far."""
         return Load(
             len(self._rows), len(self._waiting), self._slots, self._prompt_tokens, self._tokens_written, self._steps
         )
@@ -174,11 +174,13 @@ class Engine:
             except Exception as error:  # a bug or no memory: those in the batch are told, the others go on
                 _log.exception("a step of the engine failed")
                 for row in self._rows:
-                    row.ticket.on_update(Update(finish_reason="error", error=f"{type(error).__name__} in the engine"))
+                    row.ticket.on_output(
+                        RequestOutput(finish_reason="error", error=f"{type(error).__name__} in the engine")
+                    )
                 self._rows.clear()
-                self._batch = Batch(self.bank.plan, self._slots)
+                self._batch = DecodeBatch(self.bank.plan, self._slots)
         for row in [*self._rows, *self._waiting.take(lambda _: True)]:
-            row.ticket.on_update(Update(finish_reason="cancelled"))
+            row.ticket.on_output(RequestOutput(finish_reason="cancelled"))
         self._rows.clear()
         for future, _ in self._jobs:
             future.set_exception(Busy("the engine is stopping", 5.0))
@@ -195,11 +197,11 @@ class Engine:
         with self._changed:
             dropped = self._waiting.take(lambda row: row.ticket.cancelled)
         for row in dropped:
-            row.ticket.on_update(Update(finish_reason="cancelled"))
+            row.ticket.on_output(RequestOutput(finish_reason="cancelled"))
         for row in self._rows:
             if row.ticket.cancelled:
                 row.text.finish_reason = row.text.finish_reason or "length"
-                row.ticket.on_update(Update(finish_reason="cancelled"))
+                row.ticket.on_output(RequestOutput(finish_reason="cancelled"))
         self._release()
 
     def _admit(self) -> None:
@@ -210,14 +212,14 @@ class Engine:
                 self._prompt_tokens += len(row.ticket.request.ids)
                 self._rows.append(row)
 
-    def _read_prompts(self) -> list[tuple[Running, torch.Tensor]]:
+    def _read_prompts(self) -> list[tuple[RunningSequence, torch.Tensor]]:
         """Read the next chunk of prompts, rows of one width and place together; the last hidden states of the done."""
         positions = self.bank.config.n_positions
         groups: dict[tuple[int, int], list[int]] = {}
         for slot, row in enumerate(self._rows):
             if not row.writes:
                 groups.setdefault((row.read, row.width(positions)), []).append(slot)
-        done: list[tuple[Running, torch.Tensor]] = []
+        done: list[tuple[RunningSequence, torch.Tensor]] = []
         budget = _READ
         for (start, width), slots in groups.items():
             take = slots[: max(1, budget // width)]
@@ -227,11 +229,11 @@ class Engine:
                 break
         return done
 
-    def _read(self, slots: list[int], start: int, width: int) -> list[tuple[Running, torch.Tensor]]:
+    def _read(self, slots: list[int], start: int, width: int) -> list[tuple[RunningSequence, torch.Tensor]]:
         rows = [self._rows[slot] for slot in slots]
         chunks = [row.chunk() for row in rows]
         ids = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=self.bank.plan.device)
-        hidden = self._batch.read([row.function for row in rows], slots, ids, start)
+        hidden = self._batch.prefill([row.function for row in rows], slots, ids, start)
         done = []
         for row, chunk, states in zip(rows, chunks, hidden, strict=True):
             row.touched = max(row.touched, start + width)
@@ -242,23 +244,23 @@ class Engine:
                 done.append((row, states[len(chunk) - 1]))
         return done
 
-    def _write_tokens(self, ready: list[Running]) -> list[tuple[Running, torch.Tensor]]:
+    def _write_tokens(self, ready: list[RunningSequence]) -> list[tuple[RunningSequence, torch.Tensor]]:
         if not ready:
             return []
         slots = [slot for slot, row in enumerate(self._rows) if row in ready]
         ids = torch.tensor([row.text.window[-1] for row in ready], device=self.bank.plan.device)
-        hidden = self._batch.write([row.function for row in ready], slots, ids, [row.read for row in ready])
+        hidden = self._batch.decode([row.function for row in ready], slots, ids, [row.read for row in ready])
         for row in ready:
             row.read += 1
             row.touched = max(row.touched, row.read)
         return list(zip(ready, hidden, strict=True))
 
-    def _choose(self, fresh: list[tuple[Running, torch.Tensor]]) -> None:
+    def _choose(self, fresh: list[tuple[RunningSequence, torch.Tensor]]) -> None:
         """One more token for each row whose window has been read, from its last hidden state (D,)."""
         scored = [row for row, _ in fresh if row.ticket.request.only_score]
         for row in scored:
             row.text.finish_reason = "length"
-            row.ticket.on_update(Update(prompt=tuple(row.prompt), finish_reason="length"))
+            row.ticket.on_output(RequestOutput(prompt=tuple(row.prompt), finish_reason="length"))
         fresh = [(row, states) for row, states in fresh if not row.ticket.request.only_score]
         if not fresh:
             return
@@ -270,10 +272,10 @@ class Engine:
             if not good:
                 row.text.finish_reason = "length"
                 error = f"the model's logits are not finite in {self.bank.plan.dtype}; try --precision fp32"
-                row.ticket.on_update(Update(finish_reason="error", error=error))
+                row.ticket.on_output(RequestOutput(finish_reason="error", error=error))
                 continue
             self._tokens_written += 1
-            row.ticket.on_update(row.accept(token, row_logits, self.bank.end, self.bank.config.n_positions))
+            row.ticket.on_output(row.accept(token, row_logits, self.bank.end, self.bank.config.n_positions))
 
     def _release(self) -> None:
         """Free the slots of what has ended; the last rows move into them."""

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from peftune.data.tokens import encode_texts, end_of_text_id
+from peftune.data.tokens.encode import encode_texts, end_of_text_id
 from peftune.errors import UserError
-from peftune.inference.beams import search
+from peftune.inference.beam_search import search
 from peftune.inference.decode import FinishReason, Row, decode, row_of, slide
 from peftune.inference.settings import GenerationSettings
 

@@ -47,7 +47,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Update:
+class RequestOutput:
     """What one token boundary brought for a request; `finish_reason` is set in the last update and nowhere else.
 
     `text`       what may be shown now: whole characters, nothing of a stop string; often ""
@@ -65,19 +65,19 @@ class Update:
     error: str = ""
 
 
-OnUpdate = Callable[[Update], None]
+OnOutput = Callable[[RequestOutput], None]
 """Called in the engine's thread, in order; must be quick and must not raise."""
 
 
 @dataclass(eq=False)
-class Ticket:
+class RequestHandle:
     """A request that was accepted; `seed` writes the same text again.
 
     `cancel` may be called from any thread: the slot is free at the next boundary.
     """
 
     request: Request
-    on_update: OnUpdate
+    on_output: OnOutput
     seed: int
     cancelled: bool = field(default=False)
 

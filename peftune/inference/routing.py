@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from peftune.errors import UserError
-from peftune.model.cached.batch import Batch, Function
+from peftune.model.decode.batch import DecodeBatch, ModelVariant
 
 if TYPE_CHECKING:
     from peftune.inference.bank import AdapterBank
@@ -61,15 +61,15 @@ def nats_per_token(bank: AdapterBank, ids: Sequence[int], names: Sequence[str | 
     found: list[float] = []
     for first in range(0, len(names), _TOGETHER):
         functions = [bank.function(name) for name in names[first : first + _TOGETHER]]
-        batch = Batch(bank.plan, len(functions), remember=False)
-        hidden = batch.read(functions, range(len(functions)), read[:-1].expand(len(functions), -1), 0)
+        batch = DecodeBatch(bank.plan, len(functions), remember=False)
+        hidden = batch.prefill(functions, range(len(functions)), read[:-1].expand(len(functions), -1), 0)
         found += [
             _mean_nats(batch, function, states, read[1:]) for function, states in zip(functions, hidden, strict=True)
         ]
     return found
 
 
-def _mean_nats(batch: Batch, function: Function, hidden: torch.Tensor, targets: torch.Tensor) -> float:
+def _mean_nats(batch: DecodeBatch, function: ModelVariant, hidden: torch.Tensor, targets: torch.Tensor) -> float:
     total = 0.0
     for first in range(0, len(targets), _PLACES):
         part, wanted = hidden[first : first + _PLACES], targets[first : first + _PLACES]

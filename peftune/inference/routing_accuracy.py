@@ -9,15 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from peftune.adapters.provenance import tokenizer_fingerprint
-from peftune.adapters.store import base_of
-from peftune.config import Source
-from peftune.data.store import TokenStore, prepare
-from peftune.display import Display
+from peftune.adapters.directory import base_of
+from peftune.config.recipe import Source
+from peftune.console import Console
+from peftune.data.tokens.store import TokenStore, prepare
 from peftune.errors import UserError
+from peftune.files import check_writable, write_json
 from peftune.inference.bank import AdapterBank
 from peftune.inference.routing import route
-from peftune.json_file import check_writable, write_json
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,10 @@ def run(
     bank = AdapterBank(base or base_of(next(iter(adapters.values()))))
     for name, directory in adapters.items():
         bank.add(name, directory)
-    fingerprint, display = tokenizer_fingerprint(bank.directory), Display()
+    display = Console()
     prompts = {}
     for domain, sources in data.items():
-        store = prepare(sources, bank.tokenizer, fingerprint, " ", "auto")
+        store = prepare(sources, bank.tokenizer, bank.opened.tokenizer_fingerprint, " ", "auto")
         prompts[domain] = prompts_of(store, prompt_tokens, at_most)
         if not prompts[domain]:
             raise UserError(f"routing: no document of {domain} has a token to judge it by")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from peftune.errors import CheckFailed, UserError
 from peftune.inference.engine import Engine
 from peftune.inference.generate import Generation
-from peftune.inference.request import OnUpdate, Request, Update
+from peftune.inference.request import OnOutput, Request, RequestOutput
 from peftune.inference.settings import GenerationSettings
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def write(
     if settings.beams > 1:
         raise UserError("beams: a bank writes with sampling or greedily; use peftune generate for beam search")
     engine = Engine(bank, slots=min(slots, max(1, len(prompts))), queue=max(1, len(prompts)))
-    updates: list[list[Update]] = [[] for _ in prompts]
+    updates: list[list[RequestOutput]] = [[] for _ in prompts]
     tickets = []
     for index, (prompt, name) in enumerate(zip(prompts, adapters, strict=True)):
         request = Request(tuple(bank.encode(prompt)), name, settings, slide=True)
@@ -46,8 +46,8 @@ def write(
     return results
 
 
-def _listener(index: int, updates: list[Update], on_text: Callable[[int, str], None] | None) -> OnUpdate:
-    def listen(update: Update) -> None:
+def _listener(index: int, updates: list[RequestOutput], on_text: Callable[[int, str], None] | None) -> OnOutput:
+    def listen(update: RequestOutput) -> None:
         updates.append(update)
         if update.text and on_text is not None:
             on_text(index, update.text)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from peftune.complaints import problems
+from peftune.config.messages import validation_messages
 from peftune.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config
 
 Size = Annotated[int, Field(gt=0)]
 
@@ -45,10 +49,23 @@ class Architecture(BaseModel):
         return self
 
 
-def check(values: dict[str, Any], directory: Path) -> None:
-    """UserError naming every value of config.json that no GPT-2 can have."""
+def read_config(directory: Path) -> GPT2Config:
+    """The configuration of a GPT-2 checkpoint; another architecture is refused by name.
+
+    Raises UserError naming every value of config.json that no GPT-2 can have.
+    """
+    from transformers import GPT2Config
+
+    try:
+        values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"base {directory}: config.json cannot be read: {error}") from None
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind != "gpt2":
+        raise UserError(f"base {directory}: model_type is {kind}, peftune trains GPT-2 models only (model_type gpt2)")
     try:
         Architecture.model_validate(values)
     except ValidationError as error:
-        found = "; ".join(problems(error, {"": list(Architecture.model_fields)}))
+        found = "; ".join(validation_messages(error, {"": list(Architecture.model_fields)}))
         raise UserError(f"base {directory}: config.json: {found}") from None
+    return GPT2Config.from_dict(values | {"_name_or_path": str(directory)})

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from peftune.config import Lora
+from peftune.config.recipe import LoraSection
 from peftune.errors import UserError
 from peftune.model.loftq import correct_quantisation
 
@@ -42,7 +42,7 @@ class Adapted:
 
 
 def inject(
-    model: GPT2LMHeadModel, lora: Lora, seed: int, original: Callable[[str], torch.Tensor] | None = None
+    model: GPT2LMHeadModel, lora: LoraSection, seed: int, original: Callable[[str], torch.Tensor] | None = None
 ) -> Adapted:
     """Put a fresh adapter on the base; initial values follow from `seed` alone, LoftQ's from the base alone.
 
@@ -82,7 +82,7 @@ _SETTLED = (
 )
 
 
-def peft_config(model: GPT2LMHeadModel, lora: Lora) -> LoraConfig:
+def peft_config(model: GPT2LMHeadModel, lora: LoraSection) -> LoraConfig:
     """The PEFT configuration of a recipe's adapter, checked against the modules of this base."""
     targets = _targets(lora)
     problems = _problems(model, lora, targets)
@@ -106,13 +106,13 @@ def peft_config(model: GPT2LMHeadModel, lora: Lora) -> LoraConfig:
     )
 
 
-def _targets(lora: Lora) -> list[str]:
+def _targets(lora: LoraSection) -> list[str]:
     if lora.targets == "all":
         return list(ALL)
     return list(ATTENTION) if lora.targets == "attention" else list(lora.targets)
 
 
-def _problems(model: GPT2LMHeadModel, lora: Lora, targets: list[str]) -> list[str]:
+def _problems(model: GPT2LMHeadModel, lora: LoraSection, targets: list[str]) -> list[str]:
     modules = dict(model.named_modules())
     problems = [
         f"lora.targets: the base has no linear or embedding module {name!r}; known: {', '.join(ALL)}, lm_head, wte, wpe"
@@ -134,7 +134,7 @@ def _problems(model: GPT2LMHeadModel, lora: Lora, targets: list[str]) -> list[st
     return problems or _rank_problems(modules, lora, targets)
 
 
-def _rank_problems(modules: dict[str, nn.Module], lora: Lora, targets: list[str]) -> list[str]:
+def _rank_problems(modules: dict[str, nn.Module], lora: LoraSection, targets: list[str]) -> list[str]:
     """A rank that no matrix of the targets has; and what PiSSA cannot take apart."""
     adapted = {path: m for path, m in modules.items() if isinstance(m, _ADAPTABLE) and _any_named(path, targets)}
     shapes = {path: _shape(module) for path, module in adapted.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def noisy(embedded: torch.Tensor, lengths: torch.Tensor, strength: float) -> torch.Tensor:
+def add_neftune_noise(embedded: torch.Tensor, lengths: torch.Tensor, strength: float) -> torch.Tensor:
     """Embeddings (…, D) with uniform noise in ±strength / sqrt(n·D), n the tokens of the document that each is in.
 
     `lengths` (…) holds n; it is that of the document, not of the row, so that packing does not matter.

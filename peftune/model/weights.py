@@ -7,6 +7,7 @@ Every file is opened anew for each tensor: pages of a memory-mapped file count a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import pickle
@@ -21,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from peftune.errors import UserError
+from peftune.model.fingerprint import bytes_of, remembered
 
 if TYPE_CHECKING:
     from transformers import GPT2Config
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 WTE = "transformer.wte.weight"
 HEAD = "lm_head.weight"
 CHUNK_ELEMENTS = 8_000_000  # 32 MB of float32
+_HASHED = 1_000_000  # elements at a time: three of 4 MB are held at once, the mapped one, its copy and the last
 
 _LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _BARE = re.compile(r"(wte|wpe|h|ln_f)\.")
@@ -99,8 +102,10 @@ def all_finite(values: torch.Tensor) -> bool:
     return math.isfinite(values.sum(dtype=torch.float32).item()) or bool(values.isfinite().all())
 
 
-def open_weights(directory: Path) -> Weights:
+def open_weights(directory: Path, tied: bool = True) -> Weights:
     """List the weights of a GPT-2 checkpoint: safetensors or .bin, in one file or in shards.
+
+    `tied` is what config.json says of embedding and head.
 
     Raises UserError where there are none, a shard is missing, a file is cut short, or an index names a tensor
     that its file does not hold.
@@ -120,7 +125,7 @@ def open_weights(directory: Path) -> Weights:
         raise UserError(f"base {directory}: the index names {len(absent)} tensors that no shard holds: {absent[0]}, …")
     if WTE not in entries:
         raise UserError(f"base {directory}: no tensor wte.weight in {files[0].name}; expected a GPT-2 checkpoint")
-    return _settle_head(directory, tuple(files), entries)
+    return _with_head(directory, tuple(files), entries, tied)
 
 
 def check_whole(weights: Weights, config: GPT2Config) -> None:
@@ -143,8 +148,8 @@ def check_whole(weights: Weights, config: GPT2Config) -> None:
             raise UserError(f"base {weights.directory}: {name} has shape {found}, config.json says {wanted}")
 
 
-def _settle_head(directory: Path, files: tuple[Path, ...], entries: dict[str, _Entry]) -> Weights:
-    says_tied = bool(_json(directory / "config.json").get("tie_word_embeddings", True))
+def _with_head(directory: Path, files: tuple[Path, ...], entries: dict[str, _Entry], says_tied: bool) -> Weights:
+    """The weights, without an `lm_head.weight` that is only a copy of the embedding."""
     untied = Weights(directory, files, False, entries)
     if HEAD not in entries:
         if not says_tied:
@@ -155,6 +160,20 @@ def _settle_head(directory: Path, files: tuple[Path, ...], entries: dict[str, _E
     if says_tied and _equal(untied, WTE, HEAD):
         return Weights(directory, files, True, {name: entry for name, entry in entries.items() if name != HEAD})
     return untied
+
+
+def fingerprint(weights: Weights) -> str:
+    """sha256 of each tensor's name, shape, dtype and bytes: equal whatever the files, shards and key prefixes."""
+
+    def compute() -> str:
+        digest = hashlib.sha256()
+        for name in weights.names():
+            digest.update(f"{name}|{list(weights.shape(name))}|{weights.dtype(name)}\n".encode())
+            for chunk in weights.chunks(name, _HASHED):
+                digest.update(bytes_of(chunk))
+        return digest.hexdigest()
+
+    return remembered("base", [*weights.files, weights.directory / "config.json"], compute)
 
 
 def _equal(weights: Weights, first: str, second: str) -> bool:

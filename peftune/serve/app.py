@@ -6,10 +6,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from peftune.serve import chat, completions, metrics, models
-from peftune.serve.guard import Guard, on_http_exception
-from peftune.serve.page import PREFIX, Page
-from peftune.serve.refusal import draining
+from peftune.serve import metrics
+from peftune.serve.http.middleware import Guard, on_http_exception
+from peftune.serve.http.static import PREFIX, Page
+from peftune.serve.openai import chat, completions, models
+from peftune.serve.openai.errors import draining
 from peftune.serve.service import Service, service_of
 
 

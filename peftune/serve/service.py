@@ -16,9 +16,9 @@ from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank
 from peftune.inference.engine import Busy, Engine
 from peftune.serve.metrics import Metrics
-from peftune.serve.refusal import Refusal, draining
+from peftune.serve.openai.errors import ApiError, draining
+from peftune.serve.openai.token_text import TokenText
 from peftune.serve.settings import ServeSettings
-from peftune.serve.spelling import Spelling
 
 AUTO = "auto"
 BASE = "base"
@@ -46,7 +46,7 @@ class Service:
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
-        self.spelling = Spelling(self.bank.tokenizer)
+        self.spelling = TokenText(self.bank.tokenizer)
         self._routes = 0
 
     @property
@@ -61,21 +61,21 @@ class Service:
     async def choose(self, model: str, ids: Sequence[Sequence[int]], among: Sequence[str] | None = None) -> Chosen:
         """The model of a request; `ids` are its prompts, for `auto`, which chooses `among` some adapters.
 
-        Raises Refusal 404 for a name that nothing has: the base never stands in for it.
+        Raises ApiError 404 for a name that nothing has: the base never stands in for it.
         """
         if model == AUTO:
             if len(ids) != 1:
-                raise Refusal(400, f"model auto chooses for one prompt, found {len(ids)}; send one each", "prompt")
+                raise ApiError(400, f"model auto chooses for one prompt, found {len(ids)}; send one each", "prompt")
             return await self._route(ids[0], among)
         name = self.named(model)
         return Chosen(name, name or self.base)
 
     def named(self, model: str) -> str | None:
-        """The adapter that a model's name means, None for the base; Refusal 404 where nothing has this name."""
+        """The adapter that a model's name means, None for the base; ApiError 404 where nothing has this name."""
         if model in (self.base, BASE):
             return None
         if model not in self.bank.names:
-            raise Refusal(404, f"the model {model!a} does not exist", "model", "model_not_found")
+            raise ApiError(404, f"the model {model!a} does not exist", "model", "model_not_found")
         return model
 
     async def _route(self, ids: Sequence[int], among: Sequence[str] | None) -> Chosen:
@@ -83,7 +83,7 @@ class Service:
         if self.draining:
             raise draining()
         if self._routes >= self.settings.queue:
-            raise Refusal(429, "too many prompts wait to be routed", code="queue_full", headers={"Retry-After": "1"})
+            raise ApiError(429, "too many prompts wait to be routed", code="queue_full", headers={"Retry-After": "1"})
         names = tuple(self.bank.names if among is None else among)
         threshold = self.settings.routing_threshold if among is None else None
         self._routes += 1
@@ -94,7 +94,7 @@ class Service:
         except Busy:
             raise draining() from None
         except UserError as error:  # an adapter that went away meanwhile
-            raise Refusal(409, str(error), "model") from None
+            raise ApiError(409, str(error), "model") from None
         finally:
             self._routes -= 1
         shown = found.name if found.name is not None else self.base

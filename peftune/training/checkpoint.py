@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from peftune.errors import UserError
-from peftune.training.engine import Moments, Tensors
+from peftune.training.distributed.replicated import Moments, Tensors
 
 _NAME = re.compile(r"step-(\d+)")
 

@@ -7,9 +7,9 @@ import torch
 from peftune.data.batches import Blocks
 from peftune.evaluate import Score
 from peftune.inference.generate import GenerationSettings, generate
-from peftune.training.ranks import in_step, summed_over_ranks
-from peftune.training.session import Session
-from peftune.training.signals import StopRequest
+from peftune.training.distributed.collectives import all_reduce_sum, lockstep_batches
+from peftune.training.distributed.signals import StopRequest
+from peftune.training.setup import Session
 from peftune.training.step import StopNow, in_fitting_micro_batches
 
 SAMPLE_TOKENS = 80
@@ -28,7 +28,9 @@ def _score(session: Session, name: str, blocks: Blocks, stop: StopRequest) -> Sc
     def attempt() -> float:
         progress.reset(task)
         nats = 0.0
-        for batch in in_step(accelerator, engine.lockstep, blocks.batches(mine, session.micro_size), stop):
+        for batch in lockstep_batches(
+            accelerator, engine.forward_is_collective, blocks.batches(mine, session.micro_size), stop
+        ):
             nats += float(session.score(batch))
             progress.advance(task, len(batch.ids))
         return nats
@@ -40,7 +42,7 @@ def _score(session: Session, name: str, blocks: Blocks, stop: StopRequest) -> Sc
     finally:
         engine.module.train()
         progress.remove_task(task)
-    nats, stopped = summed_over_ranks(accelerator, nats, float(stop.name is not None))
+    nats, stopped = all_reduce_sum(accelerator, nats, float(stop.name is not None))
     if stopped:
         raise StopNow
     return Score(nats, blocks.tokens(), blocks.text_bytes())
@@ -79,7 +81,7 @@ def sample(session: Session) -> None:
     settings = GenerationSettings(max_new_tokens=SAMPLE_TOKENS, temperature=0.0)
     session.engine.module.eval()
     with session.autocast():
-        generations = generate(model, session.source.tokenizer, prompts, settings)
+        generations = generate(model, session.source.base.tokenizer, prompts, settings)
     session.engine.module.train()
     for made in generations:
         session.records.write("sample", step=session.state.step, prompt=made.prompt, text=made.text)

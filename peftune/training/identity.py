@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftune.config import Recipe
+from peftune.config.recipe import Recipe
 from peftune.errors import UserError
 
 HARMLESS = frozenset(

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from peftune.config import Recipe
-from peftune.model import base as bases
+from peftune.config.recipe import Recipe
 from peftune.model import lora
-from peftune.model.weights import open_weights
+from peftune.model.base import Base
+from peftune.model.load import load_model, move_to
 
 
-def load_adapted(recipe: Recipe, directory: Path, dtype: torch.dtype, device: torch.device) -> lora.Adapted:
+def load_adapted(recipe: Recipe, base: Base, dtype: torch.dtype, device: torch.device) -> lora.Adapted:
     """The base with a fresh adapter: adapter in fp32, frozen weights in `dtype` where only blocks are adapted.
 
     DoRA and PiSSA derive initial values from the base's weights, so they see them in fp32 first. Trained
@@ -22,15 +21,15 @@ def load_adapted(recipe: Recipe, directory: Path, dtype: torch.dtype, device: to
     """
     if device.type == "cpu":
         device = torch.device("cpu")  # a rank's is cpu:0, on which int8 weights would be kept twice
-    model = bases.load_model(
-        directory,
+    model = load_model(
+        base,
         dtype=_loading_dtype(recipe, dtype),
         device="cpu" if recipe.quantize is None else device,
         dropout=recipe.run.base_dropout,
         quantize=recipe.quantize,
     )
-    adapted = lora.inject(model, recipe.lora, recipe.run.seed, open_weights(directory).tensor)
-    bases.place(adapted.model, device, dtype if only_blocks_are_trained(adapted) else torch.float32)
+    adapted = lora.inject(model, recipe.lora, recipe.run.seed, base.weights.tensor)
+    move_to(adapted.model, device, dtype if only_blocks_are_trained(adapted) else torch.float32)
     if recipe.run.checkpointing:
         recompute_activations(adapted)
     return adapted

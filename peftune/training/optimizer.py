@@ -7,10 +7,10 @@ import math
 import torch
 from torch import nn
 
-from peftune.config import Optim
+from peftune.config.recipe import OptimSection
 
 
-def build(parameters: dict[str, nn.Parameter], optim: Optim, fused: bool) -> torch.optim.AdamW:
+def build(parameters: dict[str, nn.Parameter], optim: OptimSection, fused: bool) -> torch.optim.AdamW:
     """One group for A and everything else, one for B (LoRA+), each split by whether weight decay applies.
 
     A group carries `ratio`, its rate relative to the schedule. Vectors (DoRA magnitudes, biases, norms) do not decay.
@@ -24,7 +24,7 @@ def build(parameters: dict[str, nn.Parameter], optim: Optim, fused: bool) -> tor
     return torch.optim.AdamW(listed, lr=optim.lr, betas=optim.betas, fused=fused)
 
 
-def lr_at(step: int, total: int, optim: Optim) -> float:
+def lr_at(step: int, total: int, optim: OptimSection) -> float:
     """Rate of step `step` (from 0) of `total`: a linear rise, then the schedule down to zero after the last step."""
     warm = warmup_steps(total, optim.warmup)
     if step < warm:

@@ -8,23 +8,30 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from peftune.config import Recipe
-from peftune.display import Display
-from peftune.errors import Interrupted, UserError, told_once_a_machine
-from peftune.model.base import DTYPES, footprint
-from peftune.training import checkpoint, distributed, evaluation, identity
+from peftune.config.recipe import Recipe
+from peftune.console import Console
+from peftune.errors import Interrupted, UserError, report_once_per_machine
+from peftune.model.load import DTYPES, footprint
+from peftune.training import checkpoint, evaluation, identity
 from peftune.training.checkpoint import Checkpoint, State
-from peftune.training.deliver import Delivery, already_delivered, deliver
-from peftune.training.engine import bytes_of
+from peftune.training.distributed import zero
+from peftune.training.distributed.collectives import (
+    all_gather,
+    broadcast,
+    raise_on_all_ranks,
+    report_on_rank0,
+    translate_peer_errors,
+)
+from peftune.training.distributed.replicated import bytes_of
+from peftune.training.distributed.signals import StopRequest
+from peftune.training.distributed.watchdog import rendezvous_deadline, watch_peers
+from peftune.training.export.adapter import Delivery, already_delivered, deliver
 from peftune.training.memory import peak_memory
+from peftune.training.metrics import refuse_missing_trackers
 from peftune.training.micro import first_micro_size
 from peftune.training.precision import FIRST_LOSS_SCALE, choose_precision
-from peftune.training.ranks import alive, all_or_none, from_each, from_first, one_voice
-from peftune.training.records import refuse_missing_trackers
-from peftune.training.session import Session, Source, assemble, read_together, sole_writer
-from peftune.training.signals import StopRequest
-from peftune.training.step import Learnt, StopNow, learn
-from peftune.training.watchdog import meeting, watched
+from peftune.training.setup import RunInputs, Session, assemble, read_together, sole_writer
+from peftune.training.step import StepResult, StopNow, train_step
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,19 +43,24 @@ def train(recipe: Recipe) -> Delivery:
     Raises UserError for input that cannot work, Interrupted after a signal (a checkpoint is saved first), CheckFailed
     for numbers that are not finite or an adapter that did not learn, RankLost where another rank is gone.
     """
-    with told_once_a_machine(), meeting():
+    with report_once_per_machine(), rendezvous_deadline():
         refuse_missing_trackers(list(recipe.run.track))
-        accelerator = distributed.start(list(recipe.run.track), recipe.run.out)
-    with one_voice(accelerator), alive(accelerator), watched(accelerator), StopRequest() as stop:
-        display = Display(accelerator.is_main_process)
-        distributed.settle(accelerator, recipe)
-        idle = distributed.idle_gpus(accelerator)
+        accelerator = zero.start(list(recipe.run.track), recipe.run.out)
+    with (
+        report_on_rank0(accelerator),
+        translate_peer_errors(accelerator),
+        watch_peers(accelerator),
+        StopRequest() as stop,
+    ):
+        display = Console(accelerator.is_main_process)
+        zero.configure(accelerator, recipe)
+        idle = zero.idle_gpus(accelerator)
         if idle:
             display.say(f"{idle} more GPUs here are not used: one process takes one; accelerate launch starts more")
         dtype = DTYPES[choose_precision(recipe.run.precision, accelerator.device.type == "cuda")]
         source = read_together(recipe, accelerator)
         with sole_writer(Path(recipe.run.out), accelerator):
-            found = from_first(accelerator, lambda: _standing(recipe, source))
+            found = broadcast(accelerator, lambda: _standing(recipe, source))
             if isinstance(found, Delivery):
                 display.say(f"{recipe.run.out}: this recipe was trained already, nothing to do")
                 return found
@@ -56,17 +68,17 @@ def train(recipe: Recipe) -> Delivery:
 
 
 def _train(
-    source: Source,
+    source: RunInputs,
     accelerator: Accelerator,
     dtype: torch.dtype,
-    display: Display,
+    display: Console,
     found: Checkpoint | None,
     stop: StopRequest,
 ) -> Delivery:
     state = found.state if found else State(loss_scale=FIRST_LOSS_SCALE if dtype == torch.float16 else 1.0)
     if source.recipe.batch.micro_size != "auto" or not state.micro_size:
         mine = _micro_size(source, accelerator.num_processes, dtype, accelerator.device)
-        state.micro_size = min(from_each(accelerator, mine))
+        state.micro_size = min(all_gather(accelerator, mine))
     session = assemble(source, accelerator, dtype, display, state)
     _begin(session, found)
     try:
@@ -79,7 +91,7 @@ def _train(
         session.records.close()
 
 
-def _standing(recipe: Recipe, source: Source) -> Delivery | Checkpoint | None:
+def _standing(recipe: Recipe, source: RunInputs) -> Delivery | Checkpoint | None:
     """What an earlier run of this recipe left: a finished adapter, a checkpoint to go on from, or nothing."""
     out = Path(recipe.run.out)
     done = already_delivered(out, source.identity)
@@ -94,17 +106,17 @@ def _standing(recipe: Recipe, source: Source) -> Delivery | Checkpoint | None:
     return found
 
 
-def _micro_size(source: Source, ranks: int, dtype: torch.dtype, device: torch.device) -> int:
+def _micro_size(source: RunInputs, ranks: int, dtype: torch.dtype, device: torch.device) -> int:
     batch, train = source.recipe.batch, source.corpus.train
     if batch.micro_size != "auto":
         return batch.micro_size
     per_rank = -(-min(batch.global_size, len(train)) // ranks)
-    return first_micro_size(source.config, train.packing.block_size, per_rank, dtype, device)
+    return first_micro_size(source.base.config, train.packing.block_size, per_rank, dtype, device)
 
 
 def _begin(session: Session, found: Checkpoint | None) -> None:
     recipe, train, state = session.recipe, session.source.corpus.train, session.state
-    layout = distributed.layout(session.accelerator)
+    layout = zero.layout(session.accelerator)
     held = footprint(session.adapted.model)
     numbers = {
         "blocks": len(train), "block_size": train.packing.block_size, "packing_fill": round(train.packing.fill(), 4),
@@ -112,7 +124,7 @@ def _begin(session: Session, found: Checkpoint | None) -> None:
         "trainable_parameters": session.trainable_parameters, "ranks": session.accelerator.num_processes,
         "layout": layout, "precision": session.precision, "function": session.function.told,
     }  # fmt: skip
-    if not session.engine.lockstep:  # else a rank holds a part; the event "memory" tells
+    if not session.engine.forward_is_collective:  # else a rank holds a part; the event "memory" tells
         numbers |= {"base_bytes": held.held, "base_bytes_fp32": held.fp32, "base_bytes_bf16": held.bf16}
     if found is None:
         session.records.write("start", recipe=recipe.model_dump(mode="json"), **numbers)
@@ -127,7 +139,7 @@ def _begin(session: Session, found: Checkpoint | None) -> None:
         f"{session.precision}, {layout}; {session.function.told}"
     )
     if recipe.quantize is not None:
-        session.display.say(held.told(recipe.quantize))
+        session.display.say(held.description(recipe.quantize))
 
 
 def _loop(session: Session, stop: StopRequest) -> None:
@@ -148,7 +160,7 @@ def _loop(session: Session, stop: StopRequest) -> None:
             if finished:
                 return
             started = time.monotonic()
-            learnt = learn(session, stop)
+            learnt = train_step(session, stop)
             state.step += 1
             state.tokens += learnt.tokens
             rate = learnt.tokens / (time.monotonic() - started)
@@ -191,12 +203,12 @@ def _save(session: Session) -> None:
     state = session.state
     state.records_bytes = session.records.size()
     values, moments = session.engine.whole()
-    with all_or_none(session.accelerator):
+    with raise_on_all_ranks(session.accelerator):
         if session.accelerator.is_main_process:
             checkpoint.save(session.checkpoints, Checkpoint(state, values, moments))
 
 
-def _log(session: Session, learnt: Learnt, rate: float) -> None:
+def _log(session: Session, learnt: StepResult, rate: float) -> None:
     session.records.write(
         "train", step=session.state.step, loss=learnt.loss, lr=learnt.lr, grad_norm=learnt.grad_norm,
         tokens=session.state.tokens, tokens_per_second=round(rate, 1),
@@ -208,4 +220,4 @@ def _log_memory(session: Session) -> None:
     """Once a start, after the first step has made the optimizer's state: what each rank holds."""
     held = session.engine.held_bytes(session.adapted.model) | {"gradient": bytes_of(session.gradient.flat)}
     held["peak"] = peak_memory(session.accelerator.device)
-    session.records.write("memory", step=session.state.step, bytes_per_rank=from_each(session.accelerator, held))
+    session.records.write("memory", step=session.state.step, bytes_per_rank=all_gather(session.accelerator, held))

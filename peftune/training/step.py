@@ -1,7 +1,7 @@
 """One optimizer step, the same lines on every rank and under every engine.
 
 Each rank adds up the gradient of summed nats over its micro-batches; then all ranks sum, divide by the step's scored
-tokens, clip and update, which is the engine's part (`engine.Replicated`, `distributed.Sharded`).
+tokens, clip and update, which is the engine's part (`engine.ReplicatedStrategy`, `distributed.ShardedStrategy`).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from peftune.data.order import blocks_of_step, share_of
+from peftune.data.sampler import blocks_of_step, share_of
 from peftune.errors import CheckFailed, UserError
 from peftune.training import optimizer
+from peftune.training.distributed.collectives import all_gather, all_reduce_sum, lockstep_batches
+from peftune.training.distributed.signals import StopRequest
 from peftune.training.memory import is_out_of_memory
 from peftune.training.precision import next_loss_scale
-from peftune.training.ranks import from_each, in_step, summed_over_ranks
-from peftune.training.session import Session
-from peftune.training.signals import StopRequest
+from peftune.training.setup import Session
 
 Result = TypeVar("Result")
 
@@ -31,7 +31,7 @@ class StopNow(Exception):
 
 
 @dataclass(frozen=True)
-class Learnt:
+class StepResult:
     """Outcome of a step: mean loss in nats per token before the update, gradient norm before clipping, its tokens."""
 
     loss: float
@@ -40,7 +40,7 @@ class Learnt:
     tokens: int
 
 
-def learn(session: Session, stop: StopRequest) -> Learnt:
+def train_step(session: Session, stop: StopRequest) -> StepResult:
     """Take optimizer step number `session.state.step`; neither loss nor update depends on micro-batches or ranks.
 
     Raises StopNow, on all ranks, where a signal came to one; CheckFailed, before the update, for broken numbers.
@@ -53,12 +53,12 @@ def learn(session: Session, stop: StopRequest) -> Learnt:
         nats = in_fitting_micro_batches(session, lambda: _accumulate(session, blocks, stop))
         largest = session.gradient.largest()
         smaller = float(session.micro_size < state.micro_size)
-        told = summed_over_ranks(accelerator, nats, largest, float(stop.name is not None), smaller)
+        told = all_reduce_sum(accelerator, nats, largest, float(stop.name is not None), smaller)
         nats, largest, stopped, smaller = told
         if stopped:
             raise StopNow
         if smaller:
-            state.micro_size = session.micro_size = min(from_each(accelerator, session.micro_size))
+            state.micro_size = session.micro_size = min(all_gather(accelerator, session.micro_size))
         if math.isfinite(largest) or state.loss_scale <= 1.0:
             break
         state.loss_scale /= 2  # fp16 overflowed: the same step again
@@ -67,7 +67,7 @@ def learn(session: Session, stop: StopRequest) -> Learnt:
     norm = session.engine.update(session.gradient, tokens * state.loss_scale, rate)
     if session.precision == "fp16":
         state.loss_scale = next_loss_scale(state.loss_scale, state.step)
-    return Learnt(nats / tokens, norm, rate, tokens)
+    return StepResult(nats / tokens, norm, rate, tokens)
 
 
 def _accumulate(session: Session, blocks: np.ndarray, stop: StopRequest) -> float:
@@ -79,7 +79,7 @@ def _accumulate(session: Session, blocks: np.ndarray, stop: StopRequest) -> floa
     session.gradient.clear()
     nats = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     batches = session.source.corpus.train.batches(mine, session.micro_size, recipe.data.packing)
-    for batch in in_step(accelerator, session.engine.lockstep, batches, stop):
+    for batch in lockstep_batches(accelerator, session.engine.forward_is_collective, batches, stop):
         loss = session.score(batch)
         session.gradient.add(loss * state.loss_scale)
         nats += loss.detach()
@@ -121,7 +121,7 @@ def _take_smaller_micro_batches(session: Session) -> None:
             f"out of memory with micro_size {size} blocks of {session.source.corpus.train.packing.block_size} tokens; "
             "use batch.micro_size=auto, run.checkpointing=true or a smaller data.block_size"
         ) from None
-    if session.engine.lockstep:
+    if session.engine.forward_is_collective:
         raise UserError(
             f"out of memory with micro_size {size}; ranks of ZeRO-3 go in step, give batch.micro_size={size // 2}"
         )

@@ -12,9 +12,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from peftune.adapters import provenance
-from peftune.adapters.provenance import base_fingerprint, check_base, describe_base, tokenizer_fingerprint
+from peftune.adapters.provenance import check_base
 from peftune.errors import UserError
+from peftune.model.base import Base
 
 
 def copy(base: Path, to: Path) -> Path:
@@ -29,35 +29,35 @@ def change_one_weight(base: Path) -> None:
 
 
 def test_fingerprint_is_the_same_for_every_layout(layouts: dict[str, Path], tiny_base: Path) -> None:
-    assert {base_fingerprint(directory) for directory in layouts.values()} == {base_fingerprint(tiny_base)}
+    assert {Base(directory).fingerprint for directory in layouts.values()} == {Base(tiny_base).fingerprint}
 
 
 def test_one_changed_weight_changes_the_fingerprint(tiny_base: Path, tmp_path: Path) -> None:
     other = copy(tiny_base, tmp_path / "other")
-    assert base_fingerprint(other) == base_fingerprint(tiny_base)
+    assert Base(other).fingerprint == Base(tiny_base).fingerprint
     change_one_weight(other)
-    assert base_fingerprint(other) != base_fingerprint(tiny_base)
+    assert Base(other).fingerprint != Base(tiny_base).fingerprint
 
 
 def test_fingerprint_is_read_from_the_cache_the_second_time(tiny_base: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("PEFTUNE_CACHE", str(tmp_path / "cache"))
-    value = base_fingerprint(tiny_base)
-    monkeypatch.setattr(provenance, "_bytes", lambda tensor: pytest.fail("hashed again"))
-    assert base_fingerprint(tiny_base) == value
+    value = Base(tiny_base).fingerprint
+    monkeypatch.setattr("peftune.model.weights.bytes_of", lambda tensor: pytest.fail("hashed again"))
+    assert Base(tiny_base).fingerprint == value
 
 
 def test_fingerprint_does_not_depend_on_how_much_is_read_at_a_time(
     tiny_base: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    value = base_fingerprint(tiny_base)
+    value = Base(tiny_base).fingerprint
     monkeypatch.setenv("PEFTUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(provenance, "_PIECE", 1000)
-    assert base_fingerprint(tiny_base) == value
+    monkeypatch.setattr("peftune.model.weights._HASHED", 1000)
+    assert Base(tiny_base).fingerprint == value
 
 
 @pytest.mark.parametrize("damage", ["broken", "list", "unwritable", "a file"])
 def test_a_broken_cache_is_no_error(damage: str, tiny_base: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    value = base_fingerprint(tiny_base)
+    value = Base(tiny_base).fingerprint
     cache = tmp_path / "cache"
     if damage == "a file":
         cache.write_text("")
@@ -67,14 +67,14 @@ def test_a_broken_cache_is_no_error(damage: str, tiny_base: Path, tmp_path: Path
     if damage == "unwritable":
         os.chmod(cache, 0o500)
     monkeypatch.setenv("PEFTUNE_CACHE", str(cache))
-    assert base_fingerprint(tiny_base) == value
+    assert Base(tiny_base).fingerprint == value
 
 
 def test_tokenizer_files_of_either_format_give_the_same_fingerprint(tiny_base: Path, tmp_path: Path) -> None:
     other = copy(tiny_base, tmp_path / "other")
     model = json.loads((other / "tokenizer.json").read_text())
     (other / "tokenizer.json").write_text(json.dumps(model, indent=7))  # formatting
-    assert tokenizer_fingerprint(other) == tokenizer_fingerprint(tiny_base)
+    assert Base(other).tokenizer_fingerprint == Base(tiny_base).tokenizer_fingerprint
     (other / "tokenizer.json").unlink()
     (other / "tokenizer_config.json").unlink()
     (other / "special_tokens_map.json").unlink(missing_ok=True)
@@ -82,7 +82,7 @@ def test_tokenizer_files_of_either_format_give_the_same_fingerprint(tiny_base: P
     (other / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
     end = {token["content"]: token["id"] for token in model["added_tokens"]}
     (other / "vocab.json").write_text(json.dumps(model["model"]["vocab"] | end))
-    assert tokenizer_fingerprint(other) == tokenizer_fingerprint(tiny_base)
+    assert Base(other).tokenizer_fingerprint == Base(tiny_base).tokenizer_fingerprint
 
 
 def test_another_token_changes_the_tokenizer_fingerprint(tiny_base: Path, tmp_path: Path) -> None:
@@ -90,30 +90,30 @@ def test_another_token_changes_the_tokenizer_fingerprint(tiny_base: Path, tmp_pa
     tokenizer = AutoTokenizer.from_pretrained(other)
     tokenizer.add_tokens(["<new>"], special_tokens=True)
     tokenizer.save_pretrained(other)
-    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tiny_base)
+    assert Base(other).tokenizer_fingerprint != Base(tiny_base).tokenizer_fingerprint
 
 
 def test_adapter_is_refused_on_another_base_and_on_another_tokenizer(
     tiny_base: Path, make_adapter: Any, tmp_path: Path
 ) -> None:
     adapter = make_adapter()
-    recorded = describe_base("poet", tiny_base)
+    recorded = Base(tiny_base, "poet").identity()
     (adapter / "peftune.json").write_text(json.dumps(recorded))
-    check_base(adapter, tiny_base)
+    check_base(adapter, Base(tiny_base))
     weights, tokens = copy(tiny_base, tmp_path / "weights"), copy(tiny_base, tmp_path / "tokens")
     change_one_weight(weights)
     tokenizer = AutoTokenizer.from_pretrained(tokens)
     tokenizer.add_tokens(["<new>"], special_tokens=True)
     tokenizer.save_pretrained(tokens)
     for other, key, found in (
-        (weights, "base_fingerprint", base_fingerprint(weights)),
-        (tokens, "tokenizer_fingerprint", tokenizer_fingerprint(tokens)),
+        (weights, "base_fingerprint", Base(weights).fingerprint),
+        (tokens, "tokenizer_fingerprint", Base(tokens).tokenizer_fingerprint),
     ):
         with pytest.raises(UserError, match="was trained on poet") as caught:
-            check_base(adapter, other)
+            check_base(adapter, Base(other))
         message = str(caught.value)
         assert recorded[key][:12] in message and found[:12] in message and found not in message and "\n" not in message
 
 
 def test_plain_peft_adapters_pass(tiny_base: Path, make_adapter: Any) -> None:
-    check_base(make_adapter(), tiny_base)
+    check_base(make_adapter(), Base(tiny_base))

@@ -14,7 +14,7 @@ from transformers import GPT2LMHeadModel
 from benchmarks.corpus import supervised_share, write_documents
 from benchmarks.peer_loop import real_tokens
 from benchmarks.shapes import PRESETS, Shape, adapted_linears, context_of, parse_shape, work_per_token
-from peftune.model.base import BUILTIN, load_tokenizer
+from peftune.model.base import BUILTIN, Base
 from peftune.model.lora import quiet_peft
 
 SHAPE = Shape(layers=4, width=64, heads=2, vocabulary=500)
@@ -84,7 +84,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_documents_have_the_tokens_that_are_counted_and_the_mean_that_was_asked_for(text: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(BUILTIN["builtin:small"])
+    tokenizer = Base(BUILTIN["builtin:small"]).tokenizer
     lengths = write_documents(tmp_path / "d.jsonl", tokenizer, 500, 60, 150, str(text))
     assert lengths == [len(tokenizer(row["text"])["input_ids"]) + 1 for row in rows(tmp_path / "d.jsonl")]
     assert sum(lengths) / len(lengths) == pytest.approx(60, rel=0.1)
@@ -92,7 +92,7 @@ def test_documents_have_the_tokens_that_are_counted_and_the_mean_that_was_asked_
 
 
 def test_documents_of_one_length_with_an_exact_share_of_prompt(text: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(BUILTIN["builtin:small"])
+    tokenizer = Base(BUILTIN["builtin:small"]).tokenizer
     lengths = write_documents(tmp_path / "d.jsonl", tokenizer, 20, float("inf"), 64, str(text), prompted=0.5)
     assert set(lengths) == {63}
     completions = [len(tokenizer(row["completion"])["input_ids"]) + 1 for row in rows(tmp_path / "d.jsonl")]

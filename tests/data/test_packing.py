@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftune.config import Source
+from peftune.config.recipe import Source
 from peftune.data.batches import NOT_SCORED, Blocks
 from peftune.data.packing import Windows, cut_into_windows, pack
-from peftune.data.store import prepare
+from peftune.data.tokens.store import prepare
 
 LENGTHS = st.lists(st.integers(2, 90), min_size=1, max_size=60).map(np.array)
 BLOCK = st.integers(8, 40)

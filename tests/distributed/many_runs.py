@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 
-from peftune.config import recipe_from
+from peftune.config.recipe import recipe_from
 from peftune.training import run
-from peftune.training.distributed import joined
-from peftune.training.session import Session
+from peftune.training.distributed.zero import process_group
+from peftune.training.setup import Session
 
 
 def take_census(session: Session, folder: Path) -> None:
     """Each rank's own part of AdamW's first moment and of the model, beside the whole, one file a rank."""
-    from peftune.training.distributed import Sharded
+    from peftune.training.distributed.zero import ShardedStrategy
 
     engine = session.engine
-    optimizer = engine.engine.optimizer.optimizer if isinstance(engine, Sharded) else engine.optimizer  # type: ignore[attr-defined]
+    optimizer = engine.engine.optimizer.optimizer if isinstance(engine, ShardedStrategy) else engine.optimizer  # type: ignore[attr-defined]
     parts = [getattr(p, "ds_tensor", p).detach().clone().flatten() for p in session.adapted.model.parameters()]
     torch.save(
         {
@@ -56,7 +56,7 @@ def main() -> None:
         return deliver(session)
 
     run.deliver = deliver_and_count
-    with joined():
+    with process_group():
         for jobs in map(Path, sys.argv[1:]):
             for values in recipes_in(jobs):
                 run.train(recipe_from(values, []))

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import yaml
 
-from peftune.training.records import read_metrics
+from peftune.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS = 30

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from peftune.config import Lora, recipe_from
-from peftune.data.order import blocks_of_step
-from peftune.model.base import load_config
+from peftune.config.recipe import LoraSection, recipe_from
+from peftune.data.sampler import blocks_of_step
+from peftune.model.base import Base
 from peftune.training.checkpoint import read
-from peftune.training.footprint import ZeroSettings, bytes_per_rank, shapes_of
-from peftune.training.records import read_metrics
-from peftune.training.session import read_source
+from peftune.training.memory_model import ZeroSettings, bytes_per_rank, shapes_of
+from peftune.training.metrics import read_metrics
+from peftune.training.setup import read_source
 
 ROOT = Path(__file__).parents[2]
 WAYS = ("one", "ddp", "zero1", "zero2", "zero3")
@@ -203,7 +203,7 @@ def test_the_metrics_tell_what_each_rank_holds(
 @pytest.mark.parametrize("way", ["ddp", "zero1", "zero2", "zero3", "all-shared"])
 def test_the_formulas_foresee_what_each_rank_holds(trained: Path, shared_out: Path, tiny_base: Path, way: str) -> None:
     """Parts are rounded up to equal lengths, AdamW counts its steps for each tensor: a few bytes a parameter."""
-    shapes = shapes_of(load_config(tiny_base), Lora(rank=4))
+    shapes = shapes_of(Base(tiny_base).config, LoraSection(rank=4))
     zero = ZeroSettings(persistence=0) if way == "all-shared" else ZeroSettings()
     foreseen = bytes_per_rank(shapes, "zero3" if way == "all-shared" else way, 2, "fp32", zero=zero)  # type: ignore[arg-type]
     slack = 16 * (len(shapes.trained) + len(shapes.frozen()))

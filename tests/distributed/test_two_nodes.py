@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from peftune.training.records import read_metrics
+from peftune.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = ROOT / "tests" / "launch" / "rank.py"

@@ -11,13 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from peftune.adapters.merge import merge
-from peftune.adapters.store import load_onto
+from peftune.adapters.directory import load_onto
+from peftune.adapters.merge.merge import merge
 from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank
 from peftune.inference.generate import generate
 from peftune.inference.settings import GenerationSettings
-from peftune.model.base import load_model
+from peftune.model.base import Base
+from peftune.model.load import load_model
 
 GREEDY = GenerationSettings(max_new_tokens=12, temperature=0)
 PROMPTS = ("the cat", "", "naïve café", "on the log and the dog", "東京")
@@ -35,7 +36,7 @@ def test_a_mixed_batch_writes_what_peft_writes_with_each_adapter(
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(names))]
     mixed = bank.generate(prompts, GREEDY, names, slots=4)
     for name, prompt, written in zip(names, prompts, mixed, strict=True):
-        model = load_model(base_directory)
+        model = load_model(Base(base_directory))
         if name is not None:
             model = load_onto(model, adapters[name])
         (alone,) = generate(model, tokenizer, [prompt], GREEDY)

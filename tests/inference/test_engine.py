@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from peftune.errors import UserError
-from peftune.inference import running
+from peftune.inference import sequence
 from peftune.inference.bank import AdapterBank
 from peftune.inference.engine import Busy, Engine
-from peftune.inference.queue import FairQueue
-from peftune.inference.request import Request, Update
+from peftune.inference.fair_queue import FairQueue
+from peftune.inference.request import Request, RequestOutput
 from peftune.inference.settings import GenerationSettings
 
 SETTINGS = GenerationSettings(max_new_tokens=10, temperature=1.0, seed=5)
@@ -30,8 +30,8 @@ def finish(engine: Engine) -> None:
         pass
 
 
-def alone(bank: AdapterBank, request: Request) -> list[Update]:
-    engine, updates = Engine(bank, slots=1), list[Update]()
+def alone(bank: AdapterBank, request: Request) -> list[RequestOutput]:
+    engine, updates = Engine(bank, slots=1), list[RequestOutput]()
     engine.submit(request, updates.append)
     finish(engine)
     return updates
@@ -56,7 +56,7 @@ def test_a_text_does_not_depend_on_what_comes_and_goes_beside_it(bank: AdapterBa
         )
         for _ in range(200)
     ]
-    engine, got = Engine(bank, slots=7), [list[Update]() for _ in requests]
+    engine, got = Engine(bank, slots=7), [list[RequestOutput]() for _ in requests]
     for request, updates in zip(requests, got, strict=True):
         engine.submit(request, updates.append)
         for _ in range(chance.randrange(3)):
@@ -72,9 +72,9 @@ def test_a_prompt_longer_than_a_chunk_is_read_in_pieces_while_others_write(bank:
     long, short = ask(bank, "the cat sat on the mat " * 8, "wide", max_new_tokens=5), ask(bank, "a", "attention")
     whole = alone(bank, long)
     assert len(long.ids) > 40
-    before, running.CHUNK = running.CHUNK, 16
+    before, sequence.CHUNK = sequence.CHUNK, 16
     try:
-        engine, first, second = Engine(bank, slots=2), list[Update](), list[Update]()
+        engine, first, second = Engine(bank, slots=2), list[RequestOutput](), list[RequestOutput]()
         engine.submit(short, second.append)
         engine.step()
         engine.submit(long, first.append)
@@ -82,7 +82,7 @@ def test_a_prompt_longer_than_a_chunk_is_read_in_pieces_while_others_write(bank:
         assert (len(first), len(second)) == (0, 2)  # the other text went on
         finish(engine)
     finally:
-        running.CHUNK = before
+        sequence.CHUNK = before
     assert [u.ids for u in first] == [u.ids for u in whole]
     assert second == alone(bank, short)
 
@@ -111,7 +111,12 @@ def test_a_prompt_can_be_scored_without_writing(bank: AdapterBank) -> None:
 
 
 def test_cancelling_frees_the_slot_at_the_next_boundary(bank: AdapterBank) -> None:
-    engine, first, second, third = Engine(bank, slots=1), list[Update](), list[Update](), list[Update]()
+    engine, first, second, third = (
+        Engine(bank, slots=1),
+        list[RequestOutput](),
+        list[RequestOutput](),
+        list[RequestOutput](),
+    )
     first_ticket = engine.submit(ask(bank, "the"), first.append)
     waiting = engine.submit(ask(bank, "a"), second.append)
     last = ask(bank, "on")
@@ -181,7 +186,7 @@ def test_an_adapter_that_is_removed_goes_on_for_those_who_have_it(
 ) -> None:
     own = AdapterBank(str(base_directory), device="cpu")
     own.add("wide", adapters["wide"])
-    engine, updates = Engine(own), list[Update]()
+    engine, updates = Engine(own), list[RequestOutput]()
     request = ask(own, "the", "wide")
     engine.submit(request, updates.append)
     engine.step()
@@ -192,10 +197,10 @@ def test_an_adapter_that_is_removed_goes_on_for_those_who_have_it(
 
 
 def test_an_engine_of_its_own_thread_answers_routes_drains_and_stops(bank: AdapterBank) -> None:
-    engine, updates, ended = Engine(bank, slots=2), list[Update](), threading.Event()
+    engine, updates, ended = Engine(bank, slots=2), list[RequestOutput](), threading.Event()
     request = ask(bank, "the cat", "wide")
 
-    def listen(update: Update) -> None:
+    def listen(update: RequestOutput) -> None:
         updates.append(update)
         if update.finish_reason:
             ended.set()
@@ -219,7 +224,7 @@ def test_what_is_left_after_the_drain_is_cancelled(bank: AdapterBank) -> None:
     engine, reasons = Engine(bank, slots=1), list[str]()
     request = ask(bank, "the", stop=(), max_new_tokens=50, temperature=0.0)
 
-    def listen(update: Update) -> None:
+    def listen(update: RequestOutput) -> None:
         if update.finish_reason:
             reasons.append(update.finish_reason)
 
@@ -239,7 +244,7 @@ def test_logits_that_are_not_finite_end_the_text_with_an_error(
     low_rank = broken.function.low_rank
     assert low_rank is not None
     next(iter(low_rank.parts.values()))[1].fill_(torch.inf)
-    engine, bad, good = Engine(own), list[Update](), list[Update]()
+    engine, bad, good = Engine(own), list[RequestOutput](), list[RequestOutput]()
     request = ask(own, "the")
     engine.submit(replace(request, adapter="broken"), bad.append)
     engine.submit(request, good.append)

@@ -12,8 +12,8 @@ from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedTokenizerF
 
 from peftune.errors import CheckFailed, UserError
 from peftune.inference.decode import slide
+from peftune.inference.detokenize import decode_plain
 from peftune.inference.generate import GenerationSettings, context_ids, generate
-from peftune.inference.text import decode_plain
 
 GREEDY = GenerationSettings(max_new_tokens=20, temperature=0.0)
 # PEFT asks Transformers under a deprecated name.

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from peftune.config import Source
-from peftune.data.store import prepare
+from peftune.config.recipe import Source
+from peftune.data.tokens.store import prepare
 from peftune.errors import UserError
 from peftune.inference import routing_accuracy
 from peftune.inference.bank import AdapterBank

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peftune.errors import UserError
-from peftune.model.base import BUILTIN, load_config, load_model, load_tokenizer, resolve
+from peftune.model.base import BUILTIN, Base, open_base
+from peftune.model.load import load_model
 
 WEIGHTS = "model.safetensors"
 PROBE = torch.arange(40)[None]
@@ -67,23 +68,23 @@ def spoil(base: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
 
 def logits(base: Path) -> torch.Tensor:
     with torch.no_grad():
-        return load_model(base)(PROBE).logits
+        return load_model(Base(base))(PROBE).logits
 
 
 def test_the_builtin_base_a_directory_and_a_hub_name_are_found(tiny_base: Path, hub: Path) -> None:
-    assert resolve("builtin:small") == BUILTIN["builtin:small"]
-    assert resolve(str(tiny_base)) == tiny_base
-    assert resolve("someone/tiny").samefile(hub)
+    assert open_base("builtin:small").directory == BUILTIN["builtin:small"]
+    assert open_base(str(tiny_base)).directory == tiny_base
+    assert open_base("someone/tiny").directory.samefile(hub)
 
 
 def test_a_base_from_the_hub_loads_and_computes_the_same(tiny_base: Path, hub: Path) -> None:
-    found = resolve("someone/tiny")
+    found = open_base("someone/tiny").directory
     assert torch.equal(logits(found), logits(tiny_base))
-    assert load_tokenizer(found).encode("the cat") == load_tokenizer(tiny_base).encode("the cat")
+    assert Base(found).tokenizer.encode("the cat") == Base(tiny_base).tokenizer.encode("the cat")
 
 
 def test_a_recipe_with_a_hub_name_trains(hub: Path) -> None:
-    from peftune.config import recipe_from
+    from peftune.config.recipe import recipe_from
     from peftune.training.run import train
 
     Path("t.txt").write_text("the cat sat on the mat\n\na dog ran to my log\n")
@@ -111,36 +112,36 @@ def test_a_recipe_with_a_hub_name_trains(hub: Path) -> None:
     ],
 )
 def test_a_name_that_leads_nowhere_is_one_line(hub: Path, name: str, expected: str) -> None:
-    message = refusal(lambda: resolve(name))
+    message = refusal(lambda: open_base(name))
     assert (expected in message and message.startswith(f"base {name[:200]}")) or message.startswith(f"base {name!r}")
 
 
 def test_a_directory_without_a_model_or_with_an_adapter_is_explained(base: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "no config.json" in refusal(lambda: resolve(str(tmp_path / "empty")))
+    assert "no config.json" in refusal(lambda: open_base(str(tmp_path / "empty")))
     (tmp_path / "empty" / "adapter_config.json").write_text("{}")
-    assert "it is an adapter, pass it as --adapter" in refusal(lambda: resolve(str(tmp_path / "empty")))
+    assert "it is an adapter" in refusal(lambda: open_base(str(tmp_path / "empty")))
     (base / "adapter_config.json").write_text("{}")
-    assert "holds an adapter beside the model" in refusal(lambda: resolve(str(base)))
-    assert "no such directory" in refusal(lambda: resolve(str(base / "config.json")))
+    assert "holds an adapter beside the model" in refusal(lambda: open_base(str(base)))
+    assert "no such directory" in refusal(lambda: open_base(str(base / "config.json")))
 
 
 def test_a_hub_copy_without_weights_is_refused(hub: Path) -> None:
     (hub / WEIGHTS).unlink()
-    assert "holds no weights in safetensors or .bin form" in refusal(lambda: resolve("someone/tiny"))
+    assert "holds no weights in safetensors or .bin form" in refusal(lambda: open_base("someone/tiny"))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neo", "openai-gpt", None])
 def test_another_architecture_is_refused_by_name(base: Path, kind: str | None) -> None:
     edit_config(base, model_type=kind, architectures=["LlamaForCausalLM"])
-    for load in (load_config, load_model):
-        assert f"model_type is {kind}, peftune trains GPT-2 models only" in refusal(lambda load=load: load(base))
+    for load in (lambda: Base(base).config, lambda: load_model(Base(base))):
+        assert f"model_type is {kind}, peftune trains GPT-2 models only" in refusal(load)
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"5", b"", b"\xff\xfe", b"null"])
 def test_a_config_that_is_no_config_is_one_line(base: Path, content: bytes) -> None:
     (base / "config.json").write_bytes(content)
-    assert f"base {base}" in refusal(lambda: load_config(base))
+    assert f"base {base}" in refusal(lambda: Base(base).config)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_a_config_that_is_no_config_is_one_line(base: Path, content: bytes) -> N
 )  # fmt: skip
 def test_impossible_numbers_in_the_config_are_one_line(base: Path, values: dict[str, Any]) -> None:
     edit_config(base, **values)
-    assert f"base {base}: config.json: " in refusal(lambda: load_config(base))
+    assert f"base {base}: config.json: " in refusal(lambda: Base(base).config)
 
 
 @pytest.mark.parametrize(
@@ -169,13 +170,13 @@ def test_weights_of_other_shapes_than_the_config_says_are_refused(
     base: Path, values: dict[str, Any], expected: str
 ) -> None:
     edit_config(base, **values)
-    message = refusal(lambda: load_model(base))
+    message = refusal(lambda: load_model(Base(base)))
     assert expected in message and f"base {base}" in message
 
 
 def test_missing_tensors_are_named(base: Path) -> None:
     spoil(base, lambda tensors: [tensors.pop(name) for name in list(tensors) if ".h.1." in name])
-    message = refusal(lambda: load_model(base))
+    message = refusal(lambda: load_model(Base(base)))
     assert "12 tensors are missing from the weights, such as transformer.h.1.ln_1.weight" in message
 
 
@@ -183,11 +184,11 @@ def test_weights_that_are_cut_short_or_absent_are_one_line(base: Path) -> None:
     whole = (base / WEIGHTS).read_bytes()
     for content in (whole[:-100], whole[:20], b"", b"\xff" * 100):
         (base / WEIGHTS).write_bytes(content)
-        assert "model.safetensors: not a whole safetensors file" in refusal(lambda: load_model(base))
+        assert "model.safetensors: not a whole safetensors file" in refusal(lambda: load_model(Base(base)))
     (base / WEIGHTS).unlink()
-    assert "no weights here; expected one of model.safetensors" in refusal(lambda: load_model(base))
+    assert "no weights here; expected one of model.safetensors" in refusal(lambda: load_model(Base(base)))
     (base / "pytorch_model.bin").write_bytes(b"\x80\x04nothing")
-    assert "pytorch_model.bin: not a whole weights-only file" in refusal(lambda: load_model(base))
+    assert "pytorch_model.bin: not a whole weights-only file" in refusal(lambda: load_model(Base(base)))
 
 
 def test_bare_keys_with_mask_buffers_load_as_the_same_model(tiny_base: Path, base: Path) -> None:
@@ -202,31 +203,31 @@ def test_a_bin_checkpoint_loads_as_the_same_model_and_runs_no_code(tiny_base: Pa
     (base / WEIGHTS).unlink()
     assert torch.equal(logits(base), logits(tiny_base))
     torch.save({"code": torch.nn.Linear(2, 2)}, base / "pytorch_model.bin")
-    assert "pytorch_model.bin: not a whole weights-only file" in refusal(lambda: load_model(base))
+    assert "pytorch_model.bin: not a whole weights-only file" in refusal(lambda: load_model(Base(base)))
 
 
 def test_an_untied_head_stays_apart(base: Path) -> None:
     head = torch.randn(300, 32)
     spoil(base, lambda tensors: tensors.update({"lm_head.weight": head}))
     edit_config(base, tie_word_embeddings=False)
-    model = load_model(base)
+    model = load_model(Base(base))
     assert torch.equal(model.lm_head.weight, head) and model.lm_head.weight is not model.transformer.wte.weight
 
 
 def test_dropout_is_what_was_asked_whatever_the_checkpoint_says(base: Path) -> None:
     edit_config(base, resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
     for asked in (0.0, 0.25):
-        model = load_model(base, dropout=asked)
+        model = load_model(Base(base), dropout=asked)
         found = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
         assert found == {asked} and not model.training
-    assert load_model(base, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert load_model(Base(base), dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_a_missing_or_broken_tokenizer_is_one_line(base: Path) -> None:
     (base / "tokenizer.json").write_text("{")
-    assert "the tokenizer cannot be read" in refusal(lambda: load_tokenizer(base))
+    assert "the tokenizer cannot be read" in refusal(lambda: Base(base).tokenizer)
     (base / "tokenizer.json").unlink()
-    assert "no tokenizer here" in refusal(lambda: load_tokenizer(base))
+    assert "no tokenizer here" in refusal(lambda: Base(base).tokenizer)
 
 
 def test_vocabulary_and_merges_make_the_whole_tokenizer_and_not_one_token(tiny_base: Path, base: Path) -> None:
@@ -237,7 +238,7 @@ def test_vocabulary_and_merges_make_the_whole_tokenizer_and_not_one_token(tiny_b
     (base / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (base / name).unlink()
-    found, known = load_tokenizer(base), load_tokenizer(tiny_base)
+    found, known = Base(base).tokenizer, Base(tiny_base).tokenizer
     text = "the cat sat, naïve café 東京"
     assert len(found) == len(known) and found.encode(text) == known.encode(text)
 
@@ -248,14 +249,14 @@ def test_a_tokenizer_of_one_token_is_refused(base: Path) -> None:
         (base / name).unlink()
     (base / "vocab.json").write_text('{"<|endoftext|>": 0}')
     (base / "merges.txt").write_text("#version: 0.2\n")
-    assert "the tokenizer knows 0 tokens; expected its whole vocabulary" in refusal(lambda: load_tokenizer(base))
+    assert "the tokenizer knows 0 tokens; expected its whole vocabulary" in refusal(lambda: Base(base).tokenizer)
 
 
 def test_a_tokenizer_of_another_model_is_refused_and_an_added_pad_is_not(base: Path) -> None:
-    tokenizer = load_tokenizer(base)
+    tokenizer = Base(base).tokenizer
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(base)
-    assert len(load_tokenizer(base)) == 301
+    assert len(Base(base).tokenizer) == 301
     tokenizer.add_tokens(["domain"])
     tokenizer.save_pretrained(base)
-    assert "its tokenizer knows token 301, but the embedding has 300 rows" in refusal(lambda: load_tokenizer(base))
+    assert "its tokenizer knows token 301, but the embedding has 300 rows" in refusal(lambda: Base(base).tokenizer)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from peftune.config import Lora
+from peftune.config.recipe import LoraSection
 from peftune.model import quantized
-from peftune.model.base import footprint, load_model, resolve
+from peftune.model.base import Base, open_base
+from peftune.model.load import footprint, load_model
 from peftune.model.loftq import best_product
 from peftune.model.lora import inject
-from peftune.model.scorer import Scorer
-from peftune.model.weights import open_weights
+from peftune.model.reference import LossModel
 
 pytest.importorskip("bitsandbytes")
 
@@ -36,8 +36,8 @@ def batch(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def dense(base: Path, kind: Any, dtype: torch.dtype = torch.float64) -> GPT2LMHeadModel:
     """The oracle: a full-precision GPT-2 with unpacked weights in it."""
-    model = load_model(base)
-    packed = load_model(base, quantize=kind)
+    model = load_model(Base(base))
+    packed = load_model(Base(base), quantize=kind)
     with torch.no_grad():
         for index, block in enumerate(model.transformer.h):
             for name in LINEARS:
@@ -48,7 +48,7 @@ def dense(base: Path, kind: Any, dtype: torch.dtype = torch.float64) -> GPT2LMHe
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_blocks_linear_layers_are_packed_and_nothing_else(kind: Any, tiny_base: Path) -> None:
-    model = load_model(tiny_base, torch.bfloat16, quantize=kind)
+    model = load_model(Base(tiny_base), torch.bfloat16, quantize=kind)
     packed = {name for name, module in model.named_modules() if quantized.is_quantized(module)}
     assert packed == {f"transformer.h.{i}.{name}" for i in range(2) for name in LINEARS}
     assert model.lm_head.weight is model.transformer.wte.weight
@@ -58,17 +58,17 @@ def test_the_blocks_linear_layers_are_packed_and_nothing_else(kind: Any, tiny_ba
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_the_unpacked_weights(kind: Any, tiny_base: Path, ids: torch.Tensor) -> None:
-    model = load_model(tiny_base, quantize=kind)
+    model = load_model(Base(tiny_base), quantize=kind)
     with torch.no_grad():
         found, wanted = model(ids).logits, dense(tiny_base, kind)(ids).logits
-        full = load_model(tiny_base)(ids).logits
+        full = load_model(Base(tiny_base))(ids).logits
     assert (found - wanted).abs().max() < 1e-5
     assert (found - full).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_weight_rounded_by_itself_is_that_of_the_loaded_base(kind: Any, tiny_base: Path) -> None:
-    model, weights = load_model(tiny_base, torch.bfloat16, quantize=kind), open_weights(tiny_base)
+    model, weights = load_model(Base(tiny_base), torch.bfloat16, quantize=kind), Base(tiny_base).weights
     for index in range(2):
         for name in LINEARS:
             path = f"transformer.h.{index}.{name}"
@@ -79,7 +79,7 @@ def test_a_weight_rounded_by_itself_is_that_of_the_loaded_base(kind: Any, tiny_b
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_and_evaluation_compute_the_same_whatever_the_batch(kind: Any) -> None:
     """On a trained base, whose activations have outliers: the library's own int8 layers differ by 0.3 there."""
-    model = load_model(resolve("builtin:small"), quantize=kind)
+    model = load_model(open_base("builtin:small"), quantize=kind)
     ids = torch.randint(0, 4000, (4, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         evaluated = model.eval()(ids).logits
@@ -89,7 +89,7 @@ def test_training_and_evaluation_compute_the_same_whatever_the_batch(kind: Any) 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_computed_is_what_bitsandbytes_trains_with(kind: Any, tiny_base: Path, ids: torch.Tensor) -> None:
-    ours, theirs = load_model(tiny_base, quantize=kind), load_model(tiny_base, quantize=kind).train()
+    ours, theirs = load_model(Base(tiny_base), quantize=kind), load_model(Base(tiny_base), quantize=kind).train()
     for module in theirs.modules():
         if quantized.is_quantized(module):
             del module.forward
@@ -104,8 +104,11 @@ def test_what_is_computed_is_what_bitsandbytes_trains_with(kind: Any, tiny_base:
 def test_gradients_equal_those_of_the_unpacked_weights_in_float64(
     kind: Any, checkpointing: bool, tiny_base: Path, ids: torch.Tensor
 ) -> None:
-    lora = Lora(rank=4, alpha=8)
-    packed, wanted = inject(load_model(tiny_base, quantize=kind), lora, 0), inject(dense(tiny_base, kind), lora, 0)
+    lora = LoraSection(rank=4, alpha=8)
+    packed, wanted = (
+        inject(load_model(Base(tiny_base), quantize=kind), lora, 0),
+        inject(dense(tiny_base, kind), lora, 0),
+    )
     for (name, p), q in zip(packed.trainable().items(), wanted.trainable().values(), strict=True):
         p.data.copy_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
         q.data = p.detach().double()
@@ -114,7 +117,7 @@ def test_gradients_equal_those_of_the_unpacked_weights_in_float64(
     if checkpointing:
         core: Any = packed.model.base_model.model
         getattr(core, "activation_checkpointing_enable", core.gradient_checkpointing_enable)({"use_reentrant": False})
-    losses = [Scorer(adapted.model).train()(*batch(ids)) for adapted in (packed, wanted)]
+    losses = [LossModel(adapted.model).train()(*batch(ids)) for adapted in (packed, wanted)]
     assert abs(losses[0] - losses[1]) < 1e-5 * losses[1]
     for loss in losses:
         loss.backward()
@@ -126,19 +129,19 @@ def test_gradients_equal_those_of_the_unpacked_weights_in_float64(
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_counted_with_scales(kind: Any, tiny_base: Path) -> None:
     full, packed = (
-        footprint(load_model(tiny_base).requires_grad_(False)),
-        footprint(load_model(tiny_base, quantize=kind)),
+        footprint(load_model(Base(tiny_base)).requires_grad_(False)),
+        footprint(load_model(Base(tiny_base), quantize=kind)),
     )
     assert full.held == full.fp32 == 2 * full.bf16 == packed.fp32
     linear = 2 * 12 * 32 * 32  # weights in the linear layers of two blocks of width 32
     scales = 4 * 2 * (3 + 1 + 4 + 1) * 32 if kind == "int8" else 4 * linear // 64 + 4 * 16 * 8
     assert packed.held == full.held - 4 * linear + (linear if kind == "int8" else linear // 2) + scales
-    assert "fp32 0.1 MB" in packed.told(kind)
+    assert "fp32 0.1 MB" in packed.description(kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_moving_and_copying_a_packed_model_changes_nothing(kind: Any, tiny_base: Path, ids: torch.Tensor) -> None:
-    model = load_model(tiny_base, quantize=kind)
+    model = load_model(Base(tiny_base), quantize=kind)
     with torch.no_grad():
         before = model(ids).logits
         for module in model.modules():
@@ -148,12 +151,14 @@ def test_moving_and_copying_a_packed_model_changes_nothing(kind: Any, tiny_base:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_loftq_starts_nearer_to_the_full_precision_model(kind: Any, tiny_base: Path, ids: torch.Tensor) -> None:
-    original = open_weights(tiny_base).tensor
+    original = Base(tiny_base).weights.tensor
     with torch.no_grad():
-        full = load_model(tiny_base)(ids).logits
+        full = load_model(Base(tiny_base))(ids).logits
 
         def distance(variant: Any) -> float:
-            started = inject(load_model(tiny_base, quantize=kind), Lora(rank=16, variant=variant), 0, original)
+            started = inject(
+                load_model(Base(tiny_base), quantize=kind), LoraSection(rank=16, variant=variant), 0, original
+            )
             return float((started.model(ids).logits - full).square().mean().sqrt())
 
         assert distance("loftq") < 0.7 * distance("lora")
@@ -161,7 +166,12 @@ def test_loftq_starts_nearer_to_the_full_precision_model(kind: Any, tiny_base: P
 
 def test_loftq_repeats_itself_bit_for_bit(tiny_base: Path) -> None:
     first, second = (
-        inject(load_model(tiny_base, quantize="nf4"), Lora(variant="loftq"), seed, open_weights(tiny_base).tensor)
+        inject(
+            load_model(Base(tiny_base), quantize="nf4"),
+            LoraSection(variant="loftq"),
+            seed,
+            Base(tiny_base).weights.tensor,
+        )
         for seed in (0, 1)
     )
     assert len(first.initial) == 2 * 2 * 4

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
 from peftune.errors import UserError
-from peftune.model.weights import open_weights, row_chunks
+from peftune.model.base import Base
+from peftune.model.weights import row_chunks
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def sharded(tiny_base: Path, tmp_path: Path) -> Path:
 
 
 def test_shards_hold_the_tensors_of_the_model(sharded: Path, tiny_base: Path) -> None:
-    weights = open_weights(sharded)
+    weights = Base(sharded).weights
     state = GPT2LMHeadModel.from_pretrained(tiny_base).state_dict()
     del state["lm_head.weight"]
     assert weights.tied and len(weights.files) > 1 and weights.names() == sorted(state)
@@ -41,7 +42,7 @@ def test_bare_pickled_keys_and_mask_buffers_read_the_same(tiny_base: Path, tmp_p
     state = {k.removeprefix("transformer."): v for k, v in load_file(tiny_base / "model.safetensors").items()}
     buffers = {"h.0.attn.bias": torch.ones(1, 1, 4, 4), "h.0.attn.masked_bias": torch.tensor(-1e4)}
     torch.save(state | buffers | {"lm_head.weight": state["wte.weight"]}, tmp_path / "pytorch_model.bin")
-    ours, theirs = open_weights(tmp_path), open_weights(tiny_base)
+    ours, theirs = Base(tmp_path).weights, Base(tiny_base).weights
     assert ours.names() == theirs.names() and ours.tied
     assert all(torch.equal(ours.tensor(name), theirs.tensor(name)) for name in ours.names())
 
@@ -54,7 +55,7 @@ def test_a_head_of_its_own_is_kept(tiny_base: Path, tmp_path: Path) -> None:
     )
     path = tmp_path / "untied" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": False}))
-    weights = open_weights(tmp_path / "untied")
+    weights = Base(tmp_path / "untied").weights
     assert not weights.tied and "lm_head.weight" in weights.names()
 
 
@@ -83,7 +84,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(name: str, sharded: Path) -
     damage, message = DAMAGES[name]
     damage(sharded)
     with pytest.raises(UserError, match=message) as caught:
-        open_weights(sharded)
+        assert Base(sharded).weights
     assert "\n" not in str(caught.value)
 
 
@@ -92,10 +93,10 @@ def test_a_pickle_that_is_cut_short_or_holds_code_is_refused(tiny_base: Path, tm
     torch.save(load_file(tiny_base / "model.safetensors"), tmp_path / "pytorch_model.bin")
     truncate(tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="weights-only"):
-        open_weights(tmp_path)
+        assert Base(tmp_path).weights
     torch.save({"x": Path("code")}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="weights-only"):
-        open_weights(tmp_path)
+        assert Base(tmp_path).weights
 
 
 def test_row_chunks_cover_all_rows_once() -> None:

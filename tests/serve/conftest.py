@@ -17,7 +17,7 @@ import torch
 from openai import OpenAI
 from safetensors.torch import save_file
 
-from peftune.serve.command import Server, listen, make_service
+from peftune.serve.server import Server, listen, make_service
 from peftune.serve.settings import ServeSettings
 
 NAMES = [f"a{number}" for number in range(8)]

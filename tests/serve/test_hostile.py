@@ -157,7 +157,7 @@ def test_a_body_that_is_too_large_is_refused_with_and_without_its_length(start: 
 
 
 def test_clients_that_dribble_are_let_go(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from peftune.serve import connection
+    from peftune.serve.http import connection
 
     monkeypatch.setattr(connection, "HEAD_SECONDS", 0.3)
     monkeypatch.setattr(connection, "KEEP_ALIVE_SECONDS", 0.3)
@@ -187,7 +187,7 @@ def test_a_client_that_leaves_frees_its_slot_at_once(server: Any) -> None:
 
 
 def test_a_reader_that_reads_no_more_stalls_nobody_and_is_let_go(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from peftune.serve import connection
+    from peftune.serve.http import connection
 
     monkeypatch.setattr(connection, "STALL_SECONDS", 0.5)
     with start({}, slots=16) as server:

@@ -19,7 +19,7 @@ import openai
 import psutil
 import pytest
 
-from peftune.serve.page import FOLDER
+from peftune.serve.http.static import FOLDER
 
 COMPLETIONS, LOAD, UNLOAD = "/v1/completions", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 SHORT = {"model": "base", "prompt": "x", "max_tokens": 2}

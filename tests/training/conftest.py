@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from peftune.config import Recipe, recipe_from
+from peftune.config.recipe import Recipe, recipe_from
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "one", "dog", "ran", "to", "my", "log", "café", "naïve", "straße"]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peftune.config import Recipe
+from peftune.config.recipe import Recipe
 from peftune.errors import Interrupted
-from peftune.training import function, run, step
-from peftune.training.records import read_metrics
+from peftune.training import run, step
+from peftune.training.metrics import read_metrics
 from peftune.training.run import train
 
 Make = Callable[..., Recipe]
@@ -56,7 +56,7 @@ def test_compiled_it_ends_in_the_same_place(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(function, "_WORTH", {"cpu": 0.0})
+    monkeypatch.setattr("peftune.training.forward._WORTH", {"cpu": 0.0})
     common = "data.validation=0.2", "run.eval_every=4", "optim.steps=8", "lora.layers=[1]"
     for name in ("true", "false"):
         train(recipe(*common, f"run.compile={name}", f"run.out={tmp_path / name}"))
@@ -75,10 +75,10 @@ def test_a_run_may_change_its_function_where_it_was_cut(
     def stop_after_three(session: object, stop: object) -> object:
         if session.state.step == 3:  # type: ignore[attr-defined]
             raise step.StopNow
-        return step.learn(session, stop)  # type: ignore[arg-type]
+        return step.train_step(session, stop)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patched:
-        patched.setattr(run, "learn", stop_after_three)
+        patched.setattr(run, "train_step", stop_after_three)
         with pytest.raises(Interrupted):
             train(recipe("optim.steps=6", f"run.out={cut}"))
     train(recipe("optim.steps=6", f"run.out={cut}", "run.fast=false"))

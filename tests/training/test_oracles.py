@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from peftune.config import Recipe
-from peftune.model.base import load_model
+from peftune.config.recipe import Recipe
+from peftune.model.base import Base
+from peftune.model.load import load_model
 from peftune.model.lora import inject, quiet_peft
-from peftune.training.records import read_metrics
+from peftune.training.metrics import read_metrics
 from peftune.training.run import train
 
 Make = Callable[..., Recipe]
@@ -65,7 +66,7 @@ def compare(found: tuple[list[float], dict[str, torch.Tensor]], trainer: Any) ->
 
 
 def fresh(recipe: Make, tiny_base: Path) -> Any:
-    return inject(load_model(tiny_base), recipe().lora, seed=0).model
+    return inject(load_model(Base(tiny_base)), recipe().lora, seed=0).model
 
 
 def test_trainer_learns_the_same(recipe: Make, tiny_base: Path, windows: list[list[int]], tmp_path: Path) -> None:

@@ -16,14 +16,15 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from peftune.config import Recipe
+from peftune.config.recipe import Recipe
 from peftune.errors import UserError
 from peftune.model import quantized
-from peftune.model.base import load_model
+from peftune.model.base import Base
+from peftune.model.load import load_model
 from peftune.model.lora import quiet_peft
 from peftune.training import step
 from peftune.training.loading import load_adapted
-from peftune.training.records import read_metrics
+from peftune.training.metrics import read_metrics
 from peftune.training.run import train
 
 pytest.importorskip("bitsandbytes")
@@ -46,7 +47,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def on_full_base(base: Path, adapter: Path | str) -> PeftModel:
     """What plain PEFT makes of the delivered adapter."""
     with quiet_peft():
-        return PeftModel.from_pretrained(load_model(base), adapter)
+        return PeftModel.from_pretrained(load_model(Base(base)), adapter)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,8 +71,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     whole = recipe(*settings, f"run.out={tmp_path / 'whole'}")
     train(whole)
     cut = recipe(*settings, f"run.out={tmp_path / 'cut'}")
-    taken = iter([step.learn] * 2)
-    monkeypatch.setattr("peftune.training.run.learn", lambda s, stop: next(taken, _stop)(s, stop))
+    taken = iter([step.train_step] * 2)
+    monkeypatch.setattr("peftune.training.run.train_step", lambda s, stop: next(taken, _stop)(s, stop))
     with pytest.raises(Exception, match="the same command"):
         train(cut)
     monkeypatch.undo()
@@ -108,11 +109,11 @@ def test_the_adapter_is_a_plain_one_for_the_full_precision_base(
     config = json.loads((Path(made.run.out) / "adapter_config.json").read_text())
     assert config["fan_in_fan_out"] is True and not any("quant" in key for key in config)
     delivered = on_full_base(tiny_base, made.run.out)
-    trained = load_adapted(made, tiny_base, torch.float32, torch.device("cpu")).model
+    trained = load_adapted(made, Base(tiny_base), torch.float32, torch.device("cpu")).model
     values = load_file(sorted((Path(made.run.out) / "checkpoints").glob("step-*"))[-1] / "adapter.safetensors")
     trained.load_state_dict(values, strict=False)
     on_packed = logits(trained)
-    full = dict(load_model(tiny_base).named_modules())
+    full = dict(load_model(Base(tiny_base)).named_modules())
     for name, module in list(trained.named_modules()):
         if quantized.is_quantized(module):
             path = name.removeprefix("base_model.model.").removesuffix(".base_layer")
@@ -128,7 +129,7 @@ def test_loftq_delivers_what_was_learnt_without_the_correction(recipe: Make, tin
     """On the full base W the update is s·(B·A - B0·A0): the trained matrix, but for what the correction left over."""
     made = recipe(f"quantize={kind}", "lora.variant=loftq", "lora.rank=8")
     train(made)
-    fresh = load_adapted(made, tiny_base, torch.float32, torch.device("cpu"))
+    fresh = load_adapted(made, Base(tiny_base), torch.float32, torch.device("cpu"))
     trained = load_file(sorted((Path(made.run.out) / "checkpoints").glob("step-*"))[-1] / "adapter.safetensors")
     delivered = load_file(Path(made.run.out) / "adapter_model.safetensors")
     for name in (n.removesuffix(".lora_A.default.weight") for n in trained if ".lora_A." in n):
@@ -146,7 +147,7 @@ def test_loftq_delivers_what_was_learnt_without_the_correction(recipe: Make, tin
 
 def distance_to_trained(made: Recipe, base: Path) -> float:
     """Root mean square difference of logits: full base + delivered adapter, packed base + trained adapter."""
-    model = load_adapted(made, base, torch.float32, torch.device("cpu")).model
+    model = load_adapted(made, Base(base), torch.float32, torch.device("cpu")).model
     values = load_file(sorted((Path(made.run.out) / "checkpoints").glob("step-*"))[-1] / "adapter.safetensors")
     model.load_state_dict(values, strict=False)
     return float((logits(model) - logits(on_full_base(base, made.run.out))).square().mean().sqrt())
@@ -168,7 +169,7 @@ def test_evaluation_and_generation_take_the_adapter_on_the_full_precision_base(
     recipe: Make, tiny_base: Path, tmp_path: Path
 ) -> None:
     from peftune import evaluate
-    from peftune.inference import command
+    from peftune.cli import generate
     from peftune.inference.settings import GenerationSettings
 
     made = recipe("quantize=nf4", "data.validation=0.2")
@@ -179,7 +180,7 @@ def test_evaluation_and_generation_take_the_adapter_on_the_full_precision_base(
     assert rows["tuned"]["text"]["loss"] < rows["base"]["text"]["loss"]
     np.testing.assert_allclose(rows["tuned"]["text"]["loss"], measured, rtol=0.2)
     settings = GenerationSettings(max_new_tokens=8, temperature=0.0)
-    command.run(None, folders, "tuned", ["the cat"], None, settings, tmp_path / "text.json", "fp32")
+    generate.run(None, folders, "tuned", ["the cat"], None, settings, tmp_path / "text.json", "fp32")
     assert json.loads((tmp_path / "text.json").read_text())
 
 

@@ -12,11 +12,12 @@ import torch
 from peft import PeftModel
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from peftune.adapters.merge import merge
-from peftune.config import recipe_from
-from peftune.model.base import load_model
+from peftune.adapters.merge.merge import merge
+from peftune.config.recipe import recipe_from
+from peftune.model.base import Base
+from peftune.model.load import load_model
 from peftune.model.lora import quiet_peft
-from peftune.training.records import read_metrics
+from peftune.training.metrics import read_metrics
 from peftune.training.run import train
 
 pytest.importorskip("bitsandbytes")
@@ -62,7 +63,7 @@ def test_e2e_on_the_real_vocabulary_merges_as_peft_does(kind: str, variant: str,
     )
     report = merge(tmp_path / "adapter", tmp_path / "merged")
     with quiet_peft():
-        theirs: Any = PeftModel.from_pretrained(load_model(base), tmp_path / "adapter").merge_and_unload()
+        theirs: Any = PeftModel.from_pretrained(load_model(Base(base)), tmp_path / "adapter").merge_and_unload()
     ours = GPT2LMHeadModel.from_pretrained(tmp_path / "merged")
     for name, tensor in theirs.state_dict().items():
         assert (ours.state_dict()[name] - tensor).abs().max() <= 1e-6, name

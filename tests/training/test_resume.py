@@ -17,10 +17,10 @@ import pytest
 import torch
 import yaml
 
-from peftune.config import Recipe
+from peftune.config.recipe import Recipe
 from peftune.errors import Interrupted, UserError
 from peftune.training import checkpoint, run, step
-from peftune.training.records import read_metrics
+from peftune.training.metrics import read_metrics
 from peftune.training.run import train
 
 Make = Callable[..., Recipe]
@@ -40,14 +40,14 @@ def test_a_run_resumed_after_every_possible_stop_equals_one_without_stops(
     disturbed = recipe(*TRAINED_WITH_NOISE, "data.validation=0.2", "run.eval_every=3", f"run.out={tmp_path / 'b'}")
 
     def stop_after_one_step(session: object, stop: object) -> object:
-        monkeypatch.setattr(run, "learn", refuse)
-        return step.learn(session, stop)  # type: ignore[arg-type]
+        monkeypatch.setattr(run, "train_step", refuse)
+        return step.train_step(session, stop)  # type: ignore[arg-type]
 
     def refuse(session: object, stop: object) -> object:
         raise step.StopNow
 
     for _ in range(12):
-        monkeypatch.setattr(run, "learn", stop_after_one_step)
+        monkeypatch.setattr(run, "train_step", stop_after_one_step)
         if (tmp_path / "b" / "adapter_config.json").exists():
             break
         try:
@@ -153,7 +153,7 @@ def test_a_full_disk_is_one_clear_error_and_the_checkpoint_before_is_intact(
 
 
 def test_a_full_disk_under_the_records_is_one_clear_error(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    from peftune.training.records import Records
+    from peftune.training.metrics import Records
 
     made = recipe("run.save_every=1")
     append = Records._append
@@ -212,9 +212,9 @@ def test_never_refuses_where_a_checkpoint_is(recipe: Make, monkeypatch: pytest.M
 
 
 def test_two_runs_cannot_write_one_directory(recipe: Make, tmp_path: Path) -> None:
-    from peftune.training import distributed
-    from peftune.training.session import sole_writer
+    from peftune.training.distributed import zero
+    from peftune.training.setup import sole_writer
 
-    accelerator = distributed.start([], str(tmp_path))
+    accelerator = zero.start([], str(tmp_path))
     with sole_writer(tmp_path / "adapter", accelerator), pytest.raises(UserError, match="another run is writing there"):
         train(recipe())

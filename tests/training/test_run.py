@@ -12,15 +12,16 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from peftune.config import Recipe
+from peftune.config.recipe import Recipe
 from peftune.data.batches import Batch
 from peftune.errors import CheckFailed, UserError
-from peftune.model.base import load_model
+from peftune.model.base import Base
+from peftune.model.load import load_model
 from peftune.model.lora import quiet_peft
 from peftune.training import optimizer, precision, step
-from peftune.training.records import read_metrics
+from peftune.training.metrics import read_metrics
 from peftune.training.run import train
-from peftune.training.session import Session
+from peftune.training.setup import Session
 
 Make = Callable[..., Recipe]
 
@@ -69,14 +70,14 @@ def test_plain_peft_loads_the_adapter_and_computes_what_was_evaluated(recipe: Ma
     made = recipe("data.validation=0.2")
     wanted = train(made).metrics["validation"]["adapter"]
     with quiet_peft():
-        model = PeftModel.from_pretrained(load_model(tiny_base), made.run.out)
+        model = PeftModel.from_pretrained(load_model(Base(tiny_base)), made.run.out)
     from peftune.data.batches import Blocks
     from peftune.evaluate import summed_nats_over
-    from peftune.model.scorer import Scorer
-    from peftune.training.session import read_source
+    from peftune.model.reference import LossModel
+    from peftune.training.setup import read_source
 
     blocks: Blocks = read_source(made).corpus.domains["validation"]
-    nats = summed_nats_over(Scorer(model), blocks, range(len(blocks)), 4, torch.device("cpu"))
+    nats = summed_nats_over(LossModel(model), blocks, range(len(blocks)), 4, torch.device("cpu"))
     np.testing.assert_allclose(nats / blocks.tokens(), wanted["loss"], rtol=1e-6)
 
 
@@ -115,8 +116,8 @@ def test_every_variant_learns_and_resumes(
     losses, whole = learnt(recipe(*settings, f"run.out={tmp_path / 'a'}"))
     assert losses[-1] < losses[0]
     made = recipe(*settings, f"run.out={tmp_path / 'b'}")
-    taken = iter([step.learn] * 2)
-    monkeypatch.setattr("peftune.training.run.learn", lambda s, stop: next(taken, _stop)(s, stop))
+    taken = iter([step.train_step] * 2)
+    monkeypatch.setattr("peftune.training.run.train_step", lambda s, stop: next(taken, _stop)(s, stop))
     with pytest.raises(Exception, match="the same command"):
         train(made)
     monkeypatch.undo()
@@ -140,9 +141,9 @@ def test_checkpointing_changes_memory_not_the_adapter(recipe: Make, tmp_path: Pa
 
 def test_neftune_is_noise_in_training_only(recipe: Make, tmp_path: Path) -> None:
     quiet = train(recipe("data.validation=0.2", f"run.out={tmp_path / 'a'}"))
-    noisy = train(recipe("data.validation=0.2", "optim.neftune=10", f"run.out={tmp_path / 'b'}"))
-    assert quiet.metrics["validation"]["base"] == noisy.metrics["validation"]["base"]
-    assert quiet.metrics["validation"]["adapter"] != noisy.metrics["validation"]["adapter"]
+    add_neftune_noise = train(recipe("data.validation=0.2", "optim.neftune=10", f"run.out={tmp_path / 'b'}"))
+    assert quiet.metrics["validation"]["base"] == add_neftune_noise.metrics["validation"]["base"]
+    assert quiet.metrics["validation"]["adapter"] != add_neftune_noise.metrics["validation"]["adapter"]
 
 
 def test_early_stopping_delivers_the_best_step(recipe: Make) -> None:
@@ -202,19 +203,19 @@ def test_a_rate_that_explodes_is_stopped_before_the_update(recipe: Make) -> None
 
 
 def test_lora_plus_gives_b_its_own_rate() -> None:
-    from peftune.config import Optim
+    from peftune.config.recipe import OptimSection
 
     parameters = {f"x.lora_{m}.default.weight": torch.nn.Parameter(torch.ones(2, 2)) for m in "AB"}
-    built = optimizer.build(parameters, Optim(lr=1e-3, lr_b_ratio=16, weight_decay=0.1), fused=False)
+    built = optimizer.build(parameters, OptimSection(lr=1e-3, lr_b_ratio=16, weight_decay=0.1), fused=False)
     optimizer.set_rate(built, 5e-4)
     assert [g["lr"] for g in built.param_groups] == [5e-4, 8e-3]
 
 
 @pytest.mark.parametrize(("schedule", "last"), [("linear", 0.1), ("cosine", 0.0245), ("constant", 1.0)])
 def test_schedules_rise_then_fall_to_zero_after_the_last_step(schedule: str, last: float) -> None:
-    from peftune.config import Optim
+    from peftune.config.recipe import OptimSection
 
-    optim = Optim(lr=1.0, schedule=schedule, warmup=2)  # type: ignore[arg-type]
+    optim = OptimSection(lr=1.0, schedule=schedule, warmup=2)  # type: ignore[arg-type]
     rates = [optimizer.lr_at(number, 12, optim) for number in range(12)]
     np.testing.assert_allclose(rates[:3], [1 / 3, 2 / 3, 1.0])
     np.testing.assert_allclose(rates[-1], last, rtol=1e-2)

@@ -1,0 +1,291 @@
+"""The adapter directory: read it, refuse what is broken, write it whole or not at all, put it on a model.
+
+`adapter_config.json` and `adapter_model.safetensors` are plain PEFT; `peftune.json` says where the adapter came from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from peftune.adapters import peft_config
+from peftune.adapters.layout import AdapterLayout, changes_base, layout_of, stripped
+from peftune.adapters.provenance import read_provenance
+from peftune.errors import CheckFailed, UserError, first_line
+from peftune.model.lora import quiet_peft
+from peftune.model.weights import all_finite, load_pickle
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PROVENANCE = "peftune.json"
+_COMMIT = ".commit"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in memory: PEFT's configuration, its tensors by PEFT's names, and what peftune.json says."""
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    provenance: dict[str, Any] | None
+
+
+def read_adapter(directory: Path) -> Adapter:
+    """Read an adapter directory, of peftune's or of plain PEFT's making (`.bin` too).
+
+    Raises UserError where a file is missing, broken or cut short, where it is not a LoRA, and where a tensor is
+    empty or holds values that are not finite.
+    """
+    config = _read_config(directory)
+    tensors = _read_tensors(directory)
+    if not tensors:
+        raise UserError(f"adapter {directory}: holds no tensors; train it again")
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            shape = tuple(tensor.shape)
+            raise UserError(
+                f"adapter {directory}: {name} has shape {shape}: it was saved without gathering ZeRO-3 parts"
+            )
+        if not tensor.is_floating_point():
+            raise UserError(f"adapter {directory}: {name} holds {tensor.dtype}; expected floating-point numbers")
+        if not all_finite(tensor):
+            raise UserError(f"adapter {directory}: {name} holds values that are not finite; the training went wrong")
+    return Adapter(directory, config, tensors, read_provenance(directory))
+
+
+def base_of(adapter_dir: Path) -> str:
+    """The name of the base that the adapter was trained on; UserError where it does not say."""
+    config = _read_config(adapter_dir)
+    recorded = named_base(config, read_provenance(adapter_dir))
+    if recorded is None:
+        raise UserError(f"adapter {adapter_dir}: does not say which base it was trained on; pass --base")
+    return recorded
+
+
+def named_base(config: Mapping[str, Any], provenance: Mapping[str, Any] | None) -> str | None:
+    """The name of the base that an adapter's two files record, or None."""
+    name = (provenance or {}).get("base") or config.get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
+
+
+def load_onto(model: GPT2LMHeadModel | PeftModel, adapter_dir: Path, name: str = "default") -> PeftModel:
+    """Put an adapter on a base (or beside others on a PeftModel) under `name`, frozen, through PEFT's own loading.
+
+    PEFT makes the name a part of parameter names, so one that people give (`poems-v1.5`) is none for it.
+    Raises UserError where the adapter does not fit: modules, blocks or shapes that the base does not have, tensors
+    that are missing or left over, a name that is taken, or settings that would change the base under other adapters.
+    """
+    core: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    adapter, layout = check_fits(adapter_dir, core.config)
+    if isinstance(model, PeftModel):
+        _check_company(model, adapter, name)
+    _check_embedding(adapter, core)
+    # Light loading assigns tensors instead of copying them: those of the base that are tied would come apart.
+    light = not changes_base(adapter.config) and not layout.replaced
+    with quiet_peft():
+        try:
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(adapter_dir), name, low_cpu_mem_usage=light, torch_device="cpu")
+            else:
+                model = PeftModel.from_pretrained(
+                    model,
+                    str(adapter_dir),
+                    adapter_name=name,
+                    low_cpu_mem_usage=light,
+                    torch_device="cpu",
+                )
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise UserError(f"adapter {adapter_dir}: PEFT cannot load it: {first_line(error)}") from None
+    _check_loaded(model, adapter, name)
+    return model
+
+
+def check_fits(adapter_dir: Path, base: GPT2Config) -> tuple[Adapter, AdapterLayout]:
+    """What an adapter holds and what it changes, if it can be put on a base of this shape; UserError if not."""
+    adapter = read_adapter(adapter_dir)
+    layout = layout_of(adapter.config, adapter.tensors, base, str(adapter_dir))
+    if layout.vocabulary != base.vocab_size:
+        raise UserError(
+            f"adapter {adapter_dir}: has {layout.vocabulary} tokens, the base has {base.vocab_size}; "
+            "fold it in with peftune merge first"
+        )
+    return adapter, layout
+
+
+def _check_company(model: PeftModel, adapter: Adapter, name: str) -> None:
+    if name in model.peft_config:
+        raise UserError(f"adapter {adapter.directory}: the name {name} is already taken; give it another")
+    configs = [adapter.config, *(config.to_dict() for config in model.peft_config.values())]
+    if any(changes_base(config) for config in configs):
+        raise UserError(
+            f"adapter {adapter.directory}: one of {', '.join([*model.peft_config, name])} changes the base itself "
+            "(PiSSA, or trained biases), so it cannot share it; fold that one in with peftune merge"
+        )
+
+
+def _check_embedding(adapter: Adapter, core: Any) -> None:
+    """PEFT stores the embedding beside an adapter of lm_head, and writes it into the base on loading."""
+    for name, tensor in adapter.tensors.items():
+        if name.endswith(".base_layer.weight") and not changes_base(adapter.config):
+            held = core.get_output_embeddings().weight.detach().cpu()
+            if not torch.equal(held, tensor.to(held.dtype)):
+                raise UserError(
+                    f"adapter {adapter.directory}: {name} is not the embedding of this base; "
+                    "pass the base that it was trained on, or fold it in with peftune merge"
+                )
+
+
+def _check_loaded(model: PeftModel, adapter: Adapter, name: str) -> None:
+    """What PEFT holds now is what the file holds: PEFT only warns about names that it does not know."""
+    with quiet_peft():
+        held = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    tensors = {stripped(key): tensor for key, tensor in adapter.tensors.items()}
+    for key, tensor in held.items():
+        stored = tensors.get(stripped(key))
+        if stored is None or not torch.equal(stored.to(tensor.dtype), tensor.detach().cpu()):
+            raise CheckFailed(f"adapter {adapter.directory}: {key} did not arrive in the model as it is in the file")
+
+
+def check_free(out: Path, what: str) -> None:
+    """Refuse a directory that is there already, or whose name cannot be; `what` is to be written there."""
+    try:
+        taken = out.exists() or out.is_symlink()
+    except OSError as error:  # a name that is too long
+        raise UserError(f"{str(out)[:200]}: cannot write {what}: {error.strerror or error}") from None
+    if taken:
+        raise UserError(f"{out}: exists already and is not overwritten; choose another directory or remove it")
+
+
+def write_adapter(
+    out: Path,
+    peft_config: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    provenance: dict[str, Any],
+    files: Mapping[str, bytes | str],
+) -> None:
+    """Write an adapter directory whole: beside, read back and compared tensor by tensor, then moved into place.
+
+    An adapter that is there already is replaced; other files (metrics, checkpoints) stay. A crash before the commit
+    leaves the old state, a crash after it is finished by the next reader; in between there is no `adapter_config.json`,
+    so nobody loads a mixture. Raises UserError where the disk is full or not writable, CheckFailed where what was
+    read back differs.
+    """
+    existed = out.exists()
+    if existed and not out.is_dir():
+        raise UserError(f"{out}: is a file; expected a directory for the adapter")
+    staging = (out if existed else out.parent) / f".writing-{out.name}-{os.getpid()}"
+    try:
+        if existed:
+            _finish_commit(out)
+        for leftover in staging.parent.glob(f".writing-{out.name}-*"):
+            shutil.rmtree(leftover)  # of a write that was killed
+        staging.mkdir(parents=True)
+        _write_files(staging, peft_config, tensors, provenance, files)
+        _compare(read_adapter(staging), peft_config, tensors)
+        if existed:
+            staging.rename(out / _COMMIT)
+            _finish_commit(out)
+        else:
+            staging.rename(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot write the adapter: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_files(
+    directory: Path,
+    config: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    provenance: dict[str, Any],
+    files: Mapping[str, bytes | str],
+) -> None:
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(stored, directory / TENSORS, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error  # how safetensors reports a full disk
+    texts: dict[str, bytes | str] = {
+        CONFIG: json.dumps(config, indent=2, sort_keys=True),
+        PROVENANCE: json.dumps(provenance, indent=2),
+    }
+    for name, content in {**files, **texts}.items():
+        (directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    for path in directory.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _compare(written: Adapter, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    if written.config != json.loads(json.dumps(config)) or written.tensors.keys() != tensors.keys():
+        raise CheckFailed(f"{written.directory}: the adapter read back is not the one that was written")
+    for name, tensor in tensors.items():
+        if written.tensors[name].dtype != tensor.dtype or not torch.equal(written.tensors[name], tensor.detach().cpu()):
+            raise CheckFailed(f"{written.directory}: {name} read back differs from what was written; check the disk")
+
+
+def _finish_commit(out: Path) -> None:
+    """Move a complete new state into place; `adapter_config.json` goes first and comes last. Can be repeated."""
+    commit = out / _COMMIT
+    if not commit.is_dir():
+        return
+    try:
+        if (commit / CONFIG).is_file():  # else only its removal is left to do
+            (out / CONFIG).unlink(missing_ok=True)
+            last = commit / CONFIG
+            for path in [p for p in sorted(commit.iterdir()) if p != last] + [last]:
+                path.replace(out / path.name)
+        shutil.rmtree(commit)
+    except FileNotFoundError:
+        return  # another process finished it at the same moment
+    except OSError as error:
+        raise UserError(f"{out}: an unfinished write cannot be completed: {error.strerror or error}") from None
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    try:
+        os.scandir(directory).close()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"adapter {directory}: {reason}; expected a directory with {CONFIG}") from None
+    _finish_commit(directory)
+    path = directory / CONFIG
+    if not path.is_file():
+        hint = "; it is a whole model, pass it as --base" if (directory / "config.json").is_file() else ""
+        hint = hint or ("; its training has not finished" if (directory / "checkpoints").is_dir() else "")
+        raise UserError(f"adapter {directory}: no {CONFIG} in this directory{hint}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"adapter {directory}: {CONFIG} cannot be read: {error}") from None
+    kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+    if kind != "LORA":
+        raise UserError(f"adapter {directory}: peft_type is {kind}, peftune works with LORA only")
+    peft_config.check(config, f"adapter {directory}: {CONFIG}")
+    return config  # type: ignore[no-any-return]
+
+
+def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    path = directory / TENSORS
+    if path.is_file():
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            cause = first_line(error)
+            raise UserError(f"adapter {directory}: {TENSORS} is not a whole safetensors file: {cause}") from None
+    pickled = directory / "adapter_model.bin"
+    if not pickled.is_file():
+        raise UserError(f"adapter {directory}: no {TENSORS} in this directory; copy the whole adapter")
+    return load_pickle(pickled)

@@ -1,0 +1,93 @@
+"""What a merge did, and the judgement whether its result is the model that was trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from peftune.adapters.merge.logit_diff import Difference
+from peftune.errors import CheckFailed
+from peftune.model.quantized import MISSING
+
+_EXACT = 1e-4  # largest logit difference of a float32 merge, for logits up to 32
+_ROUNDED_KL = {"bfloat16": 0.05, "float16": 0.005}  # nats per token that rounding the weights may cost
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was folded and how far the logits moved; written as merge.json. Differences are None without verification.
+
+    `float32_max_abs_logit_difference` is that of the fold before its weights were rounded to `dtype` (the same as
+    `max_abs_logit_difference` for float32); `rounding_mean_kl` is what the rounding cost, in nats per token.
+
+    `trained_on` is `int8` or `nf4` for an adapter that was trained on a quantised base; the three figures
+    `…_to_trained` then compare with the function that was trained, None where that was not measured.
+    """
+
+    modules_in_adapter: int
+    modules_applied: int
+    max_abs_logit_difference: float | None
+    mean_kl: float | None
+    argmax_agreement: float | None
+    dtype: str
+    base_fingerprint: str
+    adapter_fingerprint: str
+    base: str
+    tie_word_embeddings: bool
+    vocabulary: int
+    tolerance: float | None = None
+    largest_logit: float | None = None
+    positions: int | None = None
+    float32_max_abs_logit_difference: float | None = None
+    rounding_mean_kl: float | None = None
+    trained_on: str | None = None
+    max_abs_logit_difference_to_trained: float | None = None
+    mean_kl_to_trained: float | None = None
+    argmax_agreement_to_trained: float | None = None
+
+    def about_trained(self) -> str:
+        """One line on how far the merged model is from the function that was trained on a quantised base."""
+        told = f"trained on the base in {self.trained_on}: against that + adapter"
+        if self.max_abs_logit_difference_to_trained is None:
+            return f"{told} not measured, {MISSING}"
+        return (
+            f"{told} logits differ by at most {self.max_abs_logit_difference_to_trained:.1e}, mean KL "
+            f"{self.mean_kl_to_trained:.1e} nats per token, the same likeliest token in "
+            f"{self.argmax_agreement_to_trained:.2%}"
+        )
+
+
+def judged(report: MergeReport, delivered: Difference, exact: Difference, rounding: float | None) -> MergeReport:
+    """The report with what was measured; CheckFailed where it is not the trained model."""
+    tolerance = _EXACT * max(1.0, exact.largest_logit / 32)
+    if not exact.max_abs <= tolerance:
+        raise CheckFailed(
+            f"merge: logits differ by {exact.max_abs:.2g} from base + adapter (allowed {tolerance:.2g}, largest logit "
+            f"{exact.largest_logit:.3g}); nothing was written"
+        )
+    if rounding is not None and not delivered.mean_kl <= _ROUNDED_KL[report.dtype]:
+        raise CheckFailed(
+            f"merge: rounding to {report.dtype} costs {delivered.mean_kl:.2g} nats per token (allowed "
+            f"{_ROUNDED_KL[report.dtype]}); nothing was written, use --dtype float32"
+        )
+    return dataclasses.replace(
+        report,
+        max_abs_logit_difference=delivered.max_abs,
+        mean_kl=delivered.mean_kl,
+        argmax_agreement=delivered.argmax_agreement,
+        tolerance=tolerance,
+        largest_logit=exact.largest_logit,
+        positions=exact.positions,
+        float32_max_abs_logit_difference=exact.max_abs,
+        rounding_mean_kl=rounding,
+    )
+
+
+def with_trained(report: MergeReport, found: Difference) -> MergeReport:
+    """The report with the distance to quantised base + adapter, which says what was lost and judges nothing."""
+    return dataclasses.replace(
+        report,
+        max_abs_logit_difference_to_trained=found.max_abs,
+        mean_kl_to_trained=found.mean_kl,
+        argmax_agreement_to_trained=found.argmax_agreement,
+    )

@@ -1,0 +1,72 @@
+"""What adapter_config.json may say: the types and ranges of PEFT's LoRA settings, checked where the file is read."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from peftune.config.messages import validation_messages
+from peftune.errors import UserError
+
+
+def _regular_expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+    return pattern
+
+
+def _names(value: Any) -> Any:
+    if isinstance(value, str):
+        return _regular_expression(value)
+    if value is not None and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+        raise ValueError(f"expected names of modules or a regular expression, found {value!r}")
+    return value
+
+
+def _init(value: Any) -> Any:
+    if value is not None and not isinstance(value, bool | str):
+        raise ValueError(f"expected true, false or the name of an initialisation, found {value!r}")
+    return value
+
+
+Pattern = Annotated[str, AfterValidator(_regular_expression)]
+Names = Annotated[Any, AfterValidator(_names)]
+Init = Annotated[Any, AfterValidator(_init)]
+Rank = Annotated[int, Field(gt=0)]
+Alpha = Annotated[float, Field(gt=0)]
+
+
+class Settings(BaseModel):
+    """The settings that decide what a LoRA computes; others are for `targets` to judge."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    r: Rank
+    lora_alpha: Alpha
+    target_modules: Names = None
+    exclude_modules: Names = None
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[Pattern, Rank] | None = None
+    alpha_pattern: dict[Pattern, Alpha] | None = None
+    lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    bias: Literal["none", "all", "lora_only"] = "none"
+    init_lora_weights: Init = True
+    fan_in_fan_out: bool = False
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    ensure_weight_tying: bool = False
+
+
+def check(config: dict[str, Any], where: str) -> None:
+    """UserError naming every setting that is of another type or out of range; `where` names the file."""
+    try:
+        Settings.model_validate(config)
+    except ValidationError as error:
+        raise UserError(
+            f"{where}: " + "; ".join(validation_messages(error, {"": list(Settings.model_fields)}))
+        ) from None

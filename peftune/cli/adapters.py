@@ -1,0 +1,152 @@
+"""The verbs of `peftune adapters`: their options, no logic; what is heavy is imported in the verbs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftune.cli.options import Json
+from peftune.errors import UserError
+
+app = typer.Typer(
+    name="adapters",
+    help="List, show, compare and combine adapters; take one out of a full fine-tune.",
+    rich_markup_mode="rich",
+)
+
+_OUT_HELP = "Directory for the new adapter; must not exist."
+_RANK_HELP = "Cut every module to at most this rank. Default: exact, ranks add up."
+_SHARED_HELP = "The base that all of them share, where they do not say it themselves."
+_TARGETS_HELP = "all, attention, mlp, or modules with commas between: attn.c_attn,mlp.c_fc."
+
+Out = Annotated[Path, typer.Option(help=_OUT_HELP)]
+
+
+@app.command("list")
+def list_adapters(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to look, and below.")],
+    json_path: Json = None,
+) -> None:
+    """List the adapters in a directory and below, and say why some of them cannot be used.
+
+    Example:  peftune adapters list adapters
+    """
+    _check(json_path)
+    from peftune.adapters.inspect.scan import scan
+    from peftune.cli.adapter_tables import print_scan
+
+    found = scan(directory)
+    print_scan(found)
+    _write(json_path, found.as_json())
+
+
+@app.command()
+def show(
+    adapter: Annotated[Path, typer.Argument(help="Adapter directory, of peftune or of PEFT.")],
+    base: Annotated[str | None, typer.Option(help="Also set norms against those of this base.")] = None,
+    json_path: Json = None,
+) -> None:
+    """Show what an adapter was trained on, how well, and how strong its update is in each layer.
+
+    Example:  peftune adapters show adapters/poems --base gpt2
+    """
+    _check(json_path)
+    from peftune.adapters.inspect.describe import describe
+    from peftune.cli.adapter_details import print_description
+
+    found = describe(adapter, base)
+    print_description(found)
+    _write(json_path, found.as_json())
+
+
+@app.command()
+def combine(
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Adapters of one base.")],
+    weights: Annotated[str, typer.Option(metavar="W,W,...", help="One number for each adapter, in order.")],
+    out: Out,
+    rank: Annotated[int | None, typer.Option(min=1, help=_RANK_HELP)] = None,
+    base: Annotated[str | None, typer.Option(help=_SHARED_HELP)] = None,
+    json_path: Json = None,
+) -> None:
+    """Make one adapter whose update is the weighted sum of others: exact, or the nearest of a given rank.
+
+    Example:  peftune adapters combine adapters/poems adapters/code --weights 0.7,0.3 --out adapters/both
+    """
+    _check(json_path)
+    numbers = _numbers(weights)
+    from peftune.adapters.edit.combine import combine
+    from peftune.cli.adapter_tables import print_combined
+
+    result = combine(adapters, numbers, out, rank, base)
+    print_combined(result)
+    _write(json_path, result.as_json())
+
+
+@app.command()
+def extract(
+    base: Annotated[str, typer.Option(help="What was fine-tuned: hub name, directory, or builtin:small.")],
+    tuned: Annotated[str, typer.Option(help="The full fine-tune: directory or hub name.")],
+    rank: Annotated[int, typer.Option(min=1, help="Of the adapter, in each module.")],
+    out: Out,
+    targets: Annotated[str, typer.Option(help=_TARGETS_HELP)] = "all",
+    json_path: Json = None,
+) -> None:
+    """Take an adapter out of a full fine-tune and its base, and say what of the fine-tune it holds.
+
+    Example:  peftune adapters extract --base gpt2 --tuned models/poems --rank 16 --out adapters/poems
+    """
+    _check(json_path)
+    from peftune.adapters.edit.extract import extract
+    from peftune.cli.adapter_tables import print_extracted
+
+    result = extract(base, tuned, rank, out, targets)
+    print_extracted(result)
+    _write(json_path, result.as_json())
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="Adapter directory.")],
+    second: Annotated[Path, typer.Argument(help="Another one.")],
+    json_path: Json = None,
+) -> None:
+    """Compare two adapters: angle and distance of their updates by module, and how they were made.
+
+    Example:  peftune adapters compare adapters/poems adapters/code
+    """
+    _check(json_path)
+    from peftune.adapters.inspect.compare import compare
+    from peftune.cli.adapter_tables import print_comparison
+
+    found = compare(first, second)
+    print_comparison(found)
+    _write(json_path, found.as_json())
+
+
+@app.callback(invoke_without_command=True)
+def _root(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def _numbers(weights: str) -> list[float]:
+    try:
+        return [float(weight) for weight in weights.split(",")]
+    except ValueError:
+        raise UserError(f"--weights {weights!r}: expected numbers with commas between, such as 0.7,0.3") from None
+
+
+def _check(json_path: Path | None) -> None:
+    from peftune.files import check_writable
+
+    if json_path is not None:
+        check_writable(json_path)
+
+
+def _write(json_path: Path | None, value: dict[str, object]) -> None:
+    from peftune.files import write_json
+
+    if json_path is not None:
+        write_json(json_path, value)

@@ -1,0 +1,279 @@
+"""The command line: verbs and their options, no logic; what is heavy is imported in the verbs, so --help is instant."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+
+from peftune import __version__
+from peftune.cli import adapters
+from peftune.cli.options import BASE_HELP as _BASE_HELP
+from peftune.cli.options import Adapters, Json
+from peftune.cli.options import named as _named
+from peftune.cli.serve import serve
+from peftune.errors import PeftuneError, UserError, report_once_per_machine
+from peftune.model.quantized import quiet
+
+app = typer.Typer(
+    name="peftune",
+    help="Fine-tune GPT-2 with LoRA adapters and be able to believe every number it prints.",
+    epilog="Begin with: peftune quickstart (three minutes on two CPU cores, nothing downloaded).",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.add_typer(adapters.app)
+
+_COLUMN_HELP = "Column to read: text=, prompt=, completion= or messages=; of a hub data set also split=, subset=."
+
+Columns = Annotated[list[str] | None, typer.Option("--column", metavar="KEY=COLUMN", help=_COLUMN_HELP)]
+SplitOn = Annotated[
+    Literal["auto", "blank-line", "endoftext", "file", "line"], typer.Option(help="How a txt file becomes documents.")
+]
+BlockSize = Annotated[int | None, typer.Option(min=8, help="Tokens per block. Default: the base's context.")]
+
+
+@app.command()
+def quickstart(
+    files: Annotated[list[Path] | None, typer.Argument(help="Your own text files: one more adapter each.")] = None,
+    out: Annotated[Path, typer.Option(help="Directory for everything that is made.")] = Path("quickstart"),
+) -> None:
+    """Train, measure, merge and sample adapters on a built-in base: the whole journey, offline.
+
+    Example:  peftune quickstart my.txt
+    """
+    from peftune.cli.quickstart import run
+
+    run(out=out, files=files or [])
+
+
+@app.command()
+def data(
+    sources: Annotated[list[str], typer.Argument(help="Files, globs, builtin:DOMAIN/PART, or hub data sets.")],
+    base: Annotated[str, typer.Option(help=f"Whose tokenizer counts. {_BASE_HELP}")] = "builtin:small",
+    column: Columns = None,
+    split_on: SplitOn = "auto",
+    block_size: BlockSize = None,
+    json_path: Json = None,
+) -> None:
+    """Show what is in a corpus: documents, tokens, lengths, how full blocks get, and what is scored.
+
+    Example:  peftune data answers.jsonl --column prompt=question --column completion=answer --base gpt2
+    """
+    columns = _columns(column)
+    from peftune.data import summary
+    from peftune.model.base import open_base
+
+    found = open_base(base)
+    summary.run(
+        sources,
+        found.tokenizer,
+        found.tokenizer_fingerprint,
+        block_size or found.config.n_positions,
+        json_path,
+        columns,
+        split_on,
+    )
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file; docs/recipe.md lists every key.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Win over the file.")] = None,
+) -> None:
+    """Train the adapter that a recipe describes; the same command goes on after an interruption.
+
+    Example:  peftune train launch/recipes/poems.yaml optim.lr=1e-4 run.out=adapters/slow
+
+    This is one process on at most one GPU. For several, let Accelerate start it (docs/many-ranks.md):
+
+    accelerate launch --config_file accelerate_configs/ddp.yaml -m peftune train launch/recipes/poems.yaml
+    """
+    from peftune.config.recipe import load_recipe
+
+    with report_once_per_machine():
+        checked = load_recipe(recipe, overrides)  # before torch is imported: a wrong recipe is refused at once
+    from peftune.training.distributed.zero import process_group
+    from peftune.training.run import train
+
+    with process_group():
+        train(checked)
+
+
+@app.command("eval")
+def evaluate(
+    data: Annotated[list[str], typer.Option(metavar="NAME=PATH", help="Documents to score. May be repeated.")],
+    adapters: Adapters = None,
+    base: Annotated[str | None, typer.Option(help=f"{_BASE_HELP} Default: what the adapter names.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Blocks per forward; changes nothing in the result.")] = 8,
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="What to compute in.")] = "fp32",
+    column: Columns = None,
+    block_size: BlockSize = None,
+    routing: Annotated[
+        bool, typer.Option("--routing", help="Instead: how often a prompt is sent to its domain's adapter.")
+    ] = False,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of --routing: tokens of a document to judge by.")] = 32,
+    prompts: Annotated[int, typer.Option(min=1, help="Of --routing: at most so many prompts a domain.")] = 500,
+    threshold: Annotated[float, typer.Option(help="Of --routing: nats per token that the base must lose by.")] = 0.0,
+    json_path: Json = None,
+) -> None:
+    """Print the perplexity matrix: the base and each adapter, on each domain. With --routing, where prompts are sent.
+
+    Example:  peftune eval --base gpt2 --adapter poems=adapters/poems --data poems=held.txt --data code=code.jsonl
+    """
+    folders = {name: Path(folder) for name, folder in _named("--adapter", adapters).items()}
+    columns = _columns(column)
+    paths = _named("--data", data)
+    from peftune import evaluate
+    from peftune.data.summary import source_of
+
+    domains = {name: [source_of(path, columns)] for name, path in paths.items()}
+    if routing:
+        from peftune.inference import routing_accuracy
+
+        routing_accuracy.run(base, folders, domains, prompt_tokens, prompts, threshold, json_path)
+        return
+    evaluate.run(base, folders, domains, batch, precision, json_path, block_size)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Adapter directory, of peftune or of PEFT.")],
+    out: Annotated[Path, typer.Option(help="Directory for the merged model; must not exist.")],
+    base: Annotated[str | None, typer.Option(help=f"{_BASE_HELP} Default: what the adapter names.")] = None,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="What to store.")] = "float32",
+    verify: Annotated[bool, typer.Option(help="Compare with base + adapter, on the files read back.")] = True,
+) -> None:
+    """Fold an adapter into its base: an ordinary GPT-2 checkpoint, verified before it appears.
+
+    Example:  peftune merge adapters/poems --out models/poems
+    """
+    from peftune.adapters.merge.merge import merge
+
+    report = merge(adapter, out, base=base, dtype=dtype, verify=verify)
+    applied = f"{report.modules_applied} of {report.modules_in_adapter} modules"
+    typer.echo(f"{out}: {applied} folded into {report.base}, stored as {report.dtype}")
+    if report.max_abs_logit_difference is None:
+        typer.echo("not verified: merge.json says so too")
+    else:
+        typer.echo(
+            f"read back, against base + adapter: logits differ by at most {report.max_abs_logit_difference:.1e}, "
+            f"mean KL {report.mean_kl:.1e} nats per token, the same likeliest token in {report.argmax_agreement:.2%}"
+        )
+    if report.trained_on is not None and verify:
+        typer.echo(report.about_trained())
+    if report.rounding_mean_kl is not None:
+        typer.echo(
+            f"rounding to {report.dtype} costs {report.rounding_mean_kl:.1e} nats per token; before it logits differed "
+            f"by at most {report.float32_max_abs_logit_difference:.1e}"
+        )
+
+
+@app.command()
+def generate(
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue. May be repeated.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File with one prompt a line.")] = None,
+    adapters: Adapters = None,
+    use: Annotated[str | None, typer.Option(help="Which adapter; `base` for none. Default: the only one.")] = None,
+    base: Annotated[str | None, typer.Option(help=f"{_BASE_HELP} Default: what the adapter names.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 128,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token. Default: 0.8.")] = None,
+    top_k: Annotated[int, typer.Option(help="Choose among the k likeliest; 0 is all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Choose among the likeliest that hold this share.")] = 0.95,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 repeats less; 1 is off.")] = 1.0,
+    beams: Annotated[int, typer.Option(help="Beam search with so many beams; 1 is off.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this string. May be repeated.")] = None,
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="What to compute in.")] = "fp32",
+    interactive: Annotated[bool, typer.Option("--interactive", help="Prompts at the terminal; /help there.")] = False,
+    json_path: Json = None,
+) -> None:
+    """Continue prompts with the base or with an adapter on it, printed as it is written.
+
+    Example:  peftune generate --adapter adapters/poems --prompt "The sea" --temperature 0.7
+    """
+    from peftune.cli.generate import run
+    from peftune.inference.settings import GenerationSettings
+
+    settings = GenerationSettings(
+        max_new_tokens, temperature, top_k, top_p, repetition_penalty, beams, seed, tuple(stop or ())
+    )
+    folders = {name: Path(folder) for name, folder in _named("--adapter", adapters).items()}
+    if not interactive:
+        run(base, folders, use, prompt or [], prompts, settings, json_path, precision)
+        return
+    if prompt or prompts or json_path:
+        raise UserError("--interactive reads its prompts from the terminal; drop --prompt, --prompts and --json")
+    from peftune.cli import repl
+
+    repl.run(base, folders, use, settings, precision)
+
+
+app.command()(serve)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False
+) -> None:
+    if version:
+        typer.echo(f"peftune {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the program and leave with its exit code; an error that a person can mend is one line on stderr."""
+    quiet()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """The exit code of one call (errors.py lists them); anything not raised on purpose is a bug and passes through."""
+    try:
+        code = int(app(arguments, prog_name="peftune", standalone_mode=False) or 0)
+    except PeftuneError as error:
+        return _complain(str(error), error.exit_code)
+    except typer.TyperException as error:
+        return _complain(f"{error.format_message()} {_where_help_is(arguments)}", UserError.exit_code)
+    except typer.Abort:
+        return _complain("stopped", _STOPPED)
+    except BrokenPipeError:  # the reader of our output has gone (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return _complain("stopped", code) if code == _STOPPED else code
+
+
+_COLUMN_KEYS = ("text", "prompt", "completion", "messages", "split", "subset")
+_STOPPED = 130  # what a shell reports for Ctrl-C
+
+
+def _complain(message: str, exit_code: int) -> int:
+    if message:  # empty where another rank says it
+        typer.echo(f"peftune: {' '.join(message.split())}", err=True)
+    return exit_code
+
+
+def _where_help_is(arguments: list[str]) -> str:
+    command: Any = typer.main.get_command(app)
+    words = ["peftune"]
+    for argument in arguments:
+        if argument in getattr(command, "commands", {}):
+            command = command.commands[argument]
+            words.append(argument)
+    return f"See: {' '.join(words)} --help"
+
+
+def _columns(values: list[str] | None) -> dict[str, str]:
+    columns = _named("--column", values)
+    for key in columns:
+        if key not in _COLUMN_KEYS:
+            raise UserError(f"--column {key}={columns[key]}: expected one of {', '.join(_COLUMN_KEYS)} before the =")
+    return columns

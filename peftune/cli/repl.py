@@ -1,0 +1,161 @@
+"""`peftune generate --interactive`: a prompt at a time, adapters and settings changed in between.
+
+What begins with a slash is a command, everything else a prompt; with an adapter that was trained on conversations it is
+what the user says, and the conversation goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peftune.cli.generate import choose_adapter, recorded_base
+from peftune.cli.text_output import TextPrinter
+from peftune.data.sources.chat_template import STOPS, render_chat
+from peftune.errors import UserError
+from peftune.inference.bank import AdapterBank
+from peftune.inference.conversation import speaks
+from peftune.inference.settings import GenerationSettings
+
+HELP = """\
+text                     continue it (an empty line begins a document); what a chat adapter is told
+/use NAME                another adapter; base for none
+/adapters                those that are here
+/set NAME VALUE          such as /set temperature 0.7, /set stop \\n\\n, /set seed none
+/settings                all of them
+/reset                   forget the conversation
+/help, /quit             Ctrl-C stops a text, Ctrl-D ends"""
+
+_ESCAPES = {"\\n": "\n", "\\t": "\t"}
+
+
+def run(
+    base: str | None, adapters: Mapping[str, Path], use: str | None, settings: GenerationSettings, precision: str
+) -> None:
+    """Read lines from stdin until its end; UserError for a base or an adapter that cannot be used."""
+    name = choose_adapter(adapters, use) if use is not None or len(adapters) < 2 else next(iter(adapters))
+    bank = AdapterBank(base or recorded_base(adapters, name), precision)
+    for other, directory in adapters.items():
+        bank.add(other, directory)
+    bank.use(name)
+    ReplSession(bank, name, settings).run()
+
+
+class ReplSession:
+    """A person at the terminal: the adapter and settings in use, and the conversation so far."""
+
+    def __init__(self, bank: AdapterBank, name: str | None, settings: GenerationSettings) -> None:
+        _check(settings)
+        self.bank, self.name, self.settings = bank, name, settings
+        self.messages: list[dict[str, Any]] = []
+        self._asks = sys.stdin.isatty()
+        self._printer = TextPrinter()
+
+    def run(self) -> None:
+        """Answer line after line."""
+        if self._asks:
+            import readline  # noqa: F401  # line editing and history for `input`
+
+            print(f"peftune on {self.bank.base}; /help tells more")
+        while True:
+            try:
+                line = input(f"{self.name or 'base'}> " if self._asks else "")
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                print()
+                continue
+            if line.strip() in ("/quit", "/exit"):
+                return
+            try:
+                self.answer(line)
+            except UserError as error:
+                print(error, file=sys.stderr)
+            except KeyboardInterrupt:  # enough of this text
+                self._printer.end()
+
+    def answer(self, line: str) -> None:
+        """Do what one line says; UserError where it says nothing that is known."""
+        command, _, rest = line.strip().partition(" ")
+        if not line.startswith("/"):
+            self._write(line)
+        elif command == "/use":
+            self._use(rest.strip())
+        elif command == "/set":
+            self._set(*rest.strip().partition(" ")[::2])
+        elif command in ("/adapters", "/settings", "/help"):
+            print(HELP if command == "/help" else self._adapters() if command == "/adapters" else self._settings())
+        elif command == "/reset":
+            self.messages.clear()
+        else:
+            raise UserError(f"{command}: no such command; known: /use /adapters /set /settings /reset /help /quit")
+
+    def _write(self, line: str) -> None:
+        chat = self.name is not None and speaks(self.bank, self.name)
+        settings, prompt = self.settings, line
+        if chat:
+            self.messages.append({"role": "user", "content": line})
+            prompt = render_chat(self.messages)
+            settings = dataclasses.replace(settings, stop=(*settings.stop, *STOPS))
+        else:
+            self._printer.prompt(line)
+        text = ""
+
+        def show(_: int, piece: str) -> None:
+            nonlocal text
+            piece = piece.lstrip(" ") if chat and not text else piece  # the template's space after the colon
+            text += piece
+            self._printer.continuation(piece)
+
+        try:
+            self.bank.generate([prompt], settings, self.name, show)
+        finally:  # what was said before a Ctrl-C was said
+            if chat:
+                self.messages.append({"role": "assistant", "content": text})
+        self._printer.end()
+
+    def _use(self, name: str) -> None:
+        self.bank.use(name or "")
+        self.name = None if name == "base" else name
+        self.messages.clear()
+
+    def _adapters(self) -> str:
+        lines = [f"{'*' if self.name is None else ' '} base"]
+        for name in self.bank.names:
+            kind = ", chat" if speaks(self.bank, name) else ""
+            lines.append(f"{'*' if name == self.name else ' '} {name}: rank {self.bank.get(name).rank}{kind}")
+        return "\n".join(lines)
+
+    def _settings(self) -> str:
+        return "\n".join(f"{key} = {value!r}" for key, value in dataclasses.asdict(self.settings).items())
+
+    def _set(self, key: str, value: str) -> None:
+        known = {field.name: field for field in dataclasses.fields(GenerationSettings)}
+        if key not in known:
+            raise UserError(f"/set {key}: no such setting; known: {', '.join(known)}")
+        changed: Any = dataclasses.replace(self.settings, **{key: _value(key, value, str(known[key].type))})
+        _check(changed)
+        self.settings = changed
+
+
+def _check(settings: GenerationSettings) -> None:
+    if settings.beams > 1:
+        raise UserError("beams: there is no beam search while texts are streamed; leave it at 1")
+
+
+def _value(key: str, typed: str, kind: str) -> Any:
+    """What was typed, as the setting's type; `none` where that may be."""
+    if key == "stop":
+        for escape, meant in _ESCAPES.items():
+            typed = typed.replace(escape, meant)
+        return () if typed in ("", "none") else (typed,)
+    if typed == "none" and "None" in kind:
+        return None
+    try:
+        return float(typed) if "float" in kind else int(typed)
+    except ValueError:
+        wanted = "a number" if "float" in kind else "a whole number"
+        raise UserError(f"/set {key} {typed!r}: expected {wanted}") from None

@@ -1,0 +1,63 @@
+"""The verb `serve`: its options, no logic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from peftune.cli.options import BASE_HELP, Adapters, named
+from peftune.errors import UserError
+
+Roots = Annotated[
+    list[Path] | None,
+    typer.Option("--adapter-root", metavar="DIR", help="Clients may load adapters from below it. May be repeated."),
+]
+Names = Annotated[
+    list[str] | None,
+    typer.Option("--allowed-host", metavar="NAME", help="Name of this server, needed where no key is set."),
+]
+Key = Annotated[
+    str | None,
+    typer.Option(envvar="PEFTUNE_API_KEY", show_default=False, help="What clients must send as bearer token."),
+]
+
+
+def serve(
+    base: Annotated[str, typer.Option(help=BASE_HELP)],
+    adapters: Adapters = None,
+    adapter_root: Roots = None,
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is every address of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    api_key: Key = None,
+    allowed_host: Names = None,
+    slots: Annotated[int, typer.Option(help="Texts written at a time.")] = 8,
+    queue: Annotated[int, typer.Option(help="Texts that may wait; more are told to come back later.")] = 256,
+    max_body: Annotated[int, typer.Option(metavar="BYTES", help="Largest body of a request.")] = 1 << 20,
+    max_adapters: Annotated[int, typer.Option(help="Most adapters in memory.")] = 256,
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="What to compute in.")] = "fp32",
+    drain: Annotated[float, typer.Option(metavar="SECONDS", help="For running texts to end after SIGTERM.")] = 30.0,
+    routing_threshold: Annotated[
+        float, typer.Option(metavar="X", help="Nats per token by which `auto` wants an adapter better than the base.")
+    ] = 0.0,
+) -> None:
+    """Serve one base and many adapters with OpenAI's protocol: the model of a request is an adapter's name.
+
+    Example:  peftune serve --base gpt2 --adapter poems=adapters/poems --adapter code=adapters/code
+    """
+    folders = {name: Path(folder) for name, folder in named("--adapter", adapters).items()}
+    try:
+        from peftune.serve import server
+        from peftune.serve.settings import ServeSettings
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("fastapi", "starlette", "uvicorn"):
+            raise
+        raise UserError(f"peftune serve needs {error.name}; pip install 'peftune[serve]'") from None
+
+    settings = ServeSettings(
+        host=host, port=port, api_key=api_key, roots=tuple(adapter_root or ()), allowed_hosts=tuple(allowed_host or ()),
+        slots=slots, queue=queue, max_body=max_body, max_adapters=max_adapters, drain=drain,
+        routing_threshold=routing_threshold,
+    )  # fmt: skip
+    server.run(base, folders, precision, settings)

@@ -1,0 +1,71 @@
+"""Where generated text goes: a terminal, a file or pipe, and JSON."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from rich.console import Console
+
+from peftune.inference.generate import Generation
+
+_PROMPT, _CONTINUATION, _HEADER = "dim", "bold", "cyan"
+# A model may write what a terminal would obey (ESC, BEL, the C1 set): show U+FFFD instead.
+_CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+class TextPrinter:
+    """Prints to stdout: prompt dim and continuation bright on a terminal, else the text and nothing more.
+
+    When the reader of a pipe has gone (`| head`), BrokenPipeError is raised, or with `outlives_pipe` what is still to
+    come is discarded.
+    """
+
+    def __init__(self, outlives_pipe: bool = False) -> None:
+        self._out = sys.stdout  # kept: a progress bar puts its own stream in sys.stdout while it lives
+        self.is_terminal = self._out.isatty()
+        self._console = Console(file=self._out, highlight=False)
+        self._outlives_pipe = outlives_pipe
+        self._last = "\n"
+
+    def header(self, number: int, count: int) -> None:
+        """Which of several prompts comes now, set off by a blank line."""
+        self._write(("" if number == 1 else "\n") + f"=== {number} of {count} ===\n", _HEADER)
+
+    def prompt(self, text: str) -> None:
+        """The text that the model was given."""
+        self._write(text, _PROMPT)
+
+    def continuation(self, text: str) -> None:
+        """The text that the model wrote, or a piece of it."""
+        self._write(text, _CONTINUATION)
+
+    def end(self) -> None:
+        """The text is complete: end its line."""
+        if self._last != "\n":
+            self._write("\n")
+
+    def _write(self, text: str, style: str | None = None) -> None:
+        if not text:
+            return
+        self._last = text[-1]
+        encoding = self._out.encoding or "utf-8"
+        text = text.encode(encoding, "replace").decode(encoding)  # a stdout that is not UTF-8 is no reason to stop
+        try:
+            if self.is_terminal:
+                self._console.out(text.translate(_CONTROLS), style=style, highlight=False, end="")
+            else:
+                self._out.write(text)
+            self._out.flush()
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._out.fileno())  # so that nothing is said about it at exit
+            os.close(nowhere)
+            if not self._outlives_pipe:
+                raise
+
+
+def as_json(facts: dict[str, Any], generations: list[Generation]) -> dict[str, Any]:
+    """`facts` (base, adapter, settings) and one object a prompt."""
+    return {**facts, "generations": [{**vars(generation), "ids": list(generation.ids)} for generation in generations]}

@@ -1,0 +1,84 @@
+"""pydantic's errors in plain words, one line each, for people who wrote a recipe."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+# A field that may hold one thing or another is explained whole; pydantic would complain once for each.
+_EITHER = {
+    "data.validation": "a fraction below 1 (0 is none), sources, or a mapping of domain names to sources",
+    "data.block_size": "a whole number of at least 8, or auto",
+    "batch.micro_size": "a whole number of at least 1, or auto",
+    "lora.targets": "all, attention, or a list of module names",
+}
+_PLAIN = {
+    "bool_type": "expected true or false",
+    "int_type": "expected a whole number",
+    "float_type": "expected a number",
+    "string_type": "expected text",
+    "tuple_type": "expected a list of two numbers",
+    "model_type": "expected a section with keys of its own",
+    "list_type": "expected a list, such as [a, b]",
+    "dict_type": "expected a section with keys of its own",
+    "too_short": "expected at least one",
+    "string_too_short": "expected some text",
+}
+
+
+def validation_messages(error: ValidationError, keys: Mapping[str, Sequence[str]]) -> list[str]:
+    """One line of plain words for each problem; `keys` are those known at each place, "" for the top."""
+    found: dict[str, str] = {}
+    for item in error.errors():
+        place = [part for part in item["loc"] if not (isinstance(part, str) and part.startswith("("))]
+        field = ".".join(str(part) for part in place[:2])
+        either = field in _EITHER and (field != "data.validation" or len(place) == 2)
+        where = field if either else ".".join(str(part) for part in place)
+        problem = f"expected {_EITHER[field]}, found {_short(item['input'])}" if either else _problem(item)
+        if item["type"] == "extra_forbidden":
+            found.setdefault(where, f"unknown key {where}, {_nearest(place, keys)}")
+        elif item["type"] == "missing":
+            found.setdefault(where, f"{where} is missing")
+        else:
+            found.setdefault(where, f"{where}: {problem}" if where else problem)
+    return list(found.values())
+
+
+def _problem(item: Any) -> str:
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    expected = _PLAIN.get(item["type"]) or item["msg"].replace("Input should be", "expected")
+    for comparison in ("greater", "less"):
+        expected = expected.replace(f"expected {comparison}", f"expected a number {comparison}")
+    return f"{expected[:1].lower()}{expected[1:]}, found {_short(item['input'])}"
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def _nearest(place: list[Any], keys: Mapping[str, Sequence[str]]) -> str:
+    """What an unknown key may have meant: one of its section, or one of another section."""
+    key, known = str(place[-1]), _known(place[:-1], keys)
+    elsewhere = {
+        name: f"{section}.{name}" for section in keys if "." not in section and section for name in keys[section]
+    }
+    if key in elsewhere:
+        return f"did you mean {elsewhere[key]}?"
+    for names in (known, elsewhere):
+        near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+        if near:
+            return f"did you mean {near[0] if names is known else elsewhere[near[0]]}?"
+    return f"known here: {', '.join(known)}"
+
+
+def _known(place: list[Any], keys: Mapping[str, Sequence[str]]) -> Sequence[str]:
+    for depth in (2, 1, 0):
+        name = ".".join(str(part) for part in place[:depth])
+        if name in keys:
+            return keys[name]
+    return keys[""]

@@ -1,0 +1,288 @@
+"""The recipe: what to learn, typed and validated whole; every problem is listed at once.
+
+A recipe is a YAML file; dotted overrides (`optim.lr=1e-4`) win over it. Field docstrings below are the source of
+`docs/recipe.md`.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+
+from peftune.config.messages import validation_messages
+from peftune.config.yaml_loader import parse, read_yaml
+from peftune.errors import UserError
+
+BLOCK_LINEARS = ("c_attn", "c_proj", "c_fc")
+"""The linear layers of a GPT-2 block by their last name: what `quantize` packs."""
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are refused, values are not changed after validation."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class Source(Section):
+    """Where documents come from; a bare string in the recipe is short for `{path: string}`."""
+
+    path: NonEmpty
+    """A file (txt, jsonl, json, csv, tsv, parquet), a directory of such, a glob, `builtin:DOMAIN/PART`, or the name of
+    a hub data set."""
+    text: str | None = None
+    """Column of plain text. Where no column is named, those called `text`, else `prompt` and `completion`, else
+    `messages` are read."""
+    prompt: str | None = None
+    """Column of the prompt (context, never scored); goes with `completion`."""
+    completion: str | None = None
+    """Column of the completion (scored)."""
+    messages: str | None = None
+    """Column of chat messages, each `{role, content}`; only what the assistant says is scored."""
+    split: str | None = None
+    """Split of a hub data set (default `train`)."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+
+    @model_validator(mode="after")
+    def _columns_make_sense(self) -> Source:
+        if (self.prompt is None) != (self.completion is None):
+            raise ValueError("prompt and completion go together")
+        if sum(column is not None for column in (self.text, self.prompt, self.messages)) > 1:
+            raise ValueError("give one of text, prompt + completion, messages")
+        return self
+
+
+def _as_source(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str | dict) else value
+
+
+SourceLike = Annotated[Source, BeforeValidator(_as_source)]
+SourceList = Annotated[list[SourceLike], BeforeValidator(_as_list), Field(min_length=1)]
+
+
+def _validation_kind(value: Any) -> str:
+    """What `data.validation` holds; a mapping whose keys are not those of a source names evaluation domains."""
+    if isinstance(value, dict) and not set(value) & set(Source.model_fields):
+        return "(domains)"
+    return "(sources)" if isinstance(value, str | dict | list) else "(fraction)"
+
+
+def _names_as_text(value: dict[Any, Any]) -> dict[str, Any]:
+    return {str(name): source for name, source in value.items()}
+
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Domains = Annotated[dict[str, SourceList], BeforeValidator(_names_as_text), Field(min_length=1)]
+Validation = Annotated[
+    Annotated[Fraction, Tag("(fraction)")]
+    | Annotated[SourceList, Tag("(sources)")]
+    | Annotated[Domains, Tag("(domains)")],
+    Discriminator(_validation_kind),
+]
+
+
+class DataSection(Section):
+    """What is read, and how it becomes blocks of tokens."""
+
+    train: SourceList
+    """Sources to learn from: a path, a list of paths, or mappings with `path` and the columns to read."""
+    validation: Validation = 0.05
+    """A fraction held out by document hash (equal documents fall on one side), sources as above, or a mapping of
+    domain names to sources, each evaluated by itself; 0 is none."""
+    block_size: Annotated[int, Field(ge=8)] | Literal["auto"] = "auto"
+    """Tokens per block; `auto` is the context length of the base (1,024 for GPT-2)."""
+    packing: bool = True
+    """Lay several documents in one row; `false` gives each a row of its own, sorted by length. Same result."""
+    join: Literal[" ", ""] = " "
+    """Put between prompt and completion where neither has white space at the seam."""
+    split_on: Literal["auto", "blank-line", "endoftext", "file", "line"] = "auto"
+    """How a txt file becomes documents; `auto`: at `<|endoftext|>` if the file has one, else at two or more blank lines
+    if at least one gap in 20 is that wide, else at every blank line."""
+
+
+class LoraSection(Section):
+    """The adapter."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Rank of the update of each adapted matrix."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """Scale: the update is multiplied by alpha / rank (rslora: alpha / sqrt(rank))."""
+    dropout: Fraction = 0.0
+    """Dropout on the input of each adapter."""
+    targets: Literal["all", "attention"] | Annotated[list[str], Field(min_length=1)] = "all"
+    """`all` linear layers of every block, `attention` only, or module names (`c_attn`, `mlp.c_fc`, `lm_head`, …)."""
+    variant: Literal["lora", "rslora", "dora", "pissa", "loftq"] = "lora"
+    """LoRA (2106.09685), rank-stabilised LoRA (2312.03732), DoRA (2402.09353), PiSSA (2404.02948), or, on a quantised
+    base, LoftQ (2310.08659): a LoRA that starts as the best correction of what quantising took from the base."""
+    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    """Adapt only these blocks, counted from 0; null adapts all."""
+    modules_to_save: list[str] = []
+    """Modules trained whole and stored in the adapter (`wte`, `lm_head`, `ln_f`, …)."""
+
+
+class OptimSection(Section):
+    """AdamW and its schedule; a step is an optimizer step."""
+
+    lr: Annotated[float, Field(gt=0)] = 2.0e-4
+    """Peak learning rate."""
+    lr_b_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """LoRA+ (2402.12354): the rate of the B matrices is lr times this."""
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    """Course of the rate after the warm-up: to zero on a line or half a cosine, or constant."""
+    warmup: Annotated[float, Field(ge=0)] = 0.03
+    """Share of all steps with a rising rate (below 1), or a number of steps (1 and above)."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of the adapter matrices."""
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
+    """Decay of AdamW's moments."""
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest global gradient norm; null does not clip."""
+    epochs: Annotated[float, Field(gt=0)] = 3
+    """Passes over the training blocks; not used when `steps` is given."""
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Number of optimizer steps, instead of `epochs`."""
+    neftune: Annotated[float, Field(ge=0)] = 0.0
+    """NEFTune (2310.05914): strength of the uniform noise on embeddings while training; 0 is off."""
+    label_smoothing: Fraction = 0.0
+    """Share of each target's probability that is spread evenly over the vocabulary while training (1512.00567). The
+    training loss is then the smoothed one; evaluation never is."""
+
+
+class BatchSection(Section):
+    """How many blocks make a step and how many make a forward."""
+
+    global_size: Annotated[int, Field(ge=1)] = 32
+    """Blocks per optimizer step, over all ranks and micro-batches."""
+    micro_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Blocks per forward on one rank; `auto` starts from the largest sensible and halves when memory runs out."""
+
+
+class RunSection(Section):
+    """Where results go, and how the run behaves."""
+
+    out: NonEmpty
+    """Adapter directory to write."""
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    """Seed of the adapter's initial values, the order of samples and dropout."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """`auto`: bf16 where the hardware has it, else fp32 (fp16 with loss scaling on GPUs without bf16)."""
+    eval_every: Annotated[int, Field(ge=0)] = 50
+    """Steps between evaluations; 0 evaluates before and after only."""
+    save_every: Annotated[int, Field(ge=0)] = 200
+    """Steps between checkpoints; 0 saves on signals and at the end only."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` goes on from the newest checkpoint in `out`; `never` refuses to start where there is one."""
+    track: list[Literal["tensorboard", "wandb", "mlflow"]] = []
+    """Experiment trackers to write to, each only if it is installed."""
+    checkpointing: bool = False
+    """Recompute activations in the backward: about a quarter slower, much less memory."""
+    early_stopping: Annotated[int, Field(ge=1)] | None = None
+    """Stop after so many evaluations without a better validation loss; the best step is what is delivered."""
+    samples: list[str] = []
+    """Prompts continued greedily at each evaluation and recorded; "" begins a document."""
+    fast: bool = True
+    """Compute steps by peftune's own GPT-2 where it applies (it says where not), to rounding what Transformers and PEFT
+    compute; `false` always takes theirs."""
+    compile: bool = False
+    """Compile what stands between the matrix products of fast steps; needs a C++ compiler, on a GPU Triton. Takes up to
+    a minute the first time, less from its cache afterwards, and is left out of runs too short to repay it."""
+    base_dropout: Fraction = 0.0
+    """Dropout inside the frozen base (GPT-2 was pretrained with 0.1; for LoRA it only slows training)."""
+
+
+class Recipe(Section):
+    """A whole training run."""
+
+    base: NonEmpty
+    """Hub name (`gpt2`), directory, or `builtin:small`."""
+    quantize: Literal["int8", "nf4"] | None = None
+    """Hold the linear layers of the frozen base in 8 or 4 bits (needs the extra `quant`). The adapter that comes out is
+    one for the full-precision base."""
+    data: DataSection
+    lora: LoraSection = LoraSection()
+    optim: OptimSection = OptimSection()
+    batch: BatchSection = BatchSection()
+    run: RunSection
+
+    @model_validator(mode="after")
+    def _numbers_fit(self) -> Recipe:
+        problems = []
+        problems += self._quantisation_problems()
+        micro = self.batch.micro_size
+        if micro != "auto" and micro > self.batch.global_size:
+            problems.append(f"batch: micro_size {micro} is larger than global_size {self.batch.global_size}")
+        if self.run.early_stopping and (self.data.validation == 0 or not self.run.eval_every):
+            problems.append("run.early_stopping needs data.validation and run.eval_every")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _quantisation_problems(self) -> list[str]:
+        if self.quantize is None:
+            needs = "loftq corrects a quantised base; give quantize: int8 or nf4, or another variant"
+            return [f"lora.variant: {needs}"] if self.lora.variant == "loftq" else []
+        problems = []
+        if self.lora.variant == "pissa":
+            problems.append("lora.variant: pissa takes its start out of the base's weights, which quantize has packed")
+        packed = [name for name in self.lora.modules_to_save if name.rpartition(".")[2] in BLOCK_LINEARS]
+        problems += [f"lora.modules_to_save: {name} cannot be trained whole, quantize has packed it" for name in packed]
+        return problems
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe file and apply `key=value` overrides; UserError names every problem in one line."""
+    return recipe_from(read_yaml(Path(path)), overrides or [], str(path))
+
+
+def recipe_from(values: dict[str, Any], overrides: list[str], name: str = "recipe") -> Recipe:
+    """Validate a mapping with overrides applied; all problems are joined in one UserError."""
+    values = copy.deepcopy(values)
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{name}: " + "; ".join(validation_messages(error, known_keys()))) from None
+
+
+def known_keys() -> dict[str, list[str]]:
+    """The keys of the recipe's top (""), of each section and of a source, by place."""
+    sections: dict[str, type[Section]] = {
+        "": Recipe,
+        "data": DataSection,
+        "lora": LoraSection,
+        "optim": OptimSection,
+        "batch": BatchSection,
+        "run": RunSection,
+    }
+    sections |= {"data.train": Source, "data.validation": Source}
+    return {place: list(section.model_fields) for place, section in sections.items()}
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {override!r}: expected key=value, such as optim.lr=1e-4")
+    try:
+        value = parse(text) if text else ""
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise UserError(f"override {override!r}: {text!r} is not a YAML value") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = {} if values.get(parent) is None else values[parent]
+        values[parent] = inner
+        if not isinstance(inner, dict):
+            raise UserError(f"override {override!r}: {parent} is not a section")
+        values = inner
+    values[last] = value

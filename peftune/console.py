@@ -1,0 +1,72 @@
+"""What a person sees: messages, tables and progress bars on stderr; results go to stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+
+class Console:
+    """Messages and progress on stderr; bars only on a terminal; silent on every rank but the first."""
+
+    def __init__(self, speaks: bool = True) -> None:
+        self.console = RichConsole(stderr=True, quiet=not speaks, highlight=False)
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("[cyan]{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not (speaks and self.console.is_terminal),
+            transient=True,
+        )
+
+    def say(self, text: str) -> None:
+        """One line for the person."""
+        self.console.print(text, soft_wrap=True, markup=False)
+
+    def stage(self, text: str) -> None:
+        """A heading: what comes next."""
+        self.console.print(Text(f"▸ {text}", style="bold cyan"), soft_wrap=True)
+
+
+Matrix = Mapping[str, Mapping[str, Mapping[str, float]]]
+
+
+def matrix_table(rows: Matrix, key: str = "perplexity") -> Table:
+    """Rows (the base first, then adapters) by domains; the best is green, changes are against the base."""
+    title = {"perplexity": "Held-out perplexity (lower is better)", "bits_per_byte": "Bits per byte"}.get(key, key)
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
+    table.add_column("model")
+    domains = list(next(iter(rows.values())))
+    for domain in domains:
+        table.add_column(domain, justify="right")
+    base = rows.get("base")
+    for name, figures in rows.items():
+        cells = [
+            _cell(figures[d][key], base[d][key] if base and name != "base" else None, _is_best(rows, d, key, name))
+            for d in domains
+        ]
+        table.add_row(name, *cells)
+    return table
+
+
+def _is_best(rows: Matrix, domain: str, key: str, name: str) -> bool:
+    return len(rows) > 1 and rows[name][domain][key] == min(figures[domain][key] for figures in rows.values())
+
+
+def _cell(value: float, base: float | None, best: bool) -> Text:
+    against = f" ({change(value, base)})" if base else ""
+    return Text(f"{value:,.2f}{against}", style="bold green" if best else "")
+
+
+def change(value: float, base: float) -> str:
+    """How `value` compares with `base`: in percent, from ten times up as a factor."""
+    ratio = value / base
+    return f"{ratio:,.0f} times" if ratio >= 10 else f"{100 * (ratio - 1):+.0f} %"

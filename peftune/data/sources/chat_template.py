@@ -1,0 +1,88 @@
+"""Chat in plain words: a template that a GPT-2 can learn without a new token.
+
+    System: You are brief.
+
+    User: Hello.
+
+    Assistant: Hi.
+
+    User: Bye.
+
+    Assistant: Farewell.<|endoftext|>
+
+Scored is what the assistant decides: its text (with the space before it), and how its turn ends: with
+`<|endoftext|>` at the end of the conversation, or with `\\n\\nUser:` (`\\n\\nSystem:`) where another turn follows. A
+generation is therefore complete at `<|endoftext|>` or at any of `STOPS`. White space around a message is removed, and
+messages after the assistant's last are left out: nothing in them is scored.
+
+The cuts between pieces lie where GPT-2's own pre-tokenizer cuts, so the ids are those of the rendered text as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from peftune.data.sources.plain_text import unix_line_ends
+from peftune.data.sources.records import kind_of
+from peftune.errors import UserError
+
+NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
+STOPS = ("\n\nUser:", "\n\nSystem:", "\n\nAssistant:")
+
+Turns = tuple[tuple[str, bool], ...]
+
+
+def render_chat(messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+    """The messages as text, ready to be continued by the assistant; UserError for a role or content we do not know."""
+    text = "\n\n".join(_header(role) + _body(content) for role, content in _checked(messages, "messages"))
+    if not add_generation_prompt:
+        return text
+    return f"{text}\n\n{_header('assistant')}" if text else _header("assistant")
+
+
+def turns_of(messages: Any, place: str) -> Turns:
+    """Pieces of a training conversation as (text, scored), which concatenate to `render_chat` of the messages.
+
+    Raises UserError naming `place` where there is no assistant message, or a role or content that we do not know.
+    """
+    spoken = _checked(messages, place)
+    while spoken and spoken[-1][0] != "assistant":
+        spoken.pop()
+    if not spoken:
+        raise UserError(f"{place}: no message of the assistant; there is nothing to learn from it")
+    pieces: list[tuple[str, bool]] = []
+    scored, text = False, ""
+    for number, (role, content) in enumerate(spoken):
+        text += ("\n\n" if number else "") + _header(role)
+        if scored != (role == "assistant"):
+            pieces.append((text, scored))
+            scored, text = not scored, ""
+        text += _body(content)
+    return (*pieces, (text, scored))
+
+
+def _header(role: str) -> str:
+    return f"{NAMES[role]}:"
+
+
+def _body(content: str) -> str:
+    return f" {content}" if content else ""
+
+
+def _checked(messages: Any, place: str) -> list[tuple[str, str]]:
+    """(role, content) of each message, with white space around the content removed."""
+    if not isinstance(messages, list | tuple):
+        raise UserError(f"{place}: expected a list of messages, found {kind_of(messages)}")
+    found = []
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            keys = ", ".join(map(str, message)) if isinstance(message, dict) else kind_of(message)
+            raise UserError(f"{place}: message {number}: expected role and content, found {keys}")
+        role, content = message["role"], message["content"]
+        if not isinstance(role, str) or role not in NAMES:
+            raise UserError(f"{place}: message {number}: role {role!r}; expected {', '.join(NAMES)}")
+        if not isinstance(content, str):
+            raise UserError(f"{place}: message {number}: content is {kind_of(content)}; expected a string")
+        found.append((role, unix_line_ends(content).strip()))
+    return found

@@ -1,0 +1,81 @@
+"""Data sets of the Hugging Face hub, streamed row by row; nothing is downloaded whole."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+from peftune.config.recipe import Source
+from peftune.data.sources.records import Row, Rows
+from peftune.errors import UserError
+
+_TIMEOUT = 10.0  # seconds until the hub counts as out of reach
+
+
+Choose = Callable[[list[str]], list[str]]
+
+
+def rows(source: Source, choose: Choose) -> Rows:
+    """Rows of a hub data set at the revision that `identity` names, of the columns that `choose` picks.
+
+    Raises UserError where it cannot be loaded.
+    """
+    yield from stream(source, revision_of(source.path), choose)
+
+
+def identity(source: Source) -> str:
+    """Name, revision, subset and split of a hub data set: the same string means the same rows."""
+    return f"{source.path}@{revision_of(source.path)}/{source.subset}/{source.split or 'train'}"
+
+
+@lru_cache(maxsize=64)
+def revision_of(name: str) -> str:
+    """Commit of a hub data set, asked for once per process so that key and rows agree."""
+    from huggingface_hub import HfApi
+
+    with _one_line_errors(f"no file {name} and no hub data set of that name could be loaded"):
+        return str(HfApi().dataset_info(name, timeout=_TIMEOUT).sha)
+
+
+def stream(source: Source, revision: str | None, choose: Choose) -> Iterator[Row]:
+    """Rows of a data set by hub name (or a directory that `datasets` understands), read as they are needed."""
+    from datasets import load_dataset
+
+    split = source.split or "train"
+    with _one_line_errors(f"hub data set {source.path} could not be loaded"):
+        table = load_dataset(source.path, source.subset, split=split, revision=revision, streaming=True)
+        if table.column_names:  # known for most formats; pictures and sound are then not decoded
+            table = table.select_columns(choose(table.column_names))
+        for number, row in enumerate(table, start=1):
+            yield f"{source.path}/{split}:{number}", dict(row)
+
+
+@contextmanager
+def _one_line_errors(what: str) -> Iterator[None]:
+    """Failures of the hub client as UserErrors, without its log of retries."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    failures = (
+        ValueError,
+        RuntimeError,
+        DatasetsError,
+        *HfHubHTTPError.__bases__,
+    )  # OSError, and the client's own root
+
+    log = logging.getLogger("huggingface_hub.utils._http")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    except failures as error:
+        raise UserError(f"{what}: {_reason(error)}") from None
+    finally:
+        log.setLevel(level)
+
+
+def _reason(error: Exception) -> str:
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= 200 else words[:200] + "…"

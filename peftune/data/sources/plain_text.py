@@ -1,0 +1,192 @@
+"""Text files read as a stream: decoding, line ends, and where one document ends and the next begins.
+
+A file may be larger than memory; what must fit is one document. How a file is split (`split_on`):
+
+| value        | a document is                                                                               |
+|--------------|---------------------------------------------------------------------------------------------|
+| `endoftext`  | what stands between two `<|endoftext|>`                                                       |
+| `blank-line` | lines that follow each other without a blank line (a blank line holds white space at most)    |
+| `line`       | a line that is not blank                                                                      |
+| `file`       | the whole file                                                                                |
+| `auto`       | `endoftext` if the file has one; else cut at two or more blank lines, if at least one in 20   |
+|              | of the gaps between text is that wide (a stray one is no rule); else `blank-line`             |
+
+Line ends become LF, a byte order mark is removed, and a document loses its first and last line feeds, nothing else.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+from peftune.data.read_stats import ReadStats
+from peftune.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+
+SplitOn = Literal["auto", "blank-line", "endoftext", "file", "line"]
+_WIDE_SHARE = 20  # `auto`: one gap in so many must be wide for wide gaps to be what separates documents
+_PIECE = 1 << 20  # characters read at a time
+_BLANK_LINE = r"(?:[^\S\n]*\n)"
+_GAP = re.compile(rf"\n{_BLANK_LINE}+")
+_MARKS = (  # the longer mark first: UTF-32-LE begins like UTF-16-LE
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+_NAMES = {"utf-8": "UTF-8"}
+
+
+def split_text(path: Path, split_on: str, stats: ReadStats | None = None) -> Iterator[tuple[int, str]]:
+    """Documents of a text file as (line on which it begins, text); blank documents are left out.
+
+    Raises UserError for a file that cannot be read or decoded, with the offset of the first bad byte.
+    """
+    blank_lines = 1
+    if split_on == "auto":
+        split_on, blank_lines = _how_to_split(path)
+    with open_text(path, stats=stats) as file:
+        if split_on == "endoftext":
+            found = _between_separators(file)
+        elif split_on == "blank-line":
+            found = _between_blank_lines(file, blank_lines)
+        elif split_on == "line":
+            found = enumerate(file, start=1)
+        else:
+            found = iter([(1, file.read())])
+        for line, text in found:
+            if text.strip():
+                leading = len(text) - len(text.lstrip("\n")) if text[0] == "\n" else 0
+                yield line + leading, text.strip("\n")
+
+
+@contextmanager
+def open_text(path: Path, newline: str | None = None, stats: ReadStats | None = None) -> Iterator[io.TextIOWrapper]:
+    """A strict text stream over UTF-8, or the UTF-16 or UTF-32 that a byte order mark announces.
+
+    `newline` is that of `open`: None turns every line end into LF. Inside the `with`, failures to read or to
+    decode become UserErrors, and `stats` knows how far the stream has come.
+    """
+    encoding, mark = "utf-8", 0
+    try:
+        with open(path, "rb") as raw:
+            head = raw.read(4)
+            for bom, name in _MARKS:
+                if head.startswith(bom):
+                    encoding, mark = name, len(bom)
+                    break
+            raw.seek(mark)
+            with stats.reading(raw) if stats else nullcontext():
+                yield io.TextIOWrapper(raw, encoding=encoding, errors="strict", newline=newline)
+    except UnicodeDecodeError:
+        offset = _first_bad_byte(path, encoding, mark)
+        name = _NAMES.get(encoding, encoding.upper())
+        raise UserError(f"{path}: not {name} at byte {offset}; save the file as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def unix_line_ends(text: str) -> str:
+    """`text` with CRLF and lone CR turned into LF."""
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def _first_bad_byte(path: Path, encoding: str, mark: int) -> int:
+    """Offset in the file of the first byte that does not decode (the stream knows it within its buffer only)."""
+    decoder = codecs.getincrementaldecoder(encoding)("strict")
+    position = mark
+    with open(path, "rb") as raw:
+        raw.seek(mark)
+        while True:
+            chunk = raw.read(_PIECE)
+            pending = len(decoder.getstate()[0])
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                return position - pending + error.start
+            position += len(chunk)
+            assert chunk, "the whole file decodes"
+
+
+def _pieces(file: io.TextIOWrapper) -> Iterator[str]:
+    while piece := file.read(_PIECE):
+        yield piece
+
+
+def _how_to_split(path: Path) -> tuple[str, int]:
+    """What `auto` means for this file: (`endoftext` or `blank-line`, blank lines that end a document)."""
+    gaps = wide = 0
+    rest = tail = ""
+    started = False
+    with open_text(path) as file:
+        for piece in _pieces(file):
+            tail += piece
+            if END_OF_TEXT in tail:
+                return "endoftext", 0
+            tail = tail[-len(END_OF_TEXT) :]
+            rest += piece if started else piece.lstrip()  # blank lines before all text are no gap
+            started = started or bool(rest)
+            whole = _before_trailing_space(rest, piece)
+            found = _GAP.findall(rest, 0, whole)
+            gaps += len(found)
+            wide += sum(gap.count("\n") > 2 for gap in found)
+            rest = rest[whole:]
+    return "blank-line", 2 if wide and wide * _WIDE_SHARE >= gaps else 1
+
+
+def _before_trailing_space(text: str, piece: str) -> int:
+    """Where the text ends whose gaps are complete; only `piece`, its end, can hold anything but white space."""
+    return 0 if piece.isspace() else len(text.rstrip())
+
+
+def _between_separators(file: io.TextIOWrapper) -> Iterator[tuple[int, str]]:
+    parts: list[str] = []
+    line = begins = 1
+    held = ""  # the end of a piece, which may hold the first half of a separator
+    for piece in _pieces(file):
+        first, *others = (held + piece).split(END_OF_TEXT)
+        parts.append(first)
+        line += first.count("\n")
+        for other in others:
+            yield begins, "".join(parts)
+            parts, begins = [other], line
+            line += other.count("\n")
+        last = parts.pop()
+        cut = max(0, len(last) - len(END_OF_TEXT) + 1)
+        parts.append(last[:cut])
+        held = last[cut:]
+        line -= held.count("\n")
+    yield begins, "".join([*parts, held])
+
+
+def _between_blank_lines(file: io.TextIOWrapper, enough: int) -> Iterator[tuple[int, str]]:
+    gap = re.compile(rf"\n{_BLANK_LINE}{{{enough},}}")
+    bound = "\n" * (1 + enough)  # a gap before the first document and one after the last, so that all are alike
+    parts: list[str] = []
+    rest, line, begins = bound, -enough, -enough  # the file itself begins on line 1
+    for piece, last in chain(((piece, False) for piece in _pieces(file)), [(bound, True)]):
+        rest += piece
+        whole = len(rest) if last else _before_trailing_space(rest, piece)
+        at = 0
+        for found in gap.finditer(rest, 0, whole):
+            yield begins, "".join([*parts, rest[at : found.start()]])
+            line += rest.count("\n", at, found.end())
+            parts, begins, at = [], line, found.end()
+        parts.append(rest[at:whole])
+        line += rest.count("\n", at, whole)
+        rest = rest[whole:]
+
+
+def looks_like_text(path: Path) -> bool:
+    """Whether a file found in a directory is meant to be read: no NUL in its first 4 KiB, or a byte order mark."""
+    with open(path, "rb") as raw:
+        head = raw.read(4096)
+    return b"\0" not in head or head.startswith(tuple(mark for mark, _ in _MARKS))

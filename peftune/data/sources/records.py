@@ -1,0 +1,205 @@
+"""Rows of structured files, streamed: jsonl, json, csv, tsv, parquet.
+
+A row comes as (place, columns): place is `file:line` where the format has lines, else `file:row` counted from 1.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable, Generator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from peftune.data.read_stats import ReadStats
+from peftune.data.sources.plain_text import open_text
+from peftune.errors import UserError
+
+Row = tuple[str, dict[str, Any]]
+Rows = Generator[Row, None, None]  # to be closed where reading stops early: a file is open
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_CHUNK = 1 << 20
+_BETWEEN = re.compile(r"[ \t\n\r]*")
+
+
+def rows(path: Path, choose: Callable[[list[str]], list[str]], stats: ReadStats | None = None) -> Rows:
+    """Rows of one file by its suffix; `choose` says which of the columns found a wide format should read."""
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return _parquet(path, choose, stats)
+    if suffix in (".csv", ".tsv"):
+        return _csv(path, "," if suffix == ".csv" else "\t", stats)
+    if suffix == ".json" and _first_character(path) == "[":
+        return _json_list(path, stats)
+    return _json_lines(path, stats)
+
+
+def _json_lines(path: Path, stats: ReadStats | None) -> Rows:
+    with open_text(path, stats=stats) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                place = f"{path}:{number}"
+                yield place, _object(_parse(line, place), place)
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{place}: not JSON: {error.msg} at column {error.colno}; expected one object per line"
+        ) from None
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{place}: not JSON that can be read: {error}") from None
+
+
+def _object(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f'{place}: expected an object such as {{"text": …}}, found {kind_of(value)}')
+    return value
+
+
+def _first_character(path: Path) -> str:
+    with open_text(path) as file:
+        while piece := file.read(4096):
+            if piece.strip():
+                return piece.strip()[0]
+    return ""
+
+
+def _json_list(path: Path, stats: ReadStats | None) -> Rows:
+    """Elements of one list, decoded one at a time as the file is read."""
+    with open_text(path, stats=stats) as file:
+        text = _Ahead(file.read)
+        text.skip("[")
+        row = 0
+        while text.peek() not in ("]", ""):
+            row += 1
+            place = f"{path}:{row}"
+            yield place, _object(text.value(place), place)
+            if text.peek() != "]":
+                text.expect(",", place)
+        text.expect("]", f"{path}:{row}")
+        if text.peek():
+            raise UserError(f"{path}: text follows the end of the list; expected one list, or one object per line")
+
+
+class _Ahead:
+    """A window over a stream of JSON that grows until the next value is whole."""
+
+    def __init__(self, read: Callable[[int], str]) -> None:
+        self.read = read
+        self.buffer = ""
+        self.at = 0
+        self.decoder = json.JSONDecoder()
+
+    def _more(self) -> bool:
+        chunk = self.read(max(_CHUNK, len(self.buffer) - self.at))
+        self.buffer, self.at = self.buffer[self.at :] + chunk, 0
+        return bool(chunk)
+
+    def _cut_short(self, error: json.JSONDecodeError) -> bool:
+        """Whether more text could mend the error, rather than the text being wrong."""
+        return error.msg.startswith("Unterminated string") or error.pos > len(self.buffer) - 16
+
+    def peek(self) -> str:
+        """The next character that is not white space, or nothing at the end."""
+        while True:
+            match = _BETWEEN.match(self.buffer, self.at)
+            self.at = match.end() if match else self.at
+            if self.at < len(self.buffer):
+                return self.buffer[self.at]
+            if not self._more():
+                return ""
+
+    def skip(self, character: str) -> None:
+        assert self.peek() == character
+        self.at += 1
+
+    def expect(self, character: str, place: str) -> None:
+        found = self.peek()
+        if found != character:
+            instead = repr(found) if found else "the end of the file"
+            raise UserError(f"{place}: not JSON: expected {character!r} after it, found {instead}")
+        self.at += 1
+
+    def value(self, place: str) -> Any:
+        while True:
+            try:
+                value, self.at = self.decoder.raw_decode(self.buffer, self.at)
+                return value
+            except json.JSONDecodeError as error:
+                if not self._cut_short(error) or not self._more():
+                    raise UserError(f"{place}: not JSON: {error.msg}") from None
+            except (RecursionError, ValueError) as error:
+                raise UserError(f"{place}: not JSON that can be read: {error}") from None
+
+
+def _csv(path: Path, delimiter: str, stats: ReadStats | None) -> Rows:
+    if csv.field_size_limit() < sys.maxsize:
+        csv.field_size_limit(sys.maxsize)  # the default refuses a text over 128 KiB
+    with open_text(path, newline="", stats=stats) as file:
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        names: list[str] | None = None
+        begins = 1
+        try:
+            for values in reader:
+                place = f"{path}:{begins}"
+                begins = reader.line_num + 1
+                if not values:
+                    continue
+                if names is None:
+                    names = _header(values, place)
+                elif len(values) != len(names):
+                    raise UserError(
+                        f"{place}: {len(values)} fields, but the header has {len(names)} ({', '.join(names)}); "
+                        "put texts that hold the separator or line ends in double quotes"
+                    )
+                else:
+                    yield place, dict(zip(names, values, strict=True))
+        except csv.Error as error:
+            raise UserError(f"{path}:{begins}: not {path.suffix[1:].upper()}: {error}") from None
+        if names is None:
+            raise UserError(f"{path}: empty; expected a header line with the names of the columns")
+
+
+def _header(names: list[str], place: str) -> list[str]:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise UserError(f"{place}: the header names column {repeated[0]!r} twice; rename one")
+    return names
+
+
+def _parquet(path: Path, choose: Callable[[list[str]], list[str]], stats: ReadStats | None) -> Rows:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with open(path, "rb") as raw, pq.ParquetFile(raw) as file, stats.reading(raw) if stats else nullcontext():
+            columns = choose(file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}:{number}", row
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not a parquet file that can be read (after row {number}): {reason}") from None
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in the words of its file format."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "a boolean"
+    if isinstance(value, int | float):
+        return "a number"
+    if isinstance(value, str):
+        return "a string"
+    if isinstance(value, list | tuple):
+        return "a list"
+    return "an object" if isinstance(value, dict) else type(value).__name__

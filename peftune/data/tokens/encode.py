@@ -1,0 +1,102 @@
+"""From `Document` to `Example`: which tokens a document becomes, and which of them are scored.
+
+`<|endoftext|>` + ids + `<|endoftext|>`: the first is context only, the last is always scored, so a model learns to
+begin and to stop. Prompt and completion (and the pieces of a chat) are tokenised separately and joined as ids.
+Special tokens written out in a text are text: no document can end itself or another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from peftune.data.documents import Document, Example
+from peftune.data.tokens.backends import TokenizerBackends, backends_of
+from peftune.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenised documents one after another; whole arrays, since a Python value per token costs more than its id.
+
+    `ids` (t,) uint32 and `supervised` (t,) bool over all tokens, `lengths` and `supervised_bytes` (n,) int64 over
+    documents; see `Example`.
+    """
+
+    ids: np.ndarray
+    supervised: np.ndarray
+    lengths: np.ndarray
+    supervised_bytes: np.ndarray
+
+
+def tokenize_document(document: Document, tokenizer: PreTrainedTokenizerFast, join: str) -> Example:
+    """One tokenised document; see `tokenize_documents`."""
+    return tokenize_documents([document], tokenizer, join)[0]
+
+
+def tokenize_documents(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast, join: str) -> list[Example]:
+    """Tokenised documents, one by one.
+
+    `ids` (n,) int64; `supervised` (n,) bool, first False and last True; `supervised_bytes` is the UTF-8 length of the
+    scored text with the space that `join` put before it, without `<|endoftext|>`.
+    """
+    found = tokenize_batch(documents, backends_of(tokenizer), end_of_text_id(tokenizer), join)
+    cuts = np.cumsum(found.lengths)[:-1]
+    ids, supervised = np.split(found.ids.astype(np.int64), cuts), np.split(found.supervised, cuts)
+    return list(map(Example, ids, supervised, found.supervised_bytes.tolist())) if documents else []
+
+
+def tokenize_batch(documents: Sequence[Document], engines: TokenizerBackends, end: int, join: str) -> Examples:
+    """Tokenised documents as whole arrays; `end` begins and ends each."""
+    pieces = [pieces_of(document, join) for document in documents]
+    texts = [text for document in pieces for text, _ in document]
+    scored = np.array([scored for document in pieces for _, scored in document], dtype=bool)
+    found, counts = engines.encode(texts)
+    last_piece = np.cumsum([len(document) for document in pieces], dtype=np.int64)
+    lengths = 2 + _sums(counts, last_piece)
+    after = np.cumsum(lengths)
+    text = np.ones(int(lengths.sum()), dtype=bool)  # places of `found`
+    text[after - lengths] = text[after - 1] = False
+    ids = np.full(len(text), end, dtype=np.uint32)
+    ids[text] = found
+    supervised = np.ones(len(text), dtype=bool)
+    supervised[text] = np.repeat(scored, counts)
+    supervised[after - lengths] = False
+    in_bytes = np.fromiter((len(t) if t.isascii() else len(t.encode("utf-8")) for t in texts), np.int64, len(texts))
+    return Examples(ids, supervised, lengths, _sums(in_bytes * scored, last_piece))
+
+
+def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """Ids of each text as it stands: nothing added, nothing cut, no special token recognised, no warning on length."""
+    encodings = backends_of(tokenizer).own.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
+
+
+def pieces_of(document: Document, join: str) -> list[tuple[str, bool]]:
+    """What is tokenised on its own, in order, as (text, scored)."""
+    if document.turns is not None:
+        return list(document.turns)
+    if not document.prompt:
+        return [(document.text, True)]
+    seam_has_space = document.prompt[-1].isspace() or document.text[:1].isspace()
+    gap = "" if seam_has_space else join
+    return [(document.prompt, False), (gap + document.text, True)]
+
+
+def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Id of the token that begins and ends documents; UserError for a tokenizer without one."""
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise UserError("the tokenizer has no end-of-text token; expected <|endoftext|> as eos_token in its config")
+    return end
+
+
+def _sums(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Sums of the stretches of `values` that end before `ends` (rising)."""
+    return np.diff(np.concatenate([[0], np.cumsum(values)])[ends], prepend=0)

@@ -1,0 +1,180 @@
+"""Tokenised documents on disk: written once per content, memory-mapped ever after.
+
+An entry of the cache is a directory named by the hash of everything that decides its bytes:
+
+| file             | holds                                                                                 |
+|------------------|---------------------------------------------------------------------------------------|
+| `ids.bin`        | all token ids, document after document, uint16 (uint32 for a vocabulary above 65,536)   |
+| `supervised.bin` | one bit per token, most significant bit first                                           |
+| `documents.bin`  | per document: tokens, scored tokens, scored bytes (int64 each), digest (uint64)         |
+| `meta.json`      | format, dtype, counts, blank documents skipped, SHA-256 of each file                    |
+
+It is written beside, read back against its hashes, and renamed; an entry that does not match is built again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from peftune.config.recipe import Source
+from peftune.data.progress import progress
+from peftune.data.read_stats import ReadStats
+from peftune.data.sources.read import identity, read_documents, size_of
+from peftune.data.tokens.encode import end_of_text_id
+from peftune.data.tokens.pipeline import tokenized
+from peftune.data.tokens.token_files import DOCUMENT, FILES, FORMAT, writing
+from peftune.errors import CheckFailed, UserError
+from peftune.files import beside, cache_directory, sha256_of, staging_directory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class TokenStore:
+    """Tokenised documents, memory-mapped; arrays over documents are in reading order.
+
+    `lengths`, `supervised_counts`, `supervised_bytes` (n,) int64, `digests` (n,) uint64. `fingerprint` is a SHA-256
+    of the tokens and what is scored, whatever files they came from. `blank` documents were skipped in the sources.
+    """
+
+    def __init__(self, directory: Path, meta: dict[str, Any]) -> None:
+        documents = np.asarray(_mapped(directory / "documents.bin", DOCUMENT))
+        self.lengths = documents["tokens"]
+        self.supervised_counts = documents["supervised"]
+        self.supervised_bytes = documents["bytes"]
+        self.digests = documents["digest"]
+        self.fingerprint: str = meta["fingerprint"]
+        self.blank: int = meta["blank"]
+        self._ids = _mapped(directory / "ids.bin", np.dtype(meta["dtype"]))
+        self._bits = _mapped(directory / "supervised.bin", np.dtype(np.uint8))
+        self._first = np.zeros(len(self.lengths) + 1, dtype=np.int64)
+        np.cumsum(self.lengths, out=self._first[1:])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def ids(self, i: int) -> np.ndarray:
+        """Token ids of document i, (length,) int64."""
+        return self.window(i, 0, int(self.lengths[i]))[0]
+
+    def supervised(self, i: int) -> np.ndarray:
+        """Which tokens of document i are scored, (length,) bool."""
+        return self.window(i, 0, int(self.lengths[i]))[1]
+
+    def window(self, i: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [start, stop) of document i: ids int64 and supervised bool, both (stop - start,)."""
+        return self.windows(np.array([i]), np.array([start]), np.array([stop]))
+
+    def windows(self, i: np.ndarray, start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [start, stop) of several documents, one window after another, as `window` gives them."""
+        assert (start >= 0).all() and (start <= stop).all() and (stop <= self.lengths[i]).all()
+        sizes = stop - start
+        places = np.arange(int(sizes.sum())) + np.repeat(self._first[i] + start - (np.cumsum(sizes) - sizes), sizes)
+        scored = self._bits[places >> 3] >> (7 - (places & 7)) & 1
+        return np.asarray(self._ids[places], dtype=np.int64), np.asarray(scored, dtype=bool)
+
+
+def prepare(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerFast,
+    tokenizer_fingerprint: str,
+    join: str,
+    split_on: str,
+    cache: Path | None = None,
+) -> TokenStore:
+    """The tokenised documents of all sources, from the cache if their content was tokenised before.
+
+    `cache` is the directory that holds `tokens/` (default: $PEFTUNE_CACHE, else ~/.cache/peftune). Several processes
+    may prepare the same content at once. Raises UserError for unreadable sources, and where there is no document.
+    """
+    entry = (cache or cache_directory()) / "tokens" / _key(sources, tokenizer, tokenizer_fingerprint, join, split_on)
+    known = open_store(entry)
+    if known is not None:
+        return known
+    with _beside(entry) as directory:
+        stats = ReadStats()
+        _write(directory, sources, tokenizer, join, split_on, stats)
+        written = open_store(directory)  # stays mapped when the directory gets its name
+        if written is None:
+            raise CheckFailed(f"{directory}: the token files differ from what was written; is the disk full or faulty?")
+        if not len(written):
+            names = ", ".join(source.path for source in sources)
+            raise UserError(f"{names}: no document found ({stats.blank} blank); expected at least one with text")
+        _publish(directory, entry)
+    return written
+
+
+def open_store(directory: Path) -> TokenStore | None:
+    """The store in a directory, or None where there is none or it is not what its own hashes say."""
+    try:
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        if meta["format"] != FORMAT or any(sha256_of(directory / name) != meta["sha256"][name] for name in FILES):
+            return None
+        return TokenStore(directory, meta)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _key(sources: Sequence[Source], tokenizer: Any, fingerprint: str, join: str, split_on: str) -> str:
+    identities = [identity(source) for source in sources]
+    parts = [FORMAT, fingerprint, end_of_text_id(tokenizer), join, split_on, identities]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
+
+
+@contextmanager
+def _beside(entry: Path) -> Iterator[Path]:
+    """A new directory next to `entry`, gone afterwards unless it was renamed."""
+    try:
+        with staging_directory(entry) as directory:
+            yield directory
+    except OSError as error:
+        raise UserError(
+            f"{entry.parent}: cannot write the token cache: {error.strerror or error}; "
+            "set PEFTUNE_CACHE to a directory with room"
+        ) from None
+
+
+def _publish(directory: Path, entry: Path) -> None:
+    """Give a finished directory its name; a valid entry of another process may stay, a damaged one makes room."""
+    for _ in range(100):
+        try:
+            directory.rename(entry)
+            return
+        except OSError:
+            if open_store(entry) is not None:
+                return
+        with suppress(OSError):  # another process may be first
+            aside = beside(entry)
+            entry.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+    raise UserError(f"{entry}: cannot be replaced; delete it and start again")
+
+
+def _write(
+    directory: Path,
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerFast,
+    join: str,
+    split_on: str,
+    stats: ReadStats,
+) -> None:
+    documents = (document for source in sources for document in read_documents(source, split_on, stats))
+    with writing(directory, len(tokenizer)) as writer, progress("tokenising", size_of(sources)) as tell:
+        for examples, digests in tokenized(documents, tokenizer, join):
+            writer.append(examples, digests)
+            tell(stats.bytes_read(), f"{writer.documents:,} documents, {writer.tokens:,} tokens")
+        writer.finish(stats.blank)
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
+    if not path.stat().st_size:
+        return np.empty(0, dtype=dtype)  # an empty file cannot be mapped
+    return np.memmap(path, dtype=dtype, mode="r")

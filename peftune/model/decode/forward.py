@@ -1,0 +1,155 @@
+"""GPT-2 as it is served: the rows of a batch have their own texts, lengths, positions and adapters.
+
+Packed weights, a cache of keys and values by slot, and no autograd. A row's numbers do not depend, to the last bit, on
+the rows beside it where `Linear` packs (tests/model/decode/test_forward.py): every product is row by row or a batch
+whose shapes depend on the row alone.
+
+Legend: R rows, T tokens of each, D width, H heads, W width of a head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from peftune.model.decode.kv_cache import Cache, of_rows
+from peftune.model.decode.lora_slots import LoraFactors, adapted
+from peftune.model.decode.packed_linear import Linear
+
+
+@dataclass(frozen=True)
+class Norm:
+    """LayerNorm in float32."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    epsilon: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Attention and a perceptron of two layers, each added to the stream."""
+
+    number: int
+    ln_1: Norm
+    c_attn: Linear
+    attn_c_proj: Linear
+    ln_2: Norm
+    c_fc: Linear
+    mlp_c_proj: Linear
+
+    def __call__(self, x: torch.Tensor, deltas: LoraFactors, attend: Attend, activation: Activation) -> torch.Tensor:
+        """The stream (R, T, D) after this block."""
+        normed = self.ln_1(x)
+        qkv = adapted(self.c_attn(normed), normed, deltas.get((self.number, "attn.c_attn")))
+        attended = attend(self.number, qkv)
+        x = x + adapted(self.attn_c_proj(attended), attended, deltas.get((self.number, "attn.c_proj")))
+        normed = self.ln_2(x)
+        hidden = activation(adapted(self.c_fc(normed), normed, deltas.get((self.number, "mlp.c_fc"))))
+        return x + adapted(self.mlp_c_proj(hidden), hidden, deltas.get((self.number, "mlp.c_proj")))
+
+
+Attend = Callable[[int, torch.Tensor], torch.Tensor]
+"""Number of the block and its qkv (R, T, 3·D) to the attended values (R, T, D)."""
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class DecodeGPT2:
+    """`scales` holds, for each block, what a query is multiplied with before it meets the keys."""
+
+    wte: torch.Tensor
+    wpe: torch.Tensor
+    blocks: tuple[Block, ...]
+    ln_f: Norm
+    head: Linear
+    heads: int
+    scales: tuple[float, ...]
+    activation: Activation
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.wte.device
+
+    def prefill(
+        self, ids: torch.Tensor, start: int, cache: Cache | None, slots: Sequence[int], deltas: LoraFactors
+    ) -> torch.Tensor:
+        """Hidden states (R, T, D) after `ln_f` of the tokens `ids` (R, T) at positions `start` to `start` + T.
+
+        All positions before `start` are in the slots of the cache, which takes up the new ones. Without a cache
+        `start` is 0. Padding may follow a row's tokens: its results mean nothing, and what it leaves in the cache is
+        overwritten before it is read.
+        """
+        width, last = ids.shape[1], start + ids.shape[1]
+        seen = torch.ones(width, last, dtype=torch.bool, device=self.device).tril_(start) if start else None
+
+        def attend(block: int, qkv: torch.Tensor) -> torch.Tensor:
+            q, k, v = self._split(qkv)
+            if cache is not None:
+                rows = torch.tensor(slots, device=self.device)
+                cache.keys[block][rows, :, start:last] = k.to(cache.keys[block].dtype)
+                cache.values[block][rows, :, start:last] = v.to(cache.values[block].dtype)
+            outputs = []
+            for row, slot in enumerate(slots):  # one by one: the kernel's last bits depend on the batch
+                one = slice(row, row + 1)
+                keys, values = k[one], v[one]
+                if seen is not None and cache is not None:
+                    keys, values = (t[block][slot : slot + 1, :, :last] for t in (cache.keys, cache.values))
+                outputs.append(_sdpa(q[one], keys, values, seen, self.scales[block]))
+            return torch.cat(outputs).transpose(1, 2).flatten(2)
+
+        positions = torch.arange(start, last, device=self.device)
+        return self._through(F.embedding(ids, self.wte) + self.wpe[positions], deltas, attend)
+
+    def decode(
+        self, ids: torch.Tensor, positions: Sequence[int], cache: Cache, slots: Sequence[int], deltas: LoraFactors
+    ) -> torch.Tensor:
+        """Hidden states (R, D) after `ln_f` of one token a row, `ids` (R,), each at its own position."""
+        at = torch.tensor(positions, device=self.device)
+        rows = torch.tensor(slots, device=self.device)
+        span = cache.span(max(positions) + 1)
+        columns = torch.arange(span, device=self.device)
+        mask = torch.zeros(len(slots), 1, 1, span, device=self.device).masked_fill_(
+            columns > at[:, None, None, None], -torch.inf
+        )
+
+        def attend(block: int, qkv: torch.Tensor) -> torch.Tensor:
+            q, k, v = self._split(qkv)
+            keys, values = cache.keys[block], cache.values[block]
+            keys[rows, :, at] = k[:, :, 0].to(keys.dtype)
+            values[rows, :, at] = v[:, :, 0].to(values.dtype)
+            keys, values = (of_rows(tensor[:, :, :span], slots) for tensor in (keys, values))
+            scores = torch.matmul((q * self.scales[block]).to(keys.dtype), keys.mT).float().add_(mask)
+            return torch.matmul(scores.softmax(-1).to(values.dtype), values).float().transpose(1, 2).flatten(2)
+
+        hidden = self._through((F.embedding(ids, self.wte) + self.wpe[at])[:, None], deltas, attend)
+        return hidden[:, 0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (N, V) in float32 of hidden states (N, D)."""
+        return self.head(hidden)
+
+    def _through(self, x: torch.Tensor, deltas: LoraFactors, attend: Attend) -> torch.Tensor:
+        x = x.float()
+        for block in self.blocks:
+            x = block(x, deltas, attend, self.activation)
+        return self.ln_f(x)
+
+    def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k and v as (R, H, T, W)."""
+        rows, width, _ = qkv.shape
+        q, k, v = qkv.view(rows, width, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None, scale: float) -> torch.Tensor:
+    output = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=seen, is_causal=seen is None, scale=scale)
+    return output.float()

@@ -1,0 +1,94 @@
+"""The base as a model in memory: its number format, its dropouts, in full precision or quantised."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from peftune.errors import UserError, first_line
+from peftune.model import quantized
+from peftune.model.base import Base
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def with_dropout(config: GPT2Config, dropout: float) -> GPT2Config:
+    """The configuration of a model that is trained here: its own dropouts set, attention through SDPA."""
+    config = copy.deepcopy(config)
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = dropout
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def load_model(
+    base: Base,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    dropout: float = 0.0,
+    quantize: quantized.Kind | None = None,
+) -> GPT2LMHeadModel:
+    """The whole model in `dtype`, in evaluation mode, SDPA attention, its own dropouts set to `dropout`.
+
+    `quantize` stores the linear layers of the blocks in 8 or 4 bits, made from the weights in float32 whatever `dtype`
+    is, one tensor after the other. Raises UserError where weights are missing, truncated or of other shapes than
+    config.json says.
+    """
+    quantized.require(quantize)
+    from safetensors import SafetensorError
+    from transformers import GPT2LMHeadModel
+    from transformers.utils import logging
+
+    config = with_dropout(base.config, dropout)
+    assert base.weights, "read first: it tells what is missing more clearly than Transformers does"
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    options: dict[str, Any] = {"dtype": dtype}
+    if quantize is not None:
+        options = {"dtype": torch.float32, **quantized.loading_options(quantize, device)}
+    try:
+        model: Any = GPT2LMHeadModel.from_pretrained(base.directory, config=config, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"base {base.directory}: the weights cannot be read: {first_line(error)}") from None
+    if quantize is None:
+        return model.to(device).eval()  # type: ignore[no-any-return]
+    quantized.multiply_unpacked(model)
+    model.requires_grad_(False)
+    move_to(model, device, dtype)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def move_to(model: torch.nn.Module, device: str | torch.device, dtype: torch.dtype) -> None:
+    """Move a model to a device: what is trained as float32, what is frozen as `dtype`, what is quantised as it is."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(device, torch.float32 if parameter.requires_grad else dtype)
+    model.to(device)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Memory of a loaded base in bytes, and what its weights would take as float32 and as bfloat16."""
+
+    held: int
+    fp32: int
+    bf16: int
+
+    def description(self, kind: str) -> str:
+        """One line for people."""
+        held, fp32, bf16 = (f"{number / 1e6:,.1f} MB" for number in (self.held, self.fp32, self.bf16))
+        return f"base: {held} as {kind} (fp32 {fp32}, bf16 {bf16})"
+
+
+def footprint(model: torch.nn.Module) -> Footprint:
+    """The memory of everything frozen in a model, scales of quantised weights included, shared tensors once."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    tensors = [tensor for parameter in frozen for tensor in (parameter, *quantized.constants(parameter))]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    weights = sum(quantized.elements(parameter) for parameter in frozen)
+    return Footprint(sum(storages.values()), 4 * weights, 2 * weights)

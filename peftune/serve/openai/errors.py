@@ -1,0 +1,63 @@
+"""A request that is not answered, as clients of OpenAI's API expect to be told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import Response
+
+from peftune.errors import PeftuneError
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+}
+
+
+class ApiError(PeftuneError):
+    """A status code with one line for the client; `param` names the field at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object."""
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        message = " ".join(str(self).split())
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        """As HTTP; what a client sent and is quoted stays ASCII, so half a character cannot break the answer."""
+        return Response(json.dumps(self.body), self.status, self.headers, "application/json")
+
+
+def full(retry_after: float) -> ApiError:
+    """429: as many requests are waiting as may."""
+    seconds = {"Retry-After": str(max(1, round(retry_after)))}
+    return ApiError(429, "the server's queue is full; try again later", code="queue_full", headers=seconds)
+
+
+def draining() -> ApiError:
+    """503: the server has been told to stop."""
+    return ApiError(503, "the server is stopping; try again later", code="draining", headers={"Retry-After": "5"})
+
+
+def broken() -> ApiError:
+    """500: ours; the log has the traceback, the client nothing of it."""
+    return ApiError(500, "the server failed on this request; its log says why", code="internal_error")

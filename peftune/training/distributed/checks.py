@@ -1,0 +1,43 @@
+"""What cannot be combined, said before any weight is loaded, with the reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peftune.config.recipe import Recipe
+from peftune.errors import UserError
+from peftune.files import read_object
+
+
+def refuse_for_zero3(recipe: Recipe) -> None:
+    """UserError, before anything is loaded, for a recipe that ZeRO-3 would train wrongly or not at all."""
+    problems = []
+    if recipe.quantize is not None:
+        problems.append(
+            f"quantize: {recipe.quantize} (8-bit trains to a wrong loss there, 4-bit weights cannot be shared out)"
+        )
+    if recipe.lora.variant not in ("lora", "rslora"):
+        problems.append(f"lora.variant: {recipe.lora.variant} (it reads whole weights, of which a rank has a part)")
+    if recipe.lora.modules_to_save:
+        problems.append("lora.modules_to_save (whole modules would be copied from parts)")
+    if {"wte", "wpe", "lm_head"} & set(recipe.lora.targets if isinstance(recipe.lora.targets, list) else []):
+        problems.append("lora.targets outside the blocks (wte, wpe, lm_head)")
+    if recipe.run.samples:
+        problems.append("run.samples (no rank has the whole model to generate with)")
+    if problems:
+        raise UserError(f"ZeRO-3 cannot be combined with {'; '.join(problems)}; use ZeRO-2, or leave these out")
+
+
+def check_engine_file(path: Path) -> None:
+    """UserError where the file is missing, or decides what the recipe decides."""
+    values = read_object(path)
+    problems = [f"{key} (peftune has its own)" for key in ("optimizer", "scheduler") if key in values]
+    problems += [f"{key} (run.precision says it)" for key in ("bf16", "fp16", "amp", "torch_autocast") if key in values]
+    owned = {"gradient_accumulation_steps": (1, "auto"), "gradient_clipping": ("auto",)}
+    problems += [
+        f'{key}: {values[key]} (the recipe says it, use "auto")'
+        for key, allowed in owned.items()
+        if values.get(key, "auto") not in allowed
+    ]
+    if problems:
+        raise UserError(f"{path}: cannot be used because of {', '.join(problems)}; see ds_configs/")

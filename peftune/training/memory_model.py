@@ -1,0 +1,193 @@
+"""Bytes that a rank holds, as formulas: for every way of running, before any weight is loaded.
+
+Notation: a is the number of trained elements, n the number of ranks. What a rank holds between two steps:
+
+| way        | base        | adapter  | gradient | optimizer state | engine                 |
+|------------|-------------|----------|----------|-----------------|------------------------|
+| one, ddp   | all of it   | 4a       | 4a       | 8a              |                        |
+| zero1/2    | all of it   | 4a       | 4a       | 12a/n           |                        |
+| zero3      | 1/n + small | 4a + 4a/n| 4a       | 12a/n           | 4a/n + 4 bytes·bucket  |
+
+The gradient is one flat fp32 buffer on every rank under every engine (`gradient.Gradient`). AdamW keeps two fp32
+moments; ZeRO besides a master copy of what it shares out. ZeRO-3 keeps parameters of few elements whole on every rank,
+in addition to the parts: most of an adapter is such. The formulas are held against measurements by
+tests/training/test_memory_model.py on one process and by benchmarks/memory_per_rank.py on two ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from peftune.config.recipe import BLOCK_LINEARS, LoraSection
+from peftune.model import lora as adapters
+from peftune.model.load import DTYPES
+from peftune.model.quantized import Kind
+from peftune.training.loading import only_blocks_are_trained
+
+Way = Literal["one", "ddp", "zero1", "zero2", "zero3"]
+_NF4_BLOCK = 64  # weights that share a scale
+_NF4_TABLE = 16  # fp32 values that four bits choose from, with each matrix
+
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """What of a DeepSpeed file decides about memory, in elements; the values of `ds_configs/`."""
+
+    reduce_bucket: int = 25_000_000
+    """`reduce_bucket_size`: the fp32 buffer from which gradients are sent."""
+    persistence: int = 500_000
+    """`stage3_param_persistence_threshold`: parameters up to this size stay whole on every rank."""
+    live: int = 200_000_000
+    """`stage3_max_live_parameters`: weights up to which ZeRO-3 gathers ahead, and keeps what is needed again soon."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Elements of every parameter of a base with its adapter."""
+
+    matrices: tuple[tuple[int, int], ...]
+    """(in, out) of each frozen linear weight of the blocks: what `quantize` packs."""
+    others: tuple[int, ...]
+    """Elements of each other frozen parameter: embeddings, norms, biases."""
+    trained: tuple[int, ...]
+    """Elements of each trained parameter, fp32 always."""
+    exact: bool
+    """Whether more than blocks is trained, which keeps the whole base in fp32."""
+    starts: bool
+    """Whether the adapter's first values are kept to the end (PiSSA, LoftQ)."""
+
+    @property
+    def adapter(self) -> int:
+        """Trained elements, a."""
+        return sum(self.trained)
+
+    def frozen(self) -> list[int]:
+        """Elements of every frozen parameter."""
+        return [rows * columns for rows, columns in self.matrices] + list(self.others)
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one rank. All but the last two are held from the first step to the last."""
+
+    base: int
+    """Frozen weights, scales of quantised ones included; under ZeRO-3 this rank's part, and what is kept whole."""
+    adapter: int
+    """fp32 values of the adapter."""
+    gradient: int
+    """The flat buffer of a step's gradient, whole on every rank."""
+    optimizer_state: int
+    """AdamW's moments, and ZeRO's master copies."""
+    engine: int
+    """What the engine keeps besides: ZeRO-3's part of the gradient and its bucket."""
+    gathered: int
+    """At most at one time, beside the activations: weights gathered by ZeRO-3, or the matrix that is unpacked."""
+    update: int
+    """Only while the adapter is updated, when activations are gone: ZeRO's copy of the gradient, and buckets.
+
+    By DeepSpeed's source; not measured, for on a CPU a buffer that is not written to takes nothing."""
+
+    @property
+    def held(self) -> int:
+        """Bytes between two steps."""
+        return self.base + self.adapter + self.gradient + self.optimizer_state + self.engine
+
+    def peak(self, activations: int) -> int:
+        """The most at one time, with so many bytes of activations in a forward and backward."""
+        return self.held + max(activations + self.gathered, self.update)
+
+
+def shapes_of(config: GPT2Config, lora: LoraSection) -> Shapes:
+    """Elements of what would be loaded, from a skeleton without weights; UserError for an adapter that cannot be."""
+    starts = lora.variant in ("pissa", "loftq")
+    plain = lora.model_copy(update={"variant": "lora"}) if starts else lora  # the same shapes, no arithmetic
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        adapted = adapters.inject(GPT2LMHeadModel(config), plain, seed=0)
+    frozen = {name: tuple(p.shape) for name, p in adapted.model.named_parameters() if not p.requires_grad}
+    matrices = {name: shape for name, shape in frozen.items() if _is_matrix_of_a_block(name, shape)}
+    return Shapes(
+        matrices=tuple((shape[0], shape[1]) for shape in matrices.values()),
+        others=tuple(torch.Size(shape).numel() for name, shape in frozen.items() if name not in matrices),
+        trained=tuple(p.numel() for p in adapted.trainable().values()),
+        exact=not only_blocks_are_trained(adapted),
+        starts=starts,
+    )
+
+
+def bytes_per_rank(
+    shapes: Shapes,
+    way: Way,
+    ranks: int,
+    precision: Literal["fp32", "bf16", "fp16"],
+    quantize: Kind | None = None,
+    zero: ZeroSettings | None = None,
+) -> RankMemory:
+    """What each of `ranks` ranks holds in this way of running; `precision` is that of the run."""
+    assert (way == "one") <= (ranks == 1), "one process is one rank"
+    assert way != "zero3" or quantize is None, "ZeRO-3 refuses quantised bases"
+    zero = zero or ZeroSettings()
+    itemsize = 4 if shapes.exact else DTYPES[precision].itemsize
+    a = shapes.adapter
+    part = -(-a // ranks)
+    if way == "zero3":
+        return _under_zero3(shapes, ranks, itemsize, zero)
+    replicated = way in ("one", "ddp")
+    return RankMemory(
+        base=base_bytes(shapes, itemsize, quantize),
+        adapter=4 * a * (2 if shapes.starts else 1),
+        gradient=4 * a,
+        optimizer_state=8 * a if replicated else 12 * part,
+        engine=0,
+        gathered=0 if quantize is None else _unpacked(shapes, itemsize),
+        update=0 if replicated else 4 * a + 2 * 4 * zero.reduce_bucket,
+    )
+
+
+def base_bytes(shapes: Shapes, itemsize: int, quantize: Kind | None) -> int:
+    """The whole base: `int8` is a byte a weight and an fp32 scale for each output, `nf4` half a byte and one in 64."""
+    others = itemsize * sum(shapes.others)
+    if quantize is None:
+        return others + itemsize * sum(rows * columns for rows, columns in shapes.matrices)
+    if quantize == "int8":
+        return others + sum(rows * columns + 4 * columns for rows, columns in shapes.matrices)
+    sizes = [rows * columns for rows, columns in shapes.matrices]
+    return others + sum(-(-size // 2) + 4 * -(-size // _NF4_BLOCK) + 4 * _NF4_TABLE for size in sizes)
+
+
+def shared_out(shapes: Shapes, zero: ZeroSettings) -> list[int]:
+    """Elements of each frozen parameter of which a rank of ZeRO-3 holds a part, and gathers the rest when needed."""
+    return [size for size in shapes.frozen() if size > zero.persistence]
+
+
+def _under_zero3(shapes: Shapes, ranks: int, itemsize: int, zero: ZeroSettings) -> RankMemory:
+    a, part = shapes.adapter, sum(-(-size // ranks) for size in shapes.trained)
+    shared = shared_out(shapes, zero)
+    most = min(sum(shared), zero.live + max(shared, default=0))
+    return RankMemory(
+        base=itemsize * _parts_and_small(shapes.frozen(), ranks, zero.persistence),
+        adapter=4 * _parts_and_small(shapes.trained, ranks, zero.persistence),
+        gradient=4 * a,
+        optimizer_state=12 * part,
+        engine=4 * part + 4 * zero.reduce_bucket,
+        gathered=itemsize * most,
+        update=4 * a,
+    )
+
+
+def _parts_and_small(sizes: list[int] | tuple[int, ...], ranks: int, persistence: int) -> int:
+    """Elements on a rank: its part of each parameter, and small ones whole beside their part."""
+    return sum(-(-size // ranks) + (size if size <= persistence else 0) for size in sizes)
+
+
+def _unpacked(shapes: Shapes, itemsize: int) -> int:
+    """The largest matrix in fp32 and, where it is another format, in that of the run."""
+    largest = max(rows * columns for rows, columns in shapes.matrices)
+    return largest * (4 if itemsize == 4 else 4 + itemsize)
+
+
+def _is_matrix_of_a_block(name: str, shape: tuple[int, ...]) -> bool:
+    return ".h." in name and len(shape) == 2 and bool(set(name.split(".")) & set(BLOCK_LINEARS))

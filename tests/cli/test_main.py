@@ -1,0 +1,174 @@
+"""The command line: what it understands, and how it refuses; the verbs' work is tested in their rooms."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import peftune
+from peftune.cli import main
+from peftune.errors import CheckFailed, Interrupted, PeftuneError
+
+VERBS = ["quickstart", "data", "train", "eval", "merge", "generate", "serve"]
+Captured = pytest.CaptureFixture[str]
+
+
+def peftune_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m peftune …` as a person starts it."""
+    command = [sys.executable, "-m", "peftune", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "120"}, check=False)
+
+
+def refused(capsys: Captured, *arguments: str) -> str:
+    """The single line on stderr of a call that ends with exit code 2 and writes nothing to stdout."""
+    assert main.run(list(arguments)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("peftune: ")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_the_module_and_its_help_work_as_a_process() -> None:
+    answer = peftune_process("--help")
+    assert answer.returncode == 0
+    assert all(verb in answer.stdout for verb in VERBS)
+    assert answer.stderr == ""
+
+
+def test_a_process_refuses_bad_input_with_code_2_and_no_traceback(tmp_path: Path) -> None:
+    answer = peftune_process("train", str(tmp_path / "none.yaml"))
+    assert answer.returncode == 2
+    assert answer.stderr == f"peftune: {tmp_path / 'none.yaml'}: cannot read the recipe: No such file or directory\n"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_a_verb_has_an_example_that_begins_with_it(verb: str, capsys: Captured) -> None:
+    assert main.run([verb, "--help"]) == 0
+    assert f"Example:  peftune {verb} " in capsys.readouterr().out
+
+
+def test_without_a_verb_it_shows_its_help(capsys: Captured) -> None:
+    assert main.run([]) == 0
+    assert "quickstart" in capsys.readouterr().out
+
+
+def test_it_knows_its_version(capsys: Captured) -> None:
+    assert main.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"peftune {peftune.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["evl"], "Did you mean 'eval'? See: peftune --help"),
+        (["train"], "RECIPE"),
+        (["train", "--fast"], "No such option: --fast See: peftune train --help"),
+        (["eval"], "--data"),
+        (["eval", "--data", "a=a.txt", "--batch", "0"], "--batch"),
+        (["eval", "--data", "a=a.txt", "--batch", "many"], "--batch"),
+        (["eval", "--data", "a=a.txt", "--precision", "fp8"], "--precision"),
+        (["eval", "--data", "=a.txt"], "--data '=a.txt': expected a name, = and a value, such as poems=held.txt"),
+        (["eval", "--data", "a="], "expected a name, = and a value"),
+        (["eval", "--data", "a=x.txt", "--data", "a=y.txt"], "--data: a is given twice, x.txt and y.txt"),
+        (["eval", "--data", "x/a.txt", "--data", "y/a.txt"], "--data: a is given twice, x/a.txt and y/a.txt"),
+        (["eval", "--data", "a=x", "--adapter", "b=1", "--adapter", "b=2"], "--adapter: b is given twice, 1 and 2"),
+        (["eval", "--data", "a=x", "--column", "prompt"], "--column 'prompt': expected a name, = and a value"),
+        (["eval", "--data", "a=x", "--column", "prmpt=q"], "expected one of text, prompt, completion, messages"),
+        (["merge", "adapters/a"], "--out"),
+        (["merge", "adapters/a", "--out", "m", "--dtype", "int8"], "--dtype"),
+        (["generate", "--temperature", "hot"], "--temperature"),
+        (["data"], "SOURCES"),
+        (["serve"], "--base"),
+        (["serve", "--base", "x", "--port", "-1", "--slots", "0", "--drain", "inf"], "port is -1"),
+        (["serve", "--base", "x", "--port", "-1", "--slots", "0", "--drain", "inf"], "slots is 0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_call_that_makes_no_sense_is_refused_in_one_line(
+    arguments: list[str], expected: str, capsys: Captured
+) -> None:
+    assert expected.lower() in refused(capsys, *arguments).lower()
+
+
+def test_a_broken_recipe_is_refused_before_anything_is_loaded(tmp_path: Path, capsys: Captured) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("base: gpt2\ndata: {train: a.txt}\nrun: {out: b}\nlr: 3\n")
+    line = refused(capsys, "train", str(recipe), "lora.rank=0")
+    assert "unknown key lr, did you mean optim.lr?" in line
+    assert "lora.rank" in line
+
+
+def test_files_that_are_not_there_are_refused(tiny_base: Path, tmp_path: Path, capsys: Captured) -> None:
+    missing, base = str(tmp_path / "none.txt"), str(tiny_base)
+    assert missing in refused(capsys, "data", missing, "--base", base)
+    assert missing in refused(capsys, "eval", "--base", base, "--data", f"a={missing}")
+    assert missing in refused(capsys, "merge", missing, "--out", str(tmp_path / "merged"), "--base", base)
+    assert missing in refused(capsys, "generate", "--base", base, "--prompts", missing)
+    assert missing in refused(capsys, "generate", "--base", missing, "--prompt", "a")
+
+
+@pytest.mark.parametrize(("error", "code"), [(Interrupted("saved\nstep 3"), 3), (CheckFailed("not\nequal"), 4)])
+def test_an_error_is_one_line_with_its_own_exit_code(
+    error: PeftuneError, code: int, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(main, "app", fail)
+    assert main.run([]) == code
+    assert capsys.readouterr().err == f"peftune: {' '.join(str(error).split())}\n"
+
+
+def test_ctrl_c_where_there_is_nothing_to_save_is_one_line(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peftune.model.base.open_base", interrupt)
+    assert main.run(["data", "a.txt", "--base", str(tiny_base)]) == 130
+    assert capsys.readouterr().err == "peftune: stopped\n"
+
+
+def test_what_is_not_raised_on_purpose_is_a_bug_with_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(main, "app", fail)
+    with pytest.raises(ZeroDivisionError):
+        main.run([])
+
+
+def test_adapters_and_domains_are_named_or_named_after_their_path() -> None:
+    assert main._named("--adapter", ["a=x/y", "adapters/v1.2", "runs/lr=1e-4"]) == {
+        "a": "x/y",
+        "v1.2": "adapters/v1.2",
+        "lr=1e-4": "runs/lr=1e-4",
+    }
+    assert main._named("--data", ["held/poems.txt", "c=a=b.txt"]) == {"poems": "held/poems.txt", "c": "a=b.txt"}
+
+
+def test_data_is_described_for_a_base_given_by_its_directory(tiny_base: Path, tmp_path: Path, capsys: Captured) -> None:
+    rows, figures = tmp_path / "a.jsonl", tmp_path / "figures.json"
+    rows.write_text('{"q": "who", "a": "you"}\n{"q": "what", "a": "that"}\n')
+    columns = ["--column", "prompt=q", "--column", "completion=a"]
+    assert main.run(["data", str(rows), "--base", str(tiny_base), *columns, "--json", str(figures)]) == 0
+    assert json.loads(figures.read_text())["documents"] == 2
+    assert "documents" in capsys.readouterr().out
+
+
+def test_a_matrix_of_the_base_alone_is_written_as_json(tiny_base: Path, tmp_path: Path) -> None:
+    text, figures = tmp_path / "a.txt", tmp_path / "figures.json"
+    text.write_text("the cat sat on the mat\n\nthe dog sat on the log\n")
+    assert main.run(["eval", "--base", str(tiny_base), "--data", f"a={text}", "--json", str(figures)]) == 0
+    read = json.loads(figures.read_text())
+    assert read["domains"]["a"]["documents"] == 2
+    assert read["rows"]["base"]["a"]["perplexity"] > 1

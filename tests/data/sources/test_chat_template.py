@@ -1,0 +1,90 @@
+"""The chat template: what it looks like and what is scored in it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peftune.data.documents import Document
+from peftune.data.sources.chat_template import STOPS, render_chat, turns_of
+from peftune.data.tokens.encode import encode_texts, tokenize_document
+from peftune.errors import UserError
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": " Hello. \n"},
+    {"role": "assistant", "content": "Hi."},
+    {"role": "user", "content": "Bye."},
+    {"role": "assistant", "content": "Farewell."},
+]
+CONTENTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+CHATS = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": CONTENTS}), max_size=6
+).map(lambda messages: [*messages, {"role": "assistant", "content": "end"}])
+
+
+def test_a_conversation_reads_as_plain_words():
+    assert render_chat(MESSAGES[:2]) == "System: Be brief.\n\nUser: Hello.\n\nAssistant:"
+    assert render_chat([]) == "Assistant:"
+    assert render_chat(MESSAGES[1:3], add_generation_prompt=False) == "User: Hello.\n\nAssistant: Hi."
+
+
+def test_what_the_assistant_says_and_how_it_stops_is_scored():
+    assert turns_of(MESSAGES, "x") == (
+        ("System: Be brief.\n\nUser: Hello.\n\nAssistant:", False),
+        (" Hi.\n\nUser:", True),
+        (" Bye.\n\nAssistant:", False),
+        (" Farewell.", True),
+    )
+
+
+def test_messages_after_the_last_of_the_assistant_are_left_out():
+    assert turns_of(MESSAGES[:4], "x") == turns_of(MESSAGES[:3], "x")
+
+
+def test_scored_bytes_and_tokens_are_those_of_the_scored_pieces(tokenizer):
+    turns = turns_of(MESSAGES, "x")
+    example = tokenize_document(Document("", turns=turns), tokenizer, " ")
+    scored = " Hi.\n\nUser: Farewell."
+    assert tokenizer.decode(example.ids[example.supervised]) == scored + "<|endoftext|>"
+    assert example.supervised_bytes == len(scored)
+
+
+@given(messages=CHATS)
+def test_pieces_are_the_rendered_conversation(messages):
+    assert "".join(text for text, _ in turns_of(messages, "x")) == render_chat(messages, add_generation_prompt=False)
+
+
+@given(messages=CHATS)
+def test_pieces_tokenise_as_the_whole_does(messages, tokenizer):
+    """So a prompt that is rendered and tokenised at inference is what was trained on."""
+    example = tokenize_document(Document("", turns=turns_of(messages, "x")), tokenizer, " ")
+    [whole] = encode_texts([render_chat(messages, add_generation_prompt=False)], tokenizer)
+    assert np.array_equal(example.ids[1:-1], whole)
+
+
+@given(messages=CHATS)
+def test_a_turn_ends_at_a_stop_or_at_the_end(messages):
+    turns = turns_of(messages, "x")
+    assert turns[-1][1] and all(text.endswith(STOPS) for text, scored in turns[:-1] if scored)
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        ([], "no message of the assistant"),
+        ([{"role": "user", "content": "u"}], "no message of the assistant"),
+        ([{"role": "tool", "content": "u"}], "message 1: role 'tool'; expected system, user, assistant"),
+        ([{"role": "assistant", "content": None}], "message 1: content is null"),
+        ([{"role": "assistant", "content": [{"type": "text"}]}], "message 1: content is a list"),
+        ([{"from": "human", "value": "u"}], "message 1: expected role and content, found from, value"),
+        (["hello"], "message 1: expected role and content, found a string"),
+        ("hello", "expected a list of messages, found a string"),
+        (None, "expected a list of messages, found null"),
+    ],
+)
+def test_messages_that_cannot_be_learnt_from_are_refused(messages, problem):
+    with pytest.raises(UserError, match=f"^chat.jsonl:3: {problem}"):
+        turns_of(messages, "chat.jsonl:3")
