@@ -92,6 +92,17 @@ def write_json(path: Path, value: Any) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
+def read_object_if_present(path: Path, name: str | None = None) -> dict[str, Any] | None:
+    """`read_object`, or None where there is no such file."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):  # a name that is too long: reading it says so
+        pass
+    return read_object(path, name)
+
+
 def read_object(path: Path, name: str | None = None) -> dict[str, Any]:
     """The JSON object in a file; UserError, in which the file is called `name`, where there is none."""
     try:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from peftune.errors import UserError
-from peftune.files import read_object
+from peftune.files import read_object_if_present
 from peftune.model.base import Base
 from peftune.model.fingerprint import bytes_of
 
@@ -40,8 +40,7 @@ _NOT_FUNCTION = {
 
 def read_provenance(adapter_dir: Path) -> dict[str, Any] | None:
     """What peftune.json says, or None for an adapter that plain PEFT wrote; UserError where it cannot be read."""
-    path = adapter_dir / "peftune.json"
-    return read_object(path, f"adapter {adapter_dir}: peftune.json") if path.exists() else None
+    return read_object_if_present(adapter_dir / "peftune.json", f"adapter {adapter_dir}: peftune.json")
 
 
 def check_base(adapter_dir: Path, base: Base) -> None:
