@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -49,13 +49,11 @@ class Architecture(BaseModel):
         return self
 
 
-def read_config(directory: Path) -> GPT2Config:
-    """The configuration of a GPT-2 checkpoint; another architecture is refused by name.
+def read_values(directory: Path) -> dict[str, Any]:
+    """What config.json says, as it is stored; another architecture than GPT-2 is refused by name.
 
-    Raises UserError naming every value of config.json that no GPT-2 can have.
+    Raises UserError naming every value that no GPT-2 can have.
     """
-    from transformers import GPT2Config
-
     try:
         values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -68,4 +66,11 @@ def read_config(directory: Path) -> GPT2Config:
     except ValidationError as error:
         found = "; ".join(validation_messages(error, {"": list(Architecture.model_fields)}))
         raise UserError(f"base {directory}: config.json: {found}") from None
+    return values  # type: ignore[no-any-return]
+
+
+def config_of(values: dict[str, Any], directory: Path) -> GPT2Config:
+    """Transformers' configuration out of these values."""
+    from transformers import GPT2Config
+
     return GPT2Config.from_dict(values | {"_name_or_path": str(directory)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftune.errors import UserError, first_line
 from peftune.model import architecture, tokenizer, weights
@@ -29,9 +29,14 @@ class Base:
     """What it was asked for by: `gpt2`, a directory, `builtin:small`."""
 
     @cached_property
+    def stored_config(self) -> dict[str, Any]:
+        """config.json as it is stored, checked to be that of a GPT-2."""
+        return architecture.read_values(self.directory)
+
+    @cached_property
     def config(self) -> GPT2Config:
-        """config.json, checked to be that of a GPT-2."""
-        return architecture.read_config(self.directory)
+        """Transformers' configuration."""
+        return architecture.config_of(self.stored_config, self.directory)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:

@@ -102,7 +102,7 @@ class _Job:
         return report
 
     def _write_settings(self, staging: Path) -> None:
-        values = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+        values = dict(self.base.stored_config)
         values.pop("torch_dtype", None)
         values |= {
             "architectures": ["GPT2LMHeadModel"], "dtype": self.dtype, "vocab_size": self.layout.vocabulary,
