@@ -1,3 +1,65 @@
-"""peftune: fine-tune GPT-2 with LoRA adapters and be able to believe every number it prints."""
+"""peftune: fine-tune GPT-2 with LoRA adapters, and trust the numbers that it prints.
 
-__version__ = "0.1.0"
+    import peftune
+
+    recipe = peftune.load_recipe("poems.yaml", ["run.out=adapters/poems"])
+    peftune.train(recipe)
+    peftune.evaluate(recipe.base, {"poems": "held-out.txt"}, {"poems": "adapters/poems"})
+    peftune.generate("The sea", adapter="adapters/poems")
+    peftune.merge("adapters/poems", "models/poems")
+
+Names are imported when they are first used, so that `import peftune` costs nothing. docs/api.md has an example of each.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from peftune.version import __version__
+
+if TYPE_CHECKING:
+    from peftune.adapters.merge.merge import merge
+    from peftune.config.recipe import Recipe, load_recipe
+    from peftune.errors import PeftuneError, UserError
+    from peftune.inference.bank import AdapterBank
+    from peftune.inference.generate import generate
+    from peftune.inference.perplexity import evaluate
+    from peftune.inference.settings import GenerationSettings
+    from peftune.training.run import train
+
+_HOMES = {
+    "AdapterBank": "inference.bank",
+    "GenerationSettings": "inference.settings",
+    "PeftuneError": "errors",
+    "Recipe": "config.recipe",
+    "UserError": "errors",
+    "evaluate": "inference.perplexity",
+    "generate": "inference.generate",
+    "load_recipe": "config.recipe",
+    "merge": "adapters.merge.merge",
+    "train": "training.run",
+}
+__all__ = [  # in the order of the alphabet; a test compares it with what is offered
+    "AdapterBank",
+    "GenerationSettings",
+    "PeftuneError",
+    "Recipe",
+    "UserError",
+    "__version__",
+    "evaluate",
+    "generate",
+    "load_recipe",
+    "merge",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'peftune' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(import_module(f"peftune.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

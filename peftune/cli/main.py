@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from peftune import __version__
+from peftune.version import __version__
 from peftune.cli import adapters
 from peftune.cli.options import BASE_HELP as _BASE_HELP
 from peftune.cli.options import Adapters, Json

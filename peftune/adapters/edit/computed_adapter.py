@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig
 from transformers import GPT2Config
 
-from peftune import __version__
+from peftune.version import __version__
 from peftune.adapters.directory import check_free, write_adapter
 from peftune.adapters.layout import layout_of
 from peftune.adapters.low_rank import LowRankDelta, delta_of

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peftune import __version__
+from peftune.version import __version__
 from peftune.adapters.directory import write_adapter
 from peftune.adapters.provenance import read_provenance
 from peftune.errors import CheckFailed
