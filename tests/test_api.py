@@ -1,0 +1,54 @@
+"""What `import peftune` offers: complete, lazy, and as docs/api.md shows it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import peftune
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+
+
+def test_every_public_name_can_be_imported_and_stands_in_the_page() -> None:
+    assert sorted(peftune.__all__) == peftune.__all__ == dir(peftune)
+    for name in peftune.__all__:
+        value = getattr(peftune, name)
+        assert name == "__version__" or (value.__name__ == name and value.__doc__), name
+        assert name == "__version__" or f"peftune.{name}" in PAGE or name == "Recipe"
+
+
+def test_a_name_that_is_not_offered_is_an_attribute_error_that_lists_what_is() -> None:
+    with pytest.raises(AttributeError, match="offers AdapterBank"):
+        peftune.nothing  # noqa: B018
+
+
+def test_importing_costs_nothing() -> None:
+    """Less than 50 ms beyond the interpreter itself: nothing but the standard library is imported."""
+    code = "import sys; before = set(sys.modules); import peftune; print(*sorted(set(sys.modules) - before))"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {name.split(".")[0] for name in answer.stdout.split()} <= {"peftune", "importlib", "typing", "warnings"} | set(
+        sys.stdlib_module_names
+    )
+
+
+def test_the_page_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = [f"the sea is wide and the storm came over night number {n}" for n in range(60)]
+    (tmp_path / "poems.txt").write_text("\n\n".join(lines))
+    (tmp_path / "held-out.txt").write_text("\n\n".join(line.replace("sea", "shore") for line in lines[:9]))
+    (tmp_path / "recipe.yaml").write_text("base: builtin:small\ndata: {train: poems.txt}\nrun: {out: adapters/x}\n")
+    examples = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert len(examples) == 7
+    shared: dict[str, object] = {}
+    began = time.monotonic()
+    for number, example in enumerate(examples):
+        exec(compile(example, f"docs/api.md, example {number + 1}", "exec"), shared)
+    assert (tmp_path / "models" / "poems" / "model.safetensors").is_file(), time.monotonic() - began
+    assert isinstance(shared["text"], str) and len(shared["texts"]) == 2  # type: ignore[arg-type]
