@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from peftune.version import __version__
 from peftune.cli import adapters
 from peftune.cli.options import BASE_HELP as _BASE_HELP
 from peftune.cli.options import Adapters, Json
@@ -18,6 +17,7 @@ from peftune.cli.options import named as _named
 from peftune.cli.serve import serve
 from peftune.errors import PeftuneError, UserError, report_once_per_machine
 from peftune.model.quantized import quiet
+from peftune.version import __version__
 
 app = typer.Typer(
     name="peftune",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from peftune.config.messages import validation_messages
 from peftune.errors import UserError
+from peftune.files import read_object
 
 if TYPE_CHECKING:
     from transformers import GPT2Config
@@ -54,11 +54,8 @@ def read_values(directory: Path) -> dict[str, Any]:
 
     Raises UserError naming every value that no GPT-2 can have.
     """
-    try:
-        values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"base {directory}: config.json cannot be read: {error}") from None
-    kind = values.get("model_type") if isinstance(values, dict) else None
+    values = read_object(directory / "config.json", f"base {directory}: config.json")
+    kind = values.get("model_type")
     if kind != "gpt2":
         raise UserError(f"base {directory}: model_type is {kind}, peftune trains GPT-2 models only (model_type gpt2)")
     try:
@@ -66,7 +63,7 @@ def read_values(directory: Path) -> dict[str, Any]:
     except ValidationError as error:
         found = "; ".join(validation_messages(error, {"": list(Architecture.model_fields)}))
         raise UserError(f"base {directory}: config.json: {found}") from None
-    return values  # type: ignore[no-any-return]
+    return values
 
 
 def config_of(values: dict[str, Any], directory: Path) -> GPT2Config:

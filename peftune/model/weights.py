@@ -8,7 +8,6 @@ Every file is opened anew for each tensor: pages of a memory-mapped file count a
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import pickle
 import re
@@ -22,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from peftune.errors import UserError
+from peftune.files import read_object
 from peftune.model.fingerprint import bytes_of, remembered
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
             continue
         if not layout.endswith(".json"):
             return [path], {}
-        index = _json(path).get("weight_map")
+        index = read_object(path, f"base {directory}: {layout}").get("weight_map")
         if not isinstance(index, dict) or not index:
             raise UserError(f"base {directory}: {layout} holds no weight_map; download the checkpoint again")
         files = [directory / name for name in sorted(set(index.values()))]
@@ -199,16 +199,6 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
             raise UserError(f"base {directory}: {len(missing)} of {len(files)} shards are missing: {missing[0]}, …")
         return files, index
     raise UserError(f"base {directory}: no weights here; expected one of {', '.join(_LAYOUTS)}")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"base {path.parent}: {path.name} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"base {path.parent}: {path.name} holds {type(value).__name__}, expected an object")
-    return value
 
 
 def _normal(key: str) -> str:

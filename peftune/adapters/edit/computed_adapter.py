@@ -18,11 +18,11 @@ import torch
 from peft import LoraConfig
 from transformers import GPT2Config
 
-from peftune.version import __version__
 from peftune.adapters.directory import check_free, write_adapter
 from peftune.adapters.layout import layout_of
 from peftune.adapters.low_rank import LowRankDelta, delta_of
 from peftune.errors import CheckFailed
+from peftune.version import __version__
 
 _PREFIX = "base_model.model."
 _VERSIONS = ("torch", "transformers", "peft", "safetensors")

@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peftune.version import __version__
 from peftune.adapters.directory import write_adapter
 from peftune.adapters.provenance import read_provenance
 from peftune.errors import CheckFailed
@@ -21,6 +20,7 @@ from peftune.training.distributed.replicated import Tensors
 from peftune.training.export.model_card import model_card
 from peftune.training.metrics import read_metrics
 from peftune.training.setup import Session
+from peftune.version import __version__
 
 _VERSIONS = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
 
