@@ -21,7 +21,7 @@ from peftune.version import __version__
 
 app = typer.Typer(
     name="peftune",
-    help="Fine-tune GPT-2 with LoRA adapters and be able to believe every number it prints.",
+    help="Fine-tune GPT-2 with LoRA adapters, and trust the numbers that are printed.",
     epilog="Begin with: peftune quickstart (three minutes on two CPU cores, nothing downloaded).",
     add_completion=False,
     pretty_exceptions_enable=False,
