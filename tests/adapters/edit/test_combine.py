@@ -167,7 +167,7 @@ def test_an_adapter_of_weight_zero_adds_no_ranks(make_adapter: Any, tmp_path: Pa
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "is a DoRA"),
     "pissa": ({"init_lora_weights": "pissa"}, "first takes a part out of the base"),
-    "whole": ({"modules_to_save": ["ln_f"]}, "trained ln_f whole"),
+    "whole": ({"modules_to_save": ["ln_f"]}, "trained ln_f in full"),
     "bias": ({"bias": "lora_only"}, "trained biases too"),
     "lora-bias": ({"lora_bias": True}, "trained biases too"),
 }
@@ -242,7 +242,7 @@ def test_an_embedding_stored_beside_lm_head_is_seen_to_be_a_copy(
 ) -> None:
     adapters = [make_adapter("a"), make_adapter("b", r=2, target_modules=["lm_head"])]
     assert any("base_layer" in name for name in load_file(adapters[1] / "adapter_model.safetensors"))
-    with pytest.raises(UserError, match=r"whole; pass --base"):
+    with pytest.raises(UserError, match=r"in full; pass the base"):
         combine(adapters, [1.0, 0.5], tmp_path / "sum")
     combine(adapters, [1.0, 0.5], tmp_path / "sum", base=str(tiny_base))
     expected = dense_sum(tools, tiny_base, adapters, [1.0, 0.5])

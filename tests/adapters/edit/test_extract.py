@@ -141,8 +141,8 @@ def test_only_one_tensor_of_each_checkpoint_is_read_at_a_time(
     [
         ((), "all", "holds the same weights"),
         (("wte",), "all", "differs from .* in 1 tensors, such as transformer.wte.weight, but in none of the target"),
-        (("mlp.c_fc.weight",), "attention", "choose other --targets"),
-        (("attn",), "attn.q", r"--targets 'attn.q': expected all, attention, mlp, or some of"),
+        (("mlp.c_fc.weight",), "attention", "choose other targets"),
+        (("attn",), "attn.q", r"targets 'attn.q': expected all, attention, mlp, or some of"),
         (("attn",), ",", "expected all, attention, mlp"),
     ],
 )
