@@ -90,6 +90,12 @@ def block_of(module: str) -> str:
     return names[2] if names[1:2] == ["h"] else names[-1]
 
 
+def suffix_in_block(module: str) -> str:
+    """The name of a module within its block, such as `attn.c_attn`; empty outside the blocks."""
+    names = module.split(".", 3)
+    return names[3] if names[1:2] == ["h"] else ""
+
+
 def module_order(module: str) -> tuple[int, str]:
     """Sort key that puts modules in the order in which the model runs them: embeddings, blocks, head."""
     block = block_of(module)

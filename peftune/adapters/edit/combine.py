@@ -127,7 +127,7 @@ def _check_settings(adapter: Adapter) -> None:
 
 
 def _check_replaced(adapter: Adapter, layout: AdapterLayout, base: Weights | None) -> None:
-    """UserError for a tensor stored in full, unless it is the base's: PEFT copies the embedding beside an adapter of it."""
+    """UserError for a tensor stored in full, unless it is the base's: PEFT copies the embedding beside its adapter."""
     for name, tensor in layout.replaced.items():
         if base is None:
             raise UserError(
@@ -154,9 +154,7 @@ def _sums(layouts: Sequence[AdapterLayout], weights: Sequence[float]) -> tuple[l
     return sums, strength
 
 
-def _errors(
-    exact: list[LowRankDelta], stored: list[LowRankDelta]
-) -> tuple[dict[str, dict[str, float]], float, float]:
+def _errors(exact: list[LowRankDelta], stored: list[LowRankDelta]) -> tuple[dict[str, dict[str, float]], float, float]:
     """Figures by module, then error and norm over all modules; errors are of what is stored, rounded to float32."""
     norms = [norm(update) for update in exact]
     errors = [distance(update, kept.as_stored()) for update, kept in zip(exact, stored, strict=True)]
@@ -180,7 +178,8 @@ def _provenance(adapters: Sequence[Adapter], weights: Sequence[float], result: C
 
 def _card(result: CombineResult) -> str:
     rows = "\n".join(f"| `{name}` | {weight:g} |" for name, weight in result.weights.items())
-    return f"""The weighted sum of the updates of adapters for `{result.base}`, {result.accuracy}: {len(result.modules)} modules,
+    count = len(result.modules)
+    return f"""The weighted sum of the updates of adapters for `{result.base}`, {result.accuracy}: {count} modules,
 {result.rank_range}, {result.relative_error:.1e} of the sum's norm away from it. It was not trained and not evaluated.
 
 | adapter | weight |

@@ -127,8 +127,8 @@ def strongest(name: str, kind: Kind, delta: torch.Tensor, rank: int) -> LowRankD
     """The best approximation of a dense matrix (rows, columns) of float64 by at most this rank."""
     a, b = best_product(delta, rank, scale=1.0)
     roots = torch.linalg.vector_norm(b, dim=0)  # each column of B has the square root of its singular value
-    kept = roots.square() > _NEGLIGIBLE * roots.square().max()
-    return LowRankDelta(name, kind, b[:, kept], a[kept])
+    kept = int((roots.square() > _NEGLIGIBLE * roots[0].square()).sum())  # strongest first
+    return LowRankDelta(name, kind, b[:, :kept], a[:kept])
 
 
 def _check_changed(

@@ -53,7 +53,7 @@ def test_an_adapter_equals_itself_and_opposes_its_negative(make_adapter: Any, tm
     adapter = make_adapter("a")
     same = compare(adapter, adapter)
     assert same.overall["cosine"] == pytest.approx(1.0) and same.overall["distance"] == pytest.approx(0.0, abs=1e-12)
-    assert same.differences == {} and same.apart == "" and same.notes == []
+    assert same.differences == {} and same.base_mismatch == "" and same.notes == []
     assert all(f["overlap_in"] == pytest.approx(1.0) for f in same.modules.values())
     combine([adapter], [-2.0], tmp_path / "back")
     other = compare(adapter, tmp_path / "back")
@@ -85,7 +85,7 @@ def test_other_bases_and_other_recipes_are_told(make_adapter: Any, tiny_base: Pa
         recorded = {**described, "base_fingerprint": str(number) * 64, "step": 10 * number, "identity": identity}
         (adapter / "peftune.json").write_text(json.dumps(recorded))
     found = compare(*adapters)
-    assert "weights 000000000000" in found.apart and not found.as_json()["same_base"]
+    assert "weights 000000000000" in found.base_mismatch and not found.as_json()["same_base"]
     assert found.differences == {
         "ranks": ([4], [8]), "scales": ([1.5], [0.75]), "step": (0, 10), "optim.lr": (1e-4, 2e-4),
         "data.train": ([{"path": "0"}], [{"path": "1"}]),
