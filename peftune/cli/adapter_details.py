@@ -7,6 +7,7 @@ from typing import Any
 
 from peftune.adapters.inspect.describe import AdapterDescription, ModuleDescription
 from peftune.adapters.layout import block_of, suffix_in_block
+from peftune.adapters.provenance import recorded
 from peftune.cli.adapter_tables import TablePrinter, figure, share, short
 from peftune.model.lora import ALL
 
@@ -39,26 +40,28 @@ def _ranks(modules: dict[str, ModuleDescription]) -> Iterator[str]:
         yield f"rank {rank}, alpha {alpha:g}, scale {scale:.4g}{where if len(groups) > 1 else ''}"
 
 
-def _history(recorded: dict[str, Any] | None) -> Iterator[str]:
+def _history(provenance: dict[str, Any] | None) -> Iterator[str]:
     """What it was trained on, or made of, as far as peftune.json says."""
-    if recorded is None:
+    if provenance is None:
         yield "no peftune.json: what it was trained on, for how long and how well is not known"
-    sources = _at(recorded, "recipe", "data", "train")
+    sources = recorded(provenance, "recipe", "data", "train")
     if isinstance(sources, list):
         paths = ", ".join(str(source["path"]) for source in sources if isinstance(source, dict) and "path" in source)
         effort = [
-            f"{_at(recorded, key):,.0f} {unit}" for key, unit in _EFFORT.items() if _is_number(_at(recorded, key))
+            f"{recorded(provenance, key):,.0f} {unit}"
+            for key, unit in _EFFORT.items()
+            if _is_number(recorded(provenance, key))
         ]
-        base = [f"base in {dtype}" for dtype in [_at(recorded, "recipe", "quantize")] if dtype]
-        yield f"trained on {paths}: {', '.join([*effort, str((recorded or {}).get('precision', '')), *base])}"
-    combined = _at(recorded, "combined", "adapters")
+        base = [f"base in {dtype}" for dtype in [recorded(provenance, "recipe", "quantize")] if dtype]
+        yield f"trained on {paths}: {', '.join([*effort, str((provenance or {}).get('precision', '')), *base])}"
+    combined = recorded(provenance, "combined", "adapters")
     for part in combined if isinstance(combined, list) else []:
-        weight, name, fingerprint = (_at(part, key) for key in ("weight", "adapter", "fingerprint"))
+        weight, name, fingerprint = (recorded(part, key) for key in ("weight", "adapter", "fingerprint"))
         yield f"combined from {weight} of {name} ({str(fingerprint)[:12]})"
-    tuned = _at(recorded, "extracted", "tuned")
+    tuned = recorded(provenance, "extracted", "tuned")
     if tuned is not None:
-        yield f"extracted from {tuned} ({str(_at(recorded, 'extracted', 'tuned_fingerprint'))[:12]})"
-    for error in (_at(recorded, key, "relative_error") for key in ("combined", "extracted")):
+        yield f"extracted from {tuned} ({str(recorded(provenance, 'extracted', 'tuned_fingerprint'))[:12]})"
+    for error in (recorded(provenance, key, "relative_error") for key in ("combined", "extracted")):
         if _is_number(error):
             yield f"relative error when it was made: {share(error)}"
 
@@ -67,15 +70,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
-def _at(recorded: Any, *keys: str) -> Any:
-    """The entry below these keys, or None."""
-    for key in keys:
-        recorded = recorded.get(key) if isinstance(recorded, dict) else None
-    return recorded
-
-
-def _mapping(recorded: Any, key: str) -> dict[str, Any]:
-    value = _at(recorded, key)
+def _mapping(provenance: Any, key: str) -> dict[str, Any]:
+    value = recorded(provenance, key)
     return value if isinstance(value, dict) else {}
 
 
@@ -85,7 +81,10 @@ def _print_metrics(printer: TablePrinter, metrics: dict[str, Any]) -> None:
 
     if metrics:
         rows = [
-            [domain, *(cell(_at(of, model, key)) for key in ("loss", "perplexity") for model in ("base", "adapter"))]
+            [
+                domain,
+                *(cell(recorded(of, model, key)) for key in ("loss", "perplexity") for model in ("base", "adapter")),
+            ]
             for domain, of in metrics.items()
         ]
         columns = ("held-out domain", "loss, base", "with adapter", "perplexity, base", "with adapter")
@@ -119,13 +118,13 @@ def _norm(module: ModuleDescription) -> str:
 
 
 def _provenance(found: AdapterDescription) -> Iterator[str]:
-    recorded = found.provenance or {}
+    provenance = found.provenance or {}
     fingerprints = {
-        "adapter": found.fingerprint, "base": recorded.get("base_fingerprint"),
-        "tokenizer": recorded.get("tokenizer_fingerprint"),
-        **{f"data {name}": value for name, value in _mapping(recorded, "data_fingerprints").items()},
+        "adapter": found.fingerprint, "base": provenance.get("base_fingerprint"),
+        "tokenizer": provenance.get("tokenizer_fingerprint"),
+        **{f"data {name}": value for name, value in _mapping(provenance, "data_fingerprints").items()},
     }  # fmt: skip
     yield "fingerprints: " + ", ".join(f"{name} {str(value)[:12]}" for name, value in fingerprints.items() if value)
-    versions = {"peftune": recorded.get("peftune"), **_mapping(recorded, "versions")}
-    if recorded:
+    versions = {"peftune": provenance.get("peftune"), **_mapping(provenance, "versions")}
+    if provenance:
         yield "made with: " + ", ".join(f"{name} {value}" for name, value in versions.items() if value)

@@ -125,10 +125,13 @@ def _extract_module(name: str, delta: torch.Tensor, size: float, rank: int) -> t
 
 def strongest(name: str, kind: Kind, delta: torch.Tensor, rank: int) -> LowRankDelta:
     """The best approximation of a dense matrix (rows, columns) of float64 by at most this rank."""
+    if delta.shape[0] > delta.shape[1]:
+        transposed = strongest(name, kind, delta.T, rank)
+        return LowRankDelta(name, kind, transposed.right.T, transposed.left.T)
     a, b = best_product(delta, rank, scale=1.0)
     roots = torch.linalg.vector_norm(b, dim=0)  # each column of B has the square root of its singular value
-    kept = int((roots.square() > _NEGLIGIBLE * roots[0].square()).sum())  # strongest first
-    return LowRankDelta(name, kind, b[:, :kept], a[:kept])
+    kept = roots.square() > _NEGLIGIBLE * roots.square().max()
+    return LowRankDelta(name, kind, b[:, kept], a[kept])
 
 
 def _check_changed(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from peftune.adapters.directory import Adapter, read_adapter
 from peftune.adapters.infer_config import read_layout
@@ -13,9 +13,12 @@ from peftune.adapters.inspect.describe import beyond_factors, lora_variant
 from peftune.adapters.inspect.scan import target_modules
 from peftune.adapters.layout import AdapterLayout, module_order
 from peftune.adapters.low_rank import LowRankDelta, delta_of, distance, inner, norm, overlap, spectrum
+from peftune.adapters.provenance import recorded
 from peftune.adapters.shared_base import recorded_base, why_apart
 from peftune.errors import UserError
 
+T = TypeVar("T")
+Pair = tuple[T, T]
 Figures = dict[str, float | None]
 
 
@@ -35,7 +38,7 @@ class Comparison:
     modules: dict[str, Figures]
     only_first: list[str]
     only_second: list[str]
-    differences: dict[str, tuple[Any, Any]]
+    differences: dict[str, Pair[Any]]
     notes: list[str]
 
     def as_json(self) -> dict[str, Any]:
@@ -84,7 +87,7 @@ def _overall(a: dict[str, LowRankDelta], b: dict[str, LowRankDelta], shared: lis
     return _norms_and_angle(product, norms, math.hypot(*distances))
 
 
-def _norms_and_angle(product: float, norms: tuple[float, float], gap: float) -> Figures:
+def _norms_and_angle(product: float, norms: Pair[float], gap: float) -> Figures:
     first, second = norms
     cosine = max(-1.0, min(1.0, product / (first * second))) if first and second else None
     return {
@@ -92,43 +95,39 @@ def _norms_and_angle(product: float, norms: tuple[float, float], gap: float) -> 
     }  # fmt: skip
 
 
-def _differences(
-    adapters: tuple[Adapter, Adapter], layouts: tuple[AdapterLayout, AdapterLayout]
-) -> dict[str, tuple[Any, Any]]:
+def _differences(adapters: Pair[Adapter], layouts: Pair[AdapterLayout]) -> dict[str, Pair[Any]]:
     """Settings that differ, and where both were trained by a recipe what differs in these."""
     recipes = [_recipe(adapter) for adapter in adapters]
-    a, b = (_settings(adapter, layout) for adapter, layout in zip(adapters, layouts, strict=True))
+    a, b = map(_settings, adapters, layouts)
     if all(recipes):
         a, b = a | recipes[0], b | recipes[1]
     return {key: (a.get(key), b.get(key)) for key in a | b if a.get(key) != b.get(key)}
 
 
 def _settings(adapter: Adapter, layout: AdapterLayout) -> dict[str, Any]:
-    recorded = adapter.provenance or {}
     return {
         "base": recorded_base(adapter),
         "variant": lora_variant(adapter),
         "targets": target_modules(adapter),
         "ranks": sorted({target.rank for target in layout.targets.values()}),
         "scales": sorted({target.scale for target in layout.targets.values()}),
-        **{key: recorded.get(key) for key in ("step", "tokens", "precision")},
+        **{key: recorded(adapter.provenance, key) for key in ("step", "tokens", "precision")},
     }
 
 
 def _recipe(adapter: Adapter) -> dict[str, Any]:
     """Every recipe value that decides what is learnt, flat; without `lora.`, which the adapter's own settings show."""
-    identity = (adapter.provenance or {}).get("identity")
-    if not isinstance(identity, dict):
-        return {}
-    return {key: value for key, value in identity.items() if not key.startswith("lora.")}
+    identity = recorded(adapter.provenance, "identity")
+    values = identity if isinstance(identity, dict) else {}
+    return {key: value for key, value in values.items() if not key.startswith("lora.")}
 
 
-def _notes(adapters: tuple[Adapter, Adapter], layouts: tuple[AdapterLayout, AdapterLayout]) -> list[str]:
+def _notes(adapters: Pair[Adapter], layouts: Pair[AdapterLayout]) -> list[str]:
     """What is left out of the comparison."""
     notes = []
-    recipes = [bool(_recipe(adapter)) for adapter in adapters]
-    for adapter, layout, has_recipe in zip(adapters, layouts, recipes, strict=True):
-        if not has_recipe and any(recipes):
+    recipes = [_recipe(adapter) for adapter in adapters]
+    for adapter, layout, recipe in zip(adapters, layouts, recipes, strict=True):
+        if not recipe and any(recipes):
             notes.append(f"{adapter.directory}: no recipe is recorded, so training is not compared")
         if missing := beyond_factors(layout):
             notes.append(f"{adapter.directory}: B·A alone is compared, without {missing}")

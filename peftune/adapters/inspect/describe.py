@@ -16,7 +16,7 @@ from peftune.adapters.fold import MergedTensors
 from peftune.adapters.infer_config import read_layout
 from peftune.adapters.layout import AdapterLayout, LoraTarget, block_of, module_order
 from peftune.adapters.low_rank import delta_of, norm
-from peftune.adapters.provenance import check_base, tensors_fingerprint
+from peftune.adapters.provenance import check_base, recorded, tensors_fingerprint
 from peftune.adapters.shared_base import recorded_base
 from peftune.model.base import open_base
 from peftune.model.weights import Weights
@@ -95,14 +95,13 @@ def describe(directory: Path, base: str | None = None) -> AdapterDescription:
 
 def lora_variant(adapter: Adapter) -> str:
     """`lora`, `dora`, `combined`, …: what peftune.json records, else what the PEFT configuration says."""
-    recorded, config = adapter.provenance or {}, adapter.config
+    provenance, config = adapter.provenance or {}, adapter.config
     for key in ("combined", "extracted"):
-        if key in recorded:
+        if key in provenance:
             return key
-    recipe = recorded.get("recipe")
-    lora = recipe.get("lora") if isinstance(recipe, dict) else None
-    if isinstance(lora, dict) and isinstance(lora.get("variant"), str):
-        return str(lora["variant"])
+    variant = recorded(provenance, "recipe", "lora", "variant")
+    if isinstance(variant, str):
+        return variant
     pissa = ["pissa"] if config.get("init_lora_weights") == "pissa" else []
     flags = {"use_dora": "dora", "use_rslora": "rslora"}
     return "+".join([*(name for flag, name in flags.items() if config.get(flag)), *pissa]) or "lora"

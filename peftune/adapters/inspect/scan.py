@@ -11,6 +11,7 @@ from peftune.adapters.directory import Adapter, read_adapter
 from peftune.adapters.infer_config import infer_config
 from peftune.adapters.inspect.describe import lora_variant, size_in_megabytes
 from peftune.adapters.layout import block_of, module_of, stripped, suffix_in_block
+from peftune.adapters.provenance import recorded
 from peftune.adapters.shared_base import recorded_base
 from peftune.errors import UserError
 from peftune.model.lora import ALL
@@ -98,25 +99,20 @@ def _entry(path: Path, root: Path) -> ScanEntry:
 
 
 def _facts(adapter: Adapter) -> dict[str, Any]:
-    recorded = adapter.provenance or {}
-    metrics = recorded.get("metrics")
-    losses = {name: _loss(rows) for name, rows in metrics.items()} if isinstance(metrics, dict) else {}
+    provenance = adapter.provenance or {}
+    metrics = provenance.get("metrics")
+    domains = metrics if isinstance(metrics, dict) else {}
+    losses = {domain: recorded(models, "adapter", "loss") for domain, models in domains.items()}
     return {
         "base": recorded_base(adapter),
-        "base_fingerprint": recorded.get("base_fingerprint"),
+        "base_fingerprint": provenance.get("base_fingerprint"),
         "variant": lora_variant(adapter),
         "ranks": ranks(adapter),
         "targets": target_modules(adapter),
         "megabytes": size_in_megabytes(adapter),
-        **{key: recorded[key] if isinstance(recorded.get(key), int) else None for key in ("step", "tokens")},
-        "loss": {domain: loss for domain, loss in losses.items() if loss is not None},
+        **{key: provenance[key] if isinstance(provenance.get(key), int) else None for key in ("step", "tokens")},
+        "loss": {domain: loss for domain, loss in losses.items() if isinstance(loss, int | float)},
     }
-
-
-def _loss(rows: Any) -> float | None:
-    adapter = rows.get("adapter") if isinstance(rows, dict) else None
-    loss = adapter.get("loss") if isinstance(adapter, dict) else None
-    return loss if isinstance(loss, int | float) else None
 
 
 def ranks(adapter: Adapter) -> list[int]:
