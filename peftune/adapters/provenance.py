@@ -51,6 +51,12 @@ def recorded(provenance: Any, *keys: str) -> Any:
     return provenance
 
 
+def recorded_dict(provenance: Any, key: str) -> dict[str, Any]:
+    """The object below this key of peftune.json; empty where there is none."""
+    value = recorded(provenance, key)
+    return value if isinstance(value, dict) else {}
+
+
 def check_base(adapter_dir: Path, base: Base) -> None:
     """Refuse an adapter on another base or tokenizer than it was trained with.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from peftune.adapters.inspect.describe import AdapterDescription, ModuleDescription
 from peftune.adapters.layout import block_of, suffix_in_block
-from peftune.adapters.provenance import recorded
+from peftune.adapters.provenance import recorded, recorded_dict
 from peftune.cli.adapter_tables import TablePrinter, figure, share, short
 from peftune.model.lora import ALL
 
@@ -26,7 +26,7 @@ def print_description(found: AdapterDescription) -> None:
     if found.replaced:
         printer.lines(f"trained or stored whole: {', '.join(found.replaced)}")
     printer.lines(*_history(found.provenance))
-    _print_metrics(printer, _mapping(found.provenance, "metrics"))
+    _print_metrics(printer, recorded_dict(found.provenance, "metrics"))
     _print_norms(printer, found)
     printer.lines(*_provenance(found))
 
@@ -70,24 +70,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
-def _mapping(provenance: Any, key: str) -> dict[str, Any]:
-    value = recorded(provenance, key)
-    return value if isinstance(value, dict) else {}
-
-
 def _print_metrics(printer: TablePrinter, metrics: dict[str, Any]) -> None:
-    def cell(value: Any) -> str:
-        return f"{value:,.3f}" if _is_number(value) else "-"
-
-    if metrics:
-        rows = [
-            [
-                domain,
-                *(cell(recorded(of, model, key)) for key in ("loss", "perplexity") for model in ("base", "adapter")),
-            ]
-            for domain, of in metrics.items()
-        ]
-        columns = ("held-out domain", "loss, base", "with adapter", "perplexity, base", "with adapter")
+    columns = ("held-out domain", "loss, base", "with adapter", "perplexity, base", "with adapter")
+    rows = []
+    for domain, of in metrics.items():
+        values = [recorded(of, model, key) for key in ("loss", "perplexity") for model in ("base", "adapter")]
+        rows.append([domain, *(f"{value:,.3f}" if _is_number(value) else "-" for value in values)])
+    if rows:
         printer.table("How well", columns, rows)
 
 
@@ -95,14 +84,11 @@ def _print_norms(printer: TablePrinter, found: AdapterDescription) -> None:
     cells = {(block_of(name), _column(name)): _norm(module) for name, module in found.modules.items()}
     columns = sorted({name for _, name in cells}, key=lambda name: ALL.index(name) if name in ALL else len(ALL))
     layers = found.layers()
-    strongest = max(layers.values(), default=0.0) or 1.0
-    rows = [
-        [
-            block, *(cells.get((block, name), "-") for name in columns), figure(size),
-            "█" * round(size / strongest * _BAR) or "▏",
-        ]
-        for block, size in layers.items()
-    ]  # fmt: skip
+    largest = max(layers.values(), default=0.0) or 1.0
+    rows = []
+    for block, norm in layers.items():
+        by_module = [cells.get((block, name), "-") for name in columns]
+        rows.append([block, *by_module, figure(norm), "█" * round(norm / largest * _BAR) or "▏"])
     if rows:
         relative = any(module.relative is not None for module in found.modules.values())
         title = f"Norm {found.norms_are}, by block{' (and in % of the norm of the weight)' if relative else ''}"
@@ -122,9 +108,9 @@ def _provenance(found: AdapterDescription) -> Iterator[str]:
     fingerprints = {
         "adapter": found.fingerprint, "base": provenance.get("base_fingerprint"),
         "tokenizer": provenance.get("tokenizer_fingerprint"),
-        **{f"data {name}": value for name, value in _mapping(provenance, "data_fingerprints").items()},
+        **{f"data {name}": value for name, value in recorded_dict(provenance, "data_fingerprints").items()},
     }  # fmt: skip
     yield "fingerprints: " + ", ".join(f"{name} {str(value)[:12]}" for name, value in fingerprints.items() if value)
-    versions = {"peftune": provenance.get("peftune"), **_mapping(provenance, "versions")}
+    versions = {"peftune": provenance.get("peftune"), **recorded_dict(provenance, "versions")}
     if provenance:
         yield "made with: " + ", ".join(f"{name} {value}" for name, value in versions.items() if value)

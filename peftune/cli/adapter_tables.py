@@ -80,9 +80,8 @@ def _row(entry: ScanEntry) -> list[str]:
 def print_combination(result: CombineResult) -> None:
     """`peftune adapters combine`."""
     printer = TablePrinter()
-    columns = {"rank": ("rank", str), "norm of the sum": ("norm", figure), "relative error": ("relative_error", share)}
     if result.rank is not None:
-        printer.figures("Cut to rank", "module", columns, result.modules)
+        printer.figures("Cut to rank", "module", _COMBINED, result.modules)
     terms = " + ".join(f"{weight:g} x {name}" for name, weight in result.weights.items())
     printer.lines(
         f"{result.out}: {terms}, {result.accuracy}: {len(result.modules)} modules, {result.rank_range}, relative error "
@@ -93,14 +92,12 @@ def print_combination(result: CombineResult) -> None:
 def print_extraction(result: ExtractResult) -> None:
     """`peftune adapters extract`."""
     printer = TablePrinter()
-    change = {"norm of the change": ("norm", figure), "of the weight": ("relative_change", share)}
-    columns = {"rank": ("rank", str), **change, "missing": ("relative_error", share)}
-    printer.figures(f"From {result.base} to {result.tuned}", "module", columns, result.modules)
+    printer.figures(f"From {result.base} to {result.tuned}", "module", _EXTRACTED, result.modules)
     if result.unchanged:
         printer.lines(f"not changed by the fine-tune, and so left out: {len(result.unchanged)} modules")
     if result.not_held:
         title = "Changed too, and not in these modules, so the adapter does not hold it"
-        printer.figures(title, "what", {"tensors": ("tensors", str), **change}, result.not_held)
+        printer.figures(title, "what", _NOT_HELD, result.not_held)
     printer.lines(
         *(f"note: {note}" for note in result.notes),
         f"{result.out}: {len(result.modules)} modules of rank {result.rank}; {share(result.relative_error)} of the "
@@ -140,6 +137,12 @@ def share(value: float | None) -> str:
     return f"{value:.2%}" if value >= 1e-4 or value == 0 else f"{value:.1e}"
 
 
+_COMBINED: Columns = {
+    "rank": ("rank", str), "norm of the sum": ("norm", figure), "relative error": ("relative_error", share),
+}  # fmt: skip
+_CHANGE: Columns = {"norm of the change": ("norm", figure), "of the weight": ("relative_change", share)}
+_EXTRACTED: Columns = {"rank": ("rank", str), **_CHANGE, "missing": ("relative_error", share)}
+_NOT_HELD: Columns = {"tensors": ("tensors", str), **_CHANGE}
 _COMPARED: Columns = {
     "norm, first": ("norm_first", figure), "second": ("norm_second", figure),
     "cosine": ("cosine", lambda value: figure(value, "+.3f")), "distance": ("distance", figure),

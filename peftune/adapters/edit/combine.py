@@ -129,15 +129,12 @@ def _check_settings(adapter: Adapter) -> None:
 def _check_replaced(adapter: Adapter, layout: AdapterLayout, base: Weights | None) -> None:
     """UserError for a tensor stored in full, unless it is the base's: PEFT copies the embedding beside its adapter."""
     for name, tensor in layout.replaced.items():
+        found = f"adapter {adapter.directory}: holds {name} in full"
         if base is None:
-            raise UserError(
-                f"adapter {adapter.directory}: holds {name} in full; pass the base, to check that it is only a copy"
-            )
+            raise UserError(f"{found}; pass the base, to check that it is only a copy")
         original = base.tensor(base.stored_name(name))
         if not torch.equal(original, tensor.to(original.dtype)):
-            raise UserError(
-                f"adapter {adapter.directory}: holds {name} in full, and it is not the base's own; merge it instead"
-            )
+            raise UserError(f"{found}, and it is not the base's own; merge it instead")
 
 
 def _sums(layouts: Sequence[AdapterLayout], weights: Sequence[float]) -> tuple[list[LowRankDelta], float]:
@@ -166,13 +163,10 @@ def _errors(exact: list[LowRankDelta], stored: list[LowRankDelta]) -> tuple[dict
 
 
 def _provenance(adapters: Sequence[Adapter], weights: Sequence[float], result: CombineResult) -> dict[str, Any]:
-    sources = [
-        {
-            "adapter": str(adapter.directory), "weight": weight,
-            "fingerprint": tensors_fingerprint(adapter.config, adapter.tensors),
-        }
-        for adapter, weight in zip(adapters, weights, strict=True)
-    ]  # fmt: skip
+    sources = []
+    for adapter, weight in zip(adapters, weights, strict=True):
+        fingerprint = tensors_fingerprint(adapter.config, adapter.tensors)
+        sources.append({"adapter": str(adapter.directory), "weight": weight, "fingerprint": fingerprint})
     return {"combined": {"adapters": sources, "rank": result.rank, "relative_error": result.relative_error}}
 
 

@@ -29,40 +29,30 @@ _VERSIONS = ("torch", "transformers", "peft", "safetensors")
 
 
 def write_computed_adapter(
-    out: Path,
-    base: Mapping[str, str],
-    base_config: GPT2Config,
-    updates: list[LowRankDelta],
-    source: dict[str, Any],
-    card: str,
+    out: Path, base: Mapping[str, str], shape: GPT2Config, deltas: list[LowRankDelta], source: dict[str, Any], card: str
 ) -> None:
-    """Write the adapter of these updates; `base` and `source` go into peftune.json, `card` into its model card.
+    """Write the adapter of these deltas; `base` and `source` go into peftune.json, `card` into its model card.
 
-    It is first read as any adapter is, for a base of `base_config`. Raises CheckFailed where PEFT would read other
-    updates, and what `write_adapter` raises.
+    It is first read as any adapter is, for a base of this shape. Raises CheckFailed where PEFT would read other
+    deltas, and what `write_adapter` raises.
     """
-    config = _lora_config(base["base"], updates)
-    tensors = {f"base_model.model.{u.name}.{part}": tensor for u in updates for part, tensor in u.parts().items()}
-    targets = layout_of(config, tensors, base_config, str(out)).targets
-    for update in updates:
-        read = targets.get(update.name)
-        if read is None or read.scale != 1.0 or not delta_of(read).equals(update.as_stored()):
-            raise CheckFailed(f"{out}: PEFT would read {update.name} as another update; nothing was written")
+    config = _lora_config(base["base"], deltas)
+    tensors = {f"base_model.model.{d.name}.{part}": tensor for d in deltas for part, tensor in d.parts().items()}
+    targets = layout_of(config, tensors, shape, str(out)).targets
+    for delta in deltas:
+        read = targets.get(delta.name)
+        if read is None or read.scale != 1.0 or not delta_of(read).equals(delta.as_stored()):
+            raise CheckFailed(f"{out}: PEFT would read {delta.name} as another update; nothing was written")
     check_free(out, "the adapter")
     versions = {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
+    provenance = {"peftune": __version__, **base, **source, "versions": versions}
     body = f"{card}\n\n`peftune.json` holds fingerprints of what it was made from."
-    write_adapter(
-        out,
-        config,
-        tensors,
-        {"peftune": __version__, **base, **source, "versions": versions},
-        {"README.md": model_card(base["base"], str(out), body)},
-    )
+    write_adapter(out, config, tensors, provenance, {"README.md": model_card(base["base"], str(out), body)})
 
 
-def _lora_config(base: str, updates: list[LowRankDelta]) -> dict[str, Any]:
-    rank = Counter(update.rank for update in updates).most_common(1)[0][0]
-    other_ranks = {re.escape(update.name): update.rank for update in updates if update.rank != rank}
+def _lora_config(base: str, deltas: list[LowRankDelta]) -> dict[str, Any]:
+    rank = Counter(delta.rank for delta in deltas).most_common(1)[0][0]
+    other_ranks = {re.escape(delta.name): delta.rank for delta in deltas if delta.rank != rank}
     config = LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
@@ -71,7 +61,7 @@ def _lora_config(base: str, updates: list[LowRankDelta]) -> dict[str, Any]:
         lora_alpha=rank,
         rank_pattern=other_ranks,
         alpha_pattern=dict(other_ranks),
-        target_modules=sorted(update.name for update in updates),
-        fan_in_fan_out=any(update.kind == "conv1d" for update in updates),
+        target_modules=sorted(delta.name for delta in deltas),
+        fan_in_fan_out=any(delta.kind == "conv1d" for delta in deltas),
     )
     return config_to_json(config)

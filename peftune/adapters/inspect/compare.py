@@ -13,7 +13,7 @@ from peftune.adapters.inspect.describe import beyond_factors, lora_variant
 from peftune.adapters.inspect.scan import target_modules
 from peftune.adapters.layout import AdapterLayout, module_order
 from peftune.adapters.low_rank import LowRankDelta, delta_of, distance, inner, norm, overlap, spectrum
-from peftune.adapters.provenance import recorded
+from peftune.adapters.provenance import recorded, recorded_dict
 from peftune.adapters.shared_base import recorded_base, why_apart
 from peftune.errors import UserError
 
@@ -117,9 +117,8 @@ def _settings(adapter: Adapter, layout: AdapterLayout) -> dict[str, Any]:
 
 def _recipe(adapter: Adapter) -> dict[str, Any]:
     """Every recipe value that decides what is learnt, flat; without `lora.`, which the adapter's own settings show."""
-    identity = recorded(adapter.provenance, "identity")
-    values = identity if isinstance(identity, dict) else {}
-    return {key: value for key, value in values.items() if not key.startswith("lora.")}
+    identity = recorded_dict(adapter.provenance, "identity")
+    return {key: value for key, value in identity.items() if not key.startswith("lora.")}
 
 
 def _notes(adapters: Pair[Adapter], layouts: Pair[AdapterLayout]) -> list[str]:

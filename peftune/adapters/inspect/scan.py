@@ -11,7 +11,7 @@ from peftune.adapters.directory import Adapter, read_adapter
 from peftune.adapters.infer_config import infer_config
 from peftune.adapters.inspect.describe import lora_variant, size_in_megabytes
 from peftune.adapters.layout import block_of, module_of, stripped, suffix_in_block
-from peftune.adapters.provenance import recorded
+from peftune.adapters.provenance import recorded, recorded_dict
 from peftune.adapters.shared_base import recorded_base
 from peftune.errors import UserError
 from peftune.model.lora import ALL
@@ -100,9 +100,8 @@ def _entry(path: Path, root: Path) -> ScanEntry:
 
 def _facts(adapter: Adapter) -> dict[str, Any]:
     provenance = adapter.provenance or {}
-    metrics = provenance.get("metrics")
-    domains = metrics if isinstance(metrics, dict) else {}
-    losses = {domain: recorded(models, "adapter", "loss") for domain, models in domains.items()}
+    metrics = recorded_dict(provenance, "metrics").items()
+    losses = {domain: recorded(models, "adapter", "loss") for domain, models in metrics}
     return {
         "base": recorded_base(adapter),
         "base_fingerprint": provenance.get("base_fingerprint"),
