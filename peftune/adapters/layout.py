@@ -84,6 +84,24 @@ def module_of(name: str) -> str:
     return name.rpartition(".")[0] if part is None else name.removesuffix(f".{part}")
 
 
+def block_of(module: str) -> str:
+    """The number of the block that a module lies in, or the module's own last name: `0`, `wte`, `lm_head`."""
+    names = module.split(".")
+    return names[2] if names[1:2] == ["h"] else names[-1]
+
+
+def suffix_in_block(module: str) -> str:
+    """The name of a module within its block, such as `attn.c_attn`; empty outside the blocks."""
+    names = module.split(".", 3)
+    return names[3] if names[1:2] == ["h"] else ""
+
+
+def module_order(module: str) -> tuple[int, str]:
+    """Sort key that puts modules in the order in which the model runs them: embeddings, blocks, head."""
+    block = block_of(module)
+    return (int(block) if block.isdigit() else -1 if block in ("wte", "wpe") else 1 << 30, module)
+
+
 def changes_base(config: dict[str, Any]) -> bool:
     """True where PEFT alters tensors of the base when it loads this adapter, so that no other can share it."""
     return config.get("init_lora_weights", True) not in _PLAIN_INITS or config.get("bias", "none") != "none"

@@ -43,15 +43,28 @@ def read_provenance(adapter_dir: Path) -> dict[str, Any] | None:
     return read_object_if_present(adapter_dir / "peftune.json", f"adapter {adapter_dir}: peftune.json")
 
 
+def recorded(provenance: Any, *keys: str) -> Any:
+    """The entry of peftune.json below these keys; None where it is missing, as in a file that another program wrote."""
+    for key in keys:
+        provenance = provenance.get(key) if isinstance(provenance, dict) else None
+    return provenance
+
+
+def recorded_dict(provenance: Any, key: str) -> dict[str, Any]:
+    """The object below this key of peftune.json; empty where there is none."""
+    value = recorded(provenance, key)
+    return value if isinstance(value, dict) else {}
+
+
 def check_base(adapter_dir: Path, base: Base) -> None:
     """Refuse an adapter on another base or tokenizer than it was trained with.
 
     Adapters without fingerprints (plain PEFT) pass; their shapes are checked on loading. Raises UserError.
     """
-    recorded = read_provenance(adapter_dir) or {}
-    trained = recorded.get("base", "its base")
+    provenance = read_provenance(adapter_dir) or {}
+    trained = provenance.get("base", "its base")
     for key, what in FINGERPRINTS.items():
-        expected = recorded.get(key)
+        expected = provenance.get(key)
         if not isinstance(expected, str):
             continue
         found = base.fingerprint if key == "base_fingerprint" else base.tokenizer_fingerprint

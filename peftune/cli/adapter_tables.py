@@ -1,21 +1,24 @@
-"""What the verbs of `peftune adapters` print: results on stdout, as tables that stay whole in a pipe."""
+"""What the verbs of `peftune adapters` print: results on stdout, as tables that are not cut in a pipe."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from peftune.adapters.edit.combine import Combined
-from peftune.adapters.edit.extract import Extracted
+from peftune.adapters.edit.combine import CombineResult
+from peftune.adapters.edit.extract import ExtractResult
 from peftune.adapters.inspect.compare import Comparison
-from peftune.adapters.inspect.scan import ScanEntry, ScanResult, targets_told
+from peftune.adapters.inspect.scan import ScanEntry, ScanResult
+from peftune.model.lora import ALL, ATTENTION
 
 _PIPE = 200  # columns where there is no terminal to ask
+Columns = Mapping[str, tuple[str, Callable[[Any], str]]]
+"""Heading of a column: the key of its figure, and how that is written."""
 
 
 class TablePrinter:
@@ -24,9 +27,10 @@ class TablePrinter:
     def __init__(self) -> None:
         self.console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _PIPE)
 
-    def line(self, text: str = "") -> None:
-        """One line, which a terminal may wrap."""
-        self.console.print(text, soft_wrap=True)
+    def lines(self, *texts: str) -> None:
+        """Lines, which a terminal may wrap."""
+        for text in texts:
+            self.console.print(text, soft_wrap=True)
 
     def table(self, title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], left: int = 1) -> None:
         """A table whose first `left` columns are words and whose others are figures."""
@@ -38,6 +42,11 @@ class TablePrinter:
             table.add_row(*(Text(cell) for cell in row))
         self.console.print(table)
 
+    def figures(self, title: str, first: str, columns: Columns, rows: Mapping[str, Mapping[str, Any]]) -> None:
+        """A table of figures by module, or by what `first` says."""
+        cells = ([short(name), *(text(row.get(key)) for key, text in columns.values())] for name, row in rows.items())
+        self.table(title, (first, *columns), cells)
+
 
 def print_scan(found: ScanResult) -> None:
     """`peftune adapters list`."""
@@ -45,97 +54,80 @@ def print_scan(found: ScanResult) -> None:
     usable = [entry for entry in found.entries if not entry.problem]
     broken = [entry for entry in found.entries if entry.problem]
     if not found.entries:
-        printer.line(f"{found.directory}: no adapter here or below")
+        printer.lines(f"{found.directory}: no adapter here or below")
     if usable:
         columns = ("adapter", "base", "variant", "targets", "rank", "MB", "steps", "held-out loss")
         printer.table(f"{len(usable)} adapters in {found.directory}", columns, map(_row, usable), left=4)
     if broken:
-        printer.line(f"{len(broken)} that cannot be used:")
-    for entry in broken:
-        printer.line(f"  {entry.name}: {entry.problem}")
+        printer.lines(f"{len(broken)} that cannot be used:", *(f"  {entry.name}: {entry.problem}" for entry in broken))
     if found.cut:
-        printer.line("There may be more: the search ended at its bounds; name a directory further down.")
+        printer.lines("There may be more: the search ended at its bounds; name a directory further down.")
 
 
 def _row(entry: ScanEntry) -> list[str]:
     facts = entry.facts
     ranks, step = facts["ranks"], facts["step"]
-    span = "-" if not ranks else f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    span = " to ".join(dict.fromkeys(str(rank) for rank in (*ranks[:1], *ranks[-1:])))
+    presets = {ALL: "all", ATTENTION: "attention"}
     loss = ", ".join(f"{domain} {value:.3f}" for domain, value in facts["loss"].items())
     return [
-        entry.name, facts["base"] or "not known", facts["variant"], targets_told(facts["targets"]), span,
+        entry.name, facts["base"] or "not known", facts["variant"],
+        presets.get(tuple(facts["targets"]), ", ".join(facts["targets"])), span or "-",
         f"{facts['megabytes']:.2f}", "-" if step is None else f"{step:,}", loss or "-",
     ]  # fmt: skip
 
 
-def print_combined(result: Combined) -> None:
+def print_combination(result: CombineResult) -> None:
     """`peftune adapters combine`."""
     printer = TablePrinter()
-    rows = [
-        [name.removeprefix("transformer."), f"{int(m['rank'])}", figure(m["norm"]), share(m["relative_error"])]
-        for name, m in result.modules.items()
-    ]
     if result.rank is not None:
-        printer.table("Cut to rank", ("module", "rank", "norm of the sum", "relative error"), rows)
-    ranks = sorted({int(m["rank"]) for m in result.modules.values()})
-    span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    kind = "exact to rounding" if result.rank is None else f"the nearest of rank {result.rank}"
+        printer.figures("Cut to rank", "module", _COMBINED, result.modules)
     terms = " + ".join(f"{weight:g} x {name}" for name, weight in result.weights.items())
-    printer.line(
-        f"{result.out}: {terms}, {kind}: {len(result.modules)} modules, {span}, relative error "
+    printer.lines(
+        f"{result.out}: {terms}, {result.accuracy}: {len(result.modules)} modules, {result.rank_range}, relative error "
         f"{share(result.relative_error)}"
     )
 
 
-def print_extracted(result: Extracted) -> None:
+def print_extraction(result: ExtractResult) -> None:
     """`peftune adapters extract`."""
     printer = TablePrinter()
-    rows = [
-        [name.removeprefix("transformer."), f"{m['rank']}", figure(m["norm"]), share(m["relative_change"]),
-         share(m["relative_error"])]
-        for name, m in result.modules.items()
-    ]  # fmt: skip
-    columns = ("module", "rank", "norm of the change", "of the weight", "missing")
-    printer.table(f"From {result.base} to {result.tuned}", columns, rows)
+    printer.figures(f"From {result.base} to {result.tuned}", "module", _EXTRACTED, result.modules)
     if result.unchanged:
-        printer.line(f"not changed by the fine-tune, and so left out: {len(result.unchanged)} modules")
-    rest = [
-        [kind, f"{m['tensors']}", figure(m["norm"]), share(m["relative_change"])] for kind, m in result.not_held.items()
-    ]
-    if rest:
+        printer.lines(f"not changed by the fine-tune, and so left out: {len(result.unchanged)} modules")
+    if result.not_held:
         title = "Changed too, and not in these modules, so the adapter does not hold it"
-        printer.table(title, ("what", "tensors", "norm of the change", "of the weight"), rest)
-    for note in result.notes:
-        printer.line(f"note: {note}")
-    printer.line(
+        printer.figures(title, "what", _NOT_HELD, result.not_held)
+    printer.lines(
+        *(f"note: {note}" for note in result.notes),
         f"{result.out}: {len(result.modules)} modules of rank {result.rank}; {share(result.relative_error)} of the "
-        f"change in them is missing; held of the whole fine-tune, by squared norm: {result.held:.2%}"
+        f"change in them is missing; held of the whole fine-tune, by squared norm: {result.held:.2%}",
     )
 
 
 def print_comparison(found: Comparison) -> None:
     """`peftune adapters compare`."""
     printer = TablePrinter()
-    printer.line(f"not known to be of one base: {found.apart}" if found.apart else "both are adapters of the same base")
-    columns = ("module", "norm, first", "second", "cosine", "distance", "overlap in", "overlap out")
-    rows = [
-        [name.removeprefix("transformer."), *(told(figures.get(key)) for key, told in _COMPARED.items())]
-        for name, figures in [*found.modules.items(), ("all", found.overall)]
-    ]
-    printer.table(f"{found.first} and {found.second}", columns, rows)
+    mismatch = found.base_mismatch
+    printer.lines(f"not known to be of one base: {mismatch}" if mismatch else "both are adapters of the same base")
+    printer.figures(f"{found.first} and {found.second}", "module", _COMPARED, {**found.modules, "all": found.overall})
     for which, names in (("first", found.only_first), ("second", found.only_second)):
         if names:
-            printer.line(f"only in the {which}: {', '.join(name.removeprefix('transformer.') for name in names)}")
+            printer.lines(f"only in the {which}: {', '.join(map(short, names))}")
     if found.differences:
-        told = [[key, _short(one), _short(other)] for key, (one, other) in found.differences.items()]
-        printer.table("What differs in how they were made", ("", "first", "second"), told, left=3)
-    for note in found.notes:
-        printer.line(f"note: {note}")
+        rows = [[key, _abbreviated(a), _abbreviated(b)] for key, (a, b) in found.differences.items()]
+        printer.table("What differs in how they were made", ("", "first", "second"), rows, left=3)
+    printer.lines(*(f"note: {note}" for note in found.notes))
 
 
-def figure(value: float | None) -> str:
-    """Three significant digits."""
-    return "-" if value is None else f"{value:#.3g}".rstrip(".")
+def short(module: str) -> str:
+    """A module's name without the prefix that all have."""
+    return module.removeprefix("transformer.")
+
+
+def figure(value: float | None, form: str = "#.3g") -> str:
+    """Three significant digits, or another form; `-` for None."""
+    return "-" if value is None else f"{value:{form}}".rstrip(".")
 
 
 def share(value: float | None) -> str:
@@ -145,20 +137,23 @@ def share(value: float | None) -> str:
     return f"{value:.2%}" if value >= 1e-4 or value == 0 else f"{value:.1e}"
 
 
-def _cosine(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.3f}"
-
-
-_COMPARED = {
-    "norm_first": figure, "norm_second": figure, "cosine": _cosine, "distance": figure, "overlap_in": figure,
-    "overlap_out": figure,
+_COMBINED: Columns = {
+    "rank": ("rank", str), "norm of the sum": ("norm", figure), "relative error": ("relative_error", share),
+}  # fmt: skip
+_CHANGE: Columns = {"norm of the change": ("norm", figure), "of the weight": ("relative_change", share)}
+_EXTRACTED: Columns = {"rank": ("rank", str), **_CHANGE, "missing": ("relative_error", share)}
+_NOT_HELD: Columns = {"tensors": ("tensors", str), **_CHANGE}
+_COMPARED: Columns = {
+    "norm, first": ("norm_first", figure), "second": ("norm_second", figure),
+    "cosine": ("cosine", lambda value: figure(value, "+.3f")), "distance": ("distance", figure),
+    "overlap in": ("overlap_in", figure), "overlap out": ("overlap_out", figure),
 }  # fmt: skip
 
 
-def _short(value: Any) -> str:
-    """One cell; a data source by what was said of it."""
+def _abbreviated(value: Any) -> str:
+    """One cell of at most 60 characters; a data source by its settings."""
     if isinstance(value, list):
-        return _short(", ".join(_source(item) for item in value))
+        return _abbreviated(", ".join(_source(item) for item in value))
     text = "-" if value is None else str(value)
     return text if len(text) <= 60 else text[:57] + "…"
 

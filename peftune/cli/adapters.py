@@ -1,4 +1,4 @@
-"""The verbs of `peftune adapters`: their options, no logic; what is heavy is imported in the verbs."""
+"""The verbs of `peftune adapters`: their options, no logic; heavy modules are imported inside the verbs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from peftune.cli.options import Json
+from peftune.cli.options import Json, save_json
 from peftune.errors import UserError
 
 app = typer.Typer(
     name="adapters",
-    help="List, show, compare and combine adapters; take one out of a full fine-tune.",
+    help="List, show, compare and combine adapters; extract one from a full fine-tune.",
     rich_markup_mode="rich",
 )
 
@@ -33,13 +33,12 @@ def list_adapters(
 
     Example:  peftune adapters list adapters
     """
-    _check(json_path)
     from peftune.adapters.inspect.scan import scan
     from peftune.cli.adapter_tables import print_scan
 
     found = scan(directory)
     print_scan(found)
-    _write(json_path, found.as_json())
+    save_json(json_path, found.as_json())
 
 
 @app.command()
@@ -52,13 +51,12 @@ def show(
 
     Example:  peftune adapters show adapters/poems --base gpt2
     """
-    _check(json_path)
     from peftune.adapters.inspect.describe import describe
     from peftune.cli.adapter_details import print_description
 
     found = describe(adapter, base)
     print_description(found)
-    _write(json_path, found.as_json())
+    save_json(json_path, found.as_json())
 
 
 @app.command()
@@ -74,14 +72,13 @@ def combine(
 
     Example:  peftune adapters combine adapters/poems adapters/code --weights 0.7,0.3 --out adapters/both
     """
-    _check(json_path)
     numbers = _numbers(weights)
     from peftune.adapters.edit.combine import combine
-    from peftune.cli.adapter_tables import print_combined
+    from peftune.cli.adapter_tables import print_combination
 
     result = combine(adapters, numbers, out, rank, base)
-    print_combined(result)
-    _write(json_path, result.as_json())
+    print_combination(result)
+    save_json(json_path, result.as_json())
 
 
 @app.command()
@@ -97,13 +94,12 @@ def extract(
 
     Example:  peftune adapters extract --base gpt2 --tuned models/poems --rank 16 --out adapters/poems
     """
-    _check(json_path)
     from peftune.adapters.edit.extract import extract
-    from peftune.cli.adapter_tables import print_extracted
+    from peftune.cli.adapter_tables import print_extraction
 
     result = extract(base, tuned, rank, out, targets)
-    print_extracted(result)
-    _write(json_path, result.as_json())
+    print_extraction(result)
+    save_json(json_path, result.as_json())
 
 
 @app.command()
@@ -116,13 +112,12 @@ def compare(
 
     Example:  peftune adapters compare adapters/poems adapters/code
     """
-    _check(json_path)
     from peftune.adapters.inspect.compare import compare
     from peftune.cli.adapter_tables import print_comparison
 
     found = compare(first, second)
     print_comparison(found)
-    _write(json_path, found.as_json())
+    save_json(json_path, found.as_json())
 
 
 @app.callback(invoke_without_command=True)
@@ -136,17 +131,3 @@ def _numbers(weights: str) -> list[float]:
         return [float(weight) for weight in weights.split(",")]
     except ValueError:
         raise UserError(f"--weights {weights!r}: expected numbers with commas between, such as 0.7,0.3") from None
-
-
-def _check(json_path: Path | None) -> None:
-    from peftune.files import check_writable
-
-    if json_path is not None:
-        check_writable(json_path)
-
-
-def _write(json_path: Path | None, value: dict[str, object]) -> None:
-    from peftune.files import write_json
-
-    if json_path is not None:
-        write_json(json_path, value)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from peftune.errors import UserError
+from peftune.files import check_writable, write_json
 
 BASE_HELP = "Hub name, directory, or builtin:small."
 _ADAPTER_HELP = "Adapter directory, with the name to show; a bare DIR is named after its last part. May be repeated."
@@ -16,7 +17,21 @@ _EXAMPLES = {"--adapter": "poems=adapters/poems", "--data": "poems=held.txt", "-
 _JSON_HELP = "Also write the figures to this file."
 
 Adapters = Annotated[list[str] | None, typer.Option("--adapter", metavar="NAME=DIR", help=_ADAPTER_HELP)]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help=_JSON_HELP)]
+
+
+def _writable(path: Path | None) -> Path | None:
+    if path is not None:
+        check_writable(path)
+    return path
+
+
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help=_JSON_HELP, callback=_writable)]
+
+
+def save_json(path: Path | None, value: Any) -> None:
+    """Write a result to the file of `--json`, if it was given."""
+    if path is not None:
+        write_json(path, value)
 
 
 def named(option: str, values: list[str] | None) -> dict[str, str]:

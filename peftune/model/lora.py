@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import GPT2LMHeadModel
@@ -189,16 +189,18 @@ def stored_adapter(
     with quiet_peft():
         tensors = get_peft_model_state_dict(adapted.model, state_dict=dict(named), save_embedding_layers=False)
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    config = adapted.model.peft_config["default"].to_dict()
-    config |= {
-        "inference_mode": True,
-        "fan_in_fan_out": _adapts_blocks(adapted.model),
-        "target_modules": sorted(config["target_modules"]),
-    }
+    config = config_to_json(adapted.model.peft_config["default"])
+    config |= {"inference_mode": True, "fan_in_fan_out": _adapts_blocks(adapted.model)}
     if adapted.initial:
         tensors = _without_initial(tensors, adapted.initial)
         config |= {"init_lora_weights": True, "r": 2 * config["r"], "lora_alpha": 2 * config["lora_alpha"]}
-    return {key: _plain(value) for key, value in config.items()}, tensors
+    return config, tensors
+
+
+def config_to_json(config: PeftConfig) -> dict[str, Any]:
+    """PEFT's settings as `adapter_config.json` holds them: sets as sorted lists, enums by their value."""
+    settings = config.to_dict().items()
+    return {key: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for key, v in settings}
 
 
 def _without_initial(tensors: dict[str, torch.Tensor], initial: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -215,10 +217,6 @@ def _without_initial(tensors: dict[str, torch.Tensor], initial: dict[str, torch.
 def _adapts_blocks(model: PeftModel) -> bool:
     """Every linear layer of a block is a `Conv1D` in the full-precision base, whatever a quantised one is made of."""
     return any(".h." in name and isinstance(module, LoraLayer) for name, module in model.named_modules())
-
-
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set) else getattr(value, "value", value)
 
 
 def is_dead(adapted: Adapted, values: dict[str, torch.Tensor]) -> bool:

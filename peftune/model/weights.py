@@ -62,6 +62,10 @@ class Weights:
         """Normalised tensor names, sorted."""
         return sorted(self._entries)
 
+    def stored_name(self, name: str) -> str:
+        """The tensor that holds the values of `name`: of a tied output head it is the embedding."""
+        return WTE if name == HEAD and self.tied else name
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
         return self._entries[name].shape

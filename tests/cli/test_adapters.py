@@ -85,7 +85,7 @@ def test_list_shows_what_is_there_and_what_is_broken(here: Path, capsys: Capture
     assert "empty: no adapter here or below" in printed(capsys, "list", "empty")
 
 
-def test_show_tells_what_is_known_and_what_is_not(here: Path, tiny_base: Path, capsys: Captured) -> None:
+def test_show_says_what_is_known_and_what_is_not(here: Path, tiny_base: Path, capsys: Captured) -> None:
     out = printed(capsys, "show", "a", "--base", str(tiny_base), "--json", "a.json")
     assert "trained on poems.txt: 30 steps, 12,345 tokens, 6 s, fp32" in out
     assert "rank 2, alpha 4, scale 2" in out and "[bold]held" in out and "54.600" in out
@@ -96,7 +96,7 @@ def test_show_tells_what_is_known_and_what_is_not(here: Path, tiny_base: Path, c
     assert "no peftune.json: what it was trained on, for how long and how well is not known" in plain
 
 
-def test_a_peftune_json_of_another_make_is_told_as_far_as_it_goes(here: Path, capsys: Captured) -> None:
+def test_a_peftune_json_of_another_program_is_shown_as_far_as_it_can_be_read(here: Path, capsys: Captured) -> None:
     odd = {
         "recipe": {"data": {"train": ["x", {}]}}, "step": "ten", "metrics": {"a": 1, "b": {"adapter": {"loss": "low"}}},
         "combined": {"adapters": [1, {}], "relative_error": "none"}, "extracted": {"tuned": 3}, "versions": [1],
@@ -160,7 +160,7 @@ def test_a_disk_that_cannot_be_written_is_one_line(
     assert [path for path in sorted(here.rglob("*")) if path.name == "c"] == [] and set(before) <= set(here.iterdir())
 
 
-def test_tables_stay_whole_in_a_pipe(here: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_are_not_cut_in_a_pipe(here: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     row = next(line for line in printed(capsys, "list", ".").splitlines() if line.startswith("│a "))
     assert "attention" in row and "30" in row and "[bold]held 4.000" in row

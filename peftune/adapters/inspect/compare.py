@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from peftune.adapters.directory import Adapter, read_adapter
 from peftune.adapters.infer_config import read_layout
-from peftune.adapters.inspect.describe import place_of, variant
-from peftune.adapters.inspect.scan import targets
-from peftune.adapters.layout import AdapterLayout
-from peftune.adapters.low_rank import LowRankDelta, Spectrum, delta_of, distance, inner, norm, overlap, spectrum
+from peftune.adapters.inspect.describe import beyond_factors, lora_variant
+from peftune.adapters.inspect.scan import target_modules
+from peftune.adapters.layout import AdapterLayout, module_order
+from peftune.adapters.low_rank import LowRankDelta, delta_of, distance, inner, norm, overlap, spectrum
+from peftune.adapters.provenance import recorded, recorded_dict
 from peftune.adapters.shared_base import recorded_base, why_apart
 from peftune.errors import UserError
 
+T = TypeVar("T")
+Pair = tuple[T, T]
 Figures = dict[str, float | None]
 
 
@@ -24,126 +27,110 @@ class Comparison:
     """Per module of both: norms, cosine, distance ‖ΔWa - ΔWb‖/‖ΔWa‖, and how far the spaces that they read from
     (`overlap_in`) and write to (`overlap_out`) lie in each other, 0 to 1; None where an update is zero.
 
-    `overall` counts modules that only one has as zero in the other. `apart` says why the bases may differ, and is empty
-    where they are the same; `differences` are settings and data, first and second.
+    `overall` counts modules that only one has as zero in the other. `base_mismatch` says why the bases may differ, and
+    is empty where they are the same; `differences` are settings and data, first and second.
     """
 
     first: Path
     second: Path
-    apart: str
+    base_mismatch: str
     overall: Figures
     modules: dict[str, Figures]
     only_first: list[str]
     only_second: list[str]
-    differences: dict[str, tuple[Any, Any]]
+    differences: dict[str, Pair[Any]]
     notes: list[str]
 
     def as_json(self) -> dict[str, Any]:
         """The contract of `peftune adapters compare --json`."""
-        return {**vars(self), "first": str(self.first), "second": str(self.second), "same_base": not self.apart}
+        renamed = {"base_mismatch": "apart"}
+        values = {renamed.get(key, key): value for key, value in vars(self).items()}
+        return values | {"first": str(self.first), "second": str(self.second), "same_base": not self.base_mismatch}
 
 
 def compare(first: Path, second: Path) -> Comparison:
     """Compare two adapters, whatever their ranks, scales and targets; UserError only for one that cannot be read."""
-    a, b = read_adapter(first), read_adapter(second)
-    layouts = read_layout(a), read_layout(b)
-    ones, others = ({name: delta_of(target) for name, target in layout.targets.items()} for layout in layouts)
-    shared = [n for n in sorted(ones, key=place_of) if n in others and ones[n].shape == others[n].shape]
-    unlike = [name for name in ones if name in others and name not in shared]
-    if unlike and not shared:
-        shapes = f"{ones[unlike[0]].shape} and {others[unlike[0]].shape}"
-        raise UserError(f"{first} and {second}: no module has the same shape in both, {unlike[0]} has {shapes}")
+    adapters = read_adapter(first), read_adapter(second)
+    layouts = read_layout(adapters[0]), read_layout(adapters[1])
+    a, b = ({name: delta_of(target) for name, target in layout.targets.items()} for layout in layouts)
+    shared = [name for name in sorted(a, key=module_order) if name in b and a[name].shape == b[name].shape]
+    reshaped = [name for name in a if name in b and name not in shared]
+    if reshaped and not shared:
+        shapes = f"{a[reshaped[0]].shape} and {b[reshaped[0]].shape}"
+        raise UserError(f"{first} and {second}: no module has the same shape in both, {reshaped[0]} has {shapes}")
+    notes = [f"{name} has another shape in each and is left out" for name in reshaped]
+    modules = {name: _figures(a[name], b[name]) for name in shared}
     return Comparison(
-        first, second, why_apart(a, b), _overall(ones, others, shared),
-        {name: _figures(ones[name], others[name]) for name in shared},
-        sorted(ones.keys() - others.keys(), key=place_of), sorted(others.keys() - ones.keys(), key=place_of),
-        _differences((a, b), layouts), _notes((a, b), layouts, unlike),
+        first, second, why_apart(*adapters), _overall(a, b, shared), modules,
+        sorted(a.keys() - b.keys(), key=module_order), sorted(b.keys() - a.keys(), key=module_order),
+        _differences(adapters, layouts), notes + _notes(adapters, layouts),
     )  # fmt: skip
 
 
 def _figures(a: LowRankDelta, b: LowRankDelta) -> Figures:
-    sizes, spaces = (norm(a), norm(b)), (spectrum(a), spectrum(b))
+    product, norms = inner(a, b), (norm(a), norm(b))
+    spectra = spectrum(a), spectrum(b)
+    spanned = [s.spanned() for s in spectra]
+    overlaps: list[float | None] = [None, None]
+    if all(spanned):
+        rows = overlap(*(s.left[:, :count] for s, count in zip(spectra, spanned, strict=True)))
+        columns = overlap(*(s.right[:count].T for s, count in zip(spectra, spanned, strict=True)))
+        overlaps = [rows, columns] if a.kind == "embedding" else [columns, rows]  # rows of an embedding are its input
+    return _norms_and_angle(product, norms, distance(a, b)) | {"overlap_in": overlaps[0], "overlap_out": overlaps[1]}
+
+
+def _overall(a: dict[str, LowRankDelta], b: dict[str, LowRankDelta], shared: list[str]) -> Figures:
+    norms = math.hypot(*map(norm, a.values())), math.hypot(*map(norm, b.values()))
+    product = math.fsum(inner(a[name], b[name]) for name in shared)
+    distances = [distance(a[name], b[name]) for name in shared]
+    distances += [norm(update) for name, update in [*a.items(), *b.items()] if name not in shared]
+    return _norms_and_angle(product, norms, math.hypot(*distances))
+
+
+def _norms_and_angle(product: float, norms: Pair[float], gap: float) -> Figures:
+    first, second = norms
+    cosine = max(-1.0, min(1.0, product / (first * second))) if first and second else None
     return {
-        "norm_first": sizes[0],
-        "norm_second": sizes[1],
-        "cosine": _cosine(inner(a, b), *sizes),
-        "distance": distance(a, b) / sizes[0] if sizes[0] else None,
-        "overlap_in": _overlap(spaces, "right" if a.kind != "embedding" else "left"),
-        "overlap_out": _overlap(spaces, "left" if a.kind != "embedding" else "right"),
-    }
+        "norm_first": first, "norm_second": second, "cosine": cosine, "distance": gap / first if first else None,
+    }  # fmt: skip
 
 
-def _cosine(product: float, first: float, second: float) -> float | None:
-    return max(-1.0, min(1.0, product / (first * second))) if first and second else None
-
-
-def _overlap(spaces: tuple[Spectrum, Spectrum], side: str) -> float | None:
-    counts = [space.spanned() for space in spaces]
-    if not all(counts):
-        return None
-    bases = [
-        space.left[:, :count] if side == "left" else space.right[:count].T
-        for space, count in zip(spaces, counts, strict=True)
-    ]
-    return overlap(*bases)
-
-
-def _overall(ones: dict[str, LowRankDelta], others: dict[str, LowRankDelta], shared: list[str]) -> Figures:
-    sizes = [math.hypot(*map(norm, updates.values())) for updates in (ones, others)]
-    product = math.fsum(inner(ones[name], others[name]) for name in shared)
-    gaps = [distance(ones[name], others[name]) for name in shared]
-    gaps += [norm(update) for name, update in [*ones.items(), *others.items()] if name not in shared]
-    return {
-        "norm_first": sizes[0],
-        "norm_second": sizes[1],
-        "cosine": _cosine(product, *sizes),
-        "distance": math.hypot(*gaps) / sizes[0] if sizes[0] else None,
-    }
-
-
-def _differences(
-    pair: tuple[Adapter, Adapter], layouts: tuple[AdapterLayout, AdapterLayout]
-) -> dict[str, tuple[Any, Any]]:
+def _differences(adapters: Pair[Adapter], layouts: Pair[AdapterLayout]) -> dict[str, Pair[Any]]:
     """Settings that differ, and where both were trained by a recipe what differs in these."""
-    recipes = [_recipe(adapter) for adapter in pair]
-    ones, others = (_settings(adapter, layout) for adapter, layout in zip(pair, layouts, strict=True))
+    recipes = [_recipe(adapter) for adapter in adapters]
+    a, b = map(_settings, adapters, layouts)
     if all(recipes):
-        ones, others = ones | recipes[0], others | recipes[1]
-    keys = [*ones, *(key for key in others if key not in ones)]
-    return {key: (ones.get(key), others.get(key)) for key in keys if ones.get(key) != others.get(key)}
+        a, b = a | recipes[0], b | recipes[1]
+    return {key: (a.get(key), b.get(key)) for key in a | b if a.get(key) != b.get(key)}
 
 
 def _settings(adapter: Adapter, layout: AdapterLayout) -> dict[str, Any]:
-    recorded = adapter.provenance or {}
     return {
         "base": recorded_base(adapter),
-        "variant": variant(adapter),
-        "targets": targets(adapter),
+        "variant": lora_variant(adapter),
+        "targets": target_modules(adapter),
         "ranks": sorted({target.rank for target in layout.targets.values()}),
         "scales": sorted({target.scale for target in layout.targets.values()}),
-        **{key: recorded.get(key) for key in ("step", "tokens", "precision")},
+        **{key: recorded(adapter.provenance, key) for key in ("step", "tokens", "precision")},
     }
 
 
 def _recipe(adapter: Adapter) -> dict[str, Any]:
-    """Every value of the recipe that decides what is learnt, flat; `lora.` stands in the adapter's own settings."""
-    identity = (adapter.provenance or {}).get("identity")
-    if not isinstance(identity, dict):
-        return {}
+    """Every recipe value that decides what is learnt, flat; without `lora.`, which the adapter's own settings show."""
+    identity = recorded_dict(adapter.provenance, "identity")
     return {key: value for key, value in identity.items() if not key.startswith("lora.")}
 
 
-def _notes(
-    adapters: tuple[Adapter, Adapter], layouts: tuple[AdapterLayout, AdapterLayout], unlike: list[str]
-) -> list[str]:
-    notes = [f"{name} has another shape in each and is left out" for name in unlike]
-    recipes = [bool(_recipe(adapter)) for adapter in adapters]
-    for adapter, layout, has_recipe in zip(adapters, layouts, recipes, strict=True):
-        if not has_recipe and any(recipes):
+def _notes(adapters: Pair[Adapter], layouts: Pair[AdapterLayout]) -> list[str]:
+    """What is left out of the comparison."""
+    notes = []
+    recipes = [_recipe(adapter) for adapter in adapters]
+    for adapter, layout, recipe in zip(adapters, layouts, recipes, strict=True):
+        if not recipe and any(recipes):
             notes.append(f"{adapter.directory}: no recipe is recorded, so training is not compared")
-        if layout.dora or any(target.pissa for target in layout.targets.values()):
-            kind = "DoRA's magnitudes" if layout.dora else "what PiSSA takes out of the base"
-            notes.append(f"{adapter.directory}: B·A alone is compared, without {kind}")
+        if missing := beyond_factors(layout):
+            notes.append(f"{adapter.directory}: B·A alone is compared, without {missing}")
         if layout.replaced:
-            notes.append(f"{adapter.directory}: {', '.join(sorted(layout.replaced))} came whole and are not compared")
+            names = ", ".join(sorted(layout.replaced))
+            notes.append(f"{adapter.directory}: {names} are stored in full and are not compared")
     return notes

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peftune.adapters.directory import Adapter, read_adapter
 from peftune.adapters.infer_config import infer_config
-from peftune.adapters.inspect.describe import megabytes, variant
-from peftune.adapters.layout import module_of, stripped
+from peftune.adapters.inspect.describe import lora_variant, size_in_megabytes
+from peftune.adapters.layout import block_of, module_of, stripped, suffix_in_block
+from peftune.adapters.provenance import recorded, recorded_dict
 from peftune.adapters.shared_base import recorded_base
 from peftune.errors import UserError
-from peftune.model.lora import ALL, ATTENTION
+from peftune.model.lora import ALL
 
 DEPTH, DIRECTORIES = 8, 20_000
-_SIGNS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", ".commit/adapter_config.json")
-_TRAINING = ("checkpoints", "metrics.jsonl")
-_PASSED = {"checkpoints", "__pycache__", "node_modules"}
+_ADAPTER_FILES = (
+    "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", ".commit/adapter_config.json",
+)  # fmt: skip
+_TRAINING_FILES = ("checkpoints", "metrics.jsonl")
+_SKIPPED = {"checkpoints", "__pycache__", "node_modules"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class ScanEntry:
 
 @dataclass(frozen=True)
 class ScanResult:
-    """Adapters by path; `cut` says that the search ended at its bounds."""
+    """Adapters by path; `cut` says that the search ended at its limits."""
 
     directory: Path
     entries: list[ScanEntry]
@@ -50,7 +52,8 @@ class ScanResult:
 
 
 def scan(directory: Path) -> ScanResult:
-    """Adapters in `directory` and below, at most 8 levels and 20,000 directories; links are followed, each place once.
+    """Adapters in `directory` and below, at most 8 levels and 20,000 directories; links are followed, each directory
+    is visited once.
 
     Raises UserError where it is no directory that can be read.
     """
@@ -58,92 +61,70 @@ def scan(directory: Path) -> ScanResult:
         os.scandir(directory).close()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(f"{str(directory)[:200]}: {getattr(error, 'strerror', None) or error}") from None
-    walk = _Walk()
-    places = sorted(walk.below(directory, 0))
-    return ScanResult(directory, [_entry(place, directory) for place in places], walk.cut)
+    found, cut = _adapter_directories(directory)
+    return ScanResult(directory, [_entry(path, directory) for path in found], cut)
 
 
-class _Walk:
-    """A search that goes to each place once and ends at its bounds."""
+def _adapter_directories(root: Path) -> tuple[list[Path], bool]:
+    """Directories that hold an adapter, complete or not, or a training that will write one; True if limits were met."""
+    found: list[Path] = []
+    visited: set[str] = set()
+    cut = False
+    for name, children, _ in os.walk(root, followlinks=True):  # what cannot be read is left out
+        path, real = Path(name), os.path.realpath(name)
+        if real in visited:
+            children.clear()
+        elif len(visited) >= DIRECTORIES:
+            return sorted(found), True
+        elif len(path.relative_to(root).parts) > DEPTH:
+            cut = True
+            children.clear()
+        else:
+            visited.add(real)
+            children[:] = sorted(child for child in children if not child.startswith(".") and child not in _SKIPPED)
+            is_adapter = any((path / file).is_file() for file in _ADAPTER_FILES)
+            if is_adapter or all((path / file).exists() for file in _TRAINING_FILES):
+                found.append(path)
+    return sorted(found), cut
 
-    def __init__(self) -> None:
-        self.seen: set[str] = set()
-        self.cut = False
 
-    def below(self, directory: Path, depth: int) -> Iterator[Path]:
-        """Directories that hold an adapter, whole or not, or a training on its way to one."""
-        place = os.path.realpath(directory)
-        if place in self.seen:
-            return
-        if depth > DEPTH or len(self.seen) >= DIRECTORIES:
-            self.cut = True
-            return
-        self.seen.add(place)
-        if any((directory / sign).is_file() for sign in _SIGNS) or all((directory / s).exists() for s in _TRAINING):
-            yield directory
-        for child in _children(directory):
-            yield from self.below(child, depth + 1)
-
-
-def _children(directory: Path) -> list[Path]:
+def _entry(path: Path, root: Path) -> ScanEntry:
+    name = str(path.relative_to(root)) if path != root else path.resolve().name
     try:
-        with os.scandir(directory) as found:
-            names = [entry.name for entry in found if entry.is_dir()]
-    except OSError:  # not readable, or gone meanwhile: there is nothing to list in it
-        return []
-    return [directory / name for name in sorted(names) if not name.startswith(".") and name not in _PASSED]
-
-
-def _entry(place: Path, root: Path) -> ScanEntry:
-    name = str(place.relative_to(root)) if place != root else place.resolve().name
-    try:
-        adapter = read_adapter(place)
+        adapter = read_adapter(path)
         infer_config([adapter])
     except UserError as error:
-        return ScanEntry(name, place, {}, str(error).removeprefix(f"adapter {place}: "))
-    return ScanEntry(name, place, _facts(adapter))
+        return ScanEntry(name, path, {}, str(error).removeprefix(f"adapter {path}: "))
+    return ScanEntry(name, path, _facts(adapter))
 
 
 def _facts(adapter: Adapter) -> dict[str, Any]:
-    recorded = adapter.provenance or {}
-    metrics = recorded.get("metrics")
-    losses = {name: _loss(rows) for name, rows in metrics.items()} if isinstance(metrics, dict) else {}
+    provenance = adapter.provenance or {}
+    metrics = recorded_dict(provenance, "metrics").items()
+    losses = {domain: recorded(models, "adapter", "loss") for domain, models in metrics}
     return {
         "base": recorded_base(adapter),
-        "base_fingerprint": recorded.get("base_fingerprint"),
-        "variant": variant(adapter),
+        "base_fingerprint": provenance.get("base_fingerprint"),
+        "variant": lora_variant(adapter),
         "ranks": ranks(adapter),
-        "targets": targets(adapter),
-        "megabytes": megabytes(adapter),
-        **{key: recorded[key] if isinstance(recorded.get(key), int) else None for key in ("step", "tokens")},
-        "loss": {domain: loss for domain, loss in losses.items() if loss is not None},
+        "targets": target_modules(adapter),
+        "megabytes": size_in_megabytes(adapter),
+        **{key: provenance[key] if isinstance(provenance.get(key), int) else None for key in ("step", "tokens")},
+        "loss": {domain: loss for domain, loss in losses.items() if isinstance(loss, int | float)},
     }
-
-
-def _loss(rows: Any) -> float | None:
-    adapter = rows.get("adapter") if isinstance(rows, dict) else None
-    loss = adapter.get("loss") if isinstance(adapter, dict) else None
-    return loss if isinstance(loss, int | float) else None
 
 
 def ranks(adapter: Adapter) -> list[int]:
     """The ranks of its modules, each once, from the shapes of A."""
-    named = (".lora_A.weight", ".lora_embedding_A")
-    return sorted({tensor.shape[0] for name, tensor in adapter.tensors.items() if name.endswith(named)})
+    suffixes = (".lora_A.weight", ".lora_embedding_A")
+    return sorted({tensor.shape[0] for name, tensor in adapter.tensors.items() if name.endswith(suffixes)})
 
 
-def targets(adapter: Adapter) -> list[str]:
-    """What it adapts, by the names within a block, in the model's order; modules trained whole are marked with `=`."""
-    found: dict[str, None] = {}
-    for name in sorted(adapter.tensors):
+def target_modules(adapter: Adapter) -> list[str]:
+    """What it adapts, by the names within a block, in the model's order; a module trained in full is marked by `=`."""
+    found: set[str] = set()
+    for name in adapter.tensors:
         module = module_of(stripped(name).replace(".modules_to_save.", ".").replace(".base_layer.", "."))
-        inside = module.split(".", 3)[3] if ".h." in module else module.rpartition(".")[2]
-        found.setdefault(inside if "lora_" in name else f"{inside}=")
-    order = [*ALL]
-    return sorted(found, key=lambda inside: (order.index(inside) if inside in order else len(order), inside))
-
-
-def targets_told(names: list[str]) -> str:
-    """The names for a table: `all` and `attention` as in a recipe."""
-    short = {ALL: "all", ATTENTION: "attention"}
-    return short.get(tuple(names), ", ".join(names))
+        short = suffix_in_block(module) or block_of(module)
+        found.add(short if "lora_" in name else f"{short}=")
+    return sorted(found, key=lambda short: (ALL.index(short) if short in ALL else len(ALL), short))

@@ -119,8 +119,8 @@ def test_a_cut_is_as_near_as_the_dense_decomposition_and_says_how_near(
         assert result.modules[name]["relative_error"] == pytest.approx(error, abs=1e-6)
         assert result.modules[name]["rank"] <= 3
         lost += float((found[name] - update).norm()) ** 2
-    whole = sum(float(update.norm()) ** 2 for update in expected.values())
-    assert result.relative_error == pytest.approx(math.sqrt(lost / whole), abs=1e-6)
+    total = sum(float(update.norm()) ** 2 for update in expected.values())
+    assert result.relative_error == pytest.approx(math.sqrt(lost / total), abs=1e-6)
     assert result.relative_error > 0.01
 
 
@@ -154,8 +154,8 @@ def test_one_adapter_alone_can_be_weakened_or_cut(
 ) -> None:
     adapter = make_adapter("a")
     combine([adapter], [0.5], tmp_path / "half")
-    whole, half = (updates_by_peft(tools.with_peft(tiny_base, d)) for d in (adapter, tmp_path / "half"))
-    assert all((whole[name] - 2 * half[name]).norm() <= 1e-6 * whole[name].norm() for name in whole)
+    full, half = (updates_by_peft(tools.with_peft(tiny_base, d)) for d in (adapter, tmp_path / "half"))
+    assert all((full[name] - 2 * half[name]).norm() <= 1e-6 * full[name].norm() for name in full)
 
 
 def test_an_adapter_of_weight_zero_adds_no_ranks(make_adapter: Any, tmp_path: Path) -> None:
@@ -167,14 +167,14 @@ def test_an_adapter_of_weight_zero_adds_no_ranks(make_adapter: Any, tmp_path: Pa
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "is a DoRA"),
     "pissa": ({"init_lora_weights": "pissa"}, "first takes a part out of the base"),
-    "whole": ({"modules_to_save": ["ln_f"]}, "trained ln_f whole"),
+    "modules-to-save": ({"modules_to_save": ["ln_f"]}, "trained ln_f in full"),
     "bias": ({"bias": "lora_only"}, "trained biases too"),
     "lora-bias": ({"lora_bias": True}, "trained biases too"),
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_no_sum_of_thin_factors_is_refused_with_the_reason(
+def test_what_is_no_sum_of_low_rank_updates_is_refused_with_the_reason(
     kind: str, make_adapter: Any, tmp_path: Path
 ) -> None:
     settings, reason = REFUSED[kind]
@@ -227,7 +227,9 @@ def test_bases_that_are_only_names_must_be_the_same_or_be_given(
     assert recorded.items() >= Base(tiny_base, str(tiny_base)).identity().items()
 
 
-def test_adapters_of_unlike_widths_are_refused(make_adapter: Any, tools: Any, tiny_base: Path, tmp_path: Path) -> None:
+def test_adapters_of_different_widths_are_refused(
+    make_adapter: Any, tools: Any, tiny_base: Path, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     wide = tmp_path / "wide"
     GPT2LMHeadModel(GPT2Config.from_pretrained(tiny_base, n_embd=64)).save_pretrained(wide)
@@ -242,7 +244,7 @@ def test_an_embedding_stored_beside_lm_head_is_seen_to_be_a_copy(
 ) -> None:
     adapters = [make_adapter("a"), make_adapter("b", r=2, target_modules=["lm_head"])]
     assert any("base_layer" in name for name in load_file(adapters[1] / "adapter_model.safetensors"))
-    with pytest.raises(UserError, match=r"whole; pass --base"):
+    with pytest.raises(UserError, match=r"in full; pass the base"):
         combine(adapters, [1.0, 0.5], tmp_path / "sum")
     combine(adapters, [1.0, 0.5], tmp_path / "sum", base=str(tiny_base))
     expected = dense_sum(tools, tiny_base, adapters, [1.0, 0.5])

@@ -73,8 +73,8 @@ def test_each_module_misses_what_the_dense_decomposition_says(tune: Tune, tiny_b
         values = torch.linalg.svdvals(delta)
         assert facts["relative_error"] == pytest.approx(float(values[5:].norm() / values.norm()), abs=1e-6)
         assert facts["norm"] == pytest.approx(float(delta.norm()), rel=1e-9)
-        whole = before[f"{name}.weight"].double()
-        assert facts["relative_change"] == pytest.approx(float(delta.norm() / whole.norm()), rel=1e-9)
+        weight = before[f"{name}.weight"].double()
+        assert facts["relative_change"] == pytest.approx(float(delta.norm() / weight.norm()), rel=1e-9)
 
 
 def test_stored_factors_are_the_adapter_that_the_errors_speak_of(tune: Tune, tiny_base: Path, tmp_path: Path) -> None:
@@ -91,14 +91,16 @@ def test_stored_factors_are_the_adapter_that_the_errors_speak_of(tune: Tune, tin
     assert config["r"] == config["lora_alpha"] == 4 and config["fan_in_fan_out"] is True
 
 
-def test_a_change_of_low_rank_is_held_whole_whatever_rank_is_asked(tune: Tune, tiny_base: Path, tmp_path: Path) -> None:
+def test_a_change_of_low_rank_is_held_completely_whatever_rank_is_asked(
+    tune: Tune, tiny_base: Path, tmp_path: Path
+) -> None:
     tuned = tune("mlp.c_fc.weight", rank=2)
     result = extract(str(tiny_base), str(tuned), 2, tmp_path / "out", "mlp.c_fc")
     assert result.relative_error < 1e-5  # the fine-tune itself is rounded to float32
     assert result.modules.keys() == {"transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc"}
 
 
-def test_what_no_lora_on_these_modules_holds_is_told(tune: Tune, tiny_base: Path, tmp_path: Path) -> None:
+def test_what_no_lora_on_these_modules_holds_is_reported(tune: Tune, tiny_base: Path, tmp_path: Path) -> None:
     tuned = tune("attn.c_attn.weight", "wte", "ln_1.weight", "mlp.c_fc.bias", "mlp.c_proj.weight")
     result = extract(str(tiny_base), str(tuned), 32, tmp_path / "out", "attn.c_attn")
     moved, before = changes(tiny_base, tuned), load_file(tiny_base / "model.safetensors")
@@ -109,9 +111,9 @@ def test_what_no_lora_on_these_modules_holds_is_told(tune: Tune, tiny_base: Path
     both = (before[name].norm() ** 2 + before["transformer.wpe.weight"].norm() ** 2).sqrt()
     assert result.not_held["embeddings"]["relative_change"] == pytest.approx(float(moved[name].norm() / both), rel=1e-5)
     assert result.not_held["biases"]["relative_change"] is None  # they were zero
-    whole = sum(float(delta.square().sum()) for delta in moved.values())
+    total = sum(float(delta.square().sum()) for delta in moved.values())
     held = sum(float(moved[f"{name}.weight"].square().sum()) for name in result.modules)
-    assert result.held == pytest.approx(held / whole, rel=1e-6)
+    assert result.held == pytest.approx(held / total, rel=1e-6)
     assert result.as_json()["held"] == result.held and json.dumps(result.as_json(), allow_nan=False)
 
 
@@ -127,8 +129,8 @@ def test_only_one_tensor_of_each_checkpoint_is_read_at_a_time(
     tune: Tune, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tuned = tune("attn.c_attn.weight", "mlp.c_fc.weight")
-    monkeypatch.setattr("safetensors.torch.load_file", lambda *_: pytest.fail("a whole file was read"))
-    monkeypatch.setattr("transformers.GPT2LMHeadModel.from_pretrained", lambda *_: pytest.fail("a whole model"))
+    monkeypatch.setattr("safetensors.torch.load_file", lambda *_: pytest.fail("a full file was read"))
+    monkeypatch.setattr("transformers.GPT2LMHeadModel.from_pretrained", lambda *_: pytest.fail("a full model"))
     read: list[str] = []
     original = CheckpointDiff.difference
     monkeypatch.setattr(CheckpointDiff, "difference", lambda self, name: read.append(name) or original(self, name))
@@ -141,8 +143,8 @@ def test_only_one_tensor_of_each_checkpoint_is_read_at_a_time(
     [
         ((), "all", "holds the same weights"),
         (("wte",), "all", "differs from .* in 1 tensors, such as transformer.wte.weight, but in none of the target"),
-        (("mlp.c_fc.weight",), "attention", "choose other --targets"),
-        (("attn",), "attn.q", r"--targets 'attn.q': expected all, attention, mlp, or some of"),
+        (("mlp.c_fc.weight",), "attention", "choose other targets"),
+        (("attn",), "attn.q", r"targets 'attn.q': expected all, attention, mlp, or some of"),
         (("attn",), ",", "expected all, attention, mlp"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Angles and distances of two adapters' updates are those of the whole matrices."""
+"""Angles and distances of two adapters' updates are those of the full matrices."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ def test_figures_are_those_of_the_dense_updates(make_adapter: Any, tools: Any, t
         for key, one, other in (("overlap_in", u1, u2), ("overlap_out", v1.T, v2.T)):
             assert figures[key] == pytest.approx(float((one[:, :3].T @ other[:, :5]).square().sum() / 3), abs=1e-4)
     zero = torch.zeros(1, dtype=torch.float64)
-    whole = [
+    full = [
         torch.cat([u.get(n, zero * ones.get(n, others.get(n))).flatten() for n in {**ones, **others}])
         for u in (ones, others)
     ]
-    assert found.overall["cosine"] == pytest.approx(float(torch.cosine_similarity(*whole, dim=0)), abs=1e-6)
-    assert found.overall["distance"] == pytest.approx(float((whole[0] - whole[1]).norm() / whole[0].norm()), rel=1e-5)
+    assert found.overall["cosine"] == pytest.approx(float(torch.cosine_similarity(*full, dim=0)), abs=1e-6)
+    assert found.overall["distance"] == pytest.approx(float((full[0] - full[1]).norm() / full[0].norm()), rel=1e-5)
 
 
 def test_an_adapter_equals_itself_and_opposes_its_negative(make_adapter: Any, tmp_path: Path) -> None:
     adapter = make_adapter("a")
     same = compare(adapter, adapter)
     assert same.overall["cosine"] == pytest.approx(1.0) and same.overall["distance"] == pytest.approx(0.0, abs=1e-12)
-    assert same.differences == {} and same.apart == "" and same.notes == []
+    assert same.differences == {} and same.base_mismatch == "" and same.notes == []
     assert all(f["overlap_in"] == pytest.approx(1.0) for f in same.modules.values())
     combine([adapter], [-2.0], tmp_path / "back")
     other = compare(adapter, tmp_path / "back")
@@ -72,7 +72,7 @@ def test_a_fresh_adapter_has_no_direction(make_adapter: Any) -> None:
     json.dumps(found.as_json(), allow_nan=False)
 
 
-def test_other_bases_and_other_recipes_are_told(make_adapter: Any, tiny_base: Path) -> None:
+def test_other_bases_and_other_recipes_are_reported(make_adapter: Any, tiny_base: Path) -> None:
     adapters = [make_adapter("a"), make_adapter("b", r=8)]
     described = Base(tiny_base, "poet").identity()
     for number, adapter in enumerate(adapters):
@@ -85,7 +85,7 @@ def test_other_bases_and_other_recipes_are_told(make_adapter: Any, tiny_base: Pa
         recorded = {**described, "base_fingerprint": str(number) * 64, "step": 10 * number, "identity": identity}
         (adapter / "peftune.json").write_text(json.dumps(recorded))
     found = compare(*adapters)
-    assert "weights 000000000000" in found.apart and not found.as_json()["same_base"]
+    assert "weights 000000000000" in found.base_mismatch and not found.as_json()["same_base"]
     assert found.differences == {
         "ranks": ([4], [8]), "scales": ([1.5], [0.75]), "step": (0, 10), "optim.lr": (1e-4, 2e-4),
         "data.train": ([{"path": "0"}], [{"path": "1"}]),

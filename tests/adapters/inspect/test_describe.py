@@ -1,4 +1,4 @@
-"""What an adapter is, told from its tensors: norms of its update by module and layer, with and without its base."""
+"""What an adapter is, from its tensors: norms of its update by module and layer, with and without its base."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_norms_are_those_of_pefts_update_though_no_base_is_at_hand(
+def test_norms_are_those_of_pefts_update_without_the_base(
     settings: dict[str, Any], make_adapter: Any, tools: Any, tiny_base: Path
 ) -> None:
     adapter = make_adapter(**settings)
@@ -44,14 +44,14 @@ def test_norms_are_those_of_pefts_update_though_no_base_is_at_hand(
         assert module.norm == pytest.approx(float(layer.get_delta_weight("default").double().norm()), rel=1e-5)
         assert (module.rank, module.alpha) == (layer.r["default"], layer.lora_alpha["default"])
         assert module.scale == pytest.approx(layer.scaling["default"]) and module.relative is None
-    whole = math.hypot(*(module.norm for module in found.modules.values()))
-    assert math.hypot(*found.layers().values()) == pytest.approx(whole)
+    total = math.hypot(*(module.norm for module in found.modules.values()))
+    assert math.hypot(*found.layers().values()) == pytest.approx(total)
     assert found.provenance is None and found.base == str(tiny_base)
     json.dumps(found.as_json(), allow_nan=False)
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
-def test_with_the_base_it_is_the_whole_change_and_relative_to_the_weight(
+def test_with_the_base_it_is_the_full_change_and_relative_to_the_weight(
     settings: dict[str, Any], make_adapter: Any, tools: Any, tiny_base: Path, tmp_path: Path
 ) -> None:
     adapter = make_adapter(target_modules=["attn.c_attn", "mlp.c_proj"], **settings)
@@ -83,7 +83,7 @@ def test_another_base_than_its_own_is_refused(make_adapter: Any, tiny_base: Path
         describe(adapter, str(tiny_base))
 
 
-def test_a_module_that_tells_no_width_asks_for_the_base(make_adapter: Any, tools: Any, tiny_base: Path) -> None:
+def test_an_adapter_without_a_width_asks_for_the_base(make_adapter: Any, tools: Any, tiny_base: Path) -> None:
     from safetensors.torch import save_file
 
     adapter = make_adapter(modules_to_save=["ln_f"])

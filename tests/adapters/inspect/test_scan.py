@@ -66,7 +66,7 @@ def test_broken_ones_are_listed_with_their_reason(make_adapter: Any, tmp_path: P
     assert all(reason in problems[name] and "\n" not in problems[name] for name, reason in expected.items())
 
 
-def test_a_search_is_bounded_and_goes_to_each_place_once(
+def test_a_search_is_bounded_and_visits_each_directory_once(
     make_adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = make_adapter("a/b")
@@ -79,6 +79,10 @@ def test_a_search_is_bounded_and_goes_to_each_place_once(
     monkeypatch.setattr(module, "DEPTH", 1)
     found = scan(tmp_path)
     assert found.cut and [entry.name for entry in found.entries] == ["z"]  # one level down, by the link
+    monkeypatch.setattr(module, "DEPTH", 8)
+    monkeypatch.setattr(module, "DIRECTORIES", 2)
+    found = scan(tmp_path)
+    assert found.cut and found.entries == []  # only the directory itself and `a` are visited
 
 
 def test_where_there_is_nothing_to_look_at_is_refused(tmp_path: Path) -> None:
