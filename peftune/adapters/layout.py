@@ -1,4 +1,4 @@
-"""What an adapter changes in a base: which modules, with which rank and scale, which tensors it brings whole.
+"""What an adapter changes in a base: which modules, with which rank and scale, which tensors it replaces.
 
 PEFT itself says so: the adapter's configuration is injected into the base's architecture on the meta device, without
 any weights, and what PEFT expects is compared with what the file holds.
@@ -84,6 +84,14 @@ def module_of(name: str) -> str:
     return name.rpartition(".")[0] if part is None else name.removesuffix(f".{part}")
 
 
+def model_order(name: str) -> tuple[int, str]:
+    """Sort key of modules and tensors in the order in which the model runs: embeddings, blocks, final norm, head."""
+    words = name.split(".")
+    if words[1:2] == ["h"]:
+        return int(words[2]), name
+    return (-1 if words[1:2] in (["wte"], ["wpe"]) else 1 << 30), name
+
+
 def changes_base(config: dict[str, Any]) -> bool:
     """True where PEFT alters tensors of the base when it loads this adapter, so that no other can share it."""
     return config.get("init_lora_weights", True) not in _PLAIN_INITS or config.get("bias", "none") != "none"
@@ -103,7 +111,7 @@ def layout_of(config: dict[str, Any], tensors: dict[str, torch.Tensor], base: GP
     shape than PEFT expects on this base. `where` names the adapter in messages.
     """
     _refuse_unknown_settings(config, where)
-    stored = _without_copies({stripped(name): tensor for name, tensor in tensors.items()}, where)
+    stored = _without_copies({plain_name(name): tensor for name, tensor in tensors.items()}, where)
     parts, whole = _sort(stored)
     vocabulary = _vocabulary(whole, base)
     skeleton = _skeleton_of(config, base, vocabulary, where)
@@ -137,7 +145,7 @@ def _refuse_unknown_settings(config: dict[str, Any], where: str) -> None:
         )
 
 
-def stripped(name: str) -> str:
+def plain_name(name: str) -> str:
     """A stored tensor's name without PEFT's prefix; DoRA's magnitude has been written with and without `.weight`."""
     plain = name.removeprefix(_PREFIX)
     return plain.removesuffix(".weight") if "lora_magnitude" in plain else plain

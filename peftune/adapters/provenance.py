@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ def read_provenance(adapter_dir: Path) -> dict[str, Any] | None:
     """What peftune.json says, or None for an adapter that plain PEFT wrote; UserError where it cannot be read."""
     path = adapter_dir / "peftune.json"
     return read_object(path, f"adapter {adapter_dir}: peftune.json") if path.exists() else None
+
+
+def recorded_base(config: Mapping[str, Any], provenance: Mapping[str, Any] | None) -> str | None:
+    """The name of the base that an adapter's two files record, or None."""
+    name = (provenance or {}).get("base") or config.get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
 
 
 def check_base(adapter_dir: Path, base: Base) -> None:

@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 
+from peftune.adapters.base_of import infer_config, read_layout, shared_base
 from peftune.adapters.directory import Adapter, check_free, read_adapter
 from peftune.adapters.edit import computed_adapter
-from peftune.adapters.infer_config import infer_config, read_layout
 from peftune.adapters.layout import AdapterLayout
 from peftune.adapters.low_rank import LowRankDelta, added, best_of_rank, delta_of, distance, norm
 from peftune.adapters.provenance import tensors_fingerprint
-from peftune.adapters.shared_base import shared_base
 from peftune.errors import UserError
 from peftune.model.base import open_base
 from peftune.model.weights import HEAD, WTE, Weights

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftune.adapters.base_of import base_mismatch, read_layout
 from peftune.adapters.directory import Adapter, read_adapter
-from peftune.adapters.infer_config import read_layout
 from peftune.adapters.inspect.describe import place_of, variant
 from peftune.adapters.inspect.scan import targets
 from peftune.adapters.layout import AdapterLayout
 from peftune.adapters.low_rank import LowRankDelta, Spectrum, delta_of, distance, inner, norm, overlap, spectrum
-from peftune.adapters.shared_base import recorded_base, why_apart
 from peftune.errors import UserError
 
 Figures = dict[str, float | None]
@@ -54,7 +53,7 @@ def compare(first: Path, second: Path) -> Comparison:
         shapes = f"{ones[unlike[0]].shape} and {others[unlike[0]].shape}"
         raise UserError(f"{first} and {second}: no module has the same shape in both, {unlike[0]} has {shapes}")
     return Comparison(
-        first, second, why_apart(a, b), _overall(ones, others, shared),
+        first, second, base_mismatch(a, b), _overall(ones, others, shared),
         {name: _figures(ones[name], others[name]) for name in shared},
         sorted(ones.keys() - others.keys(), key=place_of), sorted(others.keys() - ones.keys(), key=place_of),
         _differences((a, b), layouts), _notes((a, b), layouts, unlike),
@@ -116,7 +115,7 @@ def _differences(
 def _settings(adapter: Adapter, layout: AdapterLayout) -> dict[str, Any]:
     recorded = adapter.provenance or {}
     return {
-        "base": recorded_base(adapter),
+        "base": adapter.base,
         "variant": variant(adapter),
         "targets": targets(adapter),
         "ranks": sorted({target.rank for target in layout.targets.values()}),

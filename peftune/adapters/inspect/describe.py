@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peftune.adapters.base_of import read_layout
 from peftune.adapters.directory import Adapter, check_fits, read_adapter
 from peftune.adapters.fold import MergedTensors
-from peftune.adapters.infer_config import read_layout
 from peftune.adapters.layout import AdapterLayout, LoraTarget
 from peftune.adapters.low_rank import delta_of, norm
 from peftune.adapters.provenance import check_base, tensors_fingerprint
-from peftune.adapters.shared_base import recorded_base
 from peftune.model.base import open_base
 from peftune.model.weights import HEAD, WTE, Weights
 
@@ -79,7 +78,7 @@ def describe(directory: Path, base: str | None = None) -> AdapterDescription:
         weights = found.weights
     modules = {name: _module(layout.targets[name], layout, weights) for name in sorted(layout.targets, key=place_of)}
     return AdapterDescription(
-        directory, directory.resolve().name, recorded_base(adapter), variant(adapter), parameters(adapter),
+        directory, directory.resolve().name, adapter.base, variant(adapter), parameters(adapter),
         megabytes(adapter), tensors_fingerprint(adapter.config, adapter.tensors), modules,
         sorted(layout.replaced), _norms_are(layout, weights), adapter.provenance,
     )  # fmt: skip

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftune.adapters.base_of import infer_config
 from peftune.adapters.directory import Adapter, read_adapter
-from peftune.adapters.infer_config import infer_config
 from peftune.adapters.inspect.describe import megabytes, variant
-from peftune.adapters.layout import module_of, stripped
-from peftune.adapters.shared_base import recorded_base
+from peftune.adapters.layout import module_of, plain_name
 from peftune.errors import UserError
 from peftune.model.lora import ALL, ATTENTION
 
@@ -109,7 +108,7 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
     metrics = recorded.get("metrics")
     losses = {name: _loss(rows) for name, rows in metrics.items()} if isinstance(metrics, dict) else {}
     return {
-        "base": recorded_base(adapter),
+        "base": adapter.base,
         "base_fingerprint": recorded.get("base_fingerprint"),
         "variant": variant(adapter),
         "ranks": ranks(adapter),
@@ -136,7 +135,7 @@ def targets(adapter: Adapter) -> list[str]:
     """What it adapts, by the names within a block, in the model's order; modules trained whole are marked with `=`."""
     found: dict[str, None] = {}
     for name in sorted(adapter.tensors):
-        module = module_of(stripped(name).replace(".modules_to_save.", ".").replace(".base_layer.", "."))
+        module = module_of(plain_name(name).replace(".modules_to_save.", ".").replace(".base_layer.", "."))
         inside = module.split(".", 3)[3] if ".h." in module else module.rpartition(".")[2]
         found.setdefault(inside if "lora_" in name else f"{inside}=")
     order = [*ALL]

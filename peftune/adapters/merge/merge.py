@@ -22,7 +22,8 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
-from peftune.adapters.directory import Adapter, base_of, check_free, read_adapter
+from peftune.adapters.base_of import base_of
+from peftune.adapters.directory import Adapter, check_free, read_adapter
 from peftune.adapters.fold import MergedTensors
 from peftune.adapters.layout import layout_of, refuse_biased_head
 from peftune.adapters.merge import quantized_reference
