@@ -1,4 +1,4 @@
-"""Write a checkpoint's weights as safetensors, piece by piece: never more than one piece in memory.
+"""Write a checkpoint's weights as safetensors, chunk by chunk: never more than one chunk in memory.
 
 Names, shapes and dtype are known before the first value, so a file begins with its whole header (safetensors format:
 8 bytes little-endian length, JSON, then the bytes of each tensor in order).
@@ -32,7 +32,7 @@ def write_weights(
 ) -> list[Path]:
     """Write all tensors of `shapes` in shards of at most `max_bytes` (one file where they fit); returns the files.
 
-    `chunks(name)` yields a tensor in consecutive pieces of rows; `done(name)` is called after each tensor. Raises
+    `chunks(name)` yields a tensor in consecutive chunks of rows; `done(name)` is called after each tensor. Raises
     OSError where the disk does not take it, CheckFailed for a value that is finite in float32 but not in `dtype`.
     """
     shards = plan_shards(shapes, dtype.itemsize, max_bytes)
