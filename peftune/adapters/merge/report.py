@@ -79,7 +79,7 @@ def judged(report: MergeReport, stored: Difference, exact: Difference, rounding:
         largest_logit=exact.largest_logit,
         positions=exact.positions,
         float32_max_abs_logit_difference=exact.max_abs,
-        rounding_mean_kl=rounding and rounding.mean_kl,
+        rounding_mean_kl=None if rounding is None else rounding.mean_kl,
     )
 
 
