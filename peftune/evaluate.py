@@ -13,7 +13,8 @@ import torch
 from peft import PeftModel
 from transformers import GPT2LMHeadModel
 
-from peftune.adapters.directory import base_of, check_fits, load_onto
+from peftune.adapters.base_of import base_of
+from peftune.adapters.directory import check_fits, load_onto
 from peftune.adapters.provenance import check_base
 from peftune.config.recipe import Source
 from peftune.console import Console, matrix_table
@@ -137,7 +138,7 @@ def run(
         raise UserError("an adapter cannot be called base: that row is the base itself; use --adapter OTHER=DIR")
     if json_path is not None:
         check_writable(json_path)
-    found = open_base(base or _common_base(adapters))
+    found = open_base(base or base_of(*adapters.values()))
     domains = read_domains(found, data, block_size)
     display = Console()
     rows = matrix(found, adapters, domains, display, batch, precision)
@@ -165,13 +166,6 @@ def as_json(domains: Mapping[str, Blocks], rows: Mapping[str, Mapping[str, Figur
         for name, b in domains.items()
     }
     return {"domains": facts, "rows": rows}
-
-
-def _common_base(adapters: Mapping[str, Path]) -> str:
-    named = {base_of(directory) for directory in adapters.values()}
-    if len(named) != 1:
-        raise UserError(f"give --base: the adapters name {', '.join(sorted(named)) or 'none'}")
-    return named.pop()
 
 
 def _print(rows: Mapping[str, Mapping[str, Figures]]) -> None:

@@ -1,4 +1,4 @@
-"""The adapter directory: read it, refuse what is broken, write it whole or not at all, put it on a model.
+"""The adapter directory: read it, refuse what is broken, write it atomically, put it on a model.
 
 `adapter_config.json` and `adapter_model.safetensors` are plain PEFT; `peftune.json` says where the adapter came from.
 """
@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftune.adapters import peft_config
-from peftune.adapters.layout import AdapterLayout, changes_base, layout_of, stripped
-from peftune.adapters.provenance import read_provenance
+from peftune.adapters.layout import AdapterLayout, changes_base, layout_of, plain_name
+from peftune.adapters.provenance import read_provenance, recorded_base
 from peftune.errors import CheckFailed, UserError, first_line
+from peftune.files import flush_to_disk, read_object, staging_directory
 from peftune.model.lora import quiet_peft
 from peftune.model.weights import all_finite, load_pickle
 
@@ -41,6 +42,11 @@ class Adapter:
     tensors: dict[str, torch.Tensor]
     provenance: dict[str, Any] | None
 
+    @property
+    def base(self) -> str | None:
+        """The name of the base that it records, or None."""
+        return recorded_base(self.config, self.provenance)
+
 
 def read_adapter(directory: Path) -> Adapter:
     """Read an adapter directory, of peftune's or of plain PEFT's making (`.bin` too).
@@ -48,7 +54,7 @@ def read_adapter(directory: Path) -> Adapter:
     Raises UserError where a file is missing, broken or cut short, where it is not a LoRA, and where a tensor is
     empty or holds values that are not finite.
     """
-    config = _read_config(directory)
+    config = read_config(directory)
     tensors = _read_tensors(directory)
     if not tensors:
         raise UserError(f"adapter {directory}: holds no tensors; train it again")
@@ -65,46 +71,27 @@ def read_adapter(directory: Path) -> Adapter:
     return Adapter(directory, config, tensors, read_provenance(directory))
 
 
-def base_of(adapter_dir: Path) -> str:
-    """The name of the base that the adapter was trained on; UserError where it does not say."""
-    config = _read_config(adapter_dir)
-    recorded = named_base(config, read_provenance(adapter_dir))
-    if recorded is None:
-        raise UserError(f"adapter {adapter_dir}: does not say which base it was trained on; pass --base")
-    return recorded
-
-
-def named_base(config: Mapping[str, Any], provenance: Mapping[str, Any] | None) -> str | None:
-    """The name of the base that an adapter's two files record, or None."""
-    name = (provenance or {}).get("base") or config.get("base_model_name_or_path")
-    return name if isinstance(name, str) and name else None
-
-
 def load_onto(model: GPT2LMHeadModel | PeftModel, adapter_dir: Path, name: str = "default") -> PeftModel:
     """Put an adapter on a base (or beside others on a PeftModel) under `name`, frozen, through PEFT's own loading.
 
-    PEFT makes the name a part of parameter names, so one that people give (`poems-v1.5`) is none for it.
+    PEFT makes the name a part of parameter names, so names with dots or dashes (`poems-v1.5`) are not valid.
     Raises UserError where the adapter does not fit: modules, blocks or shapes that the base does not have, tensors
     that are missing or left over, a name that is taken, or settings that would change the base under other adapters.
     """
     core: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     adapter, layout = check_fits(adapter_dir, core.config)
     if isinstance(model, PeftModel):
-        _check_company(model, adapter, name)
+        _check_compatible(model, adapter, name)
     _check_embedding(adapter, core)
-    # Light loading assigns tensors instead of copying them: those of the base that are tied would come apart.
-    light = not changes_base(adapter.config) and not layout.replaced
+    # Loading with low memory assigns tensors instead of copying them: tied tensors of the base would become untied.
+    low_memory = not changes_base(adapter.config) and not layout.replaced
     with quiet_peft():
         try:
             if isinstance(model, PeftModel):
-                model.load_adapter(str(adapter_dir), name, low_cpu_mem_usage=light, torch_device="cpu")
+                model.load_adapter(str(adapter_dir), name, low_cpu_mem_usage=low_memory, torch_device="cpu")
             else:
                 model = PeftModel.from_pretrained(
-                    model,
-                    str(adapter_dir),
-                    adapter_name=name,
-                    low_cpu_mem_usage=light,
-                    torch_device="cpu",
+                    model, str(adapter_dir), adapter_name=name, low_cpu_mem_usage=low_memory, torch_device="cpu"
                 )
         except (ValueError, RuntimeError, KeyError) as error:
             raise UserError(f"adapter {adapter_dir}: PEFT cannot load it: {first_line(error)}") from None
@@ -124,7 +111,7 @@ def check_fits(adapter_dir: Path, base: GPT2Config) -> tuple[Adapter, AdapterLay
     return adapter, layout
 
 
-def _check_company(model: PeftModel, adapter: Adapter, name: str) -> None:
+def _check_compatible(model: PeftModel, adapter: Adapter, name: str) -> None:
     if name in model.peft_config:
         raise UserError(f"adapter {adapter.directory}: the name {name} is already taken; give it another")
     configs = [adapter.config, *(config.to_dict() for config in model.peft_config.values())]
@@ -139,8 +126,8 @@ def _check_embedding(adapter: Adapter, core: Any) -> None:
     """PEFT stores the embedding beside an adapter of lm_head, and writes it into the base on loading."""
     for name, tensor in adapter.tensors.items():
         if name.endswith(".base_layer.weight") and not changes_base(adapter.config):
-            held = core.get_output_embeddings().weight.detach().cpu()
-            if not torch.equal(held, tensor.to(held.dtype)):
+            embedding = core.get_output_embeddings().weight.detach().cpu()
+            if not torch.equal(embedding, tensor.to(embedding.dtype)):
                 raise UserError(
                     f"adapter {adapter.directory}: {name} is not the embedding of this base; "
                     "pass the base that it was trained on, or fold it in with peftune merge"
@@ -150,10 +137,10 @@ def _check_embedding(adapter: Adapter, core: Any) -> None:
 def _check_loaded(model: PeftModel, adapter: Adapter, name: str) -> None:
     """What PEFT holds now is what the file holds: PEFT only warns about names that it does not know."""
     with quiet_peft():
-        held = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    tensors = {stripped(key): tensor for key, tensor in adapter.tensors.items()}
-    for key, tensor in held.items():
-        stored = tensors.get(stripped(key))
+        loaded = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    tensors = {plain_name(key): tensor for key, tensor in adapter.tensors.items()}
+    for key, tensor in loaded.items():
+        stored = tensors.get(plain_name(key))
         if stored is None or not torch.equal(stored.to(tensor.dtype), tensor.detach().cpu()):
             raise CheckFailed(f"adapter {adapter.directory}: {key} did not arrive in the model as it is in the file")
 
@@ -175,7 +162,7 @@ def write_adapter(
     provenance: dict[str, Any],
     files: Mapping[str, bytes | str],
 ) -> None:
-    """Write an adapter directory whole: beside, read back and compared tensor by tensor, then moved into place.
+    """Write an adapter directory atomically: to a staging directory, read back and compared, then renamed.
 
     An adapter that is there already is replaced; other files (metrics, checkpoints) stay. A crash before the commit
     leaves the old state, a crash after it is finished by the next reader; in between there is no `adapter_config.json`,
@@ -185,24 +172,18 @@ def write_adapter(
     existed = out.exists()
     if existed and not out.is_dir():
         raise UserError(f"{out}: is a file; expected a directory for the adapter")
-    staging = (out if existed else out.parent) / f".writing-{out.name}-{os.getpid()}"
+    target = out / _COMMIT if existed else out
     try:
-        if existed:
-            _finish_commit(out)
-        for leftover in staging.parent.glob(f".writing-{out.name}-*"):
+        _finish_commit(out)
+        for leftover in target.parent.glob(f".{target.name}.[0-9]*.????????"):
             shutil.rmtree(leftover)  # of a write that was killed
-        staging.mkdir(parents=True)
-        _write_files(staging, peft_config, tensors, provenance, files)
-        _compare(read_adapter(staging), peft_config, tensors)
-        if existed:
-            staging.rename(out / _COMMIT)
-            _finish_commit(out)
-        else:
-            staging.rename(out)
+        with staging_directory(target) as staging:
+            _write_files(staging, peft_config, tensors, provenance, files)
+            _compare(read_adapter(staging), peft_config, tensors)
+            staging.rename(target)
+        _finish_commit(out)
     except OSError as error:
         raise UserError(f"{out}: cannot write the adapter: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _write_files(
@@ -223,9 +204,7 @@ def _write_files(
     }
     for name, content in {**files, **texts}.items():
         (directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    for path in directory.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    flush_to_disk(directory)
 
 
 def _compare(written: Adapter, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
@@ -237,7 +216,10 @@ def _compare(written: Adapter, config: dict[str, Any], tensors: dict[str, torch.
 
 
 def _finish_commit(out: Path) -> None:
-    """Move a complete new state into place; `adapter_config.json` goes first and comes last. Can be repeated."""
+    """Move the files of a complete write into `out`; `adapter_config.json` is removed first and comes last.
+
+    Can be repeated.
+    """
     commit = out / _COMMIT
     if not commit.is_dir():
         return
@@ -254,7 +236,8 @@ def _finish_commit(out: Path) -> None:
         raise UserError(f"{out}: an unfinished write cannot be completed: {error.strerror or error}") from None
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
+    """The adapter's configuration, checked; UserError where it is missing, broken or not that of a LoRA."""
     try:
         os.scandir(directory).close()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -263,18 +246,14 @@ def _read_config(directory: Path) -> dict[str, Any]:
     _finish_commit(directory)
     path = directory / CONFIG
     if not path.is_file():
-        hint = "; it is a whole model, pass it as --base" if (directory / "config.json").is_file() else ""
+        hint = "; it is a whole model: pass it as the base" if (directory / "config.json").is_file() else ""
         hint = hint or ("; its training has not finished" if (directory / "checkpoints").is_dir() else "")
         raise UserError(f"adapter {directory}: no {CONFIG} in this directory{hint}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"adapter {directory}: {CONFIG} cannot be read: {error}") from None
-    kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-    if kind != "LORA":
-        raise UserError(f"adapter {directory}: peft_type is {kind}, peftune works with LORA only")
+    config = read_object(path, f"adapter {directory}: {CONFIG}")
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"adapter {directory}: peft_type is {config.get('peft_type')}, peftune works with LORA only")
     peft_config.check(config, f"adapter {directory}: {CONFIG}")
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The adapter folded into the base: each tensor of the merged model in float32, computed when it is asked for.
+"""The adapter merged into the base: each tensor of the merged model in float32, computed when it is asked for.
 
 Orientation follows from the architecture and never from `fan_in_fan_out`: a `Conv1D` weight is (in, out), so
 W += scale·(B·A)ᵀ; a linear head is (out, in), so W += scale·B·A; an embedding is (tokens, width), so W += scale·(B·A)ᵀ.
@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from peftune.adapters.layout import AdapterLayout, LoraTarget, module_of
-from peftune.model.weights import HEAD, WTE, Weights, row_chunks
+from peftune.adapters.layout import AdapterLayout, LoraTarget, model_order, module_of
+from peftune.model.weights import CHUNK_ELEMENTS, HEAD, WTE, Weights, row_chunks
 
-_PIECE = 250_000  # values read and changed at a time: 1 MB, so that memory is used again
+_CHUNK_VALUES = 250_000  # computed at a time: 1 MB, so that memory is reused
 
 
 @dataclass
 class MergedTensors:
-    """Merged tensors by name; `used` collects the adapter's tensors whose change has been delivered."""
+    """Merged tensors by name; `used` collects the adapter's tensors that have been applied."""
 
     weights: Weights
     layout: AdapterLayout
@@ -30,50 +30,49 @@ class MergedTensors:
 
     @property
     def tied(self) -> bool:
-        """True where the merged head is still the embedding: a base that ties, and nothing that sets one apart."""
-        apart = {WTE.removesuffix(".weight"), HEAD.removesuffix(".weight")} & set(self.layout.targets)
+        """Whether the merged head is still the embedding: a tied base, and an adapter that changes both or none."""
+        adapted = {WTE.removesuffix(".weight"), HEAD.removesuffix(".weight")} & set(self.layout.targets)
         first, second = (self.layout.replaced.get(name) for name in (WTE, HEAD))
         same = first is second or (first is not None and second is not None and torch.equal(first, second))
-        return self.weights.tied and not apart and same
+        return self.weights.tied and not adapted and same
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of the merged checkpoint, embeddings first, then in the order of the blocks."""
         names = [name for name in self.weights.names() if name != HEAD] + ([] if self.tied else [HEAD])
-        return {name: self._shape(name) for name in sorted(names, key=_order)}
+        return {name: self._shape(name) for name in sorted(names, key=model_order)}
 
-    def chunks(self, name: str) -> Iterator[torch.Tensor]:
-        """A merged tensor as consecutive pieces of rows, float32; only embedding and head come in more than one."""
+    def chunks(self, name: str, elements: int = CHUNK_ELEMENTS) -> Iterator[torch.Tensor]:
+        """A merged tensor as consecutive chunks of rows, float32; of about so many elements where it is not adapted."""
         target = self.layout.targets.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if target is not None and target.kind != "conv1d":
             yield from self._by_rows(name, target)
         elif target is not None:
             yield from self._conv1d(name, target)
-        elif name in (WTE, HEAD):
-            yield from (self._base(name, start, stop).float() for start, stop in self.pieces(name))
         else:
-            yield self._with_bias(name, self._base(name).float())
+            for start, stop in row_chunks(self._shape(name), elements):
+                yield self._with_bias(name, self._base(name, start, stop).float())
         self._mark_used(name)
 
     def changed(self) -> set[str]:
         """Names of the merged tensors that the adapter changes; all others are the base's own."""
         biased = {f"{name}.bias" for name, target in self.layout.targets.items() if "lora_B.bias" in target.parts}
-        moved = {f"{name}.weight" for name in self.layout.targets} | biased | set(self.layout.replaced)
-        return moved & self.shapes().keys()
+        adapted = {f"{name}.weight" for name in self.layout.targets} | biased | set(self.layout.replaced)
+        return adapted & self.shapes().keys()
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A whole merged tensor."""
+        """A merged tensor, complete."""
         return torch.cat(list(self.chunks(name)))
 
-    def pieces(self, name: str) -> list[tuple[int, int]]:
-        """(start, stop) of the pieces of rows in which embedding or head are folded."""
+    def row_slices(self, name: str) -> list[tuple[int, int]]:
+        """(start, stop) of the slices of rows in which embedding or head are merged."""
         shape = self._shape(name)
         target = self.layout.targets.get(name.removesuffix(".weight"))
         if target is not None and target.kind == "linear" and target.pissa:
-            return [(0, shape[0])]  # the singular vectors need the whole matrix
+            return [(0, shape[0])]  # the singular vectors need the full matrix
         return row_chunks(shape)
 
     def modules_applied(self) -> int:
-        """How many adapted modules have delivered all that the adapter holds for them."""
+        """How many adapted modules have had all of the adapter's tensors for them applied."""
         return len(self.layout.modules() - {module_of(name) for name in self.layout.tensors() - self.used})
 
     def _mark_used(self, name: str) -> None:
@@ -105,40 +104,33 @@ class MergedTensors:
     def _conv1d(self, name: str, target: LoraTarget) -> Iterator[torch.Tensor]:
         """A block's matrix (in, out); plain LoRA in float32 and PEFT's own order, so that all bits are PEFT's."""
         if target.pissa or self.layout.dora:
-            yield _fold_matrix(self._base(name).float(), target, self.layout).float()
+            yield _merge_matrix(self._base(name).float(), target, self.layout).float()
             return
-        whole, width = self._shape(name)
+        height, width = self._shape(name)
         update = _update(target)
-        rows = max(1, _PIECE // width)
-        for start in range(0, whole, rows):
-            yield self._base(name, start, min(start + rows, whole)).float().add_(update[start : start + rows])
+        rows = max(1, _CHUNK_VALUES // width)
+        for start in range(0, height, rows):
+            yield self._base(name, start, min(start + rows, height)).float().add_(update[start : start + rows])
 
     def _by_rows(self, name: str, target: LoraTarget) -> Iterator[torch.Tensor]:
-        """Embedding or head: (tokens, width), folded a few thousand tokens at a time."""
-        pieces = self.pieces(name)
-        norms = self._column_norms(name, target, pieces) if target.kind == "embedding" and self.layout.dora else None
-        for start, stop in pieces:
+        """Embedding or head: (tokens, width), a few thousand tokens at a time."""
+        slices = self.row_slices(name)
+        norms = self._column_norms(name, target, slices) if target.kind == "embedding" and self.layout.dora else None
+        for start, stop in slices:
             base = self._base(name, start, stop).float()
             if target.kind == "linear":
-                yield _fold_matrix(base, _rows_of(target, start, stop), self.layout).float()
+                yield _merge_matrix(base, _rows_of(target, start, stop), self.layout).float()
                 continue
             moved = base.double() + _embedding_delta(target, start, stop)
             yield (moved if norms is None else moved * (target.parts["lora_magnitude_vector"].double() / norms)).float()
 
-    def _column_norms(self, name: str, target: LoraTarget, pieces: list[tuple[int, int]]) -> torch.Tensor:
+    def _column_norms(self, name: str, target: LoraTarget, slices: list[tuple[int, int]]) -> torch.Tensor:
         """(width,) norms over all tokens: what PEFT's DoRA divides an embedding by."""
         squares = torch.zeros(self._shape(name)[1], dtype=torch.float64)
-        for start, stop in pieces:
+        for start, stop in slices:
             moved = self._base(name, start, stop).double() + _embedding_delta(target, start, stop)
             squares += moved.square().sum(dim=0)
         return squares.sqrt()
-
-
-def _order(name: str) -> tuple[int, int, str]:
-    parts = name.split(".")
-    if name in (WTE, "transformer.wpe.weight"):
-        return (0, 0, name)
-    return (1, int(parts[2]), name) if parts[:2] == ["transformer", "h"] else (2, 0, name)
 
 
 def _rows_of(target: LoraTarget, start: int, stop: int) -> LoraTarget:
@@ -159,7 +151,7 @@ def _update(target: LoraTarget) -> torch.Tensor:
     return (a.T @ b.T).mul_(target.scale)
 
 
-def _fold_matrix(weight: torch.Tensor, target: LoraTarget, layout: AdapterLayout) -> torch.Tensor:
+def _merge_matrix(weight: torch.Tensor, target: LoraTarget, layout: AdapterLayout) -> torch.Tensor:
     """A weight as it is stored, with its adapter: float64, of the same shape."""
     in_out = target.kind == "conv1d"
     a, b = target.parts["lora_A.weight"].double(), target.parts["lora_B.weight"].double()

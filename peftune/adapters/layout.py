@@ -1,4 +1,4 @@
-"""What an adapter changes in a base: which modules, with which rank and scale, which tensors it brings whole.
+"""What an adapter changes in a base: which modules, with which rank and scale, which tensors it replaces.
 
 PEFT itself says so: the adapter's configuration is injected into the base's architecture on the meta device, without
 any weights, and what PEFT expects is compared with what the file holds.
@@ -96,10 +96,12 @@ def suffix_in_block(module: str) -> str:
     return names[3] if names[1:2] == ["h"] else ""
 
 
-def module_order(module: str) -> tuple[int, str]:
-    """Sort key that puts modules in the order in which the model runs them: embeddings, blocks, head."""
-    block = block_of(module)
-    return (int(block) if block.isdigit() else -1 if block in ("wte", "wpe") else 1 << 30, module)
+def model_order(name: str) -> tuple[int, str]:
+    """Sort key of modules and tensors in the order in which the model runs: embeddings, blocks, final norm, head."""
+    words = name.split(".")
+    if words[1:2] == ["h"]:
+        return int(words[2]), name
+    return (-1 if words[1:2] in (["wte"], ["wpe"]) else 1 << 30), name
 
 
 def changes_base(config: dict[str, Any]) -> bool:
@@ -121,20 +123,20 @@ def layout_of(config: dict[str, Any], tensors: dict[str, torch.Tensor], base: GP
     shape than PEFT expects on this base. `where` names the adapter in messages.
     """
     _refuse_unknown_settings(config, where)
-    stored = _without_copies({stripped(name): tensor for name, tensor in tensors.items()}, where)
-    parts, whole = _sort(stored)
-    vocabulary = _vocabulary(whole, base)
+    stored = _without_copies({plain_name(name): tensor for name, tensor in tensors.items()}, where)
+    parts, full = _sort(stored)
+    vocabulary = _vocabulary(full, base)
     skeleton = _skeleton_of(config, base, vocabulary, where)
-    _compare_shapes(stored, whole, skeleton, base, where)
+    _compare_shapes(stored, full, skeleton, base, where)
     pissa = config.get("init_lora_weights") == "pissa"
     targets = {
-        name: LoraTarget(name, *skeleton.layers[name], parts[name], pissa and f"{name}.weight" not in whole)
+        name: LoraTarget(name, *skeleton.layers[name], parts[name], pissa and f"{name}.weight" not in full)
         for name in sorted(parts)
     }
     _refuse_pissa_outside_blocks(targets, base, where)
     return AdapterLayout(
         targets,
-        _replaced(whole, config, base, where),
+        _replaced(full, config, base, where),
         vocabulary,
         bool(config.get("use_dora")),
         bool(config.get("use_rslora")),
@@ -155,14 +157,14 @@ def _refuse_unknown_settings(config: dict[str, Any], where: str) -> None:
         )
 
 
-def stripped(name: str) -> str:
+def plain_name(name: str) -> str:
     """A stored tensor's name without PEFT's prefix; DoRA's magnitude has been written with and without `.weight`."""
     plain = name.removeprefix(_PREFIX)
     return plain.removesuffix(".weight") if "lora_magnitude" in plain else plain
 
 
 def _without_copies(stored: dict[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
-    """PEFT stores an embedding that was resized and trained whole three times: under its own name, and as two parts."""
+    """PEFT stores an embedding that was resized and trained in full three times: by its own name, and as two parts."""
     kept = {name: tensor for name, tensor in stored.items() if not _PART_OF_SAVED.search(name)}
     for name, tensor in stored.items():
         own = name.replace(".modules_to_save.", ".")
@@ -173,18 +175,18 @@ def _without_copies(stored: dict[str, torch.Tensor], where: str) -> dict[str, to
 
 def _sort(stored: dict[str, torch.Tensor]) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     parts: dict[str, dict[str, torch.Tensor]] = {}
-    whole: dict[str, torch.Tensor] = {}
+    full: dict[str, torch.Tensor] = {}
     for name, tensor in stored.items():
         part = next((part for part in _LORA_PARTS if name.endswith(f".{part}")), None)
         if part is None:
-            whole[name.replace(".base_layer.", ".")] = tensor
+            full[name.replace(".base_layer.", ".")] = tensor
         else:
             parts.setdefault(module_of(name), {})[part] = tensor
-    return parts, whole
+    return parts, full
 
 
-def _vocabulary(whole: dict[str, torch.Tensor], base: GPT2Config) -> int:
-    rows = {tensor.shape[0] for name, tensor in whole.items() if name in (WTE, HEAD)}
+def _vocabulary(full: dict[str, torch.Tensor], base: GPT2Config) -> int:
+    rows = {tensor.shape[0] for name, tensor in full.items() if name in (WTE, HEAD)}
     return rows.pop() if len(rows) == 1 else int(base.vocab_size)
 
 
@@ -233,7 +235,7 @@ def _facts(layer: LoraLayer) -> tuple[Kind, int, float, float]:
 
 
 def _compare_shapes(
-    stored: dict[str, torch.Tensor], whole: dict[str, torch.Tensor], skeleton: _Skeleton, base: GPT2Config, where: str
+    stored: dict[str, torch.Tensor], full: dict[str, torch.Tensor], skeleton: _Skeleton, base: GPT2Config, where: str
 ) -> None:
     fits = f"the base has {base.n_layer} blocks of width {base.n_embd}; pass the base that it was trained on"
     for name, shape in skeleton.expected.items():
@@ -243,9 +245,9 @@ def _compare_shapes(
             found, wanted = tuple(stored[name].shape), tuple(shape)
             raise UserError(f"adapter {where}: {name} has shape {found}, this base needs {wanted}; {fits}")
     for name in stored:
-        if name not in skeleton.expected and name.replace(".base_layer.", ".") not in whole:
+        if name not in skeleton.expected and name.replace(".base_layer.", ".") not in full:
             raise UserError(f"adapter {where}: {name} belongs to nothing that its configuration adapts; {fits}")
-    for name, tensor in whole.items():
+    for name, tensor in full.items():
         if skeleton.plain.get(name) != tensor.shape:
             has = tuple(skeleton.plain[name]) if name in skeleton.plain else "no such tensor"
             raise UserError(
@@ -268,15 +270,15 @@ def _refuse_pissa_outside_blocks(targets: dict[str, LoraTarget], base: GPT2Confi
 
 
 def _replaced(
-    whole: dict[str, torch.Tensor], config: dict[str, Any], base: GPT2Config, where: str
+    full: dict[str, torch.Tensor], config: dict[str, Any], base: GPT2Config, where: str
 ) -> dict[str, torch.Tensor]:
     """With a tied base, an embedding that PEFT stored beside the adapter (not as a module to save) is wte and head."""
     saved = [str(name) for name in config.get("modules_to_save") or []]
-    loose = [n for n in (WTE, HEAD) if n in whole and not any(f".{n}".endswith(f".{s}.weight") for s in saved)]
-    if not loose or not base.tie_word_embeddings or len(loose) < sum(n in whole for n in (WTE, HEAD)):
-        return whole
-    if len(loose) == 2 and not torch.equal(whole[WTE], whole[HEAD]):
+    loose = [n for n in (WTE, HEAD) if n in full and not any(f".{n}".endswith(f".{s}.weight") for s in saved)]
+    if not loose or not base.tie_word_embeddings or len(loose) < sum(n in full for n in (WTE, HEAD)):
+        return full
+    if len(loose) == 2 and not torch.equal(full[WTE], full[HEAD]):
         raise UserError(
             f"adapter {where}: brings two different embeddings, the base has one; name them in modules_to_save"
         )
-    return {**whole, WTE: whole[loose[0]], HEAD: whole[loose[0]]}
+    return {**full, WTE: full[loose[0]], HEAD: full[loose[0]]}

@@ -40,8 +40,8 @@ Rank = Annotated[int, Field(gt=0)]
 Alpha = Annotated[float, Field(gt=0)]
 
 
-class Settings(BaseModel):
-    """The settings that decide what a LoRA computes; others are for `targets` to judge."""
+class PeftLoraSettings(BaseModel):
+    """The settings that decide what a LoRA computes; `layout` judges the others."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
@@ -62,11 +62,10 @@ class Settings(BaseModel):
     ensure_weight_tying: bool = False
 
 
-def check(config: dict[str, Any], where: str) -> None:
-    """UserError naming every setting that is of another type or out of range; `where` names the file."""
+def check(config: dict[str, Any], source: str) -> None:
+    """UserError naming every setting that is of another type or out of range; `source` names the file."""
     try:
-        Settings.model_validate(config)
+        PeftLoraSettings.model_validate(config)
     except ValidationError as error:
-        raise UserError(
-            f"{where}: " + "; ".join(validation_messages(error, {"": list(Settings.model_fields)}))
-        ) from None
+        messages = validation_messages(error, {"": list(PeftLoraSettings.model_fields)})
+        raise UserError(f"{source}: {'; '.join(messages)}") from None

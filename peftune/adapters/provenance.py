@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,12 @@ def recorded_dict(provenance: Any, key: str) -> dict[str, Any]:
     """The object below this key of peftune.json; empty where there is none."""
     value = recorded(provenance, key)
     return value if isinstance(value, dict) else {}
+
+
+def recorded_base(config: Mapping[str, Any], provenance: Mapping[str, Any] | None) -> str | None:
+    """The name of the base that an adapter's two files record, or None."""
+    name = (provenance or {}).get("base") or config.get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
 
 
 def check_base(adapter_dir: Path, base: Base) -> None:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from peftune.adapters.directory import base_of, load_onto
+from peftune.adapters.base_of import base_of
+from peftune.adapters.directory import load_onto
 from peftune.adapters.provenance import check_base
 from peftune.cli.prompts import gather
 from peftune.cli.text_output import TextPrinter, as_json

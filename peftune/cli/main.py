@@ -166,7 +166,7 @@ def merge(
             f"mean KL {report.mean_kl:.1e} nats per token, the same likeliest token in {report.argmax_agreement:.2%}"
         )
     if report.trained_on is not None and verify:
-        typer.echo(report.about_trained())
+        typer.echo(report.quantized_summary())
     if report.rounding_mean_kl is not None:
         typer.echo(
             f"rounding to {report.dtype} costs {report.rounding_mean_kl:.1e} nats per token; before it logits differed "

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from peftune.adapters.directory import base_of
+from peftune.adapters.base_of import base_of
 from peftune.config.recipe import Source
 from peftune.console import Console
 from peftune.data.tokens.store import TokenStore, prepare

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftune.adapters import directory
-from peftune.adapters.directory import base_of, load_onto, read_adapter, write_adapter
+from peftune.adapters.base_of import base_of
+from peftune.adapters.directory import load_onto, read_adapter, write_adapter
 from peftune.errors import CheckFailed, UserError
 
 TENSORS = "adapter_model.safetensors"
@@ -39,7 +40,7 @@ def truncate(path: Path) -> None:
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no configuration": (lambda a: (a / "adapter_config.json").unlink(), "no adapter_config.json"),
     "bad JSON": (lambda a: (a / "adapter_config.json").write_text("{"), "cannot be read"),
-    "a list": (lambda a: (a / "adapter_config.json").write_text("[]"), "peft_type is list"),
+    "a list": (lambda a: (a / "adapter_config.json").write_text("[]"), "holds list, expected an object"),
     "no tensors file": (lambda a: (a / TENSORS).unlink(), "no adapter_model.safetensors"),
     "cut short": (lambda a: truncate(a / TENSORS), "not a whole safetensors file"),
     "empty file": (lambda a: (a / TENSORS).write_bytes(b""), "not a whole safetensors file"),
@@ -165,7 +166,7 @@ def test_base_of_prefers_what_peftune_recorded(make_adapter: Any, tools: Any, ti
     assert base_of(adapter) == "gpt2"
     (adapter / "peftune.json").unlink()
     tools.edit_config(adapter, base_model_name_or_path=None)
-    with pytest.raises(UserError, match="pass --base"):
+    with pytest.raises(UserError, match="pass the base"):
         base_of(adapter)
 
 

@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 
+from peftune.adapters.base_of import infer_config, read_layout, shared_base
 from peftune.adapters.directory import Adapter, check_free, read_adapter
 from peftune.adapters.edit.computed_adapter import write_computed_adapter
-from peftune.adapters.infer_config import infer_config, read_layout
-from peftune.adapters.layout import AdapterLayout, module_order
+from peftune.adapters.layout import AdapterLayout, model_order
 from peftune.adapters.low_rank import LowRankDelta, added, best_of_rank, delta_of, distance, norm
 from peftune.adapters.provenance import tensors_fingerprint
-from peftune.adapters.shared_base import shared_base
 from peftune.errors import UserError
 from peftune.model.base import open_base
 from peftune.model.weights import Weights
@@ -144,7 +143,7 @@ def _sums(layouts: Sequence[AdapterLayout], weights: Sequence[float]) -> tuple[l
         for name, target in layout.targets.items():
             if weight:
                 terms.setdefault(name, []).append(delta_of(target, weight))
-    sums = [added(terms[name]) for name in sorted(terms, key=module_order)]
+    sums = [added(terms[name]) for name in sorted(terms, key=model_order)]
     strength = math.hypot(*(norm(update) for updates in terms.values() for update in updates))
     if math.hypot(*map(norm, sums)) <= 1e-7 * strength:
         raise UserError("combine: the updates cancel each other, so nothing would be left; choose other weights")

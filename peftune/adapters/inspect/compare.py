@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from peftune.adapters.base_of import base_mismatch, read_layout
 from peftune.adapters.directory import Adapter, read_adapter
-from peftune.adapters.infer_config import read_layout
 from peftune.adapters.inspect.describe import beyond_factors, lora_variant
 from peftune.adapters.inspect.scan import target_modules
-from peftune.adapters.layout import AdapterLayout, module_order
+from peftune.adapters.layout import AdapterLayout, model_order
 from peftune.adapters.low_rank import LowRankDelta, delta_of, distance, inner, norm, overlap, spectrum
 from peftune.adapters.provenance import recorded, recorded_dict
-from peftune.adapters.shared_base import recorded_base, why_apart
 from peftune.errors import UserError
 
 T = TypeVar("T")
@@ -53,7 +52,7 @@ def compare(first: Path, second: Path) -> Comparison:
     adapters = read_adapter(first), read_adapter(second)
     layouts = read_layout(adapters[0]), read_layout(adapters[1])
     a, b = ({name: delta_of(target) for name, target in layout.targets.items()} for layout in layouts)
-    shared = [name for name in sorted(a, key=module_order) if name in b and a[name].shape == b[name].shape]
+    shared = [name for name in sorted(a, key=model_order) if name in b and a[name].shape == b[name].shape]
     reshaped = [name for name in a if name in b and name not in shared]
     if reshaped and not shared:
         shapes = f"{a[reshaped[0]].shape} and {b[reshaped[0]].shape}"
@@ -61,8 +60,8 @@ def compare(first: Path, second: Path) -> Comparison:
     notes = [f"{name} has another shape in each and is left out" for name in reshaped]
     modules = {name: _figures(a[name], b[name]) for name in shared}
     return Comparison(
-        first, second, why_apart(*adapters), _overall(a, b, shared), modules,
-        sorted(a.keys() - b.keys(), key=module_order), sorted(b.keys() - a.keys(), key=module_order),
+        first, second, base_mismatch(*adapters), _overall(a, b, shared), modules,
+        sorted(a.keys() - b.keys(), key=model_order), sorted(b.keys() - a.keys(), key=model_order),
         _differences(adapters, layouts), notes + _notes(adapters, layouts),
     )  # fmt: skip
 
@@ -106,7 +105,7 @@ def _differences(adapters: Pair[Adapter], layouts: Pair[AdapterLayout]) -> dict[
 
 def _settings(adapter: Adapter, layout: AdapterLayout) -> dict[str, Any]:
     return {
-        "base": recorded_base(adapter),
+        "base": adapter.base,
         "variant": lora_variant(adapter),
         "targets": target_modules(adapter),
         "ranks": sorted({target.rank for target in layout.targets.values()}),

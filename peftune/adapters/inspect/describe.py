@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peftune.adapters.base_of import read_layout
 from peftune.adapters.directory import Adapter, check_fits, read_adapter
 from peftune.adapters.fold import MergedTensors
-from peftune.adapters.infer_config import read_layout
-from peftune.adapters.layout import AdapterLayout, LoraTarget, block_of, module_order
+from peftune.adapters.layout import AdapterLayout, LoraTarget, block_of, model_order
 from peftune.adapters.low_rank import delta_of, norm
 from peftune.adapters.provenance import check_base, recorded, tensors_fingerprint
-from peftune.adapters.shared_base import recorded_base
 from peftune.model.base import open_base
 from peftune.model.weights import Weights
 
@@ -82,11 +81,9 @@ def describe(directory: Path, base: str | None = None) -> AdapterDescription:
         check_base(directory, opened)
         adapter, layout = check_fits(directory, opened.config)
         weights = opened.weights
-    modules = {
-        name: _module(layout.targets[name], layout, weights) for name in sorted(layout.targets, key=module_order)
-    }
+    modules = {name: _module(layout.targets[name], layout, weights) for name in sorted(layout.targets, key=model_order)}
     return AdapterDescription(
-        directory, directory.resolve().name, recorded_base(adapter), lora_variant(adapter),
+        directory, directory.resolve().name, adapter.base, lora_variant(adapter),
         sum(tensor.numel() for tensor in adapter.tensors.values()), size_in_megabytes(adapter),
         tensors_fingerprint(adapter.config, adapter.tensors), modules, sorted(layout.replaced),
         _norms_are(layout, weights), adapter.provenance,

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftune.adapters.base_of import infer_config
 from peftune.adapters.directory import Adapter, read_adapter
-from peftune.adapters.infer_config import infer_config
 from peftune.adapters.inspect.describe import lora_variant, size_in_megabytes
-from peftune.adapters.layout import block_of, module_of, stripped, suffix_in_block
+from peftune.adapters.layout import block_of, module_of, plain_name, suffix_in_block
 from peftune.adapters.provenance import recorded, recorded_dict
-from peftune.adapters.shared_base import recorded_base
 from peftune.errors import UserError
 from peftune.model.lora import ALL
 
@@ -103,7 +102,7 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
     metrics = recorded_dict(provenance, "metrics").items()
     losses = {domain: recorded(models, "adapter", "loss") for domain, models in metrics}
     return {
-        "base": recorded_base(adapter),
+        "base": adapter.base,
         "base_fingerprint": provenance.get("base_fingerprint"),
         "variant": lora_variant(adapter),
         "ranks": ranks(adapter),
@@ -124,7 +123,7 @@ def target_modules(adapter: Adapter) -> list[str]:
     """What it adapts, by the names within a block, in the model's order; a module trained in full is marked by `=`."""
     found: set[str] = set()
     for name in adapter.tensors:
-        module = module_of(stripped(name).replace(".modules_to_save.", ".").replace(".base_layer.", "."))
+        module = module_of(plain_name(name).replace(".modules_to_save.", ".").replace(".base_layer.", "."))
         short = suffix_in_block(module) or block_of(module)
         found.add(short if "lora_" in name else f"{short}=")
     return sorted(found, key=lambda short: (ALL.index(short) if short in ALL else len(ALL), short))

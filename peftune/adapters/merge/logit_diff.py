@@ -1,4 +1,4 @@
-"""Differences of logits over a vocabulary that comes in pieces, so that no softmax is ever whole in memory."""
+"""Differences of logits over a vocabulary that comes in slices, so that no complete softmax is ever in memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Difference:
 
 
 class LogitDiffAccumulator:
-    """Sums over pieces of the vocabulary, for a softmax that is never whole in memory; (n,) each, float64."""
+    """Running sums over slices of the vocabulary, (n,) each, float64 (an online softmax)."""
 
     def __init__(self, positions: int) -> None:
         self.largest = torch.full((2, positions), -torch.inf, dtype=torch.float64)
@@ -31,11 +31,11 @@ class LogitDiffAccumulator:
         self.seen = 0
 
     def add(self, reference: torch.Tensor, candidate: torch.Tensor) -> None:
-        """Count one piece of logits (n, piece)."""
+        """Add one slice of the logits, (n, slice)."""
         for number, logits in enumerate((reference, candidate)):
-            top, place = logits.max(dim=1)
+            top, index = logits.max(dim=1)
             larger = top > self.largest[number]
-            self.argmax[number] = torch.where(larger, place + self.seen, self.argmax[number])
+            self.argmax[number] = torch.where(larger, index + self.seen, self.argmax[number])
             new = torch.maximum(top, self.largest[number])
             shrink = torch.exp(self.largest[number] - new)
             terms = torch.exp(logits - new[:, None])
@@ -48,7 +48,7 @@ class LogitDiffAccumulator:
         self.largest_logit = _largest(self.largest_logit, reference.abs().max().item())
 
     def difference(self) -> Difference:
-        """KL = E_p[p - q] - log Z_p + log Z_q, per place."""
+        """KL = E_p[p - q] - log Z_p + log Z_q, per position."""
         log_z = self.total.log() + self.largest
         kl = self.weighted / self.total[0] - log_z[0] + log_z[1]
         agreement = (self.argmax[0] == self.argmax[1]).double().mean().item()
@@ -56,11 +56,11 @@ class LogitDiffAccumulator:
 
 
 def _largest(known: float, new: float) -> float:
-    return new if new != new or new > known else known  # a NaN stays
+    return new if new != new or new > known else known  # a NaN is kept
 
 
-def together(parts: list[Difference]) -> Difference:
-    """The difference over all places, from those of parts of them."""
+def combined(parts: list[Difference]) -> Difference:
+    """The difference over all positions, from those over parts of them."""
     positions = sum(part.positions for part in parts)
     return Difference(
         max_abs=reduce(_largest, (part.max_abs for part in parts)),

@@ -1,7 +1,7 @@
-"""The function that an adapter was trained as, where its base was quantised: unpacked weights and the adapter.
+"""The model that an adapter was trained as, where its base was quantised: dequantised weights and the adapter.
 
-A merge goes into the full-precision base, which is near to that function and not equal to it. What is compared is made
-block by block as everything in a merge: each weight is quantised and unpacked when its block is built.
+A merge goes into the full-precision base, whose function is close to that and not equal. The comparison is computed
+block by block, as everything in a merge: each weight is quantised and dequantised when its block is built.
 """
 
 from __future__ import annotations
@@ -13,37 +13,37 @@ from transformers import GPT2Config
 
 from peftune.adapters.directory import Adapter
 from peftune.adapters.layout import AdapterLayout, LoraTarget
-from peftune.adapters.merge.verify import Pieces, WithAdapter
+from peftune.adapters.merge.verify import BlockwisePeftModel, RowSlices
 from peftune.model import quantized
 from peftune.model.weights import Weights
 
 
-def quantised_as(adapter: Adapter) -> quantized.Kind | None:
+def base_quantization(adapter: Adapter) -> quantized.Kind | None:
     """`int8` or `nf4` where peftune.json says that the base was quantised in training."""
-    kind = _recipe(adapter).get("quantize")
-    return "int8" if kind == "int8" else "nf4" if kind == "nf4" else None
+    kinds: dict[object, quantized.Kind] = {"int8": "int8", "nf4": "nf4"}
+    return kinds.get(_recipe(adapter).get("quantize"))
 
 
-def can_be_measured(adapter: Adapter) -> bool:
-    """Whether there is such a function, and the library to compute it with."""
-    return quantised_as(adapter) is not None and quantized.is_available()
+def is_measurable(adapter: Adapter) -> bool:
+    """Whether the base was quantised, and the library to compute it with is installed."""
+    return base_quantization(adapter) is not None and quantized.is_available()
 
 
-def stream(
-    adapter: Adapter, weights: Weights, layout: AdapterLayout, config: GPT2Config, pieces: Pieces
-) -> WithAdapter:
+def quantized_peft_model(
+    adapter: Adapter, weights: Weights, layout: AdapterLayout, config: GPT2Config, row_slices: RowSlices
+) -> BlockwisePeftModel:
     """Quantised base + adapter as it was trained, in float32."""
-    kind = quantised_as(adapter)
-    assert kind is not None, "only an adapter of a quantised base has a function apart from full base + adapter"
+    kind = base_quantization(adapter)
+    assert kind is not None, "the adapter's base was not quantised"
 
-    def held(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def quantize(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return quantized.rounded(tensor, kind) if ".h." in name and tensor.ndim == 2 else tensor
 
-    return WithAdapter(weights, _as_trained(adapter, layout), config, pieces, held)
+    return BlockwisePeftModel(weights, _as_trained(adapter, layout), config, row_slices, quantize)
 
 
 def _as_trained(adapter: Adapter, layout: AdapterLayout) -> AdapterLayout:
-    """LoftQ is delivered as [B, -B0]·[A; A0]; on the quantised base B·A was trained, which is the first half."""
+    """LoftQ adapters are saved as [B, -B0]·[A; A0]; on the quantised base B·A was trained, which is the first half."""
     lora = _recipe(adapter).get("lora")
     if not isinstance(lora, dict) or lora.get("variant") != "loftq":
         return layout

@@ -1,4 +1,4 @@
-"""What a merge did, and the judgement whether its result is the model that was trained."""
+"""What a merge did, and whether its result is close enough to the model that was trained."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _ROUNDED_KL = {"bfloat16": 0.05, "float16": 0.005}  # nats per token that roundi
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was folded and how far the logits moved; written as merge.json. Differences are None without verification.
+    """What was merged and how far the logits moved; written as merge.json. Differences are None without verification.
 
-    `float32_max_abs_logit_difference` is that of the fold before its weights were rounded to `dtype` (the same as
+    `float32_max_abs_logit_difference` is that of the merge before its weights were rounded to `dtype` (the same as
     `max_abs_logit_difference` for float32); `rounding_mean_kl` is what the rounding cost, in nats per token.
 
     `trained_on` is `int8` or `nf4` for an adapter that was trained on a quantised base; the three figures
@@ -45,46 +45,46 @@ class MergeReport:
     mean_kl_to_trained: float | None = None
     argmax_agreement_to_trained: float | None = None
 
-    def about_trained(self) -> str:
+    def quantized_summary(self) -> str:
         """One line on how far the merged model is from the function that was trained on a quantised base."""
-        told = f"trained on the base in {self.trained_on}: against that + adapter"
+        comparison = f"trained on the base in {self.trained_on}: against that + adapter"
         if self.max_abs_logit_difference_to_trained is None:
-            return f"{told} not measured, {MISSING}"
+            return f"{comparison} not measured, {MISSING}"
         return (
-            f"{told} logits differ by at most {self.max_abs_logit_difference_to_trained:.1e}, mean KL "
+            f"{comparison} logits differ by at most {self.max_abs_logit_difference_to_trained:.1e}, mean KL "
             f"{self.mean_kl_to_trained:.1e} nats per token, the same likeliest token in "
             f"{self.argmax_agreement_to_trained:.2%}"
         )
 
 
-def judged(report: MergeReport, delivered: Difference, exact: Difference, rounding: float | None) -> MergeReport:
-    """The report with what was measured; CheckFailed where it is not the trained model."""
+def judged(report: MergeReport, stored: Difference, exact: Difference, rounding: Difference | None) -> MergeReport:
+    """The report with what was measured; CheckFailed where the merged model is not the one that was trained."""
     tolerance = _EXACT * max(1.0, exact.largest_logit / 32)
     if not exact.max_abs <= tolerance:
         raise CheckFailed(
             f"merge: logits differ by {exact.max_abs:.2g} from base + adapter (allowed {tolerance:.2g}, largest logit "
             f"{exact.largest_logit:.3g}); nothing was written"
         )
-    if rounding is not None and not delivered.mean_kl <= _ROUNDED_KL[report.dtype]:
+    if rounding is not None and not stored.mean_kl <= _ROUNDED_KL[report.dtype]:
         raise CheckFailed(
-            f"merge: rounding to {report.dtype} costs {delivered.mean_kl:.2g} nats per token (allowed "
-            f"{_ROUNDED_KL[report.dtype]}); nothing was written, use --dtype float32"
+            f"merge: rounding to {report.dtype} costs {stored.mean_kl:.2g} nats per token (allowed "
+            f"{_ROUNDED_KL[report.dtype]}); nothing was written, use float32"
         )
     return dataclasses.replace(
         report,
-        max_abs_logit_difference=delivered.max_abs,
-        mean_kl=delivered.mean_kl,
-        argmax_agreement=delivered.argmax_agreement,
+        max_abs_logit_difference=stored.max_abs,
+        mean_kl=stored.mean_kl,
+        argmax_agreement=stored.argmax_agreement,
         tolerance=tolerance,
         largest_logit=exact.largest_logit,
         positions=exact.positions,
         float32_max_abs_logit_difference=exact.max_abs,
-        rounding_mean_kl=rounding,
+        rounding_mean_kl=None if rounding is None else rounding.mean_kl,
     )
 
 
-def with_trained(report: MergeReport, found: Difference) -> MergeReport:
-    """The report with the distance to quantised base + adapter, which says what was lost and judges nothing."""
+def with_distance_to_trained(report: MergeReport, found: Difference) -> MergeReport:
+    """The report with the distance to quantised base + adapter, which is reported and never refused."""
     return dataclasses.replace(
         report,
         max_abs_logit_difference_to_trained=found.max_abs,

@@ -1,6 +1,6 @@
-"""Write a checkpoint's weights as safetensors, piece by piece: never more than one piece in memory.
+"""Write a checkpoint's weights as safetensors, chunk by chunk: never more than one chunk in memory.
 
-Names, shapes and dtype are known before the first value, so a file begins with its whole header (safetensors format:
+Names, shapes and dtype are known before the first value, so a file begins with its complete header (safetensors format:
 8 bytes little-endian length, JSON, then the bytes of each tensor in order).
 """
 
@@ -18,7 +18,7 @@ import torch
 from peftune.errors import CheckFailed
 from peftune.model.weights import all_finite
 
-NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 Chunks = Callable[[str], Iterator[torch.Tensor]]
 
 
@@ -29,30 +29,22 @@ def write_weights(
     chunks: Chunks,
     max_bytes: int,
     done: Callable[[str], None],
-) -> list[Path]:
-    """Write all tensors of `shapes` in shards of at most `max_bytes` (one file where they fit); returns the files.
+) -> None:
+    """Write all tensors of `shapes` in shards of at most `max_bytes`; in one file, without an index, where they fit.
 
-    `chunks(name)` yields a tensor in consecutive pieces of rows; `done(name)` is called after each tensor. Raises
+    `chunks(name)` yields a tensor in consecutive chunks of rows; `done(name)` is called after each tensor. Raises
     OSError where the disk does not take it, CheckFailed for a value that is finite in float32 but not in `dtype`.
     """
     shards = plan_shards(shapes, dtype.itemsize, max_bytes)
-    files = []
     index = {}
     for number, names in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_file(directory / name, {n: shapes[n] for n in names}, dtype, chunks, done)
-        files.append(directory / name)
         index.update(dict.fromkeys(names, name))
     if len(shards) > 1:
-        write_index(directory, shapes, dtype, index)
-    return files
-
-
-def write_index(directory: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, index: dict[str, str]) -> None:
-    """Say in which file each tensor is."""
-    total = sum(math.prod(shape) for shape in shapes.values())
-    content = {"metadata": {"total_size": total * dtype.itemsize, "total_parameters": total}, "weight_map": index}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+        total = sum(math.prod(shape) for shape in shapes.values())
+        content = {"metadata": {"total_size": total * dtype.itemsize, "total_parameters": total}, "weight_map": index}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def stored(chunk: torch.Tensor, dtype: torch.dtype, name: str) -> memoryview:
@@ -67,14 +59,14 @@ def stored(chunk: torch.Tensor, dtype: torch.dtype, name: str) -> memoryview:
 def plan_shards(shapes: dict[str, tuple[int, ...]], item_bytes: int, max_bytes: int) -> list[list[str]]:
     """Tensor names in order, cut into shards of at most `max_bytes`; a larger tensor has a shard of its own."""
     shards: list[list[str]] = [[]]
-    held = 0
+    size_so_far = 0
     for name, shape in shapes.items():
         size = math.prod(shape) * item_bytes
-        if shards[-1] and held + size > max_bytes:
+        if shards[-1] and size_so_far + size > max_bytes:
             shards.append([])
-            held = 0
+            size_so_far = 0
         shards[-1].append(name)
-        held += size
+        size_so_far += size
     return shards
 
 
@@ -99,7 +91,7 @@ def _header(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
     offset = 0
     for name, shape in shapes.items():
         end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % 8)

@@ -1,8 +1,8 @@
 """How far a merged model's logits lie from those of base + adapter, computed block by block.
 
 The reference is PEFT itself: for each block (and for embeddings and head) a module is built from the base's tensors,
-PEFT injects the adapter into it, and hidden states pass through. Nothing is shared with the folding, and only one
-block, or one piece of the embedding, is in memory. All of it is float32.
+PEFT injects the adapter into it, and hidden states pass through. No code is shared with the merge itself, and only one
+block, or one slice of the embedding, is in memory. All of it is float32.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,17 +21,17 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from peftune.adapters.fold import MergedTensors
 from peftune.adapters.layout import AdapterLayout, LoraTarget
-from peftune.adapters.merge.logit_diff import Difference, LogitDiffAccumulator, together
+from peftune.adapters.merge.logit_diff import Difference, LogitDiffAccumulator, combined
 from peftune.errors import CheckFailed
 from peftune.model.weights import HEAD, WTE, Weights
 
 WPE = "transformer.wpe.weight"
-_PLACES = 128  # places whose logits are in memory at a time
-Pieces = list[tuple[int, int]]
+_POSITIONS = 128  # positions whose logits are in memory at a time
+RowSlices = list[tuple[int, int]]
 
 
-class Stream(Protocol):
-    """One way to compute the model, a piece at a time."""
+class BlockwiseModel(Protocol):
+    """A GPT-2 that is computed block by block, so that it is never in memory as a whole."""
 
     def embedding(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Embedding vectors (n, width) of sorted row numbers (n,)."""
@@ -43,14 +43,14 @@ class Stream(Protocol):
         """Weight and bias of `ln_f`."""
 
     def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-        """For each piece of the vocabulary, the function from hidden states (n, width) to logits (n, piece)."""
+        """For each slice of the vocabulary, the function from hidden states (n, width) to logits (n, slice)."""
 
 
-class Plain:
-    """A checkpoint without an adapter: the merged directory read back, or the fold before it is rounded."""
+class BlockwiseCheckpoint:
+    """A checkpoint without an adapter: the merged directory read back, or merged tensors before they are rounded."""
 
-    def __init__(self, source: Weights | MergedTensors, config: GPT2Config, pieces: Pieces) -> None:
-        self.source, self.config, self.pieces = source, config, pieces
+    def __init__(self, source: Weights | MergedTensors, config: GPT2Config, row_slices: RowSlices) -> None:
+        self.source, self.config, self.row_slices = source, config, row_slices
 
     def embedding(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         return _gather(self.source.chunks(name), rows)
@@ -65,25 +65,26 @@ class Plain:
     def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         name = WTE if self.source.tied else HEAD
         if isinstance(self.source, Weights):
-            parts = (self.source.rows(name, start, stop) for start, stop in self.pieces)
+            slices = (self.source.rows(name, start, stop) for start, stop in self.row_slices)
         else:
-            parts = self.source.chunks(name)  # type: ignore[assignment]
-        for weight in parts:
-            yield _times(weight.float())
+            slices = self.source.chunks(name)  # type: ignore[assignment]
+        for weight in slices:
+            yield _linear(weight.float())
 
 
-class WithAdapter:
-    """Base + adapter through PEFT; `held(name, tensor)` is how the base in question holds a tensor of the weights."""
+class BlockwisePeftModel:
+    """Base + adapter through PEFT; `transform(name, tensor)` is applied to the base's tensors (here: quantisation)."""
 
     def __init__(
         self,
         weights: Weights,
         layout: AdapterLayout,
         config: GPT2Config,
-        pieces: Pieces,
-        held: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
+        row_slices: RowSlices,
+        transform: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
     ) -> None:
-        self.weights, self.layout, self.config, self.pieces, self.held = weights, layout, config, pieces, held
+        self.weights, self.layout, self.config = weights, layout, config
+        self.row_slices, self.transform = row_slices, transform
 
     def embedding(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         target = self.layout.targets.get(name.removesuffix(".weight"))
@@ -93,8 +94,8 @@ class WithAdapter:
             table, numbers = torch.cat(list(self._chunks(name))), rows
         else:
             table, numbers = _gather(self._chunks(name), rows), torch.arange(len(rows))
-            target = _cut(target, {"lora_embedding_A": target.parts["lora_embedding_A"][:, rows]})
-        lookup = nn.ModuleDict({"table": _lookup(table)})
+            target = _with_parts(target, {"lora_embedding_A": target.parts["lora_embedding_A"][:, rows]})
+        lookup = nn.ModuleDict({"table": nn.Embedding.from_pretrained(table)})  # type: ignore[no-untyped-call]
         return _with_peft(lookup, {"table": target}, self.layout).get_submodule("table")(numbers)  # type: ignore[no-any-return]
 
     def block(self, index: int) -> nn.Module:
@@ -108,20 +109,20 @@ class WithAdapter:
 
     def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         target = self.layout.targets.get("lm_head")
-        for start, stop in self.pieces:
+        for start, stop in self.row_slices:
             weight = self._head_rows(start, stop)
             if target is None:
-                yield _times(weight)
+                yield _linear(weight)
                 continue
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
             linear.weight = nn.Parameter(weight, requires_grad=False)
-            outward = {name: part[start:stop] for name, part in target.parts.items() if name != "lora_A.weight"}
+            parts = {name: part[start:stop] for name, part in target.parts.items() if name != "lora_A.weight"}
             module = nn.ModuleDict({"head": linear})
-            yield _with_peft(module, {"head": _cut(target, outward)}, self.layout).get_submodule("head")
+            yield _with_peft(module, {"head": _with_parts(target, parts)}, self.layout).get_submodule("head")
 
     def _tensor(self, name: str) -> torch.Tensor:
         replaced = self.layout.replaced.get(name)
-        return (self.held(name, self.weights.tensor(name)) if replaced is None else replaced.clone()).float()
+        return (self.transform(name, self.weights.tensor(name)) if replaced is None else replaced.clone()).float()
 
     def _chunks(self, name: str) -> Iterator[torch.Tensor]:
         replaced = self.layout.replaced.get(name)
@@ -136,55 +137,52 @@ class WithAdapter:
 
 
 @torch.no_grad()
-def compare(
-    reference: Stream,
-    candidates: dict[str, Stream],
+def compare_logits(
+    reference: BlockwiseModel,
+    candidates: Mapping[str, BlockwiseModel],
     config: GPT2Config,
     sequences: Sequence[torch.Tensor],
     done: Callable[[], None],
 ) -> dict[str, Difference]:
-    """Differences of each candidate's logits from the reference's at every place of every sequence of ids (n,).
+    """Differences of each candidate's logits from the reference's at every position of every sequence of ids (n,).
 
     `done` is called after each block.
     """
-    streams = [reference, *candidates.values()]
-    hidden = [_embed(stream, sequences) for stream in streams]
+    models = [reference, *candidates.values()]
+    hidden = [_embed(model, sequences) for model in models]
     for index in range(config.n_layer):
-        for number, stream in enumerate(streams):
-            block = stream.block(index).eval()
-            hidden[number] = _output(block(hidden[number]))
+        for number, model in enumerate(models):
+            block = model.block(index).eval()
+            output = block(hidden[number])
+            hidden[number] = output if isinstance(output, torch.Tensor) else output[0]
             del block
         done()
     real = torch.stack([torch.arange(hidden[0].shape[1]) < len(ids) for ids in sequences])
-    flat = [_normed(stream, config, states[real]) for stream, states in zip(streams, hidden, strict=True)]
-    places = [slice(start, start + _PLACES) for start in range(0, len(flat[0]), _PLACES)]
-    tallies = [[LogitDiffAccumulator(len(flat[0][place])) for place in places] for _ in candidates]
-    for heads in zip(*(stream.head() for stream in streams), strict=True):
-        for number, place in enumerate(places):
-            logits = [head(states[place]) for head, states in zip(heads, flat, strict=True)]
-            for tally, candidate in zip(tallies, logits[1:], strict=True):
-                tally[number].add(logits[0].double(), candidate.double())
-    return {name: together([t.difference() for t in tally]) for name, tally in zip(candidates, tallies, strict=True)}
+    normed = [_final_norm(model, config, states[real]) for model, states in zip(models, hidden, strict=True)]
+    positions = [slice(start, start + _POSITIONS) for start in range(0, len(normed[0]), _POSITIONS)]
+    sums = {name: [LogitDiffAccumulator(len(normed[0][part])) for part in positions] for name in candidates}
+    for heads in zip(*(model.head() for model in models), strict=True):
+        for number, part in enumerate(positions):
+            expected, *found = (head(states[part]).double() for head, states in zip(heads, normed, strict=True))
+            for accumulators, logits in zip(sums.values(), found, strict=True):
+                accumulators[number].add(expected, logits)
+    return {name: combined([part.difference() for part in parts]) for name, parts in sums.items()}
 
 
-def _embed(stream: Stream, sequences: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(sequences, longest, width); what fills shorter ones up stands behind them, where causal attention is blind."""
+def _embed(model: BlockwiseModel, sequences: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(sequences, longest, width); padding comes last, where causal attention does not see it."""
     padded = nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
-    used, places = torch.unique(padded, return_inverse=True)
-    return stream.embedding(WTE, used)[places] + stream.embedding(WPE, torch.arange(padded.shape[1]))
+    used, inverse = torch.unique(padded, return_inverse=True)
+    return model.embedding(WTE, used)[inverse] + model.embedding(WPE, torch.arange(padded.shape[1]))
 
 
-def _normed(stream: Stream, config: GPT2Config, states: torch.Tensor) -> torch.Tensor:
-    weight, bias = stream.final_norm()
+def _final_norm(model: BlockwiseModel, config: GPT2Config, states: torch.Tensor) -> torch.Tensor:
+    weight, bias = model.final_norm()
     return nn.functional.layer_norm(states, (config.n_embd,), weight, bias, config.layer_norm_epsilon)
 
 
-def _output(result: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
-    return result if isinstance(result, torch.Tensor) else result[0]
-
-
 def _gather(chunks: Iterator[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-    """The given rows (sorted) of a table that comes in consecutive pieces."""
+    """The given rows (sorted) of a table that comes in consecutive chunks."""
     found, start = [], 0
     for chunk in chunks:
         inside = rows[(rows >= start) & (rows < start + len(chunk))]
@@ -193,14 +191,7 @@ def _gather(chunks: Iterator[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
     return torch.cat(found)
 
 
-def _lookup(table: torch.Tensor) -> nn.Embedding:
-    with torch.device("meta"):
-        embedding = nn.Embedding(*table.shape)
-    embedding.weight = nn.Parameter(table, requires_grad=False)
-    return embedding
-
-
-def _times(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+def _linear(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda states: nn.functional.linear(states, weight)
 
 
@@ -212,12 +203,12 @@ def _block(config: GPT2Config, index: int, tensor: Callable[[str], torch.Tensor]
     return block.requires_grad_(False)
 
 
-def _cut(target: LoraTarget, parts: dict[str, torch.Tensor]) -> LoraTarget:
+def _with_parts(target: LoraTarget, parts: dict[str, torch.Tensor]) -> LoraTarget:
     return dataclasses.replace(target, parts={**target.parts, **parts})
 
 
 def _with_peft(module: nn.Module, targets: dict[str, LoraTarget], layout: AdapterLayout) -> nn.Module:
-    """Inject the adapter's part for this module through PEFT, whatever `fan_in_fan_out` the adapter claims."""
+    """Inject the adapter's part for this module through PEFT; `fan_in_fan_out` follows from the module's kind."""
     config = LoraConfig(
         target_modules=list(targets),
         rank_pattern={re.escape(name): target.rank for name, target in targets.items()},
@@ -234,7 +225,9 @@ def _with_peft(module: nn.Module, targets: dict[str, LoraTarget], layout: Adapte
         warnings.simplefilter("ignore")
         injected = inject_adapter_in_model(config, module)
         result: Any = set_peft_model_state_dict(injected, state)
-    lost = [*result.unexpected_keys, *(key for key in result.missing_keys if "lora_" in key)]
-    if lost:
-        raise CheckFailed(f"verification: PEFT did not take {lost[0]}; please report this with the version of peft")
+    not_loaded = [*result.unexpected_keys, *(key for key in result.missing_keys if "lora_" in key)]
+    if not_loaded:
+        raise CheckFailed(
+            f"verification: PEFT did not take {not_loaded[0]}; please report this with the version of peft"
+        )
     return injected.eval()

@@ -220,7 +220,7 @@ def test_bases_that_are_only_names_must_be_the_same_or_be_given(
 ) -> None:
     adapters = [make_adapter("a"), make_adapter("b")]
     tools.edit_config(adapters[1], base_model_name_or_path="elsewhere")
-    with pytest.raises(UserError, match="pass --base if they are"):
+    with pytest.raises(UserError, match="pass the base if they are"):
         combine(adapters, [1.0, 1.0], tmp_path / "sum")
     combine(adapters, [1.0, 1.0], tmp_path / "sum", base=str(tiny_base))
     recorded = json.loads((tmp_path / "sum" / "peftune.json").read_text())

@@ -1,4 +1,4 @@
-"""The kernel's copy with changes holds the same bits as the merge that writes every tensor, or says why it cannot."""
+"""A merge writes the right bits however the base is stored, leaves the base alone, and leaves nothing if it fails."""
 
 from __future__ import annotations
 
@@ -15,14 +15,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from peftune.adapters.directory import read_adapter
-from peftune.adapters.fold import MergedTensors
-from peftune.adapters.layout import layout_of
-from peftune.adapters.merge import file_copy
+from peftune.adapters import fold
 from peftune.adapters.merge import merge as merging
+from peftune.adapters.merge import shards as shard_files
 from peftune.adapters.merge.merge import merge
 from peftune.errors import CheckFailed, UserError
-from peftune.model.base import Base
 from peftune.model.lora import quiet_peft
 
 pytestmark = pytest.mark.filterwarnings(
@@ -34,6 +31,7 @@ LINEAR = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 
 def stored_as(base: Path, directory: Path, dtype: torch.dtype, shards: bool = False, **config: Any) -> Path:
     """The base as Transformers saves it in this dtype, in one file or in several, with its tokenizer."""
+    torch.manual_seed(2)  # an untied head is random
     model = GPT2LMHeadModel.from_pretrained(base, dtype=dtype, config=GPT2Config.from_pretrained(base, **config))
     model.save_pretrained(directory, **({"max_shard_size": "60KB"} if shards else {}))
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -49,12 +47,6 @@ def digests(directory: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
 
 
-def reason(base: Path, adapter: Path, dtype: torch.dtype = torch.float32, limit: int | None = None) -> str | None:
-    read = read_adapter(adapter)
-    layout = layout_of(read.config, read.tensors, Base(base).config, "adapter")
-    return file_copy.why_rewritten(MergedTensors(Base(base).weights, layout), dtype, limit)
-
-
 @pytest.mark.parametrize(
     ("dtype", "shards", "tied", "settings"),
     [
@@ -66,7 +58,7 @@ def reason(base: Path, adapter: Path, dtype: torch.dtype = torch.float32, limit:
         ("float32", True, True, {"init_lora_weights": "pissa", "target_modules": LINEAR}),
     ],
 )
-def test_a_copy_with_changes_holds_the_bits_of_a_rewrite(
+def test_bits_do_not_depend_on_how_the_base_is_stored(
     dtype: str,
     shards: bool,
     tied: bool,
@@ -75,41 +67,42 @@ def test_a_copy_with_changes_holds_the_bits_of_a_rewrite(
     make_adapter: Any,
     tools: Any,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    base = stored_as(tiny_base, tmp_path / "base", getattr(torch, dtype), shards, tie_word_embeddings=tied)
-    adapter = make_adapter(base=base, **settings)
-    assert reason(base, adapter, getattr(torch, dtype)) is None
-    before = digests(base)
-    fast = merge(adapter, tmp_path / "fast", str(base), dtype, texts=tools.texts)
-    monkeypatch.setattr(merging, "why_rewritten", lambda *_: "for comparison")
-    slow = merge(adapter, tmp_path / "slow", str(base), dtype, texts=tools.texts)
-    found, expected = tensors_of(tmp_path / "fast"), tensors_of(tmp_path / "slow")
-    assert fast == slow and found.keys() == expected.keys()
+    stored = {}
+    for split in (shards, not shards):
+        name = "shards" if split else "one-file"
+        base = stored_as(tiny_base, tmp_path / name, getattr(torch, dtype), split, tie_word_embeddings=tied)
+        adapter = make_adapter(f"adapter-{name}", base=base, **settings)
+        before = digests(base)
+        report = merge(adapter, tmp_path / f"merged-{name}", str(base), dtype, texts=tools.texts)
+        assert report.modules_applied == report.modules_in_adapter > 0 and digests(base) == before
+        stored[split] = tensors_of(tmp_path / f"merged-{name}")
+    found, expected = stored[shards], stored[not shards]
+    assert found.keys() == expected.keys()
     assert all(torch.equal(found[n], expected[n]) and found[n].dtype == expected[n].dtype for n in expected)
-    assert {p.name for p in (tmp_path / "fast").glob("model*")} == {p.name for p in base.glob("model*")}
-    assert digests(base) == before
+    assert all(tensor.dtype == getattr(torch, dtype) for tensor in found.values())
 
 
-def test_what_no_copy_can_hold_is_rewritten_and_the_reason_said(
+def test_bits_are_the_same_for_every_layout_of_the_base(
     tiny_base: Path, layouts: dict[str, Path], make_adapter: Any, tools: Any, tmp_path: Path
 ) -> None:
     adapter = make_adapter()
-    assert reason(tiny_base, adapter) is None
-    assert "not stored as safetensors" in str(reason(layouts["prefixed-bin"], adapter))
-    assert "files hold h.0.attn.bias" in str(reason(layouts["bare-one"], adapter))
-    assert "not say that their tensors are torch's" in str(reason(layouts["prefixed-shards"], adapter))
-    assert "not wholly stored as bfloat16" in str(reason(tiny_base, adapter, torch.bfloat16))
-    assert "larger than 1000 bytes" in str(reason(tiny_base, adapter, limit=1000))
-    untying = make_adapter("head", target_modules=["lm_head"])
-    assert "merged model holds lm_head.weight" in str(reason(tiny_base, untying))
+    merge(adapter, tmp_path / "expected", str(tiny_base), verify=False)
+    expected = tensors_of(tmp_path / "expected")
     tensors = load_file(tiny_base / "model.safetensors")
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
     twice = stored_as(tiny_base, tmp_path / "twice", torch.float32)
     save_file(tensors, twice / "model.safetensors", metadata={"format": "pt"})
-    assert "files hold lm_head.weight" in str(reason(twice, adapter))
+    for name in ("prefixed-bin", "bare-one", "prefixed-shards"):
+        merge(adapter, tmp_path / name, str(layouts[name]), verify=False)
     merge(adapter, tmp_path / "out", str(twice), texts=tools.texts)
+    for name in ("prefixed-bin", "bare-one", "prefixed-shards", "out"):
+        found = tensors_of(tmp_path / name)
+        assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in expected)
     assert (tools.logits_of(tmp_path / "out") - tools.logits_with_peft(tiny_base, adapter)).abs().max() <= 1e-4
+    untying = make_adapter("head", target_modules=["lm_head"])
+    merge(untying, tmp_path / "untied", str(tiny_base), texts=tools.texts)
+    assert "lm_head.weight" in tensors_of(tmp_path / "untied")
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symlink", "hardlink"])
@@ -127,34 +120,31 @@ def test_a_linked_base_is_read_and_never_written(
     assert merged.stat().st_ino != blob.stat().st_ino and merged.stat().st_nlink == 1
 
 
-@pytest.mark.parametrize("answer", [errno.EXDEV, 0], ids=["other-file-system", "copies-nothing"])
-def test_without_the_kernels_copy_the_bits_are_the_same(
-    answer: int, tiny_base: Path, make_adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_bits_do_not_depend_on_how_much_is_written_at_a_time(
+    tiny_base: Path, make_adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = make_adapter()
-    merge(adapter, tmp_path / "kernel", str(tiny_base), verify=False)
-
-    def refused(*arguments: Any) -> int:
-        if answer:
-            raise OSError(answer, "refused")
-        return 0
-
-    monkeypatch.setattr("peftune.adapters.merge.file_copy.os.copy_file_range", refused, raising=False)
-    monkeypatch.setattr("peftune.adapters.merge.file_copy._BUFFER", 1000)
-    merge(adapter, tmp_path / "buffer", str(tiny_base), verify=False)
-    assert digests(tmp_path / "kernel") == digests(tmp_path / "buffer")
+    merge(adapter, tmp_path / "large", str(tiny_base), verify=False)
+    monkeypatch.setattr(merging, "_COPIED_VALUES", 1000)
+    monkeypatch.setattr(fold, "_CHUNK_VALUES", 1000)
+    merge(adapter, tmp_path / "small", str(tiny_base), verify=False)
+    assert digests(tmp_path / "large") == digests(tmp_path / "small")
 
 
-@pytest.mark.parametrize("place", ["copy", "change"])
+@pytest.mark.parametrize("chunks", [0, 3])
 def test_a_failure_in_the_middle_leaves_nothing(
-    place: str, tiny_base: Path, make_adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chunks: int, tiny_base: Path, make_adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = make_adapter()
+    written, right = [0], shard_files.stored
 
     def full(*arguments: Any) -> Any:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        if written[0] == chunks:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written[0] += 1
+        return right(*arguments)
 
-    monkeypatch.setattr(file_copy, {"copy": "_copy_piece", "change": "stored"}[place], full)
+    monkeypatch.setattr(shard_files, "stored", full)
     with pytest.raises(UserError, match="No space left"):
         merge(adapter, tmp_path / "out", str(tiny_base), verify=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
@@ -167,28 +157,31 @@ def test_a_change_that_is_not_finite_is_refused(tiny_base: Path, make_adapter: A
     assert not (tmp_path / "out").exists()
 
 
-def test_a_changed_byte_of_the_copy_is_found_by_the_verification(
+def test_a_changed_byte_of_the_file_is_found_by_the_verification(
     tiny_base: Path, make_adapter: Any, tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = file_copy._overwrite
+    right = merging.write_weights
 
-    def shifted(header: Any, copy: Path, *rest: Any) -> None:
-        right(header, copy, *rest)
-        with copy.open("r+b") as file:
-            file.seek(header.places["transformer.h.1.mlp.c_fc.weight"][0])
-            file.write(torch.full((64,), 3.0).numpy().tobytes())
+    def shifted(directory: Path, *rest: Any) -> None:
+        right(directory, *rest)
+        path = directory / "model.safetensors"
+        tensors = load_file(path)
+        tensors["transformer.h.1.mlp.c_fc.weight"].view(-1)[:64] = 3.0
+        save_file(tensors, path, metadata={"format": "pt"})
 
-    monkeypatch.setattr(file_copy, "_overwrite", shifted)
+    monkeypatch.setattr(merging, "write_weights", shifted)
     with pytest.raises(CheckFailed, match="logits differ"):
         merge(make_adapter(target_modules=LINEAR), tmp_path / "out", str(tiny_base), texts=tools.texts)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_index_of_a_copy_names_every_tensor(tiny_base: Path, make_adapter: Any, tmp_path: Path) -> None:
+def test_the_index_names_every_tensor(tiny_base: Path, make_adapter: Any, tmp_path: Path) -> None:
     base = stored_as(tiny_base, tmp_path / "base", torch.float32, shards=True)
-    merge(make_adapter(), tmp_path / "out", str(base), verify=False)
+    merge(make_adapter(), tmp_path / "out", str(base), verify=False, max_shard_bytes=60_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert index["weight_map"] == json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
+    files = {name: file.name for file in (tmp_path / "out").glob("*.safetensors") for name in load_file(file)}
+    assert len(set(files.values())) > 1 and index["weight_map"] == files
+    assert files.keys() == json.loads((base / "model.safetensors.index.json").read_text())["weight_map"].keys()
     assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in tensors_of(base).values())
 
 
