@@ -46,12 +46,12 @@ def serve(
 
     Example:  peftune serve --base gpt2 --adapter poems=adapters/poems --adapter code=adapters/code
     """
-    folders = {name: Path(folder) for name, folder in named("--adapter", adapters).items()}
+    directories = {name: Path(directory) for name, directory in named("--adapter", adapters).items()}
     try:
         from peftune.serve import server
         from peftune.serve.settings import ServeSettings
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("fastapi", "starlette", "uvicorn"):
+        if (error.name or "").partition(".")[0] not in ("prometheus_client", "starlette", "uvicorn"):
             raise
         raise UserError(f"peftune serve needs {error.name}; pip install 'peftune[serve]'") from None
 
@@ -60,4 +60,4 @@ def serve(
         slots=slots, queue=queue, max_body=max_body, max_adapters=max_adapters, drain=drain,
         routing_threshold=routing_threshold,
     )  # fmt: skip
-    server.run(base, folders, precision, settings)
+    server.run(base, directories, precision, settings, on_ready=typer.echo)

@@ -1,4 +1,4 @@
-"""What an operator decides about a server: typed, validated whole, every problem listed at once."""
+"""A server's settings: typed; validation lists every problem at once."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from peftune.errors import UserError
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """How to serve; an instance is valid, or UserError names every problem.
+    """Where and how to serve. Raises UserError that names every problem.
 
     `host`, `port`        where to listen; port 0 takes a free one
     `api_key`             what a client must send as `Authorization: Bearer KEY`; None asks for none
     `roots`               directories from which clients may load adapters; none: they may not
     `allowed_hosts`       names under which the server may be addressed without a key, besides IP addresses
-    `slots`, `queue`      requests in the running batch; requests that may wait for it
+    `slots`, `queue`      sequences in the running batch; sequences that may wait for it
     `max_body`            bytes of a request's body
     `max_adapters`        adapters in memory at a time
-    `drain`               seconds that running requests get to end once the server is told to stop
+    `drain`               seconds that requests in flight get to finish once the server stops
     `routing_threshold`   nats per token by which an adapter must beat the base before `auto` takes it
     `body_seconds`        in which a whole body must arrive
     """
@@ -46,8 +46,8 @@ class ServeSettings:
             raise UserError("serve: " + "; ".join(problems))
 
     @property
-    def most_choices(self) -> int:
-        """Texts that one request may ask for: more could never be sure of a place in an empty queue."""
+    def max_choices(self) -> int:
+        """Choices that one request may ask for: more might not fit even into an empty queue."""
         return min(128, self.queue)
 
     @property
@@ -67,15 +67,15 @@ class ServeSettings:
             yield "the API key holds characters that no header can carry, expected printable ASCII"
         if self.api_key is not None and not self.api_key.strip():
             yield "the API key is empty, expected some characters, or none at all"
-        for name, value in (("slots", self.slots), ("queue", self.queue), ("max-adapters", self.max_adapters)):
-            if value < 1:
-                yield f"{name} is {value}, expected 1 or more"
+        for name in ("slots", "queue", "max_adapters"):
+            if getattr(self, name) < 1:
+                yield f"{name} is {getattr(self, name)}, expected 1 or more"
         if self.max_body < 1024:
-            yield f"max-body is {self.max_body} bytes, expected 1024 or more"
+            yield f"max_body is {self.max_body} bytes, expected 1024 or more"
         if not 0 <= self.drain < math.inf:
             yield f"drain is {self.drain} seconds, expected 0 or more"
         if not math.isfinite(self.routing_threshold):
-            yield f"routing-threshold is {self.routing_threshold}, expected a number of nats per token"
+            yield f"routing_threshold is {self.routing_threshold}, expected a number of nats per token"
         for root in self.roots:
             if not root.is_dir():
-                yield f"adapter-root {root} is no directory"
+                yield f"root {root} is no directory"
