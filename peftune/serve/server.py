@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import signal
 import socket
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -90,7 +88,6 @@ class Server(uvicorn.Server):
             )
         )
         self._service, self._listener, self._on_ready = service, listener, on_ready
-        self._stopping: asyncio.Task[None] | None = None
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer until `drain` or a signal."""
@@ -113,20 +110,11 @@ class Server(uvicorn.Server):
         if settings.api_key is None and not settings.only_loopback:
             Console().say(f"anybody who reaches {self.url} may use it: no API key is set")
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        """SIGTERM and SIGINT drain; a second one ends the process at once. Only the main thread gets signals."""
-        before = {}
-        with contextlib.suppress(ValueError):  # in another thread
-            before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The signal handler."""
+        """SIGTERM and SIGINT drain; a second one ends the process at once.
+
+        Signals are not remembered for uvicorn to raise them again: the process ends with code 0.
+        """
         if self._service.draining:
             os._exit(128 + sig)
         if self.started:
@@ -136,11 +124,9 @@ class Server(uvicorn.Server):
 
     def drain(self) -> None:
         """Refuse new requests, let those in flight finish, then stop; from any thread."""
-        self._service.draining = True
-        self._loop.call_soon_threadsafe(self._begin_to_stop)
-
-    def _begin_to_stop(self) -> None:
-        self._stopping = self._stopping or self._loop.create_task(self._stop())
+        if not self._service.draining:
+            self._service.draining = True
+            asyncio.run_coroutine_threadsafe(self._stop(), self._loop)
 
     async def _stop(self) -> None:
         Console().say("draining requests in flight")

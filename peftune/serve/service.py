@@ -25,11 +25,11 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """The model that answers: an adapter, or None for the base; `routing` says how `auto` chose it."""
+    """The model that answers: an adapter, or None for the base; `routing` is what `auto` adds to the response."""
 
     adapter: str | None
     name: str
-    routing: dict[str, Any] | None = None
+    routing: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -94,7 +94,8 @@ class Service:
         finally:
             self._routing -= 1
         name = route.name if route.name is not None else self.bank.base
-        return ResolvedModel(route.name, name, {"model": name, "scores": route.scores, "threshold": threshold})
+        routing = {"model": name, "scores": route.scores, "threshold": threshold}
+        return ResolvedModel(route.name, name, {"routing": routing})
 
 
 def service_of(request: Request) -> Service:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import ipaddress
-import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from peftune.errors import UserError
+
+_LARGEST = sys.float_info.max
+_BOUNDS: dict[str, tuple[float, float, str]] = {
+    "port": (0, 65535, "0 (a free one) to 65535"),
+    "slots": (1, _LARGEST, "1 or more"),
+    "queue": (1, _LARGEST, "1 or more"),
+    "max_body": (1024, _LARGEST, "1024 bytes or more"),
+    "max_adapters": (1, _LARGEST, "1 or more"),
+    "drain": (0, _LARGEST, "a finite number of seconds, 0 or more"),
+    "routing_threshold": (-_LARGEST, _LARGEST, "a finite number of nats per token"),
+}
 
 
 @dataclass(frozen=True)
@@ -61,21 +72,11 @@ class ServeSettings:
     def _problems(self) -> Iterator[str]:
         if not self.host:
             yield "host is empty, expected a name or an address"
-        if not 0 <= self.port < 65536:
-            yield f"port is {self.port}, expected 0 (a free one) to 65535"
         if self.api_key is not None and (not self.api_key.isascii() or not self.api_key.isprintable()):
             yield "the API key holds characters that no header can carry, expected printable ASCII"
         if self.api_key is not None and not self.api_key.strip():
             yield "the API key is empty, expected some characters, or none at all"
-        for name in ("slots", "queue", "max_adapters"):
-            if getattr(self, name) < 1:
-                yield f"{name} is {getattr(self, name)}, expected 1 or more"
-        if self.max_body < 1024:
-            yield f"max_body is {self.max_body} bytes, expected 1024 or more"
-        if not 0 <= self.drain < math.inf:
-            yield f"drain is {self.drain} seconds, expected 0 or more"
-        if not math.isfinite(self.routing_threshold):
-            yield f"routing_threshold is {self.routing_threshold}, expected a number of nats per token"
-        for root in self.roots:
-            if not root.is_dir():
-                yield f"root {root} is no directory"
+        for name, (least, most, expected) in _BOUNDS.items():
+            if not least <= getattr(self, name) <= most:
+                yield f"{name} is {getattr(self, name)}, expected {expected}"
+        yield from (f"root {root} is no directory" for root in self.roots if not root.is_dir())

@@ -45,19 +45,16 @@ class GatewayMiddleware:
         request = Request(scope, receive)
         request.state.arrived = time.monotonic()
         try:
-            try:
-                self._authorise(request)
-                await self._app(scope, receive, send_and_note_status)
-            except (ApiError, ClientDisconnect):
-                raise
-            except Exception:  # a bug: the log has the traceback, the client one line
-                _log.exception("%s %s failed", request.method, ascii(request.url.path))
-                raise internal_error() from None
+            self._authorise(request)
+            await self._app(scope, receive, send_and_note_status)
         except ClientDisconnect:
             status = 499
-        except ApiError as error:
+        except Exception as error:
+            if not isinstance(error, ApiError):  # a bug: the log has the traceback, the client one line
+                _log.exception("%s %s failed", request.method, ascii(request.url.path))
+            response = (error if isinstance(error, ApiError) else internal_error()).response()
             if not status:  # a response that has begun stays unfinished: uvicorn closes the connection
-                await error.response()(scope, receive, send_and_note_status)
+                await response(scope, receive, send_and_note_status)
         finally:
             self._count(request, status or 499)
 

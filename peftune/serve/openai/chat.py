@@ -10,12 +10,11 @@ from starlette.responses import Response
 from peftune.data.sources.chat_template import STOPS, render_chat
 from peftune.errors import UserError
 from peftune.inference.conversation import speaks
-from peftune.inference.request import Request as EngineRequest
 from peftune.serve.openai.body import read_body
-from peftune.serve.openai.chunks import ChoiceFormatter, Chunk, TokenEntry
+from peftune.serve.openai.chunks import Chunk, TokenEntry
 from peftune.serve.openai.errors import ApiError
-from peftune.serve.openai.prompts import encode_prompts, max_new_tokens
-from peftune.serve.openai.respond import PendingResponse, ResponseFormat
+from peftune.serve.openai.prompts import encode_prompts
+from peftune.serve.openai.respond import ChoiceSettings, ResponseFormat, generate
 from peftune.serve.openai.schema import ChatCompletionRequest
 from peftune.serve.service import AUTO, Service, service_of
 
@@ -31,19 +30,11 @@ async def create_chat_completion(http: Request) -> Response:
         text = render_chat([message.model_dump() for message in body.messages])
     except UserError as error:
         raise ApiError(400, str(error), "messages") from None
-    (prompt,) = await encode_prompts(service.bank, [text])
-    requested = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    max_tokens = max_new_tokens(prompt, requested, None, service.bank.config.n_positions)
-    model = await service.resolve(body.model, [prompt.input_ids], candidates)
+    prompts = await encode_prompts(service.bank, [text])
+    max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    choices = [
-        (
-            EngineRequest(prompt.input_ids, model.adapter, body.settings(max_tokens, n, STOPS), logprobs=logprobs),
-            ChoiceFormatter(service.token_text, prompt.text, prompt.ids, echo=False, lead=" "),
-        )
-        for n in range(body.n)
-    ]
-    return await PendingResponse(http, body, model, choices, len(prompt.ids), _format(body)).respond()
+    settings = ChoiceSettings(max_tokens, logprobs=logprobs, stop=STOPS)
+    return await generate(http, body, prompts, settings, _format(body), candidates)
 
 
 def _chat_adapters(service: Service, model: str) -> list[str]:
@@ -73,7 +64,7 @@ def _format(body: ChatCompletionRequest) -> ResponseFormat:
         content = {"content": chunk.text} if chunk.text or role else {}
         return common(index, chunk) | {"delta": role | content}
 
-    return ResponseFormat("chat.completion", "chat.completion.chunk", "chatcmpl", choice, stream_choice)
+    return ResponseFormat("chat.completion", "chat.completion.chunk", "chatcmpl", choice, stream_choice, lead=" ")
 
 
 def _logprobs(chunk: Chunk) -> dict[str, Any]:

@@ -7,12 +7,11 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from peftune.inference.request import Request as EngineRequest
 from peftune.serve.openai.body import read_body
-from peftune.serve.openai.chunks import ChoiceFormatter, Chunk, ScoredToken
+from peftune.serve.openai.chunks import Chunk, ScoredToken
 from peftune.serve.openai.errors import ApiError
-from peftune.serve.openai.prompts import encode_prompts, max_new_tokens
-from peftune.serve.openai.respond import PendingResponse, ResponseFormat
+from peftune.serve.openai.prompts import encode_prompts
+from peftune.serve.openai.respond import ChoiceSettings, ResponseFormat, generate
 from peftune.serve.openai.schema import CompletionRequest
 from peftune.serve.service import service_of
 
@@ -29,26 +28,8 @@ async def create_completion(http: Request) -> Response:
         found = f"{len(body.prompt)} prompts with n {body.n}"
         raise ApiError(400, f"{found} are more than the {limit} texts that one request may ask for", "prompt")
     prompts = await encode_prompts(service.bank, body.prompt)
-    n_positions = service.bank.config.n_positions
-    max_tokens = [max_new_tokens(prompt, body.max_tokens, _MAX_TOKENS, n_positions) for prompt in prompts]
-    model = await service.resolve(body.model, [prompt.input_ids for prompt in prompts])
-    choices = [
-        (
-            EngineRequest(
-                prompt.input_ids,
-                model.adapter,
-                body.settings(tokens, choice),
-                logprobs=body.logprobs,
-                echo=body.echo,
-                only_score=tokens == 0,
-            ),
-            ChoiceFormatter(service.token_text, prompt.text, prompt.ids, body.echo),
-        )
-        for prompt, tokens in zip(prompts, max_tokens, strict=True)
-        for choice in range(body.n)
-    ]
-    prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
-    return await PendingResponse(http, body, model, choices, prompt_tokens, _format(body)).respond()
+    settings = ChoiceSettings(body.max_tokens, _MAX_TOKENS, body.logprobs, body.echo)
+    return await generate(http, body, prompts, settings, _format(body))
 
 
 def _format(body: CompletionRequest) -> ResponseFormat:

@@ -16,9 +16,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from peftune.inference.request import Request as EngineRequest
-from peftune.inference.request import RequestOutput
 from peftune.serve.openai.chunks import ChoiceFormatter, Chunk, join
 from peftune.serve.openai.errors import ApiError, draining, internal_error
+from peftune.serve.openai.prompts import Prompt, max_new_tokens
 from peftune.serve.openai.schema import SamplingRequest
 from peftune.serve.openai.submission import Submission
 from peftune.serve.service import ResolvedModel, service_of
@@ -30,13 +30,67 @@ _KEEP_ALIVE_SECONDS = 15.0  # of silence, after which a stream sends a comment s
 
 @dataclass(frozen=True)
 class ResponseFormat:
-    """How an endpoint's response looks: the object's name, in full and in a stream, and a choice in each."""
+    """How an endpoint's response looks: the object's name, in full and in a stream, and a choice in each.
+
+    A choice gets its index and its chunk. A text that begins with `lead` loses it.
+    """
 
     object: str
     chunk_object: str
     id_prefix: str
     choice: Callable[[int, Chunk], dict[str, Any]]
     stream_choice: Callable[[int, Chunk], dict[str, Any]]
+    lead: str = ""
+
+
+@dataclass(frozen=True)
+class ChoiceSettings:
+    """What the choices of a request have in common; `max_tokens` None leaves it to `default_max_tokens`.
+
+    Without that either they may fill the model's positions. `logprobs` is how many of the likeliest tokens to name.
+    """
+
+    max_tokens: int | None
+    default_max_tokens: int | None = None
+    logprobs: int | None = None
+    echo: bool = False
+    stop: tuple[str, ...] = ()
+
+
+async def generate(
+    http: Request,
+    body: SamplingRequest,
+    prompts: Sequence[Prompt],
+    settings: ChoiceSettings,
+    format: ResponseFormat,
+    candidates: Sequence[str] | None = None,
+) -> Response:
+    """Continue every prompt `n` times with the model that the body names; `candidates` are those of `auto`.
+
+    Raises ApiError for a prompt that does not fit, an unknown model, and where the engine's queue is full.
+    """
+    service = service_of(http)
+    n_positions = service.bank.config.n_positions
+    max_tokens = [max_new_tokens(p, settings.max_tokens, settings.default_max_tokens, n_positions) for p in prompts]
+    model = await service.resolve(body.model, [prompt.input_ids for prompt in prompts], candidates)
+    http.state.model = model.name  # for the metrics
+    choices = [
+        (
+            EngineRequest(
+                prompt.input_ids,
+                model.adapter,
+                body.settings(tokens, n, settings.stop),
+                logprobs=settings.logprobs,
+                echo=settings.echo,
+                only_score=tokens == 0,
+            ),
+            ChoiceFormatter(service.token_text, prompt.text, prompt.ids, settings.echo, format.lead),
+        )
+        for prompt, tokens in zip(prompts, max_tokens, strict=True)
+        for n in range(body.n)
+    ]
+    response = PendingResponse(http, body, model, choices, sum(len(prompt.ids) for prompt in prompts), format)
+    return response.stream() if body.stream else await response.full()
 
 
 @dataclass(frozen=True)
@@ -53,12 +107,7 @@ class PendingResponse:
     prompt_tokens: int
     format: ResponseFormat
 
-    async def respond(self) -> Response:
-        """Submit it, and answer as the client wishes; ApiError where the engine's queue is full."""
-        self.http.state.model = self.model.name  # for the metrics
-        return self._stream() if self.body.stream else await self._full()
-
-    async def _full(self) -> Response:
+    async def full(self) -> Response:
         """One JSON object; generation stops once the client has disconnected."""
         submission = self._submit(at_end=True)
         generating = asyncio.ensure_future(self._collect(submission))
@@ -74,10 +123,10 @@ class PendingResponse:
             self._close(submission)
         choices = [self.format.choice(index, chunk) for index, chunk in enumerate(joined)]
         usage = self._usage(sum(len(chunk.ids) for chunk in joined))
-        return JSONResponse(self._object(self.format.object, choices) | self._routing | {"usage": usage})
+        return JSONResponse(self._object(self.format.object, choices) | self.model.routing | {"usage": usage})
 
-    def _stream(self) -> Response:
-        """Server-sent events."""
+    def stream(self) -> Response:
+        """Server-sent events; ApiError before the first of them where the engine's queue is full."""
         submission = self._submit(at_end=False)
         return _EventStream(self._events(submission), lambda: self._close(submission))
 
@@ -100,7 +149,10 @@ class PendingResponse:
             metrics.first_token.labels(self.http.url.path).observe(seconds)
 
     async def _chunks(self, submission: Submission, timeout: float | None) -> AsyncIterator[tuple[int, Chunk] | None]:
-        """(index of the choice, chunk) as they come; None after `timeout` seconds of silence."""
+        """(index of the choice, chunk) as they come; None after `timeout` seconds of silence.
+
+        Raises ApiError where the engine gave a choice up.
+        """
         async for item in submission.outputs(timeout):
             if item is None:
                 yield None
@@ -108,20 +160,24 @@ class PendingResponse:
             index, output = item
             if output.ids:
                 service_of(self.http).metrics.generation_tokens.labels(self._label).inc(len(output.ids))
-            _check(output)
+            if output.finish_reason == "error":
+                _log.error("the engine gave a request up: %s", output.error)
+                raise internal_error()
+            if output.finish_reason == "cancelled":  # not by us: we would not be listening
+                raise draining()
             yield index, self.choices[index][1].format(output)
 
     async def _collect(self, submission: Submission) -> list[Chunk]:
         chunks: list[list[Chunk]] = [[] for _ in self.choices]
         async for item in self._chunks(submission, timeout=None):
-            assert item is not None, "without a timeout there is no silence"
-            chunks[item[0]].append(item[1])
+            if item is not None:
+                chunks[item[0]].append(item[1])
         return [join(of_choice) for of_choice in chunks]
 
     async def _events(self, submission: Submission) -> AsyncIterator[bytes]:
         event = self._object(self.format.chunk_object, [])
         usage: dict[str, Any] = {"usage": None} if self.body.include_usage else {}
-        routing, completion_tokens = self._routing, 0
+        routing, completion_tokens = self.model.routing, 0
         try:
             async for item in self._chunks(submission, _KEEP_ALIVE_SECONDS):
                 if item is None:
@@ -142,10 +198,6 @@ class PendingResponse:
     @property
     def _label(self) -> str:
         return service_of(self.http).metrics_label(self.model.name)
-
-    @property
-    def _routing(self) -> dict[str, Any]:
-        return {} if self.model.routing is None else {"routing": self.model.routing}
 
     def _object(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -182,15 +234,6 @@ class _EventStream(StreamingResponse):
 
 def _encode(value: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
-
-
-def _check(output: RequestOutput) -> None:
-    """ApiError where the engine gave the request up; the reason goes to the log."""
-    if output.finish_reason == "error":
-        _log.error("the engine gave a request up: %s", output.error)
-        raise internal_error()
-    if output.finish_reason == "cancelled":  # not by us: we would not be listening
-        raise draining()
 
 
 async def _disconnected(http: Request) -> None:

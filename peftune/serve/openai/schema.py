@@ -18,7 +18,6 @@ from pydantic import (
 )
 
 from peftune.config.messages import validation_messages
-from peftune.errors import UserError
 from peftune.inference.settings import GenerationSettings
 from peftune.serve.openai.errors import ApiError
 
@@ -125,18 +124,15 @@ class SamplingRequest(OpenAIBaseModel):
 
     def settings(self, max_tokens: int, choice: int, stops: Sequence[str] = ()) -> GenerationSettings:
         """The settings of choice 0, 1, … of `n`, which samples with seed `seed` + choice."""
-        try:
-            return GenerationSettings(
-                max_new_tokens=max(1, max_tokens),
-                temperature=self.temperature,
-                top_k=max(0, self.top_k),
-                top_p=self.top_p,
-                repetition_penalty=self.repetition_penalty,
-                seed=None if self.seed is None else (self.seed + choice) % _SEEDS,
-                stop=(*stops, *self.stop),
-            )
-        except UserError as error:
-            raise ApiError(400, str(error)) from None
+        return GenerationSettings(
+            max_new_tokens=max(1, max_tokens),
+            temperature=self.temperature,
+            top_k=max(0, self.top_k),
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=None if self.seed is None else (self.seed + choice) % _SEEDS,
+            stop=(*stops, *self.stop),
+        )
 
 
 class CompletionRequest(SamplingRequest):
