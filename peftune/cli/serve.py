@@ -32,14 +32,17 @@ def serve(
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     api_key: Key = None,
     allowed_host: Names = None,
-    slots: Annotated[int, typer.Option(help="Texts written at a time.")] = 8,
-    queue: Annotated[int, typer.Option(help="Texts that may wait; more are told to come back later.")] = 256,
+    slots: Annotated[int, typer.Option(help="Sequences generated at a time.")] = 8,
+    queue: Annotated[int, typer.Option(help="Sequences that may wait; further requests get 429.")] = 256,
     max_body: Annotated[int, typer.Option(metavar="BYTES", help="Largest body of a request.")] = 1 << 20,
     max_adapters: Annotated[int, typer.Option(help="Most adapters in memory.")] = 256,
     precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="What to compute in.")] = "fp32",
-    drain: Annotated[float, typer.Option(metavar="SECONDS", help="For running texts to end after SIGTERM.")] = 30.0,
+    drain: Annotated[
+        float, typer.Option(metavar="SECONDS", help="For requests in flight to finish after SIGTERM.")
+    ] = 30.0,
     routing_threshold: Annotated[
-        float, typer.Option(metavar="X", help="Nats per token by which `auto` wants an adapter better than the base.")
+        float,
+        typer.Option(metavar="X", help="Nats per token by which an adapter must beat the base before `auto` takes it."),
     ] = 0.0,
 ) -> None:
     """Serve one base and many adapters with OpenAI's protocol: the model of a request is an adapter's name.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -9,7 +10,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from peftune.serve import metrics
 from peftune.serve.http.middleware import GatewayMiddleware, on_http_exception
 from peftune.serve.http.static import PREFIX, playground_files
 from peftune.serve.openai import chat, completions, models
@@ -49,4 +49,4 @@ async def _health(http: Request) -> Response:
 
 
 async def _metrics(http: Request) -> Response:
-    return Response(service_of(http).metrics.text(), media_type=metrics.CONTENT_TYPE)
+    return Response(service_of(http).metrics.text(), media_type=CONTENT_TYPE)
