@@ -32,26 +32,29 @@ def serve(
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     api_key: Key = None,
     allowed_host: Names = None,
-    slots: Annotated[int, typer.Option(help="Texts written at a time.")] = 8,
-    queue: Annotated[int, typer.Option(help="Texts that may wait; more are told to come back later.")] = 256,
+    slots: Annotated[int, typer.Option(help="Sequences generated at a time.")] = 8,
+    queue: Annotated[int, typer.Option(help="Sequences that may wait; further requests get 429.")] = 256,
     max_body: Annotated[int, typer.Option(metavar="BYTES", help="Largest body of a request.")] = 1 << 20,
     max_adapters: Annotated[int, typer.Option(help="Most adapters in memory.")] = 256,
     precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="What to compute in.")] = "fp32",
-    drain: Annotated[float, typer.Option(metavar="SECONDS", help="For running texts to end after SIGTERM.")] = 30.0,
+    drain: Annotated[
+        float, typer.Option(metavar="SECONDS", help="For requests in flight to finish after SIGTERM.")
+    ] = 30.0,
     routing_threshold: Annotated[
-        float, typer.Option(metavar="X", help="Nats per token by which `auto` wants an adapter better than the base.")
+        float,
+        typer.Option(metavar="X", help="Nats per token by which an adapter must beat the base before `auto` takes it."),
     ] = 0.0,
 ) -> None:
     """Serve one base and many adapters with OpenAI's protocol: the model of a request is an adapter's name.
 
     Example:  peftune serve --base gpt2 --adapter poems=adapters/poems --adapter code=adapters/code
     """
-    folders = {name: Path(folder) for name, folder in named("--adapter", adapters).items()}
+    directories = {name: Path(directory) for name, directory in named("--adapter", adapters).items()}
     try:
         from peftune.serve import server
         from peftune.serve.settings import ServeSettings
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("fastapi", "starlette", "uvicorn"):
+        if (error.name or "").partition(".")[0] not in ("prometheus_client", "starlette", "uvicorn"):
             raise
         raise UserError(f"peftune serve needs {error.name}; pip install 'peftune[serve]'") from None
 
@@ -60,4 +63,4 @@ def serve(
         slots=slots, queue=queue, max_body=max_body, max_adapters=max_adapters, drain=drain,
         routing_threshold=routing_threshold,
     )  # fmt: skip
-    server.run(base, folders, precision, settings)
+    server.run(base, directories, precision, settings, on_ready=typer.echo)

@@ -1,14 +1,11 @@
-"""`peftune serve`: load, listen, answer, and on SIGTERM let what runs come to its end."""
+"""The server: loads, listens, answers, and on SIGTERM drains the requests in flight before it stops."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import signal
 import socket
-import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -19,30 +16,34 @@ from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank
 from peftune.inference.engine import Engine
 from peftune.serve.app import build_app
-from peftune.serve.http.connection import KEEP_ALIVE_SECONDS, MOST_HEAD_BYTES, Connection
+from peftune.serve.http.connection import KEEP_ALIVE_SECONDS, MAX_HEAD_BYTES, TimeoutProtocol
 from peftune.serve.service import Service
 from peftune.serve.settings import ServeSettings
 
-_LAST_WORDS = 5  # seconds for answers that are complete to reach their clients
+_SHUTDOWN_SECONDS = 5  # for complete responses to reach their clients
 
 
-def run(base: str, adapters: Mapping[str, Path], precision: str, settings: ServeSettings) -> None:
-    """Serve until SIGTERM or SIGINT; one line on stdout says where, once it is ready.
+def run(
+    base: str,
+    adapters: Mapping[str, Path],
+    precision: str,
+    settings: ServeSettings,
+    on_ready: Callable[[str], object] = lambda line: None,
+) -> None:
+    """Serve until SIGTERM or SIGINT; `on_ready` gets one line that says where, once requests are accepted.
 
     Raises UserError for a base, an adapter or an address that cannot be used.
     """
-    listener = listen(settings.host, settings.port)
-    with listener:
-        service = make_service(base, adapters, precision, settings)
-        Server(service, listener).run()
+    with listen(settings.host, settings.port) as listener:
+        Server(make_service(base, adapters, precision, settings), listener, on_ready).run()
 
 
 def make_service(base: str, adapters: Mapping[str, Path], precision: str, settings: ServeSettings) -> Service:
-    """The base with its adapters and an engine that does not run yet."""
+    """The base with its adapters, and an engine that was not started yet."""
     bank = AdapterBank(base, precision)
     for name, directory in adapters.items():
         if name == bank.base:
-            raise UserError(f"an adapter is named {name} as the base is; use --adapter OTHER=DIR")
+            raise UserError(f"an adapter is named {name} as the base is; name the adapter otherwise")
         bank.add(name, directory)
     return Service(bank, Engine(bank, settings.slots, settings.queue), settings)
 
@@ -53,44 +54,43 @@ def listen(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise UserError(
-            f"--host {host}: {error.strerror or error}; expected a name or address of this machine"
-        ) from None
+        raise UserError(f"host {host}: {error.strerror or error}; expected a name or address of this machine") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
         listener.close()
-        raise UserError(f"{host} port {port}: {error.strerror or error}; free it, or choose another --port") from None
+        raise UserError(f"{host} port {port}: {error.strerror or error}; free it, or choose another port") from None
     return listener
 
 
 class Server(uvicorn.Server):
-    """uvicorn in this process, stopped in two steps: first the engine ends its texts, then the listener closes."""
+    """uvicorn in this process, stopped in two steps: the engine finishes its requests, then the listener closes."""
 
-    def __init__(self, service: Service, listener: socket.socket) -> None:
+    def __init__(
+        self, service: Service, listener: socket.socket, on_ready: Callable[[str], object] = lambda line: None
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 build_app(service),
-                http=Connection,
+                http=TimeoutProtocol,
                 ws="none",
                 lifespan="off",
                 loop="asyncio",
                 log_config=None,
-                log_level="critical",  # what clients do wrong is no news; our own failures go to our own log
+                log_level="critical",  # not the errors of clients; our own go to our own log
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=_LAST_WORDS,
-                h11_max_incomplete_event_size=MOST_HEAD_BYTES,
+                timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             )
         )
-        self._service, self._listener = service, listener
-        self._stopping: asyncio.Task[None] | None = None
+        self._service, self._listener, self._on_ready = service, listener, on_ready
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Answer until told to stop."""
+        """Answer until `drain` or a signal."""
         self._service.engine.start()
         super().run([self._listener])
 
@@ -101,29 +101,20 @@ class Server(uvicorn.Server):
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Ready: say so."""
+        """Listen, then say so."""
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
         settings, bank = self._service.settings, self._service.bank
         count = len(bank.names)
-        print(f"peftune serves {bank.base} with {count} adapter{'s' * (count != 1)} on {self.url}", flush=True)
+        self._on_ready(f"peftune serves {bank.base} with {count} adapter{'s' * (count != 1)} on {self.url}")
         if settings.api_key is None and not settings.only_loopback:
-            Console().say(f"anybody who reaches {self.url} may use it: no --api-key is set")
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        """SIGTERM and SIGINT drain; a second one ends the process at once. Only the main thread hears any."""
-        before = {}
-        with contextlib.suppress(ValueError):  # in another thread
-            before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            Console().say(f"anybody who reaches {self.url} may use it: no API key is set")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The signal handler."""
+        """SIGTERM and SIGINT drain; a second one ends the process at once.
+
+        Signals are not remembered for uvicorn to raise them again: the process ends with code 0.
+        """
         if self._service.draining:
             os._exit(128 + sig)
         if self.started:
@@ -132,14 +123,12 @@ class Server(uvicorn.Server):
             self.should_exit = True
 
     def drain(self) -> None:
-        """Refuse what comes, let end what runs, then stop; from any thread."""
-        self._service.draining = True
-        self._loop.call_soon_threadsafe(self._begin_to_stop)
-
-    def _begin_to_stop(self) -> None:
-        self._stopping = self._stopping or self._loop.create_task(self._stop())
+        """Refuse new requests, let those in flight finish, then stop; from any thread."""
+        if not self._service.draining:
+            self._service.draining = True
+            asyncio.run_coroutine_threadsafe(self._stop(), self._loop)
 
     async def _stop(self) -> None:
-        print("peftune ends what is being written", file=sys.stderr, flush=True)
+        Console().say("draining requests in flight")
         await asyncio.to_thread(self._service.engine.stop, self._service.settings.drain)
         self.should_exit = True

@@ -1,4 +1,4 @@
-"""What all endpoints share while a server runs: the bank, its engine, the counters; and which model a name means."""
+"""What all endpoints share while a server runs: the bank, its engine, the metrics; and which model a name means."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from fastapi import Request
+from starlette.requests import Request
 
 from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank
 from peftune.inference.engine import Busy, Engine
 from peftune.serve.metrics import Metrics
-from peftune.serve.openai.errors import ApiError, draining
+from peftune.serve.openai.errors import ApiError, draining, queue_full
 from peftune.serve.openai.token_text import TokenText
 from peftune.serve.settings import ServeSettings
 
@@ -25,12 +24,12 @@ BASE = "base"
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """The model that answers: an adapter, or None for the base; `routing` tells how `auto` found it."""
+class ResolvedModel:
+    """The model that answers: an adapter, or None for the base; `routing` is what `auto` adds to the response."""
 
     adapter: str | None
-    shown: str
-    routing: dict[str, Any] | None = None
+    name: str
+    routing: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -40,73 +39,66 @@ class Service:
     bank: AdapterBank
     engine: Engine
     settings: ServeSettings
-    metrics: Metrics = field(default_factory=Metrics)
     draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
-        self.spelling = TokenText(self.bank.tokenizer)
-        self._routes = 0
+        self.token_text = TokenText(self.bank.tokenizer)
+        self.metrics = Metrics(self.bank, self.engine)
+        self._routing = 0  # prompts that are being routed
 
-    @property
-    def base(self) -> str:
-        """The base's name as a model."""
-        return self.bank.base
+    def metrics_label(self, model: str | None) -> str:
+        """The model as a label of metrics: the base or an adapter that is loaded, else empty."""
+        return model if model is not None and model in (self.bank.base, *self.bank.names) else ""
 
-    def label(self, model: str | None) -> str:
-        """A model as a label of metrics: one that is there now, or nothing."""
-        return model if model is not None and (model == self.base or model in self.bank.names) else ""
+    async def resolve(
+        self, model: str, ids: Sequence[Sequence[int]], candidates: Sequence[str] | None = None
+    ) -> ResolvedModel:
+        """The model of a request; `ids` are its prompts, for `auto`, which chooses among the `candidates`.
 
-    async def choose(self, model: str, ids: Sequence[Sequence[int]], among: Sequence[str] | None = None) -> Chosen:
-        """The model of a request; `ids` are its prompts, for `auto`, which chooses `among` some adapters.
-
-        Raises ApiError 404 for a name that nothing has: the base never stands in for it.
+        Raises ApiError 404 for an unknown name: the base never stands in for it.
         """
         if model == AUTO:
             if len(ids) != 1:
                 raise ApiError(400, f"model auto chooses for one prompt, found {len(ids)}; send one each", "prompt")
-            return await self._route(ids[0], among)
-        name = self.named(model)
-        return Chosen(name, name or self.base)
+            return await self._route(ids[0], candidates)
+        adapter = self.adapter_named(model)
+        return ResolvedModel(adapter, adapter or self.bank.base)
 
-    def named(self, model: str) -> str | None:
-        """The adapter that a model's name means, None for the base; ApiError 404 where nothing has this name."""
-        if model in (self.base, BASE):
+    def adapter_named(self, model: str) -> str | None:
+        """The adapter that a model's name means, None for the base; ApiError 404 for an unknown name."""
+        if model in (self.bank.base, BASE):
             return None
         if model not in self.bank.names:
             raise ApiError(404, f"the model {model!a} does not exist", "model", "model_not_found")
         return model
 
-    async def _route(self, ids: Sequence[int], among: Sequence[str] | None) -> Chosen:
-        """`auto`; where only some adapters may answer, the best of them does: the base may not."""
+    async def _route(self, ids: Sequence[int], candidates: Sequence[str] | None) -> ResolvedModel:
+        """`auto`; with `candidates` the best of them answers, without a threshold: the base may not."""
         if self.draining:
             raise draining()
-        if self._routes >= self.settings.queue:
-            raise ApiError(429, "too many prompts wait to be routed", code="queue_full", headers={"Retry-After": "1"})
-        names = tuple(self.bank.names if among is None else among)
-        threshold = self.settings.routing_threshold if among is None else None
-        self._routes += 1
+        if self._routing >= self.settings.queue:
+            raise queue_full("too many prompts wait to be routed", 1)
+        names = tuple(self.bank.names if candidates is None else candidates)
+        threshold = self.settings.routing_threshold if candidates is None else None
+        self._routing += 1
         try:
-            found = await asyncio.wrap_future(
+            route = await asyncio.wrap_future(
                 self.engine.route(tuple(ids), names, -math.inf if threshold is None else threshold)
             )
         except Busy:
             raise draining() from None
-        except UserError as error:  # an adapter that went away meanwhile
+        except UserError as error:  # an adapter that was unloaded meanwhile
             raise ApiError(409, str(error), "model") from None
         finally:
-            self._routes -= 1
-        shown = found.name if found.name is not None else self.base
-        return Chosen(found.name, shown, {"model": shown, "scores": found.scores, "threshold": threshold})
+            self._routing -= 1
+        name = route.name if route.name is not None else self.bank.base
+        routing = {"model": name, "scores": route.scores, "threshold": threshold}
+        return ResolvedModel(route.name, name, {"routing": routing})
 
 
 def service_of(request: Request) -> Service:
     """The service that the application was built with."""
     service: Service = request.app.state.service
     return service
-
-
-def is_inside(path: Path, roots: Sequence[Path]) -> bool:
-    """Whether a path without links lies below one of the roots (or is one)."""
-    return any(path == root or root in path.parents for root in roots)

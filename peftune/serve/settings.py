@@ -1,28 +1,39 @@
-"""What an operator decides about a server: typed, validated whole, every problem listed at once."""
+"""A server's settings: typed; validation lists every problem at once."""
 
 from __future__ import annotations
 
 import ipaddress
-import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from peftune.errors import UserError
 
+_LARGEST = sys.float_info.max
+_BOUNDS: dict[str, tuple[float, float, str]] = {
+    "port": (0, 65535, "0 (a free one) to 65535"),
+    "slots": (1, _LARGEST, "1 or more"),
+    "queue": (1, _LARGEST, "1 or more"),
+    "max_body": (1024, _LARGEST, "1024 bytes or more"),
+    "max_adapters": (1, _LARGEST, "1 or more"),
+    "drain": (0, _LARGEST, "a finite number of seconds, 0 or more"),
+    "routing_threshold": (-_LARGEST, _LARGEST, "a finite number of nats per token"),
+}
+
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """How to serve; an instance is valid, or UserError names every problem.
+    """Where and how to serve. Raises UserError that names every problem.
 
     `host`, `port`        where to listen; port 0 takes a free one
     `api_key`             what a client must send as `Authorization: Bearer KEY`; None asks for none
     `roots`               directories from which clients may load adapters; none: they may not
     `allowed_hosts`       names under which the server may be addressed without a key, besides IP addresses
-    `slots`, `queue`      requests in the running batch; requests that may wait for it
+    `slots`, `queue`      sequences in the running batch; sequences that may wait for it
     `max_body`            bytes of a request's body
     `max_adapters`        adapters in memory at a time
-    `drain`               seconds that running requests get to end once the server is told to stop
+    `drain`               seconds that requests in flight get to finish once the server stops
     `routing_threshold`   nats per token by which an adapter must beat the base before `auto` takes it
     `body_seconds`        in which a whole body must arrive
     """
@@ -46,8 +57,8 @@ class ServeSettings:
             raise UserError("serve: " + "; ".join(problems))
 
     @property
-    def most_choices(self) -> int:
-        """Texts that one request may ask for: more could never be sure of a place in an empty queue."""
+    def max_choices(self) -> int:
+        """Choices that one request may ask for: more might not fit even into an empty queue."""
         return min(128, self.queue)
 
     @property
@@ -61,21 +72,11 @@ class ServeSettings:
     def _problems(self) -> Iterator[str]:
         if not self.host:
             yield "host is empty, expected a name or an address"
-        if not 0 <= self.port < 65536:
-            yield f"port is {self.port}, expected 0 (a free one) to 65535"
         if self.api_key is not None and (not self.api_key.isascii() or not self.api_key.isprintable()):
             yield "the API key holds characters that no header can carry, expected printable ASCII"
         if self.api_key is not None and not self.api_key.strip():
             yield "the API key is empty, expected some characters, or none at all"
-        for name, value in (("slots", self.slots), ("queue", self.queue), ("max-adapters", self.max_adapters)):
-            if value < 1:
-                yield f"{name} is {value}, expected 1 or more"
-        if self.max_body < 1024:
-            yield f"max-body is {self.max_body} bytes, expected 1024 or more"
-        if not 0 <= self.drain < math.inf:
-            yield f"drain is {self.drain} seconds, expected 0 or more"
-        if not math.isfinite(self.routing_threshold):
-            yield f"routing-threshold is {self.routing_threshold}, expected a number of nats per token"
-        for root in self.roots:
-            if not root.is_dir():
-                yield f"adapter-root {root} is no directory"
+        for name, (least, most, expected) in _BOUNDS.items():
+            if not least <= getattr(self, name) <= most:
+                yield f"{name} is {getattr(self, name)}, expected {expected}"
+        yield from (f"root {root} is no directory" for root in self.roots if not root.is_dir())

@@ -1,4 +1,8 @@
-"""HTTP connections that do not wait for ever: for the head of a request, or for a reader that reads no more."""
+"""HTTP connections with deadlines for the head of a request and for a client that stops reading.
+
+uvicorn itself bounds the size of a head and the time between requests, and passes over a new connection that sends no
+request and a client that reads no response: both would hold a connection for ever.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +10,25 @@ import asyncio
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD_SECONDS = 20.0  # for a whole request line and headers on a new connection
+HEAD_SECONDS = 20.0  # for a complete request line and headers on a new connection
 KEEP_ALIVE_SECONDS = 75  # between requests; more than a reverse proxy's 60, which should be the one to close
-STALL_SECONDS = 30.0  # in which a reader must take something of what waits for it
-MOST_HEAD_BYTES = 16 << 10
-MOST_CONNECTIONS = 900  # below the 1,024 open files that a process may often have
+STALL_SECONDS = 30.0  # in which a client must read something of what waits for it
+MAX_HEAD_BYTES = 16 << 10
+MAX_CONNECTIONS = 900  # below the 1,024 open files that a process may often have
 
 
-class Connection(H11Protocol):
-    """uvicorn's own, with deadlines; what waits to be written is bounded by asyncio's high-water mark (64 KiB)."""
+class TimeoutProtocol(H11Protocol):
+    """uvicorn's own with deadlines; its write buffer is bounded by asyncio's high-water mark (64 KiB)."""
 
     _head: asyncio.TimerHandle | None = None
     _stall: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > MOST_CONNECTIONS:
+        if len(self.connections) > MAX_CONNECTIONS:
             transport.abort()
         else:
-            self._await_head(HEAD_SECONDS)
+            self._expect_head(HEAD_SECONDS)
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._head, self._stall):
@@ -33,7 +37,7 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
-        self._await_head(KEEP_ALIVE_SECONDS)  # before the next request, which may be here already, begins
+        self._expect_head(KEEP_ALIVE_SECONDS)  # before the next request, which may be here already, begins
         super().on_response_complete()
 
     def pause_writing(self) -> None:
@@ -45,12 +49,12 @@ class Connection(H11Protocol):
         if self._stall is not None:
             self._stall.cancel()
 
-    def _await_head(self, seconds: float) -> None:
+    def _expect_head(self, seconds: float) -> None:
         if self._head is not None:
             self._head.cancel()
-        self._head = self.loop.call_later(seconds, self._give_up, self.cycle)
+        self._head = self.loop.call_later(seconds, self._abort_if_idle, self.cycle)
 
-    def _give_up(self, last: object) -> None:
+    def _abort_if_idle(self, last: object) -> None:
         """No request has begun since `last`."""
         if self.cycle is last:
             self.transport.abort()

@@ -2,89 +2,73 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
-from fastapi import Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
 
 from peftune.data.sources.chat_template import STOPS, render_chat
 from peftune.errors import UserError
 from peftune.inference.conversation import speaks
-from peftune.inference.request import Request as EngineRequest
-from peftune.serve.openai import schema
-from peftune.serve.openai.body import read_json
-from peftune.serve.openai.chunks import ChoiceFormatter, Chunk, Spelled
+from peftune.serve.openai.body import read_body
+from peftune.serve.openai.chunks import Chunk, TokenEntry
 from peftune.serve.openai.errors import ApiError
-from peftune.serve.openai.prompts import prompts_of, room_for
-from peftune.serve.openai.respond import Answer, Choice, Shape
+from peftune.serve.openai.prompts import encode_prompts
+from peftune.serve.openai.respond import ChoiceSettings, ResponseFormat, generate
+from peftune.serve.openai.schema import ChatCompletionRequest
 from peftune.serve.service import AUTO, Service, service_of
 
 PATH = "/v1/chat/completions"
 
 
-async def chat(http: Request) -> Response:
-    """Say the assistant's next turn, `n` times."""
-    arrived, service = time.monotonic(), service_of(http)
-    value = await read_json(http, service.settings.max_body, service.settings.body_seconds)
-    body = schema.read(schema.Chat, value)
-    http.state.model = body.model
-    speakers = _speakers(service, body.model)
+async def create_chat_completion(http: Request) -> Response:
+    """Generate the assistant's next turn, `n` times."""
+    service = service_of(http)
+    body = await read_body(http, ChatCompletionRequest)
+    candidates = _chat_adapters(service, body.model)
     try:
         text = render_chat([message.model_dump() for message in body.messages])
     except UserError as error:
         raise ApiError(400, str(error), "messages") from None
-    (prompt,) = await prompts_of(service.bank, [text])
+    prompts = await encode_prompts(service.bank, [text])
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    most = room_for(prompt, max_tokens, None, service.bank.config.n_positions)
-    chosen = await service.choose(body.model, [prompt.read], among=speakers)
-    http.state.model = chosen.shown
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    choices = [
-        Choice(
-            EngineRequest(prompt.read, chosen.adapter, body.settings(most, number, STOPS), logprobs=logprobs),
-            ChoiceFormatter(service.spelling, prompt.text, prompt.ids, echo=False, lead=" "),
-        )
-        for number in range(body.n)
-    ]
-    shape = _shape(body)
-    answer = Answer(service, chosen, choices, len(prompt.ids), shape, PATH, arrived, body.include_usage)
-    return answer.stream() if body.stream else await answer.whole(http)
+    settings = ChoiceSettings(max_tokens, logprobs=logprobs, stop=STOPS)
+    return await generate(http, body, prompts, settings, _format(body), candidates)
 
 
-def _speakers(service: Service, model: str) -> list[str]:
+def _chat_adapters(service: Service, model: str) -> list[str]:
     """The adapters that may answer; ApiError 404 for an unknown model, 400 where it was not trained on chat."""
     if model == AUTO:
-        found = [name for name in service.bank.names if speaks(service.bank, name)]
-        if not found:
+        names = [name for name in service.bank.names if speaks(service.bank, name)]
+        if not names:
             raise ApiError(400, "no adapter here was trained on chat; use /v1/completions", "model")
-        return found
-    name = service.named(model)
+        return names
+    name = service.adapter_named(model)
     if name is None or not speaks(service.bank, name):
         raise ApiError(400, f"{model} was not trained on chat (messages); use /v1/completions", "model")
     return [name]
 
 
-def _shape(body: schema.Chat) -> Shape:
-    def common(index: int, piece: Chunk) -> dict[str, Any]:
-        told: dict[str, Any] = {"logprobs": _logprobs(piece) if body.logprobs else None}
-        if body.return_token_ids:
-            told["token_ids"] = list(piece.ids)
-        return {"index": index} | told | {"finish_reason": piece.finish_reason}
+def _format(body: ChatCompletionRequest) -> ResponseFormat:
+    def common(index: int, chunk: Chunk) -> dict[str, Any]:
+        token_ids = {"token_ids": list(chunk.ids)} if body.return_token_ids else {}
+        logprobs = _logprobs(chunk) if body.logprobs else None
+        return {"index": index, "logprobs": logprobs, **token_ids, "finish_reason": chunk.finish_reason}
 
-    def choice(index: int, piece: Chunk) -> dict[str, Any]:
-        return common(index, piece) | {"message": {"role": "assistant", "content": piece.text, "refusal": None}}
+    def choice(index: int, chunk: Chunk) -> dict[str, Any]:
+        return common(index, chunk) | {"message": {"role": "assistant", "content": chunk.text, "refusal": None}}
 
-    def delta(index: int, piece: Chunk) -> dict[str, Any]:
-        role = {"role": "assistant"} if piece.prompt_ids is not None else {}
-        content = {"content": piece.text} if piece.text or role else {}
-        return common(index, piece) | {"delta": role | content}
+    def stream_choice(index: int, chunk: Chunk) -> dict[str, Any]:
+        role = {"role": "assistant"} if chunk.prompt_ids is not None else {}
+        content = {"content": chunk.text} if chunk.text or role else {}
+        return common(index, chunk) | {"delta": role | content}
 
-    return Shape("chat.completion", "chat.completion.chunk", "chatcmpl", choice, delta)
+    return ResponseFormat("chat.completion", "chat.completion.chunk", "chatcmpl", choice, stream_choice, lead=" ")
 
 
-def _logprobs(piece: Chunk) -> dict[str, Any]:
-    def told(token: Spelled) -> dict[str, Any]:
+def _logprobs(chunk: Chunk) -> dict[str, Any]:
+    def entry(token: TokenEntry) -> dict[str, Any]:
         return {"token": token.text, "logprob": token.logprob, "bytes": list(token.raw)}
 
-    content = [told(one.token) | {"top_logprobs": [told(other) for other in one.top]} for one in piece.scored]
-    return {"content": content}
+    return {"content": [entry(one.token) | {"top_logprobs": [entry(t) for t in one.top]} for one in chunk.scored]}

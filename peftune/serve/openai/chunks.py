@@ -1,20 +1,20 @@
-"""From the engine's updates to what a client is told of one choice, piece by piece; all pieces join to the whole."""
+"""From the engine's outputs to the chunks that a client gets of one choice; all chunks joined are the full choice."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peftune.inference.request import RequestOutput, TokenLogprob
 from peftune.serve.openai.token_text import Offsets, TokenText
 
-_LEAST = -9999.0  # OpenAI's for a token without probability: JSON has no infinity
-_REASONS = {"stop": "stop", "end": "stop", "length": "length"}
+_MIN_LOGPROB = -9999.0  # OpenAI's for a token of probability 0: JSON has no infinity
+_FINISH_REASONS = {None: None, "stop": "stop", "end": "stop", "length": "length"}
 
 
 @dataclass(frozen=True)
-class Spelled:
-    """A token as text and bytes with its log-probability."""
+class TokenEntry:
+    """A token as text and bytes with its log-probability (nats)."""
 
     text: str
     raw: bytes
@@ -22,74 +22,76 @@ class Spelled:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """A token at its place in the text, with the likeliest ones there; `top` may lack the token itself."""
+class ScoredToken:
+    """A token at its character offset, with the likeliest tokens there; `top` may lack the token itself."""
 
-    token: Spelled
-    top: tuple[Spelled, ...]
+    token: TokenEntry
+    top: tuple[TokenEntry, ...]
     offset: int
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What is new of one choice: `ids` written, `scored` ones (with echo the prompt's too), OpenAI's finish reason."""
+    """What is new of one choice.
+
+    `ids` are the tokens generated, `scored` those with log-probabilities (with `echo` the prompt's too). The first
+    chunk has `prompt_ids`, the last one OpenAI's `finish_reason`.
+    """
 
     text: str = ""
     ids: tuple[int, ...] = ()
-    scored: tuple[Scored, ...] = ()
+    scored: tuple[ScoredToken, ...] = ()
     prompt_ids: tuple[int, ...] | None = None
     finish_reason: str | None = None
 
     @property
     def is_empty(self) -> bool:
-        """Nothing that anybody waits for."""
+        """Whether a stream may leave it out."""
         return not (self.text or self.scored or self.ids or self.finish_reason)
 
 
-def join(pieces: Iterable[Chunk]) -> Chunk:
-    """All pieces of a choice as one."""
-    pieces = list(pieces)
+def join(chunks: Sequence[Chunk]) -> Chunk:
+    """All chunks of a choice as one."""
     return Chunk(
-        "".join(piece.text for piece in pieces),
-        tuple(id for piece in pieces for id in piece.ids),
-        tuple(scored for piece in pieces for scored in piece.scored),
-        next((piece.prompt_ids for piece in pieces if piece.prompt_ids is not None), None),
-        pieces[-1].finish_reason if pieces else None,
+        "".join(chunk.text for chunk in chunks),
+        tuple(id for chunk in chunks for id in chunk.ids),
+        tuple(scored for chunk in chunks for scored in chunk.scored),
+        chunks[0].prompt_ids,
+        chunks[-1].finish_reason,
     )
 
 
 class ChoiceFormatter:
-    """One choice as it is written.
+    """Makes the chunks of one choice.
 
-    `prompt` is the prompt's text and `ids` its tokens as the client counts them; with `echo` it is told first. Places
-    count from the prompt's beginning, told or not. `lead` is left out where the text begins with it.
+    `prompt` is the prompt's text and `ids` its tokens as the client counts them. With `echo` the first chunk begins
+    with it. Offsets count from the beginning of the prompt, echoed or not. A text that begins with `lead` loses it.
     """
 
-    def __init__(self, spelling: TokenText, prompt: str, ids: Sequence[int], echo: bool, lead: str = "") -> None:
-        self._spelling = spelling
-        self._offsets = Offsets(spelling, 0 if echo else len(prompt))
+    def __init__(self, token_text: TokenText, prompt: str, ids: Sequence[int], echo: bool, lead: str = "") -> None:
+        self._token_text = token_text
+        self._offsets = Offsets(token_text, 0 if echo else len(prompt))
         self._echo = prompt if echo else ""
         self._prompt_ids: tuple[int, ...] | None = tuple(ids)
         self._lead = lead
 
-    def tell(self, update: RequestOutput) -> Chunk:
-        """The piece that an update makes; the first one brings the prompt."""
-        told = update.prompt[-len(self._prompt_ids or ()) :] if self._prompt_ids else ()
-        scored = (*map(self._scored, told), *map(self._scored, update.logprobs))
-        text, self._echo = self._echo + self._without_lead(update.text), ""
+    def format(self, output: RequestOutput) -> Chunk:
+        """The chunk of one output; the first one brings the prompt."""
+        prompt = output.prompt[-len(self._prompt_ids) :] if self._prompt_ids else ()  # without the context token
+        scored = tuple(map(self._score, (*prompt, *output.logprobs)))
+        text, self._echo = self._echo + self._strip_lead(output.text), ""
         ids, self._prompt_ids = self._prompt_ids, None
-        reason = _REASONS[update.finish_reason] if update.finish_reason is not None else None
-        return Chunk(text, update.ids, scored, ids, reason)
+        return Chunk(text, output.ids, scored, ids, _FINISH_REASONS[output.finish_reason])
 
-    def _scored(self, found: TokenLogprob) -> Scored:
-        top = tuple(self._spelled(token, nats) for token, nats in found.top)
-        return Scored(self._spelled(found.id, found.logprob), top, self._offsets.push(found.id))
+    def _score(self, logprob: TokenLogprob) -> ScoredToken:
+        top = tuple(self._entry(token, nats) for token, nats in logprob.top)
+        return ScoredToken(self._entry(logprob.id, logprob.logprob), top, self._offsets.push(logprob.id))
 
-    def _spelled(self, token: int, nats: float | None) -> Spelled:
-        logprob = None if nats is None else max(nats, _LEAST)
-        return Spelled(self._spelling.text_of(token), self._spelling.bytes_of(token), logprob)
+    def _entry(self, token: int, nats: float | None) -> TokenEntry:
+        logprob = None if nats is None else max(nats, _MIN_LOGPROB)
+        return TokenEntry(self._token_text.text_of(token), self._token_text.bytes_of(token), logprob)
 
-    def _without_lead(self, text: str) -> str:
+    def _strip_lead(self, text: str) -> str:
         if text and self._lead:
             text, self._lead = text.removeprefix(self._lead), ""
         return text

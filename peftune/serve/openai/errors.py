@@ -1,4 +1,4 @@
-"""A request that is not answered, as clients of OpenAI's API expect to be told."""
+"""Error responses in the format of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import Response
+from starlette.responses import Response
 
 from peftune.errors import PeftuneError
 
@@ -43,21 +43,20 @@ class ApiError(PeftuneError):
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
-        """As HTTP; what a client sent and is quoted stays ASCII, so half a character cannot break the answer."""
+        """The HTTP response, in ASCII: a lone surrogate quoted from the request cannot break it."""
         return Response(json.dumps(self.body), self.status, self.headers, "application/json")
 
 
-def full(retry_after: float) -> ApiError:
+def queue_full(message: str, retry_after: float) -> ApiError:
     """429: as many requests are waiting as may."""
-    seconds = {"Retry-After": str(max(1, round(retry_after)))}
-    return ApiError(429, "the server's queue is full; try again later", code="queue_full", headers=seconds)
+    return ApiError(429, message, code="queue_full", headers={"Retry-After": str(max(1, round(retry_after)))})
 
 
 def draining() -> ApiError:
-    """503: the server has been told to stop."""
+    """503: the server is about to stop."""
     return ApiError(503, "the server is stopping; try again later", code="draining", headers={"Retry-After": "5"})
 
 
-def broken() -> ApiError:
-    """500: ours; the log has the traceback, the client nothing of it."""
+def internal_error() -> ApiError:
+    """500: a bug of ours; the log has the traceback, the client nothing of it."""
     return ApiError(500, "the server failed on this request; its log says why", code="internal_error")

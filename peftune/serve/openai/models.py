@@ -1,4 +1,4 @@
-"""`/v1/models`, and adapters loaded and unloaded while serving, from the operator's directories and no others."""
+"""`/v1/models`; and adapters loaded and unloaded while serving, from the operator's directories only."""
 
 from __future__ import annotations
 
@@ -8,38 +8,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastapi import Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from peftune.errors import UserError
 from peftune.inference.conversation import speaks
-from peftune.serve.openai import schema
-from peftune.serve.openai.body import read_json
+from peftune.serve.openai.body import read_body
 from peftune.serve.openai.errors import ApiError
-from peftune.serve.service import AUTO, BASE, Service, is_inside, service_of
+from peftune.serve.openai.schema import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
+from peftune.serve.service import AUTO, BASE, Service, service_of
 
 
 async def list_models(http: Request) -> Response:
     """The base and every adapter."""
     service = service_of(http)
-    cards = [_card(service, None), *(_card(service, name) for name in service.bank.names)]
-    return JSONResponse({"object": "list", "data": cards})
+    return JSONResponse({"object": "list", "data": [_card(service, name) for name in (None, *service.bank.names)]})
 
 
 async def show_model(http: Request) -> Response:
     """One of them; its name may hold slashes, as a base's does."""
     service = service_of(http)
-    return JSONResponse(_card(service, service.named(http.path_params["model"])))
+    return JSONResponse(_card(service, service.adapter_named(http.path_params["model"])))
 
 
 async def load_adapter(http: Request) -> Response:
     """`{"lora_name": …, "lora_path": …}`: from now on the name is a model."""
-    service = service_of(http)
-    roots = _roots(http)
-    body = schema.read(
-        schema.LoadAdapter, await read_json(http, service.settings.max_body, service.settings.body_seconds)
-    )
-    if body.lora_name in (AUTO, BASE, service.base):
+    service, roots = service_of(http), _roots(http)
+    body = await read_body(http, LoadLoRAAdapterRequest)
+    if body.lora_name in (AUTO, BASE, service.bank.base):
         raise ApiError(400, f"lora_name: {body.lora_name} means something else; choose another name", "lora_name")
     directory = await asyncio.to_thread(allowed_directory, body.lora_path, roots)
     async with service.loading:  # one at a time: reading is slow, and more threads would not read faster
@@ -48,58 +44,56 @@ async def load_adapter(http: Request) -> Response:
         try:
             await asyncio.to_thread(service.bank.add, body.lora_name, directory)
         except UserError as error:
-            told = (
-                str(error)
-                .replace(str(directory), body.lora_path)
-                .replace(str(service.bank.opened.directory), service.base)
-            )
-            raise ApiError(400, told, "lora_path") from None
+            message = str(error).replace(str(directory), body.lora_path)  # clients see no paths of this machine
+            message = message.replace(str(service.bank.opened.directory), service.bank.base)
+            raise ApiError(400, message, "lora_path") from None
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 async def unload_adapter(http: Request) -> Response:
-    """`{"lora_name": …}`: texts that are being written with it end, new ones are refused."""
-    service = service_of(http)
-    _roots(http)
-    body = schema.read(
-        schema.UnloadAdapter, await read_json(http, service.settings.max_body, service.settings.body_seconds)
-    )
+    """`{"lora_name": …}`: requests in flight finish with it, new ones are refused."""
+    service, _ = service_of(http), _roots(http)
+    body = await read_body(http, UnloadLoRAAdapterRequest)
     async with service.loading:
         if body.lora_name not in service.bank.names:
             raise ApiError(404, f"the adapter {body.lora_name!a} is not loaded", "lora_name", "model_not_found")
         await asyncio.to_thread(service.bank.remove, body.lora_name)
-        service.metrics.forget(body.lora_name)
+        service.metrics.remove_model(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 def allowed_directory(path: str, roots: Sequence[Path]) -> Path:
-    """The directory that `path` (absolute, or below a root) means, links followed, with all that it holds.
+    """The directory that `path` (absolute, or relative to a root) means, symbolic links resolved, its files checked.
 
-    Raises ApiError 403 for whatever lies outside the roots, the same whether it is there or not; 404 inside.
+    Raises ApiError 403 for whatever lies outside the roots, the same whether it exists or not; 404 inside.
     """
     if "\0" in path:
         raise ApiError(400, "lora_path holds a NUL character", "lora_path")
     outside = ApiError(403, "lora_path lies outside the directories that this server may load from", "lora_path")
-    meant = [found for root in roots if is_inside(found := Path(os.path.realpath(root / path)), roots)]
-    if not meant:
+    inside = [found for root in roots if _is_inside(found := Path(os.path.realpath(root / path)), roots)]
+    if not inside:
         raise outside
-    directory = next(filter(os.path.isdir, meant), None)
+    directory = next(filter(os.path.isdir, inside), None)
     if directory is None:
         raise ApiError(404, f"lora_path {path!a}: no adapter is there", "lora_path")
     try:
-        held = [Path(os.path.realpath(entry)) for entry in directory.iterdir()]
+        files = [Path(os.path.realpath(entry)) for entry in directory.iterdir()]
     except OSError as error:
         raise ApiError(400, f"lora_path {path!a}: {error.strerror}", "lora_path") from None
-    if not all(is_inside(one, roots) for one in held):  # a link to a file elsewhere
+    if not all(_is_inside(file, roots) for file in files):  # a link to a file elsewhere
         raise outside
     return directory
+
+
+def _is_inside(path: Path, roots: Sequence[Path]) -> bool:
+    return any(path.is_relative_to(root) for root in roots)
 
 
 def _roots(http: Request) -> list[Path]:
     """Where adapters may come from; ApiError 403 where nowhere, or where a page of another origin asks."""
     roots = [Path(os.path.realpath(root)) for root in service_of(http).settings.roots]
     if not roots:
-        raise ApiError(403, "this server loads no adapters: it was started without --adapter-root")
+        raise ApiError(403, "this server loads no adapters: it was started without a directory to load them from")
     origin = http.headers.get("origin")
     if origin is not None and origin.partition("://")[2] != http.headers.get("host", ""):
         raise ApiError(403, "a page of another origin may not load or unload adapters")
@@ -107,16 +101,11 @@ def _roots(http: Request) -> list[Path]:
 
 
 def _card(service: Service, name: str | None) -> dict[str, Any]:
-    """A model in the shape of OpenAI's list, with what other servers of adapters add."""
+    """A model in the format of OpenAI's list, with the fields that other servers of adapters add."""
     bank = service.bank
-    card: dict[str, Any] = {
-        "id": name or service.base,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "peftune",
-    }
+    card = {"id": name or bank.base, "object": "model", "created": service.created, "owned_by": "peftune"}
     if name is None:
-        return card | {"root": service.base, "parent": None, "max_model_len": bank.config.n_positions, "chat": False}
-    loaded = bank.get(name)
-    more = {"max_model_len": bank.config.n_positions, "chat": speaks(bank, name), "rank": loaded.rank}
-    return card | {"root": loaded.directory.name, "parent": service.base} | more
+        return card | {"root": bank.base, "parent": None, "max_model_len": bank.config.n_positions, "chat": False}
+    adapter = bank.get(name)
+    more = {"max_model_len": bank.config.n_positions, "chat": speaks(bank, name), "rank": adapter.rank}
+    return card | {"root": adapter.directory.name, "parent": bank.base} | more

@@ -1,4 +1,4 @@
-"""What clients may send, field by field; whatever is not here is refused by name."""
+"""What clients may send, field by field. Any other field is refused by name."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ from pydantic import (
 )
 
 from peftune.config.messages import validation_messages
-from peftune.errors import UserError
 from peftune.inference.settings import GenerationSettings
 from peftune.serve.openai.errors import ApiError
 
-MOST_LOGPROBS = 20
-MOST_CHOICES = 16
-_MOST_STOPS, _LONGEST_STOP = 4, 1000
+MAX_LOGPROBS = 20
+MAX_CHOICES = 16
+_MAX_STOPS, _MAX_STOP_LENGTH = 4, 1000
 _SEEDS = 2**63
-_MOST_FIELDS, _MOST_MESSAGES, _MOST_PROMPTS = 64, 1024, 1024
+_MAX_FIELDS, _MAX_MESSAGES, _MAX_PROMPTS = 64, 1024, 1024
 
 
-class Body(BaseModel):
+class OpenAIBaseModel(BaseModel):
     """A request's body: unknown fields are refused, nothing is converted; null is the same as leaving a field out."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -39,8 +38,10 @@ class Body(BaseModel):
     def _without_nulls(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        if len(value) > _MOST_FIELDS:
-            raise ValueError(f"{len(value)} fields, expected at most {_MOST_FIELDS}")  # each would be complained about
+        if len(value) > _MAX_FIELDS:
+            raise ValueError(
+                f"{len(value)} fields, expected at most {_MAX_FIELDS}"
+            )  # each one would be a line of the error
         return {key: item for key, item in value.items() if item is not None}
 
 
@@ -48,10 +49,10 @@ def _stops(value: Any) -> Any:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise ValueError("expected a string or a list of strings")
-    if len(stops) > _MOST_STOPS:
-        raise ValueError(f"{len(stops)} strings, expected at most {_MOST_STOPS}")
-    if any(not 0 < len(stop) <= _LONGEST_STOP for stop in stops):
-        raise ValueError(f"a string is empty or longer than {_LONGEST_STOP} characters")
+    if len(stops) > _MAX_STOPS:
+        raise ValueError(f"{len(stops)} strings, expected at most {_MAX_STOPS}")
+    if any(not 0 < len(stop) <= _MAX_STOP_LENGTH for stop in stops):
+        raise ValueError(f"a string is empty or longer than {_MAX_STOP_LENGTH} characters")
     return tuple(stops)
 
 
@@ -64,8 +65,8 @@ def _prompts(value: Any) -> Any:
             return value
         if _are_ids(value):
             return [value]
-        if len(value) > _MOST_PROMPTS:
-            raise ValueError(f"{len(value)} prompts, expected at most {_MOST_PROMPTS}")
+        if len(value) > _MAX_PROMPTS:
+            raise ValueError(f"{len(value)} prompts, expected at most {_MAX_PROMPTS}")
         if all(isinstance(item, list) and item and _are_ids(item) for item in value):
             return value
     raise ValueError("expected a string, a list of strings, a list of token ids, or a list of such lists; none empty")
@@ -75,8 +76,8 @@ def _are_ids(value: list[Any]) -> bool:
     return all(type(item) is int for item in value)  # a boolean is an int too, and no token
 
 
-def _neutral(*neutral: Any) -> BeforeValidator:
-    """For a field that would change the answer: only values that leave it as it is."""
+def _only(*neutral: Any) -> BeforeValidator:
+    """For a field that is not supported: only the values that have no effect."""
 
     def check(value: Any) -> Any:
         if isinstance(value, bool) or value not in neutral:
@@ -86,33 +87,33 @@ def _neutral(*neutral: Any) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-class StreamOptions(Body):
-    """`include_usage`: a last event with the counts of tokens."""
+class StreamOptions(OpenAIBaseModel):
+    """`include_usage`: a last event with the token counts."""
 
     include_usage: bool = False
 
 
-class Sampling(Body):
-    """What completions and chat have in common."""
+class SamplingRequest(OpenAIBaseModel):
+    """The fields that completions and chat share."""
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1, le=1 << 31)] = 0
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     seed: Annotated[int, Field(ge=-_SEEDS, lt=_SEEDS)] | None = None
     stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=1024)] = ""
     return_token_ids: bool = False
-    logit_bias: Annotated[dict[str, Any], _neutral({})] = Field(default_factory=dict)
-    presence_penalty: Annotated[float, _neutral(0)] = 0.0
-    frequency_penalty: Annotated[float, _neutral(0)] = 0.0
+    logit_bias: Annotated[dict[str, Any], _only({})] = Field(default_factory=dict)
+    presence_penalty: Annotated[float, _only(0)] = 0.0
+    frequency_penalty: Annotated[float, _only(0)] = 0.0
 
     @model_validator(mode="after")
-    def _stream_options_need_a_stream(self) -> Sampling:
+    def _check_stream_options(self) -> SamplingRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options goes with stream: true")
         return self
@@ -122,33 +123,30 @@ class Sampling(Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def settings(self, max_tokens: int, choice: int, stops: Sequence[str] = ()) -> GenerationSettings:
-        """For choice 0, 1, … of `n`: it draws from the stream of `seed` + choice."""
-        try:
-            return GenerationSettings(
-                max_new_tokens=max(1, max_tokens),
-                temperature=self.temperature,
-                top_k=max(0, self.top_k),
-                top_p=self.top_p,
-                repetition_penalty=self.repetition_penalty,
-                seed=None if self.seed is None else (self.seed + choice) % _SEEDS,
-                stop=(*stops, *self.stop),
-            )
-        except UserError as error:
-            raise ApiError(400, str(error)) from None
+        """The settings of choice 0, 1, … of `n`, which samples with seed `seed` + choice."""
+        return GenerationSettings(
+            max_new_tokens=max(1, max_tokens),
+            temperature=self.temperature,
+            top_k=max(0, self.top_k),
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=None if self.seed is None else (self.seed + choice) % _SEEDS,
+            stop=(*stops, *self.stop),
+        )
 
 
-class Completion(Sampling):
+class CompletionRequest(SamplingRequest):
     """`/v1/completions`; without a prompt a new document begins."""
 
     prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts)] = Field(default_factory=lambda: [""])
     max_tokens: Annotated[int, Field(ge=0, le=1 << 31)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool = False
     best_of: Annotated[int, Field(ge=1)] | None = None
-    suffix: Annotated[str, _neutral("")] = ""
+    suffix: Annotated[str, _only("")] = ""
 
     @model_validator(mode="after")
-    def _make_sense_together(self) -> Completion:
+    def _check_combination(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != self.n:
             raise ValueError(f"best_of is {self.best_of} with n {self.n}: choosing among more is not supported")
         if self.max_tokens == 0 and not self.echo:
@@ -156,15 +154,15 @@ class Completion(Sampling):
         return self
 
 
-class Message(Body):
-    """One turn; `content` as text or as OpenAI's list of text parts."""
+class ChatMessage(OpenAIBaseModel):
+    """One turn of a conversation; `content` is text, or OpenAI's list of text parts."""
 
     role: Literal["system", "user", "assistant"]
     content: str
 
     @field_validator("content", mode="before")
     @classmethod
-    def _joined_parts(cls, value: Any) -> Any:
+    def _join_parts(cls, value: Any) -> Any:
         if not isinstance(value, list):
             return value
         parts = [part for part in value if isinstance(part, dict) and part.keys() == {"type", "text"}]
@@ -175,17 +173,17 @@ class Message(Body):
         return "".join(part["text"] for part in parts)
 
 
-class Chat(Sampling):
+class ChatCompletionRequest(SamplingRequest):
     """`/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=_MOST_MESSAGES)]
+    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1, max_length=_MAX_MESSAGES)]
     max_tokens: Annotated[int, Field(ge=1, le=1 << 31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=1 << 31)] | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
-    def _make_sense_together(self) -> Chat:
+    def _check_combination(self) -> ChatCompletionRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs goes with logprobs: true")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
@@ -193,28 +191,27 @@ class Chat(Sampling):
         return self
 
 
-class LoadAdapter(Body):
-    """`/v1/load_lora_adapter`; the name becomes a model's."""
+class LoadLoRAAdapterRequest(OpenAIBaseModel):
+    """`/v1/load_lora_adapter`; `lora_name` becomes the name of a model."""
 
     lora_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
 
 
-class UnloadAdapter(Body):
+class UnloadLoRAAdapterRequest(OpenAIBaseModel):
     """`/v1/unload_lora_adapter`."""
 
     lora_name: Annotated[str, Field(min_length=1, max_length=512)]
 
 
-B = TypeVar("B", bound=Body)
+B = TypeVar("B", bound=OpenAIBaseModel)
 
 
-def read(kind: type[B], value: dict[str, Any]) -> B:
-    """The body as `kind`; ApiError 400 that names every problem, the first one as `param`."""
+def validate(schema: type[B], value: dict[str, Any]) -> B:
+    """The body as `schema`; ApiError 400 that names every problem (at most ten), the first one as `param`."""
     try:
-        return kind.model_validate(value)
+        return schema.model_validate(value)
     except ValidationError as error:
-        place = error.errors(include_url=False)[0]["loc"]
-        param = str(place[0])[:100] if place else None
-        told = "; ".join(validation_messages(error, {"": list(kind.model_fields)})[:10])
-        raise ApiError(400, told, param=param) from None
+        loc = error.errors(include_url=False)[0]["loc"]
+        messages = validation_messages(error, {"": list(schema.model_fields)})[:10]
+        raise ApiError(400, "; ".join(messages), str(loc[0])[:100] if loc else None) from None

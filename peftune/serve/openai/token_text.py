@@ -1,4 +1,4 @@
-"""How a token is shown by itself: its text, or its bytes where it is a part of a character."""
+"""How a single token is shown: its text, or its bytes where it is only a part of a character."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ class TokenText:
         self._tokenizer = tokenizer
         self._byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
         self._special = set(tokenizer.all_special_ids)
-        self._known: dict[int, bytes] = {}
+        self._cache: dict[int, bytes] = {}
 
     def bytes_of(self, token: int) -> bytes:
         """The bytes that the token stands for; those of its name for a special one, none for one without a name."""
-        found = self._known.get(token)
-        if found is None:
+        raw = self._cache.get(token)
+        if raw is None:
             name = str(self._tokenizer.convert_ids_to_tokens(token) or "")
             plain = token not in self._special and all(letter in self._byte_of for letter in name)
-            found = bytes(self._byte_of[letter] for letter in name) if plain else name.encode()
-            self._known[token] = found
-        return found
+            raw = bytes(self._byte_of[letter] for letter in name) if plain else name.encode()
+            self._cache[token] = raw
+        return raw
 
     def text_of(self, token: int) -> str:
-        r"""The token's text; `bytes:\xe2\x80` for one that is no whole character, as OpenAI writes it."""
+        r"""The token's text; `bytes:\xe2\x80` for one that is no complete character, as OpenAI writes it."""
         raw = self.bytes_of(token)
         try:
             return raw.decode("utf-8")
@@ -40,15 +40,15 @@ class TokenText:
 
 
 class Offsets:
-    """Where each token of a text begins, in characters; the parts of one character share its place."""
+    """Where each token of a text begins, in characters; the parts of one character share its offset."""
 
-    def __init__(self, spelling: TokenText, start: int) -> None:
-        self._spelling = spelling
+    def __init__(self, token_text: TokenText, start: int) -> None:
+        self._token_text = token_text
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._at = start
+        self._next = start
 
     def push(self, token: int) -> int:
-        """The place of this token, the next one of the text."""
-        at = self._at
-        self._at += len(self._decoder.decode(self._spelling.bytes_of(token)))
-        return at
+        """The offset of this token, the next one of the text."""
+        offset = self._next
+        self._next += len(self._decoder.decode(self._token_text.bytes_of(token)))
+        return offset
