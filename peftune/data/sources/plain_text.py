@@ -25,7 +25,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from peftune.data.read_stats import ReadStats
+from peftune.data.documents import ReadStats
 from peftune.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"

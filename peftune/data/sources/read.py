@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from peftune.config.recipe import Source
-from peftune.data.documents import Document
-from peftune.data.read_stats import ReadStats
+from peftune.data.documents import Document, ReadStats
 from peftune.data.sources import builtin, chat_template, hub, plain_text, records
 from peftune.errors import UserError
 

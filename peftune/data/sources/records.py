@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from peftune.data.read_stats import ReadStats
+from peftune.data.documents import ReadStats
 from peftune.data.sources.plain_text import open_text
 from peftune.errors import UserError
 

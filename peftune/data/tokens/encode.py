@@ -7,6 +7,7 @@ Special tokens written out in a text are text: no document can end itself or ano
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from peftune.data.documents import Document, Example
-from peftune.data.tokens.backends import TokenizerBackends, backends_of
+from peftune.data.tokens.tiktoken_encoder import TokenizerBackends, backends_of
 from peftune.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,6 +88,12 @@ def pieces_of(document: Document, join: str) -> list[tuple[str, bool]]:
     seam_has_space = document.prompt[-1].isspace() or document.text[:1].isspace()
     gap = "" if seam_has_space else join
     return [(document.prompt, False), (gap + document.text, True)]
+
+
+def digests_of(documents: Sequence[Document]) -> np.ndarray:
+    """First 8 bytes of the SHA-256 of what a reader of each document would see, big-endian: (n,) uint64."""
+    digests = (hashlib.sha256(document.content().encode("utf-8")).digest()[:8] for document in documents)
+    return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64)
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:

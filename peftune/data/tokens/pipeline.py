@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from peftune.data.documents import Document
-from peftune.data.tokens.backends import backends_of
-from peftune.data.tokens.encode import Examples, end_of_text_id, pieces_of, tokenize_batch
-from peftune.data.tokens.token_files import digests_of
+from peftune.data.tokens.encode import Examples, digests_of, end_of_text_id, pieces_of, tokenize_batch
+from peftune.data.tokens.tiktoken_encoder import backends_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

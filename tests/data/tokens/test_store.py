@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftune.config.recipe import Source
+from peftune.data.documents import split_by_digest
 from peftune.data.sources.read import read_documents
-from peftune.data.split import split_by_digest
 from peftune.data.tokens import pipeline
 from peftune.data.tokens import store as store_module
 from peftune.data.tokens.encode import tokenize_document
@@ -82,7 +82,7 @@ def test_a_second_call_maps_what_the_first_wrote(rows, tokenizer, tmp_path, monk
 
 
 def test_progress_is_shown_on_a_slow_terminal_only(rows, tokenizer, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("peftune.data.progress._PATIENCE", 0.0)
+    monkeypatch.setattr("peftune.console._PROGRESS_DELAY", 0.0)
     prepare([rows], tokenizer, "a", " ", "auto", tmp_path)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
