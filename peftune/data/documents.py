@@ -1,4 +1,4 @@
-"""Documents before and after tokenisation, statistics of reading them, and the split by their hashes."""
+"""Documents, statistics of reading them, and their split into training and validation."""
 
 from __future__ import annotations
 
@@ -29,19 +29,6 @@ class Document:
         if self.turns is not None:
             return "".join(text for text, _ in self.turns)
         return self.text if self.prompt is None else f"{self.prompt}\x00{self.text}"
-
-
-@dataclass(frozen=True)
-class Example:
-    """A tokenised document: `ids` (n,) and, for each, whether the model is scored on it.
-
-    `ids[0]` is always the context `<|endoftext|>` and never supervised.
-    `supervised_bytes` is the UTF-8 length of the supervised text, for bits per byte.
-    """
-
-    ids: np.ndarray
-    supervised: np.ndarray
-    supervised_bytes: int
 
 
 class ReadStats:

@@ -32,7 +32,7 @@ def summarize(
     split_on: str = "auto",
     cache: Path | None = None,
 ) -> dict[str, Any]:
-    """The whole report as plain values; token counts include both `<|endoftext|>`, bytes are of the scored text."""
+    """The summary as plain values; token counts include both `<|endoftext|>`, bytes are of the scored text."""
     store = prepare(sources, tokenizer, tokenizer_fingerprint, join, split_on, cache)
     packing = Blocks.of(store, np.arange(len(store)), block_size).packing
     findings = lint(chain.from_iterable(read_documents(source, split_on) for source in sources))

@@ -81,9 +81,9 @@ class TokenStore:
         """Tokens [start, stop) of several documents, one window after another, as `window` gives them."""
         assert (start >= 0).all() and (start <= stop).all() and (stop <= self.lengths[i]).all()
         sizes = stop - start
-        places = np.arange(int(sizes.sum())) + np.repeat(self._first[i] + start - (np.cumsum(sizes) - sizes), sizes)
-        scored = self._bits[places >> 3] >> (7 - (places & 7)) & 1
-        return np.asarray(self._ids[places], dtype=np.int64), np.asarray(scored, dtype=bool)
+        positions = np.arange(int(sizes.sum())) + np.repeat(self._first[i] + start - (np.cumsum(sizes) - sizes), sizes)
+        scored = self._bits[positions >> 3] >> (7 - (positions & 7)) & 1
+        return np.asarray(self._ids[positions], dtype=np.int64), np.asarray(scored, dtype=bool)
 
 
 def prepare(
@@ -193,7 +193,7 @@ class Writer:
         self.files = files
         self.dtype = np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
         self.hashes = {name: hashlib.sha256() for name in FILES}
-        self.loose = np.empty(0, dtype=bool)  # scored bits that do not fill a byte yet
+        self.partial_byte = np.empty(0, dtype=bool)  # scored bits that do not fill a byte yet
         self.documents = self.tokens = 0
 
     def append(self, examples: Examples, digests: np.ndarray) -> None:
@@ -205,17 +205,17 @@ class Writer:
         table["bytes"] = examples.supervised_bytes
         table["digest"] = digests
         self._write("ids.bin", examples.ids.astype(self.dtype).tobytes())
-        bits = np.concatenate([self.loose, examples.supervised])
-        whole = len(bits) // 8 * 8
-        self._write("supervised.bin", np.packbits(bits[:whole]).tobytes())
-        self.loose = bits[whole:]
+        bits = np.concatenate([self.partial_byte, examples.supervised])
+        complete = len(bits) // 8 * 8
+        self._write("supervised.bin", np.packbits(bits[:complete]).tobytes())
+        self.partial_byte = bits[complete:]
         self._write("documents.bin", table.tobytes())
         self.documents += len(table)
         self.tokens += int(table["tokens"].sum())
 
     def finish(self, blank: int) -> None:
         """Write what is left and `meta.json` with the hashes of all files; the directory is then a store."""
-        self._write("supervised.bin", np.packbits(self.loose).tobytes())
+        self._write("supervised.bin", np.packbits(self.partial_byte).tobytes())
         for file in self.files.values():
             file.flush()
         hashes = {name: digest.hexdigest() for name, digest in self.hashes.items()}

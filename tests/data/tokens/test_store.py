@@ -17,7 +17,6 @@ from peftune.data.documents import split_by_digest
 from peftune.data.sources.read import read_documents
 from peftune.data.tokens import pipeline
 from peftune.data.tokens import store as store_module
-from peftune.data.tokens.encode import tokenize_document
 from peftune.data.tokens.store import TokenStore, open_store, prepare
 from peftune.errors import UserError
 
@@ -45,7 +44,9 @@ def equal(one: TokenStore, other: TokenStore) -> bool:
     )
 
 
-def test_the_store_holds_exactly_what_the_tokenizer_gives(rows, pairs, tokenizer, tmp_path, monkeypatch):
+def test_the_store_holds_exactly_what_the_tokenizer_gives(
+    tokenize_document, rows, pairs, tokenizer, tmp_path, monkeypatch
+):
     monkeypatch.setattr(pipeline, "_BATCH_DOCUMENTS", 7)  # bits of a batch do not end on a byte
     store = prepare([rows, pairs], tokenizer, "t", " ", "auto", tmp_path)
     documents = [*read_documents(rows, "auto"), *read_documents(pairs, "auto")]
