@@ -1,13 +1,28 @@
-"""What a person sees: messages, tables and progress bars on stderr; results go to stdout."""
+"""Messages and progress bars on stderr; results go to stdout."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
+
+_PROGRESS_DELAY = 2.0  # seconds; shorter work shows no bar
 
 
 class Console:
@@ -15,16 +30,13 @@ class Console:
 
     def __init__(self, speaks: bool = True) -> None:
         self.console = RichConsole(stderr=True, quiet=not speaks, highlight=False)
-        self.progress = Progress(
+        self.progress = self._bar(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("[cyan]{task.fields[note]}"),
             TimeRemainingColumn(),
-            console=self.console,
-            disable=not (speaks and self.console.is_terminal),
-            transient=True,
         )
 
     def say(self, text: str) -> None:
@@ -34,6 +46,31 @@ class Console:
     def stage(self, text: str) -> None:
         """A heading: what comes next."""
         self.console.print(Text(f"▸ {text}", style="bold cyan"), soft_wrap=True)
+
+    @contextmanager
+    def reading(self, description: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
+        """A function that shows bytes read of `total` and counts so far, once the work has taken two seconds.
+
+        Without a total (a source that is not a file) it shows the time elapsed.
+        """
+        rate = (BarColumn(24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        progress = self._bar(TextColumn("{task.description}"), *(rate if total is not None else (TimeElapsedColumn(),)))
+        task = progress.add_task(description, total=total)
+        began = time.monotonic()
+
+        def update(bytes_read: int, counts: str) -> None:
+            if time.monotonic() - began > _PROGRESS_DELAY:
+                progress.start()
+            progress.update(task, completed=bytes_read, description=f"{description}: {counts}")
+
+        try:
+            yield update
+        finally:
+            progress.stop()
+
+    def _bar(self, *columns: ProgressColumn) -> Progress:
+        silent = self.console.quiet or not self.console.is_terminal
+        return Progress(*columns, console=self.console, disable=silent, transient=True)
 
 
 Matrix = Mapping[str, Mapping[str, Mapping[str, float]]]

@@ -12,7 +12,7 @@ import typer
 
 from peftune.cli import adapters
 from peftune.cli.options import BASE_HELP as _BASE_HELP
-from peftune.cli.options import Adapters, Json
+from peftune.cli.options import Adapters, Json, source_of
 from peftune.cli.options import named as _named
 from peftune.cli.serve import serve
 from peftune.errors import PeftuneError, UserError, report_once_per_machine
@@ -66,19 +66,10 @@ def data(
     Example:  peftune data answers.jsonl --column prompt=question --column completion=answer --base gpt2
     """
     columns = _columns(column)
-    from peftune.data import summary
+    from peftune.cli.data import run
     from peftune.model.base import open_base
 
-    found = open_base(base)
-    summary.run(
-        sources,
-        found.tokenizer,
-        found.tokenizer_fingerprint,
-        block_size or found.config.n_positions,
-        json_path,
-        columns,
-        split_on,
-    )
+    run([source_of(path, columns) for path in sources], open_base(base), block_size, split_on, json_path)
 
 
 @app.command()
@@ -130,7 +121,6 @@ def evaluate(
     columns = _columns(column)
     paths = _named("--data", data)
     from peftune import evaluate
-    from peftune.data.summary import source_of
 
     domains = {name: [source_of(path, columns)] for name, path in paths.items()}
     if routing:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from peftune.errors import UserError
 from peftune.files import check_writable, write_json
+
+if TYPE_CHECKING:
+    from peftune.config.recipe import Source
 
 BASE_HELP = "Hub name, directory, or builtin:small."
 _ADAPTER_HELP = "Adapter directory, with the name to show; a bare DIR is named after its last part. May be repeated."
@@ -50,3 +53,14 @@ def named(option: str, values: list[str] | None) -> dict[str, str]:
             raise UserError(f"{option}: {name} is given twice, {pairs[name]} and {path}; give each a name of its own")
         pairs[name] = path
     return pairs
+
+
+def source_of(path: str, columns: dict[str, str] | None = None) -> Source:
+    """A `Source` from the command line; UserError for columns that do not go together."""
+    from peftune.config.recipe import Source
+
+    try:
+        return Source(path=path, **(columns or {}))
+    except ValueError as error:
+        reason = str(error.errors()[0]["msg"]) if hasattr(error, "errors") else str(error)
+        raise UserError(f"{path}: {reason.removeprefix('Value error, ')}") from None

@@ -20,7 +20,7 @@ from peftune.adapters.merge.merge import merge
 from peftune.config.recipe import Recipe, Source, recipe_from
 from peftune.console import Console, matrix_table
 from peftune.data.batches import Blocks
-from peftune.data.split import split_by_digest
+from peftune.data.documents import split_by_digest
 from peftune.data.tokens.store import TokenStore
 from peftune.errors import Interrupted, UserError
 from peftune.evaluate import as_json, matrix, read_domains

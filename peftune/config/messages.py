@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-# A field that may hold one thing or another is explained whole; pydantic would complain once for each.
+# A field that may hold one thing or another has one message; pydantic reports an error for each.
 _EITHER = {
     "data.validation": "a fraction below 1 (0 is none), sources, or a mapping of domain names to sources",
     "data.block_size": "a whole number of at least 8, or auto",
@@ -30,16 +30,16 @@ _PLAIN = {
 
 
 def validation_messages(error: ValidationError, keys: Mapping[str, Sequence[str]]) -> list[str]:
-    """One line of plain words for each problem; `keys` are those known at each place, "" for the top."""
+    """One line of plain words for each problem; `keys` are those known in each section, "" for the top."""
     found: dict[str, str] = {}
     for item in error.errors():
-        place = [part for part in item["loc"] if not (isinstance(part, str) and part.startswith("("))]
-        field = ".".join(str(part) for part in place[:2])
-        either = field in _EITHER and (field != "data.validation" or len(place) == 2)
-        where = field if either else ".".join(str(part) for part in place)
+        location = [part for part in item["loc"] if not (isinstance(part, str) and part.startswith("("))]
+        field = ".".join(str(part) for part in location[:2])
+        either = field in _EITHER and (field != "data.validation" or len(location) == 2)
+        where = field if either else ".".join(str(part) for part in location)
         problem = f"expected {_EITHER[field]}, found {_short(item['input'])}" if either else _problem(item)
         if item["type"] == "extra_forbidden":
-            found.setdefault(where, f"unknown key {where}, {_nearest(place, keys)}")
+            found.setdefault(where, f"unknown key {where}, {_nearest(location, keys)}")
         elif item["type"] == "missing":
             found.setdefault(where, f"{where} is missing")
         else:
@@ -61,9 +61,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
-def _nearest(place: list[Any], keys: Mapping[str, Sequence[str]]) -> str:
+def _nearest(location: list[Any], keys: Mapping[str, Sequence[str]]) -> str:
     """What an unknown key may have meant: one of its section, or one of another section."""
-    key, known = str(place[-1]), _known(place[:-1], keys)
+    key, known = str(location[-1]), _known(location[:-1], keys)
     elsewhere = {
         name: f"{section}.{name}" for section in keys if "." not in section and section for name in keys[section]
     }
@@ -76,9 +76,9 @@ def _nearest(place: list[Any], keys: Mapping[str, Sequence[str]]) -> str:
     return f"known here: {', '.join(known)}"
 
 
-def _known(place: list[Any], keys: Mapping[str, Sequence[str]]) -> Sequence[str]:
+def _known(location: list[Any], keys: Mapping[str, Sequence[str]]) -> Sequence[str]:
     for depth in (2, 1, 0):
-        name = ".".join(str(part) for part in place[:depth])
+        name = ".".join(str(part) for part in location[:depth])
         if name in keys:
             return keys[name]
     return keys[""]

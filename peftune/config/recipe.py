@@ -1,4 +1,4 @@
-"""The recipe: what to learn, typed and validated whole; every problem is listed at once.
+"""The recipe: what to learn, typed and and validated; all problems are reported at once.
 
 A recipe is a YAML file; dotted overrides (`optim.lr=1e-4`) win over it. Field docstrings below are the source of
 `docs/recipe.md`.
@@ -128,7 +128,7 @@ class LoraSection(Section):
     layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     """Adapt only these blocks, counted from 0; null adapts all."""
     modules_to_save: list[str] = []
-    """Modules trained whole and stored in the adapter (`wte`, `lm_head`, `ln_f`, …)."""
+    """Modules trained in full and stored in the adapter (`wte`, `lm_head`, `ln_f`, …)."""
 
 
 class OptimSection(Section):
@@ -188,7 +188,7 @@ class RunSection(Section):
     checkpointing: bool = False
     """Recompute activations in the backward: about a quarter slower, much less memory."""
     early_stopping: Annotated[int, Field(ge=1)] | None = None
-    """Stop after so many evaluations without a better validation loss; the best step is what is delivered."""
+    """Stop after so many evaluations without a better validation loss; the best step is what is saved."""
     samples: list[str] = []
     """Prompts continued greedily at each evaluation and recorded; "" begins a document."""
     fast: bool = True
@@ -202,7 +202,7 @@ class RunSection(Section):
 
 
 class Recipe(Section):
-    """A whole training run."""
+    """A training run."""
 
     base: NonEmpty
     """Hub name (`gpt2`), directory, or `builtin:small`."""
@@ -257,17 +257,10 @@ def recipe_from(values: dict[str, Any], overrides: list[str], name: str = "recip
 
 
 def known_keys() -> dict[str, list[str]]:
-    """The keys of the recipe's top (""), of each section and of a source, by place."""
-    sections: dict[str, type[Section]] = {
-        "": Recipe,
-        "data": DataSection,
-        "lora": LoraSection,
-        "optim": OptimSection,
-        "batch": BatchSection,
-        "run": RunSection,
-    }
-    sections |= {"data.train": Source, "data.validation": Source}
-    return {place: list(section.model_fields) for place, section in sections.items()}
+    """The keys of the recipe's top (""), of each section and of a source."""
+    sections: dict[str, Any] = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    sections |= {"": Recipe, "data.train": Source, "data.validation": Source}
+    return {name: list(section.model_fields) for name, section in sections.items() if hasattr(section, "model_fields")}
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

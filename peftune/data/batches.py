@@ -24,7 +24,7 @@ class Batch:
     """Tensors of one forward.
 
     `ids`, `positions`: (B, T) int64, positions restart with each document. `targets`: (B, T) int64, the token that
-    each place must predict, or -100. `segments`: (B, T) int64, number of the document within its row, -1 where
+    each position must predict, or -100. `segments`: (B, T) int64, number of the document within its row, -1 where
     there is none; attention never crosses segments. None where every row is one document from end to end, so that
     attention need only be causal and may take its fastest kernels.
     """
@@ -85,7 +85,7 @@ class Blocks:
         return int(self.store.supervised_bytes[self.documents].sum())
 
     def batches(self, blocks: Sequence[int] | np.ndarray, micro_size: int, packed: bool = True) -> Iterator[Batch]:
-        """The blocks as micro-batches of at most `micro_size * block_size` places.
+        """The blocks as micro-batches of at most `micro_size * block_size` positions.
 
         Packed: `micro_size` blocks, one a row. Padded: each span is a row, rows sorted by length.
         """
@@ -109,23 +109,23 @@ class Blocks:
         begins_row = np.cumsum(counts) - counts  # of each row among `spans`
         of_rows = np.add.reduceat(sizes, begins_row)
         shape = (len(rows), int(of_rows.max()))
-        place = np.arange(len(tokens)) + np.repeat(np.arange(len(rows)) * shape[1] - begins[begins_row], of_rows)
+        index = np.arange(len(tokens)) + np.repeat(np.arange(len(rows)) * shape[1] - begins[begins_row], of_rows)
 
-        def laid_out(values: np.ndarray, elsewhere: int) -> np.ndarray:
-            whole = np.full(shape, elsewhere, dtype=np.int64)
-            whole.reshape(-1)[place] = values
-            return whole
+        def padded(values: np.ndarray, fill: int) -> np.ndarray:
+            full = np.full(shape, fill, dtype=np.int64)
+            full.reshape(-1)[index] = values
+            return full
 
-        # What a place must predict stands next to it, except at a span's end.
+        # The target of a position is the next token, except at a span's end.
         following = np.append(np.where(scored, tokens, NOT_SCORED)[1:], NOT_SCORED)
         following[begins + sizes - 1] = NOT_SCORED
         positions = np.arange(len(tokens)) - np.repeat(begins, sizes)
         numbers = np.repeat(np.arange(len(spans)) - np.repeat(begins_row, counts), sizes)
-        segments = laid_out(numbers, -1)
+        segments = padded(numbers, -1)
         return Batch(
-            torch.from_numpy(laid_out(tokens, 0)),
-            torch.from_numpy(laid_out(positions, 0)),
-            torch.from_numpy(laid_out(following, NOT_SCORED)),
+            torch.from_numpy(padded(tokens, 0)),
+            torch.from_numpy(padded(positions, 0)),
+            torch.from_numpy(padded(following, NOT_SCORED)),
             torch.from_numpy(segments) if segments.any() else None,  # all 0: every row is one document
         )
 
@@ -149,7 +149,7 @@ def _supervised_per_window(store: TokenStore, documents: np.ndarray, windows: Wi
 
 
 def _rows_by_length(spans: Sequence[int], packing: Packing, budget: int) -> Iterator[list[int]]:
-    """Spans, longest first, in groups whose count times longest length stays within `budget` places."""
+    """Spans, longest first, in groups whose count times longest length stays within `budget` positions."""
     sizes = packing.stop - packing.start
     group: list[int] = []
     for span in sorted(spans, key=lambda s: -int(sizes[s])):

@@ -1,8 +1,12 @@
-"""The values that travel through the data room: `Document` and `Example`."""
+"""Documents, statistics of reading them, and their split into training and validation."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 
@@ -27,14 +31,37 @@ class Document:
         return self.text if self.prompt is None else f"{self.prompt}\x00{self.text}"
 
 
-@dataclass(frozen=True)
-class Example:
-    """A tokenised document: `ids` (n,) and, for each, whether the model is scored on it.
+class ReadStats:
+    """`blank` documents skipped so far; bytes read so far through `bytes_read`."""
 
-    `ids[0]` is always the context `<|endoftext|>` and never supervised.
-    `supervised_bytes` is the UTF-8 length of the supervised text, for bits per byte.
+    def __init__(self) -> None:
+        self.blank = 0
+        self._finished = 0  # bytes of files that were read to their end
+        self._file: BinaryIO | None = None
+
+    @contextmanager
+    def reading(self, file: BinaryIO) -> Iterator[None]:
+        """Count a file's bytes while it is read; all of them once it was left."""
+        self._file = file
+        yield
+        self._file = None
+        self._finished += os.fstat(file.fileno()).st_size
+
+    def bytes_read(self) -> int:
+        """Bytes of all files so far, as far as the streams have been filled."""
+        return self._finished + (self._file.tell() if self._file else 0)
+
+
+def split_by_digest(digests: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """(train, validation) indices, int64 in rising order, for digests (n,) uint64 and a fraction in [0, 1).
+
+    A document's side depends on its digest alone, so it keeps it when others come and go. Where the fraction would
+    leave one side empty and there are two distinct documents, the smallest (largest) digest goes to validation (train).
     """
-
-    ids: np.ndarray
-    supervised: np.ndarray
-    supervised_bytes: int
+    held_out = digests.astype(np.float64) < fraction * 2.0**64
+    if fraction > 0 and len(digests) and digests.min() != digests.max():
+        if not held_out.any():
+            held_out = digests == digests.min()
+        elif held_out.all():
+            held_out = digests != digests.max()
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)

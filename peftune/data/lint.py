@@ -72,4 +72,4 @@ def lint(documents: Iterable[Document]) -> list[Finding]:
                 first[number] = first[number] or document.source
                 counts[number] += 1
     found = zip(_RULES, counts, first, strict=True)
-    return [Finding(what, count, place, advice) for (what, _, advice), count, place in found if count]
+    return [Finding(what, count, source, advice) for (what, _, advice), count, source in found if count]

@@ -79,7 +79,7 @@ def pack(windows: Windows, block_size: int) -> tuple[Packing, np.ndarray]:
     at = 0
     for size in np.flatnonzero(counts)[::-1].tolist():
         until = at + int(counts[size])
-        block_of[longest_first[at:until]] = free_space.place(size, until - at)
+        block_of[longest_first[at:until]] = free_space.assign(size, until - at)
         at = until
     order = np.argsort(block_of.astype(_narrowest(free_space.blocks)), kind="stable")
     first = np.concatenate([[0], np.cumsum(np.bincount(block_of, minlength=free_space.blocks))])
@@ -101,9 +101,9 @@ class _FreeSpace:
         self.in_use: list[int] = []  # free spaces whose stack is not empty, rising
         self.blocks = 0
 
-    def place(self, size: int, windows: int) -> np.ndarray:
+    def assign(self, size: int, windows: int) -> np.ndarray:
         """The block of each of so many windows of one size; sizes must fall from call to call."""
-        placed: list[np.ndarray] = []
+        assigned: list[np.ndarray] = []
         while windows:
             near = bisect_left(self.in_use, size)
             free = self.in_use[near] if near < len(self.in_use) else self.block_size
@@ -111,12 +111,12 @@ class _FreeSpace:
             wanted = -(-windows // each)
             blocks = self._take(free, wanted)
             here = min(windows, len(blocks) * each)
-            placed.append(np.repeat(blocks, each)[:here])
+            assigned.append(np.repeat(blocks, each)[:here])
             last = here - (len(blocks) - 1) * each
             self._put(blocks[:-1], free - each * size)
             self._put(blocks[-1:], free - last * size)
             windows -= here
-        return np.concatenate(placed)
+        return np.concatenate(assigned)
 
     def _take(self, free: int, wanted: int) -> np.ndarray:
         """Up to `wanted` blocks of the top of a stack, in order; new ones where all of the block is free."""

@@ -18,7 +18,7 @@ def steps_per_epoch(blocks: int, global_size: int) -> int:
 
 
 def total_steps(blocks: int, global_size: int, epochs: float, steps: int | None) -> int:
-    """Optimizer steps of the whole run; `steps` wins over `epochs` where it is given."""
+    """Optimizer steps of the run; `steps` wins over `epochs` where it is given."""
     return steps if steps is not None else max(1, round(epochs * steps_per_epoch(blocks, global_size)))
 
 

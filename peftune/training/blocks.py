@@ -10,8 +10,8 @@ from transformers import GPT2Config
 
 from peftune.config.recipe import Recipe, Source
 from peftune.data.batches import Blocks
+from peftune.data.documents import split_by_digest
 from peftune.data.sources.read import holds_chat
-from peftune.data.split import split_by_digest
 from peftune.data.tokens.store import TokenStore, prepare
 from peftune.errors import UserError
 from peftune.model.base import Base

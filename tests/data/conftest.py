@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from peftune.data.documents import Document
+from peftune.data.tokens.encode import end_of_text_id, tokenize_batch
+from peftune.data.tokens.tiktoken_encoder import backends_of
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised document: `ids` and `supervised` (n,), and the UTF-8 length of the scored text."""
+
+    ids: np.ndarray
+    supervised: np.ndarray
+    supervised_bytes: int
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +54,24 @@ def gpt2_tokenizer(shared: Path) -> PreTrainedTokenizerFast:
     if not directory.is_dir():
         pytest.skip(f"no GPT-2 tokenizer in {directory}")
     return PreTrainedTokenizerFast.from_pretrained(directory)
+
+
+@pytest.fixture(scope="session")
+def tokenize_documents() -> Callable[[Sequence[Document], PreTrainedTokenizerFast, str], list[Example]]:
+    """Tokenises documents in one batch and cuts the result into one `Example` per document."""
+
+    def tokenize(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast, join: str) -> list[Example]:
+        found = tokenize_batch(documents, backends_of(tokenizer), end_of_text_id(tokenizer), join)
+        cuts = np.cumsum(found.lengths)[:-1]
+        ids, supervised = np.split(found.ids.astype(np.int64), cuts), np.split(found.supervised, cuts)
+        return list(map(Example, ids, supervised, found.supervised_bytes.tolist())) if documents else []
+
+    return tokenize
+
+
+@pytest.fixture(scope="session")
+def tokenize_document(tokenize_documents) -> Callable[[Document, PreTrainedTokenizerFast, str], Example]:
+    return lambda document, tokenizer, join: tokenize_documents([document], tokenizer, join)[0]
 
 
 @pytest.fixture

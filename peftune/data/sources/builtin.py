@@ -3,7 +3,7 @@
 | domain    | text                                              | a document is                               |
 |-----------|---------------------------------------------------|---------------------------------------------|
 | `code`    | source of the standard library, without its tests | a top-level definition or what lies between |
-| `docs`    | the language reference in `pydoc_data.topics`     | a section, or a piece of a long one         |
+| `docs`    | the language reference in `pydoc_data.topics`     | a section, or a chunk of a long one         |
 | `unicode` | character names from `unicodedata`                | the names of 16 neighbouring code points    |
 
 Each document belongs to one part: `base` (the text that `builtin:small` learnt from, of `code` only), `train`
@@ -56,7 +56,7 @@ _LEFT_OUT_MODULES = (
 )  # pdb quotes the reference
 TAUGHT = Path(__file__).parents[2] / "model" / "small" / "taught_lines.npy"
 _LONG = 30  # characters; shorter lines are common to all code
-_PIECE = 3000  # characters; a longer section is cut between paragraphs
+_CHUNK = 3000  # characters; a longer section is cut between paragraphs
 _UNNAMED_BLOCKS = (
     "CJK UNIFIED",
     "CJK COMPATIBILITY IDEOGRAPH",
@@ -100,7 +100,7 @@ def line_hashes(text: str) -> np.ndarray:
 
 
 def _was_taught(text: str, domain: str) -> bool:
-    """Whether the base learnt more than half of the long lines of this text; code without any cannot be told apart."""
+    """Whether the base learnt more than half of the long lines of this text; code without any counts as taught."""
     found = line_hashes(text).tolist()
     if domain == "code" and not found:
         return True
@@ -131,11 +131,11 @@ def _code(part: Part) -> Iterator[tuple[str, str]]:
             tree = ast.parse(source)
         except (SyntaxError, UnicodeDecodeError):
             continue  # the library ships a few files that are broken on purpose
-        for line, piece in _top_level_pieces(source, tree):
-            yield piece, f"{relative.as_posix()}:{line}"
+        for line, chunk in _top_level_chunks(source, tree):
+            yield chunk, f"{relative.as_posix()}:{line}"
 
 
-def _top_level_pieces(source: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
+def _top_level_chunks(source: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
     """A module cut before and after each top-level definition; comments stay with the code they precede."""
     lines = source.splitlines(keepends=True)
     cuts = {0, len(lines)}
@@ -147,9 +147,9 @@ def _top_level_pieces(source: str, tree: ast.Module) -> Iterator[tuple[int, str]
             cuts |= {first, node.end_lineno}
     ordered = sorted(cuts)
     for first, last in pairwise(ordered):
-        piece = "".join(lines[first:last]).strip("\n")
-        if len(piece) >= 40:
-            yield first + 1, piece + "\n"
+        chunk = "".join(lines[first:last]).strip("\n")
+        if len(chunk) >= 40:
+            yield first + 1, chunk + "\n"
 
 
 def _docs(part: Part) -> Iterator[tuple[str, str]]:
@@ -158,8 +158,8 @@ def _docs(part: Part) -> Iterator[tuple[str, str]]:
     for topic in sorted(topics):
         for title, section in _sections(topics[topic].strip("\n")):
             if part_of("docs", title) == part:
-                for piece in _pieces(section):
-                    yield piece, f"pydoc:{topic}"
+                for chunk in _chunks(section):
+                    yield chunk, f"pydoc:{topic}"
 
 
 def _sections(text: str) -> Iterator[tuple[str, str]]:
@@ -176,15 +176,15 @@ def _sections(text: str) -> Iterator[tuple[str, str]]:
             yield lines[first].strip(), body + "\n"
 
 
-def _pieces(section: str) -> Iterator[str]:
-    piece = ""
+def _chunks(section: str) -> Iterator[str]:
+    chunk = ""
     for paragraph in section.split("\n\n"):
-        if piece and len(piece) + len(paragraph) > _PIECE:
-            yield piece.strip("\n") + "\n"
-            piece = ""
-        piece += paragraph + "\n\n"
-    if piece.strip():
-        yield piece.strip("\n") + "\n"
+        if chunk and len(chunk) + len(paragraph) > _CHUNK:
+            yield chunk.strip("\n") + "\n"
+            chunk = ""
+        chunk += paragraph + "\n\n"
+    if chunk.strip():
+        yield chunk.strip("\n") + "\n"
 
 
 def _unicode(part: Part) -> Iterator[tuple[str, str]]:

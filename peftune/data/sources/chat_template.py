@@ -15,7 +15,7 @@ Scored is what the assistant decides: its text (with the space before it), and h
 generation is therefore complete at `<|endoftext|>` or at any of `STOPS`. White space around a message is removed, and
 messages after the assistant's last are left out: nothing in them is scored.
 
-The cuts between pieces lie where GPT-2's own pre-tokenizer cuts, so the ids are those of the rendered text as a whole.
+The cuts between parts are where GPT-2's own pre-tokenizer cuts, so the ids are those of the rendered text in one call.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ def render_chat(messages: Sequence[dict[str, Any]], add_generation_prompt: bool 
     return f"{text}\n\n{_header('assistant')}" if text else _header("assistant")
 
 
-def turns_of(messages: Any, place: str) -> Turns:
-    """Pieces of a training conversation as (text, scored), which concatenate to `render_chat` of the messages.
+def turns_of(messages: Any, location: str) -> Turns:
+    """Parts of a training conversation as (text, scored), which concatenate to `render_chat` of the messages.
 
-    Raises UserError naming `place` where there is no assistant message, or a role or content that we do not know.
+    Raises UserError naming `location` where there is no assistant message, or a role or content that we do not know.
     """
-    spoken = _checked(messages, place)
-    while spoken and spoken[-1][0] != "assistant":
-        spoken.pop()
-    if not spoken:
-        raise UserError(f"{place}: no message of the assistant; there is nothing to learn from it")
-    pieces: list[tuple[str, bool]] = []
+    conversation = _checked(messages, location)
+    while conversation and conversation[-1][0] != "assistant":
+        conversation.pop()
+    if not conversation:
+        raise UserError(f"{location}: no message of the assistant; there is nothing to learn from it")
+    parts: list[tuple[str, bool]] = []
     scored, text = False, ""
-    for number, (role, content) in enumerate(spoken):
+    for number, (role, content) in enumerate(conversation):
         text += ("\n\n" if number else "") + _header(role)
         if scored != (role == "assistant"):
-            pieces.append((text, scored))
+            parts.append((text, scored))
             scored, text = not scored, ""
         text += _body(content)
-    return (*pieces, (text, scored))
+    return (*parts, (text, scored))
 
 
 def _header(role: str) -> str:
@@ -70,19 +70,19 @@ def _body(content: str) -> str:
     return f" {content}" if content else ""
 
 
-def _checked(messages: Any, place: str) -> list[tuple[str, str]]:
+def _checked(messages: Any, location: str) -> list[tuple[str, str]]:
     """(role, content) of each message, with white space around the content removed."""
     if not isinstance(messages, list | tuple):
-        raise UserError(f"{place}: expected a list of messages, found {kind_of(messages)}")
+        raise UserError(f"{location}: expected a list of messages, found {kind_of(messages)}")
     found = []
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
             keys = ", ".join(map(str, message)) if isinstance(message, dict) else kind_of(message)
-            raise UserError(f"{place}: message {number}: expected role and content, found {keys}")
+            raise UserError(f"{location}: message {number}: expected role and content, found {keys}")
         role, content = message["role"], message["content"]
         if not isinstance(role, str) or role not in NAMES:
-            raise UserError(f"{place}: message {number}: role {role!r}; expected {', '.join(NAMES)}")
+            raise UserError(f"{location}: message {number}: role {role!r}; expected {', '.join(NAMES)}")
         if not isinstance(content, str):
-            raise UserError(f"{place}: message {number}: content is {kind_of(content)}; expected a string")
+            raise UserError(f"{location}: message {number}: content is {kind_of(content)}; expected a string")
         found.append((role, unix_line_ends(content).strip()))
     return found

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, streamed row by row; nothing is downloaded whole."""
+"""Data sets of the Hugging Face hub, streamed row by row; nothing is downloaded in advance."""
 
 from __future__ import annotations
 

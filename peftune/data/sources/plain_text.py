@@ -7,7 +7,7 @@ A file may be larger than memory; what must fit is one document. How a file is s
 | `endoftext`  | what stands between two `<|endoftext|>`                                                       |
 | `blank-line` | lines that follow each other without a blank line (a blank line holds white space at most)    |
 | `line`       | a line that is not blank                                                                      |
-| `file`       | the whole file                                                                                |
+| `file`       | all of the file                                                                              |
 | `auto`       | `endoftext` if the file has one; else cut at two or more blank lines, if at least one in 20   |
 |              | of the gaps between text is that wide (a stray one is no rule); else `blank-line`             |
 
@@ -25,14 +25,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from peftune.data.read_stats import ReadStats
+from peftune.data.documents import ReadStats
 from peftune.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 
 SplitOn = Literal["auto", "blank-line", "endoftext", "file", "line"]
 _WIDE_SHARE = 20  # `auto`: one gap in so many must be wide for wide gaps to be what separates documents
-_PIECE = 1 << 20  # characters read at a time
+_CHUNK = 1 << 20  # characters read at a time
 _BLANK_LINE = r"(?:[^\S\n]*\n)"
 _GAP = re.compile(rf"\n{_BLANK_LINE}+")
 _MARKS = (  # the longer mark first: UTF-32-LE begins like UTF-16-LE
@@ -106,19 +106,19 @@ def _first_bad_byte(path: Path, encoding: str, mark: int) -> int:
     with open(path, "rb") as raw:
         raw.seek(mark)
         while True:
-            chunk = raw.read(_PIECE)
+            chunk = raw.read(_CHUNK)
             pending = len(decoder.getstate()[0])
             try:
                 decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
                 return position - pending + error.start
             position += len(chunk)
-            assert chunk, "the whole file decodes"
+            assert chunk, "every byte of the file decodes"
 
 
-def _pieces(file: io.TextIOWrapper) -> Iterator[str]:
-    while piece := file.read(_PIECE):
-        yield piece
+def _chunks(file: io.TextIOWrapper) -> Iterator[str]:
+    while chunk := file.read(_CHUNK):
+        yield chunk
 
 
 def _how_to_split(path: Path) -> tuple[str, int]:
@@ -127,32 +127,32 @@ def _how_to_split(path: Path) -> tuple[str, int]:
     rest = tail = ""
     started = False
     with open_text(path) as file:
-        for piece in _pieces(file):
-            tail += piece
+        for chunk in _chunks(file):
+            tail += chunk
             if END_OF_TEXT in tail:
                 return "endoftext", 0
             tail = tail[-len(END_OF_TEXT) :]
-            rest += piece if started else piece.lstrip()  # blank lines before all text are no gap
+            rest += chunk if started else chunk.lstrip()  # blank lines before all text are no gap
             started = started or bool(rest)
-            whole = _before_trailing_space(rest, piece)
-            found = _GAP.findall(rest, 0, whole)
+            complete = _before_trailing_space(rest, chunk)
+            found = _GAP.findall(rest, 0, complete)
             gaps += len(found)
             wide += sum(gap.count("\n") > 2 for gap in found)
-            rest = rest[whole:]
+            rest = rest[complete:]
     return "blank-line", 2 if wide and wide * _WIDE_SHARE >= gaps else 1
 
 
-def _before_trailing_space(text: str, piece: str) -> int:
-    """Where the text ends whose gaps are complete; only `piece`, its end, can hold anything but white space."""
-    return 0 if piece.isspace() else len(text.rstrip())
+def _before_trailing_space(text: str, chunk: str) -> int:
+    """Where the text ends whose gaps are complete; only `chunk`, its end, can hold anything but white space."""
+    return 0 if chunk.isspace() else len(text.rstrip())
 
 
 def _between_separators(file: io.TextIOWrapper) -> Iterator[tuple[int, str]]:
     parts: list[str] = []
     line = begins = 1
-    held = ""  # the end of a piece, which may hold the first half of a separator
-    for piece in _pieces(file):
-        first, *others = (held + piece).split(END_OF_TEXT)
+    pending = ""  # the end of a chunk, which may hold the first half of a separator
+    for chunk in _chunks(file):
+        first, *others = (pending + chunk).split(END_OF_TEXT)
         parts.append(first)
         line += first.count("\n")
         for other in others:
@@ -162,9 +162,9 @@ def _between_separators(file: io.TextIOWrapper) -> Iterator[tuple[int, str]]:
         last = parts.pop()
         cut = max(0, len(last) - len(END_OF_TEXT) + 1)
         parts.append(last[:cut])
-        held = last[cut:]
-        line -= held.count("\n")
-    yield begins, "".join([*parts, held])
+        pending = last[cut:]
+        line -= pending.count("\n")
+    yield begins, "".join([*parts, pending])
 
 
 def _between_blank_lines(file: io.TextIOWrapper, enough: int) -> Iterator[tuple[int, str]]:
@@ -172,17 +172,17 @@ def _between_blank_lines(file: io.TextIOWrapper, enough: int) -> Iterator[tuple[
     bound = "\n" * (1 + enough)  # a gap before the first document and one after the last, so that all are alike
     parts: list[str] = []
     rest, line, begins = bound, -enough, -enough  # the file itself begins on line 1
-    for piece, last in chain(((piece, False) for piece in _pieces(file)), [(bound, True)]):
-        rest += piece
-        whole = len(rest) if last else _before_trailing_space(rest, piece)
+    for chunk, last in chain(((chunk, False) for chunk in _chunks(file)), [(bound, True)]):
+        rest += chunk
+        complete = len(rest) if last else _before_trailing_space(rest, chunk)
         at = 0
-        for found in gap.finditer(rest, 0, whole):
+        for found in gap.finditer(rest, 0, complete):
             yield begins, "".join([*parts, rest[at : found.start()]])
             line += rest.count("\n", at, found.end())
             parts, begins, at = [], line, found.end()
-        parts.append(rest[at:whole])
-        line += rest.count("\n", at, whole)
-        rest = rest[whole:]
+        parts.append(rest[at:complete])
+        line += rest.count("\n", at, complete)
+        rest = rest[complete:]
 
 
 def looks_like_text(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""From a source in the recipe to documents, as a stream: nothing larger than one document is held.
+"""From a source in the recipe to documents, as a stream: at most one document is in memory.
 
 A source is a file, a directory (every data or text file below it, sorted), a glob (sorted), `builtin:DOMAIN/PART`, or
 the name of a hub data set. `.jsonl .ndjson .json .csv .tsv .parquet` hold rows; any other suffix is text.
@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from peftune.config.recipe import Source
-from peftune.data.documents import Document
-from peftune.data.read_stats import ReadStats
+from peftune.data.documents import Document, ReadStats
 from peftune.data.sources import builtin, chat_template, hub, plain_text, records
 from peftune.errors import UserError
+from peftune.files import sha256_of
 
 _KINDS = (["text"], ["prompt", "completion"], ["messages"])
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?\Z")
@@ -154,11 +154,7 @@ def _check_options(source: Source, files: Sequence[Path]) -> None:
 
 def _hash_of_file(path: Path) -> str:
     try:
-        with open(path, "rb") as file:
-            digest = hashlib.sha256()
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-            return digest.hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
@@ -178,17 +174,17 @@ def _builtin_documents(path: str) -> list[Document]:
 def _documents_of_rows(source: Source, rows: records.Rows, stats: ReadStats) -> Iterator[Document]:
     columns: list[str] | None = None
     with closing(rows):  # a row may be refused while its file is open
-        for place, row in rows:
+        for location, row in rows:
             if columns is None:
-                columns = _columns(source, place, list(row))
-            document = _document(row, columns, source, place)
+                columns = _columns(source, location, list(row))
+            document = _document(row, columns, source, location)
             if _is_blank(document):
                 stats.blank += 1
             else:
                 yield document
 
 
-def _columns(source: Source, place: str, found: Sequence[str]) -> list[str]:
+def _columns(source: Source, location: str, found: Sequence[str]) -> list[str]:
     """The columns to read: one for text or messages, two for prompt and completion."""
     named = [name for name in (source.text, source.prompt, source.completion, source.messages) if name is not None]
     for columns in [named] if named else _KINDS:
@@ -196,20 +192,20 @@ def _columns(source: Source, place: str, found: Sequence[str]) -> list[str]:
             return columns
     missing = " and ".join(repr(name) for name in named if name not in found) or "'text'"
     raise UserError(
-        f"{place}: no column {missing}; found {', '.join(found) or 'none'}; name yours as "
+        f"{location}: no column {missing}; found {', '.join(found) or 'none'}; name yours as "
         "{path: …, text: COLUMN} or {path: …, prompt: COLUMN, completion: COLUMN}"
     )
 
 
-def _document(row: dict[str, Any], columns: list[str], source: Source, place: str) -> Document:
+def _document(row: dict[str, Any], columns: list[str], source: Source, location: str) -> Document:
     missing = [column for column in columns if column not in row]
     if missing:
-        raise UserError(f"{place}: no column {missing[0]!r} in this row; found {', '.join(row) or 'none'}")
+        raise UserError(f"{location}: no column {missing[0]!r} in this row; found {', '.join(row) or 'none'}")
     if columns == [source.messages] or (columns == ["messages"] and source.text is None):
-        turns = chat_template.turns_of(row[columns[0]], place)
-        return Document(_text("".join(text for text, _ in turns), columns[0], place), turns=turns, source=place)
-    values = [_text(row[column], column, place) for column in columns]
-    return Document(values[-1], prompt=values[0] if len(values) == 2 else None, source=place)
+        turns = chat_template.turns_of(row[columns[0]], location)
+        return Document(_text("".join(text for text, _ in turns), columns[0], location), turns=turns, source=location)
+    values = [_text(row[column], column, location) for column in columns]
+    return Document(values[-1], prompt=values[0] if len(values) == 2 else None, source=location)
 
 
 def _is_blank(document: Document) -> bool:
@@ -218,11 +214,11 @@ def _is_blank(document: Document) -> bool:
     return not document.text.strip()
 
 
-def _text(value: Any, column: str, place: str) -> str:
+def _text(value: Any, column: str, location: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{place}: column {column!r} holds {records.kind_of(value)}; expected a string")
+        raise UserError(f"{location}: column {column!r} holds {records.kind_of(value)}; expected a string")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{place}: column {column!r} holds half a character (surrogate) at {error.start}") from None
+        raise UserError(f"{location}: column {column!r} holds half a character (surrogate) at {error.start}") from None
     return plain_text.unix_line_ends(value)

@@ -1,6 +1,6 @@
 """Rows of structured files, streamed: jsonl, json, csv, tsv, parquet.
 
-A row comes as (place, columns): place is `file:line` where the format has lines, else `file:row` counted from 1.
+A row comes as (location, columns): location is `file:line` where the format has lines, else `file:row` counted from 1.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from peftune.data.read_stats import ReadStats
+from peftune.data.documents import ReadStats
 from peftune.data.sources.plain_text import open_text
 from peftune.errors import UserError
 
@@ -41,54 +41,54 @@ def _json_lines(path: Path, stats: ReadStats | None) -> Rows:
     with open_text(path, stats=stats) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                place = f"{path}:{number}"
-                yield place, _object(_parse(line, place), place)
+                location = f"{path}:{number}"
+                yield location, _object(_parse(line, location), location)
 
 
-def _parse(text: str, place: str) -> Any:
+def _parse(text: str, location: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{place}: not JSON: {error.msg} at column {error.colno}; expected one object per line"
+            f"{location}: not JSON: {error.msg} at column {error.colno}; expected one object per line"
         ) from None
     except (RecursionError, ValueError) as error:
-        raise UserError(f"{place}: not JSON that can be read: {error}") from None
+        raise UserError(f"{location}: not JSON that can be read: {error}") from None
 
 
-def _object(value: Any, place: str) -> dict[str, Any]:
+def _object(value: Any, location: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f'{place}: expected an object such as {{"text": …}}, found {kind_of(value)}')
+        raise UserError(f'{location}: expected an object such as {{"text": …}}, found {kind_of(value)}')
     return value
 
 
 def _first_character(path: Path) -> str:
     with open_text(path) as file:
-        while piece := file.read(4096):
-            if piece.strip():
-                return piece.strip()[0]
+        while chunk := file.read(4096):
+            if chunk.strip():
+                return chunk.strip()[0]
     return ""
 
 
 def _json_list(path: Path, stats: ReadStats | None) -> Rows:
     """Elements of one list, decoded one at a time as the file is read."""
     with open_text(path, stats=stats) as file:
-        text = _Ahead(file.read)
+        text = _JsonStream(file.read)
         text.skip("[")
         row = 0
         while text.peek() not in ("]", ""):
             row += 1
-            place = f"{path}:{row}"
-            yield place, _object(text.value(place), place)
+            location = f"{path}:{row}"
+            yield location, _object(text.value(location), location)
             if text.peek() != "]":
-                text.expect(",", place)
+                text.expect(",", location)
         text.expect("]", f"{path}:{row}")
         if text.peek():
             raise UserError(f"{path}: text follows the end of the list; expected one list, or one object per line")
 
 
-class _Ahead:
-    """A window over a stream of JSON that grows until the next value is whole."""
+class _JsonStream:
+    """A window over a stream of JSON that grows until the next value is complete."""
 
     def __init__(self, read: Callable[[int], str]) -> None:
         self.read = read
@@ -119,23 +119,23 @@ class _Ahead:
         assert self.peek() == character
         self.at += 1
 
-    def expect(self, character: str, place: str) -> None:
+    def expect(self, character: str, location: str) -> None:
         found = self.peek()
         if found != character:
             instead = repr(found) if found else "the end of the file"
-            raise UserError(f"{place}: not JSON: expected {character!r} after it, found {instead}")
+            raise UserError(f"{location}: not JSON: expected {character!r} after it, found {instead}")
         self.at += 1
 
-    def value(self, place: str) -> Any:
+    def value(self, location: str) -> Any:
         while True:
             try:
                 value, self.at = self.decoder.raw_decode(self.buffer, self.at)
                 return value
             except json.JSONDecodeError as error:
                 if not self._cut_short(error) or not self._more():
-                    raise UserError(f"{place}: not JSON: {error.msg}") from None
+                    raise UserError(f"{location}: not JSON: {error.msg}") from None
             except (RecursionError, ValueError) as error:
-                raise UserError(f"{place}: not JSON that can be read: {error}") from None
+                raise UserError(f"{location}: not JSON that can be read: {error}") from None
 
 
 def _csv(path: Path, delimiter: str, stats: ReadStats | None) -> Rows:
@@ -147,29 +147,29 @@ def _csv(path: Path, delimiter: str, stats: ReadStats | None) -> Rows:
         begins = 1
         try:
             for values in reader:
-                place = f"{path}:{begins}"
+                location = f"{path}:{begins}"
                 begins = reader.line_num + 1
                 if not values:
                     continue
                 if names is None:
-                    names = _header(values, place)
+                    names = _header(values, location)
                 elif len(values) != len(names):
                     raise UserError(
-                        f"{place}: {len(values)} fields, but the header has {len(names)} ({', '.join(names)}); "
+                        f"{location}: {len(values)} fields, but the header has {len(names)} ({', '.join(names)}); "
                         "put texts that hold the separator or line ends in double quotes"
                     )
                 else:
-                    yield place, dict(zip(names, values, strict=True))
+                    yield location, dict(zip(names, values, strict=True))
         except csv.Error as error:
             raise UserError(f"{path}:{begins}: not {path.suffix[1:].upper()}: {error}") from None
         if names is None:
             raise UserError(f"{path}: empty; expected a header line with the names of the columns")
 
 
-def _header(names: list[str], place: str) -> list[str]:
+def _header(names: list[str], location: str) -> list[str]:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise UserError(f"{place}: the header names column {repeated[0]!r} twice; rename one")
+        raise UserError(f"{location}: the header names column {repeated[0]!r} twice; rename one")
     return names
 
 

@@ -1,20 +1,21 @@
-"""From `Document` to `Example`: which tokens a document becomes, and which of them are scored.
+"""From `Document` to `Examples`: which tokens a document becomes, and which of them are scored.
 
 `<|endoftext|>` + ids + `<|endoftext|>`: the first is context only, the last is always scored, so a model learns to
-begin and to stop. Prompt and completion (and the pieces of a chat) are tokenised separately and joined as ids.
+begin and to stop. Prompt and completion (and the parts of a chat) are tokenised separately and joined as ids.
 Special tokens written out in a text are text: no document can end itself or another.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from peftune.data.documents import Document, Example
-from peftune.data.tokens.backends import TokenizerBackends, backends_of
+from peftune.data.documents import Document
+from peftune.data.tokens.tiktoken_encoder import TokenizerBackends, backends_of
 from peftune.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenised documents one after another; whole arrays, since a Python value per token costs more than its id.
+    """Tokenised documents one after another; flat arrays, since a Python value per token costs more than its id.
 
     `ids` (t,) uint32 and `supervised` (t,) bool over all tokens, `lengths` and `supervised_bytes` (n,) int64 over
-    documents; see `Example`.
+    documents. Of each document the first token is the context `<|endoftext|>`, never supervised; the last always is.
+    `supervised_bytes` is the UTF-8 length of the scored text with the space that `join` put before it, without
+    `<|endoftext|>`.
     """
 
     ids: np.ndarray
@@ -35,33 +38,16 @@ class Examples:
     supervised_bytes: np.ndarray
 
 
-def tokenize_document(document: Document, tokenizer: PreTrainedTokenizerFast, join: str) -> Example:
-    """One tokenised document; see `tokenize_documents`."""
-    return tokenize_documents([document], tokenizer, join)[0]
-
-
-def tokenize_documents(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast, join: str) -> list[Example]:
-    """Tokenised documents, one by one.
-
-    `ids` (n,) int64; `supervised` (n,) bool, first False and last True; `supervised_bytes` is the UTF-8 length of the
-    scored text with the space that `join` put before it, without `<|endoftext|>`.
-    """
-    found = tokenize_batch(documents, backends_of(tokenizer), end_of_text_id(tokenizer), join)
-    cuts = np.cumsum(found.lengths)[:-1]
-    ids, supervised = np.split(found.ids.astype(np.int64), cuts), np.split(found.supervised, cuts)
-    return list(map(Example, ids, supervised, found.supervised_bytes.tolist())) if documents else []
-
-
-def tokenize_batch(documents: Sequence[Document], engines: TokenizerBackends, end: int, join: str) -> Examples:
-    """Tokenised documents as whole arrays; `end` begins and ends each."""
-    pieces = [pieces_of(document, join) for document in documents]
-    texts = [text for document in pieces for text, _ in document]
-    scored = np.array([scored for document in pieces for _, scored in document], dtype=bool)
-    found, counts = engines.encode(texts)
-    last_piece = np.cumsum([len(document) for document in pieces], dtype=np.int64)
-    lengths = 2 + _sums(counts, last_piece)
+def tokenize_batch(documents: Sequence[Document], backends: TokenizerBackends, end: int, join: str) -> Examples:
+    """Tokenised documents as flat arrays; `end` begins and ends each."""
+    parts = [parts_of(document, join) for document in documents]
+    texts = [text for document in parts for text, _ in document]
+    scored = np.array([scored for document in parts for _, scored in document], dtype=bool)
+    found, counts = backends.encode(texts)
+    last_part = np.cumsum([len(document) for document in parts], dtype=np.int64)
+    lengths = 2 + _sums(counts, last_part)
     after = np.cumsum(lengths)
-    text = np.ones(int(lengths.sum()), dtype=bool)  # places of `found`
+    text = np.ones(int(lengths.sum()), dtype=bool)  # positions of `found`
     text[after - lengths] = text[after - 1] = False
     ids = np.full(len(text), end, dtype=np.uint32)
     ids[text] = found
@@ -69,7 +55,7 @@ def tokenize_batch(documents: Sequence[Document], engines: TokenizerBackends, en
     supervised[text] = np.repeat(scored, counts)
     supervised[after - lengths] = False
     in_bytes = np.fromiter((len(t) if t.isascii() else len(t.encode("utf-8")) for t in texts), np.int64, len(texts))
-    return Examples(ids, supervised, lengths, _sums(in_bytes * scored, last_piece))
+    return Examples(ids, supervised, lengths, _sums(in_bytes * scored, last_part))
 
 
 def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
@@ -78,7 +64,7 @@ def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> li
     return [encoding.ids for encoding in encodings]
 
 
-def pieces_of(document: Document, join: str) -> list[tuple[str, bool]]:
+def parts_of(document: Document, join: str) -> list[tuple[str, bool]]:
     """What is tokenised on its own, in order, as (text, scored)."""
     if document.turns is not None:
         return list(document.turns)
@@ -87,6 +73,12 @@ def pieces_of(document: Document, join: str) -> list[tuple[str, bool]]:
     seam_has_space = document.prompt[-1].isspace() or document.text[:1].isspace()
     gap = "" if seam_has_space else join
     return [(document.prompt, False), (gap + document.text, True)]
+
+
+def digests_of(documents: Sequence[Document]) -> np.ndarray:
+    """First 8 bytes of the SHA-256 of what a reader of each document would see, big-endian: (n,) uint64."""
+    digests = (hashlib.sha256(document.content().encode("utf-8")).digest()[:8] for document in documents)
+    return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64)
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -98,5 +90,5 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def _sums(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Sums of the stretches of `values` that end before `ends` (rising)."""
+    """Sums of the slices of `values` that end before `ends` (rising)."""
     return np.diff(np.concatenate([[0], np.cumsum(values)])[ends], prepend=0)

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from peftune.data.documents import Document
-from peftune.data.tokens.backends import backends_of
-from peftune.data.tokens.encode import Examples, end_of_text_id, pieces_of, tokenize_batch
-from peftune.data.tokens.token_files import digests_of
+from peftune.data.tokens.encode import Examples, digests_of, end_of_text_id, parts_of, tokenize_batch
+from peftune.data.tokens.tiktoken_encoder import backends_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -28,24 +27,24 @@ def tokenized(
 ) -> Iterator[tuple[Examples, np.ndarray]]:
     """Batches of tokenised documents with their digests, in the order of the documents.
 
-    The tokenizer's own engine is left for tiktoken once the corpus is long enough to pay for the proof. Both leave
-    the interpreter free while they work.
+    tiktoken replaces the tokenizer's own backend once the corpus is long enough to pay for the proof. Both release
+    the GIL.
     """
-    engines, end = backends_of(tokenizer), end_of_text_id(tokenizer)
+    backends, end = backends_of(tokenizer), end_of_text_id(tokenizer)
     characters = 0
-    settled = False
+    chosen = False
 
     def work(batch: list[Document]) -> tuple[Examples, np.ndarray]:
-        return tokenize_batch(batch, engines, end, join), digests_of(batch)
+        return tokenize_batch(batch, backends, end, join), digests_of(batch)
 
     threads = min(_MOST_THREADS, _cores())
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[tuple[Examples, np.ndarray]]] = deque()
         for batch, size in _batches(documents):
             characters += size
-            if not settled and characters > _WORTH_A_PROOF:
-                engines.choose([text for document in batch for text, _ in pieces_of(document, join)])
-                settled = True
+            if not chosen and characters > _WORTH_A_PROOF:
+                backends.choose([text for document in batch for text, _ in parts_of(document, join)])
+                chosen = True
             waiting.append(pool.submit(work, batch))
             if len(waiting) > threads:
                 yield waiting.popleft().result()

@@ -18,24 +18,28 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from peftune.config.recipe import Source
-from peftune.data.progress import progress
-from peftune.data.read_stats import ReadStats
+from peftune.console import Console
+from peftune.data.documents import ReadStats
 from peftune.data.sources.read import identity, read_documents, size_of
-from peftune.data.tokens.encode import end_of_text_id
+from peftune.data.tokens.encode import Examples, end_of_text_id
 from peftune.data.tokens.pipeline import tokenized
-from peftune.data.tokens.token_files import DOCUMENT, FILES, FORMAT, writing
 from peftune.errors import CheckFailed, UserError
 from peftune.files import beside, cache_directory, sha256_of, staging_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+FORMAT = 1
+FILES = ("ids.bin", "supervised.bin", "documents.bin")
+DOCUMENT = np.dtype([("tokens", "<i8"), ("supervised", "<i8"), ("bytes", "<i8"), ("digest", "<u8")])
 
 
 class TokenStore:
@@ -77,9 +81,9 @@ class TokenStore:
         """Tokens [start, stop) of several documents, one window after another, as `window` gives them."""
         assert (start >= 0).all() and (start <= stop).all() and (stop <= self.lengths[i]).all()
         sizes = stop - start
-        places = np.arange(int(sizes.sum())) + np.repeat(self._first[i] + start - (np.cumsum(sizes) - sizes), sizes)
-        scored = self._bits[places >> 3] >> (7 - (places & 7)) & 1
-        return np.asarray(self._ids[places], dtype=np.int64), np.asarray(scored, dtype=bool)
+        positions = np.arange(int(sizes.sum())) + np.repeat(self._first[i] + start - (np.cumsum(sizes) - sizes), sizes)
+        scored = self._bits[positions >> 3] >> (7 - (positions & 7)) & 1
+        return np.asarray(self._ids[positions], dtype=np.int64), np.asarray(scored, dtype=bool)
 
 
 def prepare(
@@ -167,11 +171,69 @@ def _write(
     stats: ReadStats,
 ) -> None:
     documents = (document for source in sources for document in read_documents(source, split_on, stats))
-    with writing(directory, len(tokenizer)) as writer, progress("tokenising", size_of(sources)) as tell:
+    with writing(directory, len(tokenizer)) as writer, Console().reading("tokenising", size_of(sources)) as show:
         for examples, digests in tokenized(documents, tokenizer, join):
             writer.append(examples, digests)
-            tell(stats.bytes_read(), f"{writer.documents:,} documents, {writer.tokens:,} tokens")
+            show(stats.bytes_read(), f"{writer.documents:,} documents, {writer.tokens:,} tokens")
         writer.finish(stats.blank)
+
+
+@contextmanager
+def writing(directory: Path, vocabulary: int) -> Iterator[Writer]:
+    """A `Writer` on new files in an existing directory, for ids below `vocabulary`."""
+    with ExitStack() as stack:
+        yield Writer(directory, vocabulary, {name: stack.enter_context(open(directory / name, "wb")) for name in FILES})
+
+
+class Writer:
+    """Appends tokenised documents to the files in a directory; `finish` completes them with `meta.json`."""
+
+    def __init__(self, directory: Path, vocabulary: int, files: dict[str, BinaryIO]) -> None:
+        self.directory = directory
+        self.files = files
+        self.dtype = np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
+        self.hashes = {name: hashlib.sha256() for name in FILES}
+        self.partial_byte = np.empty(0, dtype=bool)  # scored bits that do not fill a byte yet
+        self.documents = self.tokens = 0
+
+    def append(self, examples: Examples, digests: np.ndarray) -> None:
+        """Add tokenised documents with their digests (n,) uint64, in order."""
+        table = np.empty(len(digests), dtype=DOCUMENT)
+        table["tokens"] = examples.lengths
+        begins = np.cumsum(examples.lengths) - examples.lengths
+        table["supervised"] = np.add.reduceat(examples.supervised, begins, dtype=np.int64)
+        table["bytes"] = examples.supervised_bytes
+        table["digest"] = digests
+        self._write("ids.bin", examples.ids.astype(self.dtype).tobytes())
+        bits = np.concatenate([self.partial_byte, examples.supervised])
+        complete = len(bits) // 8 * 8
+        self._write("supervised.bin", np.packbits(bits[:complete]).tobytes())
+        self.partial_byte = bits[complete:]
+        self._write("documents.bin", table.tobytes())
+        self.documents += len(table)
+        self.tokens += int(table["tokens"].sum())
+
+    def finish(self, blank: int) -> None:
+        """Write what is left and `meta.json` with the hashes of all files; the directory is then a store."""
+        self._write("supervised.bin", np.packbits(self.partial_byte).tobytes())
+        for file in self.files.values():
+            file.flush()
+        hashes = {name: digest.hexdigest() for name, digest in self.hashes.items()}
+        content = json.dumps([FORMAT, self.dtype.str, hashes], sort_keys=True)
+        meta: dict[str, Any] = {
+            "format": FORMAT,
+            "dtype": self.dtype.str,
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "blank": blank,
+            "sha256": hashes,
+            "fingerprint": hashlib.sha256(content.encode()).hexdigest(),
+        }
+        (self.directory / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+
+    def _write(self, name: str, data: bytes) -> None:
+        self.files[name].write(data)
+        self.hashes[name].update(data)
 
 
 def _mapped(path: Path, dtype: np.dtype[Any]) -> np.ndarray:

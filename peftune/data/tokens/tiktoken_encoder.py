@@ -6,7 +6,7 @@ ids on every text if
 1. each words its text alike: the pattern is GPT-2's in both, so only the tables of Unicode may differ. Whether a
    character is a letter, a number, white space or none of these is compared in both when it is first met;
 2. each merges alike: tiktoken takes a token's id for its rank and merges any two neighbours that together are a token.
-   So the ids must rise with the merges, one merge for each token, and the tokenizer must make each token whole from
+   So the ids must rise with the merges, one merge for each token, and the tokenizer must make each token from
    its own bytes: had tiktoken a merge that the tokenizer lacks, that token's own bytes would lead both to it.
 
 Whatever fails one of these, or fails in tiktoken (a million spaces in a row), is left to the tokenizer itself.
@@ -16,14 +16,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
 
+_SAMPLE = 100_000  # characters of the corpus on which both backends are compared
 # GPT-2's pattern, written so that words are found without going back; only `\s+(?!\S)` ever must.
 _WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
@@ -72,7 +76,7 @@ class FastEncoder:
             if not joined.isascii() and not self.characters.agree_on(joined):
                 return None
             found = self.encoding.encode_to_numpy(joined, allowed_special={_SEAM}, disallowed_special=())
-        except ValueError:  # half a character, or white space longer than the stack of the pattern's engine
+        except ValueError:  # half a character, or white space longer than the stack of the pattern matcher
             return None
         seams = np.flatnonzero(found == self.seam)
         if len(seams) != len(texts) - 1:
@@ -81,16 +85,16 @@ class FastEncoder:
         return np.delete(found, seams), counts
 
 
-def fast_encoder(engine: Tokenizer) -> FastEncoder | str:
+def fast_encoder(tokenizer: Tokenizer) -> FastEncoder | str:
     """The fast encoder of a tokenizer, proven equal, or the reason why there is none.
 
-    `engine` takes special tokens for text. Costs 0.5 s for the 50,257 tokens of GPT-2.
+    `tokenizer` takes special tokens for text. Costs 0.5 s for the 50,257 tokens of GPT-2.
     """
     try:
         import tiktoken  # noqa: F401
     except ImportError:
         return "tiktoken is not installed"
-    state = json.loads(engine.to_str())
+    state = json.loads(tokenizer.to_str())
     obstacle = next(_obstacles(state), None)
     if obstacle is not None:
         return obstacle
@@ -99,19 +103,19 @@ def fast_encoder(engine: Tokenizer) -> FastEncoder | str:
     if not all(letter in byte_of for token in vocabulary for letter in token):
         return "its tokens are not all written in byte letters"
     obstacle = next(_obstacles_to_merging(state["model"]["merges"], vocabulary), None)
-    obstacle = obstacle or _not_made_whole(engine, vocabulary)
+    obstacle = obstacle or _unreachable_token(tokenizer, vocabulary)
     if obstacle is not None:
         return obstacle
     fast = FastEncoder({bytes(map(byte_of.__getitem__, token)): number for token, number in vocabulary.items()})
-    return fast if agrees(fast, engine, _EDGES) else "its ids differ from those of tiktoken on edge cases"
+    return fast if agrees(fast, tokenizer, _EDGES) else "its ids differ from those of tiktoken on edge cases"
 
 
-def agrees(fast: FastEncoder, engine: Tokenizer, texts: Sequence[str]) -> bool:
+def agrees(fast: FastEncoder, tokenizer: Tokenizer, texts: Sequence[str]) -> bool:
     """Whether both give the same ids for each text."""
     found = fast.encode(texts)
     if found is None:
         return False
-    expected = [encoding.ids for encoding in engine.encode_batch_fast(list(texts), add_special_tokens=False)]
+    expected = [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
     same_counts: bool = found[1].tolist() == [len(ids) for ids in expected]
     return same_counts and bool(found[0].tolist() == [number for ids in expected for number in ids])
 
@@ -149,9 +153,9 @@ def _obstacles_to_merging(merges: list[list[str]], vocabulary: dict[str, int]) -
         yield "it has tokens that no merge makes"
 
 
-def _not_made_whole(engine: Tokenizer, vocabulary: dict[str, int]) -> str | None:
+def _unreachable_token(tokenizer: Tokenizer, vocabulary: dict[str, int]) -> str | None:
     """A token that its own bytes do not become, if there is one."""
-    merger = type(engine)(engine.model)  # merges alone: nothing is cut into words
+    merger = type(tokenizer)(tokenizer.model)  # merges alone: nothing is cut into words
     for (token, number), encoded in zip(vocabulary.items(), merger.encode_batch_fast(list(vocabulary)), strict=True):
         if encoded.ids != [number]:
             return f"its token {token!r} is not what its own bytes become"
@@ -159,7 +163,7 @@ def _not_made_whole(engine: Tokenizer, vocabulary: dict[str, int]) -> str | None
 
 
 class _Characters:
-    """Which characters both engines put into the same class, found out when they first occur.
+    """Which characters both backends put into the same class, found out when they first occur.
 
     A probe's only merges join `a`, `1` or `!` with a first byte, so its ids tell with which of these a character
     makes a word: it is a letter, a number, none of both, or white space.
@@ -174,8 +178,8 @@ class _Characters:
         byte_of = {letter: byte for byte, letter in enumerate(letters)}
         ranks = {bytes(byte_of[c] for c in token): number for number, token in enumerate(tokens)}
         self.fast = _encoding(ranks, {})
-        self.engine = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, merges))
-        self.engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self.reference = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, merges))
+        self.reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         self.same, self.seen = np.zeros(0x110000, bool), np.zeros(0x110000, bool)
 
     def agree_on(self, text: str) -> bool:
@@ -195,7 +199,7 @@ class _Characters:
         return [self._equal(text) for text in texts]
 
     def _equal(self, text: str) -> bool:
-        return bool(self.engine.encode(text).ids == self.fast.encode_ordinary(text))
+        return bool(self.reference.encode(text).ids == self.fast.encode_ordinary(text))
 
 
 def _encoding(ranks: dict[bytes, int], special: dict[str, int]) -> Any:
@@ -209,3 +213,63 @@ def byte_letters() -> list[str]:
     prints = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in prints else next(others)) for byte in range(256)]
+
+
+@dataclass
+class TokenizerBackends:
+    """The backends of one tokenizer; `reason` says why `fast` is there or not."""
+
+    vocabulary: int
+    own: Tokenizer
+    fast: FastEncoder | None = None
+    reason: str = "tiktoken was not tried: its proof takes longer than a small corpus"
+    tried: bool = False
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts one after another (n,) and how many each has (len(texts),), by whichever backend can."""
+        found = self.fast.encode(texts) if self.fast and texts else None
+        if found is not None:
+            return found
+        encodings = [encoding.ids for encoding in self.own.encode_batch_fast(list(texts), add_special_tokens=False)]
+        counts = np.fromiter(map(len, encodings), np.int64, len(encodings))
+        return np.fromiter((i for ids in encodings for i in ids), np.uint32, int(counts.sum())), counts
+
+    def choose(self, texts: Sequence[str]) -> None:
+        """Take the fast backend if there is one and it agrees on these texts (the first 100,000 characters)."""
+        if not self.tried:
+            found = fast_encoder(self.own)
+            self.fast = found if isinstance(found, FastEncoder) else None
+            self.reason = found if isinstance(found, str) else "tiktoken gives the same ids"
+            self.tried = True
+        if self.fast is not None and not agrees(self.fast, self.own, _sample(texts)):
+            self.fast, self.reason = None, "its ids differ from those of tiktoken on this corpus"
+
+
+# A copy of each tokenizer's backend with special tokens off, made again when the vocabulary has grown.
+_backends: WeakKeyDictionary[PreTrainedTokenizerFast, TokenizerBackends] = WeakKeyDictionary()
+
+
+def backends_of(tokenizer: PreTrainedTokenizerFast) -> TokenizerBackends:
+    """The backends for a tokenizer as it is now: nothing added, nothing cut, no special token recognised."""
+    known = _backends.get(tokenizer)
+    if known is None or known.vocabulary != len(tokenizer):
+        from tokenizers import Tokenizer
+
+        own = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        own.encode_special_tokens = True
+        own.no_truncation()
+        own.no_padding()
+        known = _backends[tokenizer] = TokenizerBackends(len(tokenizer), own)
+    return known
+
+
+def _sample(texts: Sequence[str]) -> list[str]:
+    """The first texts, the last of them cut, up to `_SAMPLE` characters."""
+    sample: list[str] = []
+    left = _SAMPLE
+    for text in texts:
+        sample.append(text[:left])
+        left -= len(text)
+        if left <= 0:
+            break
+    return sample

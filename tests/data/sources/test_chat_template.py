@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from peftune.data.documents import Document
 from peftune.data.sources.chat_template import STOPS, render_chat, turns_of
-from peftune.data.tokens.encode import encode_texts, tokenize_document
+from peftune.data.tokens.encode import encode_texts
 from peftune.errors import UserError
 
 MESSAGES = [
@@ -44,7 +44,7 @@ def test_messages_after_the_last_of_the_assistant_are_left_out():
     assert turns_of(MESSAGES[:4], "x") == turns_of(MESSAGES[:3], "x")
 
 
-def test_scored_bytes_and_tokens_are_those_of_the_scored_pieces(tokenizer):
+def test_scored_bytes_and_tokens_are_those_of_the_scored_pieces(tokenize_document, tokenizer):
     turns = turns_of(MESSAGES, "x")
     example = tokenize_document(Document("", turns=turns), tokenizer, " ")
     scored = " Hi.\n\nUser: Farewell."
@@ -58,7 +58,7 @@ def test_pieces_are_the_rendered_conversation(messages):
 
 
 @given(messages=CHATS)
-def test_pieces_tokenise_as_the_whole_does(messages, tokenizer):
+def test_pieces_tokenise_as_the_whole_does(tokenize_document, messages, tokenizer):
     """So a prompt that is rendered and tokenised at inference is what was trained on."""
     example = tokenize_document(Document("", turns=turns_of(messages, "x")), tokenizer, " ")
     [whole] = encode_texts([render_chat(messages, add_generation_prompt=False)], tokenizer)

@@ -67,7 +67,7 @@ def test_pieces_of_any_size_give_the_same_documents(tmp_path_factory, text):
     path.write_text(text)
     with pytest.MonkeyPatch.context() as patch:
         whole = list(split_text(path, "endoftext"))
-        patch.setattr(plain_text, "_PIECE", 5)
+        patch.setattr(plain_text, "_CHUNK", 5)
         assert list(split_text(path, "endoftext")) == whole
         assert plain_text._how_to_split(path)[0] == ("endoftext" if E in text else "blank-line")
     assert [t for _, t in whole] == [part.strip("\n") for part in text.split(E) if part.strip()]
@@ -107,7 +107,7 @@ def test_blank_lines_separate_as_line_by_line(tmp_path_factory, text, piece):
     path = tmp_path_factory.mktemp("lines") / "a.txt"
     path.write_text(text, newline="")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plain_text, "_PIECE", piece)
+        patch.setattr(plain_text, "_CHUNK", piece)
         assert list(split_text(path, "blank-line")) == by_lines(text, 1)
         assert list(split_text(path, "auto")) == by_lines(text, widest_gaps(text))
 

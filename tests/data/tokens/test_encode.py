@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftune.data.documents import Document
-from peftune.data.tokens.encode import encode_texts, tokenize_document, tokenize_documents
+from peftune.data.tokens.encode import encode_texts
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
 E = "<|endoftext|>"
@@ -20,7 +20,7 @@ def scored_text(example, tokenizer):
     return tokenizer.decode(example.ids[example.supervised])
 
 
-def test_a_text_begins_with_unscored_context_and_its_end_is_learnt(tokenizer):
+def test_a_text_begins_with_unscored_context_and_its_end_is_learnt(tokenize_document, tokenizer):
     example = tokenize_document(Document("The cat."), tokenizer, " ")
     assert example.ids[0] == example.ids[-1] == tokenizer.eos_token_id
     assert example.supervised.tolist() == [False] + [True] * (len(example.ids) - 1)
@@ -40,7 +40,9 @@ def test_a_text_begins_with_unscored_context_and_its_end_is_learnt(tokenizer):
         ("", "sat", " ", "sat"),
     ],
 )
-def test_one_space_joins_prompt_and_completion_unless_white_space_is_there(prompt, completion, join, scored, tokenizer):
+def test_one_space_joins_prompt_and_completion_unless_white_space_is_there(
+    tokenize_document, prompt, completion, join, scored, tokenizer
+):
     example = tokenize_document(Document(completion, prompt=prompt), tokenizer, join)
     assert scored_text(example, tokenizer) == scored + E
     assert example.supervised_bytes == len(scored)
@@ -48,7 +50,7 @@ def test_one_space_joins_prompt_and_completion_unless_white_space_is_there(promp
 
 
 @given(prompt=TEXT, completion=TEXT)
-def test_prompt_and_completion_are_tokenised_separately(prompt, completion, tokenizer):
+def test_prompt_and_completion_are_tokenised_separately(tokenize_document, prompt, completion, tokenizer):
     example = tokenize_document(Document(completion, prompt=prompt), tokenizer, "")
     first, second = encode_texts([prompt, completion], tokenizer)
     assert example.ids[1:-1].tolist() == first + second
@@ -57,13 +59,13 @@ def test_prompt_and_completion_are_tokenised_separately(prompt, completion, toke
 
 
 @given(text=TEXT)
-def test_every_text_comes_back_from_its_tokens(text, tokenizer):
+def test_every_text_comes_back_from_its_tokens(tokenize_document, text, tokenizer):
     example = tokenize_document(Document(text), tokenizer, " ")
     assert tokenizer.decode(example.ids[1:-1]) == text
 
 
 @pytest.mark.parametrize("prompt", [None, f"p{E}"])
-def test_a_special_token_written_in_a_text_stays_text(prompt, tokenizer):
+def test_a_special_token_written_in_a_text_stays_text(tokenize_document, prompt, tokenizer):
     example = tokenize_document(Document(f"a{E}b", prompt=prompt), tokenizer, " ")
     assert (example.ids == tokenizer.eos_token_id).sum() == 2
     assert f"a{E}b" in tokenizer.decode(example.ids[1:-1])
@@ -83,7 +85,7 @@ def test_a_token_added_later_is_known(tokenizer):
     assert encode_texts(["a<x>"], own) == [[before[0][0], len(own) - 1]]
 
 
-def test_a_text_longer_than_the_model_is_neither_cut_nor_warned_about(tokenizer, caplog):
+def test_a_text_longer_than_the_model_is_neither_cut_nor_warned_about(tokenize_document, tokenizer, caplog):
     tokenizer("a", truncation=True, max_length=4)  # leaves truncation switched on in the engine
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -91,7 +93,7 @@ def test_a_text_longer_than_the_model_is_neither_cut_nor_warned_about(tokenizer,
     assert len(example.ids) > 5000 and not caplog.records
 
 
-def test_many_at_once_equal_one_by_one(tokenizer):
+def test_many_at_once_equal_one_by_one(tokenize_document, tokenize_documents, tokenizer):
     documents = [Document("a"), Document("b c", prompt="p"), Document("", turns=(("User: u", False), (" a", True)))]
     for one, many in zip(
         [tokenize_document(d, tokenizer, " ") for d in documents],

@@ -13,11 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftune.config.recipe import Source
+from peftune.data.documents import split_by_digest
 from peftune.data.sources.read import read_documents
-from peftune.data.split import split_by_digest
 from peftune.data.tokens import pipeline
 from peftune.data.tokens import store as store_module
-from peftune.data.tokens.encode import tokenize_document
 from peftune.data.tokens.store import TokenStore, open_store, prepare
 from peftune.errors import UserError
 
@@ -45,7 +44,9 @@ def equal(one: TokenStore, other: TokenStore) -> bool:
     )
 
 
-def test_the_store_holds_exactly_what_the_tokenizer_gives(rows, pairs, tokenizer, tmp_path, monkeypatch):
+def test_the_store_holds_exactly_what_the_tokenizer_gives(
+    tokenize_document, rows, pairs, tokenizer, tmp_path, monkeypatch
+):
     monkeypatch.setattr(pipeline, "_BATCH_DOCUMENTS", 7)  # bits of a batch do not end on a byte
     store = prepare([rows, pairs], tokenizer, "t", " ", "auto", tmp_path)
     documents = [*read_documents(rows, "auto"), *read_documents(pairs, "auto")]
@@ -82,7 +83,7 @@ def test_a_second_call_maps_what_the_first_wrote(rows, tokenizer, tmp_path, monk
 
 
 def test_progress_is_shown_on_a_slow_terminal_only(rows, tokenizer, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("peftune.data.progress._PATIENCE", 0.0)
+    monkeypatch.setattr("peftune.console._PROGRESS_DELAY", 0.0)
     prepare([rows], tokenizer, "a", " ", "auto", tmp_path)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)

@@ -14,9 +14,16 @@ from tokenizers import Tokenizer
 
 from peftune.config.recipe import Source
 from peftune.data.tokens import pipeline
-from peftune.data.tokens.backends import TokenizerBackends, backends_of
 from peftune.data.tokens.store import prepare
-from peftune.data.tokens.tiktoken_encoder import _EDGES, _SEAM, FastEncoder, agrees, fast_encoder
+from peftune.data.tokens.tiktoken_encoder import (
+    _EDGES,
+    _SEAM,
+    FastEncoder,
+    TokenizerBackends,
+    agrees,
+    backends_of,
+    fast_encoder,
+)
 
 ANY = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 WORDS = st.lists(st.sampled_from([*" \n\t'", "the", "cat", "sat", "'s", "'ll", "12", "é", "漢", "!", "\u00a0"])).map(

@@ -1,0 +1,99 @@
+"""`peftune data`: the summary of a corpus as tables, a histogram and a preview, and as JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from peftune.files import check_writable, write_json
+
+if TYPE_CHECKING:
+    from peftune.config.recipe import Source
+    from peftune.model.base import Base
+
+_BAR_WIDTH = 40  # characters
+_TEXT_LIMIT = 700  # characters shown of one part of the preview
+_SPAN_LIMIT = 6  # documents shown of the preview
+
+
+def run(
+    sources: list[Source], base: Base, block_size: int | None, split_on: str = "auto", json_path: Path | None = None
+) -> None:
+    """Print the summary on stdout and, if asked for, write it as JSON; blocks are as long as the context by default."""
+    from peftune.data.summary import summarize
+
+    if json_path is not None:
+        check_writable(json_path)
+    block_size = block_size or base.config.n_positions
+    summary = summarize(sources, base.tokenizer, base.tokenizer_fingerprint, block_size, split_on=split_on)
+    if json_path is not None:
+        write_json(json_path, summary)
+    render(summary, Console())
+
+
+def render(summary: dict[str, Any], console: Console) -> None:
+    """Print a summary; what is scored is in colour, or between ⟦ and ⟧ where there is none."""
+    _render_numbers(summary, console)
+    _render_histogram(summary, console)
+    for finding in summary["findings"]:
+        what, count, first = finding["what"], finding["documents"], finding["first"]
+        console.print(f"! {what}: {count:,} documents, first {first}", style="yellow", markup=False, highlight=False)
+        console.print(f"  {finding['advice']}", markup=False, highlight=False)
+    _render_preview(summary["preview"], console)
+
+
+def _render_numbers(summary: dict[str, Any], console: Console) -> None:
+    lengths = summary["lengths"]
+    share = summary["supervised_tokens"] / summary["tokens"]
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in (
+        ("documents", f"{summary['documents']:,}"),
+        ("  blank, left out", f"{summary['blank']:,}"),
+        ("  repeats of another", f"{summary['duplicates']:,}"),
+        ("tokens", f"{summary['tokens']:,}"),
+        ("  scored", f"{summary['supervised_tokens']:,} ({share:.1%})"),
+        ("scored text", f"{summary['bytes']:,} bytes"),
+        ("tokens per document", "{min:,.0f} … {median:,.0f} (median) … {max:,.0f}".format(**lengths)),
+        (f"blocks of {summary['block_size']:,}", f"{summary['blocks']:,}, {summary['fill']:.1%} full"),
+        ("longer than a block", f"{summary['longer_than_block']:,}"),
+    ):
+        table.add_row(name, value)
+    console.print(table, highlight=False)
+
+
+def _render_histogram(summary: dict[str, Any], console: Console) -> None:
+    most = max(bin["documents"] for bin in summary["histogram"])
+    console.print("\ndocuments by length in tokens")
+    for bin in summary["histogram"]:
+        bar = "█" * -(-bin["documents"] * _BAR_WIDTH // most)
+        console.print(f"{bin['from']:>9,} … {bin['below'] - 1:<9,} {bar} {bin['documents']:,}", highlight=False)
+    console.print()
+
+
+def _render_preview(preview: dict[str, Any], console: Console) -> None:
+    coloured = console.color_system is not None
+    console.print(f"block {preview['block']}: scored text {'is green' if coloured else 'stands between ⟦ and ⟧'}")
+    for span in preview["spans"][:_SPAN_LIMIT]:
+        begins = "" if span["first_token"] == 0 else f", continued from token {span['first_token']:,}"
+        console.rule(f"document {span['document']:,}{begins}, {span['tokens']:,} tokens", align="left")
+        text = Text()
+        for part in span["pieces"]:
+            words = _legible(part["text"])
+            marked = f"⟦{words}⟧" if part["supervised"] and not coloured else words
+            text.append(marked, style="green" if part["supervised"] else "dim")
+        console.print(text, soft_wrap=True)
+    if len(preview["spans"]) > _SPAN_LIMIT:
+        console.rule(f"and {len(preview['spans']) - _SPAN_LIMIT} more documents", align="left")
+
+
+def _legible(text: str) -> str:
+    """Control characters as pictures, and only the two ends of a long text."""
+    if len(text) > _TEXT_LIMIT:
+        left_out = len(text) - _TEXT_LIMIT
+        text = f"{text[: _TEXT_LIMIT // 2]} [… {left_out:,} characters …] {text[-_TEXT_LIMIT // 2 :]}"
+    visible = "".join(chr(0x2400 + ord(c)) if c < " " and c not in "\n\t" else c for c in text)
+    return visible.replace("\x7f", "␡")

@@ -1,0 +1,69 @@
+"""`peftune data`: what is printed, a preview that can be read without colour, and the JSON file."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from peftune.cli.data import render, run
+from peftune.cli.options import source_of
+from peftune.config.recipe import Source
+from peftune.data.summary import summarize
+from peftune.errors import UserError
+from peftune.model.base import open_base
+
+ROWS = [{"prompt": f"Name {i}", "completion": "It is good."} for i in range(8)] + [
+    {"prompt": "Name 0", "completion": "It is good."},
+    {"prompt": "Name", "completion": ""},
+]
+
+
+@pytest.fixture
+def source(tmp_path) -> Source:
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    return Source(path=str(tmp_path / "rows.jsonl"))
+
+
+@pytest.fixture
+def tokenizer():
+    return open_base("builtin:small").tokenizer
+
+
+def shown(report: dict, **options: object) -> str:
+    console = Console(file=io.StringIO(), width=100, **options)
+    render(report, console)
+    return console.file.getvalue()
+
+
+def test_the_preview_marks_what_is_scored_without_colour(source, tokenizer):
+    text = shown(summarize([source], tokenizer, "t", 64))
+    assert "⟦ It is good.<|endoftext|>⟧" in text and "<|endoftext|>Name 0⟦" in text
+
+
+def test_the_preview_uses_colour_where_there_is_some(source, tokenizer):
+    text = shown(summarize([source], tokenizer, "t", 64), force_terminal=True, color_system="standard")
+    assert "\x1b[32m It is good." in text and "⟦" not in text
+
+
+def test_control_characters_do_not_reach_the_terminal(tmp_path, tokenizer):
+    path = tmp_path / "a.txt"
+    path.write_text("a\x1b[31mred\x07 [bold]b[/bold]")
+    text = shown(summarize([Source(path=str(path))], tokenizer, "t", 64))
+    assert "\x1b" not in text and "\x07" not in text and "␛[31mred␇ [bold]b[/bold]" in text
+
+
+def test_run_prints_and_writes_json(source, tmp_path, capsys):
+    run([source], open_base("builtin:small"), 64, json_path=tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text())["documents"] == 9
+    assert "documents" in capsys.readouterr().out
+    with pytest.raises(UserError, match="cannot be written"):
+        run([source], open_base("builtin:small"), 64, json_path=tmp_path / "no" / "r.json")
+
+
+def test_columns_from_the_command_line_are_checked():
+    assert source_of("a.csv", {"prompt": "q", "completion": "a"}).prompt == "q"
+    with pytest.raises(UserError, match=r"a\.csv: prompt and completion go together"):
+        source_of("a.csv", {"prompt": "q"})
