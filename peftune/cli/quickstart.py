@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,18 +14,19 @@ import numpy as np
 from rich.console import Console as RichConsole
 from rich.text import Text
 
-from peftune.adapters.directory import load_onto
 from peftune.adapters.merge.merge import merge
+from peftune.cli.evaluate import matrix_table
 from peftune.config.recipe import Recipe, Source, recipe_from
-from peftune.console import Console, matrix_table
+from peftune.console import Console
 from peftune.data.batches import Blocks
 from peftune.data.split import split_by_digest
 from peftune.data.tokens.store import TokenStore
 from peftune.errors import Interrupted, UserError
 from peftune.evaluate import as_json, matrix, read_domains
-from peftune.inference.generate import GenerationSettings, generate
+from peftune.files import write_json
+from peftune.inference.bank import AdapterBank
+from peftune.inference.settings import GenerationSettings
 from peftune.model.base import Base, open_base
-from peftune.model.load import load_model
 from peftune.training.metrics import read_metrics
 from peftune.training.run import train
 
@@ -45,7 +45,7 @@ class Lesson:
     prompt: str
 
 
-def run(out: Path, files: list[Path]) -> None:
+def quickstart(out: Path, files: list[Path]) -> None:
     """Train, measure, merge and show one adapter each for `docs`, `unicode` and every file given.
 
     Raises UserError where `out` holds something else, or a file cannot be read.
@@ -62,13 +62,13 @@ def run(out: Path, files: list[Path]) -> None:
         domains = _heldout(base, files)
         for name, blocks in domains.items():
             display.say(f"  {name}: {len(blocks.documents)} held-out documents, {blocks.tokens():,} tokens")
-    _make_room(out)
+    _empty_directory(out)
     for lesson in lessons:
         with _stage(display, seconds, f"train {lesson.name}", f"an adapter for {lesson.name}"):
             _train(lesson)
     adapters = {lesson.name: Path(lesson.recipe.run.out) for lesson in lessons}
     with _stage(display, seconds, "eval", "base and adapters on documents that none of them saw"):
-        rows = matrix(base, adapters, domains, display)
+        rows = matrix(base, adapters, domains)
         console.print(matrix_table(rows))
     merged = out / "merged-docs"
     with _stage(display, seconds, "merge", f"adapter docs into an ordinary checkpoint, {merged}"):
@@ -80,7 +80,7 @@ def run(out: Path, files: list[Path]) -> None:
             soft_wrap=True,
         )
     with _stage(display, seconds, "generate", "the same prompt and seed, base and adapter"):
-        samples = [_sample(base, lesson, adapters[lesson.name]) for lesson in lessons]
+        samples = _samples(base, lessons, adapters)
         for sample in samples:
             _show_sample(console, sample)
     facts = as_json(domains, rows) | {"merge": asdict(report), "seconds": seconds, "samples": samples, "base": BASE}
@@ -106,7 +106,7 @@ def _refuse_foreign(out: Path) -> None:
         raise UserError(f"--out {out}: exists and was not made by quickstart; choose another directory")
 
 
-def _make_room(out: Path) -> None:
+def _empty_directory(out: Path) -> None:
     """Start from an empty `out`; only what an earlier quickstart left there is removed."""
     try:
         shutil.rmtree(out, ignore_errors=True)
@@ -169,16 +169,16 @@ def _some(blocks: Blocks) -> Blocks:
     return Blocks.of(store, np.sort(order[:enough]), blocks.packing.block_size)
 
 
-def _sample(base: Base, lesson: Lesson, adapter: Path) -> dict[str, str]:
-    tokenizer = base.tokenizer
+def _samples(base: Base, lessons: list[Lesson], adapters: dict[str, Path]) -> list[dict[str, str]]:
+    """What base and adapter make of each lesson's prompt, with one seed."""
     settings = GenerationSettings(max_new_tokens=90, temperature=0.8, repetition_penalty=1.1, seed=1)
-    texts = {}
-    for name in ("base", lesson.name):
-        model: Any = load_model(base)
-        if name != "base":
-            model = load_onto(model, adapter)
-        texts[name] = generate(model, tokenizer, [lesson.prompt], settings)[0].text
-    return {"adapter": lesson.name, "prompt": lesson.prompt, "base": texts["base"], "text": texts[lesson.name]}
+    bank, samples = AdapterBank(base), []
+    for lesson in lessons:
+        name = f"adapter {lesson.name}"  # a file may be called auto.txt
+        bank.add(name, adapters[lesson.name])
+        before, after = bank.generate([lesson.prompt] * 2, settings, [None, name])
+        samples.append({"adapter": lesson.name, "prompt": lesson.prompt, "base": before.text, "text": after.text})
+    return samples
 
 
 def _show_sample(console: RichConsole, sample: dict[str, str]) -> None:
@@ -198,7 +198,7 @@ def _finish(
     facts["files"] = {"picture": str(out / "quickstart.png"), "merged": str(out / "merged-docs")} | {
         f"adapter {name}": str(path) for name, path in adapters.items()
     }
-    (out / "quickstart.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(out / "quickstart.json", facts)
     size = sum(path.stat().st_size for path in adapters["docs"].glob("*.safetensors")) / 1e6
     console.print(
         f"""

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from peftune.inference.generate import Generation
+from peftune.inference.request import Generation
 
 _PROMPT, _CONTINUATION, _HEADER = "dim", "bold", "cyan"
 # A model may write what a terminal would obey (ESC, BEL, the C1 set): show U+FFFD instead.
@@ -38,7 +38,7 @@ class TextPrinter:
         self._write(text, _PROMPT)
 
     def continuation(self, text: str) -> None:
-        """The text that the model wrote, or a piece of it."""
+        """The text that the model wrote, or a part of it."""
         self._write(text, _CONTINUATION)
 
     def end(self) -> None:

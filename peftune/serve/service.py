@@ -52,7 +52,7 @@ class Service:
     @property
     def base(self) -> str:
         """The base's name as a model."""
-        return self.bank.base
+        return self.bank.base.name
 
     def label(self, model: str | None) -> str:
         """A model as a label of metrics: one that is there now, or nothing."""

@@ -9,7 +9,6 @@ from fastapi import Request, Response
 
 from peftune.data.sources.chat_template import STOPS, render_chat
 from peftune.errors import UserError
-from peftune.inference.conversation import speaks
 from peftune.inference.request import Request as EngineRequest
 from peftune.serve.openai import schema
 from peftune.serve.openai.body import read_json
@@ -54,12 +53,12 @@ async def chat(http: Request) -> Response:
 def _speakers(service: Service, model: str) -> list[str]:
     """The adapters that may answer; ApiError 404 for an unknown model, 400 where it was not trained on chat."""
     if model == AUTO:
-        found = [name for name in service.bank.names if speaks(service.bank, name)]
+        found = [name for name in service.bank.names if service.bank.get(name).is_chat]
         if not found:
             raise ApiError(400, "no adapter here was trained on chat; use /v1/completions", "model")
         return found
     name = service.named(model)
-    if name is None or not speaks(service.bank, name):
+    if name is None or not service.bank.get(name).is_chat:
         raise ApiError(400, f"{model} was not trained on chat (messages); use /v1/completions", "model")
     return [name]
 

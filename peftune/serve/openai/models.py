@@ -12,7 +12,6 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from peftune.errors import UserError
-from peftune.inference.conversation import speaks
 from peftune.serve.openai import schema
 from peftune.serve.openai.body import read_json
 from peftune.serve.openai.errors import ApiError
@@ -51,7 +50,7 @@ async def load_adapter(http: Request) -> Response:
             told = (
                 str(error)
                 .replace(str(directory), body.lora_path)
-                .replace(str(service.bank.opened.directory), service.base)
+                .replace(str(service.bank.base.directory), service.base)
             )
             raise ApiError(400, told, "lora_path") from None
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
@@ -118,5 +117,5 @@ def _card(service: Service, name: str | None) -> dict[str, Any]:
     if name is None:
         return card | {"root": service.base, "parent": None, "max_model_len": bank.config.n_positions, "chat": False}
     loaded = bank.get(name)
-    more = {"max_model_len": bank.config.n_positions, "chat": speaks(bank, name), "rank": loaded.rank}
+    more = {"max_model_len": bank.config.n_positions, "chat": loaded.is_chat, "rank": loaded.rank}
     return card | {"root": loaded.directory.name, "parent": service.base} | more
