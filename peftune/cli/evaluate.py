@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,7 +15,7 @@ from peftune.config.recipe import Source
 from peftune.console import change
 from peftune.evaluate import evaluate
 from peftune.files import check_writable, write_json
-from peftune.inference import routing_accuracy
+from peftune.inference.routing_accuracy import measure_routing
 
 Data = Mapping[str, Sequence[Source]]
 Matrix = Mapping[str, Mapping[str, Mapping[str, float]]]
@@ -33,11 +34,7 @@ def print_matrix(
     if json_path is not None:
         check_writable(json_path)
     found = evaluate(base or recorded_base(adapters), data, adapters, batch, precision, block_size)
-    console = Console(highlight=False)
-    for key in ("perplexity", "bits_per_byte"):
-        console.print(matrix_table(found["rows"], key))
-    if json_path is not None:
-        write_json(json_path, found)
+    _report(found, [matrix_table(found["rows"], key) for key in ("perplexity", "bits_per_byte")], json_path)
 
 
 def print_routing(
@@ -53,10 +50,8 @@ def print_routing(
     if json_path is not None:
         check_writable(json_path)
     used = base or recorded_base(adapters, next(iter(adapters), None))
-    results = routing_accuracy.measure_routing(used, data, adapters, prompt_tokens, max_prompts, threshold)
-    Console(highlight=False).print(routing_table(results, [*adapters, "base"]))
-    if json_path is not None:
-        write_json(json_path, routing_accuracy.as_json(results, prompt_tokens, threshold))
+    found = measure_routing(used, data, adapters, prompt_tokens, max_prompts, threshold)
+    _report(found, [routing_table(found["routing"], [*adapters, "base"])], json_path)
 
 
 def matrix_table(rows: Matrix, key: str = "perplexity") -> Table:
@@ -74,13 +69,21 @@ def matrix_table(rows: Matrix, key: str = "perplexity") -> Table:
     return table
 
 
-def routing_table(results: Sequence[routing_accuracy.RoutedDomain], names: Sequence[str]) -> Table:
+def routing_table(domains: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Table:
     """Domains by where their prompts went, the right ones green."""
     table = _table("Where prompts are sent", "prompts of", [*names, "right"])
-    for one in results:
-        cells = [f"[green]{one.to.get(n, 0)}[/]" if n == one.domain else str(one.to.get(n, 0)) for n in names]
-        table.add_row(one.domain, *cells, f"{one.accuracy:.1%}")
+    for domain, facts in domains.items():
+        cells = [Text(str(facts["to"].get(name, 0)), "green" if name == domain else "") for name in names]
+        table.add_row(domain, *cells, f"{facts['accuracy']:.1%}")
     return table
+
+
+def _report(found: dict[str, Any], tables: Sequence[Table], json_path: Path | None) -> None:
+    console = Console(highlight=False)
+    for table in tables:
+        console.print(table)
+    if json_path is not None:
+        write_json(json_path, found)
 
 
 def _table(title: str, first: str, others: Sequence[str]) -> Table:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from peftune.adapters.directory import base_of
 from peftune.cli.prompts import gather
-from peftune.cli.text_output import TextPrinter, as_json
+from peftune.cli.text_output import TextPrinter
 from peftune.console import Console
 from peftune.errors import UserError
 from peftune.files import check_writable, write_json
@@ -55,7 +55,8 @@ def generate_texts(
             generations = _several(generator, texts, printer)
         if json_path is not None:
             used = dataclasses.asdict(settings) | {"temperature": settings.sampling_temperature, "precision": precision}
-            write_json(json_path, as_json({"base": found.name, "adapter": name, "settings": used}, generations))
+            facts = {"base": found.name, "adapter": name, "settings": used}
+            write_json(json_path, facts | {"generations": list(map(vars, generations))})
 
 
 def choose_adapter(adapters: Mapping[str, Path], use: str | None) -> str | None:

@@ -57,8 +57,7 @@ def quickstart(out: Path, files: list[Path]) -> None:
     with _stage(
         display, seconds, "data", "three domains that every Python carries" + (" and your own" if files else "")
     ):
-        _refuse_equal_names(files)
-        lessons = [_builtin_lesson(name, out) for name in PROMPTS] + [_own_lesson(path, out) for path in files]
+        lessons = _lessons(files, out)
         domains = _heldout(base, files)
         for name, blocks in domains.items():
             display.say(f"  {name}: {len(blocks.documents)} held-out documents, {blocks.tokens():,} tokens")
@@ -94,13 +93,6 @@ def _train(lesson: Lesson) -> None:
         raise Interrupted(f"stopped while training adapter {lesson.name}; quickstart begins anew next time") from error
 
 
-def _refuse_equal_names(files: list[Path]) -> None:
-    stems = [path.stem for path in files]
-    twice = {stem for stem in stems if stems.count(stem) > 1}
-    if twice:
-        raise UserError(f"two files are called {sorted(twice)[0]}; an adapter is named after its file, rename one")
-
-
 def _refuse_foreign(out: Path) -> None:
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / ".quickstart").is_file())):
         raise UserError(f"--out {out}: exists and was not made by quickstart; choose another directory")
@@ -124,16 +116,17 @@ def _stage(display: Console, seconds: dict[str, float], verb: str, what: str) ->
     seconds[verb] = round(time.monotonic() - started, 1)
 
 
-def _builtin_lesson(name: str, out: Path) -> Lesson:
-    return _lesson(name, f"builtin:{name}/train", 0.03, PROMPTS[name], out)
-
-
-def _own_lesson(path: Path, out: Path) -> Lesson:
-    if path.stem in (*PROMPTS, "base", "code"):
-        raise UserError(f"{path}: the name {path.stem} is taken by a built-in domain; rename the file")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a text file of your own")
-    return _lesson(path.stem, str(path), OWN_HELDOUT, "", out)
+def _lessons(files: list[Path], out: Path) -> list[Lesson]:
+    lessons = [_lesson(name, f"builtin:{name}/train", 0.03, prompt, out) for name, prompt in PROMPTS.items()]
+    for path in files:
+        if path.stem in (*PROMPTS, "base", "code"):
+            raise UserError(f"{path}: the name {path.stem} is taken by a built-in domain; rename the file")
+        if path.stem in [lesson.name for lesson in lessons]:
+            raise UserError(f"two files are called {path.stem}; an adapter is named after its file, rename one")
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; expected a text file of your own")
+        lessons.append(_lesson(path.stem, str(path), OWN_HELDOUT, "", out))
+    return lessons
 
 
 def _lesson(name: str, source: str, validation: float, prompt: str, out: Path) -> Lesson:

@@ -40,14 +40,13 @@ AdapterNames = str | Sequence[str | None] | None
 
 @dataclass(frozen=True, eq=False)
 class LoadedAdapter:
-    """An adapter in a bank. `rank` is its largest; `own_weights` where it is more than low-rank (DoRA, PiSSA, …)."""
+    """An adapter in a bank; `rank` is its largest. More than low-rank (DoRA, PiSSA, …) has its own weights."""
 
     name: str
     directory: Path
     provenance: dict[str, Any] | None
     rank: int
     variant: ModelVariant
-    own_weights: bool
 
     @property
     def is_chat(self) -> bool:
@@ -209,9 +208,7 @@ class AdapterBank:
         if lora is None:
             merged = MergedTensors(self._weights, layout)
             model = build(self.spec, merged.tensor, merged.tied, model, merged.changed())
-        return LoadedAdapter(
-            name, adapter.directory, adapter.provenance, rank, ModelVariant(model, lora), own_weights=lora is None
-        )
+        return LoadedAdapter(name, adapter.directory, adapter.provenance, rank, ModelVariant(model, lora))
 
 
 def _listener(index: int, outputs: list[RequestOutput], on_text: OnText | None) -> OnOutput:

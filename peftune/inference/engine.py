@@ -8,6 +8,7 @@ whatever their adapters. Row i of the batch is slot i of the cache; when a text 
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections import deque
@@ -23,7 +24,7 @@ from peftune.inference.fair_queue import FairQueue
 from peftune.inference.models import ModelProvider
 from peftune.inference.request import OnOutput, Request, RequestHandle, slide
 from peftune.inference.routing import THRESHOLD, Route, route
-from peftune.inference.sequence import RunningSequence, sample, seed_of
+from peftune.inference.sequence import RunningSequence, sample
 from peftune.model.decode.batch import DecodeBatch
 
 _PREFILL_TOKENS = 512  # of prompts in a step, so that texts being generated wait little
@@ -83,8 +84,8 @@ class Engine:
         """
         variant = self._models.variant(request.adapter)
         self._check(request)
-        ids = list(request.ids)
-        handle = RequestHandle(request, on_output, seed_of(request.settings.seed))
+        ids, seed = list(request.ids), request.settings.seed
+        handle = RequestHandle(request, on_output, secrets.randbelow(2**32) if seed is None else seed)
         output = Detokenizer(self._models.tokenizer, request.settings)
         row = RunningSequence(handle, variant, output, slide(ids, self._positions) if request.slide else ids)
         with self._changed:

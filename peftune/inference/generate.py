@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -136,10 +136,10 @@ def _search(
         return_dict_in_generate=True,
     )
     ids = torch.tensor([window], device=model.device)
-    found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)  # type: ignore[misc]
+    found: Any = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)  # type: ignore[misc]
     if not all(bool(torch.isfinite(logits).all()) for logits in found.logits):
         raise CheckFailed(f"the model's logits are not finite in {model.dtype}; try fp32")
-    return found.sequences[0, len(window) :].tolist()  # type: ignore[no-any-return]
+    return list(map(int, found.sequences[0, len(window) :]))
 
 
 def _load(base: Base, adapter: Path | str | None, dtype: torch.dtype) -> Model:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +18,6 @@ from peftune.inference.routing import THRESHOLD, route
 from peftune.model.base import Base
 
 
-@dataclass(frozen=True)
-class RoutedDomain:
-    """Where the prompts of one domain went; `right` of them to the adapter of the domain's own name."""
-
-    domain: str
-    to: Mapping[str, int]
-
-    @property
-    def prompts(self) -> int:
-        """How many there were."""
-        return sum(self.to.values())
-
-    @property
-    def right(self) -> int:
-        """How many went where they belong."""
-        return self.to.get(self.domain, 0)
-
-    @property
-    def accuracy(self) -> float:
-        """The share of those that went where they belong."""
-        return self.right / self.prompts
-
-
 def measure_routing(
     base: str | Base,
     data: Mapping[str, Sequence[Source]],
@@ -49,10 +25,12 @@ def measure_routing(
     prompt_tokens: int = 32,
     max_prompts: int = 500,
     threshold: float = THRESHOLD,
-) -> list[RoutedDomain]:
+) -> dict[str, Any]:
     """Where the prompts of each domain are sent: `prompt_tokens` of at most `max_prompts` documents each.
 
-    A domain has the name of its adapter (or `base`). Raises UserError where one has not, or has no prompt.
+    Returned as it is written as JSON: for each domain how many prompts there were, `to` whom they
+    were sent, and how many of them were `right`: sent to the adapter of the domain's own name (or `base`).
+    Raises UserError where a domain has no such adapter, or no prompt.
     """
     strangers = [name for name in data if name not in adapters and name != "base"]
     if len(adapters) < 2 or not data or strangers:
@@ -69,7 +47,7 @@ def measure_routing(
         prompts[domain] = prompts_of(store, prompt_tokens, max_prompts)
         if not prompts[domain]:
             raise UserError(f"routing: no document of {domain} has a token to judge it by")
-    results = []
+    domains: dict[str, dict[str, Any]] = {}
     with Console().progress as progress:
         task = progress.add_task("routing", total=sum(map(len, prompts.values())), note="")
         for domain, group in prompts.items():
@@ -77,8 +55,11 @@ def measure_routing(
             for ids in group:
                 to[route(bank, ids, threshold=threshold).name or "base"] += 1
                 progress.advance(task)
-            results.append(RoutedDomain(domain, dict(to)))
-    return results
+            facts = {"prompts": len(group), "right": to[domain], "accuracy": to[domain] / len(group)}
+            domains[domain] = {**facts, "to": dict(to)}
+    right, total = (sum(facts[key] for facts in domains.values()) for key in ("right", "prompts"))
+    settings = {"prompt_tokens": prompt_tokens, "threshold": threshold}
+    return {"routing": domains, "accuracy": right / total, **settings}
 
 
 def prompts_of(store: TokenStore, tokens: int, at_most: int) -> list[list[int]]:
@@ -94,14 +75,3 @@ def prompts_of(store: TokenStore, tokens: int, at_most: int) -> list[list[int]]:
         if given > 1:
             found.append(ids[:given].tolist())
     return found
-
-
-def as_json(results: Sequence[RoutedDomain], prompt_tokens: int, threshold: float) -> dict[str, Any]:
-    """What is written as JSON: each domain's counts, the accuracy over all prompts, and the settings."""
-    right, prompts = sum(one.right for one in results), sum(one.prompts for one in results)
-    domains = {
-        one.domain: {"prompts": one.prompts, "right": one.right, "accuracy": one.accuracy, "to": one.to}
-        for one in results
-    }
-    settings = {"prompt_tokens": prompt_tokens, "threshold": threshold}
-    return {"routing": domains, "accuracy": right / prompts, **settings}

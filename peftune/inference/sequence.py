@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -99,11 +98,6 @@ class RunningSequence:
         """End the request without another token."""
         self.finish_reason = reason
         self.handle.on_output(RequestOutput(prompt=prompt, finish_reason=reason, error=error))
-
-
-def seed_of(seed: int | None) -> int:
-    """A request's seed: the one asked for, or a new one."""
-    return secrets.randbelow(2**32) if seed is None else seed
 
 
 def logprob(nats_V: torch.Tensor, token: int, count: int) -> TokenLogprob:

@@ -77,8 +77,9 @@ def test_prompts_of_the_three_built_in_domains_find_their_adapter(
     adapters = {name: made[0] / "adapters" / name for name in ("docs", "unicode")}
     domains = {"base": "code", "docs": "docs", "unicode": "unicode"}
     data = {name: [Source(path=f"builtin:{domain}/heldout")] for name, domain in domains.items()}
-    for one in measure_routing("builtin:small", data, adapters, prompt_tokens=16, max_prompts=60):
-        assert one.right > 0.95 * one.prompts, one
+    found = measure_routing("builtin:small", data, adapters, prompt_tokens=16, max_prompts=60)
+    for domain, facts in found["routing"].items():
+        assert facts["right"] > 0.95 * facts["prompts"], (domain, facts)
 
 
 def test_another_directory_is_never_overwritten(tmp_path: Path) -> None:

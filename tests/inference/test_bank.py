@@ -85,7 +85,7 @@ def test_the_base_is_the_same_to_the_bit_after_adapters_came_and_went(
 
 @pytest.mark.parametrize("kind", ["attention", "dora", "head"])
 def test_only_what_is_no_low_rank_update_of_the_blocks_gets_weights_of_its_own(bank: AdapterBank, kind: str) -> None:
-    assert bank.get(kind).own_weights == (kind != "attention")
+    assert (bank.get(kind).variant.lora is None) == (kind != "attention")
 
 
 def test_weights_that_an_adapter_does_not_change_are_shared(bank: AdapterBank) -> None:

@@ -288,7 +288,7 @@ def test_a_tokenizer_of_another_model_is_refused(
 
 
 def test_beams_beyond_the_window_are_refused(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UserError, match="prompt 2: .* no sliding window"):
+    with pytest.raises(UserError, match=r"prompt 2: .* no sliding window"):
         settings = GenerationSettings(max_new_tokens=60, beams=2)
         generate_with_transformers(model, tokenizer, ["", "the cat sat on the mat"], settings)
 

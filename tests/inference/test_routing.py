@@ -65,9 +65,10 @@ def test_every_prompt_is_counted_where_it_was_sent(
     results = measure_routing(str(base_directory), data, own, prompt_tokens=4, max_prompts=100)
     print_routing(str(base_directory), own, data, 4, 100, 0.0, report)
     sent = [route(bank, bank.encode(line)[:5], list(own)).name or "base" for line in lines]
-    assert results[0].to == Counter(sent)
-    assert results[1].to == Counter(sent[:2])
+    assert results["routing"]["wide"]["to"] == Counter(sent)
+    assert results["routing"]["base"]["to"] == Counter(sent[:2])
     written = json.loads(report.read_text())
+    assert written == results | {"prompt_tokens": 4, "threshold": 0.0}
     assert written["accuracy"] == (sent.count("wide") + sent[:2].count("base")) / 7
     assert "prompts of" in capsys.readouterr().out
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 WPE = "transformer.wpe.weight"
 MODULES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 _TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # three spellings of one function
-Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -51,24 +50,23 @@ def build(
     def stored(name: str) -> torch.Tensor:
         return tensor(name).to(spec.device, spec.dtype)
 
-    def reuse(old: Part | None, new: Callable[[], Part], *names: str) -> Part:
-        return old if old is not None and not any(name in changed for name in names) else new()
+    def reuse(attribute: str, make: Callable[[], Any], *names: str) -> Any:
+        unchanged = shared is not None and not any(name in changed for name in names)
+        return getattr(shared, attribute) if unchanged else make()
 
     def block(number: int) -> DecodeBlock:
-        old = shared.blocks[number] if shared is not None else None
-        return reuse(old, lambda: _block(spec, tensor, number), *_names(number))
+        if shared is not None and not any(name in changed for name in _names(number)):
+            return shared.blocks[number]
+        return _block(spec, tensor, number)
 
-    wte = reuse(shared.wte if shared is not None else None, lambda: stored(WTE), WTE)
+    wte = reuse("wte", lambda: stored(WTE), WTE)
+    head = WTE if tied else HEAD
     return DecodeGPT2(
         wte=wte,
-        wpe=reuse(shared.wpe if shared is not None else None, lambda: stored(WPE), WPE),
+        wpe=reuse("wpe", lambda: stored(WPE), WPE),
         blocks=tuple(block(number) for number in range(spec.config.n_layer)),
         ln_f=_norm(spec, tensor, "transformer.ln_f"),
-        head=reuse(
-            shared.head if shared is not None else None,
-            lambda: PackedLinear(wte if tied else stored(HEAD), None),
-            WTE if tied else HEAD,
-        ),
+        head=reuse("head", lambda: PackedLinear(wte if tied else stored(HEAD), None), head),
         heads=spec.config.n_head,
         scales=_scales(spec.config),
         activation=_activation(spec.config.activation_function),

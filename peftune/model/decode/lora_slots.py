@@ -85,8 +85,8 @@ class AdapterSlots:
         """A (R, r, in) and B (R, r, out) of the rows, as wide as they are in memory."""
         first = adapters[0]
         if all(adapter is first for adapter in adapters):  # the short way: views of one A and B
-            factors = first.factors if first is not None else {}
-            return {path: (_repeated(a, len(slots)), _repeated(b, len(slots))) for path, (a, b) in factors.items()}
+            rows, factors = len(slots), first.factors if first is not None else {}
+            return {path: (a.expand(rows, -1, -1), b.expand(rows, -1, -1)) for path, (a, b) in factors.items()}
         present = [adapter for adapter in adapters if adapter is not None]
         self._allocate(present)
         for slot, adapter in zip(slots, adapters, strict=True):
@@ -139,11 +139,7 @@ def _one_token_rank(rank: int, width: int) -> int:
 
 
 def _padded(matrix: torch.Tensor, rank: int) -> torch.Tensor:
-    """(r, n) in float32 with zeros up to `rank`."""
+    """(r, n) in float32 with zeros up to `rank`; contiguous, because the layout decides the last bits of a product."""
     padded = matrix.new_zeros(rank, matrix.shape[1], dtype=torch.float32)
     padded[: len(matrix)] = matrix
     return padded
-
-
-def _repeated(matrix: torch.Tensor, rows: int) -> torch.Tensor:
-    return matrix.expand(rows, -1, -1)
