@@ -116,16 +116,10 @@ def sample(rows: Sequence[RunningSequence], logits_RV: torch.Tensor) -> list[int
         s = row.handle.request.settings
         groups.setdefault((s.sampling_temperature, s.top_k, s.top_p, s.repetition_penalty), []).append(i)
     chosen = [0] * len(rows)
-    for (temperature, top_k, top_p, penalty), members in groups.items():
-        tokens = next_tokens(
-            logits_RV if len(members) == len(rows) else logits_RV[members],
-            [rows[i].generator for i in members],
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=penalty,
-            seen_BV=torch.stack([_seen(rows[i], logits_RV) for i in members]) if penalty != 1 else None,
-        )
+    for filters, members in groups.items():
+        part = logits_RV if len(members) == len(rows) else logits_RV[members]
+        seen = torch.stack([_seen(rows[i], logits_RV) for i in members]) if filters[-1] != 1 else None
+        tokens = next_tokens(part, [rows[i].generator for i in members], *filters, seen)
         for i, token in zip(members, tokens.tolist(), strict=True):
             chosen[i] = token
     return chosen

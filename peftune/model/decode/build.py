@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from peftune.model.decode.forward import Activation, DecodeBlock, DecodeGPT2, DecodeNorm
+from peftune.model.decode.forward import Activation, DecodeBlock, DecodeGPT2, Norm
 from peftune.model.decode.kv_cache import KVCache
 from peftune.model.decode.packed_linear import PackedLinear
 from peftune.model.weights import HEAD, WTE
@@ -90,9 +90,10 @@ def _block(spec: ModelSpec, tensor: Callable[[str], torch.Tensor], number: int) 
     return DecodeBlock(number, ln_1, c_attn, attn_c_proj, ln_2, c_fc, mlp_c_proj)
 
 
-def _norm(spec: ModelSpec, tensor: Callable[[str], torch.Tensor], name: str) -> DecodeNorm:
+def _norm(spec: ModelSpec, tensor: Callable[[str], torch.Tensor], name: str) -> Norm:
     weight, bias = (tensor(f"{name}.{part}").to(spec.device, torch.float32) for part in ("weight", "bias"))
-    return DecodeNorm(weight, bias, spec.config.layer_norm_epsilon)
+    eps = spec.config.layer_norm_epsilon
+    return partial(F.layer_norm, normalized_shape=weight.shape, weight=weight, bias=bias, eps=eps)
 
 
 def _scales(config: GPT2Config) -> tuple[float, ...]:

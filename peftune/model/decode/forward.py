@@ -21,26 +21,14 @@ from peftune.model.decode.packed_linear import PackedLinear
 
 
 @dataclass(frozen=True)
-class DecodeNorm:
-    """LayerNorm in float32."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-    epsilon: float
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
-
-
-@dataclass(frozen=True)
 class DecodeBlock:
     """Attention and a perceptron of two layers, each added to the stream."""
 
     number: int
-    ln_1: DecodeNorm
+    ln_1: Norm
     c_attn: PackedLinear
     attn_c_proj: PackedLinear
-    ln_2: DecodeNorm
+    ln_2: Norm
     c_fc: PackedLinear
     mlp_c_proj: PackedLinear
 
@@ -58,6 +46,9 @@ class DecodeBlock:
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
 """Number of the block and its qkv (R, T, 3·D) to the attended values (R, T, D)."""
 
+Norm = Callable[[torch.Tensor], torch.Tensor]
+"""LayerNorm in float32, its weight and bias in it."""
+
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -68,7 +59,7 @@ class DecodeGPT2:
     wte: torch.Tensor
     wpe: torch.Tensor
     blocks: tuple[DecodeBlock, ...]
-    ln_f: DecodeNorm
+    ln_f: Norm
     head: PackedLinear
     heads: int
     scales: tuple[float, ...]

@@ -22,7 +22,6 @@ class PackedLinear:
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.shape = tuple(weight.shape)
         self._dtype = weight.dtype
         self._bias = bias.to(weight.dtype) if bias is not None else None
         self._packed = weight.device.type == "cpu" and _can_pack(weight.dtype)
