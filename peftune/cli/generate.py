@@ -31,12 +31,11 @@ def generate_texts(
     settings: GenerationSettings,
     json_path: Path | None = None,
     precision: str = "fp32",
-    stream: bool = True,
 ) -> None:
     """Continue the prompts given and those of the file, on stdout; with `json_path` as JSON too.
 
     `use` names the adapter, "base" is none of them; None takes the only one. `base` None is the one that the adapter
-    was trained on. `precision` is fp32, bf16 or fp16. With `stream` a single prompt's text appears as it is generated.
+    was trained on. `precision` is fp32, bf16 or fp16. A single prompt's text appears as it is generated.
     When nobody reads stdout any more, the work ends, or goes on for the JSON. Raises UserError for input that cannot
     be used, CheckFailed where the logits are not finite.
     """
@@ -49,10 +48,7 @@ def generate_texts(
     _warn_of_cut_prompts(texts, found)
     printer = TextPrinter(outlives_pipe=json_path is not None)
     with suppress(BrokenPipeError):  # nobody reads any more: done
-        if len(texts) == 1:
-            generations = [_one(generator, texts[0], printer, stream)]
-        else:
-            generations = _several(generator, texts, printer)
+        generations = [_one(generator, texts[0], printer)] if len(texts) == 1 else _several(generator, texts, printer)
         if json_path is not None:
             used = dataclasses.asdict(settings) | {"temperature": settings.sampling_temperature, "precision": precision}
             facts = {"base": found.name, "adapter": name, "settings": used}
@@ -92,13 +88,10 @@ def _warn_of_cut_prompts(prompts: list[str], base: Base) -> None:
             Console().say(f"prompt {number}: {len(ids)} tokens, {has}: it reads the last {kept}")
 
 
-def _one(generator: TextGenerator, prompt: str, printer: TextPrinter, stream: bool) -> Generation:
+def _one(generator: TextGenerator, prompt: str, printer: TextPrinter) -> Generation:
     printer.prompt(prompt)
     began = time.monotonic()
-    on_text = (lambda _, text: printer.continuation(text)) if stream else None
-    (generation,) = generator([prompt], on_text)
-    if not stream:
-        printer.continuation(generation.text)
+    (generation,) = generator([prompt], lambda _, text: printer.continuation(text))
     printer.end()
     display, seconds = Console(), time.monotonic() - began
     if display.console.is_terminal:

@@ -1,4 +1,4 @@
-"""The whole journey in three minutes: base, data, adapters, matrix, merge, samples, picture. Offline."""
+"""From data to a merged model in three minutes: base, data, adapters, matrix, merge, samples, picture. Offline."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PROMPTS = {"docs": 'The "for" statement', "unicode": "LATIN SMALL LETTER"}
 
 @dataclass(frozen=True)
 class Lesson:
-    """One adapter to train: its domain's sources, held-out blocks and a prompt to show what it learnt."""
+    """One adapter to train, and a prompt to show what it learnt."""
 
     name: str
     recipe: Recipe

@@ -20,7 +20,7 @@ from peftune.inference.bank import AdapterBank
 from peftune.inference.settings import GenerationSettings
 
 HELP = """\
-text                     continue it (an empty line begins a document); what a chat adapter is told
+text                     continue it (an empty line begins a document); say it to a chat adapter
 /use NAME                another adapter; base for none
 /adapters                those that are here
 /set NAME VALUE          such as /set temperature 0.7, /set stop \\n\\n, /set seed none

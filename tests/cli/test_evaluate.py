@@ -13,5 +13,5 @@ def test_the_matrix_names_every_row_and_compares_with_the_base() -> None:
     rows = {"base": {"docs": {"perplexity": 40.0}}, "poems": {"docs": {"perplexity": 30.0}}}
     console = Console(file=io.StringIO(), width=80)
     console.print(matrix_table(rows))
-    told = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "base" in told and "40.00" in told and "30.00 (-25 %)" in told
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "base" in shown and "40.00" in shown and "30.00 (-25 %)" in shown

@@ -133,8 +133,8 @@ def test_bf16_stays_near_fp32(base_directory: Path, adapters: dict[str, Path], b
     narrow = AdapterBank(str(base_directory), "bf16", "cpu")
     narrow.add("wide", adapters["wide"])
     ids = torch.randint(0, 250, (1, 30), generator=torch.Generator().manual_seed(1))
-    whole, rounded = bank.logits(ids, "wide"), narrow.logits(ids, "wide")
-    assert float((whole - rounded).norm() / whole.norm()) < 0.05  # weights of 0.4 a piece, eight bits each
+    full, rounded = bank.logits(ids, "wide"), narrow.logits(ids, "wide")
+    assert float((full - rounded).norm() / full.norm()) < 0.05  # weights of 0.4 each, eight bits each
 
 
 def test_on_text_gets_the_parts_of_each_text(bank: AdapterBank) -> None:

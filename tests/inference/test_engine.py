@@ -70,7 +70,7 @@ def test_a_text_does_not_depend_on_what_comes_and_goes_beside_it(bank: AdapterBa
 
 def test_a_prompt_longer_than_a_chunk_is_prefilled_in_chunks_while_others_decode(bank: AdapterBank) -> None:
     long, short = ask(bank, "the cat sat on the mat " * 8, "wide", max_new_tokens=5), ask(bank, "a", "attention")
-    whole = alone(bank, long)
+    complete = alone(bank, long)
     assert len(long.ids) > 40
     before, sequence.PREFILL_CHUNK = sequence.PREFILL_CHUNK, 16
     try:
@@ -83,7 +83,7 @@ def test_a_prompt_longer_than_a_chunk_is_prefilled_in_chunks_while_others_decode
         finish(engine)
     finally:
         sequence.PREFILL_CHUNK = before
-    assert [u.ids for u in first] == [u.ids for u in whole]
+    assert [u.ids for u in first] == [u.ids for u in complete]
     assert second == alone(bank, short)
 
 
@@ -97,9 +97,11 @@ def test_log_probabilities_are_those_of_the_logits(bank: AdapterBank) -> None:
     nats = bank.logits(torch.tensor([ids]), "rslora")[0].log_softmax(-1)
     assert [entry.id for entry in prompt] == list(request.ids)
     assert prompt[0].logprob is None
-    for place, entry in enumerate([*prompt, *written][1:]):
-        assert entry.logprob == pytest.approx(float(nats[place, entry.id]), abs=1e-5)  # another kernel: fp32 rounding
-        best, order = nats[place].topk(3)
+    for position, entry in enumerate([*prompt, *written][1:]):
+        assert entry.logprob == pytest.approx(
+            float(nats[position, entry.id]), abs=1e-5
+        )  # another kernel: fp32 rounding
+        best, order = nats[position].topk(3)
         assert [i for i, _ in entry.top] == order.tolist()
         assert [n for _, n in entry.top] == pytest.approx(best.tolist(), abs=1e-5)
 
@@ -210,7 +212,7 @@ def test_an_engine_of_its_own_thread_answers_routes_drains_and_stops(bank: Adapt
     route = engine.route(request.ids).result(timeout=30)
     assert set(route.scores) == set(bank.names)
     with pytest.raises(UserError, match="nobody"):
-        engine.route(request.ids, ("nobody",)).result(timeout=30)  # told to who asked, and to nobody else
+        engine.route(request.ids, ("nobody",)).result(timeout=30)  # raised where it was asked, and nowhere else
     engine.stop(drain_seconds=30)
     assert ended.is_set()
     assert outputs == alone(bank, request)

@@ -24,7 +24,7 @@ class ModelVariant:
 
 
 class DecodeBatch:
-    """Slots for rows: keys, values and adapters of each; without `use_cache` only whole texts can be scored."""
+    """Slots for rows: keys, values and adapters of each; without `use_cache` only prefill from position 0."""
 
     def __init__(self, spec: ModelSpec, slots: int, use_cache: bool = True) -> None:
         self._cache = spec.kv_cache(slots) if use_cache else None
