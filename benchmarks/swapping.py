@@ -53,7 +53,7 @@ def _use(job: dict[str, Any]) -> Swap:
 
     def swap(number: int) -> object:
         bank.use(f"a{number}")
-        return stacks.deltas([0], [bank.function(f"a{number}").low_rank])
+        return stacks.factors([0], [bank.variant(f"a{number}").lora])
 
     return swap
 
@@ -64,8 +64,8 @@ def _slot(job: dict[str, Any]) -> Swap:
     from peftune.model.decode.lora_slots import AdapterSlots
 
     bank, stacks = _bank(job), AdapterSlots(2)
-    both = [bank.function(f"a{number}").low_rank for number in (0, 1)]
-    return torch.inference_mode()(lambda number: stacks.deltas([0, 1], [both[number], both[1 - number]]))
+    both = [bank.variant(f"a{number}").lora for number in (0, 1)]
+    return torch.inference_mode()(lambda number: stacks.factors([0, 1], [both[number], both[1 - number]]))
 
 
 def _add(job: dict[str, Any]) -> Swap:

@@ -1,13 +1,10 @@
-"""Tables that people read."""
+"""What people read on stderr and in tables."""
 
 from __future__ import annotations
 
-import io
-
 import pytest
-from rich.console import Console
 
-from peftune.console import change, matrix_table
+from peftune.console import change
 
 
 @pytest.mark.parametrize(
@@ -16,11 +13,3 @@ from peftune.console import change, matrix_table
 )
 def test_a_change_is_a_percentage_or_a_factor(value: float, base: float, told: str) -> None:
     assert change(value, base) == told
-
-
-def test_the_matrix_names_every_row_and_compares_with_the_base() -> None:
-    rows = {"base": {"docs": {"perplexity": 40.0}}, "poems": {"docs": {"perplexity": 30.0}}}
-    console = Console(file=io.StringIO(), width=80)
-    console.print(matrix_table(rows))
-    told = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "base" in told and "40.00" in told and "30.00 (-25 %)" in told

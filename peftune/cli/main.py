@@ -47,9 +47,9 @@ def quickstart(
 
     Example:  peftune quickstart my.txt
     """
-    from peftune.cli.quickstart import run
+    from peftune.cli.quickstart import quickstart
 
-    run(out=out, files=files or [])
+    quickstart(out, files or [])
 
 
 @app.command()
@@ -120,15 +120,13 @@ def evaluate(
     folders = {name: Path(folder) for name, folder in _named("--adapter", adapters).items()}
     columns = _columns(column)
     paths = _named("--data", data)
-    from peftune import evaluate
+    from peftune.cli.evaluate import print_matrix, print_routing
 
     domains = {name: [source_of(path, columns)] for name, path in paths.items()}
     if routing:
-        from peftune.inference import routing_accuracy
-
-        routing_accuracy.run(base, folders, domains, prompt_tokens, prompts, threshold, json_path)
-        return
-    evaluate.run(base, folders, domains, batch, precision, json_path, block_size)
+        print_routing(base, folders, domains, prompt_tokens, prompts, threshold, json_path)
+    else:
+        print_matrix(base, folders, domains, batch, precision, json_path, block_size)
 
 
 @app.command()
@@ -187,7 +185,7 @@ def generate(
 
     Example:  peftune generate --adapter adapters/poems --prompt "The sea" --temperature 0.7
     """
-    from peftune.cli.generate import run
+    from peftune.cli.generate import generate_texts
     from peftune.inference.settings import GenerationSettings
 
     settings = GenerationSettings(
@@ -195,13 +193,13 @@ def generate(
     )
     folders = {name: Path(folder) for name, folder in _named("--adapter", adapters).items()}
     if not interactive:
-        run(base, folders, use, prompt or [], prompts, settings, json_path, precision)
+        generate_texts(base, folders, use, prompt or [], prompts, settings, json_path, precision)
         return
     if prompt or prompts or json_path:
         raise UserError("--interactive reads its prompts from the terminal; drop --prompt, --prompts and --json")
-    from peftune.cli import repl
+    from peftune.cli.repl import start_repl
 
-    repl.run(base, folders, use, settings, precision)
+    start_repl(base, folders, use, settings, precision)
 
 
 app.command()(serve)

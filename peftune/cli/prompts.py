@@ -27,14 +27,14 @@ def gather(given: Sequence[str], file: Path | None) -> list[str]:
 def read_prompts(file: Path) -> Iterator[str]:
     """One prompt a line, blank lines left out; from jsonl, json, csv, tsv or parquet the column `prompt`.
 
-    A byte order mark and CRLF line ends are understood. Raises UserError with the place of what cannot be read.
+    A byte order mark and CRLF line ends are understood. Raises UserError that says where something cannot be read.
     """
     if file.suffix.lower() in records.SUFFIXES:
-        for place, columns in records.rows(file, lambda names: [name for name in names if name == "prompt"]):
+        for where, columns in records.rows(file, lambda names: [name for name in names if name == "prompt"]):
             prompt = columns.get("prompt")
             if not isinstance(prompt, str):
                 found = f"prompt is {records.kind_of(prompt)}" if "prompt" in columns else "no prompt"
-                raise UserError(f'{place}: {found}; expected {{"prompt": "text"}} in every row')
+                raise UserError(f'{where}: {found}; expected {{"prompt": "text"}} in every row')
             yield prompt
     else:
         with open_text(file) as lines:

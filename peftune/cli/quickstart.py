@@ -1,8 +1,7 @@
-"""The whole journey in three minutes: base, data, adapters, matrix, merge, samples, picture. Offline."""
+"""From data to a merged model in three minutes: base, data, adapters, matrix, merge, samples, picture. Offline."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,18 +14,19 @@ import numpy as np
 from rich.console import Console as RichConsole
 from rich.text import Text
 
-from peftune.adapters.directory import load_onto
 from peftune.adapters.merge.merge import merge
+from peftune.cli.evaluate import matrix_table
 from peftune.config.recipe import Recipe, Source, recipe_from
-from peftune.console import Console, matrix_table
+from peftune.console import Console
 from peftune.data.batches import Blocks
 from peftune.data.documents import split_by_digest
 from peftune.data.tokens.store import TokenStore
 from peftune.errors import Interrupted, UserError
-from peftune.evaluate import as_json, matrix, read_domains
-from peftune.inference.generate import GenerationSettings, generate
+from peftune.files import write_json
+from peftune.inference.bank import AdapterBank
+from peftune.inference.perplexity import as_json, matrix, read_domains
+from peftune.inference.settings import GenerationSettings
 from peftune.model.base import Base, open_base
-from peftune.model.load import load_model
 from peftune.training.metrics import read_metrics
 from peftune.training.run import train
 
@@ -38,14 +38,14 @@ PROMPTS = {"docs": 'The "for" statement', "unicode": "LATIN SMALL LETTER"}
 
 @dataclass(frozen=True)
 class Lesson:
-    """One adapter to train: its domain's sources, held-out blocks and a prompt to show what it learnt."""
+    """One adapter to train, and a prompt to show what it learnt."""
 
     name: str
     recipe: Recipe
     prompt: str
 
 
-def run(out: Path, files: list[Path]) -> None:
+def quickstart(out: Path, files: list[Path]) -> None:
     """Train, measure, merge and show one adapter each for `docs`, `unicode` and every file given.
 
     Raises UserError where `out` holds something else, or a file cannot be read.
@@ -57,18 +57,17 @@ def run(out: Path, files: list[Path]) -> None:
     with _stage(
         display, seconds, "data", "three domains that every Python carries" + (" and your own" if files else "")
     ):
-        _refuse_equal_names(files)
-        lessons = [_builtin_lesson(name, out) for name in PROMPTS] + [_own_lesson(path, out) for path in files]
+        lessons = _lessons(files, out)
         domains = _heldout(base, files)
         for name, blocks in domains.items():
             display.say(f"  {name}: {len(blocks.documents)} held-out documents, {blocks.tokens():,} tokens")
-    _make_room(out)
+    _empty_directory(out)
     for lesson in lessons:
         with _stage(display, seconds, f"train {lesson.name}", f"an adapter for {lesson.name}"):
             _train(lesson)
     adapters = {lesson.name: Path(lesson.recipe.run.out) for lesson in lessons}
     with _stage(display, seconds, "eval", "base and adapters on documents that none of them saw"):
-        rows = matrix(base, adapters, domains, display)
+        rows = matrix(base, adapters, domains)
         console.print(matrix_table(rows))
     merged = out / "merged-docs"
     with _stage(display, seconds, "merge", f"adapter docs into an ordinary checkpoint, {merged}"):
@@ -80,7 +79,7 @@ def run(out: Path, files: list[Path]) -> None:
             soft_wrap=True,
         )
     with _stage(display, seconds, "generate", "the same prompt and seed, base and adapter"):
-        samples = [_sample(base, lesson, adapters[lesson.name]) for lesson in lessons]
+        samples = _samples(base, lessons, adapters)
         for sample in samples:
             _show_sample(console, sample)
     facts = as_json(domains, rows) | {"merge": asdict(report), "seconds": seconds, "samples": samples, "base": BASE}
@@ -94,19 +93,12 @@ def _train(lesson: Lesson) -> None:
         raise Interrupted(f"stopped while training adapter {lesson.name}; quickstart begins anew next time") from error
 
 
-def _refuse_equal_names(files: list[Path]) -> None:
-    stems = [path.stem for path in files]
-    twice = {stem for stem in stems if stems.count(stem) > 1}
-    if twice:
-        raise UserError(f"two files are called {sorted(twice)[0]}; an adapter is named after its file, rename one")
-
-
 def _refuse_foreign(out: Path) -> None:
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / ".quickstart").is_file())):
         raise UserError(f"--out {out}: exists and was not made by quickstart; choose another directory")
 
 
-def _make_room(out: Path) -> None:
+def _empty_directory(out: Path) -> None:
     """Start from an empty `out`; only what an earlier quickstart left there is removed."""
     try:
         shutil.rmtree(out, ignore_errors=True)
@@ -124,16 +116,17 @@ def _stage(display: Console, seconds: dict[str, float], verb: str, what: str) ->
     seconds[verb] = round(time.monotonic() - started, 1)
 
 
-def _builtin_lesson(name: str, out: Path) -> Lesson:
-    return _lesson(name, f"builtin:{name}/train", 0.03, PROMPTS[name], out)
-
-
-def _own_lesson(path: Path, out: Path) -> Lesson:
-    if path.stem in (*PROMPTS, "base", "code"):
-        raise UserError(f"{path}: the name {path.stem} is taken by a built-in domain; rename the file")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a text file of your own")
-    return _lesson(path.stem, str(path), OWN_HELDOUT, "", out)
+def _lessons(files: list[Path], out: Path) -> list[Lesson]:
+    lessons = [_lesson(name, f"builtin:{name}/train", 0.03, prompt, out) for name, prompt in PROMPTS.items()]
+    for path in files:
+        if path.stem in (*PROMPTS, "base", "code"):
+            raise UserError(f"{path}: the name {path.stem} is taken by a built-in domain; rename the file")
+        if path.stem in [lesson.name for lesson in lessons]:
+            raise UserError(f"two files are called {path.stem}; an adapter is named after its file, rename one")
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; expected a text file of your own")
+        lessons.append(_lesson(path.stem, str(path), OWN_HELDOUT, "", out))
+    return lessons
 
 
 def _lesson(name: str, source: str, validation: float, prompt: str, out: Path) -> Lesson:
@@ -169,16 +162,16 @@ def _some(blocks: Blocks) -> Blocks:
     return Blocks.of(store, np.sort(order[:enough]), blocks.packing.block_size)
 
 
-def _sample(base: Base, lesson: Lesson, adapter: Path) -> dict[str, str]:
-    tokenizer = base.tokenizer
+def _samples(base: Base, lessons: list[Lesson], adapters: dict[str, Path]) -> list[dict[str, str]]:
+    """What base and adapter make of each lesson's prompt, with one seed."""
     settings = GenerationSettings(max_new_tokens=90, temperature=0.8, repetition_penalty=1.1, seed=1)
-    texts = {}
-    for name in ("base", lesson.name):
-        model: Any = load_model(base)
-        if name != "base":
-            model = load_onto(model, adapter)
-        texts[name] = generate(model, tokenizer, [lesson.prompt], settings)[0].text
-    return {"adapter": lesson.name, "prompt": lesson.prompt, "base": texts["base"], "text": texts[lesson.name]}
+    bank, samples = AdapterBank(base), []
+    for lesson in lessons:
+        name = f"adapter {lesson.name}"  # a file may be called auto.txt
+        bank.add(name, adapters[lesson.name])
+        before, after = bank.generate([lesson.prompt] * 2, settings, [None, name])
+        samples.append({"adapter": lesson.name, "prompt": lesson.prompt, "base": before.text, "text": after.text})
+    return samples
 
 
 def _show_sample(console: RichConsole, sample: dict[str, str]) -> None:
@@ -198,7 +191,7 @@ def _finish(
     facts["files"] = {"picture": str(out / "quickstart.png"), "merged": str(out / "merged-docs")} | {
         f"adapter {name}": str(path) for name, path in adapters.items()
     }
-    (out / "quickstart.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(out / "quickstart.json", facts)
     size = sum(path.stat().st_size for path in adapters["docs"].glob("*.safetensors")) / 1e6
     console.print(
         f"""

@@ -12,16 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peftune.cli.generate import choose_adapter, recorded_base
+from peftune.adapters.base_of import base_of
+from peftune.cli.generate import choose_adapter
 from peftune.cli.text_output import TextPrinter
 from peftune.data.sources.chat_template import STOPS, render_chat
 from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank
-from peftune.inference.conversation import speaks
 from peftune.inference.settings import GenerationSettings
 
 HELP = """\
-text                     continue it (an empty line begins a document); what a chat adapter is told
+text                     continue it (an empty line begins a document); say it to a chat adapter
 /use NAME                another adapter; base for none
 /adapters                those that are here
 /set NAME VALUE          such as /set temperature 0.7, /set stop \\n\\n, /set seed none
@@ -32,12 +32,12 @@ text                     continue it (an empty line begins a document); what a c
 _ESCAPES = {"\\n": "\n", "\\t": "\t"}
 
 
-def run(
+def start_repl(
     base: str | None, adapters: Mapping[str, Path], use: str | None, settings: GenerationSettings, precision: str
 ) -> None:
     """Read lines from stdin until its end; UserError for a base or an adapter that cannot be used."""
     name = choose_adapter(adapters, use) if use is not None or len(adapters) < 2 else next(iter(adapters))
-    bank = AdapterBank(base or recorded_base(adapters, name), precision)
+    bank = AdapterBank(base or base_of(*([adapters[name]] if name else adapters.values())), precision)
     for other, directory in adapters.items():
         bank.add(other, directory)
     bank.use(name)
@@ -59,7 +59,7 @@ class ReplSession:
         if self._asks:
             import readline  # noqa: F401  # line editing and history for `input`
 
-            print(f"peftune on {self.bank.base}; /help tells more")
+            print(f"peftune on {self.bank.base.name}; /help tells more")
         while True:
             try:
                 line = input(f"{self.name or 'base'}> " if self._asks else "")
@@ -81,7 +81,7 @@ class ReplSession:
         """Do what one line says; UserError where it says nothing that is known."""
         command, _, rest = line.strip().partition(" ")
         if not line.startswith("/"):
-            self._write(line)
+            self._continue(line)
         elif command == "/use":
             self._use(rest.strip())
         elif command == "/set":
@@ -93,8 +93,8 @@ class ReplSession:
         else:
             raise UserError(f"{command}: no such command; known: /use /adapters /set /settings /reset /help /quit")
 
-    def _write(self, line: str) -> None:
-        chat = self.name is not None and speaks(self.bank, self.name)
+    def _continue(self, line: str) -> None:
+        chat = self.name is not None and self.bank.get(self.name).is_chat
         settings, prompt = self.settings, line
         if chat:
             self.messages.append({"role": "user", "content": line})
@@ -104,11 +104,11 @@ class ReplSession:
             self._printer.prompt(line)
         text = ""
 
-        def show(_: int, piece: str) -> None:
+        def show(_: int, part: str) -> None:
             nonlocal text
-            piece = piece.lstrip(" ") if chat and not text else piece  # the template's space after the colon
-            text += piece
-            self._printer.continuation(piece)
+            part = part.lstrip(" ") if chat and not text else part  # the template's space after the colon
+            text += part
+            self._printer.continuation(part)
 
         try:
             self.bank.generate([prompt], settings, self.name, show)
@@ -125,8 +125,9 @@ class ReplSession:
     def _adapters(self) -> str:
         lines = [f"{'*' if self.name is None else ' '} base"]
         for name in self.bank.names:
-            kind = ", chat" if speaks(self.bank, name) else ""
-            lines.append(f"{'*' if name == self.name else ' '} {name}: rank {self.bank.get(name).rank}{kind}")
+            adapter = self.bank.get(name)
+            kind = ", chat" if adapter.is_chat else ""
+            lines.append(f"{'*' if name == self.name else ' '} {name}: rank {adapter.rank}{kind}")
         return "\n".join(lines)
 
     def _settings(self) -> str:

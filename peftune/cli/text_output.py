@@ -1,14 +1,11 @@
-"""Where generated text goes: a terminal, a file or pipe, and JSON."""
+"""Where generated text goes: a terminal, a file or a pipe."""
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import Any
 
 from rich.console import Console
-
-from peftune.inference.generate import Generation
 
 _PROMPT, _CONTINUATION, _HEADER = "dim", "bold", "cyan"
 # A model may write what a terminal would obey (ESC, BEL, the C1 set): show U+FFFD instead.
@@ -38,7 +35,7 @@ class TextPrinter:
         self._write(text, _PROMPT)
 
     def continuation(self, text: str) -> None:
-        """The text that the model wrote, or a piece of it."""
+        """The text that the model wrote, or a part of it."""
         self._write(text, _CONTINUATION)
 
     def end(self) -> None:
@@ -64,8 +61,3 @@ class TextPrinter:
             os.close(nowhere)
             if not self._outlives_pipe:
                 raise
-
-
-def as_json(facts: dict[str, Any], generations: list[Generation]) -> dict[str, Any]:
-    """`facts` (base, adapter, settings) and one object a prompt."""
-    return {**facts, "generations": [{**vars(generation), "ids": list(generation.ids)} for generation in generations]}

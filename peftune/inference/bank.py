@@ -11,7 +11,7 @@ The base's tensors are never written to: adding, using and removing adapters lea
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,49 +23,64 @@ from peftune.adapters.fold import MergedTensors
 from peftune.adapters.layout import AdapterLayout, refuse_biased_head
 from peftune.adapters.provenance import check_base
 from peftune.data.tokens.encode import end_of_text_id
-from peftune.errors import UserError
-from peftune.inference.generate import Generation, context_ids
+from peftune.errors import CheckFailed, UserError
+from peftune.inference.engine import Engine
+from peftune.inference.request import Generation, OnOutput, OnText, Request, RequestOutput, context_ids
 from peftune.inference.settings import GenerationSettings
-from peftune.model.base import open_base
+from peftune.model.base import Base, open_base
 from peftune.model.decode.batch import DecodeBatch, ModelVariant
-from peftune.model.decode.build import Plan, build
-from peftune.model.decode.lora_slots import LoraWeights, ModulePath, low_rank
-from peftune.model.load import DTYPES
+from peftune.model.decode.build import ModelSpec, build
+from peftune.model.decode.lora_slots import Factors, LoraWeights, ModulePath, lora_weights
+from peftune.model.load import dtype_of
 
 RESERVED = ("base", "auto")  # no adapter, and the likeliest one
+AdapterNames = str | Sequence[str | None] | None
+"""One name for all rows (None: the base), a sequence of one for each row, or () for the one in use."""
 
 
 @dataclass(frozen=True, eq=False)
-class Loaded:
-    """An adapter in a bank. `rank` is its largest; `own_weights` where it is more than low-rank (DoRA, PiSSA, …)."""
+class LoadedAdapter:
+    """An adapter in a bank; `rank` is its largest. More than low-rank (DoRA, PiSSA, …) has its own weights."""
 
     name: str
     directory: Path
     provenance: dict[str, Any] | None
     rank: int
-    function: ModelVariant
-    own_weights: bool
+    variant: ModelVariant
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it was trained on conversations, as far as its provenance says.
+
+        `chat` is recorded since that key exists; older adapters show it where the recipe names a column of messages.
+        """
+        provenance = self.provenance or {}
+        if isinstance(provenance.get("chat"), bool):
+            return bool(provenance["chat"])
+        recipe = provenance.get("recipe")
+        data = recipe.get("data") if isinstance(recipe, dict) else None
+        sources = data.get("train") if isinstance(data, dict) else None
+        listed = sources if isinstance(sources, list) else []
+        return bool(listed) and all(isinstance(one, dict) and bool(one.get("messages")) for one in listed)
 
 
 class AdapterBank:
     """A GPT-2 base, loaded once, and its adapters by name.
 
-    `base` is a hub name, a directory or builtin:small; `precision` fp32, bf16 or fp16. Methods may be called from
-    several threads; an adapter that is removed while texts are written with it stays in memory until they end.
-    Raises UserError for a base that cannot be used.
+    `base` is a hub name, a directory or builtin:small, or a `Base`; `precision` fp32, bf16 or fp16. Methods may be
+    called from several threads; an adapter that is removed while texts are generated with it stays in memory until
+    they end. Raises UserError for a base that cannot be used.
     """
 
-    def __init__(self, base: str, precision: str = "fp32", device: str | None = None) -> None:
-        if precision not in DTYPES:
-            raise UserError(f"precision is {precision}, expected one of {', '.join(DTYPES)}")
-        self.base = base
-        self.opened = open_base(base)
-        self.config, self.tokenizer = self.opened.config, self.opened.tokenizer
-        self._weights = self.opened.weights
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.plan = Plan(self.config, DTYPES[precision], place)
-        self._base = ModelVariant(build(self.plan, self._weights.tensor, self._weights.tied))
-        self._loaded: dict[str, Loaded] = {}
+    def __init__(self, base: str | Base, precision: str = "fp32", device: str | None = None) -> None:
+        dtype = dtype_of(precision)
+        self.base = open_base(base) if isinstance(base, str) else base
+        self.config, self.tokenizer = self.base.config, self.base.tokenizer
+        self._weights = self.base.weights
+        used = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.spec = ModelSpec(self.config, dtype, used)
+        self._base_variant = ModelVariant(build(self.spec, self._weights.tensor, self._weights.tied))
+        self._loaded: dict[str, LoadedAdapter] = {}
         self._in_use: str | None = None
         self._lock = threading.Lock()
 
@@ -79,8 +94,8 @@ class AdapterBank:
         """The id of `<|endoftext|>`."""
         return end_of_text_id(self.tokenizer)
 
-    def add(self, name: str, directory: Path | str) -> Loaded:
-        """Read an adapter from disk under `name`.
+    def add(self, name: str, directory: Path | str) -> LoadedAdapter:
+        """Load an adapter from disk under `name`.
 
         Raises UserError for a name that is taken, empty or reserved, for an adapter that is broken, and for one that
         was trained on another base.
@@ -91,14 +106,14 @@ class AdapterBank:
         with self._lock:  # PEFT's own construction is not made for several threads
             if name in self._loaded:
                 raise UserError(f"adapter {name}: there is one of this name already ({self._loaded[name].directory})")
-            check_base(directory, self.opened)
+            check_base(directory, self.base)
             adapter, layout = check_fits(directory, self.config)
             refuse_biased_head(layout, str(directory))
             self._loaded[name] = self._load(name, adapter, layout)
             return self._loaded[name]
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; UserError where none has this name."""
+        """Unload an adapter; UserError where none has this name."""
         with self._lock:
             self.get(name)
             del self._loaded[name]
@@ -106,51 +121,79 @@ class AdapterBank:
                 self._in_use = None
 
     def use(self, name: str | None) -> None:
-        """Which adapter `generate` and `logits` take where they are told none; None (or "base") is the base alone."""
+        """Which adapter `generate` and `logits` take where none is named; None (or "base") is the base alone."""
         self._in_use = None if name in (None, "base") else self.get(name).name
 
-    def get(self, name: str) -> Loaded:
+    def get(self, name: str) -> LoadedAdapter:
         """The adapter of this name; UserError where there is none: the base never stands in for it."""
         found = self._loaded.get(name)
         if found is None:
             raise UserError(f"no adapter is called {name!r}; known: {', '.join([*self._loaded, 'base'])}")
         return found
 
-    def function(self, name: str | None) -> ModelVariant:
+    def variant(self, name: str | None) -> ModelVariant:
         """What a row with this adapter computes; None is the base alone."""
-        return self._base if name is None else self.get(name).function
+        return self._base_variant if name is None else self.get(name).variant
 
     def encode(self, prompt: str) -> list[int]:
-        """What the model reads for a prompt: the context `<|endoftext|>`, then the prompt as plain text."""
+        """The token ids of a prompt: the context `<|endoftext|>`, then the prompt as plain text."""
         return context_ids(self.tokenizer, prompt)
 
-    def logits(self, ids: torch.Tensor, adapters: str | Sequence[str | None] | None = ()) -> torch.Tensor:
-        """Logits (R, T, V), float32, of texts `ids` (R, T) int64; `adapters` as in `generate`."""
-        functions = [self.function(name) for name in self.one_each(len(ids), adapters)]
-        batch = DecodeBatch(self.plan, len(ids), remember=False)
-        hidden = batch.prefill(functions, range(len(ids)), ids.to(self.plan.device), 0)
-        return torch.stack([batch.logits([f] * len(h), h) for f, h in zip(functions, hidden, strict=True)])
+    def logits(self, ids: torch.Tensor, adapters: AdapterNames = ()) -> torch.Tensor:
+        """Logits (R, T, V), float32, of texts `ids` (R, T) int64."""
+        variants = [self.variant(name) for name in self._one_each(len(ids), adapters)]
+        batch = DecodeBatch(self.spec, len(ids), use_cache=False)
+        hidden = batch.prefill(variants, range(len(ids)), ids.to(self.spec.device), 0)
+        return torch.stack([batch.logits([v] * len(h), h) for v, h in zip(variants, hidden, strict=True)])
 
     def generate(
         self,
         prompts: Sequence[str],
         settings: GenerationSettings | None = None,
-        adapters: str | Sequence[str | None] | None = (),
-        on_text: Callable[[int, str], None] | None = None,
+        adapters: AdapterNames = (),
+        on_text: OnText | None = None,
         slots: int = 8,
     ) -> list[Generation]:
         """Continue every prompt, up to `slots` at a time in one batch; each gets the text that it would get alone.
 
-        `adapters` is one name for all (None: the base), a sequence of one for each prompt, or () for the one in use.
-        `on_text(i, piece)` is called with prompt i's text as it comes. Everything else as `generate.generate` has it.
+        **Context.** As in training, a document begins with `<|endoftext|>`: its id stands before the prompt at position
+        0. The prompt is plain text (`<|endoftext|>` written in it is 13 characters), so it never stands there already;
+        an empty prompt begins a new document.
+
+        **Sliding window.** Whenever the model would see more than n_positions tokens (context token, prompt and what it
+        has generated), it sees only the last n_positions - n_positions // 4 of them: the oldest quarter is dropped,
+        positions restart at 0 and the cache is computed anew. A longer prompt is cut by the same rule.
+
+        **Random numbers.** Every prompt has a generator of its own, seeded with `settings.seed` (None: a new seed
+        each): its text does not depend on its neighbours, and equal prompts of a seeded call get equal texts.
+
+        A repetition penalty also counts the context token, as in Transformers. Raises UserError for beams (see
+        `generate.generate`) and unknown adapters, CheckFailed where the logits are not finite.
         """
-        from peftune.inference.writing import write
+        settings, names = settings or GenerationSettings(), self._one_each(len(prompts), adapters)
+        if settings.beams > 1:
+            raise UserError("beams: a bank samples or takes the likeliest token; beam search is generate.generate's")
+        engine = Engine(self, slots=min(slots, max(1, len(prompts))), queue=max(1, len(prompts)))
+        outputs: list[list[RequestOutput]] = [[] for _ in prompts]
+        handles = []
+        for index, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
+            request = Request(tuple(self.encode(prompt)), name, settings, slide=True)
+            handles.append(engine.submit(request, _listener(index, outputs[index], on_text)))
+        while engine.step():
+            pass
+        results = []
+        for prompt, handle, got in zip(prompts, handles, outputs, strict=True):
+            reason = got[-1].finish_reason
+            if reason == "error":
+                raise CheckFailed(got[-1].error)
+            assert reason is not None, "the engine ends every request"
+            seed = handle.seed if settings.sampling_temperature > 0 else None
+            text, ids = "".join(output.text for output in got), tuple(i for output in got for i in output.ids)
+            results.append(Generation(prompt, text, ids, reason, len(handle.request.ids), seed))
+        return results
 
-        names = self.one_each(len(prompts), adapters)
-        return write(self, prompts, settings or GenerationSettings(), names, on_text, slots)
-
-    def one_each(self, count: int, adapters: str | Sequence[str | None] | None) -> list[str | None]:
-        """A name for each of `count` rows, out of what callers may give; "base" becomes None."""
+    def _one_each(self, count: int, adapters: AdapterNames) -> list[str | None]:
+        """A name for each of `count` rows; "base" becomes None."""
         if adapters is None or isinstance(adapters, str):
             adapters = [adapters] * count
         elif not adapters:
@@ -159,28 +202,34 @@ class AdapterBank:
             raise UserError(f"{len(adapters)} adapters for {count} prompts; expected one for each")
         return [None if name == "base" else name for name in adapters]
 
-    def _load(self, name: str, adapter: Adapter, layout: AdapterLayout) -> Loaded:
+    def _load(self, name: str, adapter: Adapter, layout: AdapterLayout) -> LoadedAdapter:
         rank = max((target.rank for target in layout.targets.values()), default=0)
-        low = _low_rank(layout, self.plan.device)
-        if low is not None:
-            function = ModelVariant(self._base.model, low)
-        else:
-            folded = MergedTensors(self._weights, layout)
-            shared, changed = self._base.model, folded.changed()
-            function = ModelVariant(build(self.plan, folded.tensor, folded.tied, shared, changed))
-        return Loaded(name, adapter.directory, adapter.provenance, rank, function, low is None)
+        lora, model = _plain_lora(layout, self.spec.device), self._base_variant.model
+        if lora is None:
+            merged = MergedTensors(self._weights, layout)
+            model = build(self.spec, merged.tensor, merged.tied, model, merged.changed())
+        return LoadedAdapter(name, adapter.directory, adapter.provenance, rank, ModelVariant(model, lora))
 
 
-def _low_rank(layout: AdapterLayout, device: torch.device) -> LoraWeights | None:
+def _listener(index: int, outputs: list[RequestOutput], on_text: OnText | None) -> OnOutput:
+    def listen(output: RequestOutput) -> None:
+        outputs.append(output)
+        if output.text and on_text is not None:
+            on_text(index, output.text)
+
+    return listen
+
+
+def _plain_lora(layout: AdapterLayout, device: torch.device) -> LoraWeights | None:
     """The adapter as factors beside the base, where it is no more than that."""
     plain = all(target.kind == "conv1d" and not target.pissa for target in layout.targets.values())
     if not plain or layout.replaced or layout.dora or layout.lora_bias or not layout.targets:
         return None
-    parts: dict[ModulePath, tuple[torch.Tensor, torch.Tensor]] = {}
+    factors: dict[ModulePath, Factors] = {}
     scales: dict[ModulePath, float] = {}
     for target in layout.targets.values():
         _, _, block, module = target.name.split(".", 3)
-        at = int(block), module
-        parts[at] = target.parts["lora_A.weight"].to(device), target.parts["lora_B.weight"].to(device)
-        scales[at] = target.scale
-    return low_rank(parts, scales)
+        path = int(block), module
+        factors[path] = target.parts["lora_A.weight"].to(device), target.parts["lora_B.weight"].to(device)
+        scales[path] = target.scale
+    return lora_weights(factors, scales)

@@ -1,14 +1,16 @@
-"""From token ids to text as it may be shown: whole characters only, and nothing of a stop string."""
+"""From token ids to text as it may be shown: complete characters only, and nothing of a stop string."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from tokenizers.decoders import DecodeStream
+
+from peftune.inference.settings import FinishReason, GenerationSettings
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 def decode_plain(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
@@ -17,33 +19,27 @@ def decode_plain(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
 
 
 class Decoder:
-    """Token ids in, pieces of text out; the pieces of a whole stream join to `decode_plain` of all its ids.
+    """Token ids in, chunks of text out; the chunks of a stream join to `decode_plain` of all its ids.
 
     Bytes of a character that is not complete yet wait for the tokens that complete it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []  # the last complete piece (some decoders look back at it), then what came since
-        self._shown = 0  # characters of these ids' text that are out already
+        self._stream = DecodeStream(skip_special_tokens=False)
+        self._ids: list[int] = []
+        self._shown = 0  # characters
 
     def push(self, token: int) -> str:
         """The text that is complete now that `token` has come; often "", never half a character."""
         self._ids.append(token)
-        text = decode_plain(self._tokenizer, self._ids)
-        complete = text.rstrip(_INCOMPLETE)
-        piece = complete[self._shown :]
-        self._shown = max(self._shown, len(complete))
-        if piece and complete == text:
-            self._ids = [token]
-            self._shown = len(decode_plain(self._tokenizer, self._ids))
-        return piece
+        text: str = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+        self._shown += len(text)
+        return text
 
     def flush(self) -> str:
-        """What still waits: at the end of a stream an incomplete character shows as U+FFFD."""
-        text = decode_plain(self._tokenizer, self._ids)
-        piece, self._shown = text[self._shown :], len(text)
-        return piece
+        """The rest: at the end of a stream an incomplete character shows as U+FFFD, which `DecodeStream` keeps back."""
+        return decode_plain(self._tokenizer, self._ids)[self._shown :]
 
 
 class StopFilter:
@@ -60,13 +56,13 @@ class StopFilter:
         found = [(waiting.find(stop) + len(stop), waiting.find(stop)) for stop in self._stop if stop in waiting]
         if found:
             self.stopped, self._waiting = True, ""
-            return waiting[: min(found)[1]]  # the one that is complete first, however the text was cut into pieces
+            return waiting[: min(found)[1]]  # the one that is complete first, however the text was cut into chunks
         keep = len(waiting) - self._beginning(waiting)
         self._waiting = waiting[keep:]
         return waiting[:keep]
 
     def flush(self) -> str:
-        """What still waits: the stream has ended, so it begins no stop string."""
+        """The rest: the stream has ended, so it begins no stop string."""
         waiting, self._waiting = self._waiting, ""
         return waiting
 
@@ -74,3 +70,31 @@ class StopFilter:
         """Length of the longest end of `text` that begins a stop string."""
         longest = min(len(text), max((len(stop) - 1 for stop in self._stop), default=0))
         return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._stop)), 0)
+
+
+class Detokenizer:
+    """The text of one prompt as it grows: its token `ids`, and `finish_reason` once it has ended."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, settings: GenerationSettings) -> None:
+        self.ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self._decoder, self._stops = Decoder(tokenizer), StopFilter(settings.stop)
+        self._max_new_tokens = settings.max_new_tokens
+
+    def push(self, token: int, end: int) -> str:
+        """Add the next token; returns what may be shown now. `end` ends the text and is not part of it."""
+        if token == end:
+            return self.finish("end")
+        self.ids.append(token)
+        text = self._stops.push(self._decoder.push(token))
+        if self._stops.stopped:
+            self.finish_reason = "stop"
+        elif len(self.ids) == self._max_new_tokens:
+            text += self.finish("length")
+        return text
+
+    def finish(self, reason: FinishReason) -> str:
+        """The text ends here, for `reason` unless its last characters complete a stop string; returns its rest."""
+        text = self._stops.push(self._decoder.flush()) + self._stops.flush()
+        self.finish_reason = "stop" if self._stops.stopped else reason
+        return text

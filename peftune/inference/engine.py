@@ -1,36 +1,36 @@
-"""Continuous batching: at every token boundary texts join the batch, get one token each, and leave it.
+"""Continuous batching: between two steps texts join the batch, get one token each, and leave it.
 
-One step reads what new prompts need (a bounded number of tokens), then writes one token of every other text in one
-forward, whatever their adapters. Row i of the batch is slot i of the cache; when a text ends, the last row moves into
-its place. `Engine.step` is plain and synchronous; `start` runs it in a thread of its own.
+One step prefills new prompts (a bounded number of tokens), then decodes one token of every other text in one forward,
+whatever their adapters. Row i of the batch is slot i of the cache; when a text ends, the last row moves into its slot.
+`Engine.step` is plain and synchronous; `start` runs it in a thread of its own.
 """
 
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from peftune.errors import PeftuneError, UserError
-from peftune.inference.decode import row_of, slide
+from peftune.inference.detokenize import Detokenizer
 from peftune.inference.fair_queue import FairQueue
-from peftune.inference.request import OnOutput, Request, RequestHandle, RequestOutput
+from peftune.inference.models import ModelProvider
+from peftune.inference.request import OnOutput, Request, RequestHandle, slide
 from peftune.inference.routing import THRESHOLD, Route, route
-from peftune.inference.sequence import RunningSequence, choose
+from peftune.inference.sequence import RunningSequence, sample
 from peftune.model.decode.batch import DecodeBatch
 
-if TYPE_CHECKING:
-    from peftune.inference.bank import AdapterBank
-
-_READ = 512  # tokens of prompts a step, so that texts being written wait little
+_PREFILL_TOKENS = 512  # of prompts in a step, so that texts being generated wait little
 _log = logging.getLogger(__name__)
+_Hidden = list[tuple[RunningSequence, torch.Tensor]]
+"""Rows that need their next token, each with its last hidden state (D,)."""
 
 
 class Busy(PeftuneError):
@@ -42,7 +42,7 @@ class Busy(PeftuneError):
 
 
 @dataclass(frozen=True)
-class Load:
+class EngineLoad:
     """What an engine does now, and what it has done since it was made."""
 
     running: int
@@ -60,12 +60,13 @@ class Engine:
     runs beside it.
     """
 
-    def __init__(self, bank: AdapterBank, slots: int = 8, queue: int = 256) -> None:
+    def __init__(self, models: ModelProvider, slots: int = 8, queue: int = 256) -> None:
         if slots < 1 or queue < 1:
             raise UserError(f"slots is {slots} and queue is {queue}, expected 1 or more of each")
-        self.bank = bank
+        self._models, self._spec = models, models.spec
+        self._positions = models.spec.config.n_positions
         self._slots, self._queue = slots, queue
-        self._batch = DecodeBatch(bank.plan, slots)
+        self._batch = DecodeBatch(models.spec, slots)
         self._rows: list[RunningSequence] = []
         self._waiting: FairQueue[RunningSequence] = FairQueue()
         self._jobs: deque[tuple[Future[Route], Callable[[], Route]]] = deque()
@@ -73,7 +74,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._closing = self._stopped = False
         self._prompt_tokens = self._tokens_written = self._steps = 0
-        self._seconds_a_text = 1.0  # of late
+        self._seconds_a_text = 1.0  # moving average
 
     def submit(self, request: Request, on_output: OnOutput) -> RequestHandle:
         """Put a request into the queue; `on_output` is called in the engine's thread.
@@ -81,19 +82,19 @@ class Engine:
         Raises Busy where the queue is full or the engine stops, UserError for an adapter that is not there, ids that
         the model does not know, and a prompt that leaves no position to write to.
         """
+        variant = self._models.variant(request.adapter)
         self._check(request)
-        window = slide(list(request.ids), self.bank.config.n_positions) if request.slide else list(request.ids)
-        text = row_of(0, list(request.ids), window, self.bank.tokenizer, request.settings)
-        ticket = RequestHandle(request, on_output, text.generator.initial_seed())
-        running = RunningSequence(ticket, self.bank.function(request.adapter), text)
+        ids, seed = list(request.ids), request.settings.seed
+        handle = RequestHandle(request, on_output, secrets.randbelow(2**32) if seed is None else seed)
+        output = Detokenizer(self._models.tokenizer, request.settings)
+        row = RunningSequence(handle, variant, output, slide(ids, self._positions) if request.slide else ids)
         with self._changed:
-            if self._closing:
-                raise Busy("the engine is stopping", 5.0)
+            self._refuse_when_closing()
             if len(self._waiting) >= self._queue:
                 raise Busy(f"{len(self._waiting)} requests are waiting already", self._retry_after())
-            self._waiting.push(request.adapter, running)
+            self._waiting.push(request.adapter, row)
             self._changed.notify_all()
-        return ticket
+        return handle
 
     def route(
         self, ids: tuple[int, ...], names: tuple[str, ...] | None = None, threshold: float = THRESHOLD
@@ -101,16 +102,15 @@ class Engine:
         """Which adapter a prompt is likeliest under; computed between two steps. Raises Busy once the engine stops."""
         future: Future[Route] = Future()
         with self._changed:
-            if self._closing:
-                raise Busy("the engine is stopping", 5.0)
-            self._jobs.append((future, lambda: route(self.bank, ids, names, threshold)))
+            self._refuse_when_closing()
+            self._jobs.append((future, lambda: route(self._models, ids, names, threshold)))
             self._changed.notify_all()
         return future
 
     @property
-    def load(self) -> Load:
-        """RunningSequence and waiting now; tokens and steps so far."""
-        return Load(
+    def load(self) -> EngineLoad:
+        """Running and waiting requests now; tokens and steps so far."""
+        return EngineLoad(
             len(self._rows), len(self._waiting), self._slots, self._prompt_tokens, self._tokens_written, self._steps
         )
 
@@ -121,13 +121,11 @@ class Engine:
         self._admit()
         if not self._rows:
             return False
-        ready = [row for row in self._rows if row.writes]
-        fresh = [*self._read_prompts(), *self._write_tokens(ready)]
-        if fresh:
-            self._choose(fresh)
+        decoding = [row for row in self._rows if row.is_decoding]
+        self._choose([*self._prefill(), *self._decode(decoding)])
         self._release()
         self._steps += 1
-        return bool(self._rows or len(self._waiting))
+        return self._has_rows
 
     def start(self) -> None:
         """Step in a thread of its own until `stop`."""
@@ -136,51 +134,55 @@ class Engine:
         self._thread.start()
 
     def stop(self, drain_seconds: float) -> None:
-        """Take no more requests, let those that are here end for up to `drain_seconds`, cancel what is left."""
+        """Take no more requests, let those that are here end for up to `drain_seconds`, cancel the rest."""
         assert self._thread is not None, "only an engine that was started is stopped"
         until = time.monotonic() + drain_seconds
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        while time.monotonic() < until and (self._rows or len(self._waiting) or self._jobs):
+        while time.monotonic() < until and (self._has_rows or self._jobs):
             time.sleep(0.02)
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
         self._thread.join()
 
+    @property
+    def _has_rows(self) -> bool:
+        return bool(self._rows or len(self._waiting))
+
+    def _refuse_when_closing(self) -> None:
+        if self._closing:
+            raise Busy("the engine is stopping", 5.0)
+
     def _check(self, request: Request) -> None:
-        ids, most, positions = request.ids, request.settings.max_new_tokens, self.bank.config.n_positions
-        if request.adapter is not None:
-            self.bank.get(request.adapter)
+        ids, vocabulary = request.ids, self._spec.config.vocab_size
         if request.settings.beams > 1:
             raise UserError("beams: an engine samples or takes the likeliest token; it has no beam search")
-        if not ids or min(ids) < 0 or max(ids) >= self.bank.config.vocab_size:
-            raise UserError(f"token ids must lie in 0 to {self.bank.config.vocab_size - 1}, at least one of them")
-        needed = len(ids) + (0 if request.only_score else most)
-        if not request.slide and needed > positions:
-            found = f"{len(ids)} tokens of the prompt and {needed - len(ids)} to write"
-            raise UserError(f"{found} exceed the model's {positions} positions")
+        if not ids or min(ids) < 0 or max(ids) >= vocabulary:
+            raise UserError(f"token ids must lie in 0 to {vocabulary - 1}, at least one of them")
+        new = 0 if request.only_score else request.settings.max_new_tokens
+        if not request.slide and len(ids) + new > self._positions:
+            found = f"{len(ids)} tokens of the prompt and {new} to write"
+            raise UserError(f"{found} exceed the model's {self._positions} positions")
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not (self._stopped or self._rows or len(self._waiting) or self._jobs):
+                while not (self._stopped or self._has_rows or self._jobs):
                     self._changed.wait()
                 if self._stopped:
                     break
             try:
                 self.step()
-            except Exception as error:  # a bug or no memory: those in the batch are told, the others go on
+            except Exception as error:  # a bug or no memory: requests in the batch fail, the others go on
                 _log.exception("a step of the engine failed")
                 for row in self._rows:
-                    row.ticket.on_output(
-                        RequestOutput(finish_reason="error", error=f"{type(error).__name__} in the engine")
-                    )
+                    row.finish("error", f"{type(error).__name__} in the engine")
                 self._rows.clear()
-                self._batch = DecodeBatch(self.bank.plan, self._slots)
+                self._batch = DecodeBatch(self._spec, self._slots)
         for row in [*self._rows, *self._waiting.take(lambda _: True)]:
-            row.ticket.on_output(RequestOutput(finish_reason="cancelled"))
+            row.finish("cancelled")
         self._rows.clear()
         for future, _ in self._jobs:
             future.set_exception(Busy("the engine is stopping", 5.0))
@@ -190,104 +192,94 @@ class Engine:
             future, job = self._jobs.popleft()
             try:
                 future.set_result(job())
-            except Exception as error:  # whoever waits for it raises it
+            except Exception as error:  # raised again where the result is awaited
                 future.set_exception(error)
 
     def _drop_cancelled(self) -> None:
         with self._changed:
-            dropped = self._waiting.take(lambda row: row.ticket.cancelled)
-        for row in dropped:
-            row.ticket.on_output(RequestOutput(finish_reason="cancelled"))
-        for row in self._rows:
-            if row.ticket.cancelled:
-                row.text.finish_reason = row.text.finish_reason or "length"
-                row.ticket.on_output(RequestOutput(finish_reason="cancelled"))
+            dropped = self._waiting.take(lambda row: row.handle.cancelled)
+        for row in [*dropped, *(row for row in self._rows if row.handle.cancelled)]:
+            row.finish("cancelled")
         self._release()
 
     def _admit(self) -> None:
         with self._changed:
             while len(self._rows) < self._slots and len(self._waiting):
                 row = self._waiting.pop()
-                row.began = time.monotonic()
-                self._prompt_tokens += len(row.ticket.request.ids)
+                row.started = time.monotonic()
+                self._prompt_tokens += len(row.handle.request.ids)
                 self._rows.append(row)
 
-    def _read_prompts(self) -> list[tuple[RunningSequence, torch.Tensor]]:
-        """Read the next chunk of prompts, rows of one width and place together; the last hidden states of the done."""
-        positions = self.bank.config.n_positions
+    def _prefill(self) -> _Hidden:
+        """The next chunk of prompts, rows of one width and position together; returns those that are complete."""
         groups: dict[tuple[int, int], list[int]] = {}
         for slot, row in enumerate(self._rows):
-            if not row.writes:
-                groups.setdefault((row.read, row.width(positions)), []).append(slot)
-        done: list[tuple[RunningSequence, torch.Tensor]] = []
-        budget = _READ
+            if not row.is_decoding:
+                groups.setdefault((row.computed, row.width(self._positions)), []).append(slot)
+        complete: _Hidden = []
+        budget = _PREFILL_TOKENS
         for (start, width), slots in groups.items():
-            take = slots[: max(1, budget // width)]
-            budget -= len(take) * width
-            done += self._read(take, start, width)
+            taken = slots[: max(1, budget // width)]
+            budget -= len(taken) * width
+            complete += self._prefill_chunk(taken, start, width)
             if budget <= 0:
                 break
-        return done
+        return complete
 
-    def _read(self, slots: list[int], start: int, width: int) -> list[tuple[RunningSequence, torch.Tensor]]:
+    def _prefill_chunk(self, slots: list[int], start: int, width: int) -> _Hidden:
         rows = [self._rows[slot] for slot in slots]
         chunks = [row.chunk() for row in rows]
-        ids = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=self.bank.plan.device)
-        hidden = self._batch.prefill([row.function for row in rows], slots, ids, start)
-        done = []
+        ids = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=self._spec.device)
+        hidden = self._batch.prefill([row.variant for row in rows], slots, ids, start)
+        complete = []
         for row, chunk, states in zip(rows, chunks, hidden, strict=True):
-            row.touched = max(row.touched, start + width)
             if row.wants_prompt:
-                row.score_prompt(self._batch.logits([row.function] * len(chunk), states[: len(chunk)]))
-            row.read += len(chunk)
-            if row.read == len(row.text.window):
-                done.append((row, states[len(chunk) - 1]))
-        return done
+                row.score_prompt(self._batch.logits([row.variant] * len(chunk), states[: len(chunk)]))
+            row.add_computed(len(chunk), width)
+            if row.computed == len(row.window):
+                complete.append((row, states[len(chunk) - 1]))
+        return complete
 
-    def _write_tokens(self, ready: list[RunningSequence]) -> list[tuple[RunningSequence, torch.Tensor]]:
-        if not ready:
+    def _decode(self, rows: list[RunningSequence]) -> _Hidden:
+        if not rows:
             return []
-        slots = [slot for slot, row in enumerate(self._rows) if row in ready]
-        ids = torch.tensor([row.text.window[-1] for row in ready], device=self.bank.plan.device)
-        hidden = self._batch.decode([row.function for row in ready], slots, ids, [row.read for row in ready])
-        for row in ready:
-            row.read += 1
-            row.touched = max(row.touched, row.read)
-        return list(zip(ready, hidden, strict=True))
+        slots = [slot for slot, row in enumerate(self._rows) if row in rows]
+        ids = torch.tensor([row.window[-1] for row in rows], device=self._spec.device)
+        hidden = self._batch.decode([row.variant for row in rows], slots, ids, [row.computed for row in rows])
+        for row in rows:
+            row.add_computed(1, 1)
+        return list(zip(rows, hidden, strict=True))
 
-    def _choose(self, fresh: list[tuple[RunningSequence, torch.Tensor]]) -> None:
-        """One more token for each row whose window has been read, from its last hidden state (D,)."""
-        scored = [row for row, _ in fresh if row.ticket.request.only_score]
-        for row in scored:
-            row.text.finish_reason = "length"
-            row.ticket.on_output(RequestOutput(prompt=tuple(row.prompt), finish_reason="length"))
-        fresh = [(row, states) for row, states in fresh if not row.ticket.request.only_score]
-        if not fresh:
+    def _choose(self, complete: _Hidden) -> None:
+        """One more token for each row whose window is in the cache."""
+        for row, _ in complete:
+            if row.handle.request.only_score:
+                row.finish("length", prompt=tuple(row.prompt))
+        rows = [row for row, _ in complete if row.finish_reason is None]
+        if not rows:
             return
-        rows = [row for row, _ in fresh]
-        logits = self._batch.logits([row.function for row in rows], torch.stack([states for _, states in fresh]))
+        hidden = torch.stack([states for row, states in complete if row.finish_reason is None])
+        logits = self._batch.logits([row.variant for row in rows], hidden)
         finite = logits.sum(-1).isfinite().tolist()  # host sync, as reading the tokens is
-        tokens = choose(rows, (logits if all(finite) else logits.nan_to_num())[:, : len(self.bank.tokenizer)])
+        tokens = sample(rows, (logits if all(finite) else logits.nan_to_num())[:, : len(self._models.tokenizer)])
         for row, token, row_logits, good in zip(rows, tokens, logits, finite, strict=True):
-            if not good:
-                row.text.finish_reason = "length"
-                error = f"the model's logits are not finite in {self.bank.plan.dtype}; try --precision fp32"
-                row.ticket.on_output(RequestOutput(finish_reason="error", error=error))
-                continue
-            self._tokens_written += 1
-            row.ticket.on_output(row.accept(token, row_logits, self.bank.end, self.bank.config.n_positions))
+            if good:
+                self._tokens_written += 1
+                row.accept(token, row_logits, self._models.end, self._positions)
+            else:
+                row.finish("error", f"the model's logits are not finite in {self._spec.dtype}; try fp32")
 
     def _release(self) -> None:
         """Free the slots of what has ended; the last rows move into them."""
         for slot in reversed(range(len(self._rows))):
             row = self._rows[slot]
-            if row.text.finish_reason is None:
+            if row.finish_reason is None:
                 continue
-            self._seconds_a_text += 0.1 * (time.monotonic() - row.began - self._seconds_a_text)
-            self._batch.forget(slot, row.touched)
+            self._seconds_a_text += 0.1 * (time.monotonic() - row.started - self._seconds_a_text)
+            self._batch.free(slot, row.cache_length)
             last = self._rows.pop()
             if slot < len(self._rows):
-                self._batch.move(len(self._rows), slot, last.touched)
+                self._batch.move(len(self._rows), slot, last.cache_length)
                 self._rows[slot] = last
 
     def _retry_after(self) -> float:

@@ -37,14 +37,9 @@ class FairQueue(Generic[Item]):
 
     def take(self, wanted: Callable[[Item], bool]) -> list[Item]:
         """Remove and return all items that are `wanted`."""
-        taken = []
-        for key in list(self._lines):
-            line = self._lines[key]
-            taken += [item for item in line if wanted(item)]
-            kept = deque(item for item in line if not wanted(item))
-            if kept:
-                self._lines[key] = kept
-            else:
-                del self._lines[key]
-        self._length -= len(taken)
+        taken = [item for line in self._lines.values() for item in line if wanted(item)]
+        if taken:
+            kept = {key: deque(item for item in line if item not in taken) for key, line in self._lines.items()}
+            self._lines = OrderedDict((key, line) for key, line in kept.items() if line)
+            self._length -= len(taken)
         return taken

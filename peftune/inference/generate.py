@@ -1,132 +1,153 @@
-"""Prompts in, continuations out."""
+"""Prompts in, continuations out: with a bank, or with Transformers' own `generate`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftune.data.tokens.encode import encode_texts, end_of_text_id
-from peftune.errors import UserError
-from peftune.inference.beam_search import search
-from peftune.inference.decode import FinishReason, Row, decode, row_of, slide
+from peftune.adapters.directory import load_onto
+from peftune.adapters.provenance import check_base
+from peftune.data.tokens.encode import end_of_text_id
+from peftune.errors import CheckFailed, UserError
+from peftune.inference.bank import AdapterBank
+from peftune.inference.detokenize import Detokenizer
+from peftune.inference.request import Generation, OnText, context_ids, slide
 from peftune.inference.settings import GenerationSettings
+from peftune.model.base import Base, open_base
+from peftune.model.load import dtype_of, load_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from peft import PeftModel
+    from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-    from peftune.inference.decode import Model
+    Model = GPT2LMHeadModel | PeftModel
 
-__all__ = ["Generation", "GenerationSettings", "context_ids", "generate"]
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What one prompt led to.
-
-    `text` continues `prompt` and holds nothing of a stop string. `ids` are all tokens that the model wrote, those of
-    the stop string too, without the `<|endoftext|>` that ended them. `finish_reason`: "stop" (a stop string came),
-    "end" (`<|endoftext|>` came), "length" (`max_new_tokens` written). `prompt_tokens` counts the context token too.
-    `seed` gives the same text again; None where nothing was drawn.
-    """
-
-    prompt: str
-    text: str
-    ids: tuple[int, ...]
-    finish_reason: FinishReason
-    prompt_tokens: int
-    seed: int | None
+TextGenerator = Callable[[Sequence[str], OnText | None], list[Generation]]
 
 
 def generate(
+    prompts: Sequence[str],
+    base: str | Base,
+    adapter: Path | str | None = None,
+    settings: GenerationSettings | None = None,
+    precision: str = "fp32",
+    on_text: OnText | None = None,
+) -> list[Generation]:
+    """Continue every prompt with the base, or with an adapter on it; `AdapterBank.generate` has the rules.
+
+    Beam search is Transformers' (`generate_with_transformers`). Raises UserError for input that cannot be used,
+    CheckFailed where the logits are not finite.
+    """
+    return text_generator(base, adapter, settings, precision)(prompts, on_text)
+
+
+def text_generator(
+    base: str | Base,
+    adapter: Path | str | None = None,
+    settings: GenerationSettings | None = None,
+    precision: str = "fp32",
+) -> TextGenerator:
+    """Load the model; the function that is returned continues prompts with it, call after call."""
+    base, chosen = open_base(base) if isinstance(base, str) else base, settings or GenerationSettings()
+    if chosen.beams > 1:
+        model, tokenizer = _load(base, adapter, dtype_of(precision)), base.tokenizer
+        return lambda prompts, on_text: generate_with_transformers(model, tokenizer, prompts, chosen, on_text)
+    bank, name = AdapterBank(base, precision), "adapter" if adapter is not None else None
+    if adapter is not None:
+        bank.add("adapter", adapter)
+    return lambda prompts, on_text: bank.generate(prompts, chosen, name, on_text)
+
+
+def generate_with_transformers(
     model: Model,
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[str],
     settings: GenerationSettings,
-    on_text: Callable[[int, str], None] | None = None,
+    on_text: OnText | None = None,
 ) -> list[Generation]:
-    """Continue every prompt; all run as one batch, and each gets the text that it would get alone.
+    """Greedy or beam search with a model of Transformers or PEFT, such as one that is being trained.
 
-    `on_text(i, piece)` is called with prompt i's text as it comes: whole characters, nothing of a stop string, no
-    empty pieces; they join to that prompt's `text`. A model in training mode is put into evaluation mode meanwhile.
-
-    **Context.** As in training, a document begins with `<|endoftext|>`: its id stands before the prompt at position
-    0. The prompt is plain text (`<|endoftext|>` written in it is 13 characters), so it never stands there already; an
-    empty prompt begins a new document.
-
-    **Sliding window.** Whenever the model would read more than n_positions tokens (context token, prompt and what it
-    has written), it reads only the last n_positions - n_positions // 4 of them: the oldest quarter is dropped,
-    positions restart at 0 and the cache is computed anew. A longer prompt is cut by the same rule.
-
-    **Random numbers.** Every prompt has a generator of its own, seeded with `settings.seed` (None: a new seed each):
-    its text does not depend on its neighbours, and equal prompts of a seeded call get equal texts.
-
-    Beam search is Transformers', one prompt after the other, without a sliding window; a stop string cuts its result,
-    and `on_text` gets all of it at once. A repetition penalty also counts the context token, as in Transformers.
-    Raises UserError where a prompt does not fit the model, CheckFailed where the logits are not finite.
+    One prompt after the other, and `on_text` gets a text at once. Beam search has no sliding window, and a repetition
+    penalty counts what is in the window. A model in training mode is put into evaluation mode meanwhile.
+    Raises UserError where prompt and beams do not fit the model, CheckFailed where the logits are not finite.
     """
-    end = end_of_text_id(tokenizer)
-    rows = [_row(i, context_ids(tokenizer, prompt), tokenizer, model, settings) for i, prompt in enumerate(prompts)]
-
-    def show(index: int, piece: str) -> None:
-        if piece and on_text is not None:
-            on_text(index, piece)
-
-    with _evaluating(model), torch.no_grad():
-        if settings.beams > 1:
-            _search_all(model, rows, end, settings, show)
-        else:
-            decode(model, rows, len(tokenizer), end, settings, show)
-    return [_result(prompt, row, settings) for prompt, row in zip(prompts, rows, strict=True)]
-
-
-def context_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
-    """What the model reads for a prompt: the context `<|endoftext|>`, then the prompt as plain text."""
-    return [end_of_text_id(tokenizer), *encode_texts([prompt], tokenizer)[0]]
-
-
-def _row(
-    index: int, context: list[int], tokenizer: PreTrainedTokenizerFast, model: Model, settings: GenerationSettings
-) -> Row:
-    config, number, most = model.config, index + 1, settings.max_new_tokens
-    if max(context) >= config.vocab_size:
-        raise UserError(
-            f"prompt {number}: the tokenizer gives id {max(context)}, the model knows {config.vocab_size} tokens; "
-            "expected the tokenizer that belongs to the model"
-        )
-    if settings.beams > 1 and len(context) + most > config.n_positions:
-        raise UserError(
-            f"prompt {number}: {len(context)} tokens and max_new_tokens {most} exceed the model's {config.n_positions} "
-            "positions, and beam search has no sliding window; shorten one, or use beams 1"
-        )
-    return row_of(index, context, slide(list(context), config.n_positions), tokenizer, settings)
-
-
-def _search_all(
-    model: Model, rows: list[Row], end: int, settings: GenerationSettings, show: Callable[[int, str], None]
-) -> None:
-    for row in rows:
-        written = iter(search(model, row.context, end, settings))
-        while row.finish_reason is None:
-            row.accept(next(written), end, settings.max_new_tokens)
-        show(row.index, "".join(row.pieces))
-
-
-@contextmanager
-def _evaluating(model: Model) -> Iterator[None]:
-    """Dropout off meanwhile; the mode as it was afterwards, also when `on_text` raises."""
+    assert settings.sampling_temperature == 0, "sampling is AdapterBank's"
+    contexts = [context_ids(tokenizer, prompt) for prompt in prompts]
+    positions, new = model.config.n_positions, settings.max_new_tokens
+    for number, context in enumerate(contexts, 1):
+        if settings.beams > 1 and len(context) + new > positions:
+            raise UserError(
+                f"prompt {number}: {len(context)} tokens and max_new_tokens {new} exceed the model's {positions} "
+                "positions, and beam search has no sliding window; shorten one, or use beams 1"
+            )
     training = model.training
     model.eval()
     try:
-        yield
+        results = []
+        for index, (prompt, context) in enumerate(zip(prompts, contexts, strict=True)):
+            results.append(_continue(model, tokenizer, prompt, context, settings))
+            if on_text is not None and results[-1].text:
+                on_text(index, results[-1].text)
+        return results
     finally:
         model.train(training)
 
 
-def _result(prompt: str, row: Row, settings: GenerationSettings) -> Generation:
-    assert row.finish_reason is not None, "decoding ends with every row finished"
-    seed = row.generator.initial_seed() if settings.sampling_temperature > 0 else None
-    return Generation(prompt, "".join(row.pieces), tuple(row.ids), row.finish_reason, len(row.context), seed)
+def _continue(
+    model: Model, tokenizer: PreTrainedTokenizerFast, prompt: str, context: list[int], settings: GenerationSettings
+) -> Generation:
+    end, positions = end_of_text_id(tokenizer), model.config.n_positions
+    output, text = Detokenizer(tokenizer, settings), ""
+    window = slide(context, positions)
+    while output.finish_reason is None:
+        room = positions + 1 - len(window)  # the last token is chosen, and needs no position
+        missing = settings.max_new_tokens - len(output.ids)
+        tokens = _search(model, window, end, len(tokenizer), settings, min(room, missing))
+        for token in tokens:
+            text += output.push(token, end)
+            if output.finish_reason is not None:
+                break
+        window = slide(window + tokens, positions)
+    return Generation(prompt, text, tuple(output.ids), output.finish_reason, len(context), None)
+
+
+def _search(
+    model: Model, window: list[int], end: int, vocabulary: int, settings: GenerationSettings, new: int
+) -> list[int]:
+    """Up to `new` tokens after `window`; every setting is given, so that generation_config.json changes nothing."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
+        num_beams=settings.beams,
+        max_new_tokens=new,
+        repetition_penalty=float(settings.repetition_penalty),
+        do_sample=False,
+        num_return_sequences=1,
+        length_penalty=1.0,
+        early_stopping=False,
+        suppress_tokens=list(range(vocabulary, model.config.vocab_size)) or None,  # rows without a token
+        eos_token_id=end,
+        bos_token_id=end,
+        pad_token_id=end,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    ids = torch.tensor([window], device=model.device)
+    found: Any = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)  # type: ignore[misc]
+    if not all(bool(torch.isfinite(logits).all()) for logits in found.logits):
+        raise CheckFailed(f"the model's logits are not finite in {model.dtype}; try fp32")
+    return list(map(int, found.sequences[0, len(window) :]))
+
+
+def _load(base: Base, adapter: Path | str | None, dtype: torch.dtype) -> Model:
+    """The adapter is loaded in full precision, so that one which changes the base (PiSSA) is rounded once."""
+    if adapter is not None:
+        check_base(Path(adapter), base)
+    model: Model = load_model(base)
+    if adapter is not None:
+        model = load_onto(model, Path(adapter))
+    model.to("cuda" if torch.cuda.is_available() else "cpu", dtype)  # type: ignore[arg-type]
+    return model.eval()

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING
 
-from peftune.inference.settings import GenerationSettings
+from peftune.data.tokens.encode import encode_texts, end_of_text_id
+from peftune.inference.settings import FinishReason, GenerationSettings
 
-FinishReason = Literal["stop", "length", "end", "cancelled", "error"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def context_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
+    """The token ids of a prompt: the context `<|endoftext|>`, then the prompt as plain text."""
+    return [end_of_text_id(tokenizer), *encode_texts([prompt], tokenizer)[0]]
+
+
+def slide(ids: list[int], n_positions: int) -> list[int]:
+    """The tokens of `ids` that the model sees: all while they fit, else the last n_positions - n_positions // 4."""
+    return ids if len(ids) <= n_positions else ids[n_positions // 4 - n_positions :]
 
 
 @dataclass(frozen=True)
@@ -28,13 +40,13 @@ class TokenLogprob:
 class Request:
     """A prompt to continue.
 
-    `ids`        what the model reads, context `<|endoftext|>` included (`AdapterBank.encode` makes it)
+    `ids`        the prompt's tokens, context `<|endoftext|>` included (`AdapterBank.encode` makes them)
     `adapter`    a name in the bank, None for the base alone
     `settings`   length, sampling, seed and stop strings; `beams` must be 1
-    `logprobs`   None, or how many of the likeliest tokens to name beside each token written
-    `echo`       with `logprobs`: also those of the prompt's tokens, before the first token written
-    `only_score` write nothing: end after the prompt (with `echo` and `logprobs`: its log-probabilities)
-    `slide`      a full window slides on (see `decode.slide`); otherwise the text ends there with "length"
+    `logprobs`   None, or how many of the likeliest tokens to name beside each token generated
+    `echo`       with `logprobs`: also those of the prompt's tokens, before the first token generated
+    `only_score` generate nothing: end after the prompt (with `echo` and `logprobs`: its log-probabilities)
+    `slide`      a full window slides on (see `slide`); otherwise the text ends there with "length"
     """
 
     ids: tuple[int, ...]
@@ -48,10 +60,10 @@ class Request:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What one token boundary brought for a request; `finish_reason` is set in the last update and nowhere else.
+    """What one step of the engine brought for a request; `finish_reason` is set in the last output and nowhere else.
 
-    `text`       what may be shown now: whole characters, nothing of a stop string; often ""
-    `ids`        tokens written in this step (one, or none)
+    `text`       what may be shown now: complete characters, nothing of a stop string; often ""
+    `ids`        tokens generated in this step (one, or none)
     `logprobs`   one for each of `ids` where asked for
     `prompt`     with `echo` and `logprobs`, once: one for each token of the prompt, the context token first
     `error`      why, where `finish_reason` is "error"
@@ -68,12 +80,15 @@ class RequestOutput:
 OnOutput = Callable[[RequestOutput], None]
 """Called in the engine's thread, in order; must be quick and must not raise."""
 
+OnText = Callable[[int, str], None]
+"""`on_text(i, text)`: the next part of prompt i's text, never empty; the parts join to it."""
+
 
 @dataclass(eq=False)
 class RequestHandle:
-    """A request that was accepted; `seed` writes the same text again.
+    """A request that was accepted; `seed` gives the same text again.
 
-    `cancel` may be called from any thread: the slot is free at the next boundary.
+    `cancel` may be called from any thread: the slot is free after the current step.
     """
 
     request: Request
@@ -82,5 +97,23 @@ class RequestHandle:
     cancelled: bool = field(default=False)
 
     def cancel(self) -> None:
-        """Give the request up; its last update says "cancelled", unless it had ended already."""
+        """Give the request up; its last output says "cancelled", unless it had ended already."""
         self.cancelled = True
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one prompt led to.
+
+    `text` continues `prompt` and holds nothing of a stop string. `ids` are all tokens that the model generated, those
+    of the stop string too, without the `<|endoftext|>` that ended them. `finish_reason`: "stop" (a stop string came),
+    "end" (`<|endoftext|>` came), "length" (`max_new_tokens` generated). `prompt_tokens` counts the context token too.
+    `seed` gives the same text again; None where nothing was drawn.
+    """
+
+    prompt: str
+    text: str
+    ids: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    seed: int | None

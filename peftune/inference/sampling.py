@@ -74,7 +74,6 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor) -> Tensor:
 def next_tokens(
     logits_BV: Tensor,
     generators: Sequence[torch.Generator],
-    *,
     temperature: float,
     top_k: int = 0,
     top_p: float = 1.0,

@@ -1,4 +1,4 @@
-"""A request in its slot: what the model has read of it, and how a row of logits becomes its next token."""
+"""A request in its slot: how much of it is in the cache, and how a row of logits becomes its next token."""
 
 from __future__ import annotations
 
@@ -7,80 +7,97 @@ from dataclasses import dataclass, field
 
 import torch
 
-from peftune.inference.decode import Row, slide
-from peftune.inference.request import RequestHandle, RequestOutput, TokenLogprob
+from peftune.inference.detokenize import Detokenizer
+from peftune.inference.request import RequestHandle, RequestOutput, TokenLogprob, slide
 from peftune.inference.sampling import next_tokens
+from peftune.inference.settings import FinishReason
 from peftune.model.decode.batch import ModelVariant
 
-CHUNK = 256  # tokens of a prompt that are read at a time: others wait no longer than that takes
+PREFILL_CHUNK = 256  # tokens of a prompt in one forward: others wait no longer than that takes
 _FINE, _COARSE = 16, 64  # widths that prompts are padded to, up to _COARSE and beyond
 
 
 @dataclass(eq=False)
 class RunningSequence:
-    """One row of the batch. `read` tokens of `text.window` are in the cache, padding reached up to `touched`.
+    """One row of the batch.
 
-    `began` is when it got its slot, on the monotonic clock.
+    `window` is what the model sees of prompt and output, `computed` of its tokens are in the cache; padding reached up
+    to `cache_length`. `started` is when it got its slot, on the monotonic clock.
     """
 
-    ticket: RequestHandle
-    function: ModelVariant
-    text: Row
-    read: int = 0
-    touched: int = 0
-    began: float = 0.0
+    handle: RequestHandle
+    variant: ModelVariant
+    output: Detokenizer
+    window: list[int]
+    computed: int = 0
+    cache_length: int = 0
+    started: float = 0.0
+    finish_reason: FinishReason | None = None
     prompt: list[TokenLogprob] = field(default_factory=list)
     seen: torch.Tensor | None = None
 
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.handle.seed)
+
     @property
-    def writes(self) -> bool:
-        """All but the last token of the window has been read: the next forward is one token."""
-        return 0 < self.read == len(self.text.window) - 1
+    def is_decoding(self) -> bool:
+        """All but the last token of the window are in the cache: the next forward is one token."""
+        return 0 < self.computed == len(self.window) - 1
 
     @property
     def wants_prompt(self) -> bool:
         """Log-probabilities of the prompt are asked for, and not complete."""
-        request = self.ticket.request
-        return request.echo and request.logprobs is not None and not self.text.ids
+        request = self.handle.request
+        return request.echo and request.logprobs is not None and not self.output.ids
 
     def chunk(self) -> list[int]:
-        """The tokens to be read next."""
-        return self.text.window[self.read : self.read + CHUNK]
+        """The next tokens to prefill."""
+        return self.window[self.computed : self.computed + PREFILL_CHUNK]
 
     def width(self, positions: int) -> int:
         """What the next chunk is padded to: it depends on this row alone, so that its numbers do."""
         length = len(self.chunk())
         step = _FINE if length <= _COARSE else _COARSE
-        return min(-(-length // step) * step, positions - self.read)
+        return min(-(-length // step) * step, positions - self.computed)
+
+    def add_computed(self, tokens: int, width: int) -> None:
+        """So many more tokens are in the cache, with padding up to `width`."""
+        self.cache_length = max(self.cache_length, self.computed + width)
+        self.computed += tokens
 
     def score_prompt(self, logits: torch.Tensor) -> None:
-        """Take the logits (T, V) of the tokens just read; each says how likely the token after it was."""
-        ids, count = self.text.window, self.ticket.request.logprobs or 0
+        """Take the logits (T, V) of a chunk of the prompt; each says how likely the token after it was."""
+        ids, count = self.window, self.handle.request.logprobs or 0
         if not self.prompt:
             self.prompt.append(TokenLogprob(ids[0], None))
-        following = ids[self.read + 1 : self.read + 1 + len(logits)]
+        following = ids[self.computed + 1 : self.computed + 1 + len(logits)]
         nats = logits[: len(following)].log_softmax(-1)
         self.prompt += [logprob(row, token, count) for row, token in zip(nats, following, strict=True)]
 
-    def accept(self, token: int, logits: torch.Tensor, end: int, positions: int) -> RequestOutput:
-        """The next token has been chosen; what there is to tell of it."""
-        request, text = self.ticket.request, self.text
-        ended = token == end
-        piece = text.accept(token, end, request.settings.max_new_tokens)
-        if text.finish_reason is None and len(text.window) > positions:
+    def accept(self, token: int, logits: torch.Tensor, end: int, positions: int) -> None:
+        """Append the token that was chosen, and hand it to the request's listener."""
+        request, output = self.handle.request, self.output
+        text = output.push(token, end)
+        ids = () if token == end else (token,)
+        self.window += ids
+        if output.finish_reason is None and len(self.window) > positions:
             if request.slide:
-                text.window, self.read = slide(text.window, positions), 0
+                self.window, self.computed = slide(self.window, positions), 0
             else:
-                text.finish_reason = "length"
-                piece += text.close()
-        ids = () if ended else (token,)
+                text += output.finish("length")
         logprobs: tuple[TokenLogprob, ...] = ()
-        if request.logprobs is not None and not ended:
+        if request.logprobs is not None and ids:
             logprobs = (logprob(logits.log_softmax(-1), token, request.logprobs),)
         if self.seen is not None:
             self.seen[token] = True
         prompt, self.prompt = tuple(self.prompt), []
-        return RequestOutput(piece, ids, logprobs, prompt, text.finish_reason)
+        self.finish_reason = output.finish_reason
+        self.handle.on_output(RequestOutput(text, ids, logprobs, prompt, self.finish_reason))
+
+    def finish(self, reason: FinishReason, error: str = "", prompt: tuple[TokenLogprob, ...] = ()) -> None:
+        """End the request without another token."""
+        self.finish_reason = reason
+        self.handle.on_output(RequestOutput(prompt=prompt, finish_reason=reason, error=error))
 
 
 def logprob(nats_V: torch.Tensor, token: int, count: int) -> TokenLogprob:
@@ -92,31 +109,25 @@ def logprob(nats_V: torch.Tensor, token: int, count: int) -> TokenLogprob:
     return TokenLogprob(token, float(nats_V[token]), top)
 
 
-def choose(rows: Sequence[RunningSequence], logits_RV: torch.Tensor) -> list[int]:
+def sample(rows: Sequence[RunningSequence], logits_RV: torch.Tensor) -> list[int]:
     """The next token of every row, each by its own settings and from its own random stream."""
     groups: dict[tuple[float, int, float, float], list[int]] = {}
     for i, row in enumerate(rows):
-        s = row.ticket.request.settings
+        s = row.handle.request.settings
         groups.setdefault((s.sampling_temperature, s.top_k, s.top_p, s.repetition_penalty), []).append(i)
     chosen = [0] * len(rows)
-    for (temperature, top_k, top_p, penalty), members in groups.items():
-        tokens = next_tokens(
-            logits_RV if len(members) == len(rows) else logits_RV[members],
-            [rows[i].text.generator for i in members],
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=penalty,
-            seen_BV=_seen([rows[i] for i in members], logits_RV) if penalty != 1 else None,
-        )
+    for filters, members in groups.items():
+        part = logits_RV if len(members) == len(rows) else logits_RV[members]
+        seen = torch.stack([_seen(rows[i], logits_RV) for i in members]) if filters[-1] != 1 else None
+        tokens = next_tokens(part, [rows[i].generator for i in members], *filters, seen)
         for i, token in zip(members, tokens.tolist(), strict=True):
             chosen[i] = token
     return chosen
 
 
-def _seen(rows: Sequence[RunningSequence], logits_RV: torch.Tensor) -> torch.Tensor:
-    for row in rows:
-        if row.seen is None:
-            row.seen = torch.zeros(logits_RV.shape[1], dtype=torch.bool, device=logits_RV.device)
-            row.seen[row.text.context] = True
-    return torch.stack([row.seen for row in rows if row.seen is not None])
+def _seen(row: RunningSequence, logits_RV: torch.Tensor) -> torch.Tensor:
+    """Which tokens (V,) the row holds, prompt included: what a repetition penalty looks at."""
+    if row.seen is None:
+        row.seen = torch.zeros(logits_RV.shape[1], dtype=torch.bool, device=logits_RV.device)
+        row.seen[list(row.handle.request.ids)] = True
+    return row.seen

@@ -1,12 +1,16 @@
-"""How to generate: typed, validated whole, every problem listed at once."""
+"""How to generate: typed and validated, every problem listed at once."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from peftune.errors import UserError
+
+FinishReason = Literal["stop", "length", "end", "cancelled", "error"]
+"""A stop string came, as many tokens as asked for, `<|endoftext|>`; or the request was given up, or failed."""
 
 DEFAULT_TEMPERATURE = 0.8
 _SEEDS = 2**63
@@ -14,7 +18,7 @@ _SEEDS = 2**63
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """What `generate` may write and how it chooses; an instance is valid, or UserError names every problem.
+    """How much to generate and how tokens are chosen; an instance is valid, or UserError names every problem.
 
     `max_new_tokens`       at most so many tokens a prompt
     `temperature`          0 = greedy; None = 0.8, or 0 with beams

@@ -19,6 +19,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    """The dtype that fp32, bf16 or fp16 names; UserError for any other name."""
+    if precision not in DTYPES:
+        raise UserError(f"precision is {precision}, expected one of {', '.join(DTYPES)}")
+    return DTYPES[precision]
+
+
 def with_dropout(config: GPT2Config, dropout: float) -> GPT2Config:
     """The configuration of a model that is trained here: its own dropouts set, attention through SDPA."""
     config = copy.deepcopy(config)

@@ -42,7 +42,7 @@ def make_service(base: str, adapters: Mapping[str, Path], precision: str, settin
     """The base with its adapters, and an engine that was not started yet."""
     bank = AdapterBank(base, precision)
     for name, directory in adapters.items():
-        if name == bank.base:
+        if name == bank.base.name:
             raise UserError(f"an adapter is named {name} as the base is; name the adapter otherwise")
         bank.add(name, directory)
     return Service(bank, Engine(bank, settings.slots, settings.queue), settings)
@@ -106,7 +106,7 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         settings, bank = self._service.settings, self._service.bank
         count = len(bank.names)
-        self._on_ready(f"peftune serves {bank.base} with {count} adapter{'s' * (count != 1)} on {self.url}")
+        self._on_ready(f"peftune serves {bank.base.name} with {count} adapter{'s' * (count != 1)} on {self.url}")
         if settings.api_key is None and not settings.only_loopback:
             Console().say(f"anybody who reaches {self.url} may use it: no API key is set")
 

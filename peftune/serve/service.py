@@ -50,7 +50,7 @@ class Service:
 
     def metrics_label(self, model: str | None) -> str:
         """The model as a label of metrics: the base or an adapter that is loaded, else empty."""
-        return model if model is not None and model in (self.bank.base, *self.bank.names) else ""
+        return model if model is not None and model in (self.bank.base.name, *self.bank.names) else ""
 
     async def resolve(
         self, model: str, ids: Sequence[Sequence[int]], candidates: Sequence[str] | None = None
@@ -64,11 +64,11 @@ class Service:
                 raise ApiError(400, f"model auto chooses for one prompt, found {len(ids)}; send one each", "prompt")
             return await self._route(ids[0], candidates)
         adapter = self.adapter_named(model)
-        return ResolvedModel(adapter, adapter or self.bank.base)
+        return ResolvedModel(adapter, adapter or self.bank.base.name)
 
     def adapter_named(self, model: str) -> str | None:
         """The adapter that a model's name means, None for the base; ApiError 404 for an unknown name."""
-        if model in (self.bank.base, BASE):
+        if model in (self.bank.base.name, BASE):
             return None
         if model not in self.bank.names:
             raise ApiError(404, f"the model {model!a} does not exist", "model", "model_not_found")
@@ -93,7 +93,7 @@ class Service:
             raise ApiError(409, str(error), "model") from None
         finally:
             self._routing -= 1
-        name = route.name if route.name is not None else self.bank.base
+        name = route.name if route.name is not None else self.bank.base.name
         routing = {"model": name, "scores": route.scores, "threshold": threshold}
         return ResolvedModel(route.name, name, {"routing": routing})
 

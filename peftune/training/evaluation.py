@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from peftune.data.batches import Blocks
-from peftune.evaluate import Score
-from peftune.inference.generate import GenerationSettings, generate
+from peftune.inference.generate import generate_with_transformers
+from peftune.inference.perplexity import Score
+from peftune.inference.settings import GenerationSettings
 from peftune.training.distributed.collectives import all_reduce_sum, lockstep_batches
 from peftune.training.distributed.signals import StopRequest
 from peftune.training.setup import Session
@@ -81,7 +82,7 @@ def sample(session: Session) -> None:
     settings = GenerationSettings(max_new_tokens=SAMPLE_TOKENS, temperature=0.0)
     session.engine.module.eval()
     with session.autocast():
-        generations = generate(model, session.source.base.tokenizer, prompts, settings)
+        generations = generate_with_transformers(model, session.source.base.tokenizer, prompts, settings)
     session.engine.module.train()
     for made in generations:
         session.records.write("sample", step=session.state.step, prompt=made.prompt, text=made.text)

@@ -15,9 +15,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from peftune.cli.generate import choose_adapter, run
+from peftune.cli.generate import choose_adapter, generate_texts
 from peftune.errors import UserError
-from peftune.inference.generate import GenerationSettings, generate
+from peftune.inference.generate import generate_with_transformers
+from peftune.inference.settings import GenerationSettings
 from peftune.model.base import Base
 
 # PEFT asks Transformers under a deprecated name.
@@ -66,18 +67,16 @@ class Terminal(io.StringIO):
 
 
 def expected(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
-    return generate(model, tokenizer, [prompt], GREEDY)[0].text
+    return generate_with_transformers(model, tokenizer, [prompt], GREEDY)[0].text
 
 
-@pytest.mark.parametrize("stream", [True, False])
 def test_one_prompt_prints_itself_and_its_continuation_only(
     base: Path,
     model: GPT2LMHeadModel,
     tokenizer: PreTrainedTokenizerFast,
     capsys: pytest.CaptureFixture[str],
-    stream: bool,
 ) -> None:
-    run(str(base), {}, None, ["the cat"], None, GREEDY, stream=stream)
+    generate_texts(str(base), {}, None, ["the cat"], None, GREEDY)
     printed = capsys.readouterr()
     assert printed.out.rstrip("\n") == ("the cat" + expected(model, tokenizer, "the cat")).rstrip("\n")
     assert printed.out.endswith("\n")
@@ -92,7 +91,7 @@ def test_several_prompts_are_told_apart_and_a_json_file_has_them_all(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     prompts = ["the cat", "", *(f"dog {i}" for i in range(9))]
-    run(str(base), {}, None, prompts, None, GREEDY, json_path=tmp_path / "texts.json")
+    generate_texts(str(base), {}, None, prompts, None, GREEDY, json_path=tmp_path / "texts.json")
     printed = capsys.readouterr().out
     assert "=== 1 of 11 ===\nthe cat" in printed and "\n\n=== 11 of 11 ===\ndog 8" in printed
     written = json.loads((tmp_path / "texts.json").read_text(encoding="utf-8"))
@@ -108,7 +107,7 @@ def test_the_only_adapter_is_used_on_the_base_that_it_names(
     trained: tuple[Path, GPT2LMHeadModel], tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory, adapted = trained
-    run(None, {"poems": directory}, None, ["the cat"], None, GREEDY)
+    generate_texts(None, {"poems": directory}, None, ["the cat"], None, GREEDY)
     assert expected(adapted, tokenizer, "the cat") in capsys.readouterr().out
 
 
@@ -120,13 +119,13 @@ def test_use_base_takes_no_adapter(
 ) -> None:
     directory, adapted = trained
     assert expected(model, tokenizer, "the cat") != expected(adapted, tokenizer, "the cat")
-    run(None, {"poems": directory}, "base", ["the cat"], None, GREEDY)
+    generate_texts(None, {"poems": directory}, "base", ["the cat"], None, GREEDY)
     assert expected(model, tokenizer, "the cat") in capsys.readouterr().out
 
 
 def test_an_adapter_on_another_base_is_refused(trained: tuple[Path, GPT2LMHeadModel], other_base: Path) -> None:
     with pytest.raises(UserError, match="was trained on"):
-        run(str(other_base), {"poems": trained[0]}, None, ["the"], None, GREEDY)
+        generate_texts(str(other_base), {"poems": trained[0]}, None, ["the"], None, GREEDY)
 
 
 def test_a_name_that_nothing_has_is_refused_with_those_known() -> None:
@@ -144,16 +143,16 @@ def test_a_name_that_nothing_has_is_refused_with_those_known() -> None:
 
 def test_without_base_and_adapter_nothing_is_guessed() -> None:
     with pytest.raises(UserError, match="no base and no adapter; expected --base"):
-        run(None, {}, None, ["the"], None, GREEDY)
+        generate_texts(None, {}, None, ["the"], None, GREEDY)
 
 
 def test_an_unknown_precision_is_refused(base: Path) -> None:
     with pytest.raises(UserError, match="precision is fp8, expected one of fp32, bf16, fp16"):
-        run(str(base), {}, None, ["the"], None, GREEDY, precision="fp8")
+        generate_texts(str(base), {}, None, ["the"], None, GREEDY, precision="fp8")
 
 
 def test_half_precision_writes_too(trained: tuple[Path, GPT2LMHeadModel], capsys: pytest.CaptureFixture[str]) -> None:
-    run(None, {"poems": trained[0]}, None, ["the cat"], None, GREEDY, precision="bf16")
+    generate_texts(None, {"poems": trained[0]}, None, ["the cat"], None, GREEDY, precision="bf16")
     assert capsys.readouterr().out.startswith("the cat")
 
 
@@ -164,13 +163,13 @@ def test_on_a_terminal_the_prompt_is_dim_and_control_characters_are_harmless(
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    run(str(base), {}, None, ["a\x1b[2J\x9bb"], None, GREEDY)
+    generate_texts(str(base), {}, None, ["a\x1b[2J\x9bb"], None, GREEDY)
     shown = terminal.getvalue()
     assert shown.startswith("\x1b[2ma\ufffd[2J\ufffdb\x1b[0m\x1b[1m")
 
 
 def test_a_prompt_longer_than_the_window_is_said_so(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(str(base), {}, None, ["x" * 100], None, GREEDY)
+    generate_texts(str(base), {}, None, ["x" * 100], None, GREEDY)
     assert capsys.readouterr().err == "prompt 1: 101 tokens, the model has 64 positions: it reads the last 48\n"
 
 
@@ -190,14 +189,14 @@ def closed_pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_closed_pipe_ends_the_work(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     endless = GenerationSettings(max_new_tokens=10**9, temperature=1.0)
     with closed_pipe(monkeypatch):
-        run(str(base), {}, None, ["the"], None, endless)
+        generate_texts(str(base), {}, None, ["the"], None, endless)
 
 
 def test_a_closed_pipe_does_not_keep_the_json_from_being_written(
     base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with closed_pipe(monkeypatch):
-        run(str(base), {}, None, ["the", "cat"], None, GREEDY, json_path=tmp_path / "texts.json")
+        generate_texts(str(base), {}, None, ["the", "cat"], None, GREEDY, json_path=tmp_path / "texts.json")
     assert len(json.loads((tmp_path / "texts.json").read_text(encoding="utf-8"))["generations"]) == 2
 
 
@@ -206,11 +205,11 @@ def test_a_stdout_that_cannot_show_a_character_shows_a_question_mark(
 ) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    run(str(base), {}, None, ["東京"], None, GREEDY)
+    generate_texts(str(base), {}, None, ["東京"], None, GREEDY)
     assert raw.getvalue().startswith(b"??")
 
 
 @pytest.mark.parametrize("name", ["absent/texts.json", "."])
 def test_a_json_path_that_cannot_be_written_is_refused_before_the_work(base: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="cannot be written"):
-        run(str(base), {}, None, ["the"], None, GREEDY, json_path=tmp_path / name)
+        generate_texts(str(base), {}, None, ["the"], None, GREEDY, json_path=tmp_path / name)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peftune.cli.quickstart import run
+from peftune.cli.quickstart import quickstart
 from peftune.config.recipe import Source
 from peftune.errors import UserError
-from peftune.inference import routing_accuracy
+from peftune.inference.routing_accuracy import measure_routing
 
 
 @pytest.fixture(scope="module")
@@ -77,18 +77,19 @@ def test_prompts_of_the_three_built_in_domains_find_their_adapter(
     adapters = {name: made[0] / "adapters" / name for name in ("docs", "unicode")}
     domains = {"base": "code", "docs": "docs", "unicode": "unicode"}
     data = {name: [Source(path=f"builtin:{domain}/heldout")] for name, domain in domains.items()}
-    for sent in routing_accuracy.run("builtin:small", adapters, data, prompt_tokens=16, at_most=60, threshold=0.0):
-        assert sent.right > 0.95 * sent.prompts, sent
+    found = measure_routing("builtin:small", data, adapters, prompt_tokens=16, max_prompts=60)
+    for domain, facts in found["routing"].items():
+        assert facts["right"] > 0.95 * facts["prompts"], (domain, facts)
 
 
 def test_another_directory_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("keep")
     with pytest.raises(UserError, match="was not made by quickstart"):
-        run(tmp_path, [])
+        quickstart(tmp_path, [])
     assert (tmp_path / "mine").read_text() == "keep"
 
 
 def test_a_single_document_cannot_be_held_out(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("only one line")
     with pytest.raises(UserError, match="one document only"):
-        run(tmp_path / "out", [tmp_path / "one.txt"])
+        quickstart(tmp_path / "out", [tmp_path / "one.txt"])

@@ -44,10 +44,10 @@ def test_prompts_are_continued_by_whatever_is_in_use(
     expected = ["the cat" + bank.generate(["the cat"], GREEDY, name)[0].text for name in ("wide", None)] + [
         "a" + bank.generate(["a"], dataclasses.replace(GREEDY, max_new_tokens=2), None)[0].text
     ]
-    told = capsys.readouterr().out
+    shown = capsys.readouterr().out
     for text in expected:
-        assert text in told
-        told = told.split(text, 1)[1]
+        assert text in shown
+        shown = shown.split(text, 1)[1]
     assert typed == ["never"]
 
 
@@ -64,8 +64,8 @@ def test_commands_tell_and_change(bank: AdapterBank, capsys: pytest.CaptureFixtu
     ):
         session.answer(line)
     assert session.settings == dataclasses.replace(GREEDY, temperature=0.7, seed=3, stop=("\n\n",))
-    told = capsys.readouterr().out
-    assert "* wide: rank 24" in told and "  base" in told and "temperature = 0.7" in told and "/reset" in told
+    shown = capsys.readouterr().out
+    assert "* wide: rank 24" in shown and "  base" in shown and "temperature = 0.7" in shown and "/reset" in shown
     session.answer("/set seed none")
     assert session.settings.seed is None
 

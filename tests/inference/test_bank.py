@@ -15,7 +15,7 @@ from peftune.adapters.directory import load_onto
 from peftune.adapters.merge.merge import merge
 from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank
-from peftune.inference.generate import generate
+from peftune.inference.generate import generate_with_transformers
 from peftune.inference.settings import GenerationSettings
 from peftune.model.base import Base
 from peftune.model.load import load_model
@@ -39,7 +39,7 @@ def test_a_mixed_batch_writes_what_peft_writes_with_each_adapter(
         model = load_model(Base(base_directory))
         if name is not None:
             model = load_onto(model, adapters[name])
-        (alone,) = generate(model, tokenizer, [prompt], GREEDY)
+        (alone,) = generate_with_transformers(model, tokenizer, [prompt], GREEDY)
         assert written == alone, name
 
 
@@ -55,7 +55,7 @@ def test_a_mixed_batch_writes_what_the_merged_checkpoints_write(
     for name, written in zip(names, mixed, strict=True):
         merge(adapters[name], tmp_path / name, base=str(base_directory), texts=["the cat sat on the mat"])
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        assert generate(merged, tokenizer, ["the dog"], GREEDY)[0] == written, name
+        assert generate_with_transformers(merged, tokenizer, ["the dog"], GREEDY)[0] == written, name
 
 
 def test_logits_of_a_row_are_the_same_to_the_bit_whatever_is_beside_it(bank: AdapterBank) -> None:
@@ -85,20 +85,20 @@ def test_the_base_is_the_same_to_the_bit_after_adapters_came_and_went(
 
 @pytest.mark.parametrize("kind", ["attention", "dora", "head"])
 def test_only_what_is_no_low_rank_update_of_the_blocks_gets_weights_of_its_own(bank: AdapterBank, kind: str) -> None:
-    assert bank.get(kind).own_weights == (kind != "attention")
+    assert (bank.get(kind).variant.lora is None) == (kind != "attention")
 
 
 def test_weights_that_an_adapter_does_not_change_are_shared(bank: AdapterBank) -> None:
-    base = bank.function(None).model
-    assert bank.function("one-block").model is base
-    pissa = bank.function("pissa").model
+    base = bank.variant(None).model
+    assert bank.variant("one-block").model is base
+    pissa = bank.variant("pissa").model
     assert pissa.wte is base.wte
     assert pissa.head is base.head
     assert pissa.blocks[0] is not base.blocks[0]
 
 
 def test_an_unknown_name_is_an_error_and_never_the_base(bank: AdapterBank) -> None:
-    for call in (bank.get, bank.use, bank.remove, bank.function):
+    for call in (bank.get, bank.use, bank.remove, bank.variant):
         with pytest.raises(UserError, match=r"no adapter is called 'poems'; known: attention, .*, base"):
             call("poems")
     with pytest.raises(UserError, match="poems"):
@@ -133,19 +133,11 @@ def test_bf16_stays_near_fp32(base_directory: Path, adapters: dict[str, Path], b
     narrow = AdapterBank(str(base_directory), "bf16", "cpu")
     narrow.add("wide", adapters["wide"])
     ids = torch.randint(0, 250, (1, 30), generator=torch.Generator().manual_seed(1))
-    whole, rounded = bank.logits(ids, "wide"), narrow.logits(ids, "wide")
-    assert float((whole - rounded).norm() / whole.norm()) < 0.05  # weights of 0.4 a piece, eight bits each
+    full, rounded = bank.logits(ids, "wide"), narrow.logits(ids, "wide")
+    assert float((full - rounded).norm() / full.norm()) < 0.05  # weights of 0.4 each, eight bits each
 
 
-def test_on_text_gets_the_pieces_of_each_text(bank: AdapterBank) -> None:
-    pieces: dict[int, list[str]] = {0: [], 1: []}
-    written = bank.generate(["the", "a"], GREEDY, ["wide", None], lambda i, piece: pieces[i].append(piece))
-    assert ["".join(pieces[i]) for i in (0, 1)] == [w.text for w in written]
-
-
-def test_a_full_window_slides_as_it_does_for_one_model(
-    bank: AdapterBank, model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    settings = GenerationSettings(max_new_tokens=90, temperature=0, repetition_penalty=1.3)
-    prompts = ["the cat sat on the mat and the dog sat", "the"]
-    assert bank.generate(prompts, settings, [None, None]) == generate(model, tokenizer, prompts, settings)  # type: ignore[arg-type]
+def test_on_text_gets_the_parts_of_each_text(bank: AdapterBank) -> None:
+    parts: dict[int, list[str]] = {0: [], 1: []}
+    written = bank.generate(["the", "a"], GREEDY, ["wide", None], lambda i, text: parts[i].append(text))
+    assert ["".join(parts[i]) for i in (0, 1)] == [w.text for w in written]

@@ -30,9 +30,9 @@ def stream(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[str]:
 
 
 def test_no_half_character_is_ever_shown(tokenizer: PreTrainedTokenizerFast) -> None:
-    pieces = stream(tokenizer, byte_ids(tokenizer, MIXED.encode()))
-    assert "".join(pieces) == MIXED
-    assert not any("\ufffd" in piece for piece in pieces)
+    parts = stream(tokenizer, byte_ids(tokenizer, MIXED.encode()))
+    assert "".join(parts) == MIXED
+    assert not any("\ufffd" in part for part in parts)
 
 
 def test_a_character_is_shown_as_soon_as_it_is_complete(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -45,7 +45,7 @@ def test_an_incomplete_character_at_the_end_shows_as_in_decode(tokenizer: PreTra
     assert "".join(stream(tokenizer, ids)) == decode_plain(tokenizer, ids)
 
 
-def test_pieces_of_any_bytes_join_to_what_decode_gives(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_parts_of_any_bytes_join_to_what_decode_gives(tokenizer: PreTrainedTokenizerFast) -> None:
     chance = random.Random(0)
     for _ in range(100):
         ids = [chance.randrange(1, len(tokenizer)) for _ in range(40)]
@@ -57,34 +57,34 @@ def test_a_replacement_character_in_the_text_itself_survives(tokenizer: PreTrain
     assert "".join(stream(tokenizer, encode_texts([text], tokenizer)[0])) == text
 
 
-def filtered(stop: tuple[str, ...], pieces: list[str]) -> tuple[str, bool]:
+def filtered(stop: tuple[str, ...], parts: list[str]) -> tuple[str, bool]:
     one, shown = StopFilter(stop), ""
-    for piece in pieces:
-        shown += one.push(piece)
+    for part in parts:
+        shown += one.push(part)
         if one.stopped:
             return shown, True
     return shown + one.flush(), False
 
 
-@pytest.mark.parametrize("pieces", [["abEN", "Dcd"], ["abENDcd"], list("abENDcd"), ["abE", "N", "D"]])
-def test_a_stop_string_ends_the_text_however_it_is_split(pieces: list[str]) -> None:
-    assert filtered(("END",), pieces) == ("ab", True)
+@pytest.mark.parametrize("parts", [["abEN", "Dcd"], ["abENDcd"], list("abENDcd"), ["abE", "N", "D"]])
+def test_a_stop_string_ends_the_text_however_it_is_split(parts: list[str]) -> None:
+    assert filtered(("END",), parts) == ("ab", True)
 
 
 def test_nothing_of_a_stop_string_is_shown_early() -> None:
     one = StopFilter(("\n\n",))
-    assert [one.push(piece) for piece in ("a", "\n", "b", "\n", "\n")] == ["a", "", "\nb", "", ""]
+    assert [one.push(part) for part in ("a", "\n", "b", "\n", "\n")] == ["a", "", "\nb", "", ""]
     assert one.stopped
 
 
-@pytest.mark.parametrize("pieces", [["xENENDy"], list("xENENDy"), ["xEN", "EN", "D"]])
-def test_a_stop_string_that_begins_twice_is_found(pieces: list[str]) -> None:
-    assert filtered(("END",), pieces) == ("xEN", True)
+@pytest.mark.parametrize("parts", [["xENENDy"], list("xENENDy"), ["xEN", "EN", "D"]])
+def test_a_stop_string_that_begins_twice_is_found(parts: list[str]) -> None:
+    assert filtered(("END",), parts) == ("xEN", True)
 
 
-@pytest.mark.parametrize("pieces", [["abcd"], list("abcd"), ["ab", "cd"], ["a", "bcd"]])
-def test_of_two_stop_strings_the_one_complete_first_counts(pieces: list[str]) -> None:
-    assert filtered(("abcd", "bc"), pieces) == ("a", True)
+@pytest.mark.parametrize("parts", [["abcd"], list("abcd"), ["ab", "cd"], ["a", "bcd"]])
+def test_of_two_stop_strings_the_one_complete_first_counts(parts: list[str]) -> None:
+    assert filtered(("abcd", "bc"), parts) == ("a", True)
 
 
 def test_what_only_begins_a_stop_string_is_shown_at_the_end() -> None:
@@ -96,9 +96,9 @@ def test_random_cuts_never_change_the_result() -> None:
     for _ in range(500):
         text = "".join(chance.choice("ab") for _ in range(20))
         stop = tuple("".join(chance.choice("ab") for _ in range(chance.randint(2, 5))) for _ in range(2))
-        pieces, rest = [], text
+        parts, rest = [], text
         while rest:
             size = chance.randint(1, 4)
-            pieces.append(rest[:size])
+            parts.append(rest[:size])
             rest = rest[size:]
-        assert filtered(stop, pieces) == filtered(stop, list(text)) == filtered(stop, [text])
+        assert filtered(stop, parts) == filtered(stop, list(text)) == filtered(stop, [text])

@@ -31,10 +31,10 @@ def finish(engine: Engine) -> None:
 
 
 def alone(bank: AdapterBank, request: Request) -> list[RequestOutput]:
-    engine, updates = Engine(bank, slots=1), list[RequestOutput]()
-    engine.submit(request, updates.append)
+    engine, outputs = Engine(bank, slots=1), list[RequestOutput]()
+    engine.submit(request, outputs.append)
     finish(engine)
-    return updates
+    return outputs
 
 
 def test_a_text_does_not_depend_on_what_comes_and_goes_beside_it(bank: AdapterBank) -> None:
@@ -57,22 +57,22 @@ def test_a_text_does_not_depend_on_what_comes_and_goes_beside_it(bank: AdapterBa
         for _ in range(200)
     ]
     engine, got = Engine(bank, slots=7), [list[RequestOutput]() for _ in requests]
-    for request, updates in zip(requests, got, strict=True):
-        engine.submit(request, updates.append)
+    for request, outputs in zip(requests, got, strict=True):
+        engine.submit(request, outputs.append)
         for _ in range(chance.randrange(3)):
             engine.step()
     finish(engine)
-    for request, updates in zip(requests, got, strict=True):
-        assert updates == alone(bank, request)
+    for request, outputs in zip(requests, got, strict=True):
+        assert outputs == alone(bank, request)
     assert engine.load.running == engine.load.waiting == 0
-    assert engine.load.tokens_written >= sum(len(update.ids) for updates in got for update in updates)
+    assert engine.load.tokens_written >= sum(len(output.ids) for outputs in got for output in outputs)
 
 
-def test_a_prompt_longer_than_a_chunk_is_read_in_pieces_while_others_write(bank: AdapterBank) -> None:
+def test_a_prompt_longer_than_a_chunk_is_prefilled_in_chunks_while_others_decode(bank: AdapterBank) -> None:
     long, short = ask(bank, "the cat sat on the mat " * 8, "wide", max_new_tokens=5), ask(bank, "a", "attention")
-    whole = alone(bank, long)
+    complete = alone(bank, long)
     assert len(long.ids) > 40
-    before, sequence.CHUNK = sequence.CHUNK, 16
+    before, sequence.PREFILL_CHUNK = sequence.PREFILL_CHUNK, 16
     try:
         engine, first, second = Engine(bank, slots=2), list[RequestOutput](), list[RequestOutput]()
         engine.submit(short, second.append)
@@ -82,8 +82,8 @@ def test_a_prompt_longer_than_a_chunk_is_read_in_pieces_while_others_write(bank:
         assert (len(first), len(second)) == (0, 2)  # the other text went on
         finish(engine)
     finally:
-        sequence.CHUNK = before
-    assert [u.ids for u in first] == [u.ids for u in whole]
+        sequence.PREFILL_CHUNK = before
+    assert [u.ids for u in first] == [u.ids for u in complete]
     assert second == alone(bank, short)
 
 
@@ -91,23 +91,25 @@ def test_log_probabilities_are_those_of_the_logits(bank: AdapterBank) -> None:
     request = replace(
         ask(bank, "the cat sat", "rslora", temperature=0.0, repetition_penalty=1.5), logprobs=3, echo=True
     )
-    updates = alone(bank, request)
-    prompt, written = updates[0].prompt, [u.logprobs[0] for u in updates if u.logprobs]
+    outputs = alone(bank, request)
+    prompt, written = outputs[0].prompt, [u.logprobs[0] for u in outputs if u.logprobs]
     ids = [*request.ids, *(entry.id for entry in written)]
     nats = bank.logits(torch.tensor([ids]), "rslora")[0].log_softmax(-1)
     assert [entry.id for entry in prompt] == list(request.ids)
     assert prompt[0].logprob is None
-    for place, entry in enumerate([*prompt, *written][1:]):
-        assert entry.logprob == pytest.approx(float(nats[place, entry.id]), abs=1e-5)  # another kernel: fp32 rounding
-        best, order = nats[place].topk(3)
+    for position, entry in enumerate([*prompt, *written][1:]):
+        assert entry.logprob == pytest.approx(
+            float(nats[position, entry.id]), abs=1e-5
+        )  # another kernel: fp32 rounding
+        best, order = nats[position].topk(3)
         assert [i for i, _ in entry.top] == order.tolist()
         assert [n for _, n in entry.top] == pytest.approx(best.tolist(), abs=1e-5)
 
 
 def test_a_prompt_can_be_scored_without_writing(bank: AdapterBank) -> None:
     request = replace(ask(bank, "the cat sat on"), logprobs=0, echo=True, only_score=True)
-    (update,) = alone(bank, request)
-    assert (update.ids, update.finish_reason, len(update.prompt)) == ((), "length", len(request.ids))
+    (output,) = alone(bank, request)
+    assert (output.ids, output.finish_reason, len(output.prompt)) == ((), "length", len(request.ids))
 
 
 def test_cancelling_frees_the_slot_at_the_next_boundary(bank: AdapterBank) -> None:
@@ -117,13 +119,13 @@ def test_cancelling_frees_the_slot_at_the_next_boundary(bank: AdapterBank) -> No
         list[RequestOutput](),
         list[RequestOutput](),
     )
-    first_ticket = engine.submit(ask(bank, "the"), first.append)
+    first_handle = engine.submit(ask(bank, "the"), first.append)
     waiting = engine.submit(ask(bank, "a"), second.append)
     last = ask(bank, "on")
     engine.submit(last, third.append)
     engine.step()
     assert (engine.load.running, engine.load.waiting) == (1, 2)
-    first_ticket.cancel()
+    first_handle.cancel()
     waiting.cancel()
     engine.step()
     assert (engine.load.running, engine.load.waiting) == (1, 0)
@@ -144,12 +146,12 @@ def test_adapters_take_turns_and_equals_wait_in_line() -> None:
 def test_a_full_queue_is_busy_and_says_for_how_long(bank: AdapterBank) -> None:
     engine = Engine(bank, slots=1, queue=2)
     for _ in range(2):
-        engine.submit(ask(bank, "the"), lambda update: None)
+        engine.submit(ask(bank, "the"), lambda output: None)
     with pytest.raises(Busy) as busy:
-        engine.submit(ask(bank, "the"), lambda update: None)
+        engine.submit(ask(bank, "the"), lambda output: None)
     assert busy.value.retry_after >= 1
     engine.step()  # one has a slot now
-    engine.submit(ask(bank, "the"), lambda update: None)
+    engine.submit(ask(bank, "the"), lambda output: None)
 
 
 @pytest.mark.parametrize(
@@ -168,13 +170,13 @@ def test_a_request_that_cannot_be_answered_is_refused(
 ) -> None:
     engine = Engine(bank)
     with pytest.raises(UserError, match=problem):
-        engine.submit(replace(ask(bank, "the"), **change), lambda update: None)  # type: ignore[arg-type]
+        engine.submit(replace(ask(bank, "the"), **change), lambda output: None)  # type: ignore[arg-type]
     assert engine.load.waiting == 0
 
 
 def test_a_text_may_fill_the_last_position(bank: AdapterBank) -> None:
     request = Request(tuple(range(54)), None, replace(SETTINGS, temperature=0.0))
-    written = [i for update in alone(bank, request) for i in update.ids]
+    written = [i for output in alone(bank, request) for i in output.ids]
     ids = list(request.ids)
     for _ in written:
         ids.append(int(bank.logits(torch.tensor([ids]))[0, -1, : len(bank.tokenizer)].argmax()))
@@ -186,23 +188,23 @@ def test_an_adapter_that_is_removed_goes_on_for_those_who_have_it(
 ) -> None:
     own = AdapterBank(str(base_directory), device="cpu")
     own.add("wide", adapters["wide"])
-    engine, updates = Engine(own), list[RequestOutput]()
+    engine, outputs = Engine(own), list[RequestOutput]()
     request = ask(own, "the", "wide")
-    engine.submit(request, updates.append)
+    engine.submit(request, outputs.append)
     engine.step()
     own.remove("wide")
     own.add("wide", adapters["attention"])
     finish(engine)
-    assert updates == alone(bank, request)
+    assert outputs == alone(bank, request)
 
 
 def test_an_engine_of_its_own_thread_answers_routes_drains_and_stops(bank: AdapterBank) -> None:
-    engine, updates, ended = Engine(bank, slots=2), list[RequestOutput](), threading.Event()
+    engine, outputs, ended = Engine(bank, slots=2), list[RequestOutput](), threading.Event()
     request = ask(bank, "the cat", "wide")
 
-    def listen(update: RequestOutput) -> None:
-        updates.append(update)
-        if update.finish_reason:
+    def listen(output: RequestOutput) -> None:
+        outputs.append(output)
+        if output.finish_reason:
             ended.set()
 
     engine.start()
@@ -210,10 +212,10 @@ def test_an_engine_of_its_own_thread_answers_routes_drains_and_stops(bank: Adapt
     route = engine.route(request.ids).result(timeout=30)
     assert set(route.scores) == set(bank.names)
     with pytest.raises(UserError, match="nobody"):
-        engine.route(request.ids, ("nobody",)).result(timeout=30)  # told to who asked, and to nobody else
+        engine.route(request.ids, ("nobody",)).result(timeout=30)  # raised where it was asked, and nowhere else
     engine.stop(drain_seconds=30)
     assert ended.is_set()
-    assert updates == alone(bank, request)
+    assert outputs == alone(bank, request)
     with pytest.raises(Busy):
         engine.submit(request, listen)
     with pytest.raises(Busy):
@@ -224,9 +226,9 @@ def test_what_is_left_after_the_drain_is_cancelled(bank: AdapterBank) -> None:
     engine, reasons = Engine(bank, slots=1), list[str]()
     request = ask(bank, "the", stop=(), max_new_tokens=50, temperature=0.0)
 
-    def listen(update: RequestOutput) -> None:
-        if update.finish_reason:
-            reasons.append(update.finish_reason)
+    def listen(output: RequestOutput) -> None:
+        if output.finish_reason:
+            reasons.append(output.finish_reason)
 
     engine.start()
     for _ in range(40):
@@ -241,9 +243,9 @@ def test_logits_that_are_not_finite_end_the_text_with_an_error(
 ) -> None:
     own = AdapterBank(str(base_directory), device="cpu")
     broken = own.add("broken", adapters["attention"])
-    low_rank = broken.function.low_rank
-    assert low_rank is not None
-    next(iter(low_rank.parts.values()))[1].fill_(torch.inf)
+    lora = broken.variant.lora
+    assert lora is not None
+    next(iter(lora.factors.values()))[1].fill_(torch.inf)
     engine, bad, good = Engine(own), list[RequestOutput](), list[RequestOutput]()
     request = ask(own, "the")
     engine.submit(replace(request, adapter="broken"), bad.append)

@@ -1,19 +1,25 @@
-"""The decoding loop, against Transformers' `generate` and against a plain loop without a cache."""
+"""Decoding, against Transformers' `generate` and against a plain loop without a cache."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from peftune.adapters.directory import load_onto
 from peftune.errors import CheckFailed, UserError
-from peftune.inference.decode import slide
+from peftune.inference.bank import AdapterBank
 from peftune.inference.detokenize import decode_plain
-from peftune.inference.generate import GenerationSettings, context_ids, generate
+from peftune.inference.generate import generate, generate_with_transformers
+from peftune.inference.request import context_ids, slide
+from peftune.inference.settings import GenerationSettings
+from peftune.model.base import Base
+from peftune.model.load import load_model
 
 GREEDY = GenerationSettings(max_new_tokens=20, temperature=0.0)
 # PEFT asks Transformers under a deprecated name.
@@ -36,15 +42,29 @@ def reference(
     return tuple(written[: written.index(end)] if end in written else written)
 
 
-def without_cache(model: GPT2LMHeadModel, window: list[int], steps: int, end: int) -> tuple[int, ...]:
+def saved(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> AdapterBank:
+    """A bank of a model that a test has made."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return AdapterBank(str(directory), device="cpu")
+
+
+def without_cache(
+    model: GPT2LMHeadModel, window: list[int], steps: int, end: int, penalty: float = 1.0
+) -> tuple[int, ...]:
     """The sliding rule word for word: read the window, take the likeliest token, cut when too long."""
     written: list[int] = []
+    seen = set(window)
     most = model.config.n_positions
     for _ in range(steps):
         if len(window) > most:
             window = window[-(most - most // 4) :]
         with torch.no_grad():
-            token = int(model(torch.tensor([window]), use_cache=False).logits[0, -1].argmax())
+            logits = model(torch.tensor([window]), use_cache=False).logits[0, -1]
+        for token in seen:
+            logits[token] = logits[token] * penalty if logits[token] < 0 else logits[token] / penalty
+        token = int(logits.argmax())
+        seen.add(token)
         if token == end:
             break
         written.append(token)
@@ -54,56 +74,65 @@ def without_cache(model: GPT2LMHeadModel, window: list[int], steps: int, end: in
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_greedy_is_that_of_transformers(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, prompt: str
+    bank: AdapterBank, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, prompt: str
 ) -> None:
-    (answer,) = generate(model, tokenizer, [prompt], GREEDY)
+    (answer,) = bank.generate([prompt], GREEDY)
     assert answer.ids == reference(model, tokenizer, prompt, max_new_tokens=20)
     assert answer.text == decode_plain(tokenizer, answer.ids)
 
 
 @pytest.mark.parametrize("penalty", [0.7, 1.3])
 def test_a_repetition_penalty_is_that_of_transformers(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, penalty: float
+    bank: AdapterBank, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, penalty: float
 ) -> None:
-    answers = generate(model, tokenizer, PROMPTS, dataclasses.replace(GREEDY, repetition_penalty=penalty))
+    answers = bank.generate(PROMPTS, dataclasses.replace(GREEDY, repetition_penalty=penalty))
     for answer in answers:
         expected = reference(model, tokenizer, answer.prompt, max_new_tokens=20, repetition_penalty=penalty)
         assert answer.ids == expected
 
 
-def test_beams_are_those_of_transformers(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    answers = generate(model, tokenizer, PROMPTS, GenerationSettings(max_new_tokens=12, beams=3))
+def test_beams_are_those_of_transformers(
+    base: Path, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    answers = generate(PROMPTS, str(base), settings=GenerationSettings(max_new_tokens=12, beams=3))
+    assert len(answers) == len(PROMPTS)
     for answer in answers:
         assert answer.ids == reference(model, tokenizer, answer.prompt, max_new_tokens=12, num_beams=3)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_batch_gives_every_prompt_what_it_gets_alone(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, temperature: float
-) -> None:
+def test_a_batch_gives_every_prompt_what_it_gets_alone(bank: AdapterBank, temperature: float) -> None:
     # 70 tokens more than fill the window of 64, each row's at another step
     settings = GenerationSettings(max_new_tokens=70, temperature=temperature, seed=7, repetition_penalty=1.1)
-    together = generate(model, tokenizer, PROMPTS, settings)
-    assert together == [generate(model, tokenizer, [prompt], settings)[0] for prompt in PROMPTS]
+    together = bank.generate(PROMPTS, settings)
+    assert together == [bank.generate([prompt], settings)[0] for prompt in PROMPTS]
 
 
-def test_rows_that_end_early_leave_the_others_as_they_are(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_rows_that_end_early_leave_the_others_as_they_are(bank: AdapterBank) -> None:
     settings = GenerationSettings(max_new_tokens=90, temperature=1.0, seed=1, stop=("e", "th"))
-    together = generate(model, tokenizer, PROMPTS, settings)
+    together = bank.generate(PROMPTS, settings)
     assert len({len(answer.ids) for answer in together}) > 2
-    assert together == [generate(model, tokenizer, [prompt], settings)[0] for prompt in PROMPTS]
+    assert together == [bank.generate([prompt], settings)[0] for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("prompt", ["", "the cat " * 12, "naïve 東京 " * 40])
 def test_a_full_window_slides_as_a_plain_loop_without_a_cache_does(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, prompt: str
+    bank: AdapterBank, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, prompt: str
 ) -> None:
     settings = GenerationSettings(max_new_tokens=110, temperature=0.0)
-    (answer,) = generate(model, tokenizer, [prompt], settings)
     expected = without_cache(model, context_ids(tokenizer, prompt), 110, tokenizer.eos_token_id)
-    assert answer.ids == expected
+    assert bank.generate([prompt], settings)[0].ids == expected
+    assert generate_with_transformers(model, tokenizer, [prompt], settings)[0].ids == expected
+
+
+def test_windows_of_a_batch_slide_as_each_does_alone_with_a_repetition_penalty(
+    bank: AdapterBank, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    settings = GenerationSettings(max_new_tokens=90, temperature=0, repetition_penalty=1.3)
+    prompts = ["the cat sat on the mat and the dog sat", "the"]
+    for made, prompt in zip(bank.generate(prompts, settings), prompts, strict=True):
+        expected = without_cache(model, context_ids(tokenizer, prompt), 90, tokenizer.eos_token_id, penalty=1.3)
+        assert made.ids == expected
 
 
 def test_the_window_keeps_three_quarters_once_it_is_full() -> None:
@@ -115,73 +144,73 @@ def test_the_window_keeps_three_quarters_once_it_is_full() -> None:
     assert slide(ids, 3) == [97, 98, 99]
 
 
-def test_a_seed_gives_the_same_text_again_and_another_seed_another(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_seed_gives_the_same_text_again_and_another_seed_another(bank: AdapterBank) -> None:
     def text(seed: int | None) -> str:
         settings = GenerationSettings(max_new_tokens=20, temperature=1.5, seed=seed)
-        return generate(model, tokenizer, ["the cat"], settings)[0].text
+        return bank.generate(["the cat"], settings)[0].text
 
     assert text(1) == text(1) != text(2)
     assert text(None) != text(None)
 
 
-def test_the_seed_of_an_unseeded_text_gives_it_again(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_the_seed_of_an_unseeded_text_gives_it_again(bank: AdapterBank) -> None:
     settings = GenerationSettings(max_new_tokens=20, temperature=1.5)
-    first, second = generate(model, tokenizer, ["the cat", "the cat"], settings)
+    first, second = bank.generate(["the cat", "the cat"], settings)
     assert first.text != second.text
-    assert generate(model, tokenizer, ["the cat"], dataclasses.replace(settings, seed=second.seed)) == [second]
+    assert bank.generate(["the cat"], dataclasses.replace(settings, seed=second.seed)) == [second]
 
 
 def test_generation_leaves_the_global_random_state_alone(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast
+    bank: AdapterBank, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     before = torch.get_rng_state()
-    generate(model, tokenizer, ["the"], GenerationSettings(max_new_tokens=5, temperature=1.0))
+    bank.generate(["the"], GenerationSettings(max_new_tokens=5, temperature=1.0))
+    generate_with_transformers(model, tokenizer, ["the"], GREEDY)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_pieces_come_as_they_are_written_and_join_to_the_text(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    pieces: list[tuple[int, str]] = []
+def test_texts_come_as_they_are_generated_and_their_parts_join_to_the_text(bank: AdapterBank) -> None:
+    parts: list[tuple[int, str]] = []
     settings = GenerationSettings(max_new_tokens=40, temperature=1.0, seed=3, stop=("e", "ab"))
-    answers = generate(model, tokenizer, PROMPTS, settings, lambda i, piece: pieces.append((i, piece)))
+    answers = bank.generate(PROMPTS, settings, on_text=lambda i, text: parts.append((i, text)))
     for i, answer in enumerate(answers):
-        assert "".join(piece for row, piece in pieces if row == i) == answer.text
+        assert "".join(text for row, text in parts if row == i) == answer.text
         assert not any(stop in answer.text for stop in settings.stop)
-    assert all(piece for _, piece in pieces)
-    assert len(pieces) > len(PROMPTS)
+    assert all(text for _, text in parts)
+    assert len(parts) > len(PROMPTS)
 
 
 @pytest.mark.parametrize("beams", [1, 2])
 def test_a_stop_string_across_tokens_ends_the_text_before_it(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, beams: int
+    base: Path, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, beams: int
 ) -> None:
     free = dataclasses.replace(GREEDY, beams=beams)
-    (whole,) = generate(model, tokenizer, ["the cat"], free)
-    first, second = (decode_plain(tokenizer, [token]) for token in whole.ids[3:5])
+    (complete,) = generate(["the cat"], str(base), settings=free)
+    first, second = (decode_plain(tokenizer, [token]) for token in complete.ids[3:5])
     stop = first[-1:] + second[:1]
-    (cut,) = generate(model, tokenizer, ["the cat"], dataclasses.replace(free, stop=(stop,)))
+    stopping = dataclasses.replace(free, stop=(stop,))
+    (cut,) = generate(["the cat"], str(base), settings=stopping)
     assert cut.finish_reason == "stop"
-    assert cut.text == whole.text[: whole.text.index(stop)]
-    assert cut.ids == whole.ids[: len(cut.ids)]
+    assert cut.text == complete.text[: complete.text.index(stop)]
+    assert cut.ids == complete.ids[: len(cut.ids)]
     assert len(cut.ids) <= 5
+    assert generate_with_transformers(model, tokenizer, ["the cat"], stopping) == [cut]
 
 
-def test_the_end_token_ends_a_text_and_is_not_part_of_it(fresh: Fresh, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_end_token_ends_a_text_and_is_not_part_of_it(
+    fresh: Fresh, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     model = fresh(ENDING_SEED)
-    answers = generate(model, tokenizer, PROMPTS, GREEDY)
+    answers = saved(model, tokenizer, tmp_path).generate(PROMPTS, GREEDY)
     assert {answer.finish_reason for answer in answers} == {"end", "length"}
     for answer in answers:
         assert answer.ids == reference(model, tokenizer, answer.prompt, max_new_tokens=20)
         assert (len(answer.ids) < 20) == (answer.finish_reason == "end")
+    assert generate_with_transformers(model, tokenizer, PROMPTS, GREEDY) == answers
 
 
-def test_the_length_ends_a_text(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    (answer,) = generate(model, tokenizer, ["the cat"], dataclasses.replace(GREEDY, max_new_tokens=1))
+def test_the_length_ends_a_text(bank: AdapterBank) -> None:
+    (answer,) = bank.generate(["the cat"], dataclasses.replace(GREEDY, max_new_tokens=1))
     assert (answer.finish_reason, len(answer.ids)) == ("length", 1)
 
 
@@ -196,8 +225,10 @@ def test_a_special_token_written_in_a_prompt_is_plain_text(tokenizer: PreTrained
     assert decode_plain(tokenizer, ids[1:]) == "<|endoftext|>b"
 
 
-def test_no_prompts_give_no_texts(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    assert generate(model, tokenizer, [], GREEDY) == []
+def test_no_prompts_give_no_texts(
+    bank: AdapterBank, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    assert bank.generate([], GREEDY) == generate_with_transformers(model, tokenizer, [], GREEDY) == []
 
 
 def test_dropout_is_off_meanwhile_and_on_again_afterwards(fresh: Fresh, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -206,42 +237,70 @@ def test_dropout_is_off_meanwhile_and_on_again_afterwards(fresh: Fresh, tokenize
         LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, lora_dropout=0.9, init_lora_weights=False),
     )
     adapted.train()
-    first, second = (generate(adapted, tokenizer, PROMPTS, GREEDY) for _ in range(2))
+    first, second = (generate_with_transformers(adapted, tokenizer, PROMPTS, GREEDY) for _ in range(2))
     assert first == second
     assert adapted.training
-    with pytest.raises(RuntimeError, match="told to stop"):
-        generate(adapted, tokenizer, ["the"], GREEDY, raising)
+    with pytest.raises(RuntimeError, match="asked to stop"):
+        generate_with_transformers(adapted, tokenizer, ["the"], GREEDY, raising)
     assert adapted.training
 
 
-def raising(index: int, piece: str) -> None:
-    raise RuntimeError("told to stop")
+def raising(index: int, text: str) -> None:
+    raise RuntimeError("asked to stop")
 
 
 def test_a_token_that_the_tokenizer_does_not_know_is_never_chosen(
-    fresh: Fresh, tokenizer: PreTrainedTokenizerFast
+    fresh: Fresh, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     model = fresh()
     model.resize_token_embeddings(len(tokenizer) + 64, mean_resizing=False)
+    bank = saved(model, tokenizer, tmp_path)
     settings = GenerationSettings(max_new_tokens=200, temperature=5.0, top_p=1.0, seed=0)
-    assert max(generate(model, tokenizer, ["the"], settings)[0].ids) < len(tokenizer)
+    assert max(bank.generate(["the"], settings)[0].ids) < len(tokenizer)
+    with torch.no_grad():
+        model.transformer.wte.weight[len(tokenizer) :] *= 20  # now the likeliest tokens
+    for beams in (1, 2):
+        settings = dataclasses.replace(GREEDY, beams=beams)
+        for answer in generate_with_transformers(model, tokenizer, PROMPTS, settings):
+            assert max(answer.ids, default=0) < len(tokenizer)
 
 
-def test_a_model_with_non_finite_logits_is_not_believed(fresh: Fresh, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_model_with_non_finite_logits_is_not_believed(
+    fresh: Fresh, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     model = fresh()
     with torch.no_grad():
         model.transformer.ln_f.weight.fill_(torch.nan)
     with pytest.raises(CheckFailed, match="not finite"):
-        generate(model, tokenizer, ["the"], GREEDY)
+        saved(model, tokenizer, tmp_path).generate(["the"], GREEDY)
+    for beams in (1, 2):
+        with pytest.raises(CheckFailed, match="not finite"):
+            generate_with_transformers(model, tokenizer, ["the"], dataclasses.replace(GREEDY, beams=beams))
 
 
-def test_a_tokenizer_of_another_model_is_refused(fresh: Fresh, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_tokenizer_of_another_model_is_refused(
+    fresh: Fresh, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     model = fresh()
     model.resize_token_embeddings(50)
-    with pytest.raises(UserError, match="prompt 1: the tokenizer gives id"):
-        generate(model, tokenizer, ["the cat"], GREEDY)
+    with pytest.raises(UserError, match="tokenizer"):
+        saved(model, tokenizer, tmp_path)
 
 
 def test_beams_beyond_the_window_are_refused(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UserError, match="no sliding window"):
-        generate(model, tokenizer, ["the cat"], GenerationSettings(max_new_tokens=64, beams=2))
+    with pytest.raises(UserError, match=r"prompt 2: .* no sliding window"):
+        settings = GenerationSettings(max_new_tokens=60, beams=2)
+        generate_with_transformers(model, tokenizer, ["", "the cat sat on the mat"], settings)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_one_call_loads_an_adapter_and_continues_prompts(
+    base_directory: Path, adapters: dict[str, Path], bank: AdapterBank, tokenizer: PreTrainedTokenizerFast, beams: int
+) -> None:
+    settings = dataclasses.replace(GREEDY, beams=beams)
+    made = generate(PROMPTS, str(base_directory), adapters["dora"], settings)
+    if beams == 1:
+        assert made == bank.generate(PROMPTS, settings, "dora")
+    else:
+        adapted = load_onto(load_model(Base(base_directory)), adapters["dora"])
+        assert made == generate_with_transformers(adapted, tokenizer, PROMPTS, settings)

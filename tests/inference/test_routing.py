@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from peftune.cli.evaluate import print_routing
 from peftune.config.recipe import Source
 from peftune.data.tokens.store import prepare
 from peftune.errors import UserError
-from peftune.inference import routing_accuracy
 from peftune.inference.bank import AdapterBank
 from peftune.inference.routing import nats_per_token, route
-from peftune.inference.routing_accuracy import prompts_of
+from peftune.inference.routing_accuracy import measure_routing, prompts_of
 
 
 def test_scores_are_the_gain_over_the_base_in_nats_per_token(bank: AdapterBank) -> None:
@@ -24,8 +24,8 @@ def test_scores_are_the_gain_over_the_base_in_nats_per_token(bank: AdapterBank) 
     found = route(bank, ids)
     for name in bank.names:
         base, own = (-bank.logits(torch.tensor([ids]), n)[0, :-1].double().log_softmax(-1) for n in (None, name))
-        places = range(len(ids) - 1)
-        gain = sum(float(base[i, ids[i + 1]] - own[i, ids[i + 1]]) for i in places) / len(places)
+        positions = range(len(ids) - 1)
+        gain = sum(float(base[i, ids[i + 1]] - own[i, ids[i + 1]]) for i in positions) / len(positions)
         assert found.scores[name] == pytest.approx(gain, abs=1e-4)
     best = max(found.scores, key=lambda name: found.scores[name])
     assert found.name == (best if found.scores[best] > 0 else None)
@@ -62,11 +62,13 @@ def test_every_prompt_is_counted_where_it_was_sent(
     own = {name: adapters[name] for name in ("attention", "wide")}
     data = {"wide": texts(tmp_path / "wide.txt", lines), "base": texts(tmp_path / "base.txt", lines[:2])}
     report = tmp_path / "routing.json"
-    results = routing_accuracy.run(str(base_directory), own, data, 4, 100, 0.0, report)
+    results = measure_routing(str(base_directory), data, own, prompt_tokens=4, max_prompts=100)
+    print_routing(str(base_directory), own, data, 4, 100, 0.0, report)
     sent = [route(bank, bank.encode(line)[:5], list(own)).name or "base" for line in lines]
-    assert results[0].to == Counter(sent)
-    assert results[1].to == Counter(sent[:2])
+    assert results["routing"]["wide"]["to"] == Counter(sent)
+    assert results["routing"]["base"]["to"] == Counter(sent[:2])
     written = json.loads(report.read_text())
+    assert written == results | {"prompt_tokens": 4, "threshold": 0.0}
     assert written["accuracy"] == (sent.count("wide") + sent[:2].count("base")) / 7
     assert "prompts of" in capsys.readouterr().out
 
@@ -74,7 +76,7 @@ def test_every_prompt_is_counted_where_it_was_sent(
 def test_a_domain_without_an_adapter_of_its_name_is_refused(adapters: dict[str, Path], tmp_path: Path) -> None:
     data = {"poems": texts(tmp_path / "poems.txt", ["a"])}
     with pytest.raises(UserError, match="no adapter is called poems"):
-        routing_accuracy.run(None, {name: adapters[name] for name in ("wide", "head")}, data, 4, 9, 0.0)
+        measure_routing("never opened", data, {name: adapters[name] for name in ("wide", "head")})
 
 
 def test_a_prompt_is_what_stands_before_the_completion_or_the_first_tokens(

@@ -72,7 +72,7 @@ def test_plain_peft_loads_the_adapter_and_computes_what_was_evaluated(recipe: Ma
     with quiet_peft():
         model = PeftModel.from_pretrained(load_model(Base(tiny_base)), made.run.out)
     from peftune.data.batches import Blocks
-    from peftune.evaluate import summed_nats_over
+    from peftune.inference.perplexity import summed_nats_over
     from peftune.model.reference import LossModel
     from peftune.training.setup import read_source
 

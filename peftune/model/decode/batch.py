@@ -1,4 +1,4 @@
-"""A batch whose rows compute different functions of one architecture: base, base + low rank, or weights of their own.
+"""A batch whose rows compute different functions of one architecture: base, base + LoRA, or weights of their own.
 
 Rows of the same weights go through one forward, whatever their adapters; each row owns a slot of the cache.
 """
@@ -10,82 +10,83 @@ from dataclasses import dataclass
 
 import torch
 
-from peftune.model.decode.build import Plan
+from peftune.model.decode.build import ModelSpec
 from peftune.model.decode.forward import DecodeGPT2
 from peftune.model.decode.lora_slots import AdapterSlots, LoraWeights
 
 
 @dataclass(frozen=True)
 class ModelVariant:
-    """What a row computes: a model, and what is added to it."""
+    """What a row computes: a model, and the LoRA that is added to it."""
 
     model: DecodeGPT2
-    low_rank: LoraWeights | None = None
+    lora: LoraWeights | None = None
 
 
 class DecodeBatch:
-    """Slots for rows: keys, values and adapters of each. `remember` False: no cache, for texts that are only read."""
+    """Slots for rows: keys, values and adapters of each; without `use_cache` only prefill from position 0."""
 
-    def __init__(self, plan: Plan, slots: int, remember: bool = True) -> None:
-        self._cache = plan.cache(slots) if remember else None
-        self._stacks = AdapterSlots(slots)
+    def __init__(self, spec: ModelSpec, slots: int, use_cache: bool = True) -> None:
+        self._cache = spec.kv_cache(slots) if use_cache else None
+        self._adapters = AdapterSlots(slots)
 
     @torch.inference_mode()
     def prefill(
-        self, functions: Sequence[ModelVariant], slots: Sequence[int], ids: torch.Tensor, start: int
+        self, variants: Sequence[ModelVariant], slots: Sequence[int], ids: torch.Tensor, start: int
     ) -> torch.Tensor:
-        """Hidden states (R, T, D) of rows that read `ids` (R, T) from position `start` on; see `DecodeGPT2.prefill`."""
+        """Hidden states (R, T, D) of rows with tokens `ids` (R, T) from position `start` on: `DecodeGPT2.prefill`."""
 
         def part(model: DecodeGPT2, rows: list[int]) -> torch.Tensor:
-            of, at = [functions[row].low_rank for row in rows], [slots[row] for row in rows]
-            return model.prefill(_chosen(ids, rows), start, self._cache, at, self._stacks.deltas(at, of))
+            used = [slots[row] for row in rows]
+            lora = self._adapters.factors(used, [variants[row].lora for row in rows])
+            return model.prefill(_select(ids, rows), start, self._cache, used, lora)
 
-        return _by_model(functions, part)
+        return _by_model(variants, part)
 
     @torch.inference_mode()
     def decode(
-        self, functions: Sequence[ModelVariant], slots: Sequence[int], ids: torch.Tensor, positions: Sequence[int]
+        self, variants: Sequence[ModelVariant], slots: Sequence[int], ids: torch.Tensor, positions: Sequence[int]
     ) -> torch.Tensor:
-        """Hidden states (R, D) of rows that read one token each, `ids` (R,), at their own `positions`."""
+        """Hidden states (R, D) of rows with one new token each, `ids` (R,), at their own `positions`."""
         cache = self._cache
-        assert cache is not None, "what is written must be remembered"
+        assert cache is not None, "decoding needs the cache"
 
         def part(model: DecodeGPT2, rows: list[int]) -> torch.Tensor:
-            of, at = [functions[row].low_rank for row in rows], [slots[row] for row in rows]
-            where = [positions[row] for row in rows]
-            return model.decode(_chosen(ids, rows), where, cache, at, self._stacks.deltas(at, of, one_token=True))
+            used = [slots[row] for row in rows]
+            lora = self._adapters.factors(used, [variants[row].lora for row in rows], one_token=True)
+            return model.decode(_select(ids, rows), [positions[row] for row in rows], cache, used, lora)
 
-        return _by_model(functions, part)
+        return _by_model(variants, part)
 
     @torch.inference_mode()
-    def logits(self, functions: Sequence[ModelVariant], hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (N, V), float32, of hidden states (N, D); row i is of `functions[i]`."""
-        return _by_model(functions, lambda model, rows: model.logits(_chosen(hidden, rows)))
+    def logits(self, variants: Sequence[ModelVariant], hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (N, V), float32, of hidden states (N, D); row i is of `variants[i]`."""
+        return _by_model(variants, lambda model, rows: model.logits(_select(hidden, rows)))
 
-    def forget(self, slot: int, length: int) -> None:
-        """A slot is free: nothing of its `length` positions stays."""
+    def free(self, slot: int, length: int) -> None:
+        """A text has left its slot: the `length` positions that it used are cleared."""
         if self._cache is not None:
-            self._cache.forget(slot, length)
+            self._cache.free(slot, length)
 
     def move(self, source: int, target: int, length: int) -> None:
-        """What a slot remembers, `length` positions of it, goes to a free one."""
+        """Move the first `length` positions of a slot into a free one."""
         if self._cache is not None:
             self._cache.move(source, target, length)
 
 
-def _by_model(functions: Sequence[ModelVariant], part: Callable[[DecodeGPT2, list[int]], torch.Tensor]) -> torch.Tensor:
+def _by_model(variants: Sequence[ModelVariant], part: Callable[[DecodeGPT2, list[int]], torch.Tensor]) -> torch.Tensor:
     """`part` of the rows of each model, put together in the order of the rows."""
     groups: dict[int, list[int]] = {}
-    for row, function in enumerate(functions):
-        groups.setdefault(id(function.model), []).append(row)
-    results = [(rows, part(functions[rows[0]].model, rows)) for rows in groups.values()]
+    for row, variant in enumerate(variants):
+        groups.setdefault(id(variant.model), []).append(row)
+    results = [(rows, part(variants[rows[0]].model, rows)) for rows in groups.values()]
     if len(results) == 1:
         return results[0][1]
-    whole = results[0][1].new_empty(len(functions), *results[0][1].shape[1:])
+    combined = results[0][1].new_empty(len(variants), *results[0][1].shape[1:])
     for rows, result in results:
-        whole[rows] = result
-    return whole
+        combined[rows] = result
+    return combined
 
 
-def _chosen(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
+def _select(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
     return tensor if len(rows) == len(tensor) else tensor[rows]

@@ -1,8 +1,8 @@
 """GPT-2 as it is served: the rows of a batch have their own texts, lengths, positions and adapters.
 
 Packed weights, a cache of keys and values by slot, and no autograd. A row's numbers do not depend, to the last bit, on
-the rows beside it where `Linear` packs (tests/model/decode/test_forward.py): every product is row by row or a batch
-whose shapes depend on the row alone.
+the rows beside it where `PackedLinear` packs (tests/model/decode/test_forward.py): every product is row by row, or a
+batch whose shapes depend on the row alone.
 
 Legend: R rows, T tokens of each, D width, H heads, W width of a head, V vocabulary.
 """
@@ -15,48 +15,39 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from peftune.model.decode.kv_cache import Cache, of_rows
-from peftune.model.decode.lora_slots import LoraFactors, adapted
-from peftune.model.decode.packed_linear import Linear
+from peftune.model.decode.kv_cache import KVCache, select_slots
+from peftune.model.decode.lora_slots import LoraFactors, add_lora
+from peftune.model.decode.packed_linear import PackedLinear
 
 
 @dataclass(frozen=True)
-class Norm:
-    """LayerNorm in float32."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-    epsilon: float
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
-
-
-@dataclass(frozen=True)
-class Block:
+class DecodeBlock:
     """Attention and a perceptron of two layers, each added to the stream."""
 
     number: int
     ln_1: Norm
-    c_attn: Linear
-    attn_c_proj: Linear
+    c_attn: PackedLinear
+    attn_c_proj: PackedLinear
     ln_2: Norm
-    c_fc: Linear
-    mlp_c_proj: Linear
+    c_fc: PackedLinear
+    mlp_c_proj: PackedLinear
 
-    def __call__(self, x: torch.Tensor, deltas: LoraFactors, attend: Attend, activation: Activation) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, lora: LoraFactors, attend: Attend, activation: Activation) -> torch.Tensor:
         """The stream (R, T, D) after this block."""
         normed = self.ln_1(x)
-        qkv = adapted(self.c_attn(normed), normed, deltas.get((self.number, "attn.c_attn")))
+        qkv = add_lora(self.c_attn(normed), normed, lora.get((self.number, "attn.c_attn")))
         attended = attend(self.number, qkv)
-        x = x + adapted(self.attn_c_proj(attended), attended, deltas.get((self.number, "attn.c_proj")))
+        x = x + add_lora(self.attn_c_proj(attended), attended, lora.get((self.number, "attn.c_proj")))
         normed = self.ln_2(x)
-        hidden = activation(adapted(self.c_fc(normed), normed, deltas.get((self.number, "mlp.c_fc"))))
-        return x + adapted(self.mlp_c_proj(hidden), hidden, deltas.get((self.number, "mlp.c_proj")))
+        hidden = activation(add_lora(self.c_fc(normed), normed, lora.get((self.number, "mlp.c_fc"))))
+        return x + add_lora(self.mlp_c_proj(hidden), hidden, lora.get((self.number, "mlp.c_proj")))
 
 
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
 """Number of the block and its qkv (R, T, 3·D) to the attended values (R, T, D)."""
+
+Norm = Callable[[torch.Tensor], torch.Tensor]
+"""LayerNorm in float32, its weight and bias in it."""
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -67,20 +58,20 @@ class DecodeGPT2:
 
     wte: torch.Tensor
     wpe: torch.Tensor
-    blocks: tuple[Block, ...]
+    blocks: tuple[DecodeBlock, ...]
     ln_f: Norm
-    head: Linear
+    head: PackedLinear
     heads: int
     scales: tuple[float, ...]
     activation: Activation
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of the weights."""
         return self.wte.device
 
     def prefill(
-        self, ids: torch.Tensor, start: int, cache: Cache | None, slots: Sequence[int], deltas: LoraFactors
+        self, ids: torch.Tensor, start: int, cache: KVCache | None, slots: Sequence[int], lora: LoraFactors
     ) -> torch.Tensor:
         """Hidden states (R, T, D) after `ln_f` of the tokens `ids` (R, T) at positions `start` to `start` + T.
 
@@ -89,7 +80,7 @@ class DecodeGPT2:
         overwritten before it is read.
         """
         width, last = ids.shape[1], start + ids.shape[1]
-        seen = torch.ones(width, last, dtype=torch.bool, device=self.device).tril_(start) if start else None
+        mask = torch.ones(width, last, dtype=torch.bool, device=self.device).tril_(start) if start else None
 
         def attend(block: int, qkv: torch.Tensor) -> torch.Tensor:
             q, k, v = self._split(qkv)
@@ -101,23 +92,23 @@ class DecodeGPT2:
             for row, slot in enumerate(slots):  # one by one: the kernel's last bits depend on the batch
                 one = slice(row, row + 1)
                 keys, values = k[one], v[one]
-                if seen is not None and cache is not None:
+                if mask is not None and cache is not None:
                     keys, values = (t[block][slot : slot + 1, :, :last] for t in (cache.keys, cache.values))
-                outputs.append(_sdpa(q[one], keys, values, seen, self.scales[block]))
+                outputs.append(_sdpa(q[one], keys, values, mask, self.scales[block]))
             return torch.cat(outputs).transpose(1, 2).flatten(2)
 
         positions = torch.arange(start, last, device=self.device)
-        return self._through(F.embedding(ids, self.wte) + self.wpe[positions], deltas, attend)
+        return self._forward(F.embedding(ids, self.wte) + self.wpe[positions], lora, attend)
 
     def decode(
-        self, ids: torch.Tensor, positions: Sequence[int], cache: Cache, slots: Sequence[int], deltas: LoraFactors
+        self, ids: torch.Tensor, positions: Sequence[int], cache: KVCache, slots: Sequence[int], lora: LoraFactors
     ) -> torch.Tensor:
         """Hidden states (R, D) after `ln_f` of one token a row, `ids` (R,), each at its own position."""
         at = torch.tensor(positions, device=self.device)
         rows = torch.tensor(slots, device=self.device)
-        span = cache.span(max(positions) + 1)
-        columns = torch.arange(span, device=self.device)
-        mask = torch.zeros(len(slots), 1, 1, span, device=self.device).masked_fill_(
+        length = cache.padded_length(max(positions) + 1)
+        columns = torch.arange(length, device=self.device)
+        mask = torch.zeros(len(slots), 1, 1, length, device=self.device).masked_fill_(
             columns > at[:, None, None, None], -torch.inf
         )
 
@@ -126,30 +117,30 @@ class DecodeGPT2:
             keys, values = cache.keys[block], cache.values[block]
             keys[rows, :, at] = k[:, :, 0].to(keys.dtype)
             values[rows, :, at] = v[:, :, 0].to(values.dtype)
-            keys, values = (of_rows(tensor[:, :, :span], slots) for tensor in (keys, values))
+            keys, values = (select_slots(tensor[:, :, :length], slots) for tensor in (keys, values))
             scores = torch.matmul((q * self.scales[block]).to(keys.dtype), keys.mT).float().add_(mask)
             return torch.matmul(scores.softmax(-1).to(values.dtype), values).float().transpose(1, 2).flatten(2)
 
-        hidden = self._through((F.embedding(ids, self.wte) + self.wpe[at])[:, None], deltas, attend)
+        hidden = self._forward((F.embedding(ids, self.wte) + self.wpe[at])[:, None], lora, attend)
         return hidden[:, 0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (N, V) in float32 of hidden states (N, D)."""
         return self.head(hidden)
 
-    def _through(self, x: torch.Tensor, deltas: LoraFactors, attend: Attend) -> torch.Tensor:
+    def _forward(self, x: torch.Tensor, lora: LoraFactors, attend: Attend) -> torch.Tensor:
         x = x.float()
         for block in self.blocks:
-            x = block(x, deltas, attend, self.activation)
+            x = block(x, lora, attend, self.activation)
         return self.ln_f(x)
 
     def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k and v as (R, H, T, W)."""
-        rows, width, _ = qkv.shape
-        q, k, v = qkv.view(rows, width, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        rows, tokens, _ = qkv.shape
+        q, k, v = qkv.view(rows, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         return q, k, v
 
 
-def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None, scale: float) -> torch.Tensor:
-    output = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=seen, is_causal=seen is None, scale=scale)
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    output = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     return output.float()

@@ -1,4 +1,4 @@
-"""Keys and values of the texts that are being written: a slot each, bounded, allocated once.
+"""Keys and values of the texts that are being generated: a slot each, bounded, allocated once.
 
 Pages of memory are taken only where something was written: a slot costs what its longest text so far needed.
 """
@@ -12,15 +12,15 @@ import torch
 _STRIDE = 64  # keys are read in multiples of so many, so that a row's sums do not depend on its neighbours' lengths
 
 
-def of_rows(tensor: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
-    """The slots of a tensor (slots, …): a view where they follow one another, else a copy."""
+def select_slots(tensor: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
+    """The slots of a tensor (slots, …): a view where they are consecutive, else a copy."""
     first = slots[0]
     if list(slots) == list(range(first, first + len(slots))):
         return tensor[first : first + len(slots)]
     return tensor.index_select(0, torch.tensor(slots, device=tensor.device))
 
 
-class Cache:
+class KVCache:
     """For each block keys and values (slots, H, positions, W) of H heads of width W.
 
     Positions that nothing has written hold zeros: what is masked must still be finite.
@@ -35,16 +35,16 @@ class Cache:
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(blocks)]
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Put the first `length` positions of one slot into another, which was forgotten before."""
+        """Move the first `length` positions of one slot into another, which was freed before."""
         for tensor in (*self.keys, *self.values):
             tensor[target, :, :length] = tensor[source, :, :length]
-        self.forget(source, length)
+        self.free(source, length)
 
-    def forget(self, slot: int, length: int) -> None:
-        """Write zeros over what a text has left: masked or not, a NaN of one text would reach the next."""
+    def free(self, slot: int, length: int) -> None:
+        """Write zeros over the first `length` positions: masked or not, a NaN of one text would reach the next."""
         for tensor in (*self.keys, *self.values):
             tensor[slot, :, :length] = 0
 
-    def span(self, length: int) -> int:
-        """How many positions are read for texts of up to `length`."""
+    def padded_length(self, length: int) -> int:
+        """How many positions attention reads where the longest text has `length`."""
         return min(self.positions, -(-length // _STRIDE) * _STRIDE)

@@ -2,7 +2,7 @@
 
 On CPUs the matrix is packed for oneDNN. With 8 rows of GPT-2's matrices that is 2 to 5 times as fast as MKL on the
 plain matrix, in fp32 as in bf16 (`python -m benchmarks.decoding` prints both), and, other than MKL's, a row's result
-does not depend on how many rows are beside it: a text does not change with its company.
+does not depend on how many rows are beside it: a text does not depend on what else is in the batch.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from torch.nn import functional as F
 _ROWS = 8  # packed for about so many; the layout is the same for all
 
 
-class Linear:
+class PackedLinear:
     """x (…, in) to x·W + b (…, out), float32 in and out; products in the dtype of `weight`, sums in float32.
 
-    `weight` is (out, in), as in `torch.nn.Linear`; `bias` (out,) or None. Both stay as they are afterwards.
+    `weight` is (out, in), as in `torch.nn.Linear`; `bias` (out,) or None. Neither is changed.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.shape = tuple(weight.shape)
         self._dtype = weight.dtype
         self._bias = bias.to(weight.dtype) if bias is not None else None
         self._packed = weight.device.type == "cpu" and _can_pack(weight.dtype)

@@ -9,7 +9,6 @@ from starlette.responses import Response
 
 from peftune.data.sources.chat_template import STOPS, render_chat
 from peftune.errors import UserError
-from peftune.inference.conversation import speaks
 from peftune.serve.openai.body import read_body
 from peftune.serve.openai.chunks import Chunk, TokenEntry
 from peftune.serve.openai.errors import ApiError
@@ -40,12 +39,12 @@ async def create_chat_completion(http: Request) -> Response:
 def _chat_adapters(service: Service, model: str) -> list[str]:
     """The adapters that may answer; ApiError 404 for an unknown model, 400 where it was not trained on chat."""
     if model == AUTO:
-        names = [name for name in service.bank.names if speaks(service.bank, name)]
+        names = [name for name in service.bank.names if service.bank.get(name).is_chat]
         if not names:
             raise ApiError(400, "no adapter here was trained on chat; use /v1/completions", "model")
         return names
     name = service.adapter_named(model)
-    if name is None or not speaks(service.bank, name):
+    if name is None or not service.bank.get(name).is_chat:
         raise ApiError(400, f"{model} was not trained on chat (messages); use /v1/completions", "model")
     return [name]
 

@@ -12,7 +12,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from peftune.errors import UserError
-from peftune.inference.conversation import speaks
 from peftune.serve.openai.body import read_body
 from peftune.serve.openai.errors import ApiError
 from peftune.serve.openai.schema import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
@@ -35,7 +34,7 @@ async def load_adapter(http: Request) -> Response:
     """`{"lora_name": …, "lora_path": …}`: from now on the name is a model."""
     service, roots = service_of(http), _roots(http)
     body = await read_body(http, LoadLoRAAdapterRequest)
-    if body.lora_name in (AUTO, BASE, service.bank.base):
+    if body.lora_name in (AUTO, BASE, service.bank.base.name):
         raise ApiError(400, f"lora_name: {body.lora_name} means something else; choose another name", "lora_name")
     directory = await asyncio.to_thread(allowed_directory, body.lora_path, roots)
     async with service.loading:  # one at a time: reading is slow, and more threads would not read faster
@@ -45,7 +44,7 @@ async def load_adapter(http: Request) -> Response:
             await asyncio.to_thread(service.bank.add, body.lora_name, directory)
         except UserError as error:
             message = str(error).replace(str(directory), body.lora_path)  # clients see no paths of this machine
-            message = message.replace(str(service.bank.opened.directory), service.bank.base)
+            message = message.replace(str(service.bank.base.directory), service.bank.base.name)
             raise ApiError(400, message, "lora_path") from None
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
@@ -103,9 +102,9 @@ def _roots(http: Request) -> list[Path]:
 def _card(service: Service, name: str | None) -> dict[str, Any]:
     """A model in the format of OpenAI's list, with the fields that other servers of adapters add."""
     bank = service.bank
-    card = {"id": name or bank.base, "object": "model", "created": service.created, "owned_by": "peftune"}
+    card = {"id": name or bank.base.name, "object": "model", "created": service.created, "owned_by": "peftune"}
     if name is None:
-        return card | {"root": bank.base, "parent": None, "max_model_len": bank.config.n_positions, "chat": False}
+        return card | {"root": bank.base.name, "parent": None, "max_model_len": bank.config.n_positions, "chat": False}
     adapter = bank.get(name)
-    more = {"max_model_len": bank.config.n_positions, "chat": speaks(bank, name), "rank": adapter.rank}
-    return card | {"root": adapter.directory.name, "parent": bank.base} | more
+    more = {"max_model_len": bank.config.n_positions, "chat": adapter.is_chat, "rank": adapter.rank}
+    return card | {"root": adapter.directory.name, "parent": bank.base.name} | more

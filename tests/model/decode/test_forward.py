@@ -9,8 +9,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftune.model.base import Base
-from peftune.model.decode.build import Plan, build
-from peftune.model.decode.packed_linear import Linear
+from peftune.model.decode.build import ModelSpec, build
+from peftune.model.decode.packed_linear import PackedLinear
 from peftune.model.load import load_model
 
 CPU = torch.device("cpu")
@@ -26,13 +26,13 @@ def test_a_row_of_a_product_is_the_same_to_the_bit_among_any_number_of_rows(
     random = torch.Generator().manual_seed(0)
     weight = (0.02 * torch.randn(shape[1], shape[0], generator=random)).to(dtype)
     bias, x = torch.randn(shape[1], generator=random), torch.randn(70, shape[0], generator=random)
-    linear = Linear(weight, bias)
-    whole = linear(x)
+    linear = PackedLinear(weight, bias)
+    full = linear(x)
     for rows in (1, 2, 3, 7, 16, 33, 64):
-        assert torch.equal(linear(x[:rows]), whole[:rows]), rows
-        assert torch.equal(linear(x[-rows:]), whole[-rows:]), rows
+        assert torch.equal(linear(x[:rows]), full[:rows]), rows
+        assert torch.equal(linear(x[-rows:]), full[-rows:]), rows
     exact = x.to(dtype).double() @ weight.double().T + bias.to(dtype).double()
-    assert float((whole - exact).norm() / exact.norm()) < (1e-6 if dtype is torch.float32 else 4e-3)
+    assert float((full - exact).norm() / exact.norm()) < (1e-6 if dtype is torch.float32 else 4e-3)
 
 
 @pytest.mark.parametrize(
@@ -46,31 +46,31 @@ def test_a_row_of_a_product_is_the_same_to_the_bit_among_any_number_of_rows(
         {"n_inner": 48, "layer_norm_epsilon": 1e-3},
     ],
 )
-def test_reading_and_writing_give_the_logits_of_transformers(tmp_path: Path, changes: dict[str, object]) -> None:
+def test_prefill_and_decode_give_the_logits_of_transformers(tmp_path: Path, changes: dict[str, object]) -> None:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=90, n_positions=96, n_embd=32, n_layer=3, n_head=4, initializer_range=0.2, **changes)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    weights, plan = Base(tmp_path).weights, Plan(Base(tmp_path).config, torch.float32, CPU)
-    model, cache, slots = build(plan, weights.tensor, weights.tied), plan.cache(4), [2, 0, 3]
+    weights, spec = Base(tmp_path).weights, ModelSpec(Base(tmp_path).config, torch.float32, CPU)
+    model, cache, slots = build(spec, weights.tensor, weights.tied), spec.kv_cache(4), [2, 0, 3]
     ids = torch.randint(0, 90, (3, 96), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = load_model(Base(tmp_path))(ids).logits
-        whole = model.prefill(ids, 0, None, slots, {})
+        full = model.prefill(ids, 0, None, slots, {})
         parts = [model.prefill(ids[:, :64], 0, cache, slots, {}), model.prefill(ids[:, 64:80], 64, cache, slots, {})]
         parts += [model.decode(ids[:, at], [at] * 3, cache, slots, {})[:, None] for at in range(80, 96)]
-        for hidden in (whole, torch.cat(parts, dim=1)):
+        for hidden in (full, torch.cat(parts, dim=1)):
             torch.testing.assert_close(model.logits(hidden), expected, rtol=1e-4, atol=2e-5)
 
 
-def test_rows_at_places_of_their_own_write_as_each_does_alone(tiny_base: Path) -> None:
-    weights, plan = Base(tiny_base).weights, Plan(Base(tiny_base).config, torch.float32, CPU)
-    model, cache, lengths = build(plan, weights.tensor, weights.tied), plan.cache(3), [5, 31, 16]
+def test_rows_at_positions_of_their_own_decode_as_each_does_alone(tiny_base: Path) -> None:
+    weights, spec = Base(tiny_base).weights, ModelSpec(Base(tiny_base).config, torch.float32, CPU)
+    model, cache, lengths = build(spec, weights.tensor, weights.tied), spec.kv_cache(3), [5, 31, 16]
     ids = torch.randint(0, 250, (3, 40), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
         model.prefill(ids[:, :32], 0, cache, [0, 1, 2], {})
         together = model.decode(ids[range(3), lengths], lengths, cache, [0, 1, 2], {})
         for row, length in enumerate(lengths):
-            own = plan.cache(1)
+            own = spec.kv_cache(1)
             model.prefill(ids[row : row + 1, :32], 0, own, [0], {})
             alone = model.decode(ids[row : row + 1, length], [length], own, [0], {})
             assert torch.equal(alone[0], together[row])

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from peftune.model.decode.lora_slots import AdapterSlots, LoraWeights, adapted, low_rank
+from peftune.model.decode.lora_slots import AdapterSlots, LoraWeights, add_lora, lora_weights
 
 AT = (0, "attn.c_attn")
 RANKS = (1, 3, 8, 13, 16, 20, 64)
@@ -18,7 +18,7 @@ def _lora(width_in: int, width_out: int, rank: int, seed: int) -> tuple[LoraWeig
     """An adapter and its B·A, scaled, in float64."""
     random = torch.Generator().manual_seed(seed)
     a, b = torch.randn(rank, width_in, generator=random), torch.randn(width_out, rank, generator=random)
-    return low_rank({AT: (a, b)}, {AT: 0.5}), 0.5 * b.double() @ a.double()
+    return lora_weights({AT: (a, b)}, {AT: 0.5}), 0.5 * b.double() @ a.double()
 
 
 @pytest.mark.parametrize(("width_in", "width_out"), WIDTHS)
@@ -27,17 +27,17 @@ def test_a_row_gets_what_it_gets_alone_whatever_the_ranks_beside_it(width_in: in
     made = [_lora(width_in, width_out, rank, seed) for seed, rank in enumerate(RANKS)]
     random = torch.Generator().manual_seed(99)
     x, y = (torch.randn(len(RANKS) + 1, tokens, width, generator=random) for width in (width_in, width_out))
-    adapters, exact = [*(lora for lora, _ in made), None], [*(update for _, update in made), None]
+    adapters, exact = [*(lora for lora, _ in made), None], [*(change for _, change in made), None]
     alone = []
-    for row, (adapter, update) in enumerate(zip(adapters, exact, strict=True)):
+    for row, (adapter, change) in enumerate(zip(adapters, exact, strict=True)):
         one = slice(row, row + 1)
-        delta = AdapterSlots(1).deltas([0], [adapter], one_token=tokens == 1).get(AT)
-        alone.append(adapted(y[one].clone(), x[one], delta)[0])
-        expected = y[row].double() + (x[row].double() @ update.T if update is not None else 0)
+        factors = AdapterSlots(1).factors([0], [adapter], one_token=tokens == 1).get(AT)
+        alone.append(add_lora(y[one].clone(), x[one], factors)[0])
+        expected = y[row].double() + (x[row].double() @ change.T if change is not None else 0)
         # x·A of rank 1 is one sum of up to 3,072 terms that cancel: 2e-6 was seen
         assert float((alone[row] - expected).norm() / expected.norm()) < 1e-5, row
 
-    stacks = AdapterSlots(len(adapters))  # one for all, as a running batch has: what was in a slot must not show
+    shared = AdapterSlots(len(adapters))  # one for all, as a running batch has: what was in a slot must not show
     for rows in [
         list(range(8)),
         [2, 7],
@@ -48,15 +48,17 @@ def test_a_row_gets_what_it_gets_alone_whatever_the_ranks_beside_it(width_in: in
         *map(list, itertools.combinations(range(4), 2)),
     ]:
         for slots in (list(range(len(rows))), list(range(8 - len(rows), 8))[::-1]):
-            deltas = stacks.deltas(slots, [adapters[row] for row in rows], one_token=tokens == 1)
-            together = adapted(y[rows], x[rows], deltas.get(AT))
+            factors = shared.factors(slots, [adapters[row] for row in rows], one_token=tokens == 1)
+            together = add_lora(y[rows], x[rows], factors.get(AT))
             for row, got in zip(rows, together, strict=True):
                 assert torch.equal(got, alone[row]), (rows, row)
 
 
 def test_an_adapter_loaded_again_under_its_name_is_not_taken_for_the_first() -> None:
     (first, _), (second, _), (other, _) = (_lora(64, 64, 8, seed) for seed in range(3))
-    stacks, x, y = AdapterSlots(2), torch.ones(2, 1, 64), torch.zeros(2, 1, 64)
-    seen = [adapted(y.clone(), x, stacks.deltas([0, 1], [lora, other], one_token=True)[AT]) for lora in (first, second)]
+    shared, x, y = AdapterSlots(2), torch.ones(2, 1, 64), torch.zeros(2, 1, 64)
+    seen = [
+        add_lora(y.clone(), x, shared.factors([0, 1], [lora, other], one_token=True)[AT]) for lora in (first, second)
+    ]
     assert not torch.equal(seen[0][0], seen[1][0])
     assert torch.equal(seen[0][1], seen[1][1])

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
-from transformers import GPT2LMHeadModel
 
-from peftune.adapters.base_of import base_of
 from peftune.adapters.directory import check_fits, load_onto
 from peftune.adapters.provenance import check_base
 from peftune.config.recipe import Source
-from peftune.console import Console, matrix_table
+from peftune.console import Console
 from peftune.data.batches import Blocks
 from peftune.data.tokens.store import prepare
 from peftune.errors import UserError
-from peftune.files import check_writable, write_json
 from peftune.model.base import Base, open_base
-from peftune.model.load import DTYPES, load_model
+from peftune.model.load import dtype_of, load_model
 from peftune.model.reference import LossModel, nats_to_perplexity
 
 Figures = dict[str, float]
@@ -72,11 +68,32 @@ def summed_nats_over(
         scorer.train(training)
 
 
+def evaluate(
+    base: str | Base,
+    data: Mapping[str, Sequence[Source]],
+    adapters: Mapping[str, Path],
+    batch: int = 8,
+    precision: str = "fp32",
+    block_size: int | None = None,
+) -> dict[str, Any]:
+    """Figures of the base and of each adapter on each named domain, as `peftune eval` writes them as JSON.
+
+    `batch` (blocks per forward) does not change the result; `block_size` None is the base's context. Raises UserError
+    for input that cannot be scored.
+    """
+    if not data:
+        raise UserError("nothing to evaluate on; give at least one domain by name, with its documents")
+    if "base" in adapters:
+        raise UserError("an adapter cannot be called base: that row is the base itself; name the adapter otherwise")
+    base = open_base(base) if isinstance(base, str) else base
+    domains = read_domains(base, data, block_size)
+    return as_json(domains, matrix(base, adapters, domains, batch, precision))
+
+
 def matrix(
     base: Base,
     adapters: Mapping[str, Path],
     domains: Mapping[str, Blocks],
-    display: Console,
     batch: int = 8,
     precision: str = "fp32",
 ) -> dict[str, dict[str, Figures]]:
@@ -88,70 +105,29 @@ def matrix(
         check_base(directory, base)
         check_fits(directory, base.config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    autocast = torch.autocast(device.type, dtype_of(precision), enabled=precision != "fp32")
     rows: dict[str, dict[str, Figures]] = {}
-    todo: dict[str, Path | None] = {"base": None, **adapters}
-    with display.progress as progress:
-        task = progress.add_task("evaluating", total=len(todo) * sum(map(len, domains.values())), note="")
-        for name, adapter in todo.items():
+    models: dict[str, Path | None] = {"base": None, **adapters}
+    with Console().progress as progress:
+        task = progress.add_task("evaluating", total=len(models) * sum(map(len, domains.values())), note="")
+        for name, adapter in models.items():
             progress.update(task, description=f"evaluating {name}")
-            scorer = LossModel(_load(base, adapter, device))
+            model = load_model(base) if adapter is None else load_onto(load_model(base), adapter)
+            scorer = LossModel(model).to(device)
             rows[name] = {}
             for domain, blocks in domains.items():
-                with _in_precision(precision, device):
-                    nats = summed_nats_over(
-                        scorer,
-                        blocks,
-                        range(len(blocks)),
-                        batch,
-                        device,
-                        on_batch=lambda done: progress.advance(task, done),
-                    )
+                every = range(len(blocks))
+                with autocast:
+                    nats = summed_nats_over(scorer, blocks, every, batch, device, lambda n: progress.advance(task, n))
                 rows[name][domain] = Score(nats, blocks.tokens(), blocks.text_bytes()).figures()
-        progress.remove_task(task)
     return rows
 
 
-def _load(base: Base, adapter: Path | None, device: torch.device) -> GPT2LMHeadModel | PeftModel:
-    model = load_model(base)
-    return model.to(device) if adapter is None else load_onto(model, adapter).to(device)  # type: ignore[arg-type]
-
-
-@contextmanager
-def _in_precision(precision: str, device: torch.device) -> Iterator[None]:
-    with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
-        yield
-
-
-def run(
-    base: str | None,
-    adapters: dict[str, Path],
-    data: dict[str, list[Source]],
-    batch: int = 8,
-    precision: str = "fp32",
-    json_path: Path | None = None,
-    block_size: int | None = None,
-) -> None:
-    """`peftune eval`: print the perplexity matrix, write it as JSON; UserError for input that cannot be scored."""
-    if not data:
-        raise UserError("nothing to evaluate on: give at least one --data NAME=PATH")
-    if "base" in adapters:
-        raise UserError("an adapter cannot be called base: that row is the base itself; use --adapter OTHER=DIR")
-    if json_path is not None:
-        check_writable(json_path)
-    found = open_base(base or base_of(*adapters.values()))
-    domains = read_domains(found, data, block_size)
-    display = Console()
-    rows = matrix(found, adapters, domains, display, batch, precision)
-    _print(rows)
-    if json_path is not None:
-        write_json(json_path, as_json(domains, rows))
-
-
-def read_domains(base: Base, data: Mapping[str, list[Source]], block_size: int | None = None) -> dict[str, Blocks]:
+def read_domains(base: Base, data: Mapping[str, Sequence[Source]], block_size: int | None = None) -> dict[str, Blocks]:
     """Tokenise and pack each named domain for a base."""
     positions = base.config.n_positions
     if block_size is not None and not 8 <= block_size <= positions:
-        raise UserError(f"--block-size {block_size}: expected 8 to {positions}, the positions of the base")
+        raise UserError(f"block size {block_size}: expected 8 to {positions}, the positions of the base")
     stores = {
         name: prepare(sources, base.tokenizer, base.tokenizer_fingerprint, " ", "auto")
         for name, sources in data.items()
@@ -159,18 +135,10 @@ def read_domains(base: Base, data: Mapping[str, list[Source]], block_size: int |
     return {name: Blocks.of(s, np.arange(len(s)), block_size or positions) for name, s in stores.items()}
 
 
-def as_json(domains: Mapping[str, Blocks], rows: Mapping[str, Mapping[str, Figures]]) -> dict[str, object]:
-    """The contract of `peftune eval --json`."""
+def as_json(domains: Mapping[str, Blocks], rows: Mapping[str, Mapping[str, Figures]]) -> dict[str, Any]:
+    """What is written as JSON: the documents, tokens and bytes of each domain, and `rows`."""
     facts = {
         name: {"documents": len(b.documents), "tokens": b.tokens(), "bytes": b.text_bytes()}
         for name, b in domains.items()
     }
     return {"domains": facts, "rows": rows}
-
-
-def _print(rows: Mapping[str, Mapping[str, Figures]]) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    for key in ("perplexity", "bits_per_byte"):
-        console.print(matrix_table(rows, key))

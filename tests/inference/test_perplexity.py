@@ -136,8 +136,8 @@ def test_the_batch_changes_nothing(evaluate: Evaluate, adapter: Path, options: t
 
 
 def test_shorter_blocks_score_every_token_once(evaluate: Evaluate, tiny_base: Path) -> None:
-    whole, found = evaluate(), evaluate("--block-size", "16")
-    assert found["domains"] == whole["domains"]
+    full, found = evaluate(), evaluate("--block-size", "16")
+    assert found["domains"] == full["domains"]
     nats, tokens = plain_loop(
         GPT2LMHeadModel.from_pretrained(tiny_base), Base(tiny_base).tokenizer, DOCUMENTS["animals"], context=16
     )
