@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from peftune.adapters.base_of import base_of
 from peftune.adapters.directory import load_onto
 from peftune.adapters.provenance import check_base
 from peftune.data.tokens.encode import end_of_text_id
@@ -29,8 +30,8 @@ TextGenerator = Callable[[Sequence[str], OnText | None], list[Generation]]
 
 
 def generate(
-    prompts: Sequence[str],
-    base: str | Base,
+    prompts: str | Sequence[str],
+    base: str | Base | None = None,
     adapter: Path | str | None = None,
     settings: GenerationSettings | None = None,
     precision: str = "fp32",
@@ -38,10 +39,14 @@ def generate(
 ) -> list[Generation]:
     """Continue every prompt with the base, or with an adapter on it; `AdapterBank.generate` has the rules.
 
+    `base` None is the one that the adapter was trained on. The model is loaded at every call; a bank keeps it.
     Beam search is Transformers' (`generate_with_transformers`). Raises UserError for input that cannot be used,
     CheckFailed where the logits are not finite.
     """
-    return text_generator(base, adapter, settings, precision)(prompts, on_text)
+    if base is None:
+        base = base_of(*([] if adapter is None else [Path(adapter)]))
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    return text_generator(base, adapter, settings, precision)(texts, on_text)
 
 
 def text_generator(

@@ -23,6 +23,7 @@ from peftune.model.load import dtype_of, load_model
 from peftune.model.reference import LossModel, nats_to_perplexity
 
 Figures = dict[str, float]
+Documents = str | Path | Source | Sequence[str | Path | Source]
 
 
 @dataclass(frozen=True)
@@ -70,24 +71,26 @@ def summed_nats_over(
 
 def evaluate(
     base: str | Base,
-    data: Mapping[str, Sequence[Source]],
-    adapters: Mapping[str, Path],
+    data: Mapping[str, Documents],
+    adapters: Mapping[str, Path | str] | None = None,
     batch: int = 8,
     precision: str = "fp32",
     block_size: int | None = None,
 ) -> dict[str, Any]:
     """Figures of the base and of each adapter on each named domain, as `peftune eval` writes them as JSON.
 
+    `data` maps the name of a domain to a file, or to several; `adapters` names adapter directories.
     `batch` (blocks per forward) does not change the result; `block_size` None is the base's context. Raises UserError
     for input that cannot be scored.
     """
     if not data:
         raise UserError("nothing to evaluate on; give at least one domain by name, with its documents")
-    if "base" in adapters:
+    folders = {name: Path(directory) for name, directory in (adapters or {}).items()}
+    if "base" in folders:
         raise UserError("an adapter cannot be called base: that row is the base itself; name the adapter otherwise")
     base = open_base(base) if isinstance(base, str) else base
     domains = read_domains(base, data, block_size)
-    return as_json(domains, matrix(base, adapters, domains, batch, precision))
+    return as_json(domains, matrix(base, folders, domains, batch, precision))
 
 
 def matrix(
@@ -123,16 +126,21 @@ def matrix(
     return rows
 
 
-def read_domains(base: Base, data: Mapping[str, Sequence[Source]], block_size: int | None = None) -> dict[str, Blocks]:
+def read_domains(base: Base, data: Mapping[str, Documents], block_size: int | None = None) -> dict[str, Blocks]:
     """Tokenise and pack each named domain for a base."""
     positions = base.config.n_positions
     if block_size is not None and not 8 <= block_size <= positions:
         raise UserError(f"block size {block_size}: expected 8 to {positions}, the positions of the base")
     stores = {
-        name: prepare(sources, base.tokenizer, base.tokenizer_fingerprint, " ", "auto")
-        for name, sources in data.items()
+        name: prepare(_sources(given), base.tokenizer, base.tokenizer_fingerprint, " ", "auto")
+        for name, given in data.items()
     }
     return {name: Blocks.of(s, np.arange(len(s)), block_size or positions) for name, s in stores.items()}
+
+
+def _sources(given: Documents) -> list[Source]:
+    several = [given] if isinstance(given, str | Path | Source) else given
+    return [one if isinstance(one, Source) else Source(path=str(one)) for one in several]
 
 
 def as_json(domains: Mapping[str, Blocks], rows: Mapping[str, Mapping[str, Figures]]) -> dict[str, Any]:
