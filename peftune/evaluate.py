@@ -23,7 +23,7 @@ from peftune.errors import UserError
 from peftune.files import check_writable, write_json
 from peftune.model.base import Base, open_base
 from peftune.model.load import DTYPES, load_model
-from peftune.model.reference import LossModel, nats_to_perplexity
+from peftune.model.loss import LossModel, nats_to_perplexity
 
 Figures = dict[str, float]
 

@@ -21,9 +21,9 @@ from peftune.model import quantized
 from peftune.model.base import Base
 from peftune.model.load import load_model, move_to
 from peftune.model.lora import inject
-from peftune.model.reference import LossModel
+from peftune.model.loss import LossModel
 from peftune.model.train import attention, varlen_attention
-from peftune.model.train.from_peft import fast
+from peftune.model.train.forward import train_forward
 from peftune.training import run
 from peftune.training.metrics import read_metrics
 from peftune.training.setup import Session
@@ -150,7 +150,7 @@ def test_fast_steps_give_the_gradients_of_the_library_path(
         move_to(adapted.model, "cuda", number_format)
         adapted.model.train()
         if is_fast:
-            loss = fast(adapted, dtype, 0.0, 0.0, recompute=False)(ids, positions, targets, segments)
+            loss = train_forward(adapted, dtype, 0.0, 0.0, recompute=False)(ids, positions, targets, segments)
         else:
             loss = LossModel(adapted.model)(ids.cuda(), positions.cuda(), targets.cuda(), segments.cuda())
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(adapted.trainable().values()))])
@@ -164,7 +164,7 @@ def test_every_gpu_kernel_is_causal_attention_within_documents(plan: Any) -> Non
     lengths, heads = np.array([5, 130, 1, 129]), 2
     qkv = torch.randn(265, 3 * heads * 64, device="cuda", dtype=torch.bfloat16)
     found = plan(lengths, heads, torch.device("cuda"))(qkv)
-    wanted = attention._in_slabs(lengths, heads, torch.device("cpu"))(qkv.float().cpu())
+    wanted = attention._by_query_blocks(lengths, heads, torch.device("cpu"))(qkv.float().cpu())
     torch.testing.assert_close(found.float().cpu(), wanted, rtol=3e-2, atol=3e-2)
 
 

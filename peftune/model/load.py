@@ -40,7 +40,8 @@ def load_model(
     is, one tensor after the other. Raises UserError where weights are missing, truncated or of other shapes than
     config.json says.
     """
-    quantized.require(quantize)
+    if quantize is not None:
+        quantized.require(quantize)
     from safetensors import SafetensorError
     from transformers import GPT2LMHeadModel
     from transformers.utils import logging
@@ -88,7 +89,9 @@ class Footprint:
 def footprint(model: torch.nn.Module) -> Footprint:
     """The memory of everything frozen in a model, scales of quantised weights included, shared tensors once."""
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    tensors = [tensor for parameter in frozen for tensor in (parameter, *quantized.constants(parameter))]
+    tensors, weights = list(frozen), sum(parameter.numel() for parameter in frozen)
+    if getattr(model, "is_quantized", False):
+        tensors += [tensor for parameter in frozen for tensor in quantized.constants(parameter)]
+        weights = sum(quantized.elements(parameter) for parameter in frozen)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    weights = sum(quantized.elements(parameter) for parameter in frozen)
     return Footprint(sum(storages.values()), 4 * weights, 2 * weights)

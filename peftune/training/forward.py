@@ -10,8 +10,7 @@ import torch
 
 from peftune.config.recipe import Recipe
 from peftune.model.lora import Adapted
-from peftune.model.train.forward import TrainGPT2
-from peftune.model.train.from_peft import fast, reason_against
+from peftune.model.train.forward import TrainGPT2, reason_against, train_forward
 
 _WORTH = {"cpu": 2e14, "cuda": 2e16}  # FLOP in ten minutes or so
 
@@ -40,7 +39,7 @@ def choose(
     optim, worth = recipe.optim, recipe.run.compile and _worth_compiling(adapted, tokens)
     if worth:
         say("compiling what stands between matrix products: half a minute the first time, seconds afterwards")
-    chosen = fast(adapted, dtype, optim.neftune, optim.label_smoothing, recipe.run.checkpointing, worth)
+    chosen = train_forward(adapted, dtype, optim.neftune, optim.label_smoothing, recipe.run.checkpointing, worth)
     told = chosen.pieces.told if worth or not recipe.run.compile else "not compiled: the run is too short to repay it"
     return ForwardFn(chosen, f"fast steps ({', '.join(filter(None, (chosen.kernel.name, told)))})")
 

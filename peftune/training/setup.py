@@ -21,7 +21,7 @@ from peftune.errors import UserError
 from peftune.model import lora, quantized
 from peftune.model.base import Base, open_base
 from peftune.model.load import NAME_OF, with_dropout
-from peftune.model.reference import LossModel
+from peftune.model.loss import LossModel
 from peftune.training import forward, identity
 from peftune.training.blocks import Corpus, block_size, load_corpus
 from peftune.training.checkpoint import State
@@ -89,7 +89,7 @@ class Session:
     def score(self, batch: Batch) -> torch.Tensor:
         """Summed nats of a batch (float64 scalar), differentiable in the adapter."""
         if self.function.fast is not None:
-            return self.function.fast(batch.ids, batch.positions, batch.targets, batch.segments)
+            return self.function.train_forward(batch.ids, batch.positions, batch.targets, batch.segments)
         moved = batch.to(self.accelerator.device)
         with self.autocast():
             return self.engine.module(moved.ids, moved.positions, moved.targets, moved.segments)  # type: ignore[no-any-return]

@@ -61,7 +61,7 @@ def test_compiled_it_ends_in_the_same_place(
     for name in ("true", "false"):
         train(recipe(*common, f"run.compile={name}", f"run.out={tmp_path / name}"))
     (start,) = events(tmp_path / "true", "start")
-    assert "pieces between products compiled in" in str(start["function"])
+    assert "elementwise operations compiled in" in str(start["function"])
     assert distance(tmp_path / "true", tmp_path / "false") < 1e-5
     assert "compiling what stands between matrix products" in capsys.readouterr().err
 
@@ -88,10 +88,10 @@ def test_a_run_may_change_its_function_where_it_was_cut(
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ((), "fast steps (batched products in slabs)"),
+        ((), "fast steps (batched products by query blocks)"),
         (
             ("run.compile=true",),
-            "fast steps (batched products in slabs, not compiled: the run is too short to repay it)",
+            "fast steps (batched products by query blocks, not compiled: the run is too short to repay it)",
         ),
         (("run.fast=false",), "steps by Transformers and PEFT (run.fast is false)"),
         (("lora.variant=dora",), "steps by Transformers and PEFT (DoRA normalises whole weights)"),

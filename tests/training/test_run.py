@@ -73,7 +73,7 @@ def test_plain_peft_loads_the_adapter_and_computes_what_was_evaluated(recipe: Ma
         model = PeftModel.from_pretrained(load_model(Base(tiny_base)), made.run.out)
     from peftune.data.batches import Blocks
     from peftune.evaluate import summed_nats_over
-    from peftune.model.reference import LossModel
+    from peftune.model.loss import LossModel
     from peftune.training.setup import read_source
 
     blocks: Blocks = read_source(made).corpus.domains["validation"]

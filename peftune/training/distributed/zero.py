@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from peftune.model.reference import LossModel
+    from peftune.model.loss import LossModel
 
 _BUCKETS = {  # elements, for "auto"; Accelerate would look for a hidden size, which an adapter does not have
     "reduce_bucket_size": 50_000_000,
