@@ -26,7 +26,7 @@ from peftune.model.train import attention, varlen_attention
 from peftune.model.train.forward import train_forward
 from peftune.training import run
 from peftune.training.metrics import read_metrics
-from peftune.training.setup import Session
+from peftune.training.optimizer import ReplicatedStrategy
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[1]
@@ -83,25 +83,25 @@ def test_a_run_begun_on_a_gpu_goes_on_on_a_cpu(recipe: Make, on_cpu: Any, monkey
     whole = on_cpu(recipe("whole"))
     taken = iter([run.train_step] * 5)
     with monkeypatch.context() as patch, pytest.raises(Exception, match="the same command"):
-        patch.setattr(run, "train_step", lambda s, stop: next(taken, _stop)(s, stop))
+        patch.setattr(run, "train_step", lambda *given: next(taken, _stop)(*given))
         run.train(recipe("moved"))
     np.testing.assert_allclose(on_cpu(recipe("moved")), whole, rtol=1e-4)
 
 
-def _stop(session: object, stop: object) -> object:
+def _stop(*_: object) -> object:
     raise run.StopNow
 
 
 def test_adamw_is_fused_and_batches_come_through_pinned_memory(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
-    score, pin = Session.score, torch.Tensor.pin_memory
+    update, pin = ReplicatedStrategy.update, torch.Tensor.pin_memory
 
-    def look(session: Session, batch: Any) -> torch.Tensor:
-        seen.append(bool(session.engine.optimizer.param_groups[0]["fused"]))  # type: ignore[attr-defined]
-        return score(session, batch)
+    def look(strategy: ReplicatedStrategy, *given: Any) -> float:
+        seen.append(bool(strategy.optimizer.param_groups[0]["fused"]))
+        return update(strategy, *given)
 
     pinned: list[int] = []
-    monkeypatch.setattr(Session, "score", look)
+    monkeypatch.setattr(ReplicatedStrategy, "update", look)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t, *a: pinned.append(t.numel()) or pin(t, *a))
     run.train(recipe("fused"))
     assert seen and all(seen) and pinned

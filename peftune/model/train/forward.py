@@ -170,8 +170,8 @@ def _norm(layer: Any, dtype: torch.dtype) -> Norm:
 
 
 def _linear(layer: Any, dtype: torch.dtype, packed: bool) -> LoraLinear:
-    factors = None
-    if isinstance(layer, LoraLayer):
+    factors, adapted = None, isinstance(layer, LoraLayer)
+    if adapted:
         dropout = getattr(layer.lora_dropout[NAME], "p", 0.0)  # PEFT puts an Identity where there is none
         factors = LoraFactors(layer.lora_A[NAME].weight, layer.lora_B[NAME].weight, layer.scaling[NAME], dropout)
         layer = layer.base_layer
