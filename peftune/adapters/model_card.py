@@ -1,10 +1,10 @@
-"""The model card of an adapter: front matter for hubs, what it is, how to use it."""
+"""The model card (README.md) of an adapter: what every card of peftune's says around a body."""
 
 from __future__ import annotations
 
 
 def model_card(base: str, out: str, body: str) -> str:
-    """Markdown of the README.md in the adapter directory `out`; `body` says how the adapter was made."""
+    """Markdown with the front matter that hubs read; `out` is the adapter's directory, `body` tells what it is."""
     directory = out.rstrip("/")
     return f"""---
 base_model: {base}

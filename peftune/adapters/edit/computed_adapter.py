@@ -22,7 +22,6 @@ from peftune import __version__
 from peftune.adapters.directory import check_free, write_adapter
 from peftune.adapters.layout import layout_of
 from peftune.adapters.low_rank import LowRankDelta, delta_of
-from peftune.adapters.model_card import model_card
 from peftune.errors import CheckFailed
 
 _PREFIX = "base_model.model."
@@ -41,9 +40,8 @@ def write_computed_adapter(
     _check_read(config, tensors, shape, updates, out)
     check_free(out, "the adapter")
     versions = {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
-    card += "\n\n`peftune.json` holds fingerprints of what it was made from."
     provenance = {"peftune": __version__, **base, **how, "versions": versions}
-    write_adapter(out, config, tensors, provenance, {"README.md": model_card(base["base"], str(out), card)})
+    write_adapter(out, config, tensors, provenance, {"README.md": _model_card(out, base["base"], card)})
 
 
 def _plain_lora(base: str, updates: list[LowRankDelta]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -73,3 +71,27 @@ def _check_read(
         read = targets.get(update.name)
         if read is None or read.scale != 1.0 or not delta_of(read).equals(update.as_stored()):
             raise CheckFailed(f"{out}: PEFT would read {update.name} as another update; nothing was written")
+
+
+def _model_card(out: Path, base: str, text: str) -> str:
+    return f"""---
+base_model: {base}
+library_name: peft
+tags: [gpt2, lora, peftune]
+---
+
+# {out.name}
+
+{text}
+
+`peftune.json` holds fingerprints of what it was made from.
+
+## Use
+
+```
+peftune generate --base {base} --adapter {out} --prompt "…"
+peftune merge {out} --out {out}-merged
+```
+
+It is an ordinary PEFT adapter: `PeftModel.from_pretrained(base, "{out}")` loads it without peftune.
+"""
