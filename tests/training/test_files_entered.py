@@ -55,8 +55,10 @@ def test_a_step_on_the_fast_path_enters_at_most_ten_files(recipe: Make, monkeypa
 
 
 def test_a_small_run_with_validation_enters_at_most_forty_files(recipe: Make, tmp_path: Path) -> None:
-    """Its data tokenised by the run before, as everywhere but in the first run."""
-    settings = "data.validation=0.2", "run.eval_every=2", "run.save_every=2"
+    """Plain text, tokenised by the run before, as everywhere but in the first run; JSON lines take three more."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"the cat sat on mat {number} and one dog ran to my log" for number in range(60)))
+    settings = f"data.train={text}", "data.validation=0.2", "run.eval_every=2", "run.save_every=2"
     run.train(recipe(*settings, f"run.out={tmp_path / 'first'}"))
     again, found = recipe(*settings, f"run.out={tmp_path / 'second'}"), set[str]()
     with entered_files(found):
