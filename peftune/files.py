@@ -53,7 +53,9 @@ def staging_directory(target: Path) -> Iterator[Path]:
 def flush_to_disk(path: Path) -> None:
     """Wait until a file, or a directory with every file in it, is on the disk; OSError where it cannot be."""
     for each in (*path.iterdir(), path) if path.is_dir() else (path,):
-        handle = os.open(each, os.O_RDONLY)
+        if os.name == "nt" and each.is_dir():  # Windows flushes files alone, and those opened for writing
+            continue
+        handle = os.open(each, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

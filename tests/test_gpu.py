@@ -21,12 +21,12 @@ from peftune.model import quantized
 from peftune.model.base import Base
 from peftune.model.load import load_model, move_to
 from peftune.model.lora import inject
-from peftune.model.reference import LossModel
+from peftune.model.loss import LossModel
 from peftune.model.train import attention, varlen_attention
-from peftune.model.train.from_peft import fast
+from peftune.model.train.forward import train_forward
 from peftune.training import run
 from peftune.training.metrics import read_metrics
-from peftune.training.setup import Session
+from peftune.training.optimizer import ReplicatedStrategy
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[1]
@@ -83,25 +83,25 @@ def test_a_run_begun_on_a_gpu_goes_on_on_a_cpu(recipe: Make, on_cpu: Any, monkey
     whole = on_cpu(recipe("whole"))
     taken = iter([run.train_step] * 5)
     with monkeypatch.context() as patch, pytest.raises(Exception, match="the same command"):
-        patch.setattr(run, "train_step", lambda s, stop: next(taken, _stop)(s, stop))
+        patch.setattr(run, "train_step", lambda *given: next(taken, _stop)(*given))
         run.train(recipe("moved"))
     np.testing.assert_allclose(on_cpu(recipe("moved")), whole, rtol=1e-4)
 
 
-def _stop(session: object, stop: object) -> object:
+def _stop(*_: object) -> object:
     raise run.StopNow
 
 
 def test_adamw_is_fused_and_batches_come_through_pinned_memory(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
-    score, pin = Session.score, torch.Tensor.pin_memory
+    update, pin = ReplicatedStrategy.update, torch.Tensor.pin_memory
 
-    def look(session: Session, batch: Any) -> torch.Tensor:
-        seen.append(bool(session.engine.optimizer.param_groups[0]["fused"]))  # type: ignore[attr-defined]
-        return score(session, batch)
+    def look(strategy: ReplicatedStrategy, *given: Any) -> float:
+        seen.append(bool(strategy.optimizer.param_groups[0]["fused"]))
+        return update(strategy, *given)
 
     pinned: list[int] = []
-    monkeypatch.setattr(Session, "score", look)
+    monkeypatch.setattr(ReplicatedStrategy, "update", look)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t, *a: pinned.append(t.numel()) or pin(t, *a))
     run.train(recipe("fused"))
     assert seen and all(seen) and pinned
@@ -150,7 +150,7 @@ def test_fast_steps_give_the_gradients_of_the_library_path(
         move_to(adapted.model, "cuda", number_format)
         adapted.model.train()
         if is_fast:
-            loss = fast(adapted, dtype, 0.0, 0.0, recompute=False)(ids, positions, targets, segments)
+            loss = train_forward(adapted, dtype, 0.0, 0.0, recompute=False)(ids, positions, targets, segments)
         else:
             loss = LossModel(adapted.model)(ids.cuda(), positions.cuda(), targets.cuda(), segments.cuda())
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(adapted.trainable().values()))])
@@ -164,7 +164,7 @@ def test_every_gpu_kernel_is_causal_attention_within_documents(plan: Any) -> Non
     lengths, heads = np.array([5, 130, 1, 129]), 2
     qkv = torch.randn(265, 3 * heads * 64, device="cuda", dtype=torch.bfloat16)
     found = plan(lengths, heads, torch.device("cuda"))(qkv)
-    wanted = attention._in_slabs(lengths, heads, torch.device("cpu"))(qkv.float().cpu())
+    wanted = attention._by_query_blocks(lengths, heads, torch.device("cpu"))(qkv.float().cpu())
     torch.testing.assert_close(found.float().cpu(), wanted, rtol=3e-2, atol=3e-2)
 
 

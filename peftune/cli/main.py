@@ -89,7 +89,7 @@ def train(
 
     with report_once_per_machine():
         checked = load_recipe(recipe, overrides)  # before torch is imported: a wrong recipe is refused at once
-    from peftune.training.distributed.zero import process_group
+    from peftune.training.distributed.start import process_group
     from peftune.training.run import train
 
     with process_group():

@@ -66,7 +66,7 @@ class Blocks:
         return Blocks(store, documents, packing, supervised[order])
 
     def __len__(self) -> int:
-        return len(self.packing)
+        return len(self.packing.first) - 1
 
     def tokens(self) -> int:
         """Scored tokens over all blocks."""
@@ -89,7 +89,8 @@ class Blocks:
 
         Packed: `micro_size` blocks, one a row. Padded: each span is a row, rows sorted by length.
         """
-        spans = [self.packing.spans(int(block)) for block in blocks]
+        first_span = self.packing.first
+        spans = [range(int(first_span[block]), int(first_span[block + 1])) for block in blocks]
         if packed:
             for first in range(0, len(spans), micro_size):
                 yield self._batch(spans[first : first + micro_size])

@@ -20,7 +20,7 @@ from peftune.data.tokens.store import prepare
 from peftune.errors import UserError
 from peftune.model.base import Base, open_base
 from peftune.model.load import dtype_of, load_model
-from peftune.model.reference import LossModel, nats_to_perplexity
+from peftune.model.loss import LossModel, nats_to_perplexity
 
 Figures = dict[str, float]
 Documents = str | Path | Source | Sequence[str | Path | Source]

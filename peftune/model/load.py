@@ -1,4 +1,4 @@
-"""The base as a model in memory: its number format, its dropouts, in full precision or quantised."""
+"""The base as a model in memory, alone or with a fresh adapter, in full precision or quantised."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from peftune.config.recipe import Recipe
 from peftune.errors import UserError, first_line
 from peftune.model import quantized
 from peftune.model.base import Base
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel
+
+    from peftune.model.lora import Adapted
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
@@ -47,7 +50,8 @@ def load_model(
     is, one tensor after the other. Raises UserError where weights are missing, truncated or of other shapes than
     config.json says.
     """
-    quantized.require(quantize)
+    if quantize is not None:
+        quantized.require(quantize)
     from safetensors import SafetensorError
     from transformers import GPT2LMHeadModel
     from transformers.utils import logging
@@ -68,6 +72,48 @@ def load_model(
     model.requires_grad_(False)
     move_to(model, device, dtype)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def load_adapted(recipe: Recipe, base: Base, dtype: torch.dtype, device: torch.device) -> Adapted:
+    """The base with a fresh adapter: adapter in fp32, frozen weights in `dtype` where only blocks are adapted.
+
+    DoRA and PiSSA derive initial values from the base's weights, so they see them in fp32 first. Trained
+    embeddings, norms or heads keep the full base in fp32 (matrix products still use `dtype`). What `quantize` packs
+    stays packed; LoftQ reads the weights of the base once more, one after the other, to see what packing lost.
+    """
+    from peftune.model.lora import inject
+
+    if device.type == "cpu":
+        device = torch.device("cpu")  # a rank's is cpu:0, on which int8 weights would be kept twice
+    model = load_model(
+        base,
+        dtype=_loading_dtype(recipe, dtype),
+        device="cpu" if recipe.quantize is None else device,
+        dropout=recipe.run.base_dropout,
+        quantize=recipe.quantize,
+    )
+    adapted = inject(model, recipe.lora, recipe.run.seed, base.weights.tensor)
+    move_to(adapted.model, device, dtype if only_blocks_are_trained(adapted) else torch.float32)
+    if recipe.run.checkpointing:
+        recompute_activations(adapted)
+    return adapted
+
+
+def recompute_activations(adapted: Adapted) -> None:
+    """Non-reentrant, so that gradients reach the adapter although nothing before it is trained."""
+    core: Any = adapted.model.base_model.model  # Transformers 5 renamed the switch
+    enable = getattr(core, "activation_checkpointing_enable", None) or core.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def _loading_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
+    exact = recipe.lora.variant in ("dora", "pissa") or recipe.lora.modules_to_save
+    return torch.float32 if exact or recipe.lora.targets not in ("all", "attention") else dtype
+
+
+def only_blocks_are_trained(adapted: Adapted) -> bool:
+    """Whether nothing outside the blocks' linear layers is trained; then frozen weights can be rounded."""
+    return all(".h." in name and ".ln_" not in name for name in adapted.trainable())
 
 
 def move_to(model: torch.nn.Module, device: str | torch.device, dtype: torch.dtype) -> None:
@@ -95,7 +141,10 @@ class Footprint:
 def footprint(model: torch.nn.Module) -> Footprint:
     """The memory of everything frozen in a model, scales of quantised weights included, shared tensors once."""
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    tensors = [tensor for parameter in frozen for tensor in (parameter, *quantized.constants(parameter))]
+    tensors: list[torch.Tensor] = list(frozen)
+    weights = sum(parameter.numel() for parameter in frozen)
+    if getattr(model, "is_quantized", False):
+        tensors += [tensor for parameter in frozen for tensor in quantized.constants(parameter)]
+        weights = sum(quantized.elements(parameter) for parameter in frozen)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    weights = sum(quantized.elements(parameter) for parameter in frozen)
     return Footprint(sum(storages.values()), 4 * weights, 2 * weights)

@@ -1,15 +1,91 @@
-"""Summed cross entropy in nats through the language-model head, without ever holding all logits.
+"""The loss that is trained and measured: summed cross entropy of a batch, in nats.
 
-Legend: N scored places, D hidden width, V vocabulary, C rows of one chunk.
+`LossModel` is the reference through Transformers and PEFT; `model.train.forward` computes the same faster. Both end in
+`summed_nats`, which never holds all logits.
+
+Legend: B rows, T columns, N scored positions, D hidden width, V vocabulary, C rows of one chunk.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
+from transformers import GPT2LMHeadModel
+
+
+class LossModel(nn.Module):
+    """Scores batches with a GPT-2, with or without an adapter.
+
+    In training mode `neftune` is the strength of the noise on embeddings (`add_neftune_noise`), and `smoothing` the
+    share of each target's probability that is spread over the vocabulary.
+    """
+
+    def __init__(self, model: PeftModel | GPT2LMHeadModel, neftune: float = 0.0, smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.model = model
+        self.neftune, self.smoothing = neftune, smoothing
+
+    def forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, segments: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Summed loss in nats (float64 scalar) over the places with a target ≥ 0; all arguments (B, T) int64.
+
+        Without `segments` each row is one document: no mask, and SDPA's causal kernel (flash attention on a GPU).
+        """
+        core = self.causal()
+        hidden = core.transformer(
+            inputs_embeds=self._embedded(core, ids, segments),
+            position_ids=positions,
+            attention_mask=None if segments is None else document_mask(segments),
+            use_cache=False,
+        ).last_hidden_state
+        scored = targets >= 0
+        smoothing = self.smoothing if self.training else 0.0
+        return summed_nats(hidden[scored], core.lm_head, targets[scored], smoothing)
+
+    def causal(self) -> GPT2LMHeadModel:
+        """The GPT-2 inside, adapters (if any) in place."""
+        return self.model.base_model.model if isinstance(self.model, PeftModel) else self.model  # type: ignore[return-value]
+
+    def _embedded(self, core: GPT2LMHeadModel, ids: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
+        embedded = core.transformer.wte(ids)
+        if not (self.training and self.neftune):
+            return embedded  # type: ignore[no-any-return]
+        if segments is None:
+            segments = torch.zeros_like(ids)
+        lengths = (segments[:, :, None] == segments[:, None, :]).sum(dim=2)
+        return add_neftune_noise(embedded, lengths, self.neftune)
+
+
+def nats_to_perplexity(nats_per_token: float) -> float:
+    """exp of a mean loss, infinite where that does not fit."""
+    return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
+
+
+def document_mask(segments: torch.Tensor) -> torch.Tensor:
+    """Attention mask (B, 1, T, T), True where row i may look at column j: j ≤ i and both of one document.
+
+    `segments` (B, T) numbers the documents of a row. Places without a document (-1) see each other, so that no
+    row of the mask is empty and softmax stays finite; they are never scored. Restarted positions alone do not
+    separate documents in GPT-2, only a mask does.
+    """
+    length = segments.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    return (segments[:, None, :, None] == segments[:, None, None, :]) & causal
+
+
+def add_neftune_noise(embedded: torch.Tensor, lengths: torch.Tensor, strength: float) -> torch.Tensor:
+    """NEFTune (Jain et al., 2310.05914): embeddings (…, D) with uniform noise in ±strength / sqrt(n·D).
+
+    `lengths` (…) holds n, the tokens of the document that each is in, not of the row, so that packing does not matter.
+    """
+    bound = strength / torch.sqrt(lengths * float(embedded.shape[-1]))
+    return embedded + torch.empty_like(embedded).uniform_(-1, 1) * bound[..., None].to(embedded.dtype)
 
 
 def summed_nats(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:

@@ -1,17 +1,17 @@
-"""Portable checkpoints: adapter, optimizer moments, place in the run. No base weights, nothing about ranks.
+"""Portable checkpoints: adapter, optimizer moments, progress of the run. No base weights, nothing about ranks.
 
 `checkpoints/step-N/` holds `adapter.safetensors` (trainable parameters by name), `moments.safetensors` (AdamW's two
 moments by the same names) and `state.json`. The order of samples and every random draw are functions of the seed
 and the step, so the number of steps done is all that a run needs to go on with them.
 
-A checkpoint is written beside its place, flushed to the disk, and renamed: it is there whole or not at all.
+A checkpoint is written beside its name, flushed to the disk, and renamed: it is complete or absent. It is continued
+only by the recipe, base and data that made it.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import shutil
 from dataclasses import asdict, dataclass, field, fields
@@ -21,10 +21,13 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from peftune.config.recipe import Recipe
 from peftune.errors import UserError
-from peftune.training.distributed.replicated import Moments, Tensors
+from peftune.files import flush_to_disk, staging_directory
+from peftune.training.optimizer import Moments, Tensors
 
 _NAME = re.compile(r"step-(\d+)")
+_ADAPTER, _MOMENTS, _STATE = "adapter.safetensors", "moments.safetensors", "state.json"
 
 
 @dataclass
@@ -49,10 +52,18 @@ class State:
     identity: dict[str, Any] = field(default_factory=dict)
     """Recipe and fingerprints that the run was started with."""
 
+    def is_improved_by(self, loss: float) -> bool:
+        """Whether a validation loss is the lowest so far; counts evaluations without gain for early stopping."""
+        if self.best_loss is None or loss < self.best_loss:
+            self.best_loss, self.best_step, self.evaluations_without_gain = loss, self.step, 0
+            return True
+        self.evaluations_without_gain += 1
+        return False
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A state with the adapter and AdamW's moments by parameter name, all whole and on the CPU."""
+    """A state with the adapter and AdamW's moments by parameter name, complete and on the CPU."""
 
     state: State
     values: Tensors
@@ -62,31 +73,29 @@ class Checkpoint:
 def save(folder: Path, saved: Checkpoint) -> Path:
     """Write `folder/step-N`, then remove checkpoints that are no longer wanted; UserError when the disk is full."""
     state = saved.state
-    place = folder / f"step-{state.step}"
-    beside = folder / f".step-{state.step}.{os.getpid()}"
+    target = folder / f"step-{state.step}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
-        beside.mkdir()
-        save_file({name: value.contiguous() for name, value in saved.values.items()}, beside / "adapter.safetensors")
-        save_file(_flat(saved.moments), beside / "moments.safetensors")
-        (beside / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
-        for path in (*beside.iterdir(), beside):
-            _flush(path)
-        if place.exists():
-            shutil.rmtree(place)
-        beside.rename(place)
-        _flush(folder)
+        for leftover in folder.glob(".step-*"):  # of a run that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        with staging_directory(target) as staged:
+            save_file({name: value.contiguous() for name, value in saved.values.items()}, staged / _ADAPTER)
+            save_file(_flat(saved.moments), staged / _MOMENTS)
+            (staged / _STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+            flush_to_disk(staged)
+            if target.exists():
+                shutil.rmtree(target)
+            staged.rename(target)
+        flush_to_disk(folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
         reason = "the disk is full" if _is_disk_full(error) else str(error)
-        raise UserError(f"cannot save a checkpoint to {place}: {reason}; earlier checkpoints are intact") from error
+        raise UserError(f"cannot save a checkpoint to {target}: {reason}; earlier checkpoints are intact") from error
     prune(folder, keep=2, best=state.best_step)
-    return place
+    return target
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that can be read whole; a damaged one (power loss) is passed over."""
+    """The newest checkpoint that is intact; a damaged one (power loss) is passed over."""
     for path in reversed(listed(folder)):
         try:
             return read(path)
@@ -103,14 +112,14 @@ def listed(folder: Path) -> list[Path]:
 
 def read(path: Path) -> Checkpoint:
     """A checkpoint as it was saved; OSError, ValueError, TypeError or SafetensorError where it is damaged."""
-    values = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    values = json.loads((path / _STATE).read_text(encoding="utf-8"))
     known = {field.name for field in fields(State)}
     state = State(**{key: value for key, value in values.items() if key in known})
     moments: Moments = {}
-    for name, tensor in load_file(path / "moments.safetensors").items():
+    for name, tensor in load_file(path / _MOMENTS).items():
         parameter, _, key = name.rpartition("/")
         moments.setdefault(parameter, {})[key] = tensor
-    return Checkpoint(state, load_file(path / "adapter.safetensors"), moments)
+    return Checkpoint(state, load_file(path / _ADAPTER), moments)
 
 
 def _flat(moments: Moments) -> Tensors:
@@ -124,18 +133,53 @@ def prune(folder: Path, keep: int, best: int | None) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _remove_leftovers(folder: Path) -> None:
-    for path in folder.glob(".step-*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def _is_disk_full(error: Exception) -> bool:
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+HARMLESS = frozenset(
+    {
+        "run.out", "run.eval_every", "run.save_every", "run.resume", "run.track", "run.samples",
+        "run.early_stopping", "run.checkpointing", "run.fast", "run.compile", "batch.micro_size",
+    }
+)  # fmt: skip
+"""Keys that may change between a run and its resumption: none decides what is learnt (beyond rounding)."""
+
+
+def identity_of(recipe: Recipe, fingerprints: dict[str, str]) -> dict[str, Any]:
+    """Flat mapping of every recipe value that decides what is learnt, and the fingerprints of base and data."""
+    flat = _flatten(recipe.model_dump(mode="json"))
+    return {k: v for k, v in flat.items() if k not in HARMLESS} | {
+        f"fingerprint of {k}": v for k, v in fingerprints.items()
+    }
+
+
+def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
+    """UserError listing every difference between the run that is there and the one asked for."""
+    saved, now = _DEFAULTS | saved, _DEFAULTS | now  # a key that the older release did not know had its default
+    keys = sorted(saved.keys() | now.keys())
+    changed = [f"{k} was {_short(saved.get(k))}, is {_short(now.get(k))}" for k in keys if saved.get(k) != now.get(k)]
+    if changed:
+        raise UserError(
+            f"{where} holds a run of another recipe: {'; '.join(changed)}. "
+            "Give run.out another name, or remove that directory"
+        )
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = "not there" if value is None else str(value)
+    return text if len(text) <= 40 else text[:37] + "…"
+
+
+_EMPTY = Recipe.model_validate({"base": "-", "data": {"train": "-"}, "run": {"out": "-"}})
+_DEFAULTS = {k: v for k, v in identity_of(_EMPTY, {}).items() if k not in ("base", "data.train")}

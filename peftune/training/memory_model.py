@@ -8,7 +8,7 @@ Notation: a is the number of trained elements, n the number of ranks. What a ran
 | zero1/2    | all of it   | 4a       | 4a       | 12a/n           |                        |
 | zero3      | 1/n + small | 4a + 4a/n| 4a       | 12a/n           | 4a/n + 4 bytes·bucket  |
 
-The gradient is one flat fp32 buffer on every rank under every engine (`gradient.Gradient`). AdamW keeps two fp32
+The gradient is one flat fp32 buffer on every rank under every engine (`optimizer.Gradient`). AdamW keeps two fp32
 moments; ZeRO besides a master copy of what it shares out. ZeRO-3 keeps parameters of few elements whole on every rank,
 in addition to the parts: most of an adapter is such. The formulas are held against measurements by
 tests/training/test_memory_model.py on one process and by benchmarks/memory_per_rank.py on two ranks.
@@ -24,9 +24,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftune.config.recipe import BLOCK_LINEARS, LoraSection
 from peftune.model import lora as adapters
-from peftune.model.load import DTYPES
+from peftune.model.load import DTYPES, only_blocks_are_trained
 from peftune.model.quantized import Kind
-from peftune.training.loading import only_blocks_are_trained
 
 Way = Literal["one", "ddp", "zero1", "zero2", "zero3"]
 _NF4_BLOCK = 64  # weights that share a scale

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-class Records:
+class MetricsLog:
     """Appends events on the main process; other ranks call the same methods and write nothing.
 
-    `keep_bytes` cuts the file to what the checkpoint knew, so that a resumed run does not repeat itself.
+    `keep_bytes` truncates the file to what the checkpoint knew, so that a resumed run does not repeat itself.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator, recipe: dict[str, Any], keep_bytes: int = 0) -> None:

@@ -1,16 +1,56 @@
-"""AdamW over the adapter, and the learning rate as a pure function of the step."""
+"""From a step's gradient to an update: one flat buffer, AdamW with its schedule, on one process or on replicas (DDP).
+
+The other strategy, which shards optimizer state and weights over the ranks, is `distributed.zero.ShardedStrategy`.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from peftune.config.recipe import OptimSection
 
+Tensors = dict[str, torch.Tensor]
+Moments = dict[str, dict[str, torch.Tensor]]
+"""AdamW's state of each parameter by name: `step` (), `exp_avg` and `exp_avg_sq` of the parameter's shape."""
 
-def build(parameters: dict[str, nn.Parameter], optim: OptimSection, fused: bool) -> torch.optim.AdamW:
+
+class Gradient:
+    """One flat fp32 buffer of all trainable parameters, (a,), with a view in each parameter's shape.
+
+    Micro-batches are added by `autograd.grad`, which leaves `.grad` and every hook of DeepSpeed alone. So
+    nothing is communicated before a step is complete, ranks may have unequally many micro-batches or none, and an
+    attempt that ran out of memory can start again on its own.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], shapes: list[torch.Size], device: torch.device) -> None:
+        """`shapes` are those of the full parameters, of which a rank may hold a part."""
+        self.parameters = parameters
+        sizes = [shape.numel() for shape in shapes]
+        self.flat = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+        self.views = [part.view(shape) for part, shape in zip(torch.split(self.flat, sizes), shapes, strict=True)]
+
+    def clear(self) -> None:
+        """Back to zero."""
+        self.flat.zero_()
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Add the gradient of a scalar loss; a parameter that it does not reach gets zero."""
+        parts = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        for view, part in zip(self.views, parts, strict=True):
+            if part is not None:
+                view.add_(part)
+
+    def largest(self) -> float:
+        """Largest magnitude of an element; inf or nan where the gradient is broken."""
+        return float(self.flat.abs().max())  # host sync here
+
+
+def build_adamw(parameters: dict[str, nn.Parameter], optim: OptimSection, fused: bool) -> torch.optim.AdamW:
     """One group for A and everything else, one for B (LoRA+), each split by whether weight decay applies.
 
     A group carries `ratio`, its rate relative to the schedule. Vectors (DoRA magnitudes, biases, norms) do not decay.
@@ -44,3 +84,91 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Write the schedule's rate into every group; a wrapped scheduler would advance once a rank."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["ratio"]
+
+
+class UpdateStrategy(Protocol):
+    """One optimizer over the adapter, on one rank or many; every rank calls the same methods in the same order."""
+
+    module: nn.Module
+    """Called by the reference forward."""
+    forward_is_collective: bool
+    """Whether a forward needs the other ranks, so that all must run equally many (ZeRO-3)."""
+
+    def update(self, gradient: Gradient, divisor: float, rate: float) -> float:
+        """Sum gradients over ranks, divide, clip, take one AdamW step; the gradient's norm before clipping."""
+
+    def state_dict(self) -> tuple[Tensors, Moments]:
+        """Adapter and moments by parameter name, complete on every rank, on the CPU."""
+
+    def load_state_dict(self, values: Tensors, moments: Moments) -> None:
+        """Take over an adapter and its moments, complete on every rank, as if this strategy had made them."""
+
+    def memory_bytes(self, model: nn.Module) -> dict[str, int]:
+        """Bytes on this rank: the model's `parameters` and the `optimizer_state` (moments, master copies)."""
+
+
+class ReplicatedStrategy:
+    """AdamW on one process, or the same AdamW on each: gradients are summed in one all-reduce a step."""
+
+    forward_is_collective = False
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        clip: float | None,
+        ranks: int,
+    ) -> None:
+        self.module, self.parameters, self.optimizer = module, parameters, optimizer
+        self.clip, self.ranks = clip or math.inf, ranks
+        if ranks > 1:  # equal seeds make equal adapters on equal machines; be sure
+            for parameter in parameters.values():
+                torch.distributed.broadcast(parameter.data, src=0)
+
+    def update(self, gradient: Gradient, divisor: float, rate: float) -> float:
+        gradient.flat.mul_(1.0 / divisor)
+        if self.ranks > 1:
+            torch.distributed.all_reduce(gradient.flat)
+        for parameter, view in zip(gradient.parameters, gradient.views, strict=True):
+            parameter.grad = view
+        norm = float(torch.nn.utils.clip_grad_norm_(gradient.parameters, self.clip))  # host sync here
+        set_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def state_dict(self) -> tuple[Tensors, Moments]:
+        values = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+        state = self.optimizer.state
+        moments = {
+            name: {key: entry.detach().to("cpu", copy=True) for key, entry in state[p].items()}
+            for name, p in self.parameters.items()
+            if p in state
+        }
+        return values, moments
+
+    def load_state_dict(self, values: Tensors, moments: Moments) -> None:
+        fused = bool(self.optimizer.param_groups[0].get("fused"))
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(values[name])
+            if name in moments:  # AdamW keeps its step count on the CPU unless it is fused
+                self.optimizer.state[parameter] = {
+                    key: entry.to(parameter.device) if key != "step" or fused else entry
+                    for key, entry in moments[name].items()
+                }
+
+    def memory_bytes(self, model: nn.Module) -> dict[str, int]:
+        return {"parameters": sum(map(bytes_of, model.parameters())), "optimizer_state": state_bytes(self.optimizer)}
+
+
+def bytes_of(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's elements."""
+    return tensor.numel() * tensor.element_size()
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of every tensor that an optimizer remembers."""
+    return sum(
+        bytes_of(entry) for state in optimizer.state.values() for entry in state.values() if torch.is_tensor(entry)
+    )

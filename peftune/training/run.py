@@ -1,20 +1,27 @@
-"""A training run from top to bottom: read, check, load, then evaluate → save → learn until done, then deliver."""
+"""A training run from top to bottom: read, check, load, then evaluate → save → step → log until done, then export."""
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from peftune.config.recipe import Recipe
 from peftune.console import Console
 from peftune.errors import Interrupted, UserError, report_once_per_machine
-from peftune.model.load import DTYPES, footprint
-from peftune.training import checkpoint, evaluation, identity
+from peftune.model.load import DTYPES, NAME_OF, footprint, load_adapted
+from peftune.model.lora import Adapted
+from peftune.model.loss import LossModel
+from peftune.training import checkpoint
 from peftune.training.checkpoint import Checkpoint, State
-from peftune.training.distributed import zero
+from peftune.training.device import FIRST_LOSS_SCALE, choose_precision, first_micro_size, peak_memory
+from peftune.training.distributed import start, zero
 from peftune.training.distributed.collectives import (
     all_gather,
     broadcast,
@@ -22,19 +29,32 @@ from peftune.training.distributed.collectives import (
     report_on_rank0,
     translate_peer_errors,
 )
-from peftune.training.distributed.replicated import bytes_of
 from peftune.training.distributed.signals import StopRequest
 from peftune.training.distributed.watchdog import rendezvous_deadline, watch_peers
+from peftune.training.evaluation import evaluate_domain, report_scores, write_samples
 from peftune.training.export.adapter import Delivery, already_delivered, deliver
-from peftune.training.memory import peak_memory
-from peftune.training.metrics import refuse_missing_trackers
-from peftune.training.micro import first_micro_size
-from peftune.training.precision import FIRST_LOSS_SCALE, choose_precision
-from peftune.training.setup import RunInputs, Session, assemble, read_together, sole_writer
-from peftune.training.step import StepResult, StopNow, train_step
+from peftune.training.inputs import RunInputs, read_inputs_on_all_ranks, sole_writer
+from peftune.training.metrics import MetricsLog, refuse_missing_trackers
+from peftune.training.optimizer import Gradient, ReplicatedStrategy, UpdateStrategy, build_adamw, bytes_of
+from peftune.training.step import ForwardFn, StepResult, StopNow, choose_forward, train_step
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run in progress; `adapted` is the model inside `forward.module`."""
+
+    inputs: RunInputs
+    accelerator: Accelerator
+    console: Console
+    adapted: Adapted
+    forward: ForwardFn
+    gradient: Gradient
+    strategy: UpdateStrategy
+    state: State
+    metrics: MetricsLog
 
 
 def train(recipe: Recipe) -> Delivery:
@@ -43,181 +63,234 @@ def train(recipe: Recipe) -> Delivery:
     Raises UserError for input that cannot work, Interrupted after a signal (a checkpoint is saved first), CheckFailed
     for numbers that are not finite or an adapter that did not learn, RankLost where another rank is gone.
     """
-    with report_once_per_machine(), rendezvous_deadline():
-        refuse_missing_trackers(list(recipe.run.track))
-        accelerator = zero.start(list(recipe.run.track), recipe.run.out)
-    with (
-        report_on_rank0(accelerator),
-        translate_peer_errors(accelerator),
-        watch_peers(accelerator),
-        StopRequest() as stop,
-    ):
-        display = Console(accelerator.is_main_process)
-        zero.configure(accelerator, recipe)
-        idle = zero.idle_gpus(accelerator)
+    with _ranks(recipe) as accelerator, StopRequest() as stop:
+        console = Console(accelerator.is_main_process)
+        start.configure(accelerator, recipe)
+        idle = start.idle_gpus(accelerator)
         if idle:
-            display.say(f"{idle} more GPUs here are not used: one process takes one; accelerate launch starts more")
+            console.say(f"{idle} more GPUs here are not used: one process takes one; accelerate launch starts more")
         dtype = DTYPES[choose_precision(recipe.run.precision, accelerator.device.type == "cuda")]
-        source = read_together(recipe, accelerator)
+        inputs = read_inputs_on_all_ranks(recipe, accelerator)
         with sole_writer(Path(recipe.run.out), accelerator):
-            found = broadcast(accelerator, lambda: _standing(recipe, source))
+            found = broadcast(accelerator, lambda: _earlier_run(inputs))
             if isinstance(found, Delivery):
-                display.say(f"{recipe.run.out}: this recipe was trained already, nothing to do")
+                console.say(f"{recipe.run.out}: this recipe was trained already, nothing to do")
                 return found
-            return _train(source, accelerator, dtype, display, found, stop)
+            run = load_run(inputs, accelerator, dtype, console, found)
+            try:
+                _begin(run, found)
+                with console.progress:
+                    _loop(run, stop)
+                delivery = export(run)
+            finally:
+                run.metrics.close()
+            console.say(delivery.summary())
+            return delivery
 
 
-def _train(
-    source: RunInputs,
-    accelerator: Accelerator,
-    dtype: torch.dtype,
-    display: Console,
-    found: Checkpoint | None,
-    stop: StopRequest,
-) -> Delivery:
-    state = found.state if found else State(loss_scale=FIRST_LOSS_SCALE if dtype == torch.float16 else 1.0)
-    if source.recipe.batch.micro_size != "auto" or not state.micro_size:
-        mine = _micro_size(source, accelerator.num_processes, dtype, accelerator.device)
-        state.micro_size = min(all_gather(accelerator, mine))
-    session = assemble(source, accelerator, dtype, display, state)
-    _begin(session, found)
-    try:
-        with display.progress:
-            _loop(session, stop)
-        delivery = deliver(session)
-        display.say(delivery.summary())
-        return delivery
-    finally:
-        session.records.close()
+@contextmanager
+def _ranks(recipe: Recipe) -> Iterator[Accelerator]:
+    """Join the other ranks, where there are any, and watch them to the end of the run."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    with report_once_per_machine(), nullcontext() if alone else rendezvous_deadline():
+        refuse_missing_trackers(list(recipe.run.track))
+        accelerator = start.start(list(recipe.run.track), recipe.run.out)
+    watch = nullcontext() if accelerator.num_processes == 1 else watch_peers(accelerator)
+    with report_on_rank0(accelerator), translate_peer_errors(accelerator), watch:
+        yield accelerator
 
 
-def _standing(recipe: Recipe, source: RunInputs) -> Delivery | Checkpoint | None:
+def _earlier_run(inputs: RunInputs) -> Delivery | Checkpoint | None:
     """What an earlier run of this recipe left: a finished adapter, a checkpoint to go on from, or nothing."""
-    out = Path(recipe.run.out)
-    done = already_delivered(out, source.identity)
+    out = Path(inputs.recipe.run.out)
+    done = already_delivered(out, inputs.identity)
     if done is not None:
         return done
     found = checkpoint.newest(out / "checkpoints")
     if found is None:
         return None
-    if recipe.run.resume == "never":
+    if inputs.recipe.run.resume == "never":
         raise UserError(f"{out}/checkpoints: a run is there, and run.resume is never; use auto, or another run.out")
-    identity.refuse_other(found.state.identity, source.identity, str(out))
+    checkpoint.refuse_other_run(found.state.identity, inputs.identity, str(out))
     return found
 
 
-def _micro_size(source: RunInputs, ranks: int, dtype: torch.dtype, device: torch.device) -> int:
-    batch, train = source.recipe.batch, source.corpus.train
+def load_run(
+    inputs: RunInputs, accelerator: Accelerator, dtype: torch.dtype, console: Console, found: Checkpoint | None = None
+) -> Run:
+    """Load the base, put the adapter on it, build forward and optimizer, open the metrics."""
+    recipe = inputs.recipe
+    state = found.state if found else State(loss_scale=FIRST_LOSS_SCALE if dtype == torch.float16 else 1.0)
+    state.identity = inputs.identity
+    if recipe.batch.micro_size != "auto" or not state.micro_size:
+        state.micro_size = min(all_gather(accelerator, _micro_size(inputs, accelerator, dtype)))
+    adapted = _load_adapted(inputs, accelerator, dtype)
+    parameters = adapted.trainable()
+    gradient = Gradient(list(parameters.values()), [p.shape for p in parameters.values()], accelerator.device)
+    loss_model = LossModel(adapted.model, recipe.optim.neftune, recipe.optim.label_smoothing)
+    loss_model.train()
+    optimizer = build_adamw(parameters, recipe.optim, fused=accelerator.device.type == "cuda")
+    strategy: UpdateStrategy
+    if stage := start.zero_stage(accelerator):
+        strategy = zero.ShardedStrategy(accelerator, stage, loss_model, parameters, optimizer)
+    else:
+        strategy = ReplicatedStrategy(loss_model, parameters, optimizer, recipe.optim.clip, accelerator.num_processes)
+    tokens = inputs.total_steps * recipe.batch.global_size * inputs.corpus.train.packing.block_size
+    fast, description = choose_forward(adapted, recipe, dtype, strategy.forward_is_collective, tokens, console)
+    forward = ForwardFn(strategy.module, fast, description, dtype, accelerator.device, state.micro_size)
+    path = Path(recipe.run.out) / "metrics.jsonl"
+    metrics = MetricsLog(path, accelerator, recipe.model_dump(mode="json"), state.records_bytes)
+    return Run(inputs, accelerator, console, adapted, forward, gradient, strategy, state, metrics)
+
+
+def _micro_size(inputs: RunInputs, accelerator: Accelerator, dtype: torch.dtype) -> int:
+    batch, train = inputs.recipe.batch, inputs.corpus.train
     if batch.micro_size != "auto":
         return batch.micro_size
-    per_rank = -(-min(batch.global_size, len(train)) // ranks)
-    return first_micro_size(source.base.config, train.packing.block_size, per_rank, dtype, device)
+    per_rank = -(-min(batch.global_size, len(train)) // accelerator.num_processes)
+    return first_micro_size(inputs.base.config, train.packing.block_size, per_rank, dtype, accelerator.device)
 
 
-def _begin(session: Session, found: Checkpoint | None) -> None:
-    recipe, train, state = session.recipe, session.source.corpus.train, session.state
-    layout = zero.layout(session.accelerator)
-    held = footprint(session.adapted.model)
-    numbers = {
-        "blocks": len(train), "block_size": train.packing.block_size, "packing_fill": round(train.packing.fill(), 4),
-        "tokens_per_epoch": train.tokens(), "total_steps": session.source.total_steps, "micro_size": state.micro_size,
-        "trainable_parameters": session.trainable_parameters, "ranks": session.accelerator.num_processes,
-        "layout": layout, "precision": session.precision, "function": session.function.told,
-    }  # fmt: skip
-    if not session.engine.forward_is_collective:  # else a rank holds a part; the event "memory" tells
-        numbers |= {"base_bytes": held.held, "base_bytes_fp32": held.fp32, "base_bytes_bf16": held.bf16}
+def _load_adapted(inputs: RunInputs, accelerator: Accelerator, dtype: torch.dtype) -> Adapted:
+    sharded = start.zero_stage(accelerator) == 3
+    with raise_on_all_ranks(accelerator):
+        if not sharded:
+            adapted = load_adapted(inputs.recipe, inputs.base, dtype, accelerator.device)
+        elif accelerator.is_main_process:
+            assert inputs.base.weights, "opened here, where an error of the first rank can still be raised on all"
+    return zero.load_sharded(inputs.recipe, inputs.base, dtype, accelerator) if sharded else adapted
+
+
+def _begin(run: Run, found: Checkpoint | None) -> None:
+    """Go on from the checkpoint, if there is one; say and record what is about to be trained."""
+    recipe, train, state, forward = run.inputs.recipe, run.inputs.corpus.train, run.state, run.forward
+    facts, held = _facts(run), footprint(run.adapted.model)
     if found is None:
-        session.records.write("start", recipe=recipe.model_dump(mode="json"), **numbers)
+        numbers = {
+            "blocks": len(train), "block_size": train.packing.block_size,
+            "packing_fill": round(train.packing.fill(), 4), "tokens_per_epoch": train.tokens(),
+            "total_steps": run.inputs.total_steps, "micro_size": state.micro_size,
+            "trainable_parameters": facts["trainable_parameters"], "ranks": run.accelerator.num_processes,
+            "layout": facts["layout"], "precision": facts["precision"], "function": forward.description,
+        }  # fmt: skip
+        if not run.strategy.forward_is_collective:  # else a rank holds a part, which the event "memory" says
+            numbers |= {"base_bytes": held.held, "base_bytes_fp32": held.fp32, "base_bytes_bf16": held.bf16}
+        run.metrics.write("start", recipe=recipe.model_dump(mode="json"), **numbers)
     else:
-        session.engine.restore(found.values, found.moments)
-        session.records.write("resume", from_step=state.step, layout=layout)
-        session.display.say(f"resuming {recipe.run.out} from step {state.step}")
-    session.display.say(
+        run.strategy.load_state_dict(found.values, found.moments)
+        run.metrics.write("resume", from_step=state.step, layout=facts["layout"])
+        run.console.say(f"resuming {recipe.run.out} from step {state.step}")
+    run.console.say(
         f"{train.tokens():,} tokens to learn in {len(train):,} blocks of {train.packing.block_size} "
-        f"({train.packing.fill():.1%} full), {session.source.total_steps} steps of {recipe.batch.global_size} blocks "
-        f"({state.micro_size} a forward), {session.trainable_parameters:,} trainable parameters, "
-        f"{session.precision}, {layout}; {session.function.told}"
+        f"({train.packing.fill():.1%} full), {run.inputs.total_steps} steps of {recipe.batch.global_size} blocks "
+        f"({state.micro_size} a forward), {facts['trainable_parameters']:,} trainable parameters, "
+        f"{facts['precision']}, {facts['layout']}; {forward.description}"
     )
     if recipe.quantize is not None:
-        session.display.say(held.description(recipe.quantize))
+        run.console.say(held.description(recipe.quantize))
 
 
-def _loop(session: Session, stop: StopRequest) -> None:
-    state, run, total = session.state, session.recipe.run, session.source.total_steps
-    task = session.display.progress.add_task("training", total=total, completed=state.step, note="")
+def _facts(run: Run) -> dict[str, Any]:
+    """How the run computes, for its metrics and its provenance."""
+    return {
+        "precision": NAME_OF[run.forward.dtype],
+        "layout": start.layout(run.accelerator),
+        "trainable_parameters": run.gradient.flat.numel(),
+    }
+
+
+def _loop(run: Run, stop: StopRequest) -> None:
+    inputs, state, save_every, total = run.inputs, run.state, run.inputs.recipe.run.save_every, run.inputs.total_steps
+    progress = run.console.progress
+    task = progress.add_task("training", total=total, completed=state.step, note="")
     began, saved_step = time.monotonic() - state.seconds, state.step if state.records_bytes else -1
     first_step = state.step + 1
     try:
         while True:
-            better = _evaluate_if_due(session, stop, total)
-            finished = state.step == total or _has_stopped_improving(session)
+            better = _evaluate_if_due(run, stop)
+            finished = state.step == total or _has_stopped_improving(run)
             state.seconds = time.monotonic() - began
-            if saved_step != state.step and (
-                better or finished or (run.save_every and state.step % run.save_every == 0 < state.step)
-            ):
-                _save(session)
+            due = save_every and state.step % save_every == 0 < state.step
+            if saved_step != state.step and (better or finished or due):
+                _save(run)
                 saved_step = state.step
             if finished:
                 return
             started = time.monotonic()
-            learnt = train_step(session, stop)
-            state.step += 1
-            state.tokens += learnt.tokens
-            rate = learnt.tokens / (time.monotonic() - started)
-            _log(session, learnt, rate)
-            if state.step == first_step:
-                _log_memory(session)
-            session.display.progress.update(
-                task, completed=state.step, note=f"loss {learnt.loss:.3f}  {rate:,.0f} tok/s"
+            done = train_step(
+                inputs, state, run.forward, run.gradient, run.strategy, run.accelerator, stop, run.console
             )
+            state.step += 1
+            state.tokens += done.tokens
+            rate = done.tokens / (time.monotonic() - started)
+            _log(run, done, rate)
+            if state.step == first_step:
+                _log_memory(run)
+            progress.update(task, completed=state.step, note=f"loss {done.loss:.3f}  {rate:,.0f} tok/s")
     except StopNow:
         state.seconds = time.monotonic() - began
         if saved_step != state.step:
-            _save(session)
+            _save(run)
         raise Interrupted(
-            f"{stop.name} after step {state.step} of {total}: checkpoint saved in {session.checkpoints}; "
+            f"{stop.name} after step {state.step} of {total}: checkpoint saved in {_checkpoints(run)}; "
             "the same command goes on from there"
         ) from None
 
 
-def _evaluate_if_due(session: Session, stop: StopRequest, total: int) -> bool:
-    state, every = session.state, session.recipe.run.eval_every
+def _evaluate_if_due(run: Run, stop: StopRequest) -> bool:
+    """Score every domain and continue the samples, when it is time; whether the loss is the lowest so far."""
+    inputs, state, total, every = run.inputs, run.state, run.inputs.total_steps, run.inputs.recipe.run.eval_every
     due = state.step in (0, total) or (every and state.step % every == 0)
     if not due or state.evaluated_step == state.step:
         return False
-    scores = evaluation.evaluate_domains(session, stop)
-    evaluation.record(session, scores)
-    evaluation.sample(session)
-    return evaluation.improves(session, scores)
-
-
-def _has_stopped_improving(session: Session) -> bool:
-    patience = session.recipe.run.early_stopping
-    if patience is None or session.state.evaluations_without_gain < patience:
+    scores = {
+        name: evaluate_domain(name, blocks, inputs, run.forward, run.strategy, run.accelerator, stop, run.console)
+        for name, blocks in inputs.corpus.domains.items()
+    }
+    report_scores(scores, state.step, total, run.metrics, run.console)
+    if inputs.recipe.run.samples and run.accelerator.is_main_process:
+        write_samples(inputs, run.adapted.model, run.forward, state.step, run.metrics, run.console)
+    state.evaluated_step = state.step
+    if not scores:
         return False
-    session.display.say(f"no better validation loss in {patience} evaluations: stopping at step {session.state.step}")
+    return state.is_improved_by(sum(s.nats for s in scores.values()) / sum(s.tokens for s in scores.values()))
+
+
+def _has_stopped_improving(run: Run) -> bool:
+    patience = run.inputs.recipe.run.early_stopping
+    if patience is None or run.state.evaluations_without_gain < patience:
+        return False
+    run.console.say(f"no better validation loss in {patience} evaluations: stopping at step {run.state.step}")
     return True
 
 
-def _save(session: Session) -> None:
-    state = session.state
-    state.records_bytes = session.records.size()
-    values, moments = session.engine.whole()
-    with raise_on_all_ranks(session.accelerator):
-        if session.accelerator.is_main_process:
-            checkpoint.save(session.checkpoints, Checkpoint(state, values, moments))
+def _checkpoints(run: Run) -> Path:
+    return Path(run.inputs.recipe.run.out) / "checkpoints"
 
 
-def _log(session: Session, learnt: StepResult, rate: float) -> None:
-    session.records.write(
-        "train", step=session.state.step, loss=learnt.loss, lr=learnt.lr, grad_norm=learnt.grad_norm,
-        tokens=session.state.tokens, tokens_per_second=round(rate, 1),
-        peak_memory_bytes=peak_memory(session.accelerator.device),
+def _save(run: Run) -> None:
+    run.state.records_bytes = run.metrics.size()
+    values, moments = run.strategy.state_dict()
+    with raise_on_all_ranks(run.accelerator):
+        if run.accelerator.is_main_process:
+            checkpoint.save(_checkpoints(run), Checkpoint(run.state, values, moments))
+
+
+def _log(run: Run, done: StepResult, rate: float) -> None:
+    run.metrics.write(
+        "train", step=run.state.step, loss=done.loss, lr=done.lr, grad_norm=done.grad_norm, tokens=run.state.tokens,
+        tokens_per_second=round(rate, 1), peak_memory_bytes=peak_memory(run.accelerator.device),
     )  # fmt: skip
 
 
-def _log_memory(session: Session) -> None:
+def _log_memory(run: Run) -> None:
     """Once a start, after the first step has made the optimizer's state: what each rank holds."""
-    held = session.engine.held_bytes(session.adapted.model) | {"gradient": bytes_of(session.gradient.flat)}
-    held["peak"] = peak_memory(session.accelerator.device)
-    session.records.write("memory", step=session.state.step, bytes_per_rank=all_gather(session.accelerator, held))
+    held = run.strategy.memory_bytes(run.adapted.model) | {"gradient": bytes_of(run.gradient.flat)}
+    held["peak"] = peak_memory(run.accelerator.device)
+    run.metrics.write("memory", step=run.state.step, bytes_per_rank=all_gather(run.accelerator, held))
+
+
+def export(run: Run) -> Delivery:
+    values, _ = run.strategy.state_dict()
+    facts = _facts(run)
+    return broadcast(run.accelerator, lambda: deliver(run.inputs, run.adapted, values, run.state, run.metrics, facts))

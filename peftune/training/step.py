@@ -1,7 +1,7 @@
-"""One optimizer step, the same lines on every rank and under every engine.
+"""One optimizer step, the same lines on every rank, under DDP and under ZeRO.
 
 Each rank adds up the gradient of summed nats over its micro-batches; then all ranks sum, divide by the step's scored
-tokens, clip and update, which is the engine's part (`engine.ReplicatedStrategy`, `distributed.ShardedStrategy`).
+tokens, clip and update, which the update strategy does (`optimizer.ReplicatedStrategy`, `zero.ShardedStrategy`).
 """
 
 from __future__ import annotations
@@ -9,21 +9,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import torch
+from torch import nn
 
+from peftune.config.recipe import Recipe
+from peftune.console import Console
+from peftune.data.batches import Batch
 from peftune.data.sampler import blocks_of_step, share_of
 from peftune.errors import CheckFailed, UserError
-from peftune.training import optimizer
+from peftune.model.lora import Adapted
+from peftune.model.train.forward import TrainGPT2, reason_against, train_forward
+from peftune.training.checkpoint import State
+from peftune.training.device import is_out_of_memory, next_loss_scale
 from peftune.training.distributed.collectives import all_gather, all_reduce_sum, lockstep_batches
 from peftune.training.distributed.signals import StopRequest
-from peftune.training.memory import is_out_of_memory
-from peftune.training.precision import next_loss_scale
-from peftune.training.setup import Session
+from peftune.training.inputs import RunInputs
+from peftune.training.optimizer import Gradient, UpdateStrategy, lr_at
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Result = TypeVar("Result")
+
+_WORTH_COMPILING = {"cpu": 2e14, "cuda": 2e16}  # FLOP in ten minutes or so
 
 
 class StopNow(Exception):
@@ -40,61 +50,114 @@ class StepResult:
     tokens: int
 
 
-def train_step(session: Session, stop: StopRequest) -> StepResult:
-    """Take optimizer step number `session.state.step`; neither loss nor update depends on micro-batches or ranks.
+@dataclass
+class ForwardFn:
+    """Scores batches: by the fast forward where it computes the same, else by `module`; `description` says why."""
+
+    module: nn.Module
+    fast: TrainGPT2 | None
+    description: str
+    dtype: torch.dtype
+    device: torch.device
+    micro_size: int
+    """Blocks per forward on this rank: `state.micro_size`, or less once memory ran out here."""
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Summed nats of a batch (float64 scalar), differentiable in the adapter."""
+        if self.fast is not None:
+            return self.fast(batch.ids, batch.positions, batch.targets, batch.segments)
+        moved = batch.to(self.device)
+        with self.autocast():
+            return self.module(moved.ids, moved.positions, moved.targets, moved.segments)  # type: ignore[no-any-return]
+
+    def autocast(self) -> torch.autocast:
+        """Matrix products in the run's precision."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def choose_forward(
+    adapted: Adapted, recipe: Recipe, dtype: torch.dtype, sharded: bool, tokens: int, console: Console
+) -> tuple[TrainGPT2 | None, str]:
+    """The fast forward wherever it computes the same, or None, and the reason; `sharded` is a base under ZeRO-3.
+
+    `tokens` is what the run learns from, at most: whether compiling repays.
+    """
+    if not recipe.run.fast:
+        reason: str | None = "run.fast is false"
+    else:
+        reason = "ZeRO-3 shards the base" if sharded else reason_against(adapted)
+    if reason is not None:
+        return None, f"steps by Transformers and PEFT ({reason})"
+    optim, worth = recipe.optim, recipe.run.compile and _is_worth_compiling(adapted, tokens)
+    if worth:
+        console.say("compiling elementwise operations: half a minute the first time, seconds afterwards")
+    fast = train_forward(adapted, dtype, optim.neftune, optim.label_smoothing, recipe.run.checkpointing, worth)
+    compiled = fast.elementwise.description
+    if recipe.run.compile and not worth:
+        compiled = "not compiled: the run is too short to repay it"
+    return fast, f"fast steps ({', '.join(filter(None, (fast.kernel.name, compiled)))})"
+
+
+def _is_worth_compiling(adapted: Adapted, tokens: int) -> bool:
+    """Whether a run takes many minutes: of its time compiling saves a few percent, and takes half a minute.
+
+    Decided by the recipe and the data alone, so that a run that is resumed decides as it did before.
+    """
+    core: Any = adapted.model.get_base_model()
+    elements = 12 * core.config.n_layer * core.config.n_embd**2 + core.lm_head.weight.numel()
+    return bool(4.0 * elements * tokens > _WORTH_COMPILING.get(core.device.type, 0.0))
+
+
+def train_step(
+    inputs: RunInputs,
+    state: State,
+    forward: ForwardFn,
+    gradient: Gradient,
+    strategy: UpdateStrategy,
+    accelerator: Accelerator,
+    stop: StopRequest,
+    console: Console,
+) -> StepResult:
+    """Take optimizer step number `state.step`; neither loss nor update depends on micro-batches or ranks.
 
     Raises StopNow, on all ranks, where a signal came to one; CheckFailed, before the update, for broken numbers.
     """
-    state, optim, accelerator = session.state, session.recipe.optim, session.accelerator
-    train = session.source.corpus.train
-    blocks = blocks_of_step(state.step, len(train), session.recipe.batch.global_size, session.recipe.run.seed)
+    recipe, train = inputs.recipe, inputs.corpus.train
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    blocks = blocks_of_step(state.step, len(train), recipe.batch.global_size, recipe.run.seed)
     tokens = train.tokens_of(blocks)
+    rate = lr_at(state.step, inputs.total_steps, recipe.optim)
+
+    def accumulate() -> float:  # this rank's micro-batches; nothing is communicated here but under ZeRO-3
+        mine = share_of(blocks, state.micro_size, rank, ranks)
+        torch.manual_seed(draw_seed(recipe.run.seed, state.step, rank))
+        gradient.clear()
+        nats = torch.zeros((), dtype=torch.float64, device=forward.device)
+        batches = train.batches(mine, forward.micro_size, recipe.data.packing)
+        for batch in lockstep_batches(accelerator, strategy.forward_is_collective, batches, stop):
+            loss = forward(batch)
+            gradient.add(loss * state.loss_scale)
+            nats += loss.detach()
+        return float(nats)  # host sync here
+
     while True:
-        nats = in_fitting_micro_batches(session, lambda: _accumulate(session, blocks, stop))
-        largest = session.gradient.largest()
-        smaller = float(session.micro_size < state.micro_size)
-        told = all_reduce_sum(accelerator, nats, largest, float(stop.name is not None), smaller)
-        nats, largest, stopped, smaller = told
+        nats = in_fitting_micro_batches(accumulate, inputs, forward, strategy, console)
+        smaller = float(forward.micro_size < state.micro_size)
+        nats, largest, stopped, smaller = all_reduce_sum(
+            accelerator, nats, gradient.largest(), float(stop.name is not None), smaller
+        )
         if stopped:
             raise StopNow
         if smaller:
-            state.micro_size = session.micro_size = min(all_gather(accelerator, session.micro_size))
+            state.micro_size = forward.micro_size = min(all_gather(accelerator, forward.micro_size))
         if math.isfinite(largest) or state.loss_scale <= 1.0:
             break
         state.loss_scale /= 2  # fp16 overflowed: the same step again
     _refuse_broken_numbers(state.step, nats / tokens, largest)
-    rate = optimizer.lr_at(state.step, session.source.total_steps, optim)
-    norm = session.engine.update(session.gradient, tokens * state.loss_scale, rate)
-    if session.precision == "fp16":
+    norm = strategy.update(gradient, tokens * state.loss_scale, rate)
+    if forward.dtype == torch.float16:
         state.loss_scale = next_loss_scale(state.loss_scale, state.step)
     return StepResult(nats / tokens, norm, rate, tokens)
-
-
-def _accumulate(session: Session, blocks: np.ndarray, stop: StopRequest) -> float:
-    """This rank's share of a step: its gradient into `session.gradient`, its summed nats. Nothing travels here."""
-    state, recipe, accelerator = session.state, session.recipe, session.accelerator
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    mine = share_of(blocks, state.micro_size, rank, ranks)
-    torch.manual_seed(draw_seed(recipe.run.seed, state.step, rank))
-    session.gradient.clear()
-    nats = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    batches = session.source.corpus.train.batches(mine, session.micro_size, recipe.data.packing)
-    for batch in lockstep_batches(accelerator, session.engine.forward_is_collective, batches, stop):
-        loss = session.score(batch)
-        session.gradient.add(loss * state.loss_scale)
-        nats += loss.detach()
-    return float(nats)  # host sync here
-
-
-def in_fitting_micro_batches(session: Session, attempt: Callable[[], Result]) -> Result:
-    """What `attempt` returns; when memory runs out, micro-batches are halved and it starts from its beginning."""
-    while True:
-        try:
-            return attempt()
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        _take_smaller_micro_batches(session)
 
 
 def draw_seed(seed: int, step: int, rank: int) -> int:
@@ -113,19 +176,32 @@ def _refuse_broken_numbers(step: int, loss: float, largest: float) -> None:
         raise CheckFailed(f"step {step + 1}: no gradient reaches the adapter (all zero), so it would never learn")
 
 
-def _take_smaller_micro_batches(session: Session) -> None:
-    """Halve this rank's micro-batch after memory ran out; the other ranks need not know."""
-    size = session.micro_size
-    if session.recipe.batch.micro_size != "auto" or size == 1:
-        raise UserError(
-            f"out of memory with micro_size {size} blocks of {session.source.corpus.train.packing.block_size} tokens; "
-            "use batch.micro_size=auto, run.checkpointing=true or a smaller data.block_size"
-        ) from None
-    if session.engine.forward_is_collective:
-        raise UserError(
-            f"out of memory with micro_size {size}; ranks of ZeRO-3 go in step, give batch.micro_size={size // 2}"
-        )
-    session.micro_size = size // 2
-    session.display.say(f"out of memory: micro-batches of {size // 2} blocks from here on (the result stays the same)")
-    if session.accelerator.device.type == "cuda":
-        torch.cuda.empty_cache()
+def in_fitting_micro_batches(
+    attempt: Callable[[], Result], inputs: RunInputs, forward: ForwardFn, strategy: UpdateStrategy, console: Console
+) -> Result:
+    """What `attempt` returns; when memory runs out, this rank's micro-batches are halved and it starts again.
+
+    The other ranks need not know. UserError where the recipe fixes the size, or one block is too much.
+    """
+    while True:
+        try:
+            return attempt()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        size = forward.micro_size
+        if inputs.recipe.batch.micro_size != "auto" or size == 1:
+            length = inputs.corpus.train.packing.block_size
+            raise UserError(
+                f"out of memory with micro_size {size} blocks of {length} tokens; "
+                "use batch.micro_size=auto, run.checkpointing=true or a smaller data.block_size"
+            ) from None
+        if strategy.forward_is_collective:
+            raise UserError(
+                f"out of memory with micro_size {size}; ZeRO-3 needs equally many micro-batches on all ranks, "
+                f"give batch.micro_size={size // 2}"
+            )
+        forward.micro_size = size // 2
+        console.say(f"out of memory: micro-batches of {size // 2} blocks from here on (the result stays the same)")
+        if forward.device.type == "cuda":
+            torch.cuda.empty_cache()

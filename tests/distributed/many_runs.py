@@ -17,25 +17,24 @@ import torch
 
 from peftune.config.recipe import recipe_from
 from peftune.training import run
-from peftune.training.distributed.zero import process_group
-from peftune.training.setup import Session
+from peftune.training.distributed.start import process_group
 
 
-def take_census(session: Session, folder: Path) -> None:
+def take_census(finished: run.Run, folder: Path) -> None:
     """Each rank's own part of AdamW's first moment and of the model, beside the whole, one file a rank."""
     from peftune.training.distributed.zero import ShardedStrategy
 
-    engine = session.engine
-    optimizer = engine.engine.optimizer.optimizer if isinstance(engine, ShardedStrategy) else engine.optimizer  # type: ignore[attr-defined]
-    parts = [getattr(p, "ds_tensor", p).detach().clone().flatten() for p in session.adapted.model.parameters()]
+    strategy = finished.strategy
+    optimizer = strategy.engine.optimizer.optimizer if isinstance(strategy, ShardedStrategy) else strategy.optimizer  # type: ignore[attr-defined]
+    parts = [getattr(p, "ds_tensor", p).detach().clone().flatten() for p in finished.adapted.model.parameters()]
     torch.save(
         {
             "moments": [state["exp_avg"].detach().clone().flatten() for state in optimizer.state.values()],
             "parameters": parts,
-            "live_elements": sum(p.numel() for p in session.adapted.model.parameters()),
-            "whole": engine.whole(),
+            "live_elements": sum(p.numel() for p in finished.adapted.model.parameters()),
+            "whole": strategy.state_dict(),
         },
-        folder / f"rank-{session.accelerator.process_index}.pt",
+        folder / f"rank-{finished.accelerator.process_index}.pt",
     )
 
 
@@ -48,14 +47,14 @@ def recipes_in(jobs: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     census = os.environ.get("PEFTUNE_CENSUS")
-    deliver = run.deliver
+    export = run.export
 
-    def deliver_and_count(session: Session) -> run.Delivery:
+    def export_and_count(finished: run.Run) -> run.Delivery:
         if census is not None:
-            take_census(session, Path(census))
-        return deliver(session)
+            take_census(finished, Path(census))
+        return export(finished)
 
-    run.deliver = deliver_and_count
+    run.export = export_and_count
     with process_group():
         for jobs in map(Path, sys.argv[1:]):
             for values in recipes_in(jobs):

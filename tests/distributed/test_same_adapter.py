@@ -17,9 +17,9 @@ from peftune.config.recipe import LoraSection, recipe_from
 from peftune.data.sampler import blocks_of_step
 from peftune.model.base import Base
 from peftune.training.checkpoint import read
+from peftune.training.inputs import read_inputs
 from peftune.training.memory_model import ZeroSettings, bytes_per_rank, shapes_of
 from peftune.training.metrics import read_metrics
-from peftune.training.setup import read_source
 
 ROOT = Path(__file__).parents[2]
 WAYS = ("one", "ddp", "zero1", "zero2", "zero3")
@@ -68,7 +68,7 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_the_corpus_has_what_would_show_a_wrong_division(values: Make, tmp_path: Path) -> None:
     made = recipe_from(values(tmp_path), [])
-    train = read_source(made).corpus.train
+    train = read_inputs(made).corpus.train
     steps = [blocks_of_step(step, len(train), 11, 0) for step in range(-(-len(train) // 11))]
     assert len(steps[-1]) == 1, "the last step of an epoch leaves the second rank without a block"
     assert len(steps) == 3, "the checkpoint lies within the second epoch"

@@ -13,9 +13,8 @@ from peftune.config.recipe import LoraSection
 from peftune.model import quantized
 from peftune.model.base import Base, open_base
 from peftune.model.load import footprint, load_model
-from peftune.model.loftq import best_product
-from peftune.model.lora import inject
-from peftune.model.reference import LossModel
+from peftune.model.lora import best_product, inject
+from peftune.model.loss import LossModel
 
 pytest.importorskip("bitsandbytes")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ import pytest
 from peftune.config.recipe import Recipe
 from peftune.errors import Interrupted
 from peftune.training import run, step
+from peftune.training.checkpoint import State
+from peftune.training.inputs import RunInputs
 from peftune.training.metrics import read_metrics
 from peftune.training.run import train
 
@@ -56,14 +59,14 @@ def test_compiled_it_ends_in_the_same_place(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("peftune.training.forward._WORTH", {"cpu": 0.0})
+    monkeypatch.setattr("peftune.training.step._WORTH_COMPILING", {"cpu": 0.0})
     common = "data.validation=0.2", "run.eval_every=4", "optim.steps=8", "lora.layers=[1]"
     for name in ("true", "false"):
         train(recipe(*common, f"run.compile={name}", f"run.out={tmp_path / name}"))
     (start,) = events(tmp_path / "true", "start")
-    assert "pieces between products compiled in" in str(start["function"])
+    assert "elementwise operations compiled in" in str(start["function"])
     assert distance(tmp_path / "true", tmp_path / "false") < 1e-5
-    assert "compiling what stands between matrix products" in capsys.readouterr().err
+    assert "compiling elementwise operations" in capsys.readouterr().err
 
 
 def test_a_run_may_change_its_function_where_it_was_cut(
@@ -72,10 +75,10 @@ def test_a_run_may_change_its_function_where_it_was_cut(
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(recipe("optim.steps=6", f"run.out={whole}"))
 
-    def stop_after_three(session: object, stop: object) -> object:
-        if session.state.step == 3:  # type: ignore[attr-defined]
+    def stop_after_three(inputs: RunInputs, state: State, *others: Any) -> step.StepResult:
+        if state.step == 3:
             raise step.StopNow
-        return step.train_step(session, stop)  # type: ignore[arg-type]
+        return step.train_step(inputs, state, *others)
 
     with monkeypatch.context() as patched:
         patched.setattr(run, "train_step", stop_after_three)
@@ -88,10 +91,10 @@ def test_a_run_may_change_its_function_where_it_was_cut(
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ((), "fast steps (batched products in slabs)"),
+        ((), "fast steps (batched products by query blocks)"),
         (
             ("run.compile=true",),
-            "fast steps (batched products in slabs, not compiled: the run is too short to repay it)",
+            "fast steps (batched products by query blocks, not compiled: the run is too short to repay it)",
         ),
         (("run.fast=false",), "steps by Transformers and PEFT (run.fast is false)"),
         (("lora.variant=dora",), "steps by Transformers and PEFT (DoRA normalises whole weights)"),

@@ -11,12 +11,9 @@ import torch
 
 from peftune.config.recipe import LoraSection, recipe_from
 from peftune.model.base import Base
-from peftune.model.load import DTYPES, footprint
-from peftune.training.distributed.replicated import ReplicatedStrategy, bytes_of
-from peftune.training.gradient import Gradient
-from peftune.training.loading import load_adapted
+from peftune.model.load import DTYPES, footprint, load_adapted
 from peftune.training.memory_model import ZeroSettings, bytes_per_rank, shapes_of
-from peftune.training.optimizer import build
+from peftune.training.optimizer import Gradient, ReplicatedStrategy, build_adamw, bytes_of
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"gpt2": (12, 768, 12), "gpt2-xl": (48, 1600, 25)}
@@ -29,9 +26,9 @@ def held(base: Path, precision: str, quantize: str | None, lora: dict[str, Any])
     adapted = load_adapted(recipe, Base(base), DTYPES[precision], torch.device("cpu"))
     parameters = adapted.trainable()
     gradient = Gradient(list(parameters.values()), [p.shape for p in parameters.values()], torch.device("cpu"))
-    engine = ReplicatedStrategy(adapted.model, parameters, build(parameters, recipe.optim, fused=False), None, 1)
+    engine = ReplicatedStrategy(adapted.model, parameters, build_adamw(parameters, recipe.optim, fused=False), None, 1)
     engine.update(gradient, 1.0, 1e-3)
-    told = engine.held_bytes(adapted.model) | {"gradient": bytes_of(gradient.flat)}
+    told = engine.memory_bytes(adapted.model) | {"gradient": bytes_of(gradient.flat)}
     return told, footprint(adapted.model).held
 
 

@@ -20,10 +20,9 @@ from peftune.config.recipe import Recipe
 from peftune.errors import UserError
 from peftune.model import quantized
 from peftune.model.base import Base
-from peftune.model.load import load_model
+from peftune.model.load import load_adapted, load_model
 from peftune.model.lora import quiet_peft
 from peftune.training import step
-from peftune.training.loading import load_adapted
 from peftune.training.metrics import read_metrics
 from peftune.training.run import train
 
@@ -72,7 +71,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     train(whole)
     cut = recipe(*settings, f"run.out={tmp_path / 'cut'}")
     taken = iter([step.train_step] * 2)
-    monkeypatch.setattr("peftune.training.run.train_step", lambda s, stop: next(taken, _stop)(s, stop))
+    monkeypatch.setattr("peftune.training.run.train_step", lambda *given: next(taken, _stop)(*given))
     with pytest.raises(Exception, match="the same command"):
         train(cut)
     monkeypatch.undo()
@@ -82,7 +81,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert first == second
 
 
-def _stop(session: object, stop: object) -> object:
+def _stop(*_: object) -> object:
     raise step.StopNow
 
 

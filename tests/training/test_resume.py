@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,11 +40,11 @@ def test_a_run_resumed_after_every_possible_stop_equals_one_without_stops(
     train(undisturbed)
     disturbed = recipe(*TRAINED_WITH_NOISE, "data.validation=0.2", "run.eval_every=3", f"run.out={tmp_path / 'b'}")
 
-    def stop_after_one_step(session: object, stop: object) -> object:
+    def stop_after_one_step(*given: Any) -> step.StepResult:
         monkeypatch.setattr(run, "train_step", refuse)
-        return step.train_step(session, stop)  # type: ignore[arg-type]
+        return step.train_step(*given)
 
-    def refuse(session: object, stop: object) -> object:
+    def refuse(*_: object) -> object:
         raise step.StopNow
 
     for _ in range(12):
@@ -153,19 +154,19 @@ def test_a_full_disk_is_one_clear_error_and_the_checkpoint_before_is_intact(
 
 
 def test_a_full_disk_under_the_records_is_one_clear_error(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    from peftune.training.metrics import Records
+    from peftune.training.metrics import MetricsLog
 
     made = recipe("run.save_every=1")
-    append = Records._append
+    append = MetricsLog._append
 
-    def full_at_the_third_step(self: Records, line: bytes) -> None:
+    def full_at_the_third_step(self: MetricsLog, line: bytes) -> None:
         if b'"step": 3, "loss"' in line:
             assert self.file is not None
             self.file.close()
             self.file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115  the run closes it
         append(self, line)
 
-    monkeypatch.setattr(Records, "_append", full_at_the_third_step)
+    monkeypatch.setattr(MetricsLog, "_append", full_at_the_third_step)
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # /dev/full cannot be flushed
     with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written: No space left.*checkpoints are intact"):
         train(made)
@@ -192,11 +193,11 @@ def test_another_recipe_is_refused_with_the_differences(recipe: Make) -> None:
 def train_without_delivery(made: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the process had been cut after its last checkpoint."""
 
-    def cut(session: object) -> None:
+    def cut(_: object) -> None:
         raise Interrupted("cut before delivery")
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="cut before delivery"):
-        patch.setattr(run, "deliver", cut)
+        patch.setattr(run, "export", cut)
         train(made)
 
 
@@ -212,9 +213,9 @@ def test_never_refuses_where_a_checkpoint_is(recipe: Make, monkeypatch: pytest.M
 
 
 def test_two_runs_cannot_write_one_directory(recipe: Make, tmp_path: Path) -> None:
-    from peftune.training.distributed import zero
-    from peftune.training.setup import sole_writer
+    from peftune.training.distributed import start
+    from peftune.training.inputs import sole_writer
 
-    accelerator = zero.start([], str(tmp_path))
+    accelerator = start.start([], str(tmp_path))
     with sole_writer(tmp_path / "adapter", accelerator), pytest.raises(UserError, match="another run is writing there"):
         train(recipe())

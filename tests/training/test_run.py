@@ -18,10 +18,10 @@ from peftune.errors import CheckFailed, UserError
 from peftune.model.base import Base
 from peftune.model.load import load_model
 from peftune.model.lora import quiet_peft
-from peftune.training import optimizer, precision, step
+from peftune.training import device, optimizer, step
 from peftune.training.metrics import read_metrics
 from peftune.training.run import train
-from peftune.training.setup import Session
+from peftune.training.step import ForwardFn
 
 Make = Callable[..., Recipe]
 
@@ -73,10 +73,10 @@ def test_plain_peft_loads_the_adapter_and_computes_what_was_evaluated(recipe: Ma
         model = PeftModel.from_pretrained(load_model(Base(tiny_base)), made.run.out)
     from peftune.data.batches import Blocks
     from peftune.inference.perplexity import summed_nats_over
-    from peftune.model.reference import LossModel
-    from peftune.training.setup import read_source
+    from peftune.model.loss import LossModel
+    from peftune.training.inputs import read_inputs
 
-    blocks: Blocks = read_source(made).corpus.domains["validation"]
+    blocks: Blocks = read_inputs(made).corpus.domains["validation"]
     nats = summed_nats_over(LossModel(model), blocks, range(len(blocks)), 4, torch.device("cpu"))
     np.testing.assert_allclose(nats / blocks.tokens(), wanted["loss"], rtol=1e-6)
 
@@ -117,7 +117,7 @@ def test_every_variant_learns_and_resumes(
     assert losses[-1] < losses[0]
     made = recipe(*settings, f"run.out={tmp_path / 'b'}")
     taken = iter([step.train_step] * 2)
-    monkeypatch.setattr("peftune.training.run.train_step", lambda s, stop: next(taken, _stop)(s, stop))
+    monkeypatch.setattr("peftune.training.run.train_step", lambda *given: next(taken, _stop)(*given))
     with pytest.raises(Exception, match="the same command"):
         train(made)
     monkeypatch.undo()
@@ -126,7 +126,7 @@ def test_every_variant_learns_and_resumes(
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
-def _stop(session: object, stop: object) -> object:
+def _stop(*_: object) -> object:
     raise step.StopNow
 
 
@@ -179,14 +179,14 @@ def test_memory_running_out_halves_the_micro_batch_and_changes_nothing(
     recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses, wanted = learnt(recipe(f"run.out={tmp_path / 'a'}"))
-    score = Session.score
+    score = ForwardFn.__call__
 
-    def fits_two(session: Session, batch: Batch) -> torch.Tensor:
+    def fits_two(forward: ForwardFn, batch: Batch) -> torch.Tensor:
         if len(batch.ids) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return score(session, batch)
+        return score(forward, batch)
 
-    monkeypatch.setattr(Session, "score", fits_two)
+    monkeypatch.setattr(ForwardFn, "__call__", fits_two)
     again, found = learnt(recipe("batch.micro_size=auto", f"run.out={tmp_path / 'b'}"))
     np.testing.assert_allclose(again, losses, rtol=1e-6)
     for name in wanted:
@@ -206,7 +206,7 @@ def test_lora_plus_gives_b_its_own_rate() -> None:
     from peftune.config.recipe import OptimSection
 
     parameters = {f"x.lora_{m}.default.weight": torch.nn.Parameter(torch.ones(2, 2)) for m in "AB"}
-    built = optimizer.build(parameters, OptimSection(lr=1e-3, lr_b_ratio=16, weight_decay=0.1), fused=False)
+    built = optimizer.build_adamw(parameters, OptimSection(lr=1e-3, lr_b_ratio=16, weight_decay=0.1), fused=False)
     optimizer.set_rate(built, 5e-4)
     assert [g["lr"] for g in built.param_groups] == [5e-4, 8e-3]
 
@@ -225,7 +225,7 @@ def test_schedules_rise_then_fall_to_zero_after_the_last_step(schedule: str, las
 
 def test_fp16_on_a_cpu_and_absent_trackers_are_refused_before_training(recipe: Make) -> None:
     with pytest.raises(UserError, match="fp16 needs a GPU"):
-        precision.choose_precision("fp16", on_gpu=False)
+        device.choose_precision("fp16", on_gpu=False)
     with pytest.raises(UserError, match=r"mlflow.* not installed"):
         train(recipe("run.track=[mlflow]"))
 

@@ -22,8 +22,7 @@ from peftune.adapters.low_rank import LowRankDelta
 from peftune.console import Console
 from peftune.errors import UserError
 from peftune.model.base import open_base
-from peftune.model.loftq import best_product
-from peftune.model.lora import ALL, ATTENTION
+from peftune.model.lora import ALL, ATTENTION, best_product
 
 _PRESETS = {"all": ALL, "attention": ATTENTION, "mlp": tuple(name for name in ALL if name.startswith("mlp."))}
 _NEGLIGIBLE = 1e-12  # part of the largest singular value below which a direction is rounding of float64

@@ -1,6 +1,9 @@
-"""Causal attention of each document with itself: one function, and the kernel that suits the device.
+"""Causal attention of each document with itself, by the kernel that suits the device.
 
-Legend: N tokens, H heads, W width of a head; in a rectangle S documents times heads, T places each.
+Nothing else in a GPT-2 looks at more than one token, so the fast path works on the N real tokens of a batch, end to
+end, without padding; attention alone gathers documents of similar length into rectangles.
+
+Legend: N tokens, H heads, W width of a head; in a rectangle S documents times heads, T slots each.
 """
 
 from __future__ import annotations
@@ -14,9 +17,9 @@ import torch
 from torch.nn import functional as F
 
 from peftune.model.train import varlen_attention
-from peftune.model.train.ragged import Rectangles, rectangles_of
 
-SLAB = 128  # queries at a time: their scores fit the cache, and keys after the last of them are left out
+FULL = 0.85  # a rectangle takes documents down to this share of its longest: at most 28 % of T² is padding
+QUERY_BLOCK = 128  # queries at a time: their scores fit the cache, and keys after the last of them are left out
 
 Attend = Callable[[torch.Tensor], torch.Tensor]
 """qkv (N, 3·H·W) to softmax(q·kᵀ / √W)·v within each document, (N, H·W); differentiable."""
@@ -33,18 +36,18 @@ class Kernel:
 def kernel_for(device: torch.device, dtype: torch.dtype, width: int) -> Kernel:
     """The fastest kernel that gives the right answer for heads of this `width` on this device."""
     if device.type == "cpu":
-        return Kernel("batched products in slabs", _in_slabs)
+        return Kernel("batched products by query blocks", _by_query_blocks)
     if varlen_attention.is_right(device, dtype, width):
         return Kernel("flash attention, documents end to end", varlen_attention.plan)
     return Kernel("SDPA on rectangles", _fused)
 
 
-def _in_slabs(lengths: np.ndarray, heads: int, device: torch.device) -> Attend:
+def _by_query_blocks(lengths: np.ndarray, heads: int, device: torch.device) -> Attend:
     rectangles = rectangles_of(lengths, heads, device)
-    return lambda qkv: _Slabs.apply(qkv, rectangles, heads)  # type: ignore[no-untyped-call]
+    return lambda qkv: _QueryBlocks.apply(qkv, rectangles, heads)  # type: ignore[no-untyped-call]
 
 
-class _Slabs(torch.autograd.Function):
+class _QueryBlocks(torch.autograd.Function):
     """Plain batched products: on a CPU more than twice as fast as SDPA's fused kernel with its backward.
 
     Probabilities are kept for the backward: T²/2 numbers a document and head, in the dtype of the run.
@@ -52,14 +55,14 @@ class _Slabs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: torch.Tensor, rectangles: Rectangles, heads: int) -> torch.Tensor:
-        rows = qkv.view(-1, qkv.shape[1] // (3 * heads)).index_select(0, rectangles.to_places)
+        rows = qkv.view(-1, qkv.shape[1] // (3 * heads)).index_select(0, rectangles.to_slots)
         scale = rows.shape[1] ** -0.5
         output = rows.new_empty(len(rows) // 3, rows.shape[1])
         kept = []
         for (q, k, v), out in zip(_qkv(rows, rectangles, heads), _outputs(output, rectangles, heads), strict=True):
-            for slab, seen in _slabs(q.shape[1]):
-                p = _probabilities(q[:, slab], k[:, seen], scale)
-                out[:, slab] = p @ v[:, seen]
+            for queries, seen in _query_blocks(q.shape[1]):
+                p = _probabilities(q[:, queries], k[:, seen], scale)
+                out[:, queries] = p @ v[:, seen]
                 kept.append(p)
         ctx.save_for_backward(rows, *kept)
         ctx.rectangles, ctx.heads = rectangles, heads
@@ -79,12 +82,12 @@ class _Slabs(torch.autograd.Function):
             _outputs(d_output, rectangles, heads),
             strict=True,
         ):
-            for slab, seen in _slabs(q.shape[1]):
-                p, d = next(probabilities), d_out[:, slab]
+            for queries, seen in _query_blocks(q.shape[1]):
+                p, d = next(probabilities), d_out[:, queries]
                 ds = torch._softmax_backward_data(d @ v[:, seen].mT, p, -1, p.dtype)
                 dv[:, seen].baddbmm_(p.mT, d)
-                dq[:, slab].baddbmm_(ds, k[:, seen], alpha=scale)
-                dk[:, seen].baddbmm_(ds.mT, q[:, slab], alpha=scale)
+                dq[:, queries].baddbmm_(ds, k[:, seen], alpha=scale)
+                dk[:, seen].baddbmm_(ds.mT, q[:, queries], alpha=scale)
         return d_rows.index_select(0, rectangles.to_tokens).view(len(upstream), -1), None, None
 
 
@@ -97,10 +100,10 @@ def _probabilities(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tens
     return torch.softmax(scores, dim=-1)
 
 
-def _slabs(length: int) -> Iterator[tuple[slice, slice]]:
-    """Queries of each slab, and the keys that they see."""
-    for first in range(0, length, SLAB):
-        last = min(first + SLAB, length)
+def _query_blocks(length: int) -> Iterator[tuple[slice, slice]]:
+    """Queries of each block, and the keys that they see."""
+    for first in range(0, length, QUERY_BLOCK):
+        last = min(first + QUERY_BLOCK, length)
         yield slice(first, last), slice(0, last)
 
 
@@ -124,7 +127,7 @@ def _fused(lengths: np.ndarray, heads: int, device: torch.device) -> Attend:
 
     def attend(qkv: torch.Tensor) -> torch.Tensor:
         rows = qkv.view(-1, qkv.shape[1] // (3 * heads))
-        rows = _Moved.apply(rows, rectangles.to_places, rectangles.to_tokens)  # type: ignore[no-untyped-call]
+        rows = _Moved.apply(rows, rectangles.to_slots, rectangles.to_tokens)  # type: ignore[no-untyped-call]
         outputs = []
         for q, k, v in _qkv(rows, rectangles, heads):
             q, k, v = (part.view(-1, heads, *part.shape[1:]) for part in (q, k, v))
@@ -135,7 +138,7 @@ def _fused(lengths: np.ndarray, heads: int, device: torch.device) -> Attend:
 
 
 class _Moved(torch.autograd.Function):
-    """`index_select` whose backward is one too: `back` is the place of each row of `rows`."""
+    """`index_select` whose backward is one too: `back` is where each row of `rows` went."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
@@ -145,3 +148,89 @@ class _Moved(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return upstream.index_select(0, ctx.back), None, None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """`indices` (N,) int64: positions of the tokens in the flattened rows of a batch; `lengths` (documents,) int64."""
+
+    indices: np.ndarray
+    lengths: np.ndarray
+
+
+def tokens_of(shape: torch.Size, segments: torch.Tensor | None) -> Tokens:
+    """The tokens of a batch of `shape` (B, T); `segments` as in `LossModel`, on the CPU."""
+    rows, width = shape
+    if segments is None:
+        return Tokens(np.arange(rows * width), np.full(rows, width))
+    numbers = segments.numpy()
+    indices = np.flatnonzero(numbers.ravel() >= 0)
+    document = (numbers + np.arange(rows)[:, None] * (numbers.max() + 1)).ravel()[indices]
+    starts = np.flatnonzero(np.diff(document, prepend=-1))
+    return Tokens(indices, np.diff(starts, append=len(indices)))
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """Slots [first, first + documents · length) of a batch's rectangles: a document a row, padded at its end."""
+
+    first: int
+    documents: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Rectangles:
+    """Documents of about equal length side by side, so that a batched product can take them.
+
+    H heads; P slots in all rectangles, N of them hold a token. q, k and v lie rectangle after rectangle as
+    (3, documents, H, length), outputs as (documents, H, length). All tensors int64: `to_slots` (3·P·H,) is the row
+    (token, part, head) of each slot, 0 for padding; `to_tokens` (N·3·H,) its inverse; `to_outputs` (N·H,) the slot of
+    each output row (token, head).
+    """
+
+    parts: tuple[Rectangle, ...]
+    to_slots: torch.Tensor
+    to_tokens: torch.Tensor
+    to_outputs: torch.Tensor
+    padded: bool
+
+
+def rectangles_of(lengths: np.ndarray, heads: int, device: torch.device) -> Rectangles:
+    """Rectangles for documents of these `lengths` (documents,), that lie end to end."""
+    parts, token = _grouped(lengths)
+    to_slots, to_tokens = _rows(parts, token, 3, heads)
+    _, to_outputs = _rows(parts, token, 1, heads)
+    a, b, c = (torch.from_numpy(array).to(device) for array in (to_slots, to_tokens, to_outputs))
+    return Rectangles(parts, a, b, c, bool((token < 0).any()))
+
+
+def _grouped(lengths: np.ndarray) -> tuple[tuple[Rectangle, ...], np.ndarray]:
+    """Rectangles, and the token in each of their slots, (P,), -1 for padding."""
+    starts = np.cumsum(lengths) - lengths
+    longest_first = np.argsort(-lengths, kind="stable")
+    falling = lengths[longest_first]
+    parts, tokens, first, done = [], [], 0, 0
+    while done < len(falling):
+        length = int(falling[done])
+        end = int(np.searchsorted(-falling, -FULL * length, side="right"))
+        chosen = longest_first[done:end, None]
+        column = np.arange(length)
+        tokens.append(np.where(column < lengths[chosen], starts[chosen] + column, -1).ravel())
+        parts.append(Rectangle(first, end - done, length))
+        first, done = first + (end - done) * length, end
+    return tuple(parts), np.concatenate(tokens)
+
+
+def _rows(parts: tuple[Rectangle, ...], token: np.ndarray, kinds: int, heads: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row (token, kind, head) of each slot (kind, document, head, column), 0 for padding; and the inverse."""
+    rows = []
+    for part in parts:
+        tokens = token[part.first : part.first + part.documents * part.length].reshape(1, part.documents, 1, -1)
+        kind, head = np.arange(kinds).reshape(-1, 1, 1, 1), np.arange(heads).reshape(1, 1, -1, 1)
+        rows.append(np.where(tokens < 0, -1, (tokens * kinds + kind) * heads + head).ravel())
+    row = np.concatenate(rows)
+    filled = np.flatnonzero(row >= 0)
+    inverse = np.empty(len(filled), dtype=np.int64)
+    inverse[row[filled]] = filled
+    return np.maximum(row, 0), inverse

@@ -1,4 +1,4 @@
-"""GPT-2 with adapters, as its paper has it, on the bare tokens of a batch: the function that training computes fast.
+"""GPT-2 with LoRA on the real tokens of a batch, without padding: the fast forward of training, and how it is built.
 
 The tensors are those of the model that Transformers loaded and PEFT adapted; nothing is copied. Frozen weights and
 matrix products have the dtype of the run; the stream between blocks, and the adapters, are fp32. Autograd keeps
@@ -10,17 +10,22 @@ Legend: N tokens, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import GPT2Config
 
-from peftune.model.loss import summed_nats
-from peftune.model.neftune import add_neftune_noise
-from peftune.model.train.attention import Attend, Kernel
-from peftune.model.train.elementwise import Norm, Pieces
-from peftune.model.train.lora_linear import Projection
-from peftune.model.train.ragged import tokens_of
+from peftune.model.lora import Adapted
+from peftune.model.loss import add_neftune_noise, summed_nats
+from peftune.model.train.attention import Attend, Kernel, kernel_for, tokens_of
+from peftune.model.train.compiled import compiled
+from peftune.model.train.layers import EAGER, Elementwise, LoraFactors, LoraLinear, Norm, base_weight, unpacked_weight
+
+NAME = "default"  # PEFT's, of a model's only adapter
 
 
 @dataclass(frozen=True)
@@ -28,23 +33,23 @@ class Block:
     """Attention and a perceptron of two layers, each added to the stream."""
 
     ln_1: Norm
-    c_attn: Projection
-    attn_c_proj: Projection
+    c_attn: LoraLinear
+    attn_c_proj: LoraLinear
     ln_2: Norm
-    c_fc: Projection
-    mlp_c_proj: Projection
+    c_fc: LoraLinear
+    mlp_c_proj: LoraLinear
 
-    def __call__(self, x: torch.Tensor, attend: Attend, training: bool, pieces: Pieces) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, attend: Attend, training: bool, elementwise: Elementwise) -> torch.Tensor:
         """The stream (N, D) after this block."""
-        attended = attend(self.c_attn(pieces.normed(x, self.ln_1), training))
-        x, normed = pieces.added(x, self.attn_c_proj(attended, training), self.ln_2)
-        hidden = pieces.activated(self.c_fc(normed, training))
+        attended = attend(self.c_attn(elementwise.normed(x, self.ln_1), training))
+        x, normed = elementwise.added(x, self.attn_c_proj(attended, training), self.ln_2)
+        hidden = elementwise.activated(self.c_fc(normed, training))
         return x + self.mlp_c_proj(hidden, training)
 
 
 @dataclass(frozen=True)
 class TrainGPT2:
-    """Computes what `scorer.LossModel` computes, to rounding, in the mode of `module` (training or evaluation)."""
+    """Computes what `loss.LossModel` computes, to rounding, in the mode of `module` (training or evaluation)."""
 
     module: nn.Module
     wte: torch.Tensor
@@ -54,7 +59,7 @@ class TrainGPT2:
     head: nn.Module
     heads: int
     kernel: Kernel
-    pieces: Pieces
+    elementwise: Elementwise
     neftune: float
     smoothing: float
     recompute: bool
@@ -63,11 +68,11 @@ class TrainGPT2:
     def __call__(
         self, ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, segments: torch.Tensor | None
     ) -> torch.Tensor:
-        """Summed loss in nats (float64 scalar) over the places with a target ≥ 0; arguments (B, T) on the CPU."""
+        """Summed loss in nats (float64 scalar) over the positions with a target ≥ 0; arguments (B, T) on the CPU."""
         training, device = self.module.training, self.wte.device
         tokens = tokens_of(ids.shape, segments)
-        places = torch.from_numpy(tokens.places)
-        ids, positions, targets = (tensor.flatten()[places] for tensor in (ids, positions, targets))
+        kept = torch.from_numpy(tokens.indices)
+        ids, positions, targets = (tensor.flatten()[kept] for tensor in (ids, positions, targets))
         (scored,) = torch.nonzero(targets >= 0, as_tuple=True)  # here, where it stops no GPU
         ids, positions, scored, targets = (_moved(t, device) for t in (ids, positions, scored, targets[scored]))
         attend = self.kernel.plan(tokens.lengths, self.heads, device)
@@ -77,14 +82,98 @@ class TrainGPT2:
         x = x + self.wpe[positions].float()
         for block in self.blocks:
             if self.recompute and training:
-                x = checkpoint(block, x, attend, training, self.pieces, use_reentrant=False)
+                x = checkpoint(block, x, attend, training, self.elementwise, use_reentrant=False)
             else:
-                x = block(x, attend, training, self.pieces)
+                x = block(x, attend, training, self.elementwise)
         return summed_nats(
-            self.pieces.normed(x[scored], self.ln_f), self.head, targets, self.smoothing if training else 0.0
+            self.elementwise.normed(x[scored], self.ln_f), self.head, targets, self.smoothing if training else 0.0
         )
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """On the device; to a GPU through pinned memory, so that the copy does not stop the host."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def reason_against(adapted: Adapted) -> str | None:
+    """Why a model cannot be trained by `TrainGPT2`, or None."""
+    core: Any = adapted.model.get_base_model()
+    return _unlike_gpt2(core.config) or _unlike_lora(core, adapted)
+
+
+def _unlike_gpt2(config: GPT2Config) -> str | None:
+    usual: dict[str, Any] = {
+        "activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+        "reorder_and_upcast_attn": False, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
+    }  # fmt: skip
+    found = {key: getattr(config, key) for key, value in usual.items() if getattr(config, key) != value}
+    return f"the base has {', '.join(f'{key} {value}' for key, value in found.items())}" if found else None
+
+
+def _unlike_lora(core: nn.Module, adapted: Adapted) -> str | None:
+    layers = {name: module for name, module in core.named_modules() if isinstance(module, LoraLayer)}
+    if any(".h." not in name for name in layers):
+        return "the adapter reaches outside of the blocks"
+    if any(layer.use_dora.get(NAME) for layer in layers.values()):
+        return "DoRA normalises whole weights"
+    own = {id(p) for layer in layers.values() for part in (layer.lora_A, layer.lora_B) for p in part.parameters()}
+    if any(id(parameter) not in own for parameter in adapted.trainable().values()):
+        return "more is trained than A and B"
+    return None
+
+
+def train_forward(
+    adapted: Adapted,
+    dtype: torch.dtype,
+    neftune: float,
+    smoothing: float,
+    recompute: bool,
+    compile_elementwise: bool = False,
+) -> TrainGPT2:
+    """The training forward over the tensors of an adapted model, in `dtype`; `reason_against` must be None for it.
+
+    `compile_elementwise` compiles the operations between matrix products, where a compiler is there.
+    """
+    core: Any = adapted.model.get_base_model()
+    body, config = core.transformer, core.config
+    width = config.n_embd // config.n_head
+    ln_f, packed = _norm(body.ln_f, dtype), bool(getattr(core, "is_quantized", False))
+    return TrainGPT2(
+        module=adapted.model,
+        wte=body.wte.weight,
+        wpe=body.wpe.weight,
+        blocks=tuple(_block(layer, dtype, packed) for layer in body.h),
+        ln_f=ln_f,
+        head=core.lm_head,
+        heads=config.n_head,
+        kernel=kernel_for(body.wte.weight.device, dtype, width),
+        elementwise=compiled(ln_f, config.n_inner or 4 * config.n_embd) if compile_elementwise else EAGER,
+        neftune=neftune,
+        smoothing=smoothing,
+        recompute=recompute,
+    )
+
+
+def _block(layer: Any, dtype: torch.dtype, packed: bool) -> Block:
+    return Block(
+        ln_1=_norm(layer.ln_1, dtype),
+        c_attn=_linear(layer.attn.c_attn, dtype, packed),
+        attn_c_proj=_linear(layer.attn.c_proj, dtype, packed),
+        ln_2=_norm(layer.ln_2, dtype),
+        c_fc=_linear(layer.mlp.c_fc, dtype, packed),
+        mlp_c_proj=_linear(layer.mlp.c_proj, dtype, packed),
+    )
+
+
+def _norm(layer: Any, dtype: torch.dtype) -> Norm:
+    return Norm(layer.weight, layer.bias, layer.eps, dtype)
+
+
+def _linear(layer: Any, dtype: torch.dtype, packed: bool) -> LoraLinear:
+    factors, adapted = None, isinstance(layer, LoraLayer)
+    if adapted:
+        dropout = getattr(layer.lora_dropout[NAME], "p", 0.0)  # PEFT puts an Identity where there is none
+        factors = LoraFactors(layer.lora_A[NAME].weight, layer.lora_B[NAME].weight, layer.scaling[NAME], dropout)
+        layer = layer.base_layer
+    weight = partial(unpacked_weight if packed else base_weight, layer, dtype)
+    return LoraLinear(weight, layer.bias.to(dtype), factors)

@@ -1,4 +1,4 @@
-"""The end of a run: the adapter directory with its provenance, picture and model card."""
+"""The end of a run: the adapter directory with its provenance, loss plot and model card."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from peftune.adapters.directory import write_adapter
+from peftune.adapters.model_card import model_card
 from peftune.adapters.provenance import read_provenance
 from peftune.errors import CheckFailed
 from peftune.model import quantized
-from peftune.model.lora import is_dead, stored_adapter
-from peftune.training import checkpoint, identity
-from peftune.training.distributed import zero
-from peftune.training.distributed.collectives import broadcast
-from peftune.training.distributed.replicated import Tensors
-from peftune.training.export.model_card import model_card
-from peftune.training.metrics import read_metrics
-from peftune.training.setup import Session
+from peftune.model.lora import Adapted, is_dead, stored_adapter
+from peftune.training import checkpoint
+from peftune.training.checkpoint import State
+from peftune.training.inputs import RunInputs
+from peftune.training.metrics import MetricsLog, read_metrics
+from peftune.training.optimizer import Tensors
 from peftune.version import __version__
 
 _VERSIONS = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
@@ -49,56 +48,39 @@ def already_delivered(out: Path, now: dict[str, Any]) -> Delivery | None:
     recorded = read_provenance(out)
     if recorded is None or not (out / "adapter_config.json").is_file():
         return None
-    identity.refuse_other(recorded.get("identity", {}), now, str(out))
+    checkpoint.refuse_other_run(recorded.get("identity", {}), now, str(out))
     return Delivery(out, recorded["step"], recorded["metrics"], recorded["seconds"])
 
 
-def deliver(session: Session) -> Delivery:
+def deliver(
+    inputs: RunInputs, adapted: Adapted, values: Tensors, state: State, metrics: MetricsLog, run_facts: dict[str, Any]
+) -> Delivery:
     """Write the adapter directory; with early stopping the best step's adapter, else the last one's.
 
+    `values` are the trained parameters by name, complete and on the CPU; `run_facts` go into peftune.json as they are.
     Raises CheckFailed for an adapter that is still what it was at the start.
     """
-    values, _ = session.engine.whole()
-    return broadcast(session.accelerator, lambda: _deliver(session, values))
-
-
-def _deliver(session: Session, values: Tensors) -> Delivery:
-    if is_dead(session.adapted, values):
+    recipe = inputs.recipe
+    out = Path(recipe.run.out)
+    if is_dead(adapted, values):
         raise CheckFailed("the adapter did not learn: every B matrix is still zero")
-    step = _step_to_deliver(session)
-    if step != session.state.step:
-        values = checkpoint.read(session.checkpoints / f"step-{step}").values
-    config, tensors = stored_adapter(session.adapted, values)
-    config["base_model_name_or_path"] = session.recipe.base
-    session.records.write(
-        "end",
-        step=session.state.step,
-        delivered_step=step,
-        tokens=session.state.tokens,
-        seconds=round(session.state.seconds, 1),
-    )
-    out = Path(session.recipe.run.out)
+    best = state.best_step if recipe.run.early_stopping is not None else None
+    step = state.step if best is None else best
+    if step != state.step:
+        values = checkpoint.read(out / "checkpoints" / f"step-{step}").values
+    config, tensors = stored_adapter(adapted, values)
+    config["base_model_name_or_path"] = recipe.base
+    seconds = round(state.seconds, 1)
+    metrics.write("end", step=state.step, delivered_step=step, tokens=state.tokens, seconds=seconds)
     events = read_metrics(out / "metrics.jsonl")
-    delivery = Delivery(out, step, _before_and_after(events, step), round(session.state.seconds, 1))
+    delivery = Delivery(out, step, _before_and_after(events, step), seconds)
     from peftune.training.export.plots import draw_loss  # matplotlib: not before the first step
 
-    provenance = _provenance(session, delivery)
-    files: dict[str, bytes | str] = {
-        "README.md": model_card(provenance),
-        "loss.png": draw_loss(events, _title(session)),
-    }
+    provenance = _provenance(inputs, state, delivery, run_facts)
+    title = f"{out.name}: {recipe.base} with {recipe.lora.variant}, rank {recipe.lora.rank}"
+    files: dict[str, bytes | str] = {"README.md": _model_card(provenance), "loss.png": draw_loss(events, title)}
     write_adapter(out, config, tensors, provenance, files)
     return delivery
-
-
-def _step_to_deliver(session: Session) -> int:
-    best = session.state.best_step
-    return session.state.step if session.recipe.run.early_stopping is None or best is None else best
-
-
-def _title(session: Session) -> str:
-    recipe = session.recipe
-    return f"{Path(recipe.run.out).name}: {recipe.base} with {recipe.lora.variant}, rank {recipe.lora.rank}"
 
 
 def _before_and_after(events: list[dict[str, Any]], step: int) -> dict[str, dict[str, dict[str, float]]]:
@@ -111,27 +93,72 @@ def _before_and_after(events: list[dict[str, Any]], step: int) -> dict[str, dict
     return figures
 
 
-def _provenance(session: Session, delivery: Delivery) -> dict[str, Any]:
+def _provenance(inputs: RunInputs, state: State, delivery: Delivery, run_facts: dict[str, Any]) -> dict[str, Any]:
     """What peftune.json holds: enough to know what made this adapter, and to refuse another base."""
-    source = session.source
-    prints = source.fingerprints
+    prints, quantize = inputs.fingerprints, inputs.recipe.quantize
+    versions = {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
     return {
         "peftune": __version__,
-        "base": session.recipe.base,
+        "base": inputs.recipe.base,
         "base_fingerprint": prints["base"],
         "tokenizer_fingerprint": prints["tokenizer"],
         "data_fingerprints": {k[5:]: v for k, v in prints.items() if k.startswith("data ")},
-        "recipe": session.recipe.model_dump(mode="json"),
-        "chat": source.corpus.chat,
-        "identity": source.identity,
+        "recipe": inputs.recipe.model_dump(mode="json"),
+        "chat": inputs.corpus.chat,
+        "identity": inputs.identity,
         "step": delivery.step,
-        "tokens": session.state.tokens,
+        "tokens": state.tokens,
         "seconds": delivery.seconds,
-        "precision": session.precision,
-        "layout": zero.layout(session.accelerator),
-        "trainable_parameters": session.trainable_parameters,
+        **run_facts,
         "metrics": delivery.metrics,
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in _VERSIONS}
-        | quantized.versions(session.recipe.quantize),
+        "versions": versions if quantize is None else versions | quantized.versions(quantize),
     }
+
+
+def _model_card(provenance: dict[str, Any]) -> str:
+    recipe = provenance["recipe"]
+    lora, optim = recipe["lora"], recipe["optim"]
+    targets = lora["targets"] if isinstance(lora["targets"], str) else ", ".join(lora["targets"])
+    sources = ", ".join(f"`{source['path']}`" for source in recipe["data"]["train"])
+    body = f"""\
+A {lora["variant"]} adapter (rank {lora["rank"]}, alpha {lora["alpha"]:g}, targets: {targets}) for `{recipe["base"]}`,
+{provenance["trainable_parameters"]:,} trained parameters, trained with peftune {provenance["peftune"]} on {sources}.
+
+{_quantised_base(recipe)}{_table(provenance["metrics"])}
+
+Learning: {provenance["step"]} steps of {recipe["batch"]["global_size"]} blocks, {provenance["tokens"]:,} tokens,
+peak rate {optim["lr"]:g} ({optim["schedule"]}), {provenance["precision"]}, seed {recipe["run"]["seed"]},
+{provenance["seconds"]:,.0f} seconds. `peftune.json` holds the whole recipe and the fingerprints of base and data,
+`metrics.jsonl` every step.
+
+![Course of the loss](loss.png)"""
+    return model_card(recipe["base"], recipe["run"]["out"], body)
+
+
+def _quantised_base(recipe: dict[str, Any]) -> str:
+    if recipe.get("quantize") is None:
+        return ""
+    kind = recipe["quantize"]
+    return f"""The base was held in {kind} meanwhile, and the figures below were measured on that; the adapter is one
+for the full-precision base.
+
+"""
+
+
+def _table(metrics: dict[str, dict[str, dict[str, float]]]) -> str:
+    if not metrics:
+        return "It was not evaluated: the recipe has no validation data."
+    rows = [
+        "| held-out domain | scored tokens | perplexity, base | with adapter | bits per byte, base | with adapter |",
+        "|---|---|---|---|---|---|",
+    ]
+    for domain, figures in metrics.items():
+        base, adapter = figures.get("base"), figures.get("adapter")
+        cells = [
+            f"{row[key]:.3f}" if row else "not measured"
+            for key in ("perplexity", "bits_per_byte")
+            for row in (base, adapter)
+        ]
+        tokens = (adapter or base or {}).get("tokens", 0)
+        rows.append(f"| {domain} | {int(tokens):,} | {' | '.join(cells)} |")
+    return "\n".join(rows)

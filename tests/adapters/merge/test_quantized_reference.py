@@ -17,8 +17,7 @@ from peftune.cli import main
 from peftune.config.recipe import Recipe, recipe_from
 from peftune.model import quantized
 from peftune.model.base import Base
-from peftune.model.load import load_model
-from peftune.training.loading import load_adapted
+from peftune.model.load import load_adapted, load_model
 from peftune.training.run import train
 
 pytest.importorskip("bitsandbytes")

@@ -21,11 +21,10 @@ from peftune.data.sources.builtin import documents
 from peftune.model.base import open_base
 from peftune.model.load import load_model
 from peftune.model.lora import Adapted, inject
-from peftune.model.reference import LossModel
+from peftune.model.loss import LossModel
 from peftune.model.train import attention
-from peftune.model.train.attention import Kernel, kernel_for
-from peftune.model.train.from_peft import fast, reason_against
-from peftune.model.train.ragged import tokens_of
+from peftune.model.train.attention import Kernel, kernel_for, tokens_of
+from peftune.model.train.forward import reason_against, train_forward
 
 LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
@@ -83,7 +82,7 @@ def model_of(
 def by_document(adapted: Adapted, rows: Rows, smoothing: float = 0.0) -> tuple[float, list[torch.Tensor]]:
     """Loss and gradients through PEFT's model, one document at a time."""
     tokens = tokens_of(rows.ids.shape, rows.segments)
-    ids, targets = (tensor.flatten()[torch.from_numpy(tokens.places)] for tensor in (rows.ids, rows.targets))
+    ids, targets = (tensor.flatten()[torch.from_numpy(tokens.indices)] for tensor in (rows.ids, rows.targets))
     total = sum(p.sum() * 0 for p in adapted.trainable().values()).double()  # where nothing is scored: zero gradients
     for document, wanted in zip(
         torch.split(ids, tokens.lengths.tolist()), torch.split(targets, tokens.lengths.tolist()), strict=True
@@ -133,7 +132,7 @@ def test_loss_and_every_gradient_equal_those_of_peft_document_by_document(
     lora = LoraSection(rank=rank, alpha=2 * rank, targets=targets, variant=variant, layers=chosen)
     adapted = model_of(lora, layers, width, heads, seed)
     rows = rows_of(lengths, 97, seed, scored)
-    loss = fast(adapted, torch.float32, 0.0, smoothing, recompute=False)(*rows.arguments())
+    loss = train_forward(adapted, torch.float32, 0.0, smoothing, recompute=False)(*rows.arguments())
     wanted, wanted_gradients = by_document(adapted, rows, smoothing)
     assert float(loss.detach()) == pytest.approx(wanted, rel=1e-6, abs=1e-6)
     if wanted:
@@ -167,7 +166,7 @@ def test_bf16_gradients_are_within_two_percent_of_fp32_document_by_document() ->
     adapted = model_of(LoraSection(rank=8), layers=4, width=128, initializer_range=0.02)
     rows = rows_of([[40, 130, 60], [200, 9], [220]], 97, 0)
     wanted, wanted_gradients = by_document(adapted, rows)
-    loss = fast(adapted, torch.bfloat16, 0.0, 0.0, recompute=False)(*rows.arguments())
+    loss = train_forward(adapted, torch.bfloat16, 0.0, 0.0, recompute=False)(*rows.arguments())
     assert float(loss.detach()) == pytest.approx(wanted, rel=1e-4)
     assert largest_error(gradients(loss, adapted), wanted_gradients) < 2e-2
 
@@ -175,8 +174,8 @@ def test_bf16_gradients_are_within_two_percent_of_fp32_document_by_document() ->
 def test_on_trained_weights_bf16_is_as_near_to_fp32_as_the_library_comes(real: tuple[Adapted, Rows]) -> None:
     """Scores of a trained attention reach 100, where bf16 is coarse for everyone: about 2.6 % on this base."""
     adapted, rows = real
-    exact = gradients(fast(adapted, torch.float32, 0.0, 0.0, recompute=False)(*rows.arguments()), adapted)
-    ours = gradients(fast(adapted, torch.bfloat16, 0.0, 0.0, recompute=False)(*rows.arguments()), adapted)
+    exact = gradients(train_forward(adapted, torch.float32, 0.0, 0.0, recompute=False)(*rows.arguments()), adapted)
+    ours = gradients(train_forward(adapted, torch.bfloat16, 0.0, 0.0, recompute=False)(*rows.arguments()), adapted)
     adapted.model.get_base_model().to(torch.bfloat16)
     for parameter in adapted.trainable().values():
         parameter.data = parameter.data.float()
@@ -193,7 +192,7 @@ def test_recomputing_blocks_changes_no_bit() -> None:
     found = []
     for recompute in (False, True):
         torch.manual_seed(3)
-        loss = fast(adapted, torch.float32, 0.0, 0.0, recompute)(*rows.arguments())
+        loss = train_forward(adapted, torch.float32, 0.0, 0.0, recompute)(*rows.arguments())
         found.append(torch.cat([g.flatten() for g in gradients(loss, adapted)]))
     assert torch.equal(*found)
 
@@ -203,7 +202,7 @@ def test_dropout_and_neftune_draw_what_the_library_path_draws() -> None:
     adapted = model_of(LoraSection(rank=4, dropout=0.3))
     rows = rows_of([[64], [64]], 97, 0)
     torch.manual_seed(5)
-    ours = fast(adapted, torch.float32, 8.0, 0.0, recompute=False)(*rows.arguments())
+    ours = train_forward(adapted, torch.float32, 8.0, 0.0, recompute=False)(*rows.arguments())
     ours_gradients = gradients(ours, adapted)
     torch.manual_seed(5)
     theirs = LossModel(adapted.model, 8.0).train()(*rows.arguments())
@@ -215,14 +214,14 @@ def test_evaluation_has_no_dropout_no_noise_and_no_smoothing() -> None:
     adapted = model_of(LoraSection(rank=4, dropout=0.3))
     rows = rows_of([[30, 20], [44]], 97, 0)
     adapted.model.eval()
-    found = fast(adapted, torch.float32, 8.0, 0.2, recompute=False)(*rows.arguments())
+    found = train_forward(adapted, torch.float32, 8.0, 0.2, recompute=False)(*rows.arguments())
     assert float(found.detach()) == pytest.approx(by_document(adapted, rows)[0], rel=1e-6)
 
 
 def test_editing_one_document_moves_no_other() -> None:
     adapted = model_of(LoraSection(rank=4))
     rows = rows_of([[30, 200, 25], [128, 129]], 97, 0, 1.0)
-    function = fast(adapted, torch.float32, 0.0, 0.0, recompute=False)
+    function = train_forward(adapted, torch.float32, 0.0, 0.0, recompute=False)
     numbers = rows.segments
     assert numbers is not None
     elsewhere = (numbers != 1) | (torch.arange(2)[:, None] == 1)
@@ -244,15 +243,15 @@ def test_nothing_is_kept_below_the_lowest_adapter() -> None:
         adapted = model_of(LoraSection(rank=2, layers=[layer]), layers=4)
         rows = rows_of([[64]], 97, 0)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            fast(adapted, torch.float32, 0.0, 0.0, recompute=False)(*rows.arguments())
+            train_forward(adapted, torch.float32, 0.0, 0.0, recompute=False)(*rows.arguments())
         return sum(kept)
 
     assert numbers_kept(3) < numbers_kept(0) / 3
 
 
-@pytest.mark.parametrize("name", ["batched products in slabs", "SDPA on rectangles"])
+@pytest.mark.parametrize("name", ["batched products by query blocks", "SDPA on rectangles"])
 def test_every_kernel_is_causal_attention_within_documents(name: str) -> None:
-    plans = {"batched products in slabs": attention._in_slabs, "SDPA on rectangles": attention._fused}
+    plans = {"batched products by query blocks": attention._by_query_blocks, "SDPA on rectangles": attention._fused}
     lengths, heads, width = np.array([5, 130, 1, 129, 260, 130]), 3, 8
     torch.manual_seed(0)
     qkv = torch.randn(int(lengths.sum()), 3 * heads * width, requires_grad=True)
@@ -290,4 +289,4 @@ def test_it_says_for_which_models_there_is_no_fast_function(lora: LoraSection, c
 
 
 def test_the_kernel_follows_the_device() -> None:
-    assert kernel_for(torch.device("cpu"), torch.bfloat16, 64).name == "batched products in slabs"
+    assert kernel_for(torch.device("cpu"), torch.bfloat16, 64).name == "batched products by query blocks"

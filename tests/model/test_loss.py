@@ -15,12 +15,10 @@ from torch.nn import functional as F
 from peftune.config.recipe import LoraSection
 from peftune.errors import UserError
 from peftune.model import loss as loss_module
-from peftune.model.attention import document_mask
 from peftune.model.base import Base
 from peftune.model.load import load_model
 from peftune.model.lora import inject, stored_adapter
-from peftune.model.loss import summed_nats
-from peftune.model.reference import LossModel
+from peftune.model.loss import LossModel, document_mask, summed_nats
 
 
 @settings(max_examples=25, deadline=None)

@@ -12,9 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftune.config.recipe import LoraSection
 from peftune.model.lora import Adapted, inject
-from peftune.model.train import elementwise
-from peftune.model.train.elementwise import Norm, compiled
-from peftune.model.train.from_peft import fast
+from peftune.model.train import layers
+from peftune.model.train.compiled import compiled
+from peftune.model.train.forward import train_forward
+from peftune.model.train.layers import Norm
 
 WIDTH = 64
 NORM = Norm(torch.rand(WIDTH), torch.rand(WIDTH), 1e-5, torch.float32)
@@ -50,9 +51,11 @@ def test_steps_of_all_lengths_share_the_graphs_of_the_trial(dtype: torch.dtype, 
 
     torch._dynamo.reset()  # type: ignore[no-untyped-call]
     adapted = _adapted(dtype)
-    with_compiler = fast(adapted, dtype, 0.0, 0.0, recompute, compile_pieces=True)
-    assert with_compiler.pieces.told.startswith("pieces between products compiled in"), with_compiler.pieces.told
-    plain, graphs = fast(adapted, dtype, 0.0, 0.0, recompute), counters["stats"]["unique_graphs"]
+    with_compiler = train_forward(adapted, dtype, 0.0, 0.0, recompute, compile_elementwise=True)
+    assert with_compiler.elementwise.description.startswith("elementwise operations compiled in"), (
+        with_compiler.elementwise.description
+    )
+    plain, graphs = train_forward(adapted, dtype, 0.0, 0.0, recompute), counters["stats"]["unique_graphs"]
     assert graphs >= 3
     for tokens in (2, 7, 64, 65, 128):
         (loss, found), (wanted_loss, wanted) = (_gradients(f, adapted, tokens) for f in (with_compiler, plain))
@@ -70,15 +73,15 @@ def test_without_a_compiler_the_run_goes_on_and_says_so(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(torch, "compile", refuse)
     found = compiled(NORM, 4 * WIDTH)
-    assert found.told == "not compiled: no C++ compiler was found"
-    assert found.activated is elementwise.activated
+    assert found.description == "not compiled: no C++ compiler was found"
+    assert found.activated is layers.activated
 
 
 def test_a_compiler_that_is_wrong_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(piece: Callable[..., Any]) -> Callable[..., Any]:
-        return (lambda hidden: piece(hidden) * 1.001) if piece is elementwise.activated else piece
+        return (lambda hidden: piece(hidden) * 1.001) if piece is layers.activated else piece
 
     monkeypatch.setattr(torch, "compile", wrong)
     found = compiled(NORM, 4 * WIDTH)
-    assert found.told.startswith("not compiled: what the compiler made is off by ")
-    assert found.activated is elementwise.activated
+    assert found.description.startswith("not compiled: what the compiler made is off by ")
+    assert found.activated is layers.activated

@@ -1,0 +1,71 @@
+"""The elementwise operations between the matrix products of a block, each compiled into one kernel (`run.compile`).
+
+A compiled operation reads and writes its tensors once where torch's operators do so three or four times. Each is
+compiled for any number of tokens, so that batches of all shapes share a few graphs: above, at and below the lowest
+adapter, and for evaluation. All are compared with the eager ones before the first step. Torch keeps what its compiler
+wrote for the next run (TORCHINDUCTOR_CACHE_DIR).
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from peftune.model.train.layers import EAGER, Elementwise, Norm, activated, added, normed
+
+_TOKENS = 64  # of the trial; a graph for any number of them comes out
+_CASES = (((1, 1, 1), True), ((0, 1, 1), True), ((0, 0, 0), True), ((0, 0, 0), False))
+"""Which of stream, layer and hidden values ask for a gradient, above, at and below the lowest adapter; autograd on."""
+_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # relative, of values and gradients
+
+
+def compiled(norm: Norm, inner: int) -> Elementwise:
+    """Compiled operations for streams like those that `norm` takes, or the eager ones; `description` says why.
+
+    `inner` is the width of what GELU sees.
+    """
+    began = time.perf_counter()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's compiler about torch
+            operations = Elementwise(torch.compile(normed), torch.compile(added), torch.compile(activated))
+            worst = max(_difference(operations, norm, inner, asking, keeps) for asking, keeps in _CASES)
+    except Exception as error:  # no compiler, or one that fails: a run needs none
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return Elementwise(description=f"not compiled: {first[:200]}")
+    if not worst <= _ERROR[norm.dtype]:
+        return Elementwise(description=f"not compiled: what the compiler made is off by {worst:.1e}")
+    return replace(operations, description=f"elementwise operations compiled in {time.perf_counter() - began:.1f} s")
+
+
+def _difference(operations: Elementwise, norm: Norm, inner: int, asking: tuple[int, ...], keeps: bool) -> float:
+    """The largest relative difference from the eager operations, of values and gradients, as a block calls them."""
+    random = torch.Generator().manual_seed(0)
+    widths = len(norm.weight), len(norm.weight), inner
+    given = [torch.randn(_TOKENS, width, generator=random).to(norm.weight.device) for width in widths]
+    found: list[list[torch.Tensor]] = []
+    for these in (operations, EAGER):
+        x, more, hidden = (tensor.clone() for tensor in given)
+        more, hidden = more.to(norm.dtype), hidden.to(norm.dtype)
+        for tensor, asks in zip((x, more, hidden), asking, strict=True):
+            tensor.requires_grad_(bool(asks))
+            _any_number(tensor)
+        with nullcontext() if keeps else torch.no_grad():
+            values = [these.normed(x, norm), *these.added(x, more, norm), these.activated(hidden)]
+        leaves = [tensor for tensor in (x, more, hidden) if tensor.requires_grad]
+        if leaves:
+            kept = [value for value in values if value.requires_grad]
+            values += torch.autograd.grad(kept, leaves, [value.detach().sin() for value in kept])
+        found.append([value.detach().double() for value in values])
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(*found, strict=True))
+
+
+def _any_number(tensor: torch.Tensor) -> None:
+    """Compile for any number of tokens."""
+    dynamo: Any = torch._dynamo
+    dynamo.mark_dynamic(tensor, 0)

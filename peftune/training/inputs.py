@@ -1,0 +1,139 @@
+"""What a run starts from, read and checked before any weight is loaded; and the lock on the directory it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from peftune.config.recipe import Recipe, Source
+from peftune.data.batches import Blocks
+from peftune.data.documents import split_by_digest
+from peftune.data.sampler import total_steps
+from peftune.data.sources.read import holds_chat
+from peftune.data.tokens.store import TokenStore, prepare
+from peftune.errors import UserError
+from peftune.model import lora, quantized
+from peftune.model.base import Base, open_base
+from peftune.training.checkpoint import identity_of
+from peftune.training.distributed.collectives import broadcast, raise_on_all_ranks
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training blocks, evaluation blocks by domain name, and the fingerprints of the text behind each.
+
+    `chat` where every training source holds conversations: only then does an adapter answer as an assistant.
+    """
+
+    train: Blocks
+    domains: dict[str, Blocks]
+    fingerprints: dict[str, str]
+    chat: bool
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """Recipe, base and data of a run, with what follows from them alone."""
+
+    recipe: Recipe
+    base: Base
+    corpus: Corpus
+    identity: dict[str, Any]
+    fingerprints: dict[str, str]
+    total_steps: int
+
+
+def read_inputs(recipe: Recipe) -> RunInputs:
+    """Find base and data and check all that can be checked without weights; UserError for what does not fit."""
+    base = open_base(recipe.base)
+    if recipe.quantize is not None:
+        quantized.require(recipe.quantize)
+    block = _block_size(recipe, base.config)
+    with torch.device("meta"):
+        lora.peft_config(GPT2LMHeadModel(base.config), recipe.lora)
+    assert base.tokenizer, "read before the weights, so that its errors come first"
+    fingerprints = {"base": base.fingerprint, "tokenizer": base.tokenizer_fingerprint}
+    corpus = _load_corpus(recipe, base, block)
+    fingerprints |= {f"data {name}": value for name, value in corpus.fingerprints.items()}
+    optim = recipe.optim
+    total = total_steps(len(corpus.train), recipe.batch.global_size, optim.epochs, optim.steps)
+    return RunInputs(recipe, base, corpus, identity_of(recipe, fingerprints), fingerprints, total)
+
+
+def read_inputs_on_all_ranks(recipe: Recipe, accelerator: Accelerator) -> RunInputs:
+    """`read_inputs` on every rank: the first of each machine fills the cache, the others find it there."""
+    with raise_on_all_ranks(accelerator):
+        inputs = read_inputs(recipe) if accelerator.is_local_main_process else None
+    with raise_on_all_ranks(accelerator):
+        inputs = inputs or read_inputs(recipe)
+    return inputs
+
+
+def _block_size(recipe: Recipe, config: GPT2Config) -> int:
+    """Tokens per block; UserError where the base has fewer positions."""
+    asked = recipe.data.block_size
+    if asked != "auto" and asked > config.n_positions:
+        raise UserError(
+            f"data.block_size is {asked}, but {recipe.base} has only {config.n_positions} positions; use that, or auto"
+        )
+    return config.n_positions if asked == "auto" else asked
+
+
+def _load_corpus(recipe: Recipe, base: Base, block: int) -> Corpus:
+    """Tokenise (or find in the cache) and pack all sources of a recipe."""
+
+    def store_of(sources: Sequence[Source]) -> TokenStore:
+        return prepare(sources, base.tokenizer, base.tokenizer_fingerprint, recipe.data.join, recipe.data.split_on)
+
+    store = store_of(recipe.data.train)
+    chat = all(holds_chat(source, recipe.data.split_on) for source in recipe.data.train)
+    everything = np.arange(len(store))
+    validation = recipe.data.validation
+    if isinstance(validation, float | int):
+        learnt, heldout = split_by_digest(store.digests, float(validation))
+        if len(learnt) == 0:
+            raise UserError(f"data.validation {validation} leaves no document to learn from; {len(store)} in all")
+        domains = {"validation": Blocks.of(store, heldout, block)} if len(heldout) else {}
+        return Corpus(Blocks.of(store, learnt, block), domains, {"train": store.fingerprint}, chat)
+    named = validation if isinstance(validation, dict) else {"validation": validation}
+    stores = {name: store_of(sources) for name, sources in named.items()}
+    domains = {name: Blocks.of(s, np.arange(len(s)), block) for name, s in stores.items()}
+    prints = {"train": store.fingerprint} | {f"validation/{name}": s.fingerprint for name, s in stores.items()}
+    return Corpus(Blocks.of(store, everything, block), domains, prints, chat)
+
+
+@contextmanager
+def sole_writer(out: Path, accelerator: Accelerator) -> Iterator[None]:
+    """The first rank locks `out` for this run.
+
+    Raises UserError, on all ranks, where it cannot be written, holds a full model or is locked by another run.
+    """
+    lock = FileLock(out / ".lock")
+    broadcast(accelerator, lambda: _acquire(lock, out))
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock: FileLock, out: Path) -> None:
+    try:
+        if (out / "config.json").is_file():  # an adapter there would be loaded with it, unasked
+            raise UserError(f"run.out {out}: holds a full model; give the adapter a directory of its own")
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"run.out {out}: another run is writing there; wait for it, or choose another name") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"run.out {str(out)[:200]!r}: cannot be written: {getattr(error, 'strerror', error)}") from None
