@@ -1,4 +1,4 @@
-"""Contestants take turns: each a process that loads and warms up once, then works one round whenever it is told to.
+"""Contestants take turns: each a process that loads and warms up once, then works one round whenever it is asked to.
 
 The parent writes one line to a contestant's standard input for each round and reads one line of JSON back; meanwhile
 all others sleep on a read. So a Trainer is timed inside its own loop (it waits in a callback), threads and global
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class Channel:
@@ -55,8 +55,10 @@ class Channel:
 
 
 def _give_back_free_memory() -> None:
-    """A sleeper that keeps gigabytes it does not use would make another run out (glibc; elsewhere nothing is done)."""
+    """A sleeper that keeps gigabytes it does not use would make another run out (CUDA's cache; glibc's heap)."""
     gc.collect()
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -64,14 +66,14 @@ def _give_back_free_memory() -> None:
 
 @dataclass
 class Contestant:
-    """What is measured: `module` (its `serve(job, channel)` runs in a process of its own) and the job it is given."""
+    """What is measured: `module` (its `worker(job, channel)`, or MODULE:FUNCTION, in its own process) and its job."""
 
     name: str
     module: str
     job: dict[str, Any]
     unit: str
     must_run: bool = False
-    """Ours must; a peer that cannot run here is told as such, with the reason."""
+    """Ours must; a peer that cannot run here is reported as such, with the reason."""
     facts: dict[str, Any] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     failure: str | None = None
@@ -102,13 +104,13 @@ def interleave(
         try:
             for contestant in contestants:
                 _attempt(
-                    contestant, lambda c=contestant: running.update({c.name: _begun(c, warmup, environment, logs)})
+                    contestant, lambda c=contestant: running.update({c.name: _start(c, warmup, environment, logs)})
                 )
             for number in range(rounds):
                 for contestant in contestants:
                     if contestant.failure is None:
                         _attempt(contestant, lambda c=contestant: c.rounds.append(running[c.name].round()))
-                        _tell(contestant, f"round {number + 1} of {rounds}")
+                        _report(contestant, f"round {number + 1} of {rounds}")
         finally:
             for process in running.values():
                 process.end()
@@ -117,7 +119,7 @@ def interleave(
 def _round_alone(contestant: Contestant, warmup: int, environment: dict[str, str]) -> None:
     def once() -> None:
         with tempfile.TemporaryDirectory() as logs:
-            process = _begun(contestant, warmup, environment, logs)
+            process = _start(contestant, warmup, environment, logs)
             try:
                 contestant.rounds.append(process.round())
             finally:
@@ -125,10 +127,10 @@ def _round_alone(contestant: Contestant, warmup: int, environment: dict[str, str
 
     if contestant.failure is None:
         _attempt(contestant, once)
-        _tell(contestant, "alone")
+        _report(contestant, "alone")
 
 
-def _begun(contestant: Contestant, warmup: int, environment: dict[str, str], logs: str) -> _Process:
+def _start(contestant: Contestant, warmup: int, environment: dict[str, str], logs: str) -> _Process:
     process = _Process(contestant, environment, Path(logs) / f"{abs(hash(contestant.name))}.log")
     try:
         contestant.facts = process.read()
@@ -151,10 +153,10 @@ def _attempt(contestant: Contestant, work: Any) -> None:
         print(f"  {contestant.name}: not run: {error}", file=sys.stderr)
 
 
-def _tell(contestant: Contestant, where: str) -> None:
+def _report(contestant: Contestant, when: str) -> None:
     if contestant.failure is None:
         found = contestant.rounds[-1]
-        print(f"  {where}: {contestant.name} {found['value']:,.4g} {contestant.unit}", file=sys.stderr, flush=True)
+        print(f"  {when}: {contestant.name} {found['value']:,.4g} {contestant.unit}", file=sys.stderr, flush=True)
 
 
 class _Process:
@@ -162,7 +164,7 @@ class _Process:
 
     def __init__(self, contestant: Contestant, environment: dict[str, str], log: Path) -> None:
         self.name, self.log = contestant.name, log
-        command = [sys.executable, "-m", "benchmarks.rounds", contestant.module, json.dumps(contestant.job)]
+        command = [sys.executable, "-m", "benchmarks.harness.workers", contestant.module, json.dumps(contestant.job)]
         with open(log, "wb") as stderr:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT,
@@ -185,7 +187,7 @@ class _Process:
             _pipe(self.process.stdin).write("round\n")
             _pipe(self.process.stdin).flush()
         except BrokenPipeError:
-            pass  # `read` tells why it ended
+            pass  # `read` says why it ended
         return self.read()
 
     def end(self) -> None:
@@ -207,9 +209,9 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
 
 
 def main() -> None:
-    """A contestant's process: `python -m benchmarks.rounds MODULE JOB`, started by `interleave`."""
-    module, job = sys.argv[1], json.loads(sys.argv[2])
-    importlib.import_module(module).serve(job, Channel())
+    """A contestant's process: `python -m benchmarks.harness.workers MODULE JOB`, started by `interleave`."""
+    module, _, function = sys.argv[1].partition(":")
+    getattr(importlib.import_module(module), function or "worker")(json.loads(sys.argv[2]), Channel())
 
 
 if __name__ == "__main__":
