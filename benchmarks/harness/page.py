@@ -106,9 +106,9 @@ def chart(results: Sequence[dict[str, Any]], path: Path) -> None:
     ticks = [0.25, 0.5, 1, 2, 4, 8, 16]
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
-    axis.set_xlim(0.17, 32)
+    axis.set_xlim(0.17, 40)
     axis.axvline(1, color="#222222", linewidth=1.2)
-    axis.set_xlabel("times better than what is named (1: the same; black lines: lowest and highest round)", fontsize=9)
+    axis.set_xlabel("times as good as what is named (1: the same; black lines: lowest and highest round)", fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -97,66 +98,36 @@ def interleave(
     if not at_once:
         for _ in range(rounds):
             for contestant in contestants:
-                _round_alone(contestant, warmup, environment)
+                if contestant.failure is None:
+                    interleave([contestant], 1, warmup, environment)
         return
-    with tempfile.TemporaryDirectory() as logs:
-        running: dict[str, _Process] = {}
-        try:
-            for contestant in contestants:
-                _attempt(
-                    contestant, lambda c=contestant: running.update({c.name: _start(c, warmup, environment, logs)})
-                )
-            for number in range(rounds):
-                for contestant in contestants:
-                    if contestant.failure is None:
-                        _attempt(contestant, lambda c=contestant: c.rounds.append(running[c.name].round()))
-                        _report(contestant, f"round {number + 1} of {rounds}")
-        finally:
-            for process in running.values():
-                process.end()
+    with ExitStack() as stack:
+        logs, running = Path(stack.enter_context(tempfile.TemporaryDirectory())), {}
+        for i, contestant in enumerate(contestants):
+            with _failures_noted(contestant):
+                running[contestant.name] = process = _Process(contestant, environment, logs / f"{i}.log")
+                stack.callback(process.end)
+                contestant.facts = process.read()
+                print(f"  {contestant.name}: {json.dumps(contestant.facts)}", file=sys.stderr)
+                for _ in range(warmup):
+                    process.round()
+        for number in range(rounds):
+            for contestant in (c for c in contestants if c.failure is None):
+                with _failures_noted(contestant):
+                    contestant.rounds.append(running[contestant.name].round())
+                    figure = f"{contestant.name} {contestant.rounds[-1]['value']:,.4g} {contestant.unit}"
+                    print(f"  round {number + 1} of {rounds}: {figure}", file=sys.stderr, flush=True)
 
 
-def _round_alone(contestant: Contestant, warmup: int, environment: dict[str, str]) -> None:
-    def once() -> None:
-        with tempfile.TemporaryDirectory() as logs:
-            process = _start(contestant, warmup, environment, logs)
-            try:
-                contestant.rounds.append(process.round())
-            finally:
-                process.end()
-
-    if contestant.failure is None:
-        _attempt(contestant, once)
-        _report(contestant, "alone")
-
-
-def _start(contestant: Contestant, warmup: int, environment: dict[str, str], logs: str) -> _Process:
-    process = _Process(contestant, environment, Path(logs) / f"{abs(hash(contestant.name))}.log")
+@contextmanager
+def _failures_noted(contestant: Contestant) -> Iterator[None]:
     try:
-        contestant.facts = process.read()
-        print(f"  {contestant.name}: {json.dumps(contestant.facts)}", file=sys.stderr)
-        for _ in range(warmup):
-            process.round()
-    except BaseException:
-        process.end()
-        raise
-    return process
-
-
-def _attempt(contestant: Contestant, work: Any) -> None:
-    try:
-        work()
+        yield
     except Failed as error:
         if contestant.must_run:
             raise
         contestant.failure = str(error)
         print(f"  {contestant.name}: not run: {error}", file=sys.stderr)
-
-
-def _report(contestant: Contestant, when: str) -> None:
-    if contestant.failure is None:
-        found = contestant.rounds[-1]
-        print(f"  {when}: {contestant.name} {found['value']:,.4g} {contestant.unit}", file=sys.stderr, flush=True)
 
 
 class _Process:
