@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import redirect_stdout
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.corpus import corpus_of_size, corpus_texts
+from benchmarks.harness.corpus import write_corpus
 from benchmarks.harness.memory import MemoryGrowth
 from benchmarks.harness.options import Benchmark, Setup, fresh, main
 from benchmarks.harness.report import Result, compare, fastest, row, spread
@@ -91,7 +88,7 @@ def speed(setup: Setup) -> Result:
     and TRL's packing as a line of its own. Caches are new in each round. The gate compares the number of tokens.
     """
     a, file = setup.arguments, setup.root / "corpus.jsonl"
-    megabytes = corpus_of_size(file, a.megabytes, a.data) / 1e6
+    write_corpus(file, a.megabytes, data=a.data)
     ways = {
         OURS: ("ours", None), "datasets.map batched": ("map", None),
         f"datasets.map batched, num_proc={a.processes}": ("map", a.processes),
@@ -99,7 +96,7 @@ def speed(setup: Setup) -> Result:
     }  # fmt: skip
     everyone = []
     for i, (name, (way, processes)) in enumerate(ways.items()):
-        job = {"base": str(setup.base), "file": str(file), "block": a.block, "megabytes": megabytes}
+        job = {"base": str(setup.base), "file": str(file), "block": a.block, "megabytes": a.megabytes}
         job |= {"way": way, "processes": processes, "scratch": str(setup.root / f"scratch-{i}")}
         everyone.append(Contestant(name, "benchmarks.data:speed_worker", job, "MB/s", name == OURS))
     setup.interleave(everyone)
@@ -107,7 +104,7 @@ def speed(setup: Setup) -> Result:
     if len(set(counts.values())) > 1:
         raise SystemExit(f"the gate is closed: not the same number of tokens: {counts}")
     gate = {"tokens, the same for all": f"{counts[OURS]:,}"}
-    result = Result("B9", "tokenise and pack", setup.settings(text=f"{megabytes:.1f} MB"), gate).add(everyone)
+    result = Result("B9", "tokenise and pack", setup.settings(text=f"{a.megabytes:.1f} MB"), gate).add(everyone)
     ours, *maps, packed = everyone
     best = fastest(maps)
     result.rows = [compare("B9 map", "tokenise and pack", ours, best)] if best else []
@@ -152,25 +149,6 @@ def large_worker(job: dict[str, Any], channel: Channel) -> None:
         )  # fmt: skip
 
 
-def write(path: Path, megabytes: float, characters: int) -> int:
-    """JSON lines of about so many characters each, no two alike; the number of documents."""
-    written, documents = 0, 0
-    with open(path, "w", encoding="utf-8") as file:
-        for text in _slices(characters):
-            file.write(json.dumps({"text": f"{documents} {text}"}) + "\n")
-            written += len(text)
-            documents += 1
-            if written >= megabytes * 1e6:
-                return documents
-    raise AssertionError("the slices are endless")
-
-
-def _slices(characters: int) -> Iterator[str]:
-    text = "\n".join(corpus_texts())
-    for start in cycle(range(0, len(text) - characters, characters)):
-        yield text[start : start + characters]
-
-
 def large(setup: Setup) -> Result:
     """A corpus larger than memory should need: how far a process grows while it turns text into packed blocks.
 
@@ -185,7 +163,10 @@ def large(setup: Setup) -> Result:
     file, cache = setup.root / "corpus.jsonl", setup.root / "prepared"
     for characters in map(int, setup.arguments.characters):
         for megabytes in setup.arguments.sizes:
-            documents, name = write(file, megabytes, characters), f"{megabytes:g} MB, {characters} characters each"
+            documents, name = (
+                write_corpus(file, megabytes, characters),
+                f"{megabytes:g} MB, {characters} characters each",
+            )
             job = {"file": str(file), "scratch": str(fresh(cache))}
             one = Contestant(name, "benchmarks.data:large_worker", job, "MB", must_run=True)
             setup.interleave([one], at_once=False)

@@ -12,6 +12,7 @@ import json
 import math
 import random
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -80,22 +81,24 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
-def corpus_of_size(path: Path, megabytes: float, data: str | None = None) -> int:
-    """Write whole documents as JSON lines until their text is this large, repeating them if need be; returns bytes.
+def write_corpus(path: Path, megabytes: float, characters: int | None = None, data: str | None = None) -> int:
+    """Write JSON lines until their text is this large, repeating the corpus if need be; the number of documents.
 
-    Repeats are marked with their number, so that no tokenizer's cache of whole texts helps anyone.
+    Documents are those of the corpus, or of so many characters each. Each ends with its number, so that no two are
+    alike and no tokenizer's cache of whole texts helps anyone.
     """
-    texts, written, turn = corpus_texts(data), 0, 0
+    texts, written, documents = corpus_texts(data), 0, 0
+    if characters is not None:
+        text = "\n".join(texts)
+        texts = [text[start : start + characters] for start in range(0, len(text) - characters, characters)]
     with open(path, "w", encoding="utf-8") as file:
-        while written < megabytes * 1e6:
-            for text in texts:
-                line = f"{text}\n{turn}" if turn else text
-                file.write(json.dumps({"text": line}) + "\n")
-                written += len(line.encode())
-                if written >= megabytes * 1e6:
-                    break
-            turn += 1
-    return written
+        for documents, text in enumerate(cycle(texts), 1):
+            line = f"{text}\n{documents}"
+            file.write(json.dumps({"text": line}) + "\n")
+            written += len(line.encode())
+            if written >= megabytes * 1e6:
+                break
+    return documents
 
 
 def corpus_texts(data: str | None = None) -> list[str]:
