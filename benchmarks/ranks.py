@@ -24,7 +24,6 @@ Where a reduce-scatter is one (NCCL), ZeRO-3 sends 4a less. Linux only; exit cod
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 import time
@@ -32,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import two_ranks
-from benchmarks.harness.memory import MemoryGrowth, largest
+from benchmarks.harness.memory import MemoryGrowth, largest, tensor_bytes
 from benchmarks.harness.options import Benchmark, Setup, fresh, main
 from benchmarks.harness.report import Result
 from benchmarks.harness.shapes import PRESETS
@@ -290,19 +289,6 @@ def memory_worker(folder: Path) -> None:
             looks[-1]["growth"] = growth.grown() or 0
         rank = zero.start([], str(folder)).process_index
     (folder / f"rank-{rank}.json").write_text(json.dumps(looks))
-
-
-def tensor_bytes() -> int:
-    """Bytes of all tensors of this process, each storage once."""
-    import torch
-
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 _OPTIONS: dict[str, dict[str, Any]] = {

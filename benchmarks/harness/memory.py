@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -70,3 +71,16 @@ def largest(figure: Callable[[], int]) -> Iterator[list[int]]:
     finally:
         done.set()
         watcher.join()
+
+
+def tensor_bytes() -> int:
+    """Bytes of all tensors of this process, each storage once."""
+    import torch
+
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
