@@ -11,7 +11,7 @@ Notation: a is the number of trained elements, n the number of ranks. What a ran
 The gradient is one flat fp32 buffer on every rank under every engine (`optimizer.Gradient`). AdamW keeps two fp32
 moments; ZeRO besides a master copy of what it shares out. ZeRO-3 keeps parameters of few elements whole on every rank,
 in addition to the parts: most of an adapter is such. The formulas are held against measurements by
-tests/training/test_memory_model.py on one process and by benchmarks/memory_per_rank.py on two ranks.
+tests/training/test_memory_model.py on one process and by benchmarks/ranks.py on two ranks.
 """
 
 from __future__ import annotations

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import all as everything
-from benchmarks import scaling
-from benchmarks.measure import Result, Row, Spread, number, ratio, spread
-from benchmarks.rounds import Contestant
-from benchmarks.table import BEGIN, END, achievement, chart, markdown, rewritten
+from benchmarks.harness import curves
+from benchmarks.harness.page import BEGIN, END, chart, gains, markdown, rewritten
+from benchmarks.harness.report import Result, Row, Spread, number, ratio, spread, targets
+from benchmarks.harness.workers import Contestant
 
 MACHINE = {
     "cpu": "A CPU", "cores": 2, "instructions": ["avx2"], "memory_GB": 8.0, "gpu": None, "system": "Linux",
@@ -31,10 +30,7 @@ def result() -> dict[str, Any]:
     found = Result("B1", "train", {"shape": "small"}, {"fp32 gradients": "1e-7"}, rows=rows, machine=MACHINE)
     peer = Contestant("trl", "", {}, "tok/s", facts={"settings": {"packing": True}}, rounds=[{"value": 80.0}])
     found.add([peer, Contestant("gone", "", {}, "tok/s", failure="not installed")])
-    values = asdict(found)
-    for row, kept in zip(rows, values["rows"], strict=True):
-        kept["status"] = row.status
-    return values
+    return found.values()
 
 
 def test_the_table_tells_met_missed_and_not_run_with_reasons() -> None:
@@ -51,7 +47,7 @@ def test_the_page_keeps_everything_outside_the_markers_and_is_stable() -> None:
     once = rewritten(page, markdown([result()]))
     assert once.startswith("before\n") and once.endswith("\nafter\n") and "old" not in once
     assert rewritten(once, markdown([result()])) == once
-    with pytest.raises(ValueError, match="no place for the table"):
+    with pytest.raises(ValueError, match="no markers for the table"):
         rewritten("nothing here", "table")
 
 
@@ -85,14 +81,30 @@ def test_curves_are_drawn_and_told_against_the_formula(tmp_path: Path) -> None:
         for x in (1.0, 2.0, 16.0)
     ]
     curve = {"name": "rank", "label": "rank", "calibration": 200.0, "points": points}
-    assert "  2: 0.002 ms a token, 0.0002 GFLOP, 50.0% of peak" in scaling.told(curve)
-    scaling.chart([curve, curve], tmp_path / "curves.png")
+    assert "  2: 0.002 ms a token, 0.0002 GFLOP, 50.0% of peak" in curves.description(curve)
+    curves.chart([curve, curve], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_more_is_better_in_the_chart_whichever_way_a_target_points() -> None:
-    assert achievement(Row("", "", "", Spread(20, 10, 30), 10, "at least")) == Spread(2, 1, 3)
-    assert achievement(Row("", "", "", Spread(0.4, 0.2, 0.8), 0.2, "at most")) == Spread(0.5, 0.25, 1)
+def test_more_is_better_in_the_chart_whichever_way_a_row_points() -> None:
+    rows = [
+        Row("B2", "train medium, full blocks", "PEFT tuned (peft-bf16)", Spread(2, 1, 3), 1.4, "at least"),
+        Row("B3", "growth of memory in a step", "peft-bf16", Spread(0.4, 0.2, 0.8), 0.2, "at most"),
+    ]
+    values = Result("B2", "train", {}, rows=rows, machine=MACHINE).values()
+    assert [gain for _, gain in gains([values])] == [Spread(2, 1, 3), Spread(2.5, 1.25, 5)]
+
+
+def test_every_row_of_the_chart_is_found_among_the_stored_results() -> None:
+    stored = json.loads((Path(__file__).parents[2] / "docs" / "performance.json").read_text(encoding="utf-8"))
+    drawn = {label for label, _ in gains(stored)}
+    assert {entry["label"] for entry in targets()["chart"] if entry["target"] != "B11"} == drawn
+
+
+def test_the_shipped_page_is_that_of_the_stored_results() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    page = (docs / "performance.md").read_text(encoding="utf-8")
+    assert rewritten(page, markdown(json.loads((docs / "performance.json").read_text(encoding="utf-8")))) == page
 
 
 def test_a_ratio_is_that_of_medians_with_the_spread_within_rounds() -> None:

@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2LMHeadModel
 
-from benchmarks.corpus import supervised_share, write_documents
-from benchmarks.peer_loop import real_tokens
-from benchmarks.shapes import PRESETS, Shape, adapted_linears, context_of, parse_shape, work_per_token
+from benchmarks.harness.corpus import supervised_share, write_documents
+from benchmarks.harness.peer_loop import real_tokens
+from benchmarks.harness.shapes import PRESETS, Shape, adapted_linears, context_of, parse_shape, work_per_token
 from peftune.model.base import BUILTIN, Base
 from peftune.model.lora import quiet_peft
 

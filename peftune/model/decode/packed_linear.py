@@ -1,8 +1,8 @@
 """A frozen matrix, laid out once for the few rows that decoding multiplies it with.
 
 On CPUs the matrix is packed for oneDNN. With 8 rows of GPT-2's matrices that is 2 to 5 times as fast as MKL on the
-plain matrix, in fp32 as in bf16 (`python -m benchmarks.decoding` prints both), and, other than MKL's, a row's result
-does not depend on how many rows are beside it: a text does not depend on what else is in the batch.
+plain matrix, in fp32 as in bf16 (`python -m benchmarks.decode speed` prints both), and, other than MKL's, a row's
+result does not depend on how many rows are beside it: a text does not depend on what else is in the batch.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import json
 import math
 import random
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -37,18 +38,18 @@ def write_documents(
 ) -> list[int]:
     """Write `count` documents as JSON lines; returns real tokens of each (at most `longest` - 1).
 
-    Lengths are log-normal with this mean, cut at `longest`, the place in a block that the document takes with both its
+    Lengths are log-normal with this mean, cut at `longest`, the tokens of a block that the document takes with both its
     `<|endoftext|>`. Where the mean is not below the longest, all are exactly that long. Text repeats only when the
     source is used up. `prompted` is the share of a document's tokens that become a prompt, unsupervised.
     """
     chance = random.Random(seed)
-    pieces = _endless(corpus_texts(data), tokenizer, chance)
+    source = _endless(corpus_texts(data), tokenizer, chance)
     median = _median(mean, longest)
     lengths: list[int] = []
     with open(path, "w", encoding="utf-8") as file:
         while len(lengths) < count:
             wanted = _length(median * chance.lognormvariate(0, SPREAD), longest)
-            text, found = _cut(pieces, tokenizer, wanted - 2)
+            text, found = _cut(source, tokenizer, wanted - 2)
             if not text.strip() or found > longest - 2 or (mean >= longest and found != longest - 2):
                 continue  # cutting moved a token boundary
             row = _parted(text, tokenizer, round(prompted * found)) if prompted else {"text": text}
@@ -80,22 +81,24 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
-def corpus_of_size(path: Path, megabytes: float, data: str | None = None) -> int:
-    """Write whole documents as JSON lines until their text is this large, repeating them if need be; returns bytes.
+def write_corpus(path: Path, megabytes: float, characters: int | None = None, data: str | None = None) -> int:
+    """Write JSON lines until their text is this large, repeating the corpus if need be; the number of documents.
 
-    Repeats are marked with their number, so that no tokenizer's cache of whole texts helps anyone.
+    Documents are those of the corpus, or of so many characters each. Each ends with its number, so that no two are
+    alike and no tokenizer's cache of whole texts helps anyone.
     """
-    texts, written, turn = corpus_texts(data), 0, 0
+    texts, written, documents = corpus_texts(data), 0, 0
+    if characters is not None:
+        text = "\n".join(texts)
+        texts = [text[start : start + characters] for start in range(0, len(text) - characters, characters)]
     with open(path, "w", encoding="utf-8") as file:
-        while written < megabytes * 1e6:
-            for text in texts:
-                line = f"{text}\n{turn}" if turn else text
-                file.write(json.dumps({"text": line}) + "\n")
-                written += len(line.encode())
-                if written >= megabytes * 1e6:
-                    break
-            turn += 1
-    return written
+        for documents, text in enumerate(cycle(texts), 1):
+            line = f"{text}\n{documents}"
+            file.write(json.dumps({"text": line}) + "\n")
+            written += len(line.encode())
+            if written >= megabytes * 1e6:
+                break
+    return documents
 
 
 def corpus_texts(data: str | None = None) -> list[str]:
@@ -105,7 +108,7 @@ def corpus_texts(data: str | None = None) -> list[str]:
 
 
 def _endless(texts: list[str], tokenizer: Any, chance: random.Random) -> Iterator[tuple[str, list[tuple[int, int]]]]:
-    """Texts in random order with the places of their tokens, again and again."""
+    """Texts in random order with the offsets of their tokens, again and again."""
     while True:
         for i in chance.sample(range(len(texts)), len(texts)):
             yield texts[i], tokenizer(texts[i], return_offsets_mapping=True, verbose=False)["offset_mapping"]
@@ -128,13 +131,13 @@ def _length(drawn: float, longest: int) -> int:
     return longest if drawn >= longest else max(_SHORTEST, round(drawn))
 
 
-def _cut(pieces: Iterator[tuple[str, list[tuple[int, int]]]], tokenizer: Any, wanted: int) -> tuple[str, int]:
+def _cut(texts: Iterator[tuple[str, list[tuple[int, int]]]], tokenizer: Any, wanted: int) -> tuple[str, int]:
     """Text of about this many tokens, and how many it has when it is tokenised by itself."""
     text, tokens = "", 0
     while tokens < wanted:
-        piece, places = next(pieces)
-        take = min(wanted - tokens, len(places))
-        text += piece[: places[take - 1][1]] if take else ""
+        source, offsets = next(texts)
+        take = min(wanted - tokens, len(offsets))
+        text += source[: offsets[take - 1][1]] if take else ""
         tokens += take
         if tokens < wanted:
             text += "\n\n"
@@ -144,11 +147,11 @@ def _cut(pieces: Iterator[tuple[str, list[tuple[int, int]]]], tokenizer: Any, wa
 
 def _parted(text: str, tokenizer: Any, tokens: int) -> dict[str, str] | None:
     """Prompt of so many tokens and the rest; None where cutting moved a token boundary."""
-    places = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    cut = places[tokens][0]
+    offsets = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    cut = offsets[tokens][0]
     row = {"prompt": text[:cut], "completion": text[cut:]}
     sizes = [len(ids) for ids in tokenizer(list(row.values()), verbose=False)["input_ids"]]
-    return row if sizes == [tokens, len(places) - tokens] and text[cut:].strip() else None
+    return row if sizes == [tokens, len(offsets) - tokens] and text[cut:].strip() else None
 
 
 def _padded(lengths: list[int], batch: int) -> int:

@@ -17,13 +17,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.memory import MemoryGrowth
-from benchmarks.peers import Peer
-from benchmarks.rounds import Channel
+from benchmarks.harness.memory import MemoryGrowth
+from benchmarks.harness.peers import Peer
+from benchmarks.harness.workers import Channel
 
 
 class Clock:
-    """Ends a round once its tokens are learnt, and sleeps until the next; False from `stepped` when all are done."""
+    """Ends a round once its tokens are done, and sleeps until the next; False from `stepped` at the end."""
 
     def __init__(self, channel: Channel, job: dict[str, Any]) -> None:
         self.channel, self.wanted = channel, job["tokens"]
@@ -75,7 +75,7 @@ def real_tokens(batch: dict[str, Any]) -> int:
     return int((batch["labels"] != -100).sum()) + int(documents.sum())
 
 
-def serve(job: dict[str, Any], channel: Channel) -> None:
+def worker(job: dict[str, Any], channel: Channel) -> None:
     """Rounds of whole steps until `tokens` real tokens; the value is real tokens per second."""
     peer = Peer(**job["peer"])
     if peer.fp32_products is not None:
@@ -87,7 +87,7 @@ def serve(job: dict[str, Any], channel: Channel) -> None:
 
 
 def lora_config(lora: dict[str, Any]) -> LoraConfig:
-    """The adapter of the job, as PEFT is told."""
+    """The adapter of the job, for PEFT."""
     return LoraConfig(
         task_type="CAUSAL_LM", r=lora["rank"], lora_alpha=lora["alpha"], lora_dropout=0.0, fan_in_fan_out=True,
         target_modules=lora["targets"],
@@ -98,7 +98,7 @@ def load_base(peer: Peer, job: dict[str, Any]) -> Any:
     """The base as this peer holds it."""
     options: dict[str, Any] = {"attn_implementation": peer.attention} if peer.attention else {}
     if peer.dropout is not None:
-        options |= {f"{place}_pdrop": peer.dropout for place in ("resid", "embd", "attn")}
+        options |= {f"{kind}_pdrop": peer.dropout for kind in ("resid", "embd", "attn")}
     return AutoModelForCausalLM.from_pretrained(job["base"], dtype=getattr(torch, peer.weights), **options)
 
 
@@ -126,7 +126,9 @@ def _run(trainer: Any, peer: Peer, clock: Clock) -> None:
     trainer.training_step, trainer.data_collator = counted, collated
     trainer.add_callback(Timing(clock))
     threads = torch.get_num_threads()
-    clock.channel.ready(settings={**peer.told(), "batch": trainer.args.per_device_train_batch_size, "threads": threads})
+    clock.channel.ready(
+        settings={**peer.settings(), "batch": trainer.args.per_device_train_batch_size, "threads": threads}
+    )
     trainer.train()
 
 
@@ -174,7 +176,7 @@ def _loop(peer: Peer, job: dict[str, Any], clock: Clock) -> None:
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     size = peer.arguments.get("per_device_train_batch_size", job["batch"])
     low = peer.weights == "bfloat16"
-    clock.channel.ready(settings={**peer.told(), "batch": size, "threads": torch.get_num_threads()})
+    clock.channel.ready(settings={**peer.settings(), "batch": size, "threads": torch.get_num_threads()})
     going = clock.begin()
     for ids, mask, tokens in _padded(list(examples(job, tokenizer)), size, tokenizer.eos_token_id, job["device"]):
         if not going:

@@ -1,33 +1,22 @@
-"""How the cost of a token grows with documents, batch, rank, model, supervised share and adapted layers.
-
-    python -m benchmarks.scaling --json scaling.json --chart scaling.png [--shape small] [--only rank,batch]
-
-Each curve changes one thing and leaves the rest: full blocks, one adapter. Its points take turns, the calibration among
-them. The picture shows milliseconds per real token against two lines of 4N + 6TdL + 6a: at the calibrated bf16 GEMM
-peak, which is the limit, and at the share of it that the curve's middle point reaches. Points on the second line cost
-what the formula says; points above it pay for something else.
-"""
+"""How the cost of a token grows with documents, batch, rank, model, supervised share and adapted layers."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import corpus
-from benchmarks.machine import describe
-from benchmarks.measure import Spread, number, spread
-from benchmarks.options import Setup, add_training, parse, parser, prepared
-from benchmarks.rounds import Contestant, interleave
-from benchmarks.shapes import Work, adapted_linears, parse_shape, work_per_token
-from benchmarks.training import CALIBRATION, calibration
+from benchmarks.harness import corpus
+from benchmarks.harness.machine import calibration
+from benchmarks.harness.options import Setup, prepared
+from benchmarks.harness.report import Result, number, spread
+from benchmarks.harness.shapes import adapted_linears, parse_shape, work_per_token
+from benchmarks.harness.workers import Contestant
 
 Change = dict[str, Any]
 _SIZES = ["4,256,4", "6,512,8", "12,768,12", "24,1024,16"]
@@ -48,13 +37,34 @@ _QUICK: dict[str, list[Any]] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Point:
-    """One measured point: seconds of a real token, and what the formula asks of it."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "only": {"default": ",".join(CURVES), "help": f"with commas, of {', '.join(CURVES)}"},
+    "chart": {"type": Path, "help": "write a picture (png, svg)"},
+}
+DEFAULTS = {"rounds": 3, "documents": 80, "block": 1024, "tokens": 2000, "batch": 4, "gate_blocks": 0}
 
-    x: float
-    seconds: Spread
-    work: Work
+
+def cost_of_a_token(setup: Setup) -> Result:
+    """How the cost of a token grows with documents, batch, rank, model, supervised share and adapted layers.
+
+    python -m benchmarks.train curves --json curves.json --chart curves.png [--shape small] [--only rank,batch]
+
+    Each curve changes one thing and leaves the rest: full blocks, one adapter. Its points take turns, the calibration
+    among them. The picture shows milliseconds per real token against two lines of 4N + 6TdL + 6a: at the calibrated
+    bf16 GEMM peak, which is the limit, and at the share of it that the curve's middle point reaches. Points on the
+    second line cost what the formula says; points above it pay for something else.
+    """
+    a = setup.arguments
+    if unknown := sorted(set(a.only.split(",")) - set(CURVES)):
+        raise SystemExit(f"--only {', '.join(unknown)}: known are {', '.join(CURVES)}")
+    a.work = setup.root
+    result = Result("curves", "the cost of a token", setup.settings())
+    for name in a.only.split(","):
+        result.curves.append(curve(name, a))
+        result.notes.append(description(result.curves[-1]))
+    if a.chart:
+        chart(result.curves, a.chart)
+    return result
 
 
 def curve(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -67,12 +77,11 @@ def curve(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             values = {**vars(arguments), "prompted": 0.0, "lowest": 0, **change(arguments, x)}
             setups.append(stack.enter_context(prepared(argparse.Namespace(**values))))
         points = [_contestant(f"{name} {x}", setup) for x, setup in zip(xs, setups, strict=True)]
-        peak = calibration(arguments)
-        interleave([*points, peak], arguments.rounds, arguments.warmup, setups[0].environment())
+        peak = calibration(setups[0])
+        setups[0].interleave([*points, peak])
         found = [_point(x, c, s) for x, c, s in zip(xs, points, setups, strict=True)]
     best = statistics.median(peak.values())
-    told = [{**asdict(p), "flop": p.work.total} for p in found]
-    return {"name": name, "label": label, CALIBRATION: best, "points": told, "settings": points[0].facts["settings"]}
+    return {"name": name, "label": label, "calibration": best, "points": found}
 
 
 def _contestant(name: str, setup: Setup) -> Contestant:
@@ -81,13 +90,14 @@ def _contestant(name: str, setup: Setup) -> Contestant:
     return setup.ours(name, lora=recipe)
 
 
-def _point(x: Any, contestant: Contestant, setup: Setup) -> Point:
+def _point(x: Any, contestant: Contestant, setup: Setup) -> dict[str, Any]:
     a = setup.arguments
     supervised = corpus.supervised_share(a.longest, a.prompted)
     seconds = spread([supervised / value for value in contestant.values()])  # values count supervised tokens
     work = work_per_token(a.shape, a.longest, a.rank, adapted_linears(a.targets), supervised, a.lowest)
     million = (12 * a.shape.layers * a.shape.width**2 + a.shape.vocabulary * a.shape.width) / 1e6
-    return Point(million if isinstance(x, str) else float(x), seconds, work)
+    x = million if isinstance(x, str) else float(x)
+    return {"x": x, "seconds": asdict(seconds), "flop": work.total}
 
 
 def chart(curves: list[dict[str, Any]], path: Path) -> None:
@@ -111,7 +121,7 @@ def chart(curves: list[dict[str, Any]], path: Path) -> None:
 def _panel(axis: Any, found: dict[str, Any]) -> None:
     points = found["points"]
     xs = [p["x"] for p in points]
-    limit = [1e-6 * p["flop"] / found[CALIBRATION] for p in points]  # ms: FLOP / (GFLOP/s)
+    limit = [1e-6 * p["flop"] / found["calibration"] for p in points]  # ms: FLOP / (GFLOP/s)
     measured = [1e3 * p["seconds"]["median"] for p in points]
     middle = len(points) // 2
     share = limit[middle] / measured[middle]
@@ -132,40 +142,13 @@ def _panel(axis: Any, found: dict[str, Any]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def main() -> None:
-    """Measure the curves, tell, write."""
-    made = parser(__doc__, rounds=3)
-    add_training(made, "", mean=math.inf, documents=80, block=1024, tokens=2000, batch=4, gate_blocks=0)
-    made.add_argument("--only", default=",".join(CURVES), help=f"with commas, of {', '.join(CURVES)}")
-    made.add_argument("--chart", type=Path, help="write a picture (png, svg)")
-    arguments = parse(made)
-    unknown = sorted(set(arguments.only.split(",")) - set(CURVES))
-    if unknown:
-        made.error(f"--only {', '.join(unknown)}: known are {', '.join(CURVES)}")
-    with tempfile.TemporaryDirectory(prefix="peftune-bench-") as scratch:
-        arguments.work = arguments.work or Path(scratch)
-        curves = []
-        for name in arguments.only.split(","):
-            curves.append(curve(name, arguments))
-            print(told(curves[-1]))
-    if arguments.json:
-        values = {"machine": describe(), "quick": arguments.quick, "curves": curves}
-        arguments.json.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if arguments.chart:
-        chart(curves, arguments.chart)
-
-
-def told(found: dict[str, Any]) -> str:
+def description(found: dict[str, Any]) -> str:
     """A curve as lines of text."""
-    lines = [f"{found['name']} ({found['label']}), peak {number(found[CALIBRATION])} GFLOP/s"]
+    lines = [f"{found['name']} ({found['label']}), peak {number(found['calibration'])} GFLOP/s"]
     for p in found["points"]:
         seconds = p["seconds"]["median"]
-        share = 1e-9 * p["flop"] / found[CALIBRATION] / seconds
+        share = 1e-9 * p["flop"] / found["calibration"] / seconds
         lines.append(
             f"  {number(p['x'])}: {1e3 * seconds:.3g} ms a token, {p['flop'] / 1e9:.4g} GFLOP, {share:.1%} of peak"
         )
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main()

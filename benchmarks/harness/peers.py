@@ -30,7 +30,7 @@ class Peer:
     """`torch.backends.mkldnn.matmul.fp32_precision`; "bf16" sends float32 products through oneDNN."""
     arguments: dict[str, Any] = field(default_factory=dict)
 
-    def told(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Settings as they are printed."""
         return {key: value for key, value in asdict(self).items() if value is not None and key != "name"}
 

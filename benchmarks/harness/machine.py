@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import time
@@ -10,9 +9,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
+from benchmarks.harness.workers import Channel, Contestant
+
 if TYPE_CHECKING:
-    from benchmarks.rounds import Channel
-    from benchmarks.shapes import Shape
+    from benchmarks.harness.options import Setup
+    from benchmarks.harness.shapes import Shape
 
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
 _PACKAGES = (
@@ -31,12 +34,13 @@ def describe() -> dict[str, Any]:
 
     fields = _cpu_fields()
     flags = set(fields.get("flags", fields.get("Features", "")).split())
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     found = {
         "cpu": fields.get("model name", platform.processor() or platform.machine()),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(psutil.Process().cpu_affinity())
+        if hasattr(psutil.Process, "cpu_affinity")
+        else psutil.cpu_count(),
         "instructions": [flag for flag in _FLAGS if flag in flags],
-        "memory_GB": round(memory / 1e9, 1),
+        "memory_GB": round(psutil.virtual_memory().total / 1e9, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -52,7 +56,7 @@ def versions() -> dict[str, str]:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            continue  # an absent peer is told where it would have run
+            continue  # an absent peer is reported where it would have run
     return found
 
 
@@ -107,7 +111,13 @@ def _timed(work: Any, device: str) -> float:
     return time.perf_counter() - start
 
 
-def serve(job: dict[str, Any], channel: Channel) -> None:
+def calibration(setup: Setup) -> Contestant:
+    """GEMM peak and bandwidth, measured in the same rounds as what they are compared with."""
+    job = {"sizes": products(setup.arguments.shape, 2048), "device": setup.arguments.device}
+    return Contestant("calibration", "benchmarks.harness.machine", job, "GFLOP/s")
+
+
+def worker(job: dict[str, Any], channel: Channel) -> None:
     """A contestant that calibrates: one round measures the GEMM peak in bf16 and fp32 and the bandwidth."""
     sizes = [tuple(size) for size in job["sizes"]]
     channel.ready(settings={"sizes": job["sizes"], "device": job["device"]})

@@ -6,6 +6,7 @@ V: vocabulary, T: tokens that a token may look back on, a: elements of the adapt
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,14 @@ def parse_shape(text: str) -> Shape:
             f"shape {text!r}: expected {', '.join(PRESETS)}, or LAYERS,WIDTH,HEADS[,VOCABULARY] with heads | width"
         )
     return Shape(*numbers)
+
+
+def shape_argument(text: str) -> Shape:
+    """`parse_shape` for argparse."""
+    try:
+        return parse_shape(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,4 @@
-"""B13: how soon something happens: `peftune --help`, and the end of the first step of `peftune train` and `trl sft`.
-
-    python -m benchmarks.startup [--shape small] [--documents 8]
-
-Both commands learn the same few documents, all of them in one step, with the same adapter on the same base; the clock
-runs from the start of the process until the step is told (a line in metrics.jsonl, a line with the loss on TRL's
-output). The first start of a command, which fills caches, is a warm-up round.
-"""
+"""How soon something happens: a command's process from its start until it ends or says that its first step is done."""
 
 from __future__ import annotations
 
@@ -16,20 +9,22 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from benchmarks.measure import Result, Row, finish, ratio, spread
-from benchmarks.options import Setup, add_training, parse, parser, prepared, targets_of
-from benchmarks.rounds import Channel, Contestant, interleave
+from benchmarks.harness.options import Setup, target_modules
+from benchmarks.harness.report import Result, compare, row, spread
+from benchmarks.harness.workers import Channel, Contestant, interleave
 
-_PATIENCE = 600.0  # seconds until a command that tells no step is given up
+_PATIENCE = 600.0  # seconds until a command that reports no step is given up
+OPTIONS: dict[str, dict[str, Any]] = {
+    "trl": {"type": json.loads, "default": [], "metavar": "JSON", "help": "more arguments for trl sft, as a list"},
+}
 
 
-def serve(job: dict[str, Any], channel: Channel) -> None:
+def worker(job: dict[str, Any], channel: Channel) -> None:
     """One round starts the command once; the value is seconds."""
     channel.ready(
         settings={"command": " ".join(Path(part).name if part.startswith("/") else part for part in job["command"])}
@@ -40,7 +35,7 @@ def serve(job: dict[str, Any], channel: Channel) -> None:
 
 
 def _seconds(job: dict[str, Any]) -> float:
-    """Until the command ends, or until its first step is told; then it is ended."""
+    """Until the command ends, or until its first step is reported; then it is ended."""
     log = Path(job["log"])
     with open(log, "wb") as output:
         start = time.perf_counter()
@@ -78,8 +73,8 @@ def _last_words(log: Path) -> str:
 
 
 def _modules(targets: str) -> list[str]:
-    """For TRL's command line, which takes a single name for a regular expression over whole paths."""
-    names = targets_of(targets)
+    """For TRL's command line, which takes a single name for a regular expression over full paths."""
+    names = target_modules(targets)
     return names if len(names) > 1 else [rf".*\.{names[0]}"]
 
 
@@ -101,10 +96,10 @@ def contestants(setup: Setup) -> list[Contestant]:
         "--disable_tqdm", "true", *(["--use_cpu", "true"] if a.device == "cpu" else []), *a.trl,
     ]  # fmt: skip
     peftune = [sys.executable, "-m", "peftune"]
-    told = root / "out-peftune" / "metrics.jsonl"
+    metrics = root / "out-peftune" / "metrics.jsonl"
     commands = {
         "peftune --help": ([*peftune, "--help"], None, ""),
-        "peftune train, first step": ([*peftune, "train", str(recipe), *a.ours], told, '"event": "train"'),
+        "peftune train, first step": ([*peftune, "train", str(recipe), *a.ours], metrics, '"event": "train"'),
         "trl sft, first step": (trl, root / "log-2", "'loss'"),
     }
     made = []
@@ -113,36 +108,26 @@ def contestants(setup: Setup) -> list[Contestant]:
             "command": command, "watch": None if watch is None else str(watch), "sign": sign,
             "log": str(root / f"log-{i}"), "out": str(root / ("out-trl" if "trl" in name else "out-peftune")),
         }  # fmt: skip
-        made.append(Contestant(name, "benchmarks.startup", job, "s", must_run="trl" not in name))
+        made.append(Contestant(name, "benchmarks.harness.startup", job, "s", must_run="trl" not in name))
     return made
 
 
-def run(arguments: Namespace) -> Result:
-    """Rounds, rows."""
-    with prepared(arguments) as setup:
-        everyone = contestants(setup)
-        environment = {**setup.environment(), "PYTHONUNBUFFERED": "1"}
-        interleave(everyone, arguments.rounds, arguments.warmup, environment)
-        result = Result("B13", "start-up", setup.told())
-    result.add(everyone)
+def first_step(setup: Setup) -> Result:
+    """B13: how soon something happens: `peftune --help`, and the end of the first step of `train` and `trl sft`.
+
+    python -m benchmarks.train startup [--shape small] [--documents 8]
+
+    Both commands learn the same few documents, all of them in one step, with the same adapter on the same base; the
+    clock runs from the start of the process until the step is reported (a line in metrics.jsonl, a line with the loss
+    on TRL's output). The first start of a command, which fills caches, is a warm-up round.
+    """
+    everyone = contestants(setup)
+    environment = {**setup.environment(), "PYTHONUNBUFFERED": "1"}
+    interleave(everyone, setup.arguments.rounds, setup.arguments.warmup, environment)
     help_, ours, trl = everyone
+    result = Result("B13", "start-up", setup.settings()).add(everyone)
     result.rows = [
-        Row("B13", "peftune --help", "the clock", spread(help_.values()), 0.3, "at most", "s"),
-        Row("B13", "first step of train", "trl sft", ratio(ours, trl), 1, "at most", reason=trl.failure or ""),
+        row("B13 help", "peftune --help", "the clock", spread(help_.values()), "s"),
+        compare("B13 train", "first step of train", ours, trl, "trl sft"),
     ]
     return result
-
-
-def main() -> None:
-    """Measure and tell."""
-    made = parser(__doc__)
-    add_training(made, "", documents=8)
-    made.add_argument(
-        "--trl", type=json.loads, default=[], metavar="JSON", help="more arguments for trl sft, as a list"
-    )
-    arguments = parse(made)
-    finish(run(arguments), arguments.json)
-
-
-if __name__ == "__main__":
-    main()

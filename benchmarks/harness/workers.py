@@ -1,4 +1,4 @@
-"""Contestants take turns: each a process that loads and warms up once, then works one round whenever it is told to.
+"""Contestants take turns: each a process that loads and warms up once, then works one round whenever it is asked to.
 
 The parent writes one line to a contestant's standard input for each round and reads one line of JSON back; meanwhile
 all others sleep on a read. So a Trainer is timed inside its own loop (it waits in a callback), threads and global
@@ -17,11 +17,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class Channel:
@@ -55,8 +56,10 @@ class Channel:
 
 
 def _give_back_free_memory() -> None:
-    """A sleeper that keeps gigabytes it does not use would make another run out (glibc; elsewhere nothing is done)."""
+    """A sleeper that keeps gigabytes it does not use would make another run out (CUDA's cache; glibc's heap)."""
     gc.collect()
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -64,14 +67,14 @@ def _give_back_free_memory() -> None:
 
 @dataclass
 class Contestant:
-    """What is measured: `module` (its `serve(job, channel)` runs in a process of its own) and the job it is given."""
+    """What is measured: `module` (its `worker(job, channel)`, or MODULE:FUNCTION, in its own process) and its job."""
 
     name: str
     module: str
     job: dict[str, Any]
     unit: str
     must_run: bool = False
-    """Ours must; a peer that cannot run here is told as such, with the reason."""
+    """Ours must; a peer that cannot run here is reported as such, with the reason."""
     facts: dict[str, Any] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     failure: str | None = None
@@ -95,55 +98,31 @@ def interleave(
     if not at_once:
         for _ in range(rounds):
             for contestant in contestants:
-                _round_alone(contestant, warmup, environment)
+                if contestant.failure is None:
+                    interleave([contestant], 1, warmup, environment)
         return
-    with tempfile.TemporaryDirectory() as logs:
-        running: dict[str, _Process] = {}
-        try:
-            for contestant in contestants:
-                _attempt(
-                    contestant, lambda c=contestant: running.update({c.name: _begun(c, warmup, environment, logs)})
-                )
-            for number in range(rounds):
-                for contestant in contestants:
-                    if contestant.failure is None:
-                        _attempt(contestant, lambda c=contestant: c.rounds.append(running[c.name].round()))
-                        _tell(contestant, f"round {number + 1} of {rounds}")
-        finally:
-            for process in running.values():
-                process.end()
+    with ExitStack() as stack:
+        logs, running = Path(stack.enter_context(tempfile.TemporaryDirectory())), {}
+        for i, contestant in enumerate(contestants):
+            with _failures_noted(contestant):
+                running[contestant.name] = process = _Process(contestant, environment, logs / f"{i}.log")
+                stack.callback(process.end)
+                contestant.facts = process.read()
+                print(f"  {contestant.name}: {json.dumps(contestant.facts)}", file=sys.stderr)
+                for _ in range(warmup):
+                    process.round()
+        for number in range(rounds):
+            for contestant in (c for c in contestants if c.failure is None):
+                with _failures_noted(contestant):
+                    contestant.rounds.append(running[contestant.name].round())
+                    figure = f"{contestant.name} {contestant.rounds[-1]['value']:,.4g} {contestant.unit}"
+                    print(f"  round {number + 1} of {rounds}: {figure}", file=sys.stderr, flush=True)
 
 
-def _round_alone(contestant: Contestant, warmup: int, environment: dict[str, str]) -> None:
-    def once() -> None:
-        with tempfile.TemporaryDirectory() as logs:
-            process = _begun(contestant, warmup, environment, logs)
-            try:
-                contestant.rounds.append(process.round())
-            finally:
-                process.end()
-
-    if contestant.failure is None:
-        _attempt(contestant, once)
-        _tell(contestant, "alone")
-
-
-def _begun(contestant: Contestant, warmup: int, environment: dict[str, str], logs: str) -> _Process:
-    process = _Process(contestant, environment, Path(logs) / f"{abs(hash(contestant.name))}.log")
+@contextmanager
+def _failures_noted(contestant: Contestant) -> Iterator[None]:
     try:
-        contestant.facts = process.read()
-        print(f"  {contestant.name}: {json.dumps(contestant.facts)}", file=sys.stderr)
-        for _ in range(warmup):
-            process.round()
-    except BaseException:
-        process.end()
-        raise
-    return process
-
-
-def _attempt(contestant: Contestant, work: Any) -> None:
-    try:
-        work()
+        yield
     except Failed as error:
         if contestant.must_run:
             raise
@@ -151,18 +130,12 @@ def _attempt(contestant: Contestant, work: Any) -> None:
         print(f"  {contestant.name}: not run: {error}", file=sys.stderr)
 
 
-def _tell(contestant: Contestant, where: str) -> None:
-    if contestant.failure is None:
-        found = contestant.rounds[-1]
-        print(f"  {where}: {contestant.name} {found['value']:,.4g} {contestant.unit}", file=sys.stderr, flush=True)
-
-
 class _Process:
     """One contestant at work."""
 
     def __init__(self, contestant: Contestant, environment: dict[str, str], log: Path) -> None:
         self.name, self.log = contestant.name, log
-        command = [sys.executable, "-m", "benchmarks.rounds", contestant.module, json.dumps(contestant.job)]
+        command = [sys.executable, "-m", "benchmarks.harness.workers", contestant.module, json.dumps(contestant.job)]
         with open(log, "wb") as stderr:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT,
@@ -185,7 +158,7 @@ class _Process:
             _pipe(self.process.stdin).write("round\n")
             _pipe(self.process.stdin).flush()
         except BrokenPipeError:
-            pass  # `read` tells why it ended
+            pass  # `read` says why it ended
         return self.read()
 
     def end(self) -> None:
@@ -207,9 +180,9 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
 
 
 def main() -> None:
-    """A contestant's process: `python -m benchmarks.rounds MODULE JOB`, started by `interleave`."""
-    module, job = sys.argv[1], json.loads(sys.argv[2])
-    importlib.import_module(module).serve(job, Channel())
+    """A contestant's process: `python -m benchmarks.harness.workers MODULE JOB`, started by `interleave`."""
+    module, _, function = sys.argv[1].partition(":")
+    getattr(importlib.import_module(module), function or "worker")(json.loads(sys.argv[2]), Channel())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = {"ddp": "cpu-2", "zero1": "cpu-2-zero1", "zero2": "cpu-2-zero2", "zero3": "cpu-2-zero3"}
 MACHINE_ERRORS = 2
 _WORDS = ["the", "of", "and", "to", "in", "is", "for", "that", "with", "as", "on", "by", "this", "are", "from", "at"]
@@ -21,10 +21,10 @@ _UP = 0x1 | 0x8 | 0x40  # IFF_UP, IFF_LOOPBACK, IFF_RUNNING
 _SET_FLAGS = 0x8914  # SIOCSIFFLAGS
 
 
-def launch(config: Path, program: Path, folder: Path, own_network: bool = False) -> None:
-    """Run `PROGRAM rank FOLDER` on the ranks that a configuration describes; what they say is shown if they fail."""
+def launch(config: Path, program: str, folder: Path, own_network: bool = False) -> None:
+    """Run a worker of `benchmarks.ranks` on the ranks that a configuration describes."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += [str(program), "rank", str(folder)]
+    command += [str(ROOT / "benchmarks" / "ranks.py"), f"{program}-rank", str(folder)]
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     settings |= {"PEFTUNE_CACHE": str(folder / "cache"), "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
@@ -80,18 +80,6 @@ def recipe(folder: Path, name: str, **sections: Any) -> dict[str, Any]:
 def write_jobs(folder: Path, jobs: list[dict[str, Any]]) -> None:
     """For the ranks to find."""
     (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows of equal keys as aligned columns, numbers to the right."""
-    cells = [list(rows[0]), *([_shown(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in cells]
-    return "\n".join("  ".join([line[0].strip().ljust(widths[0]), *line[1:]]) for line in lines)
-
-
-def _shown(value: Any) -> str:
-    return f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _switch_on_loopback() -> None:

@@ -1,12 +1,4 @@
-"""`peftune serve` under load: concurrent requests over many adapters through OpenAI's own client; memory over reloads.
-
-    python -m benchmarks.serving [--base builtin:small] [--requests 200] [--adapters 8] [--slots 16] [--cycles 1000]
-
-Greedy requests, all sent at once, in turn to every adapter; each answer is compared with the one that the same request
-gets alone. Told are latencies (50th and 95th percentile, from sending to the whole answer), tokens a second over all,
-and the server's resident memory before and after that many loads and unloads of an adapter. Needs the extra `serve` and
-`openai`.
-"""
+"""`peftune serve` under load: concurrent requests over many adapters; memory over loads and unloads."""
 
 from __future__ import annotations
 
@@ -15,7 +7,6 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -25,8 +16,10 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
-from benchmarks.measure import Result, Row, finish, spread
-from benchmarks.options import add_adapter, parse, parser, targets_of
+import psutil
+
+from benchmarks.harness.options import ADAPTER, Benchmark, Setup, main
+from benchmarks.harness.report import Result, row, spread
 
 _PROMPTS = ("def main(", "The ", "import os\n", "LATIN SMALL LETTER", "class A", "for i in", "return ", "x = ")
 
@@ -98,54 +91,45 @@ def reload(arguments: Namespace, url: str, process: int, adapter: Path) -> list[
         for _ in range(count):
             post("load_lora_adapter", {"lora_name": "coming-and-going", "lora_path": str(adapter)})
             post("unload_lora_adapter", {"lora_name": "coming-and-going"})
-        marks.append(_resident_bytes(process) / 1e6)
+        marks.append(psutil.Process(process).memory_info().rss / 1e6)
     return [after - before for before, after in pairwise(marks)]
 
 
-def _resident_bytes(process: int) -> int:
-    lines = Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
+def load_test(setup: Setup) -> Result:
+    """`peftune serve` under load: concurrent requests over many adapters through OpenAI's own client; memory.
 
+    python -m benchmarks.serve load [--base builtin:small] [--requests 200] [--adapters 8] [--cycles 1000]
 
-def run(arguments: Namespace) -> Result:
-    """Adapters, a server, load, reloads."""
-    from benchmarks.merge_memory import make_adapters
-    from peftune.model.base import open_base
-
-    a = arguments
-    with tempfile.TemporaryDirectory(prefix="peftune-bench-") as scratch:
-        root = Path(scratch).resolve()
-        made = make_adapters(root, open_base(a.base).config, a.rank, targets_of(a.targets), a.adapters)
-        adapters = {f"a{number}": directory for number, directory in enumerate(made)}
-        with server(a, adapters, root) as (url, process):
-            found = asyncio.run(load(a, url, list(adapters)))
-            grown = reload(a, url, process, adapters["a0"])
-    settings = {"base": a.base, "requests": a.requests, "slots": a.slots, "tokens each": a.length, "rounds": a.rounds}
-    settings |= {"adapters": f"{a.adapters}, rank {a.rank} on {a.targets}", "cycles": a.cycles}
+    Greedy requests, all sent at once, in turn to every adapter; each answer is compared with the one that the same
+    request gets alone. Reported are latencies (50th and 95th percentile, from sending to the complete answer), tokens a
+    second over all, and growth of the server's resident memory over that many loads and unloads of an adapter. Needs
+    the extra `serve` and `openai`.
+    """
+    a = setup.arguments
+    adapters = {f"a{number}": Path(directory) for number, directory in enumerate(setup.adapters(a.adapters))}
+    with server(a, adapters, setup.root) as (url, process):
+        found = asyncio.run(load(a, url, list(adapters)))
+        grown = reload(a, url, process, adapters["a0"])
+    settings = {key: vars(a)[key] for key in ("base", "requests", "slots", "length", "rounds", "cycles")}
     result = Result("serve", "concurrent requests over adapters", settings)
+    result.settings["adapters"] = f"{a.adapters}, rank {a.rank} on {a.targets}"
     result.gate = {"answers that equal those that come alone": f"{found['compared']} of {found['compared']}"}
-    rows = (("p50", "s"), ("p95", "s"), ("tokens per second", "tok/s"))
-    result.rows = [Row("serve", what, "the clock", spread(found[what]), 0, "information", unit) for what, unit in rows]
-    told = f"{grown[0]:+.1f} MB in the first half of the cycles, {grown[1]:+.1f} in the second"
-    result.rows.append(
-        Row("serve", "memory over loads and unloads", "flat", spread(grown[1:]), 5, "at most", "MB", told)
-    )
+    units = {"p50": "s", "p95": "s", "tokens per second": "tok/s"}
+    result.rows = [row("serve", what, "the clock", spread(found[what]), unit) for what, unit in units.items()]
+    halves = f"{grown[0]:+.1f} MB in the first half of the cycles, {grown[1]:+.1f} in the second"
+    result.rows.append(row("serve memory", "memory over loads and unloads", "flat", spread(grown[1:]), "MB", halves))
     return result
 
 
-def main() -> None:
-    """Measure and tell."""
-    made = parser(__doc__, rounds=3)
-    made.add_argument("--base", default="builtin:small", help="hub name, directory or builtin:small")
-    made.add_argument("--requests", type=int, default=200, help="sent at once")
-    made.add_argument("--adapters", type=int, default=8)
-    made.add_argument("--slots", type=int, default=16)
-    made.add_argument("--length", type=int, default=32, help="tokens a request")
-    made.add_argument("--cycles", type=int, default=1000, help="loads and unloads of an adapter")
-    add_adapter(made, targets="all")
-    arguments = parse(made)
-    finish(run(arguments), arguments.json)
-
+_OPTIONS: dict[str, dict[str, Any]] = ADAPTER | {
+    "base": {"default": "builtin:small", "help": "hub name, directory or builtin:small"},
+    "requests": {"type": int, "default": 200, "help": "sent at once"},
+    "adapters": {"type": int, "default": 8},
+    "slots": {"type": int, "default": 16},
+    "length": {"type": int, "default": 32, "help": "tokens a request"},
+    "cycles": {"type": int, "default": 1000, "help": "loads and unloads of an adapter"},
+}
+BENCHMARKS = {"load": Benchmark(load_test, _OPTIONS, {"rounds": 3, "targets": "all"})}
 
 if __name__ == "__main__":
-    main()
+    main("serve", BENCHMARKS)

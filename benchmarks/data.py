@@ -1,0 +1,205 @@
+"""From a file of text to packed blocks: speed against `datasets.map`, and memory of a corpus of a gigabyte."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.corpus import write_corpus
+from benchmarks.harness.memory import MemoryGrowth
+from benchmarks.harness.options import Benchmark, Setup, fresh, main
+from benchmarks.harness.report import Result, compare, fastest, row, spread
+from benchmarks.harness.workers import Channel, Contestant
+
+OURS = "peftune, file to blocks"
+
+
+def speed_worker(job: dict[str, Any], channel: Channel) -> None:
+    """One round prepares the file in a new cache; the value is MB of text per second."""
+    from peftune.model.base import Base
+
+    tokenizer = Base(Path(job["base"])).tokenizer
+    work = {"ours": _ours, "map": _map, "packed": _packed}[job["way"]]
+    scratch = Path(job["scratch"])
+    channel.ready(settings={"way": job["way"], "processes": job["processes"]})
+    for _ in channel.rounds():
+        fresh(scratch)
+        with redirect_stdout(sys.stderr):
+            seconds, tokens = work(job, tokenizer, scratch)
+        channel.answer(job["megabytes"] / seconds, seconds=seconds, tokens=tokens)
+
+
+def _ours(job: dict[str, Any], tokenizer: Any, scratch: Path) -> tuple[float, int]:
+    import numpy as np
+
+    from peftune.config.recipe import Source
+    from peftune.data.batches import Blocks
+    from peftune.data.tokens.store import prepare
+
+    start = time.perf_counter()
+    store = prepare([Source(path=job["file"])], tokenizer, "benchmark", " ", "auto", scratch)
+    blocks = Blocks.of(store, np.arange(len(store)), job["block"])
+    return time.perf_counter() - start, blocks.tokens() - len(store)  # without the end of each document
+
+
+def _map(job: dict[str, Any], tokenizer: Any, scratch: Path) -> tuple[float, int]:
+    loaded = _load(job, scratch)
+    start = time.perf_counter()
+    mapped = _mapped(loaded, job, tokenizer)
+    return time.perf_counter() - start, _count(mapped)
+
+
+def _packed(job: dict[str, Any], tokenizer: Any, scratch: Path) -> tuple[float, int]:
+    pack: Any = importlib.import_module("trl").pack_dataset
+    start = time.perf_counter()
+    mapped = _mapped(_load(job, scratch), job, tokenizer)
+    pack(mapped.select_columns(["input_ids"]), job["block"], "bfd")
+    return time.perf_counter() - start, _count(mapped)
+
+
+def _load(job: dict[str, Any], scratch: Path) -> Any:
+    from datasets import load_dataset
+
+    return load_dataset("json", data_files=job["file"], cache_dir=str(scratch), split="train")
+
+
+def _mapped(loaded: Any, job: dict[str, Any], tokenizer: Any) -> Any:
+    return loaded.map(
+        lambda rows: tokenizer(rows["text"], verbose=False), batched=True, remove_columns=loaded.column_names,
+        num_proc=job["processes"], load_from_cache_file=False,
+    )  # fmt: skip
+
+
+def _count(mapped: Any) -> int:
+    return sum(len(row) for batch in mapped.select_columns(["input_ids"]).iter(1000) for row in batch["input_ids"])
+
+
+def speed(setup: Setup) -> Result:
+    """B9: from a file of text to packed blocks, against `datasets.map` over a fast tokenizer.
+
+    python -m benchmarks.data speed [--megabytes 20] [--data FILE] [--tokenizer DIR]
+
+    peftune's time is everything: reading the file, hashing, tokenising, writing and checking the cache, packing. The
+    peers are timed more kindly: `datasets.map` on a data set that is loaded already, without packing; and with loading
+    and TRL's packing as a line of its own. Caches are new in each round. The gate compares the number of tokens.
+    """
+    a, file = setup.arguments, setup.root / "corpus.jsonl"
+    write_corpus(file, a.megabytes, data=a.data)
+    ways = {
+        OURS: ("ours", None), "datasets.map batched": ("map", None),
+        f"datasets.map batched, num_proc={a.processes}": ("map", a.processes),
+        "load, datasets.map, TRL's packing": ("packed", None),
+    }  # fmt: skip
+    everyone = []
+    for i, (name, (way, processes)) in enumerate(ways.items()):
+        job = {"base": str(setup.base), "file": str(file), "block": a.block, "megabytes": a.megabytes}
+        job |= {"way": way, "processes": processes, "scratch": str(setup.root / f"scratch-{i}")}
+        everyone.append(Contestant(name, "benchmarks.data:speed_worker", job, "MB/s", name == OURS))
+    setup.interleave(everyone)
+    counts = {c.name: c.rounds[-1]["tokens"] for c in everyone if c.rounds}
+    if len(set(counts.values())) > 1:
+        raise SystemExit(f"the gate is closed: not the same number of tokens: {counts}")
+    gate = {"tokens, the same for all": f"{counts[OURS]:,}"}
+    result = Result("B9", "tokenise and pack", setup.settings(text=f"{a.megabytes:.1f} MB"), gate).add(everyone)
+    ours, *maps, packed = everyone
+    best = fastest(maps)
+    result.rows = [compare("B9 map", "tokenise and pack", ours, best)] if best else []
+    result.rows.append(compare("B9", "tokenise and pack", ours, packed))
+    return result
+
+
+def large_worker(job: dict[str, Any], channel: Channel) -> None:
+    """One round prepares and packs the file; the value is MB of growth."""
+    import numpy as np
+
+    from peftune.config.recipe import Source
+    from peftune.data.batches import Blocks
+    from peftune.data.sampler import blocks_of_step
+    from peftune.data.tokens.store import prepare
+    from peftune.model.base import open_base
+
+    tokenizer = open_base("builtin:small").tokenizer
+    sources, cache = [Source(path=job["file"])], Path(job["scratch"])
+    tokenizer("warm up")
+    channel.ready(settings={})
+    for _ in channel.rounds():
+        growth, seconds = MemoryGrowth(), {}
+        growth.before_first_step()
+        begun = time.perf_counter()
+        prepare(sources, tokenizer, "benchmark", " ", "auto", cache)
+        seconds["tokenise"] = time.perf_counter() - begun
+        tokenising, begun = growth.grown(), time.perf_counter()
+        store = prepare(sources, tokenizer, "benchmark", " ", "auto", cache)
+        seconds["open"], begun = time.perf_counter() - begun, time.perf_counter()
+        blocks = Blocks.of(store, np.arange(len(store)), 1024)
+        seconds["pack"] = time.perf_counter() - begun
+        for step in range(min(100, len(blocks) // 8)):
+            for _batch in blocks.batches(blocks_of_step(step, len(blocks), 8, 0), 8):
+                pass
+        grown = growth.grown()
+        assert grown is not None and tokenising is not None, "this system does not say what a process holds"
+        tokens = int(store.lengths.sum())
+        channel.answer(
+            grown / 1e6, tokenising=tokenising / 1e6, seconds=seconds, documents=len(store), tokens=tokens,
+            fill=blocks.packing.fill(),
+        )  # fmt: skip
+
+
+def large(setup: Setup) -> Result:
+    """A corpus larger than memory should need: how far a process grows while it turns text into packed blocks.
+
+    python -m benchmarks.data large [--sizes 100,1000] [--characters 200,2000]
+
+    For each size in MB and each mean length of a document a process of its own reads a file of JSON lines, tokenises it
+    into a new cache, opens it from there again, packs it, and takes some batches. Growth is the largest resident set
+    less that before it began, mapped files included (Linux). What grows with a corpus should be a few numbers a
+    document, not its text.
+    """
+    result = Result("large", "growth of memory with a corpus", {"block": 1024})
+    file, cache = setup.root / "corpus.jsonl", setup.root / "prepared"
+    for characters in map(int, setup.arguments.characters):
+        for megabytes in setup.arguments.sizes:
+            documents, name = (
+                write_corpus(file, megabytes, characters),
+                f"{megabytes:g} MB, {characters} characters each",
+            )
+            job = {"file": str(file), "scratch": str(fresh(cache))}
+            one = Contestant(name, "benchmarks.data:large_worker", job, "MB", must_run=True)
+            setup.interleave([one], at_once=False)
+            found = one.rounds[-1]
+            if found["documents"] != documents:
+                raise SystemExit(f"the gate is closed: {found['documents']} of {documents} documents")
+            result.add([one])
+            what = f"{name}: {documents:,} documents, {found['tokens']:,} tokens"
+            result.rows.append(row("large", what, "before", spread(one.values()), "MB grown"))
+            seconds = ", ".join(f"{doing} {value:.1f} s" for doing, value in found["seconds"].items())
+            grown = f"{found['tokenising']:.0f} MB while tokenising, {1e6 * found['value'] / documents:.0f} bytes each"
+            result.notes.append(f"{name}: {grown}; {seconds}")
+    return result
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+_SPEED: dict[str, dict[str, Any]] = {
+    "megabytes": {"type": float, "default": 20.0, "help": "text in the corpus (default 20)"},
+    "block": {"type": int, "default": 1024},
+    "processes": {"type": int, "default": 2, "help": "num_proc of the second datasets.map"},
+}
+_LARGE: dict[str, dict[str, Any]] = {
+    "base": {"default": "builtin:small", "help": "whose tokenizer is used"},
+    "sizes": {"type": _numbers, "default": [100.0, 1000.0], "help": "in MB, with commas"},
+    "characters": {"type": _numbers, "default": [200.0, 2000.0], "help": "of a document, with commas"},
+}
+BENCHMARKS = {
+    "speed": Benchmark(speed, _SPEED),
+    "large": Benchmark(large, _LARGE, {"rounds": 1, "warmup": 0}),
+}
+
+if __name__ == "__main__":
+    main("data", BENCHMARKS)

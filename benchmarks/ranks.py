@@ -1,0 +1,311 @@
+"""Two CPU ranks, started as a person starts them: bytes that travel in a step, bytes that each rank holds.
+
+Each group of ranks is started with `accelerate launch` and a shipped cpu-2*.yaml (`harness.two_ranks`).
+
+Traffic: each group of ranks is in a network
+namespace of its own with nothing in it but a loopback device. What that device has sent is what the two ranks and their
+launcher have sent each other, TCP headers included. A run of 2N steps less one of N holds no start-up, evaluation or
+ending. Every way learns the same blocks twice: as one micro-batch a step, and as four. The base has random weights, two
+blocks of GPT-2's width and few tokens. `zero3-large` is ZeRO-3 that gives every weight back after its forward and
+gathers none ahead, as it does with most of a base that is far larger than its reuse distance of 200M weights.
+
+The figures are of both directions together; a rank sends half. Theory for two ranks, with a trained elements in fp32,
+W bytes of base weights that ZeRO-3 shares out and s bytes of those that it replicates: reducing S bytes in a ring (or
+by halving and doubling) takes two rounds, scatter and gather, in each of which each of n ranks sends (n-1)/n of S; for
+n = 2 that is S a rank, 2S together.
+
+    ddp           8a         one all-reduce of 4a bytes
+    zero1, zero2  12a        an all-reduce (DeepSpeed reduces an adapter so), then a gather of the updated halves, 4a
+    zero3         12a+s+kW   a reduce-scatter, which gloo does as an all-reduce, 8a; after the update, a gather of all
+                             that is replicated, of the adapter (4a) and the base (s); and W for each of k gathers
+
+Where a reduce-scatter is one (NCCL), ZeRO-3 sends 4a less. Linux only; exit code 2 where namespaces are not permitted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.harness import two_ranks
+from benchmarks.harness.memory import MemoryGrowth, largest, tensor_bytes
+from benchmarks.harness.options import Benchmark, Setup, fresh, main
+from benchmarks.harness.report import Result
+from benchmarks.harness.shapes import PRESETS
+from benchmarks.harness.two_ranks import CONFIGS, ROOT, bytes_sent
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config
+
+MICRO_BATCHES = (1, 4)  # of each rank in a step
+BLOCKS = 8  # of a step, on both ranks
+IDLE_SECONDS = 12.0
+GATHERS = {"zero3": 1, "zero3-large": 2}  # of the base in a micro-batch
+HELD_AS = ("fp32", "bf16", "int8", "nf4")
+TOLERANCE = 0.05
+
+
+def traffic(setup: Setup) -> Result:
+    """Bytes that travel per optimizer step, measured on two CPU ranks: DDP, ZeRO-1, ZeRO-2, ZeRO-3.
+
+    python -m benchmarks.ranks traffic [--ways ddp,zero3] [--steps 3] [--rank 16] [--json F]
+
+    Each group of ranks runs in a network namespace of its own with nothing in it but a loopback device, whose bytes are
+    counted; what theory expects stands at the top of benchmarks/ranks.py. Linux only; exit code 2 where namespaces are
+    not permitted.
+    """
+    two_ranks.require_own_network()
+    a = setup.arguments
+    elements, shared, replicated = sizes(a.rank)
+    result = Result("traffic", "bytes a step", {"trained elements a": elements, "W": shared, "s": replicated})
+    rows = [row for way in a.ways.split(",") for row in traffic_of(setup, way)]
+    result.notes = [", ".join(f"{key} {value}" for key, value in row.items()) for row in rows]
+    if any(row["theory"] > 2 * row["measured"] for row in rows):
+        sys.exit("less than half of what must travel went over the loopback device: gloo found another way")
+    return result
+
+
+def traffic_of(setup: Setup, way: str) -> list[dict[str, Any]]:
+    """A row for each number of micro-batches."""
+    from benchmarks.harness.bases import make_base
+
+    rank, steps, folder = setup.arguments.rank, setup.arguments.steps, fresh(setup.root / way)
+    a, shared, replicated = sizes(rank)
+    make_base(folder / "base", config())
+    two_ranks.write_text(folder / "text.txt", 60)
+    runs = [(MICRO_BATCHES[0], 1), *((many, n * steps) for many in MICRO_BATCHES for n in (1, 2))]
+    two_ranks.write_jobs(folder, [traffic_job(folder, f"run-{i}", *run, rank) for i, run in enumerate(runs)])
+    two_ranks.launch(config_of(way, folder), "traffic", folder, own_network=True)
+    figures = json.loads((folder / "figures.json").read_text())
+    *runs_of_n, idle = figures[1:]  # connections are made in the first run
+    rows = []
+    for number, many in enumerate(MICRO_BATCHES):
+        short, long = runs_of_n[2 * number : 2 * number + 2]
+        expected = theory(way, many, a, shared, replicated)
+        a_step = (long["bytes"] - short["bytes"]) / steps
+        seconds = (long["seconds"] - short["seconds"]) / steps
+        chatter = idle["bytes"] / idle["seconds"] * seconds
+        rows.append({
+            "way": way, "micro-batches": many, "measured": round(a_step), "theory": expected,
+            "measured / theory": round(a_step / expected, 4), "in units of a": round(a_step / a, 2),
+            "beats and launcher %": round(100 * chatter / a_step, 4),
+        })  # fmt: skip
+    return rows
+
+
+def theory(way: str, micro_batches: int, a: int, shared: int, replicated: int) -> int:
+    """Bytes a step of both ranks together, as explained above."""
+    if way == "ddp":
+        return 8 * a
+    return 12 * a if way in ("zero1", "zero2") else 12 * a + replicated + GATHERS[way] * micro_batches * shared
+
+
+def config() -> GPT2Config:
+    """Matrices as large as those of GPT-2, few of them."""
+    from transformers import GPT2Config
+
+    return GPT2Config(n_layer=2, vocab_size=2048, n_positions=128, bos_token_id=256, eos_token_id=256)
+
+
+def traffic_job(folder: Path, name: str, micro_batches: int, steps: int, rank: int) -> dict[str, Any]:
+    """A recipe that takes so many steps."""
+    return two_ranks.recipe(
+        folder, name, base=str(folder / "base"), data={"block_size": 64}, lora={"rank": rank}, optim={"steps": steps},
+        batch={"global_size": BLOCKS, "micro_size": BLOCKS // 2 // micro_batches}, run={"precision": "fp32"},
+    )  # fmt: skip
+
+
+def config_of(way: str, folder: Path) -> Path:
+    """The shipped configuration, or one of `zero3-large` made from it."""
+    if way in CONFIGS:
+        return ROOT / "accelerate_configs" / f"{CONFIGS[way]}.yaml"
+    zero3 = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    zero3["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    (folder / "zero3.json").write_text(json.dumps(zero3))
+    shipped = (ROOT / "accelerate_configs" / f"{CONFIGS['zero3']}.yaml").read_text()
+    config = folder / "zero3-large.yaml"
+    config.write_text(shipped.replace("ds_configs/zero3.json", str(folder / "zero3.json")))
+    return config
+
+
+def sizes(rank: int) -> tuple[int, int, int]:
+    """Trained elements, and bytes of the base in fp32 that ZeRO-3 shares out and that it replicates."""
+    from peftune.config.recipe import LoraSection
+    from peftune.training.memory_model import ZeroSettings, shapes_of, shared_out
+
+    shapes = shapes_of(config(), LoraSection(rank=rank))
+    shared = sum(shared_out(shapes, ZeroSettings()))
+    return shapes.adapter, 4 * shared, 4 * (sum(shapes.frozen()) - shared)
+
+
+def traffic_worker(folder: Path) -> None:
+    """Train every recipe of `folder`/jobs.json on one group of ranks; the first rank writes what travelled in each."""
+    import torch
+
+    from peftune.config.recipe import recipe_from
+    from peftune.training import run
+    from peftune.training.distributed import zero
+    from peftune.training.distributed.watchdog import watch_peers
+
+    figures = []
+    with zero.process_group():
+        for values in json.loads((folder / "jobs.json").read_text()):
+            before, start = bytes_sent(), time.monotonic()
+            run.train(recipe_from(values, []))
+            torch.distributed.barrier()
+            figures.append({"bytes": bytes_sent() - before, "seconds": time.monotonic() - start})
+        accelerator = zero.start([], str(folder))
+        with watch_peers(accelerator):  # nothing but the beats of the watchdog and the launcher's own
+            before = bytes_sent()
+            time.sleep(IDLE_SECONDS)
+            figures.append({"bytes": bytes_sent() - before, "seconds": IDLE_SECONDS})
+            torch.distributed.barrier()
+        if accelerator.is_main_process:
+            (folder / "figures.json").write_text(json.dumps(figures))
+
+
+def memory(setup: Setup) -> Result:
+    """Bytes that each of two CPU ranks holds, measured and by formula: DDP and ZeRO 1-3, base in fp32 to nf4.
+
+    python -m benchmarks.ranks memory [--shape small] [--rank 16] [--ways ddp,zero3] [--json F]
+
+    Every way of holding the base trains three steps. Printed are megabytes of the rank that holds most, measured and
+    then by the formulas of peftune/training/memory_model.py, after the last step:
+
+    - weights: frozen and trained, scales of quantised ones included (`metrics.jsonl`, events "start" and "memory");
+    - optimizer: AdamW's moments and ZeRO's master copies (event "memory");
+    - all tensors: every tensor of the process that was not there before the run, each storage once;
+    - gathered: most bytes of parameters that ZeRO-3 had gathered at one time, looked at every few milliseconds;
+    - resident growth: largest resident set of the run less that before it (Linux: VmHWM, mapped pages of the base's
+      file, activations and what Python holds included; buffers that nothing has written to are not).
+
+    Ends with code 1 where one of the first three is off by more than 5 %, or more was gathered than foreseen.
+    """
+    a = setup.arguments
+    result = Result("ranks", "bytes of a rank", setup.settings())
+    rows = [row for way in a.ways.split(",") for row in memory_of(setup, way)]
+    result.notes = [", ".join(f"{key} {_megabytes(value)}" for key, value in row.items()) for row in rows]
+    if wrong := [problem for row in rows for problem in problems(row)]:
+        print(result.description())
+        sys.exit("\n".join(wrong))
+    return result
+
+
+def _megabytes(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(f"{part / 1e6:,.1f}" for part in value)
+    return f"{value / 1e6:,.0f} MB" if isinstance(value, int) else str(value)
+
+
+def memory_of(setup: Setup, way: str) -> list[dict[str, Any]]:
+    """A row for each way of holding the base; ZeRO-3 refuses quantised ones."""
+    from peftune.config.recipe import LoraSection
+    from peftune.training.memory_model import bytes_per_rank, shapes_of
+
+    rank, folder = setup.arguments.rank, fresh(setup.root / way)
+    shapes = shapes_of(setup.arguments.shape.config(), LoraSection(rank=rank))
+    held_as = HELD_AS[:2] if way == "zero3" else HELD_AS
+    rows = []
+    two_ranks.write_text(folder / "text.txt", 30)
+    two_ranks.write_jobs(folder, [memory_job(folder, setup.base, kind, rank) for kind in held_as])
+    two_ranks.launch(ROOT / "accelerate_configs" / f"{CONFIGS[way]}.yaml", "memory", folder)
+    for number, kind in enumerate(held_as):
+        looked_at = [json.loads((folder / f"rank-{r}.json").read_text())[number] for r in (0, 1)]
+        events = [json.loads(line) for line in (folder / kind / "metrics.jsonl").read_text().splitlines()]
+        ranks = next(event for event in events if event["event"] == "memory")["bytes_per_rank"]
+        start = next(event for event in events if event["event"] == "start")
+        weights = max(rank["parameters"] for rank in ranks)
+        if kind in HELD_AS[2:]:  # the event "memory" leaves out the scales
+            weights = start["base_bytes"] + 4 * shapes.adapter
+        quantize = kind if kind in HELD_AS[2:] else None
+        foreseen = bytes_per_rank(shapes, way, 2, "bf16" if quantize else kind, quantize)
+        rows.append({
+            "way": way, "base": kind,
+            "weights": [weights, foreseen.base + foreseen.adapter],
+            "optimizer": [max(rank["optimizer_state"] for rank in ranks), foreseen.optimizer_state],
+            "gradient": [max(rank["gradient"] for rank in ranks), foreseen.gradient],
+            "all tensors": [max(look["tensors"] for look in looked_at), foreseen.held],
+            "gathered": [max(look["gathered"] for look in looked_at), foreseen.gathered if way == "zero3" else 0],
+            "resident growth": max(look["growth"] for look in looked_at),
+        })  # fmt: skip
+    return rows
+
+
+def memory_job(folder: Path, base: Path, kind: str, rank: int) -> dict[str, Any]:
+    """Three steps of two short blocks on each rank."""
+    precision = "fp32" if kind == "fp32" else "bf16"
+    return two_ranks.recipe(
+        folder, kind, base=str(base), quantize=kind if kind in HELD_AS[2:] else None, data={"block_size": 128},
+        lora={"rank": rank}, optim={"steps": 3}, batch={"global_size": 4, "micro_size": 1},
+        run={"precision": precision},
+    )  # fmt: skip
+
+
+def problems(row: dict[str, Any]) -> list[str]:
+    """Where a formula is not what was measured."""
+    name = f"{row['way']}, {row['base']}"
+    wrong = [
+        f"{name}: {key} {row[key][0]:,} bytes, by formula {row[key][1]:,}"
+        for key in ("weights", "optimizer", "gradient", "all tensors")
+        if abs(row[key][0] / row[key][1] - 1) > TOLERANCE
+    ]
+    if row["gathered"][0] > row["gathered"][1] * (1 + TOLERANCE):
+        wrong.append(f"{name}: gathered {row['gathered'][0]:,} bytes, foreseen at most {row['gathered'][1]:,}")
+    return wrong
+
+
+def memory_worker(folder: Path) -> None:
+    """Train every recipe of `folder`/jobs.json on one group of ranks; each rank writes what it held in each."""
+    from peftune.training.setup import Session
+
+    from peftune.config.recipe import recipe_from
+    from peftune.training import run
+    from peftune.training.distributed import zero
+
+    looks: list[dict[str, int]] = []
+    deliver, train_step, known = run.deliver, run.train_step, {"before": 0, "gathered": 0}
+
+    def deliver_and_look(session: Session) -> run.Delivery:
+        looks[-1]["tensors"] = tensor_bytes() - known["before"]
+        return deliver(session)
+
+    def step_and_look(session: Session, stop: Any) -> Any:
+        parameters = [p for p in session.adapted.model.parameters() if hasattr(p, "ds_tensor")]
+        with largest(lambda: sum(p.numel() * p.element_size() for p in parameters)) as most:
+            result = train_step(session, stop)
+        looks[-1]["gathered"] = max(looks[-1]["gathered"], most[0])
+        return result
+
+    run.deliver, run.train_step = deliver_and_look, step_and_look
+    with zero.process_group():
+        for values in json.loads((folder / "jobs.json").read_text()):
+            known["before"] = tensor_bytes()
+            growth = MemoryGrowth()
+            growth.before_first_step()
+            looks.append({"gathered": 0})
+            run.train(recipe_from(values, []))
+            looks[-1]["growth"] = growth.grown() or 0
+        rank = zero.start([], str(folder)).process_index
+    (folder / f"rank-{rank}.json").write_text(json.dumps(looks))
+
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "rank": {"type": int, "default": 16, "help": "of the adapter"},
+    "targets": {"default": "c_attn", "help": "of the adapter: what recipes adapt by default"},
+    "steps": {"type": int, "default": 3, "help": "N: runs of N and 2N steps are compared"},
+}
+_ALL = {"ways": {"default": ",".join(CONFIGS), "help": "with commas"}}
+_WITH_LARGE = {"ways": {"default": ",".join([*CONFIGS, "zero3-large"]), "help": "with commas"}}
+BENCHMARKS = {
+    "traffic": Benchmark(traffic, _OPTIONS | _WITH_LARGE, {"shape": PRESETS["tiny"]}),
+    "memory": Benchmark(memory, _OPTIONS | _ALL),
+}
+
+if __name__ == "__main__":
+    if sys.argv[1] in ("traffic-rank", "memory-rank"):
+        {"traffic-rank": traffic_worker, "memory-rank": memory_worker}[sys.argv[1]](Path(sys.argv[2]))
+    else:
+        main("ranks", BENCHMARKS)

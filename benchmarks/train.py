@@ -1,0 +1,218 @@
+"""Training: speed, memory, right gradients and start-up, beside TRL, Trainer and PEFT.
+
+Same base, same documents, same adapter; the figure is real tokens (no padding) per second of whole optimizer steps in
+each trainer's own loop. Rows are also against the fastest peer of all that ran, so adding a peer (`--peer`) or tuning
+one (`--tune`) can only raise the bar.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks.harness import curves, gradients, machine, startup
+from benchmarks.harness.options import FULL_BLOCKS, TRAINING, Benchmark, Setup, main
+from benchmarks.harness.report import Result, Spread, compare, fastest, ratio, row, spread
+from benchmarks.harness.shapes import PRESETS, adapted_linears, context_of, work_per_token
+from benchmarks.harness.workers import Contestant
+
+RAGGED, FULL = "train small, ragged documents", "train medium, full blocks"
+
+
+def measured(
+    setup: Setup, target: str, title: str, ours: list[Contestant], at_once: bool = True
+) -> tuple[Result, list[Contestant], Contestant]:
+    """Gate, then rounds in turns, the calibration among them; the result, the peers, and the calibration."""
+    gate = gradients.passed(setup)
+    peers, peak = [setup.peer(peer) for peer in setup.arguments.chosen_peers], machine.calibration(setup)
+    setup.interleave([*ours, *peers, peak], at_once)
+    return Result(target, title, setup.settings(), gate).add([*ours, *peers, peak]), peers, peak
+
+
+def ours_both_ways(setup: Setup) -> list[Contestant]:
+    """peftune as it comes, and with `run.fast=false` where the command leaves that key open."""
+    slow = not any(key.startswith("run.fast=") for key in setup.arguments.ours)
+    return [setup.ours(), *([setup.ours("peftune run.fast=false", ("run.fast=false",))] if slow else [])]
+
+
+def ragged(setup: Setup) -> Result:
+    """B1: training GPT-2 small on documents of unequal length, against TRL and Trainer as they come and as tuned.
+
+    python -m benchmarks.train ragged [--data FILE] [--tune trl-tuned:per_device_train_batch_size=4]
+    """
+    ours, *slow = ours_both_ways(setup)
+    result, peers, _ = measured(setup, "B1", RAGGED, [ours, *slow])
+    result.rows = [compare("B1 default", RAGGED, ours, p, "TRL, defaults") for p in peers if p.name == "trl-default"]
+    if best := fastest(peers):
+        tuned = f"best tuning found ({best.name})"
+        result.rows.append(compare("B1 tuned", RAGGED, ours, best, tuned))
+        result.rows.append(compare("B1 tuned, second goal", f"{RAGGED}, second goal", ours, best, tuned))
+    result.rows += [compare("B1", RAGGED, ours, other) for other in slow]
+    result.notes.append(f"litgpt {machine.LITGPT}")
+    return result
+
+
+def full(setup: Setup) -> Result:
+    """B2: training GPT-2 medium on full blocks (two of 512 tokens), against PEFT with bf16 weights and no dropout.
+
+    python -m benchmarks.train full [--shape medium] [--batch 2] [--longest 512]
+
+    Documents are all as long as a block, so padding and packing play no part: what remains is the arithmetic. The bare
+    loop around PEFT has no trainer's overhead and is the hardest peer.
+    """
+    ours, *slow = ours_both_ways(setup)
+    result, peers, _ = measured(setup, "B2", FULL, [ours, *slow])
+    best = fastest(peers)
+    result.rows = [compare("B2 tuned", FULL, ours, best, f"PEFT tuned ({best.name})")] if best else []
+    result.rows += [compare("B2", FULL, ours, other) for other in slow]
+    return result
+
+
+def memory(setup: Setup) -> Result:
+    """B3: how far resident memory grows in a training step, four documents of 512 tokens, against PEFT in bf16.
+
+    python -m benchmarks.train memory [--shape small] [--batch 4]
+
+    Every figure is from a process of its own: the largest resident set from the beginning of the first step to the end
+    of a round, less the resident set before the first step (Linux; on CUDA the allocator's figures). What the first
+    step alone allocates (the optimizer's state, compiled code) is in it.
+    """
+    title, everyone = "growth of memory in a step", ours_both_ways(setup)
+    result, peers, _ = measured(setup, "B3", title, everyone, at_once=False)
+    grown = {c.name: [found["grown"] for found in c.rounds] for c in (*everyone, *peers)}
+    for name, sizes in grown.items():
+        if sizes and None not in sizes:
+            result.notes.append(f"{name} grew by {[round(size / 1e6) for size in sizes]} MB")
+    for peer in peers:
+        both = list(zip(grown["peftune"], grown[peer.name], strict=False))
+        share = spread([a / b for a, b in both]) if both and all(a and b for a, b in both) else None
+        result.rows.append(row(f"B3 {peer.name}", title, peer.name, share, reason=peer.failure))
+    return result
+
+
+def peak(setup: Setup) -> Result:
+    """B4: the share of the machine's bf16 GEMM peak that a training step reaches at 4N + 6TdL + 6a FLOP per token.
+
+    python -m benchmarks.train peak [--shape small] [--batch 8]
+
+    The peak is the best of several matrix products (those of the model and a square one), measured in the same rounds
+    as the step. Work that the formula does not know (recomputed or padded tokens) counts against the share.
+    """
+    ours = ours_both_ways(setup)
+    result, _, limit = measured(setup, "B4", "share of the bf16 GEMM peak", ours)
+    a = setup.arguments
+    work = work_per_token(a.shape, context_of(setup.lengths), a.rank, adapted_linears(a.targets)).total
+    result.settings["GFLOP per token"] = round(work / 1e9, 4)
+    shares = [spread([100e-9 * v * work / p for v, p in zip(c.values(), limit.values(), strict=True)]) for c in ours]
+    goals = [("B4 share", f"share of bf16 peak, {ours[0].name}", shares[0])]
+    goals += [("B4", f"share of bf16 peak, {c.name}", share) for c, share in list(zip(ours, shares, strict=True))[1:]]
+    goals += [("B4 share, second goal", "share of bf16 peak, second goal", shares[0])]
+    result.rows = [row(key, what, "calibrated GEMM", share, "%") for key, what, share in goals]
+    return result
+
+
+def gpu(setup: Setup) -> Result:
+    """B11: training on a CUDA device against TRL tuned for it (bf16, fused AdamW, flash attention, packing).
+
+    python -m benchmarks.train gpu [--shape small] [--tune trl-cuda-flash:per_device_train_batch_size=64]
+
+    Says «not run: no CUDA device» where there is none. A peer whose kernels are not installed is
+    listed with its reason.
+    """
+    what = "train small on a GPU, ragged documents"
+    if setup.arguments.device != "cuda" or not torch.cuda.is_available():
+        absent = row("B11 tuned", what, "TRL, tuned", None, reason="no CUDA device")
+        return Result("B11", what, {"shape": str(setup.arguments.shape)}, rows=[absent])
+    ours, *slow = ours_both_ways(setup)
+    result, peers, _ = measured(setup, "B11", what, [ours, *slow])
+    if best := fastest(peers):
+        result.rows = [compare("B11 tuned", what, ours, best)]
+    else:
+        reason = "no peer ran: " + "; ".join(peer.failure or "" for peer in peers)
+        result.rows = [row("B11 tuned", what, "TRL, tuned", None, reason=reason)]
+    name = torch.cuda.get_device_name()
+    kind = "H100" if "H100" in name else name  # the goal is for an H100; other devices get a row without one
+    rate = spread([value / 1000 for value in ours.values()])
+    result.rows.append(row(f"B11 {kind}", what, kind, rate, "thousand tok/s"))
+    return result
+
+
+def quantized(setup: Setup) -> Result:
+    """B12: training on an int8 or nf4 base against our own bf16: what speed it keeps, what memory the base takes.
+
+    python -m benchmarks.train quantized [--shape medium] [--batch 2]
+    """
+    precision = ("run.precision=bf16",)
+    bf16 = setup.ours("bf16", precision)
+    packed = [setup.ours(kind, precision, must_run=False, quantize=kind) for kind in ("int8", "nf4")]
+    result, _, _ = measured(setup, "B12", "quantised base, medium", [bf16, *packed])
+    for c in packed:
+        share = c.facts["base_bytes"] / bf16.facts["base_bytes"] if c.rounds else None
+        held = None if share is None else Spread(share, share, share)
+        result.rows += [
+            compare(f"B12 speed {c.name}", f"speed on a base in {c.name}", c, bf16, "our bf16"),
+            row(f"B12 memory {c.name}", f"memory of a base in {c.name}", "our bf16", held, reason=c.failure),
+        ]
+    return result
+
+
+def compiled(setup: Setup) -> Result:
+    """What `run.compile` brings a step: whole steps of peftune, as it comes and compiled, in turns.
+
+    python -m benchmarks.train compiled [--shape small] [--device cuda] [--rounds 5]
+
+    The gate compares the gradients of the compiled steps with PEFT's. Compiling is done before the first round; how
+    long it took is among what is printed. Most of a step is matrix products, which no compiler makes faster.
+    """
+    plain = setup.ours()
+    setup.arguments.ours = [*setup.arguments.ours, "run.compile=true"]
+    fused = setup.ours("peftune run.compile=true")
+    result, _, _ = measured(setup, "compile", "steps with and without run.compile", [plain, fused])
+    reason = str(fused.facts["settings"]["function"])
+    result.rows = [row("compile", "a step, compiled", "as it comes", ratio(fused, plain), reason=reason)]
+    return result
+
+
+def right_gradients(setup: Setup) -> Result:
+    """B5: the gradient of every adapter matrix, packed by peftune, against PEFT document by document in float32.
+
+    python -m benchmarks.train gradients [--shape small] [--gate-blocks 4]
+
+    It is also the gate of the other training targets: they time nothing before it is passed.
+    """
+    judge = gradients.contestant(setup)
+    setup.interleave([judge])
+    result = Result("B5", "gradients, packed against document by document", setup.settings()).add([judge])
+    for precision, worst in judge.rounds[0]["worst"].items():
+        what, found = f"gradients in {precision}, worst matrix", Spread(worst, worst, worst)
+        result.rows.append(row(f"B5 {precision}", what, "PEFT fp32, per document", found, "rel."))
+    return result
+
+
+_MEDIUM: dict[str, Any] = {"shape": PRESETS["medium"], "batch": 2, "documents": 60, "tokens": 2000, "gate_blocks": 1}
+_RAGGED_PEERS = (
+    "trl-default,trl-tuned,trl-tuned-wrapped,trl-tuned-by-length,trainer-default,trainer-tuned,trainer-tuned-by-length"
+)
+_MEMORY: dict[str, Any] = {
+    "peers": "peft-bf16,peft-fp32", "rounds": 3, "warmup": 0, "batch": 4, "documents": 40,
+}  # fmt: skip
+_CUDA_PEERS = "trl-cuda-flash,trl-cuda-sdpa,trl-cuda-compiled"
+_CUDA: dict[str, Any] = {"warmup": 2, "documents": 4000, "tokens": 200_000, "batch": 32, "block": 1024}
+BENCHMARKS = {
+    "ragged": Benchmark(ragged, TRAINING, {"peers": _RAGGED_PEERS}),
+    "full": Benchmark(full, TRAINING, FULL_BLOCKS | _MEDIUM | {"peers": "peft-bf16,trainer-tuned-2"}),
+    "memory": Benchmark(
+        memory, TRAINING, FULL_BLOCKS | _MEMORY
+    ),
+    "peak": Benchmark(peak, TRAINING, FULL_BLOCKS | {"documents": 80}),
+    "gradients": Benchmark(right_gradients, TRAINING, {"rounds": 1, "warmup": 0, "documents": 60, "gate_blocks": 4}),
+    "gpu": Benchmark(gpu, TRAINING, _CUDA | {"peers": _CUDA_PEERS}),
+    "quantized": Benchmark(quantized, TRAINING, FULL_BLOCKS | _MEDIUM | {"rounds": 3}),
+    "compiled": Benchmark(compiled, TRAINING),
+    "startup": Benchmark(startup.first_step, TRAINING | startup.OPTIONS, {"documents": 8}),
+    "curves": Benchmark(curves.cost_of_a_token, TRAINING | curves.OPTIONS, FULL_BLOCKS | curves.DEFAULTS),
+}  # fmt: skip
+
+if __name__ == "__main__":
+    main("train", BENCHMARKS)
