@@ -15,7 +15,9 @@ The rendezvous is torch's `static` one: machines have fixed numbers, and nothing
 
 from __future__ import annotations
 
+import errno
 import gc
+import ipaddress
 import logging
 import os
 import shutil
@@ -27,13 +29,16 @@ import time
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 import yaml
 
 from peftune.config.shipped import FOLDERS, shipped
 from peftune.errors import CheckFailed, Interrupted, PeftuneError, RankLost, UserError, first_line
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # PyTorch lists it nowhere
 
 AGAIN = "start the same command again, it goes on from the last checkpoint"
 # Codes whose reason a rank has printed; where several occur, the first of these is the launcher's own.
@@ -78,6 +83,10 @@ def launch(
     docs/many-ranks.md says which configuration to take, and how to start ranks with plain torchrun or accelerate.
     """
     stop = StopSignals(_seconds("PEFTUNE_GRACE", 110))
+    if "LOGLEVEL" not in os.environ:
+        # What the libraries say about a failed rank, or a peer that has gone, is said here in one line.
+        logging.disable(logging.ERROR)
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     path = _find_config(config, nodes)
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     ranks = _ranks_per_node(path.name, settings, processes, nodes)
@@ -85,29 +94,29 @@ def launch(
         raise UserError(f"{nodes} machines need --master-addr, and a --node-rank from 0 to {nodes - 1} on each")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
     target = [*([str(program)] if program else ["-m", "peftune", "train"]), recipe, *(overrides or [])]
-    if settings.get("distributed_type") in ("NO", False):  # unquoted, YAML reads NO as false
+    if _starts_one_process(settings):
         _become_the_rank(settings, target)
-    options = {"config_file": path, "num_processes": ranks * nodes, "num_machines": nodes, "max_restarts": 0}
+    if nodes == 1:
+        node_rank, master_addr, master_port = 0, "127.0.0.1", 0  # 0: a free port, since runs may share a machine
+    address, join = str(master_addr), _seconds("PEFTUNE_JOIN", 900)
+    _use_interface_towards(address)
+    options = {"config_file": path, "num_processes": ranks * nodes, "num_machines": nodes, "machine_rank": node_rank}
+    options |= {"rdzv_backend": "static", "rdzv_conf": f"timeout={join}", "main_process_ip": address}
+    options |= {"main_process_port": 0}  # unused, since `--same_network` leaves the endpoint to PET_RDZV_ENDPOINT
     if file := (settings.get("deepspeed_config") or {}).get("deepspeed_config_file"):
-        options["deepspeed_config_file"] = _find_deepspeed_file(file, path)
-    options |= {"rdzv_backend": "static", "main_process_port": 0}  # 0: a free port, since runs may share a machine
-    join = _seconds("PEFTUNE_JOIN", 900)
-    if nodes > 1:
-        # Without `standard`, DeepSpeed would start the other machines over ssh.
-        options |= {"machine_rank": node_rank, "main_process_ip": master_addr, "main_process_port": master_port}
-        options |= {"rdzv_conf": f"timeout={join}", "deepspeed_multinode_launcher": "standard"}
-        _use_interface_towards(str(master_addr), master_port)
-    argv = [part for name, value in options.items() for part in (f"--{name}", str(value))] + target
+        options |= {"deepspeed_config_file": _find_deepspeed_file(file, path)}
+        options |= {"deepspeed_multinode_launcher": "standard"}  # else DeepSpeed starts the other machines over ssh
+    argv = ["--same_network", *(part for name, value in options.items() for part in (f"--{name}", str(value))), *target]
     for attempt in range(max_restarts + 1):
-        store = _wait_for_first_node(master_addr or "", master_port, join) if node_rank and nodes > 1 else None
+        store = _await_store(address, master_port, join) if node_rank else _open_store(address, master_port, nodes > 1)
         code, reason = verdict(_run_ranks(argv), stop)
         if code != PeftuneError.exit_code or stop.name or attempt == max_restarts:
             break
         _say(f"{reason}; restart {attempt + 1} of {max_restarts}")
-        reason = ""
-        gc.collect()  # torch's store lives on in a cycle of references, and keeps its port
-        if store:
+        if isinstance(store, socket.socket):
             _wait_for_end_of(store)
+        del store
+        gc.collect()  # torch's agent, which is part of a cycle of references, holds the store as well
     if reason:
         _say(f"{reason}; {AGAIN}")
     return code
@@ -178,10 +187,6 @@ def verdict(codes: dict[int, int], stop: StopSignals) -> tuple[int, str]:
 
 def _run_ranks(argv: list[str]) -> dict[int, int]:
     """Run Accelerate's launcher; exit codes by rank, of those that did not end with 0 (negative: a signal)."""
-    if "LOGLEVEL" not in os.environ:
-        # What the libraries say about a failed rank, or a peer that has gone, is said here in one line.
-        logging.disable(logging.ERROR)
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -237,14 +242,16 @@ def _ranks_per_node(name: str, settings: dict[str, Any], processes: int | None, 
 
         if not (gpus := torch.cuda.device_count()):
             raise UserError(f"{name} is for GPUs and torch finds none here; cpu.yaml and cpu-2*.yaml need none")
-    if settings.get("distributed_type") in ("NO", False):
-        if (processes or 1) * nodes > 1:
-            total = (processes or 1) * nodes
-            raise UserError(
-                f"{name} starts one process, so not {total}; cpu-2.yaml and ddp.yaml start as many as you say"
-            )
+    if _starts_one_process(settings):
+        if (total := (processes or 1) * nodes) > 1:
+            other = "cpu-2.yaml and ddp.yaml start as many as you say"
+            raise UserError(f"{name} starts one process, so not {total}; {other}")
         return 1
     return processes or gpus or max(1, int(settings.get("num_processes") or 1) // nodes)
+
+
+def _starts_one_process(settings: dict[str, Any]) -> bool:
+    return settings.get("distributed_type") in ("NO", False)  # unquoted, YAML reads NO as false
 
 
 def _become_the_rank(settings: dict[str, Any], target: list[str]) -> NoReturn:
@@ -254,11 +261,36 @@ def _become_the_rank(settings: dict[str, Any], target: list[str]) -> NoReturn:
     os.execv(sys.executable, [sys.executable, *target])
 
 
-def _wait_for_first_node(address: str, port: int, seconds: int) -> socket.socket:
-    """A connection to the store of machine 0's launcher, made as soon as it listens.
+def _open_store(address: str, port: int, many_nodes: bool) -> TCPStore:
+    """The store through which launchers and ranks find each other, and its endpoint in torchrun's --rdzv-endpoint.
 
-    Torch would wait as well, but in silence.
+    Torch's agent would open one that listens on all addresses of the machine; it takes this one, which is there already.
+    This one listens on `address` alone, except where other machines know this one by an address that is not its own
+    (behind a NAT) or that is loopback here (as in Debian's /etc/hosts).
     """
+    from torch.distributed import TCPStore
+
+    try:
+        family, _, _, _, found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        host = "" if many_nodes and ipaddress.ip_address(found[0]).is_loopback else str(found[0])
+        try:
+            listener = socket.create_server((host, port), family=family)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+            listener = socket.create_server(("", port), family=family)
+    except OSError as error:
+        raise UserError(f"cannot listen on {address}:{port}: {error}") from None
+    port = listener.getsockname()[1]
+    os.environ["PET_RDZV_ENDPOINT"] = f"{address}:{port}"
+    return TCPStore(
+        address, port, is_master=True, wait_for_workers=False, multi_tenant=True, master_listen_fd=listener.detach()
+    )
+
+
+def _await_store(address: str, port: int, seconds: int) -> socket.socket:
+    """A connection to the store of machine 0, made as soon as it listens; torch would wait in silence."""
+    os.environ["PET_RDZV_ENDPOINT"] = f"{address}:{port}"
     until, report_at = time.monotonic() + seconds, time.monotonic() + 10
     while True:
         try:
@@ -283,12 +315,12 @@ def _wait_for_end_of(store: socket.socket) -> None:
         store.recv(1)
 
 
-def _use_interface_towards(address: str, port: int) -> None:
-    """Without this gloo takes the interface of the host's name: often loopback."""
+def _use_interface_towards(address: str) -> None:
+    """Without this gloo takes the interface of the host's name: often loopback on many machines, or not on one."""
     import psutil
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
-        probe.connect((address, port))  # sends nothing
+        probe.connect((address, 9))  # sends nothing
         own = probe.getsockname()[0]
         for name, addresses in psutil.net_if_addrs().items():
             if any(entry.address == own for entry in addresses):

@@ -30,9 +30,7 @@ Make = Callable[..., Values]
 def launcher(way: str, recipe: Path, *options: str) -> list[str]:
     if way == "one":
         return [sys.executable, "-m", "peftune", "train", str(recipe)]
-    config = str(ROOT / "accelerate_configs" / f"{way}.yaml")
-    start = [sys.executable, str(ROOT / "launch" / "ranks.py"), "--config_file", config, *options]
-    return [*start, "-m", "peftune", "train", str(recipe)]
+    return [sys.executable, "-m", "peftune", "launch", *options, way, str(recipe)]
 
 
 @contextmanager
@@ -156,7 +154,7 @@ def test_a_rank_that_is_killed_is_started_again_without_a_hand(
 ) -> None:
     path, out = recipe
     log = tmp_path / "log"
-    with running(launcher("cpu-2-zero1", path, "--max_restarts", "2"), log) as job:
+    with running(launcher("cpu-2-zero1", path, "--max-restarts", "2"), log) as job:
         wait_for_step(job, out, 5, log)
         rank_process(job, 1).send_signal(signal.SIGKILL)
         assert job.wait(timeout=150) == 0, log.read_text()
