@@ -73,7 +73,7 @@ def test_every_module_stands_on_a_floor() -> None:
     ("word", "where"),
     [
         ("bitsandbytes", {"model/quantized.py"}),
-        ("deepspeed", {"training/distributed/zero.py"}),
+        ("deepspeed", {"training/distributed/zero.py", "cli/launcher/configuration.py"}),  # the second names its file
         ("Conv1D", {"model/lora.py", "adapters/merge/verify.py", "adapters/fold.py", "adapters/layout.py"}),
     ],
 )

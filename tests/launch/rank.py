@@ -1,4 +1,4 @@
-"""A stand-in for a rank of `peftune train`: joins the others over gloo, works, stops at a signal, ends as it is asked to.
+"""A stand-in for a rank of `peftune train`: joins the others over gloo, works, stops at a signal, ends as asked to.
 
 python rank.py RECIPE [seconds=S] [save=S] [exit=RANK:CODE] [kill=RANK] [out=FILE]
 
