@@ -55,8 +55,9 @@ class Rendezvous:
         port, descriptor = listener.getsockname()[1], listener.detach()
         os.environ["PET_RDZV_ENDPOINT"] = f"{self.address}:{port}"
         # Torch's agent takes the store that its process has at a port; its own would listen on all addresses.
-        own = {"is_master": True, "wait_for_workers": False, "multi_tenant": True}
-        return TCPStore(self.address, port, master_listen_fd=descriptor, **own)
+        return TCPStore(
+            self.address, port, is_master=True, wait_for_workers=False, multi_tenant=True, master_listen_fd=descriptor
+        )
 
     def _listen(self) -> socket.socket:
         """On `address` alone; on all where other machines know this one by an address that is not its own (behind a
