@@ -68,8 +68,8 @@ def _find(name: str, nodes: int) -> Path:
 
 
 def _find_deepspeed_file(name: str, config: Path) -> Path:
-    """The file that a configuration names: from here, from the folder above the configuration's, or the shipped one."""
-    for path in (Path(name), config.resolve().parents[1] / name, shipped(name)):
+    """The file that a configuration names: from the folder above the configuration's, from here, or the shipped one."""
+    for path in (config.resolve().parents[1] / name, Path(name), shipped(name)):
         if path.is_file():
             return path.resolve()
     raise UserError(f"{config} names {name}, which is neither here nor in {config.resolve().parents[1]}")

@@ -14,7 +14,7 @@ import typer
 from peftune.errors import Interrupted
 
 AGAIN = "start the same command again, it goes on from the last checkpoint"
-NUMBERS = [signal.Signals[n] for n in ("SIGTERM", "SIGINT", "SIGHUP") if n in signal.Signals.__members__]
+NUMBERS = [signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
 class StopSignals:
