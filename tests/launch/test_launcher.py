@@ -1,4 +1,4 @@
-"""`peftune launch` uses public interfaces alone and listens on one address; `peftune configs` writes out what it reads."""
+"""`peftune launch`: public interfaces alone, one address to listen on; `peftune configs` writes out what it reads."""
 
 from __future__ import annotations
 
