@@ -133,7 +133,7 @@ def _exit_codes(argv: list[str]) -> dict[int, int]:
         # Without those that torch has ended because another had failed.
         return {rank: code for rank, code in codes.items() if code != -signal.SIGTERM} or codes
     except DistError as error:
-        raise RankLost(f"the machines did not meet: {first_line(error)}; {AGAIN}") from None
+        raise RankLost(f"the rendezvous of the machines failed: {first_line(error)}; {AGAIN}") from None
     except (AssertionError, ConnectionError, FileNotFoundError, ImportError, ValueError) as error:
         raise UserError(first_line(error)) from error  # Accelerate's own checks of options and configuration
     return {}
