@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import socket
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -51,6 +53,40 @@ def test_nothing_on_one_machine_listens_beyond_loopback(start: Callable[..., sub
     }
     assert listening == {"127.0.0.1"}
     assert job.wait(60) == 0
+
+
+@pytest.mark.parametrize(
+    ("address", "port", "listens_on"),
+    [
+        ("127.0.0.1", 0, "127.0.0.1"),
+        ("127.0.0.1", 45_917, "0.0.0.0"),  # several machines, whose /etc/hosts calls the first one so
+        ("no-such-pod.invalid", 45_917, "0.0.0.0"),
+        ("192.0.2.1", 45_917, "0.0.0.0"),  # behind a NAT
+    ],
+)
+def test_the_store_listens_where_other_machines_can_reach_it(address: str, port: int, listens_on: str) -> None:
+    with ranks.Rendezvous(address, port)._listen() as listener:
+        assert listener.getsockname()[0] == listens_on
+
+
+@pytest.mark.parametrize(
+    ("codes", "stopped", "code", "reason"),
+    [
+        ({}, None, 0, ""),
+        ({0: 4, 1: -9}, None, 4, ""),
+        ({0: 3, 1: 3}, None, 3, ""),  # the launcher of another machine has the signal
+        ({0: 3, 1: -9}, None, 1, "rank 1 on HOST was killed by SIGKILL (often for want of memory)"),
+        ({0: 3, 1: -9}, "SIGTERM", 3, ""),
+        ({0: -15, 1: -15}, "SIGINT", 3, "SIGINT came before training had begun or after its end"),
+        ({0: 1, 1: 1}, None, 1, "ranks 0, 1 on HOST failed, see above"),
+        ({1: 77}, None, 1, "rank 1 on HOST ended with [77]"),
+    ],
+)
+def test_the_exit_code_is_the_one_that_says_most(
+    codes: dict[int, int], stopped: str | None, code: int, reason: str
+) -> None:
+    stop = SimpleNamespace(first=stopped, grace=1)
+    assert ranks.verdict(codes, stop) == (code, reason.replace("HOST", socket.gethostname()))  # type: ignore[arg-type]
 
 
 def test_an_installed_command_starts_ranks_in_an_empty_directory(start: Callable[..., subprocess.Popen[str]]) -> None:

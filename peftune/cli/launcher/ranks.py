@@ -61,11 +61,14 @@ class Rendezvous:
 
     def _listen(self) -> socket.socket:
         """On `address` alone; on all where other machines know this one by an address that is not its own (behind a
-        NAT), or that is loopback here (as in Debian's /etc/hosts)."""
-        family, _, _, _, found = socket.getaddrinfo(self.address, self.port, type=socket.SOCK_STREAM)[0]
-        host = str(found[0])
-        reachable = host in _interfaces() and not (self.port and ipaddress.ip_address(host).is_loopback)
-        return socket.create_server((host if reachable else "", self.port), family=family)
+        NAT), that is loopback here (as in Debian's /etc/hosts), or that is not known yet (a pod's own name)."""
+        family, host = socket.AF_INET, ""
+        with suppress(socket.gaierror):
+            family, _, _, _, found = socket.getaddrinfo(self.address, self.port, type=socket.SOCK_STREAM)[0]
+            known = str(found[0])
+            if known in _interfaces() and not (self.port and ipaddress.ip_address(known).is_loopback):
+                host = known
+        return socket.create_server((host, self.port), family=family)
 
     def _connect(self) -> socket.socket:
         """As soon as machine 0 listens; torch would wait in silence."""
@@ -95,15 +98,17 @@ def _interfaces() -> dict[str, str]:
     return {entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries}
 
 
-def run(options: dict[str, object], target: list[str], where: Rendezvous, stop: StopSignals, max_restarts: int) -> int:
+def run(
+    options: dict[str, object], target: list[str], rendezvous: Rendezvous, stop: StopSignals, max_restarts: int
+) -> int:
     """Start ranks, again after a crash; the exit code that says most about how they ended."""
-    where.use_interface()
-    options |= {"machine_rank": where.node_rank, "main_process_ip": where.address, "rdzv_backend": "static"}
+    rendezvous.use_interface()
+    options |= {"machine_rank": rendezvous.node_rank, "main_process_ip": rendezvous.address, "rdzv_backend": "static"}
     # With --same_network Accelerate leaves the endpoint to PET_RDZV_ENDPOINT; its own port stays unused.
-    options |= {"rdzv_conf": f"timeout={where.join}", "main_process_port": 0}
+    options |= {"rdzv_conf": f"timeout={rendezvous.join}", "main_process_port": 0}
     argv = ["--same_network", *(part for name, value in options.items() for part in (f"--{name}", str(value))), *target]
     for attempt in range(max_restarts + 1):
-        store = where.open()
+        store = rendezvous.open()
         code, reason = verdict(_exit_codes(argv), stop)
         if code != PeftuneError.exit_code or stop.first or attempt == max_restarts:
             break
