@@ -56,17 +56,6 @@ choose_python() {
 # environment_for CONFIG: which kind of environment a configuration of accelerate_configs/ needs.
 environment_for() { [[ $1 == *zero* ]] && echo deepspeed || echo run; }
 
-# accelerate_config NAME: its file, which may lie elsewhere too.
-accelerate_config() {
-  if [[ $1 == */* || $1 == *.yaml ]]; then
-    echo "$1"
-  elif [[ -f $root/accelerate_configs/$1.yaml ]]; then
-    echo "$root/accelerate_configs/$1.yaml"
-  else
-    fail "no configuration $1; there are: $(cd "$root/accelerate_configs" && echo *.yaml | sed 's/\.yaml//g')"
-  fi
-}
-
 # make_environment run|deepspeed|dev: .venv with peftune and its server and, for the others, DeepSpeed or all that the
 # tests need; left alone where it is complete.
 make_environment() {

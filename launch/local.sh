@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # One machine, one rank or many:  bash launch/local.sh CONFIG RECIPE [key=value ...]
 #
-#   CONFIG              a file of accelerate_configs/ by its name: cpu, cpu-2, gpu, ddp, zero2, ... (README.md there)
+# It makes .venv at the first start, then runs `peftune launch`, which works without this script from any installation.
+#
+#   CONFIG              a name (cpu, cpu-2, gpu, ddp, zero2, ...; accelerate_configs/README.md) or a file
 #   PEFTUNE_PROCESSES   how many ranks (default: what CONFIG says, else one for each GPU)
 #   MAX_RESTARTS        how often ranks are started again after a crash, from the last checkpoint (default 0)
 #   PEFTUNE_GRACE       seconds that ranks have to save after SIGTERM or Ctrl-C (default 110)
@@ -19,16 +21,8 @@ case ${1:-} in
 esac
 (($# >= 2)) || fail "expected CONFIG RECIPE [key=value ...], got $# arguments; bash launch/local.sh --help"
 
-config=$(accelerate_config "$1")
 choose_python "$(environment_for "$1")"
-shift
+options=(--max-restarts "${MAX_RESTARTS:-0}")
+if [[ -n ${PEFTUNE_PROCESSES:-} ]]; then options+=(--processes "$PEFTUNE_PROCESSES"); fi
 
-options=(--config_file "$config")
-if [[ -n ${PEFTUNE_PROCESSES:-} ]]; then options+=(--num_processes "$PEFTUNE_PROCESSES"); fi
-if [[ -n ${MAX_RESTARTS:-} ]]; then options+=(--max_restarts "$MAX_RESTARTS"); fi
-
-# PEFTUNE_RANK_PROGRAM is for tests: a Python file that each rank runs in the place of `peftune train`.
-program=(-m peftune train)
-if [[ -n ${PEFTUNE_RANK_PROGRAM:-} ]]; then program=("$PEFTUNE_RANK_PROGRAM"); fi
-
-exec "$python" "$root/launch/ranks.py" "${options[@]}" "${program[@]}" "$@"
+exec "$python" -m peftune launch "${options[@]}" "$@"

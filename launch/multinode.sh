@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Several machines, on each of them the same command:  bash launch/multinode.sh CONFIG RECIPE [key=value ...]
 #
+# It runs `peftune launch --nodes ...`, which works without this script from any installation.
+#
 #   CONFIG          ddp, zero1, zero2, zero2-offload, zero3, zero3-offload, or any other file of accelerate_configs/
 #   NNODES          how many machines
 #   NODE_RANK       which of them this is, from 0
@@ -40,27 +42,17 @@ need_number NODE_RANK "${NODE_RANK:-}" 0
 need_number MASTER_PORT "${MASTER_PORT:=29400}" 1
 need_number MAX_RESTARTS "${MAX_RESTARTS:=0}" 0
 
-name=$1
-if [[ -f $root/accelerate_configs/multi-node-$1.yaml ]]; then name=multi-node-$1; fi
-config=$(accelerate_config "$name")
-shift
-
 if [[ -z ${PEFTUNE_PYTHON:-} ]]; then # machines that share the file system must not all make it at once
   [[ -x $venv/bin/python ]] || fail "no $venv yet; once, on one machine: bash launch/multinode.sh --prepare"
   PEFTUNE_PYTHON=$venv/bin/python
 fi
 choose_python run
 
-if [[ -z ${NPROC:-} ]]; then
-  NPROC=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-  ((NPROC)) || fail "NPROC is missing, and torch finds no GPU here to count"
+options=(--nodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
+options+=(--max-restarts "$MAX_RESTARTS")
+if [[ -n ${NPROC:-} ]]; then
+  need_number NPROC "$NPROC" 1
+  options+=(--processes "$NPROC")
 fi
-need_number NPROC "$NPROC" 1
 
-program=(-m peftune train)
-if [[ -n ${PEFTUNE_RANK_PROGRAM:-} ]]; then program=("$PEFTUNE_RANK_PROGRAM"); fi # for tests, as in launch/local.sh
-
-exec "$python" "$root/launch/ranks.py" --config_file "$config" \
-  --num_machines "$NNODES" --machine_rank "$NODE_RANK" --num_processes $((NNODES * NPROC)) \
-  --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" \
-  --rdzv_backend c10d --max_restarts "$MAX_RESTARTS" "${program[@]}" "$@"
+exec "$python" -m peftune launch "${options[@]}" "$@"

@@ -215,9 +215,8 @@ def test_every_gpu_configuration_gives_the_same_adapter(
     losses(recipe("one"))
     made = recipe("many", f"batch.micro_size={4 // ranks}")
     (tmp_path / "r.json").write_text(json.dumps(made.model_dump(mode="json")))
-    launcher = [sys.executable, str(ROOT / "launch" / "ranks.py"), "--config_file"]
-    options = [str(ROOT / "accelerate_configs" / f"{way}.yaml"), "--num_processes", str(ranks)]
-    command = [*launcher, *options, "-m", "peftune", "train", str(tmp_path / "r.json")]
+    launcher = [sys.executable, "-m", "peftune", "launch", "--processes", str(ranks)]
+    command = [*launcher, way, str(tmp_path / "r.json")]
     subprocess.run(command, cwd=ROOT, check=True, timeout=300)
     np.testing.assert_allclose(told(tmp_path / "many"), told(tmp_path / "one"), rtol=1e-4)
     assert distance(tmp_path / "one", tmp_path / "many") <= 1e-3

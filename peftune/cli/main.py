@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from peftune.cli import adapters
+from peftune.cli.launch import configs, launch
 from peftune.cli.options import BASE_HELP as _BASE_HELP
 from peftune.cli.options import Adapters, Json, source_of
 from peftune.cli.options import named as _named
@@ -81,9 +82,7 @@ def train(
 
     Example:  peftune train launch/recipes/poems.yaml optim.lr=1e-4 run.out=adapters/slow
 
-    This is one process on at most one GPU. For several, let Accelerate start it (docs/many-ranks.md):
-
-    accelerate launch --config_file accelerate_configs/ddp.yaml -m peftune train launch/recipes/poems.yaml
+    This is one process on at most one GPU. `peftune launch` starts several.
     """
     from peftune.config.recipe import load_recipe
 
@@ -202,7 +201,8 @@ def generate(
     start_repl(base, folders, use, settings, precision)
 
 
-app.command()(serve)
+for _verb in (serve, launch, configs):
+    app.command()(_verb)
 
 
 @app.callback(invoke_without_command=True)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,8 +31,19 @@ Make = Callable[..., Values]
 def launcher(way: str, recipe: Path, *options: str) -> list[str]:
     if way == "one":
         return [sys.executable, "-m", "peftune", "train", str(recipe)]
-    config = str(ROOT / "accelerate_configs" / f"{way}.yaml")
-    start = [sys.executable, str(ROOT / "launch" / "ranks.py"), "--config_file", config, *options]
+    return [sys.executable, "-m", "peftune", "launch", *options, way, str(recipe)]
+
+
+def torchrun(rendezvous: str, recipe: Path) -> list[str]:
+    """As docs/many-ranks.md has it, on a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    where = {
+        "static": ["--master-addr", "127.0.0.1", "--master-port", port],
+        "c10d": ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"],
+    }[rendezvous]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *where]
     return [*start, "-m", "peftune", "train", str(recipe)]
 
 
@@ -156,7 +168,7 @@ def test_a_rank_that_is_killed_is_started_again_without_a_hand(
 ) -> None:
     path, out = recipe
     log = tmp_path / "log"
-    with running(launcher("cpu-2-zero1", path, "--max_restarts", "2"), log) as job:
+    with running(launcher("cpu-2-zero1", path, "--max-restarts", "2"), log) as job:
         wait_for_step(job, out, 5, log)
         rank_process(job, 1).send_signal(signal.SIGKILL)
         assert job.wait(timeout=150) == 0, log.read_text()
@@ -191,3 +203,30 @@ def test_bad_input_is_told_once_and_not_by_every_rank(recipe: tuple[Path, Path],
         with running(launcher("cpu-2", bad), log) as job:
             assert job.wait(timeout=60) == 2, log.read_text()
         assert log.read_text().count("peftune: ") == 1 and "Traceback" not in log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_plain_torchrun_gives_the_adapter_of_one_process(
+    recipe: tuple[Path, Path], assert_same: Callable[[Path], None], tmp_path: Path, rendezvous: str
+) -> None:
+    path, out = recipe
+    log = tmp_path / "log"
+    with running(torchrun(rendezvous, path), log) as job:
+        assert job.wait(timeout=120) == 0, log.read_text()
+    assert "2 ranks, DDP" in log.read_text()
+    assert_same(out)
+
+
+@pytest.mark.slow
+def test_a_rank_killed_under_plain_torchrun_ends_the_job_with_one_line_of_ours(
+    recipe: tuple[Path, Path], tmp_path: Path
+) -> None:
+    path, out = recipe
+    log = tmp_path / "log"
+    with running(torchrun("static", path), log) as job:
+        wait_for_step(job, out, 3, log)
+        rank_process(job, 1).send_signal(signal.SIGKILL)
+        assert job.wait(timeout=60) == 1
+    ours = [line for line in log.read_text().splitlines() if line.startswith("peftune: ")]
+    assert len(ours) == 1 and "from the last checkpoint" in ours[0]

@@ -1,6 +1,8 @@
-"""A stand-in for a rank of `peftune train`: meets the others over gloo, works, stops when told, ends as it is told.
+"""A stand-in for a rank of `peftune train`: joins the others over gloo, works, stops at a signal, ends as asked to.
 
 python rank.py RECIPE [seconds=S] [save=S] [exit=RANK:CODE] [kill=RANK] [out=FILE]
+
+`kill` is for the first attempt only; OUT.killed, or ./killed, marks it.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 stop: list[int] = []
 for number in (signal.SIGTERM, signal.SIGINT):
@@ -18,8 +21,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-first_attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 asked = dict(argument.split("=") for argument in sys.argv[2:])
+killed = Path(f"{asked['out']}.killed" if "out" in asked else "killed")
 
 
 def summed(value: float) -> float:
@@ -34,8 +37,9 @@ if world > 1:
 assert summed(rank) == sum(range(world))
 os.write(1, f"rank {rank} of {world}\n".encode())  # at once, so that two ranks do not share a line
 if asked.get("exit", "").startswith(f"{rank}:"):
-    sys.exit(int(asked["exit"].split(":")[1]))
-if asked.get("kill") == str(rank) and first_attempt:
+    os._exit(int(asked["exit"].split(":")[1]))  # sys.exit aborts now and then: gloo's threads are still running
+if asked.get("kill") == str(rank) and not killed.exists():
+    killed.touch()
     os.kill(os.getpid(), signal.SIGKILL)
 until = time.monotonic() + float(asked.get("seconds", 0))
 while summed(time.monotonic() < until):

@@ -60,18 +60,17 @@ def test_a_configuration_names_the_layout_of_its_own_name_and_nothing_that_belon
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_the_comment_at_the_top_says_how_to_start_it(name: str) -> None:
     head = CONFIGS[name].read_text(encoding="utf-8").split("compute_environment")[0]
-    script = "multinode" if name.startswith("multi-node-") else "local"
-    assert f"bash launch/{script}.sh {name.removeprefix('multi-node-')} RECIPE" in head
-    if script == "local":
+    assert f"peftune launch {name.removeprefix('multi-node-')} RECIPE" in head
+    if not name.startswith("multi-node-"):
         assert f"accelerate launch --config_file accelerate_configs/{name}.yaml -m peftune train RECIPE" in head
 
 
 @pytest.mark.parametrize("name", ON_GPUS)
-def test_the_form_for_several_machines_differs_only_in_how_they_meet(name: str) -> None:
+def test_the_form_for_several_machines_differs_only_in_the_rendezvous(name: str) -> None:
     one, several = settings(name), settings(f"multi-node-{name}")
     if "zero" in name:
         assert several["deepspeed_config"].pop("deepspeed_multinode_launcher") == "standard"
-    assert several["rdzv_backend"] == "c10d"
+    assert several["rdzv_backend"] == "static"
     assert {k: v for k, v in one.items() if k not in ONLY_SEVERAL} == {
         k: v for k, v in several.items() if k not in ONLY_SEVERAL
     }

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run at the next safe point instead of in the middle of something."""
+"""SIGTERM and SIGINT end a run at the next safe point."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._heard)
+                self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -26,7 +26,7 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def _heard(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.name is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name

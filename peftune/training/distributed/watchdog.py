@@ -1,4 +1,4 @@
-"""A lost rank ends the job: each rank keeps telling that it lives, and listens to its two neighbours.
+"""A lost rank ends the job under any launcher: each rank sends heartbeats and watches those of its two neighbours.
 
 A killed process closes its connections, which the others notice at once. A machine that loses power or network does
 not: its peers would wait in a collective for as long as the network library lets them.
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _LOST_AFTER = 60.0  # seconds; PEFTUNE_LOST_AFTER says otherwise
-_MEET_WITHIN = 300.0  # seconds from the start of a rank, imports excluded
+_RENDEZVOUS_TIMEOUT = 300.0  # seconds from the start of a rank, imports excluded
 
 
 @contextmanager
 def rendezvous_deadline() -> Iterator[None]:
-    """End this process where the ranks do not meet; some launchers leave restarted ranks waiting for dead ones."""
-    reason = f"the ranks have not met within {_MEET_WITHIN:.0f} s"
-    timer = threading.Timer(_MEET_WITHIN, _leave, [reason])
+    """End this process if the rendezvous hangs; some launchers leave restarted ranks waiting for dead ones."""
+    reason = f"the ranks have not found each other within {_RENDEZVOUS_TIMEOUT:.0f} s"
+    timer = threading.Timer(_RENDEZVOUS_TIMEOUT, _leave, [reason])
     timer.daemon = True
     timer.start()
     try:
@@ -41,15 +41,15 @@ def rendezvous_deadline() -> Iterator[None]:
 
 @contextmanager
 def watch_peers(accelerator: Accelerator) -> Iterator[None]:
-    """Watch the other ranks meanwhile; where one is not heard of for a minute, say so and end this process.
+    """Watch the other ranks meanwhile; if one is silent for a minute, say so and end this process.
 
     The main thread may be waiting for that very rank, so the process ends at once, with exit code 1.
     """
     if accelerator.num_processes == 1:
         yield
         return
-    patience = float(os.environ.get("PEFTUNE_LOST_AFTER", _LOST_AFTER))
-    watch = _Watch(accelerator.process_index, accelerator.num_processes, patience)
+    timeout = float(os.environ.get("PEFTUNE_LOST_AFTER", _LOST_AFTER))
+    watch = _Watch(accelerator.process_index, accelerator.num_processes, timeout)
     threads = [threading.Thread(target=work, daemon=True) for work in (watch.beat, lambda: watch.guard(_leave))]
     for thread in threads:
         thread.start()
@@ -62,10 +62,10 @@ def watch_peers(accelerator: Accelerator) -> Iterator[None]:
 
 
 class _Watch:
-    """When this rank last heard of its neighbours, and of the store through which ranks hear of each other."""
+    """When this rank last saw its neighbours' heartbeats, and last reached the store that carries them."""
 
-    def __init__(self, rank: int, ranks: int, patience: float) -> None:
-        self.rank, self.patience = rank, patience
+    def __init__(self, rank: int, ranks: int, timeout: float) -> None:
+        self.rank, self.timeout = rank, timeout
         self.neighbours = sorted({(rank + 1) % ranks, (rank - 1) % ranks})
         now = time.monotonic()
         self.heard = dict.fromkeys(self.neighbours, now)
@@ -74,26 +74,26 @@ class _Watch:
         self.done = threading.Event()
 
     def beat(self) -> None:
-        """Count up for the others to see, and look at their counts; runs until `done` or until the store is gone."""
+        """Increment this rank's counter and read the neighbours'; runs until `done` or until the store is gone."""
         try:
             store = self._store()
-            while not self.done.wait(self.patience / 12):
+            while not self.done.wait(self.timeout / 12):
                 store.add(_key(self.rank), 1)
                 for other in self.neighbours:
                     self._saw(other, store.add(_key(other), 0))
                 self.reached_store = time.monotonic()
-        except RuntimeError:  # every error of the store is one; the guard tells when it has lasted too long
+        except RuntimeError:  # every error of the store is one; the guard notices when it lasts too long
             return
 
     def guard(self, leave: Callable[[str], None]) -> None:
-        """Call `leave` with the reason once somebody has been silent for too long."""
-        while not self.done.wait(self.patience / 12):
+        """Call `leave` with the reason once a neighbour has been silent for too long."""
+        while not self.done.wait(self.timeout / 12):
             now = time.monotonic()
-            if now - self.reached_store > self.patience:
-                leave(f"rank {self.rank} cannot reach {_address()}, where the ranks meet, for {self.patience:.0f} s")
+            if now - self.reached_store > self.timeout:
+                leave(f"rank {self.rank} has not reached the store at {_address()} for {self.timeout:.0f} s")
             for other, last in self.heard.items():
-                if now - last > self.patience:
-                    leave(f"rank {self.rank} has not heard of rank {other} for {self.patience:.0f} s")
+                if now - last > self.timeout:
+                    leave(f"rank {self.rank} has not heard of rank {other} for {self.timeout:.0f} s")
 
     def _saw(self, other: int, count: int) -> None:
         if count != self.beats[other]:
@@ -103,7 +103,7 @@ class _Watch:
     def _store(self) -> TCPStore:
         host, _, port = _address().rpartition(":")
         return TCPStore(
-            host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=self.patience)
+            host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=self.timeout)
         )
 
 
@@ -112,7 +112,7 @@ def _address() -> str:
 
 
 def _key(rank: int) -> str:
-    """A restarted job meets at the same store; its ranks must not be taken for those that died."""
+    """torchrun gives restarted ranks the same store; they must not be taken for those that died."""
     return f"peftune/beats/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
 
 

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from transformers import GPT2LMHeadModel
 
-import peftune
 from peftune.config.recipe import Recipe
+from peftune.config.shipped import shipped
 from peftune.errors import UserError
 from peftune.model.base import Base
 from peftune.model.load import recompute_activations, with_dropout
@@ -186,8 +186,7 @@ def prepare_import(on_gpu: bool) -> None:
     # DeepSpeed calls PyTorch's collectives by names that PyTorch 2.13 has replaced.
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\.\w+` is deprecated")
     named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    if named:  # the shipped files name theirs from the repository's root, wherever the run is started
-        beside = Path(peftune.__file__).parents[1] / named
-        path = beside if beside.is_file() and not Path(named).is_file() else Path(named)
+    if named:  # the shipped files name theirs relative to the folder above them, wherever the run is started
+        path = Path(named) if Path(named).is_file() or not shipped(named).is_file() else shipped(named)
         check_engine_file(path)
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)

@@ -1,0 +1,93 @@
+"""What a configuration asks for on this machine, as arguments of `accelerate launch`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import psutil
+import yaml
+
+from peftune.config.shipped import shipped
+from peftune.errors import UserError
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """`arguments` of `accelerate launch`; `one_process` where a configuration starts no more than that."""
+
+    arguments: dict[str, object]
+    one_process: bool
+
+
+def read(config: str, processes: int | None, nodes: int) -> LaunchOptions:
+    """The configuration of that name, or in that file; UserError where this machine cannot run it.
+
+    Sets the environment of the ranks: visible GPUs, a share of the cores for each, and what libraries may log. What
+    they say about a failed rank, or a peer that has gone, is said by peftune in one line.
+    """
+    if "LOGLEVEL" not in os.environ:
+        logging.disable(logging.ERROR)
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    path = _find(config, nodes)
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    one_process = settings.get("distributed_type") in ("NO", False)  # unquoted, YAML reads NO as false
+    gpus = _gpus(path.name, bool(settings.get("use_cpu")))
+    ranks = processes or gpus or max(1, int(settings.get("num_processes") or 1) // nodes)
+    if one_process and (total := (processes or 1) * nodes) > 1:
+        other = "cpu-2.yaml and ddp.yaml start as many as you say"
+        raise UserError(f"{path.name} starts one process, so not {total}; {other}")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // (1 if one_process else ranks))))
+    arguments = {"config_file": path, "num_processes": ranks * nodes, "num_machines": nodes}
+    if file := (settings.get("deepspeed_config") or {}).get("deepspeed_config_file"):
+        arguments["deepspeed_config_file"] = _find_deepspeed_file(file, path)
+        arguments["deepspeed_multinode_launcher"] = "standard"  # else DeepSpeed starts the other machines over ssh
+    return LaunchOptions(arguments, one_process)
+
+
+def become_the_rank(target: list[str]) -> NoReturn:
+    """One process needs no launcher: it takes this one's place, so that signals and exit code are its own."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *target])
+
+
+def _find(name: str, nodes: int) -> Path:
+    folder = shipped("accelerate_configs")
+    candidates = [folder / f"multi-node-{name}.yaml"] * (nodes > 1) + [folder / f"{name}.yaml"]
+    if "/" in name or name.endswith((".yaml", ".yml")):
+        candidates = [Path(name)]
+    for path in candidates:
+        if path.is_file():
+            return path
+    known = " ".join(sorted(path.stem for path in folder.glob("*.yaml") if not path.stem.startswith("multi-node-")))
+    raise UserError(f"no configuration {name}; there are: {known}")
+
+
+def _find_deepspeed_file(name: str, config: Path) -> Path:
+    """The file that a configuration names: from the folder above the configuration's, from here, or the shipped one."""
+    for path in (config.resolve().parents[1] / name, Path(name), shipped(name)):
+        if path.is_file():
+            return path.resolve()
+    raise UserError(f"{config} names {name}, which is neither here nor in {config.resolve().parents[1]}")
+
+
+def _gpus(name: str, on_cpu: bool) -> int:
+    """GPUs of this machine, 0 for a configuration for CPUs; UserError where one for GPUs finds none."""
+    if on_cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return 0
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(f"{name} is for GPUs and torch finds none here; cpu.yaml and cpu-2*.yaml need none")
+    return torch.cuda.device_count()
+
+
+def _cores() -> int:
+    """Cores that this process may use, hyperthreads not counted."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, psutil.cpu_count(logical=False) or usable)
