@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import peftune
-
 FOLDERS = ("accelerate_configs", "ds_configs", "recipes")
 
 
 def shipped(name: str) -> Path:
     """The path of `name`, which begins with one of FOLDERS: inside an installed package, or in a clone beside it."""
-    package = Path(peftune.__file__).parent
+    package = Path(__file__).parents[1]
     candidates = (package / "configs" / name, package.parent / name, package.parent / "launch" / name)
     return next((path for path in candidates if path.exists()), candidates[0])
