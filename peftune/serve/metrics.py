@@ -20,10 +20,11 @@ _FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _DURATION = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 
-class Metrics:
+class Metrics(Collector):
     """Counters and histograms in a registry of their own: one process may hold several servers."""
 
     def __init__(self, bank: AdapterBank, engine: Engine) -> None:
+        self._bank, self._engine = bank, engine
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each one
         self.registry = CollectorRegistry()
         self.requests = Counter(
@@ -41,7 +42,7 @@ class Metrics:
         self.duration = self._seconds(
             "peftune_request_duration_seconds", "From a request's arrival to the end of its response.", _DURATION
         )
-        self.registry.register(_EngineCollector(bank, engine))
+        self.registry.register(self)
 
     def remove_model(self, model: str) -> None:
         """Drop the series of an adapter that was unloaded."""
@@ -52,23 +53,17 @@ class Metrics:
         """All series in Prometheus' text format 0.0.4."""
         return generate_latest(self.registry)
 
-    def _per_model(self, name: str, description: str) -> Counter:
-        return Counter(name, description, ["model"], registry=self.registry)
-
-    def _seconds(self, name: str, description: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, description, ["endpoint"], buckets=buckets, registry=self.registry)
-
-
-class _EngineCollector(Collector):
-    """Reads the engine's load when Prometheus asks."""
-
-    def __init__(self, bank: AdapterBank, engine: Engine) -> None:
-        self._bank, self._engine = bank, engine
-
     def collect(self) -> Iterator[Metric]:
+        """The engine's load when Prometheus asks."""
         load = self._engine.load
         yield GaugeMetricFamily("peftune_requests_running", "Sequences in the batch.", load.running)
         yield GaugeMetricFamily("peftune_requests_waiting", "Sequences in the queue.", load.waiting)
         yield GaugeMetricFamily("peftune_slots", "Slots of the batch.", load.slots)
         yield GaugeMetricFamily("peftune_adapters_loaded", "Adapters in memory.", len(self._bank.names))
         yield CounterMetricFamily("peftune_engine_steps", "Forward passes of the batch.", load.steps)
+
+    def _per_model(self, name: str, description: str) -> Counter:
+        return Counter(name, description, ["model"], registry=self.registry)
+
+    def _seconds(self, name: str, description: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, description, ["endpoint"], buckets=buckets, registry=self.registry)

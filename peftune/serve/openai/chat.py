@@ -14,7 +14,7 @@ from peftune.serve.openai.body import read_body
 from peftune.serve.openai.chunks import Chunk, TokenEntry
 from peftune.serve.openai.errors import ApiError
 from peftune.serve.openai.prompts import encode_prompts
-from peftune.serve.openai.respond import ChoiceSettings, ResponseFormat, generate
+from peftune.serve.openai.respond import PendingResponse, ResponseFormat
 from peftune.serve.openai.schema import ChatCompletionRequest
 from peftune.serve.service import AUTO, Service, service_of
 
@@ -33,8 +33,10 @@ async def create_chat_completion(http: Request) -> Response:
     prompts = await encode_prompts(service.bank, [text])
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    settings = ChoiceSettings(max_tokens, logprobs=logprobs, stop=STOPS)
-    return await generate(http, body, prompts, settings, _format(body), candidates)
+    response = PendingResponse(
+        http, body, prompts, _format(body), max_tokens, logprobs=logprobs, stop=STOPS, candidates=candidates
+    )
+    return await response.generate()
 
 
 def _chat_adapters(service: Service, model: str) -> list[str]:

@@ -11,7 +11,7 @@ from peftune.serve.openai.body import read_body
 from peftune.serve.openai.chunks import Chunk, ScoredToken
 from peftune.serve.openai.errors import ApiError
 from peftune.serve.openai.prompts import encode_prompts
-from peftune.serve.openai.respond import ChoiceSettings, ResponseFormat, generate
+from peftune.serve.openai.respond import PendingResponse, ResponseFormat
 from peftune.serve.openai.schema import CompletionRequest
 from peftune.serve.service import service_of
 
@@ -28,8 +28,10 @@ async def create_completion(http: Request) -> Response:
         found = f"{len(body.prompt)} prompts with n {body.n}"
         raise ApiError(400, f"{found} are more than the {limit} texts that one request may ask for", "prompt")
     prompts = await encode_prompts(service.bank, body.prompt)
-    settings = ChoiceSettings(body.max_tokens, _MAX_TOKENS, body.logprobs, body.echo)
-    return await generate(http, body, prompts, settings, _format(body))
+    response = PendingResponse(
+        http, body, prompts, _format(body), body.max_tokens, _MAX_TOKENS, body.logprobs, body.echo
+    )
+    return await response.generate()
 
 
 def _format(body: CompletionRequest) -> ResponseFormat:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 from typing import TYPE_CHECKING
 
 from peftune.data.tokens.tiktoken_encoder import byte_letters
@@ -37,18 +36,3 @@ class TokenText:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
             return "bytes:" + "".join(rf"\x{byte:02x}" for byte in raw)
-
-
-class Offsets:
-    """Where each token of a text begins, in characters; the parts of one character share its offset."""
-
-    def __init__(self, token_text: TokenText, start: int) -> None:
-        self._token_text = token_text
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._next = start
-
-    def push(self, token: int) -> int:
-        """The offset of this token, the next one of the text."""
-        offset = self._next
-        self._next += len(self._decoder.decode(self._token_text.bytes_of(token)))
-        return offset
