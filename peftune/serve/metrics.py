@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from peftune.inference.bank import AdapterBank
@@ -48,10 +47,6 @@ class Metrics(Collector):
         """Drop the series of an adapter that was unloaded."""
         for counter in (self.requests, self.cancelled, self.prompt_tokens, self.generation_tokens):
             counter.remove_by_labels({"model": model})
-
-    def text(self) -> bytes:
-        """All series in Prometheus' text format 0.0.4."""
-        return generate_latest(self.registry)
 
     def collect(self) -> Iterator[Metric]:
         """The engine's load when Prometheus asks."""

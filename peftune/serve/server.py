@@ -91,8 +91,8 @@ class Server(uvicorn.Server):
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer until `drain` or a signal.
 
-        All that was loaded is exempt from garbage collection meanwhile: a full collection takes 0.3 s of every thread
-        (half a million objects of the libraries), and one body of a megabyte starts two.
+        All that was loaded is exempt from garbage collection meanwhile: a full collection of half a million objects, as
+        one body of a megabyte starts it, stops every thread for 0.3 s.
         """
         self._service.engine.start()
         gc.collect()

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from starlette.requests import Request
 
@@ -88,5 +88,4 @@ class Service:
 
 def service_of(request: Request) -> Service:
     """The service that the application was built with."""
-    service: Service = request.app.state.service
-    return service
+    return cast(Service, request.app.state.service)

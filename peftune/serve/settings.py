@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    DirectoryPath,
-    Field,
-    ModelWrapValidatorHandler,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, DirectoryPath, Field, ValidationError, model_validator
 
 from peftune.config.messages import validation_messages
 from peftune.errors import UserError
@@ -40,7 +32,7 @@ class ServeSettings(BaseModel):
     `max_adapters`        adapters in memory at a time
     `drain`               seconds that requests in flight get to finish once the server stops
     `routing_threshold`   nats per token by which an adapter must beat the base before `auto` takes it
-    `body_seconds`        in which a whole body must arrive
+    `body_seconds`        in which a body must arrive
     """
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
@@ -60,16 +52,11 @@ class ServeSettings(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _raise_user_error(cls, values: Any, handler: ModelWrapValidatorHandler[ServeSettings]) -> ServeSettings:
+    def _raise_user_error(cls, values: Any, handler: Callable[[Any], ServeSettings]) -> ServeSettings:
         try:
             return handler(values)
         except ValidationError as error:
             raise UserError("serve: " + "; ".join(validation_messages(error, {"": list(cls.model_fields)}))) from None
-
-    @property
-    def max_choices(self) -> int:
-        """Choices that one request may ask for: more might not fit even into an empty queue."""
-        return min(128, self.queue)
 
     @property
     def only_loopback(self) -> bool:

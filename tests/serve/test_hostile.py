@@ -88,6 +88,19 @@ def test_a_body_that_makes_no_sense_is_refused_with_400(server: Any, body: bytes
 
 
 @pytest.mark.parametrize(
+    "part",
+    [None, "x", [], {}, {"type": "text"}, {"text": "x"}, {"type": "text", "text": 1}, {"type": "text", "text": None},
+     {"type": "image_url", "text": "x"}, {"type": "text", "text": "x", "more": 1}],
+    ids=str,
+)  # fmt: skip
+def test_a_turn_that_is_not_of_text_parts_is_refused(server: Any, part: Any) -> None:
+    content = [{"type": "text", "text": "x"}, part]
+    answer = server.post("/v1/chat/completions", model="a7", messages=[{"role": "user", "content": content}])
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("messages.0.content: expected text, or parts such as")
+
+
+@pytest.mark.parametrize(
     "body",
     [
         b'{"model": "a1", "prompt": "' + b"x" * 1_000_000 + b'"}',

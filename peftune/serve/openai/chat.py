@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from peftune.data.sources.chat_template import STOPS, render_chat
 from peftune.errors import UserError
@@ -21,7 +21,7 @@ from peftune.serve.service import AUTO, Service, service_of
 PATH = "/v1/chat/completions"
 
 
-async def create_chat_completion(http: Request) -> Response:
+async def create_chat_completion(http: Request) -> ASGIApp:
     """Generate the assistant's next turn, `n` times."""
     service = service_of(http)
     body = await read_body(http, ChatCompletionRequest)
@@ -54,7 +54,7 @@ def _chat_adapters(service: Service, model: str) -> list[str]:
 
 def _format(body: ChatCompletionRequest) -> ResponseFormat:
     def common(index: int, chunk: Chunk) -> dict[str, Any]:
-        token_ids = {"token_ids": list(chunk.ids)} if body.return_token_ids else {}
+        token_ids = {"token_ids": chunk.ids} if body.return_token_ids else {}
         logprobs = _logprobs(chunk) if body.logprobs else None
         return {"index": index, "logprobs": logprobs, **token_ids, "finish_reason": chunk.finish_reason}
 

@@ -5,16 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    FailFast,
-    Field,
-    PlainValidator,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, PlainValidator, model_validator
 
 from peftune.inference.settings import GenerationSettings
 
@@ -22,6 +13,7 @@ MAX_LOGPROBS = 20
 MAX_CHOICES = 16
 _MAX_FIELDS, _MAX_MESSAGES, _MAX_PROMPTS, _MAX_STOPS = 64, 1024, 1024, 4
 _SEEDS = 2**63
+_TEXT_PART = {"type": "text", "text": ""}
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -62,6 +54,16 @@ def _are_ids(value: list[Any]) -> bool:
 
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+def _join_parts(value: Any) -> Any:
+    """The text of a turn from OpenAI's list of text parts."""
+    if not isinstance(value, list):
+        return value
+    for part in value:
+        if not isinstance(part, dict) or part | {"text": ""} != _TEXT_PART or not isinstance(part.get("text"), str):
+            raise ValueError("expected text, or parts such as {type: text, text: …}")
+    return "".join(part["text"] for part in value)
 
 
 def _refuse(value: Any) -> Any:
@@ -141,21 +143,7 @@ class ChatMessage(OpenAIBaseModel):
     """One turn of a conversation; `content` is text, or OpenAI's list of text parts."""
 
     role: Literal["system", "user", "assistant"]
-    content: str
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _join_parts(cls, value: Any) -> Any:
-        if not isinstance(value, list):
-            return value
-        if not all(
-            isinstance(part, dict)
-            and part.keys() == {"type", "text"}
-            and (part["type"], type(part["text"])) == ("text", str)
-            for part in value
-        ):
-            raise ValueError("expected text, or parts such as {type: text, text: …}")
-        return "".join(part["text"] for part in value)
+    content: Annotated[str, BeforeValidator(_join_parts)]
 
 
 class ChatCompletionRequest(SamplingRequest):

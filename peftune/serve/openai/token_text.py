@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from peftune.data.tokens.tiktoken_encoder import byte_letters
@@ -17,17 +18,13 @@ class TokenText:
         self._tokenizer = tokenizer
         self._byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
         self._special = set(tokenizer.all_special_ids)
-        self._cache: dict[int, bytes] = {}
+        self.bytes_of = functools.cache(self._bytes_of)
 
-    def bytes_of(self, token: int) -> bytes:
+    def _bytes_of(self, token: int) -> bytes:
         """The bytes that the token stands for; those of its name for a special one, none for one without a name."""
-        raw = self._cache.get(token)
-        if raw is None:
-            name = str(self._tokenizer.convert_ids_to_tokens(token) or "")
-            plain = token not in self._special and all(letter in self._byte_of for letter in name)
-            raw = bytes(self._byte_of[letter] for letter in name) if plain else name.encode()
-            self._cache[token] = raw
-        return raw
+        name = str(self._tokenizer.convert_ids_to_tokens(token) or "")
+        plain = token not in self._special and all(letter in self._byte_of for letter in name)
+        return bytes(self._byte_of[letter] for letter in name) if plain else name.encode()
 
     def text_of(self, token: int) -> str:
         r"""The token's text; `bytes:\xe2\x80` for one that is no complete character, as OpenAI writes it."""
