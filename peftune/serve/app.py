@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -49,4 +49,4 @@ async def _health(http: Request) -> Response:
 
 
 async def _metrics(http: Request) -> Response:
-    return Response(service_of(http).metrics.text(), media_type=CONTENT_TYPE)
+    return Response(generate_latest(service_of(http).metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from peftune.inference.bank import AdapterBank
@@ -20,10 +19,11 @@ _FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _DURATION = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 
-class Metrics:
+class Metrics(Collector):
     """Counters and histograms in a registry of their own: one process may hold several servers."""
 
     def __init__(self, bank: AdapterBank, engine: Engine) -> None:
+        self._bank, self._engine = bank, engine
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each one
         self.registry = CollectorRegistry()
         self.requests = Counter(
@@ -41,34 +41,24 @@ class Metrics:
         self.duration = self._seconds(
             "peftune_request_duration_seconds", "From a request's arrival to the end of its response.", _DURATION
         )
-        self.registry.register(_EngineCollector(bank, engine))
+        self.registry.register(self)
 
     def remove_model(self, model: str) -> None:
         """Drop the series of an adapter that was unloaded."""
         for counter in (self.requests, self.cancelled, self.prompt_tokens, self.generation_tokens):
             counter.remove_by_labels({"model": model})
 
-    def text(self) -> bytes:
-        """All series in Prometheus' text format 0.0.4."""
-        return generate_latest(self.registry)
-
-    def _per_model(self, name: str, description: str) -> Counter:
-        return Counter(name, description, ["model"], registry=self.registry)
-
-    def _seconds(self, name: str, description: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, description, ["endpoint"], buckets=buckets, registry=self.registry)
-
-
-class _EngineCollector(Collector):
-    """Reads the engine's load when Prometheus asks."""
-
-    def __init__(self, bank: AdapterBank, engine: Engine) -> None:
-        self._bank, self._engine = bank, engine
-
     def collect(self) -> Iterator[Metric]:
+        """The engine's load when Prometheus asks."""
         load = self._engine.load
         yield GaugeMetricFamily("peftune_requests_running", "Sequences in the batch.", load.running)
         yield GaugeMetricFamily("peftune_requests_waiting", "Sequences in the queue.", load.waiting)
         yield GaugeMetricFamily("peftune_slots", "Slots of the batch.", load.slots)
         yield GaugeMetricFamily("peftune_adapters_loaded", "Adapters in memory.", len(self._bank.names))
         yield CounterMetricFamily("peftune_engine_steps", "Forward passes of the batch.", load.steps)
+
+    def _per_model(self, name: str, description: str) -> Counter:
+        return Counter(name, description, ["model"], registry=self.registry)
+
+    def _seconds(self, name: str, description: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, description, ["endpoint"], buckets=buckets, registry=self.registry)

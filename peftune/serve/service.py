@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from starlette.requests import Request
 
@@ -21,15 +21,6 @@ from peftune.serve.settings import ServeSettings
 
 AUTO = "auto"
 BASE = "base"
-
-
-@dataclass(frozen=True)
-class ResolvedModel:
-    """The model that answers: an adapter, or None for the base; `routing` is what `auto` adds to the response."""
-
-    adapter: str | None
-    name: str
-    routing: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -54,17 +45,17 @@ class Service:
 
     async def resolve(
         self, model: str, ids: Sequence[Sequence[int]], candidates: Sequence[str] | None = None
-    ) -> ResolvedModel:
-        """The model of a request; `ids` are its prompts, for `auto`, which chooses among the `candidates`.
+    ) -> tuple[str | None, dict[str, Any]]:
+        """The adapter that answers a request (None: the base), and what `auto` adds to the response.
 
+        `ids` are the request's prompts, for `auto`, which chooses among the `candidates`.
         Raises ApiError 404 for an unknown name: the base never stands in for it.
         """
         if model == AUTO:
             if len(ids) != 1:
                 raise ApiError(400, f"model auto chooses for one prompt, found {len(ids)}; send one each", "prompt")
             return await self._route(ids[0], candidates)
-        adapter = self.adapter_named(model)
-        return ResolvedModel(adapter, adapter or self.bank.base.name)
+        return self.adapter_named(model), {}
 
     def adapter_named(self, model: str) -> str | None:
         """The adapter that a model's name means, None for the base; ApiError 404 for an unknown name."""
@@ -74,10 +65,8 @@ class Service:
             raise ApiError(404, f"the model {model!a} does not exist", "model", "model_not_found")
         return model
 
-    async def _route(self, ids: Sequence[int], candidates: Sequence[str] | None) -> ResolvedModel:
+    async def _route(self, ids: Sequence[int], candidates: Sequence[str] | None) -> tuple[str | None, dict[str, Any]]:
         """`auto`; with `candidates` the best of them answers, without a threshold: the base may not."""
-        if self.draining:
-            raise draining()
         if self._routing >= self.settings.queue:
             raise queue_full("too many prompts wait to be routed", 1)
         names = tuple(self.bank.names if candidates is None else candidates)
@@ -93,12 +82,10 @@ class Service:
             raise ApiError(409, str(error), "model") from None
         finally:
             self._routing -= 1
-        name = route.name if route.name is not None else self.bank.base.name
-        routing = {"model": name, "scores": route.scores, "threshold": threshold}
-        return ResolvedModel(route.name, name, {"routing": routing})
+        routing = {"model": route.name or self.bank.base.name, "scores": route.scores, "threshold": threshold}
+        return route.name, {"routing": routing}
 
 
 def service_of(request: Request) -> Service:
     """The service that the application was built with."""
-    service: Service = request.app.state.service
-    return service
+    return cast(Service, request.app.state.service)

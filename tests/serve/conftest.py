@@ -95,7 +95,7 @@ class Running:
 def serving(adapters: dict[str, Path], base: str = "builtin:small", **settings: Any) -> Iterator[Running]:
     chosen = ServeSettings(port=0, **settings)
     with listen(chosen.host, chosen.port) as listener:
-        server = Server(make_service(base, adapters, "fp32", chosen), listener)
+        server = Server(make_service(base, adapters, "fp32", chosen), listener, lambda line: None)
         thread = threading.Thread(target=server.run)
         thread.start()
         until = time.monotonic() + 20

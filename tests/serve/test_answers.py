@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from typing import Any
 
 import httpx2 as httpx
@@ -133,7 +132,7 @@ def test_auto_asks_the_likeliest_adapter_and_below_the_threshold_the_base(
 ) -> None:
     prompt = "def main(self):\n"
     for threshold in (-100.0, 100.0):
-        settings = dataclasses.replace(server.service.settings, routing_threshold=threshold)
+        settings = server.service.settings.model_copy(update={"routing_threshold": threshold})
         monkeypatch.setattr(server.service, "settings", settings)
         answer = server.client.completions.create(model="auto", prompt=prompt, max_tokens=4, temperature=0)
         routing = answer.model_extra["routing"]

@@ -25,13 +25,16 @@ def asked(**fields: Any) -> bytes:
         (b"{", "not JSON"),
         (b"[]", "holds list"),
         (b"null", "holds NoneType"),
-        (b'{"model": "a1", "prompt": "\xff"}', "not UTF-8 at byte 27"),
+        (
+            b'{"model": "a1", "prompt": "\xff"}',
+            "not JSON in UTF-8: 'utf-8' codec can't decode byte 0xff in position 27",
+        ),
         (b"\xef\xbb\xbf" + asked(), "not JSON"),
-        (asked(prompt="\ud800"), "half a character"),
-        (b'{"\\ud800": 1}', "half a character"),
-        (b'{"model": "a1", "temperature": NaN}', "NaN is no JSON number"),
-        (b'{"model": "a1", "temperature": -Infinity}', "-Infinity is no JSON number"),
-        (b'{"model": "a1", "temperature": 1e999}', "1e999 is too large"),
+        (asked(prompt="\ud800"), "surrogates not allowed"),
+        (b'{"\\ud800": 1}', "surrogates not allowed"),
+        (b'{"model": "a1", "temperature": NaN}', "temperature: expected a finite number, found nan"),
+        (b'{"model": "a1", "temperature": -Infinity}', "temperature: expected a finite number, found -inf"),
+        (b'{"model": "a1", "temperature": 1e999}', "temperature: expected a finite number, found inf"),
         (b'{"model": "a1", "model": "a2"}', "model is given twice"),
         (b'{"model": ' + b"[" * 50_000, "nested too deeply"),
         (b'{"model": ' + b'{"a":' * 50_000, "nested too deeply"),
@@ -48,9 +51,9 @@ def asked(**fields: Any) -> bytes:
         (asked(n=0), "n: expected"),
         (asked(seed=2**63), "seed: expected"),
         (asked(logprobs=21), "logprobs: expected"),
-        (asked(stop=""), "stop: a string is empty"),
-        (asked(stop=["a"] * 5), "stop: 5 strings"),
-        (asked(stop=[1]), "stop: expected"),
+        (asked(stop=""), "stop.0: expected some text"),
+        (asked(stop=["a"] * 5), "stop: list should have at most 4 items"),
+        (asked(stop=[1]), "stop.0: expected text"),
         (asked(prompt=[]), "prompt: expected"),
         (asked(prompt=[[]]), "prompt: expected"),
         (asked(prompt=["x", 1]), "prompt: expected"),
@@ -82,6 +85,19 @@ def test_a_body_that_makes_no_sense_is_refused_with_400(server: Any, body: bytes
     assert message in error["message"]
     assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
     assert "\n" not in error["message"] and len(error["message"]) < 600
+
+
+@pytest.mark.parametrize(
+    "part",
+    [None, "x", [], {}, {"type": "text"}, {"text": "x"}, {"type": "text", "text": 1}, {"type": "text", "text": None},
+     {"type": "image_url", "text": "x"}, {"type": "text", "text": "x", "more": 1}],
+    ids=str,
+)  # fmt: skip
+def test_a_turn_that_is_not_of_text_parts_is_refused(server: Any, part: Any) -> None:
+    content = [{"type": "text", "text": "x"}, part]
+    answer = server.post("/v1/chat/completions", model="a7", messages=[{"role": "user", "content": content}])
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("messages.0.content: expected text, or parts such as")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import re
 import shutil
@@ -19,7 +20,10 @@ import openai
 import psutil
 import pytest
 
+from peftune.errors import UserError
 from peftune.serve.http.static import FOLDER
+from peftune.serve.server import listen
+from peftune.serve.settings import ServeSettings
 
 COMPLETIONS, LOAD, UNLOAD = "/v1/completions", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 SHORT = {"model": "base", "prompt": "x", "max_tokens": 2}
@@ -122,6 +126,31 @@ def test_only_what_lies_under_a_root_is_loaded_and_nothing_tells_what_lies_elsew
     with start({}) as server:
         assert server.post(LOAD, lora_name="x", lora_path="a1").status_code == 403
         assert server.post(UNLOAD, lora_name="x").status_code == 403
+
+
+def test_every_problem_of_the_settings_is_listed_and_no_key_is_shown(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        ServeSettings(port=70000, slots=0, drain=math.inf, routing_threshold=math.nan, api_key="sécret", host="",
+                      roots=(tmp_path / "nothing",), max_body=1)  # fmt: skip
+    message = str(caught.value)
+    for name in ("port", "slots", "drain", "routing_threshold", "api_key", "host", "roots.0", "max_body"):
+        assert f"{name}: " in message
+    assert "sécret" not in message and "\n" not in message
+
+
+def test_an_address_that_cannot_be_bound_is_named() -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        taken.listen()
+        for host in ("127.0.0.1", "no.such.host.invalid"):
+            with pytest.raises(UserError, match=f"{host} port {port}: .*; expected a name or address of this machine"):
+                listen(host, port)
+
+
+def test_what_was_loaded_is_not_collected_while_serving(start: Any) -> None:
+    with start({}):
+        assert gc.get_freeze_count() > 100_000
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.slow

@@ -31,9 +31,6 @@ class GatewayMiddleware:
         self._app, self._service, self._endpoints = app, service, endpoints
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         status = 0
 
         async def send_and_note_status(message: Message) -> None:
@@ -52,9 +49,9 @@ class GatewayMiddleware:
         except Exception as error:
             if not isinstance(error, ApiError):  # a bug: the log has the traceback, the client one line
                 _log.exception("%s %s failed", request.method, ascii(request.url.path))
-            response = (error if isinstance(error, ApiError) else internal_error()).response()
+                error = internal_error()
             if not status:  # a response that has begun stays unfinished: uvicorn closes the connection
-                await response(scope, receive, send_and_note_status)
+                await error.response()(scope, receive, send_and_note_status)
         finally:
             self._count(request, status or 499)
 
@@ -69,8 +66,8 @@ class GatewayMiddleware:
 
     def _count(self, request: Request, status: int) -> None:
         path, metrics = request.url.path, self._service.metrics
-        fallback = path if path in self._endpoints else "other"
-        endpoint = next((prefix for prefix in _PREFIXES if path.startswith(prefix)), fallback)
+        known = path if path in self._endpoints else "other"
+        endpoint = next((prefix for prefix in _PREFIXES if path.startswith(prefix)), known)
         model = self._service.metrics_label(getattr(request.state, "model", None))
         metrics.requests.labels(endpoint, model, status).inc()
         metrics.duration.labels(endpoint).observe(time.monotonic() - request.state.arrived)
@@ -103,6 +100,5 @@ def check_host(host: str, allowed: tuple[str, ...]) -> None:
 def on_http_exception(request: Request, error: Exception) -> Response:
     """The router's 404 and 405 in OpenAI's format."""
     assert isinstance(error, HTTPException)
-    messages = {404: "there is no such path here", 405: f"{request.method} is not allowed here"}
-    message = messages.get(error.status_code, error.detail)
+    message = f"{request.method} {request.url.path[:200]}: {error.detail}"
     return ApiError(error.status_code, message, headers=error.headers).response()

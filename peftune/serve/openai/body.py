@@ -1,105 +1,88 @@
-"""A request's body: read within bounds of size and time, parsed as strict JSON."""
+"""A request's body: read within bounds of size and time, parsed as JSON, checked against a schema."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import math
-from typing import Any, NoReturn
+from collections import Counter
+from typing import Any, TypeVar
 
+from pydantic import ValidationError
 from starlette.requests import Request
 
+from peftune.config.messages import validation_messages
 from peftune.serve.openai.errors import ApiError
-from peftune.serve.openai.schema import B, validate
+from peftune.serve.openai.schema import OpenAIBaseModel
 from peftune.serve.service import service_of
 
 _CLOSE = {"Connection": "close"}  # the rest of the body is not read, so no request can follow it
 _LINGER_BYTES = 8 << 20
 
+Body = TypeVar("Body", bound=OpenAIBaseModel)
 
-async def read_body(http: Request, schema: type[B]) -> B:
+
+async def read_body(http: Request, schema: type[Body]) -> Body:
     """The request's body as `schema`; its model, where it names one, is noted for the metrics.
 
-    Raises ApiError: 400 for what the schema refuses, and as `read_json`.
+    Raises ApiError: 400 for what is no JSON object or what the schema refuses (at most ten problems, the first one as
+    `param`), 408 where it does not arrive in time, 413 above the limit, with and without Content-Length, 415 for
+    another type: a page of another origin can send a form unasked, JSON only if the server consents.
     """
-    settings = service_of(http).settings
-    body = validate(schema, await read_json(http, settings.max_body, settings.body_seconds))
+    limit, seconds = service_of(http).settings.max_body, service_of(http).settings.body_seconds
+    content_type = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise ApiError(415, f"Content-Type is {content_type or 'missing'}, expected application/json", headers=_CLOSE)
+    try:
+        raw = await asyncio.wait_for(_read(http, limit), seconds)
+    except asyncio.TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {seconds:g} seconds", headers=_CLOSE) from None
+    value = _parse(raw)
+    try:
+        body = schema.model_validate(value)
+    except ValidationError as error:
+        loc = error.errors(include_url=False)[0]["loc"]
+        messages = validation_messages(error, {"": list(schema.model_fields)})[:10]
+        raise ApiError(400, "; ".join(messages), str(loc[0])[:100] if loc else None) from None
     http.state.model = getattr(body, "model", None)
     return body
 
 
-async def read_json(request: Request, limit: int, seconds: float) -> dict[str, Any]:
-    """The JSON object in the body.
-
-    Raises ApiError: 400 for what is not UTF-8 or not strict JSON (NaN, a lone surrogate, a name given twice), 408
-    where it does not arrive within `seconds`, 413 above `limit` bytes, with and without Content-Length, 415 for
-    another type: a page of another origin can send a form unasked, JSON only if the server consents.
-    """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, f"Content-Type is {kind or 'missing'}, expected application/json", headers=_CLOSE)
+async def _read(http: Request, limit: int) -> bytes:
     too_large = ApiError(413, f"the body has more than {limit} bytes", code="body_too_large", headers=_CLOSE)
-    if "expect" in request.headers and int(request.headers.get("content-length", 0)) > limit:
+    if "expect" in http.headers and int(http.headers.get("content-length", 0)) > limit:
         raise too_large  # the client waits for permission, and has sent nothing yet
-    try:
-        raw = await asyncio.wait_for(_read(request, limit), seconds)
-    except asyncio.TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {seconds:g} seconds", headers=_CLOSE) from None
-    if raw is None:
+    raw, seen = bytearray(), 0
+    async for chunk in http.stream():
+        seen += len(chunk)
+        raw += chunk[: max(0, limit - len(raw))]
+        if seen > limit + _LINGER_BYTES:  # until then it is read: a client still sending would lose the response
+            break
+    if seen > limit:
         raise too_large
-    return parse(bytes(raw))
+    return bytes(raw)
 
 
-def parse(raw: bytes) -> dict[str, Any]:
-    """Strict JSON: by itself Python's parser accepts NaN, lone surrogates, and the last of two equal names."""
+def _parse(raw: bytes) -> dict[str, Any]:
+    """A JSON object; by itself Python's parser accepts lone surrogates, and the last of two equal names.
+
+    It accepts NaN and infinity too, which no schema does.
+    """
     try:
-        value = json.loads(
-            raw.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique_names
-        )
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_names)
         if b"\\u" in raw:  # only an escape can be a lone surrogate, UTF-8 has none
             json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ApiError(400, f"the body is not UTF-8 at byte {error.start}") from None
-    except UnicodeEncodeError:
-        raise ApiError(400, r"the body holds half a character (a lone surrogate such as \ud800)") from None
-    except json.JSONDecodeError as error:
-        raise ApiError(400, f"the body is not JSON: {error.msg} at line {error.lineno} column {error.colno}") from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply") from None
     except ValueError as error:
-        raise ApiError(400, f"the body is not JSON that can be read: {ascii(str(error))[1:-1][:200]}") from None
+        raise ApiError(400, f"the body is not JSON in UTF-8: {str(error)[:200]}") from None
     if not isinstance(value, dict):
         raise ApiError(400, f"the body holds {type(value).__name__}, expected an object")
     return value
 
 
-async def _read(request: Request, limit: int) -> bytearray | None:
-    """The body, or None above `limit`. A little more is read then: a client still sending would lose the response."""
-    raw, seen = bytearray(), 0
-    async for chunk in request.stream():
-        seen += len(chunk)
-        if seen <= limit:
-            raw += chunk
-        elif seen > limit + _LINGER_BYTES:
-            break
-    return raw if seen <= limit else None
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):
-        raise ValueError(f"{text[:20]} is too large")
-    return value
-
-
 def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in unique:
-            raise ValueError(f"{name} is given twice")
-        unique[name] = value
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name} is given twice")
     return unique

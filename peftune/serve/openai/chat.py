@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from peftune.data.sources.chat_template import STOPS, render_chat
 from peftune.errors import UserError
@@ -13,14 +13,14 @@ from peftune.serve.openai.body import read_body
 from peftune.serve.openai.chunks import Chunk, TokenEntry
 from peftune.serve.openai.errors import ApiError
 from peftune.serve.openai.prompts import encode_prompts
-from peftune.serve.openai.respond import ChoiceSettings, ResponseFormat, generate
+from peftune.serve.openai.respond import PendingResponse, ResponseFormat
 from peftune.serve.openai.schema import ChatCompletionRequest
 from peftune.serve.service import AUTO, Service, service_of
 
 PATH = "/v1/chat/completions"
 
 
-async def create_chat_completion(http: Request) -> Response:
+async def create_chat_completion(http: Request) -> ASGIApp:
     """Generate the assistant's next turn, `n` times."""
     service = service_of(http)
     body = await read_body(http, ChatCompletionRequest)
@@ -32,8 +32,10 @@ async def create_chat_completion(http: Request) -> Response:
     prompts = await encode_prompts(service.bank, [text])
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    settings = ChoiceSettings(max_tokens, logprobs=logprobs, stop=STOPS)
-    return await generate(http, body, prompts, settings, _format(body), candidates)
+    response = PendingResponse(
+        http, body, prompts, _format(body), max_tokens, logprobs=logprobs, stop=STOPS, candidates=candidates
+    )
+    return await response.generate()
 
 
 def _chat_adapters(service: Service, model: str) -> list[str]:
@@ -51,7 +53,7 @@ def _chat_adapters(service: Service, model: str) -> list[str]:
 
 def _format(body: ChatCompletionRequest) -> ResponseFormat:
     def common(index: int, chunk: Chunk) -> dict[str, Any]:
-        token_ids = {"token_ids": list(chunk.ids)} if body.return_token_ids else {}
+        token_ids = {"token_ids": chunk.ids} if body.return_token_ids else {}
         logprobs = _logprobs(chunk) if body.logprobs else None
         return {"index": index, "logprobs": logprobs, **token_ids, "finish_reason": chunk.finish_reason}
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peftune.inference.request import RequestOutput, TokenLogprob
-from peftune.serve.openai.token_text import Offsets, TokenText
+from peftune.serve.openai.token_text import TokenText
 
 _MIN_LOGPROB = -9999.0  # OpenAI's for a token of probability 0: JSON has no infinity
-_FINISH_REASONS = {None: None, "stop": "stop", "end": "stop", "length": "length"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class ChoiceFormatter:
 
     def __init__(self, token_text: TokenText, prompt: str, ids: Sequence[int], echo: bool, lead: str = "") -> None:
         self._token_text = token_text
-        self._offsets = Offsets(token_text, 0 if echo else len(prompt))
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._offset = 0 if echo else len(prompt)
         self._echo = prompt if echo else ""
         self._prompt_ids: tuple[int, ...] | None = tuple(ids)
         self._lead = lead
@@ -79,19 +80,19 @@ class ChoiceFormatter:
         """The chunk of one output; the first one brings the prompt."""
         prompt = output.prompt[-len(self._prompt_ids) :] if self._prompt_ids else ()  # without the context token
         scored = tuple(map(self._score, (*prompt, *output.logprobs)))
-        text, self._echo = self._echo + self._strip_lead(output.text), ""
+        text = output.text
+        if text:
+            text, self._lead = text.removeprefix(self._lead), ""
+        text, self._echo = self._echo + text, ""
         ids, self._prompt_ids = self._prompt_ids, None
-        return Chunk(text, output.ids, scored, ids, _FINISH_REASONS[output.finish_reason])
+        return Chunk(text, output.ids, scored, ids, "stop" if output.finish_reason == "end" else output.finish_reason)
 
     def _score(self, logprob: TokenLogprob) -> ScoredToken:
-        top = tuple(self._entry(token, nats) for token, nats in logprob.top)
-        return ScoredToken(self._entry(logprob.id, logprob.logprob), top, self._offsets.push(logprob.id))
+        """The parts of one character share its offset."""
+        token, offset = self._entry(logprob.id, logprob.logprob), self._offset
+        self._offset += len(self._decoder.decode(token.raw))
+        return ScoredToken(token, tuple(self._entry(id, nats) for id, nats in logprob.top), offset)
 
     def _entry(self, token: int, nats: float | None) -> TokenEntry:
         logprob = None if nats is None else max(nats, _MIN_LOGPROB)
         return TokenEntry(self._token_text.text_of(token), self._token_text.bytes_of(token), logprob)
-
-    def _strip_lead(self, text: str) -> str:
-        if text and self._lead:
-            text, self._lead = text.removeprefix(self._lead), ""
-        return text

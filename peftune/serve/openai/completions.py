@@ -5,46 +5,44 @@ from __future__ import annotations
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from peftune.serve.openai.body import read_body
 from peftune.serve.openai.chunks import Chunk, ScoredToken
 from peftune.serve.openai.errors import ApiError
 from peftune.serve.openai.prompts import encode_prompts
-from peftune.serve.openai.respond import ChoiceSettings, ResponseFormat, generate
+from peftune.serve.openai.respond import PendingResponse, ResponseFormat
 from peftune.serve.openai.schema import CompletionRequest
 from peftune.serve.service import service_of
 
 PATH = "/v1/completions"
 _MAX_TOKENS = 16  # OpenAI's default
+_MAX_TEXTS = 128
 
 
-async def create_completion(http: Request) -> Response:
+async def create_completion(http: Request) -> ASGIApp:
     """Continue every prompt `n` times."""
     service = service_of(http)
     body = await read_body(http, CompletionRequest)
-    limit = service.settings.max_choices
+    limit = min(_MAX_TEXTS, service.settings.queue)  # more might not fit even into an empty queue
     if len(body.prompt) * body.n > limit:
         found = f"{len(body.prompt)} prompts with n {body.n}"
         raise ApiError(400, f"{found} are more than the {limit} texts that one request may ask for", "prompt")
     prompts = await encode_prompts(service.bank, body.prompt)
-    settings = ChoiceSettings(body.max_tokens, _MAX_TOKENS, body.logprobs, body.echo)
-    return await generate(http, body, prompts, settings, _format(body))
+    response = PendingResponse(
+        http, body, prompts, _format(body), body.max_tokens, _MAX_TOKENS, body.logprobs, body.echo
+    )
+    return await response.generate()
 
 
 def _format(body: CompletionRequest) -> ResponseFormat:
     def choice(index: int, chunk: Chunk) -> dict[str, Any]:
-        formatted: dict[str, Any] = {
-            "index": index,
-            "text": chunk.text,
-            "logprobs": _logprobs(chunk.scored) if body.logprobs is not None else None,
-            "finish_reason": chunk.finish_reason,
-        }
-        if body.return_token_ids:
-            formatted["token_ids"] = list(chunk.ids)
-            if chunk.prompt_ids is not None:
-                formatted["prompt_token_ids"] = list(chunk.prompt_ids)
-        return formatted
+        logprobs = _logprobs(chunk.scored) if body.logprobs is not None else None
+        token_ids = {"token_ids": chunk.ids} if body.return_token_ids else {}
+        if body.return_token_ids and chunk.prompt_ids is not None:
+            token_ids["prompt_token_ids"] = chunk.prompt_ids
+        choice = {"index": index, "text": chunk.text, "logprobs": logprobs, "finish_reason": chunk.finish_reason}
+        return choice | token_ids
 
     return ResponseFormat("text_completion", "text_completion", "cmpl", choice, choice)
 

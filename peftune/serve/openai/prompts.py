@@ -27,22 +27,17 @@ async def encode_prompts(bank: AdapterBank, given: Sequence[str | list[int]]) ->
     return await asyncio.to_thread(lambda: [_encode(bank, prompt) for prompt in given])
 
 
-def max_new_tokens(prompt: Prompt, requested: int | None, default: int | None, n_positions: int) -> int:
-    """How many tokens may be generated; without a `requested` number `default` or what fits (None: all that fits).
+def max_new_tokens(prompt: Prompt, requested: int | None, default: int, n_positions: int) -> int:
+    """How many tokens may be generated: the `requested` number, without one `default` or what fits.
 
     Raises ApiError 400 where they do not fit, or nothing does.
     """
-    available, wanted = n_positions - len(prompt.input_ids), 1 if requested is None else requested
-    if wanted > available:
-        raise _too_long(
-            n_positions,
-            f"{len(prompt.input_ids)} for the prompt (a context token stands before it) and {wanted} to write are "
-            f"{len(prompt.input_ids) + wanted}; shorten the prompt or max_tokens",
-            "max_tokens" if available > 0 else "prompt",
-        )
-    if requested is not None:
-        return requested
-    return available if default is None else min(default, available)
+    read, wanted = len(prompt.input_ids), 1 if requested is None else requested
+    if read + wanted > n_positions:
+        reason = f"{read} for the prompt (a context token stands before it) and {wanted} to write are {read + wanted}"
+        param = "max_tokens" if read < n_positions else "prompt"
+        raise _too_long(n_positions, f"{reason}; shorten the prompt or max_tokens", param)
+    return min(default, n_positions - read) if requested is None else requested
 
 
 def _encode(bank: AdapterBank, given: str | list[int]) -> Prompt:
@@ -51,20 +46,17 @@ def _encode(bank: AdapterBank, given: str | list[int]) -> Prompt:
         size = len(given.encode())
         if size > n_positions * _MAX_TOKEN_BYTES:  # too long in any case: it is not even encoded
             raise _too_long(n_positions, f"a prompt of {size} bytes has more tokens; shorten it")
-        input_ids = bank.encode(given)
-        _check_ids(input_ids, vocab_size)
-        return Prompt(given, tuple(input_ids[1:]), tuple(input_ids))
-    if len(given) > n_positions:
+        ids = bank.encode(given)[1:]
+    elif len(given) > n_positions:
         raise _too_long(n_positions, f"the prompt has {len(given)} tokens; shorten it")
-    _check_ids(given, vocab_size)
-    input_ids = given if given[0] == bank.end else [bank.end, *given]
-    return Prompt(decode_plain(bank.tokenizer, given), tuple(given), tuple(input_ids))
-
-
-def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    else:
+        ids = given
     unknown = next((id for id in ids if not 0 <= id < vocab_size), None)
     if unknown is not None:
         raise ApiError(400, f"token id {str(unknown)[:40]}: the model knows ids 0 to {vocab_size - 1}", "prompt")
+    text = given if isinstance(given, str) else decode_plain(bank.tokenizer, ids)
+    context = () if isinstance(given, list) and ids[0] == bank.end else (bank.end,)
+    return Prompt(text, tuple(ids), (*context, *ids))
 
 
 def _too_long(n_positions: int, reason: str, param: str = "prompt") -> ApiError:

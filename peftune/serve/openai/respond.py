@@ -11,20 +11,21 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from peftune.errors import UserError
+from peftune.inference.engine import Busy
+from peftune.inference.request import OnOutput, RequestHandle, RequestOutput
 from peftune.inference.request import Request as EngineRequest
 from peftune.serve.openai.chunks import ChoiceFormatter, Chunk, join
-from peftune.serve.openai.errors import ApiError, draining, internal_error
+from peftune.serve.openai.errors import ApiError, draining, internal_error, queue_full
 from peftune.serve.openai.prompts import Prompt, max_new_tokens
 from peftune.serve.openai.schema import SamplingRequest
-from peftune.serve.openai.submission import Submission
-from peftune.serve.service import ResolvedModel, service_of
+from peftune.serve.service import service_of
 
 _log = logging.getLogger("peftune.serve")
-_CLIENT_CLOSED_REQUEST = 499  # nginx's status for it
 _KEEP_ALIVE_SECONDS = 15.0  # of silence, after which a stream sends a comment so that no proxy closes it
 
 
@@ -43,193 +44,188 @@ class ResponseFormat:
     lead: str = ""
 
 
-@dataclass(frozen=True)
-class ChoiceSettings:
-    """What the choices of a request have in common; `max_tokens` None leaves it to `default_max_tokens`.
-
-    Without that either they may fill the model's positions. `logprobs` is how many of the likeliest tokens to name.
-    """
-
-    max_tokens: int | None
-    default_max_tokens: int | None = None
-    logprobs: int | None = None
-    echo: bool = False
-    stop: tuple[str, ...] = ()
-
-
-async def generate(
-    http: Request,
-    body: SamplingRequest,
-    prompts: Sequence[Prompt],
-    settings: ChoiceSettings,
-    format: ResponseFormat,
-    candidates: Sequence[str] | None = None,
-) -> Response:
-    """Continue every prompt `n` times with the model that the body names; `candidates` are those of `auto`.
-
-    Raises ApiError for a prompt that does not fit, an unknown model, and where the engine's queue is full.
-    """
-    service = service_of(http)
-    n_positions = service.bank.config.n_positions
-    max_tokens = [max_new_tokens(p, settings.max_tokens, settings.default_max_tokens, n_positions) for p in prompts]
-    model = await service.resolve(body.model, [prompt.input_ids for prompt in prompts], candidates)
-    http.state.model = model.name  # for the metrics
-    choices = [
-        (
-            EngineRequest(
-                prompt.input_ids,
-                model.adapter,
-                body.settings(tokens, n, settings.stop),
-                logprobs=settings.logprobs,
-                echo=settings.echo,
-                only_score=tokens == 0,
-            ),
-            ChoiceFormatter(service.token_text, prompt.text, prompt.ids, settings.echo, format.lead),
-        )
-        for prompt, tokens in zip(prompts, max_tokens, strict=True)
-        for n in range(body.n)
-    ]
-    response = PendingResponse(http, body, model, choices, sum(len(prompt.ids) for prompt in prompts), format)
-    return response.stream() if body.stream else await response.full()
-
-
-@dataclass(frozen=True)
+@dataclass
 class PendingResponse:
-    """A completion to be generated: `choices` are what the engine is asked for, and what formats its outputs.
+    """A completion to be generated: every prompt is continued `n` times with the model that the body names.
 
-    `prompt_tokens` counts each prompt once.
+    `max_tokens` None leaves it to `default_max_tokens`, or to what fits into the model's positions. `logprobs` is how
+    many of the likeliest tokens to name. `candidates` are the adapters among which the model `auto` chooses.
     """
 
     http: Request
     body: SamplingRequest
-    model: ResolvedModel
-    choices: Sequence[tuple[EngineRequest, ChoiceFormatter]]
-    prompt_tokens: int
+    prompts: Sequence[Prompt]
     format: ResponseFormat
+    max_tokens: int | None
+    default_max_tokens: int = 1 << 31
+    logprobs: int | None = None
+    echo: bool = False
+    stop: tuple[str, ...] = ()
+    candidates: Sequence[str] | None = None
 
-    async def full(self) -> Response:
+    def __post_init__(self) -> None:
+        self._service = service_of(self.http)
+        self._outputs: asyncio.Queue[tuple[int, list[RequestOutput]]] = asyncio.Queue()
+        self._unfinished: dict[int, RequestHandle] = {}
+        self._first_token: float | None = None  # when the first token of all was generated, on the monotonic clock
+        self._prompt_tokens = sum(len(prompt.ids) for prompt in self.prompts)  # each prompt once, whatever `n` is
+
+    async def generate(self) -> ASGIApp:
+        """One JSON object, or server-sent events.
+
+        Raises ApiError for a prompt that does not fit, an unknown model, and where the engine's queue is full.
+        """
+        n_positions, token_text = self._service.bank.config.n_positions, self._service.token_text
+        limits = [max_new_tokens(p, self.max_tokens, self.default_max_tokens, n_positions) for p in self.prompts]
+        input_ids = [prompt.input_ids for prompt in self.prompts]
+        adapter, self._routing = await self._service.resolve(self.body.model, input_ids, self.candidates)
+        self._model = self.http.state.model = adapter or self._service.bank.base.name
+        requests: list[EngineRequest] = []
+        self._formatters: list[ChoiceFormatter] = []
+        for prompt, limit in zip(self.prompts, limits, strict=True):
+            for n in range(self.body.n):
+                settings = self.body.settings(limit, n, self.stop)
+                choice = prompt.input_ids, adapter, settings, self.logprobs, self.echo
+                requests.append(EngineRequest(*choice, only_score=limit == 0))
+                formatter = ChoiceFormatter(token_text, prompt.text, prompt.ids, self.echo, self.format.lead)
+                self._formatters.append(formatter)
+        self._submit(requests)
+        return self._stream if self.body.stream else await self._full()
+
+    def _submit(self, requests: Sequence[EngineRequest]) -> None:
+        """All or none: ApiError 429 where the queue has no room for all, 400 for what the engine refuses."""
+        if self._service.draining:
+            raise draining()
+        self._service.adapter_named(self._model)  # it may have been unloaded since it was resolved
+        try:
+            for index, request in enumerate(requests):
+                self._unfinished[index] = self._service.engine.submit(request, self._forward(index))
+        except (Busy, UserError) as error:
+            for handle in self._unfinished.values():
+                handle.cancel()
+            if isinstance(error, Busy):
+                raise queue_full("the server's queue is full; try again later", error.retry_after) from None
+            raise ApiError(400, str(error)) from None
+        self._service.metrics.prompt_tokens.labels(self._label).inc(self._prompt_tokens)
+
+    def _forward(self, index: int) -> OnOutput:
+        """What the engine calls, in its own thread, with the outputs of a choice.
+
+        Without a stream they are forwarded at the end: waking the event loop for every token takes time from the
+        engine. However slowly they are taken, no more outputs wait than tokens were asked for.
+        """
+        loop = asyncio.get_running_loop()
+        pending: list[RequestOutput] = []
+
+        def on_output(output: RequestOutput) -> None:
+            if output.ids and self._first_token is None:
+                self._first_token = time.monotonic()
+            pending.append(output)
+            if output.finish_reason is not None or self.body.stream:
+                loop.call_soon_threadsafe(self._outputs.put_nowait, (index, pending.copy()))
+                pending.clear()
+
+        return on_output
+
+    def _close(self) -> None:
+        """Cancel what has not finished."""
+        metrics = self._service.metrics
+        for handle in self._unfinished.values():
+            handle.cancel()
+            metrics.cancelled.labels(self._label).inc()
+        self._unfinished.clear()
+        if self._first_token is not None:
+            metrics.first_token.labels(self.http.url.path).observe(self._first_token - self.http.state.arrived)
+
+    async def _chunks(self, timeout: float | None) -> AsyncIterator[tuple[int, Chunk]]:
+        """(index of the choice, chunk) until all have finished; an empty chunk after `timeout` seconds of silence.
+
+        Raises ApiError where the engine gave a choice up.
+        """
+        while self._unfinished:
+            try:
+                index, outputs = await asyncio.wait_for(self._outputs.get(), timeout)
+            except asyncio.TimeoutError:
+                yield 0, Chunk()
+                continue
+            if outputs[-1].finish_reason is not None:
+                self._unfinished.pop(index, None)
+            for output in outputs:
+                self._service.metrics.generation_tokens.labels(self._label).inc(len(output.ids))
+                if output.finish_reason == "error":
+                    _log.error("the engine gave a request up: %s", output.error)
+                    raise internal_error()
+                if output.finish_reason == "cancelled":  # not by us: we would not be listening
+                    raise draining()
+                yield index, self._formatters[index].format(output)
+
+    async def _full(self) -> Response:
         """One JSON object; generation stops once the client has disconnected."""
-        submission = self._submit(at_end=True)
-        generating = asyncio.ensure_future(self._collect(submission))
+        generating = asyncio.ensure_future(self._joined())
         leaving = asyncio.ensure_future(_disconnected(self.http))
         try:
             await asyncio.wait((generating, leaving), return_when=asyncio.FIRST_COMPLETED)
             if not generating.done():
-                return Response(status_code=_CLIENT_CLOSED_REQUEST)
+                raise ClientDisconnect
             joined = generating.result()
         finally:
             generating.cancel()
             leaving.cancel()
-            self._close(submission)
+            self._close()
         choices = [self.format.choice(index, chunk) for index, chunk in enumerate(joined)]
         usage = self._usage(sum(len(chunk.ids) for chunk in joined))
-        return JSONResponse(self._object(self.format.object, choices) | self.model.routing | {"usage": usage})
+        return JSONResponse(self._object(self.format.object, choices) | self._routing | {"usage": usage})
 
-    def stream(self) -> Response:
-        """Server-sent events; ApiError before the first of them where the engine's queue is full."""
-        submission = self._submit(at_end=False)
-        return _EventStream(self._events(submission), lambda: self._close(submission))
-
-    def _submit(self, at_end: bool) -> Submission:
-        service = service_of(self.http)
-        if service.draining:
-            raise draining()
-        service.adapter_named(self.model.name)  # it may have been unloaded since it was resolved
-        submission = Submission(service.engine, [request for request, _ in self.choices], at_end)
-        submission.submit()
-        service.metrics.prompt_tokens.labels(self._label).inc(self.prompt_tokens)
-        return submission
-
-    def _close(self, submission: Submission) -> None:
-        metrics, unfinished = service_of(self.http).metrics, submission.close()
-        if unfinished:
-            metrics.cancelled.labels(self._label).inc(unfinished)
-        if submission.first_token is not None:
-            seconds = submission.first_token - self.http.state.arrived
-            metrics.first_token.labels(self.http.url.path).observe(seconds)
-
-    async def _chunks(self, submission: Submission, timeout: float | None) -> AsyncIterator[tuple[int, Chunk] | None]:
-        """(index of the choice, chunk) as they come; None after `timeout` seconds of silence.
-
-        Raises ApiError where the engine gave a choice up.
-        """
-        async for item in submission.outputs(timeout):
-            if item is None:
-                yield None
-                continue
-            index, output = item
-            if output.ids:
-                service_of(self.http).metrics.generation_tokens.labels(self._label).inc(len(output.ids))
-            if output.finish_reason == "error":
-                _log.error("the engine gave a request up: %s", output.error)
-                raise internal_error()
-            if output.finish_reason == "cancelled":  # not by us: we would not be listening
-                raise draining()
-            yield index, self.choices[index][1].format(output)
-
-    async def _collect(self, submission: Submission) -> list[Chunk]:
-        chunks: list[list[Chunk]] = [[] for _ in self.choices]
-        async for item in self._chunks(submission, timeout=None):
-            if item is not None:
-                chunks[item[0]].append(item[1])
+    async def _joined(self) -> list[Chunk]:
+        chunks: list[list[Chunk]] = [[] for _ in self._formatters]
+        async for index, chunk in self._chunks(timeout=None):
+            chunks[index].append(chunk)
         return [join(of_choice) for of_choice in chunks]
 
-    async def _events(self, submission: Submission) -> AsyncIterator[bytes]:
-        event = self._object(self.format.chunk_object, [])
-        usage: dict[str, Any] = {"usage": None} if self.body.include_usage else {}
-        routing, completion_tokens = self.model.routing, 0
+    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Server-sent events, as an ASGI application.
+
+        Not sse-starlette: it replaces `uvicorn.Server.handle_exit` for the whole process, ends streams at SIGTERM,
+        pings in the midst of a busy stream, and takes 6 to 13 µs an event where this takes 1.
+        """
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx must not buffer
         try:
-            async for item in self._chunks(submission, _KEEP_ALIVE_SECONDS):
-                if item is None:
+            response = StreamingResponse(self._events(), headers=headers, media_type="text/event-stream")
+            await response(scope, receive, send)
+        finally:
+            self._close()
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        event = self._object(self.format.chunk_object, [])
+        include_usage = self.body.stream_options is not None and self.body.stream_options.include_usage
+        usage: dict[str, Any] = {"usage": None} if include_usage else {}
+        routing, completion_tokens = self._routing, 0
+        try:
+            async for index, chunk in self._chunks(_KEEP_ALIVE_SECONDS):
+                completion_tokens += len(chunk.ids)
+                if chunk.is_empty:
                     yield b": waiting\n\n"
                     continue
-                index, chunk = item
-                completion_tokens += len(chunk.ids)
-                if not chunk.is_empty:
-                    yield _encode(event | {"choices": [self.format.stream_choice(index, chunk)]} | usage | routing)
-                    routing = {}  # only in the first event
+                yield _encode(event | {"choices": [self.format.stream_choice(index, chunk)]} | usage | routing)
+                routing = {}  # only in the first event
         except ApiError as error:
             yield _encode(error.body)
             return
-        if self.body.include_usage:
+        if include_usage:
             yield _encode(event | {"usage": self._usage(completion_tokens)})
         yield b"data: [DONE]\n\n"
 
     @property
     def _label(self) -> str:
-        return service_of(self.http).metrics_label(self.model.name)
+        return self._service.metrics_label(self._model)
 
     def _object(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": f"{self.format.id_prefix}-{secrets.token_hex(12)}",
-            "object": name,
-            "created": int(time.time()),
-            "model": self.model.name,
-            "choices": choices,
-        }
+        id = f"{self.format.id_prefix}-{secrets.token_hex(12)}"
+        return {"id": id, "object": name, "created": int(time.time()), "model": self._model, "choices": choices}
 
     def _usage(self, completion_tokens: int) -> dict[str, int]:
-        total = self.prompt_tokens + completion_tokens
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
-
-
-class _EventStream(StreamingResponse):
-    """Server-sent events; `close` is called when the stream ends, in whatever way it does.
-
-    Not sse-starlette: it replaces `uvicorn.Server.handle_exit` for the whole process, ends streams at SIGTERM, pings in
-    the midst of a busy stream, and takes 6 to 13 µs an event where this takes 1.
-    """
-
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx must not buffer
-        super().__init__(events, headers=headers, media_type="text/event-stream")
-        self._close = close
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._close()
+        total = self._prompt_tokens + completion_tokens
+        return {"prompt_tokens": self._prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
 
 
 def _encode(value: dict[str, Any]) -> bytes:

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    FailFast,
-    Field,
-    PlainValidator,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, PlainValidator, model_validator
 
-from peftune.config.messages import validation_messages
 from peftune.inference.settings import GenerationSettings
-from peftune.serve.openai.errors import ApiError
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 16
-_MAX_STOPS, _MAX_STOP_LENGTH = 4, 1000
+_MAX_FIELDS, _MAX_MESSAGES, _MAX_PROMPTS, _MAX_STOPS = 64, 1024, 1024, 4
 _SEEDS = 2**63
-_MAX_FIELDS, _MAX_MESSAGES, _MAX_PROMPTS = 64, 1024, 1024
+_TEXT_PART = {"type": "text", "text": ""}
+_Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class OpenAIBaseModel(BaseModel):
@@ -39,21 +28,8 @@ class OpenAIBaseModel(BaseModel):
         if not isinstance(value, dict):
             return value
         if len(value) > _MAX_FIELDS:
-            raise ValueError(
-                f"{len(value)} fields, expected at most {_MAX_FIELDS}"
-            )  # each one would be a line of the error
+            raise ValueError(f"{len(value)} fields, expected at most {_MAX_FIELDS}")  # each is a line of the error
         return {key: item for key, item in value.items() if item is not None}
-
-
-def _stops(value: Any) -> Any:
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise ValueError("expected a string or a list of strings")
-    if len(stops) > _MAX_STOPS:
-        raise ValueError(f"{len(stops)} strings, expected at most {_MAX_STOPS}")
-    if any(not 0 < len(stop) <= _MAX_STOP_LENGTH for stop in stops):
-        raise ValueError(f"a string is empty or longer than {_MAX_STOP_LENGTH} characters")
-    return tuple(stops)
 
 
 def _prompts(value: Any) -> Any:
@@ -76,15 +52,28 @@ def _are_ids(value: list[Any]) -> bool:
     return all(type(item) is int for item in value)  # a boolean is an int too, and no token
 
 
-def _only(*neutral: Any) -> BeforeValidator:
-    """For a field that is not supported: only the values that have no effect."""
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
-    def check(value: Any) -> Any:
-        if isinstance(value, bool) or value not in neutral:
-            raise ValueError("is not supported by this server")
+
+def _join_parts(value: Any) -> Any:
+    """The text of a turn from OpenAI's list of text parts."""
+    if not isinstance(value, list):
         return value
+    for part in value:
+        if not isinstance(part, dict) or part | {"text": ""} != _TEXT_PART or not isinstance(part.get("text"), str):
+            raise ValueError("expected text, or parts such as {type: text, text: …}")
+    return "".join(part["text"] for part in value)
 
-    return BeforeValidator(check)
+
+def _refuse(value: Any) -> Any:
+    """For a field that is not supported: only the value that has no effect passes, and has its type checked later."""
+    if value:
+        raise ValueError("is not supported by this server")
+    return value
+
+
+_UNSUPPORTED = BeforeValidator(_refuse)
 
 
 class StreamOptions(OpenAIBaseModel):
@@ -103,24 +92,20 @@ class SamplingRequest(OpenAIBaseModel):
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     seed: Annotated[int, Field(ge=-_SEEDS, lt=_SEEDS)] | None = None
-    stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
+    stop: Annotated[list[_Stop], FailFast(), Field(max_length=_MAX_STOPS), BeforeValidator(_listed)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=1024)] = ""
     return_token_ids: bool = False
-    logit_bias: Annotated[dict[str, Any], _only({})] = Field(default_factory=dict)
-    presence_penalty: Annotated[float, _only(0)] = 0.0
-    frequency_penalty: Annotated[float, _only(0)] = 0.0
+    logit_bias: Annotated[dict[str, Any], _UNSUPPORTED] = {}
+    presence_penalty: Annotated[float, _UNSUPPORTED] = 0.0
+    frequency_penalty: Annotated[float, _UNSUPPORTED] = 0.0
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> SamplingRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options goes with stream: true")
         return self
-
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
 
     def settings(self, max_tokens: int, choice: int, stops: Sequence[str] = ()) -> GenerationSettings:
         """The settings of choice 0, 1, … of `n`, which samples with seed `seed` + choice."""
@@ -143,7 +128,7 @@ class CompletionRequest(SamplingRequest):
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool = False
     best_of: Annotated[int, Field(ge=1)] | None = None
-    suffix: Annotated[str, _only("")] = ""
+    suffix: Annotated[str, _UNSUPPORTED] = ""
 
     @model_validator(mode="after")
     def _check_combination(self) -> CompletionRequest:
@@ -158,19 +143,7 @@ class ChatMessage(OpenAIBaseModel):
     """One turn of a conversation; `content` is text, or OpenAI's list of text parts."""
 
     role: Literal["system", "user", "assistant"]
-    content: str
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _join_parts(cls, value: Any) -> Any:
-        if not isinstance(value, list):
-            return value
-        parts = [part for part in value if isinstance(part, dict) and part.keys() == {"type", "text"}]
-        if len(parts) < len(value) or any(part["type"] != "text" for part in parts):
-            raise ValueError("expected text, or parts such as {type: text, text: …}")
-        if not all(isinstance(part["text"], str) for part in parts):
-            raise ValueError("expected text in every part")
-        return "".join(part["text"] for part in parts)
+    content: Annotated[str, BeforeValidator(_join_parts)]
 
 
 class ChatCompletionRequest(SamplingRequest):
@@ -195,23 +168,10 @@ class LoadLoRAAdapterRequest(OpenAIBaseModel):
     """`/v1/load_lora_adapter`; `lora_name` becomes the name of a model."""
 
     lora_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
+    lora_path: Annotated[str, Field(pattern=r"^[^\x00]+$", max_length=4096)]
 
 
 class UnloadLoRAAdapterRequest(OpenAIBaseModel):
     """`/v1/unload_lora_adapter`."""
 
     lora_name: Annotated[str, Field(min_length=1, max_length=512)]
-
-
-B = TypeVar("B", bound=OpenAIBaseModel)
-
-
-def validate(schema: type[B], value: dict[str, Any]) -> B:
-    """The body as `schema`; ApiError 400 that names every problem (at most ten), the first one as `param`."""
-    try:
-        return schema.model_validate(value)
-    except ValidationError as error:
-        loc = error.errors(include_url=False)[0]["loc"]
-        messages = validation_messages(error, {"": list(schema.model_fields)})[:10]
-        raise ApiError(400, "; ".join(messages), str(loc[0])[:100] if loc else None) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
+import functools
 from typing import TYPE_CHECKING
 
 from peftune.data.tokens.tiktoken_encoder import byte_letters
@@ -18,17 +18,13 @@ class TokenText:
         self._tokenizer = tokenizer
         self._byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
         self._special = set(tokenizer.all_special_ids)
-        self._cache: dict[int, bytes] = {}
+        self.bytes_of = functools.cache(self._bytes_of)
 
-    def bytes_of(self, token: int) -> bytes:
+    def _bytes_of(self, token: int) -> bytes:
         """The bytes that the token stands for; those of its name for a special one, none for one without a name."""
-        raw = self._cache.get(token)
-        if raw is None:
-            name = str(self._tokenizer.convert_ids_to_tokens(token) or "")
-            plain = token not in self._special and all(letter in self._byte_of for letter in name)
-            raw = bytes(self._byte_of[letter] for letter in name) if plain else name.encode()
-            self._cache[token] = raw
-        return raw
+        name = str(self._tokenizer.convert_ids_to_tokens(token) or "")
+        plain = token not in self._special and all(letter in self._byte_of for letter in name)
+        return bytes(self._byte_of[letter] for letter in name) if plain else name.encode()
 
     def text_of(self, token: int) -> str:
         r"""The token's text; `bytes:\xe2\x80` for one that is no complete character, as OpenAI writes it."""
@@ -37,18 +33,3 @@ class TokenText:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
             return "bytes:" + "".join(rf"\x{byte:02x}" for byte in raw)
-
-
-class Offsets:
-    """Where each token of a text begins, in characters; the parts of one character share its offset."""
-
-    def __init__(self, token_text: TokenText, start: int) -> None:
-        self._token_text = token_text
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._next = start
-
-    def push(self, token: int) -> int:
-        """The offset of this token, the next one of the text."""
-        offset = self._next
-        self._next += len(self._decoder.decode(self._token_text.bytes_of(token)))
-        return offset
