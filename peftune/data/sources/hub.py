@@ -12,8 +12,6 @@ from peftune.data.sources.records import Row, Rows
 from peftune.errors import UserError
 
 _TIMEOUT = 10.0  # seconds until the hub counts as out of reach
-
-
 Choose = Callable[[list[str]], list[str]]
 
 
@@ -58,24 +56,14 @@ def _one_line_errors(what: str) -> Iterator[None]:
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
-    failures = (
-        ValueError,
-        RuntimeError,
-        DatasetsError,
-        *HfHubHTTPError.__bases__,
-    )  # OSError, and the client's own root
-
     log = logging.getLogger("huggingface_hub.utils._http")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
         yield
-    except failures as error:
-        raise UserError(f"{what}: {_reason(error)}") from None
+    # the bases are OSError, and the root of the client that it is built on
+    except (ValueError, RuntimeError, DatasetsError, *HfHubHTTPError.__bases__) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{what}: {reason[:200]}{'…' if len(reason) > 200 else ''}") from None
     finally:
         log.setLevel(level)
-
-
-def _reason(error: Exception) -> str:
-    words = " ".join(str(error).split()) or type(error).__name__
-    return words if len(words) <= 200 else words[:200] + "…"
