@@ -79,9 +79,7 @@ def line_hashes(text: str) -> np.ndarray:
 def _was_taught(text: str, domain: str) -> bool:
     """Whether the base learnt more than half of the long lines of this text; code without any counts as taught."""
     found = line_hashes(text).tolist()
-    if domain == "code" and not found:
-        return True
-    return sum(line in _taught() for line in found) * 2 > len(found)
+    return (domain == "code" and not found) or sum(line in _taught() for line in found) * 2 > len(found)
 
 
 @lru_cache(maxsize=1)

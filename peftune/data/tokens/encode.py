@@ -70,8 +70,7 @@ def parts_of(document: Document, join: str) -> list[tuple[str, bool]]:
         return list(document.turns)
     if not document.prompt:
         return [(document.text, True)]
-    seam_has_space = document.prompt[-1].isspace() or document.text[:1].isspace()
-    gap = "" if seam_has_space else join
+    gap = "" if document.prompt[-1].isspace() or document.text[:1].isspace() else join
     return [(document.prompt, False), (gap + document.text, True)]
 
 

@@ -37,7 +37,8 @@ def tokenized(
     def work(batch: list[Document]) -> tuple[Examples, np.ndarray]:
         return tokenize_batch(batch, backends, end, join), digests_of(batch)
 
-    threads = min(_MOST_THREADS, _cores())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = min(_MOST_THREADS, cores)
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[tuple[Examples, np.ndarray]]] = deque()
         for batch, size in _batches(documents):
@@ -50,11 +51,6 @@ def tokenized(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-def _cores() -> int:
-    """Cores that this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[tuple[list[Document], int]]:
