@@ -8,19 +8,10 @@ from contextlib import contextmanager
 from functools import lru_cache
 
 from peftune.config.recipe import Source
-from peftune.data.sources.records import Row, Rows
+from peftune.data.sources.records import Rows
 from peftune.errors import UserError
 
 _TIMEOUT = 10.0  # seconds until the hub counts as out of reach
-Choose = Callable[[list[str]], list[str]]
-
-
-def rows(source: Source, choose: Choose) -> Rows:
-    """Rows of a hub data set at the revision that `identity` names, of the columns that `choose` picks.
-
-    Raises UserError where it cannot be loaded.
-    """
-    yield from stream(source, revision_of(source.path), choose)
 
 
 def identity(source: Source) -> str:
@@ -37,8 +28,11 @@ def revision_of(name: str) -> str:
         return str(HfApi().dataset_info(name, timeout=_TIMEOUT).sha)
 
 
-def stream(source: Source, revision: str | None, choose: Choose) -> Iterator[Row]:
-    """Rows of a data set by hub name (or a directory that `datasets` understands), read as they are needed."""
+def rows(source: Source, revision: str | None, choose: Callable[[list[str]], list[str]]) -> Rows:
+    """Rows of a data set by hub name (or a directory that `datasets` understands), read as they are needed.
+
+    `choose` says which of the columns found to read. Raises UserError where the data set cannot be loaded.
+    """
     from datasets import load_dataset
 
     split = source.split or "train"

@@ -114,8 +114,7 @@ def _first_bad_byte(path: Path, encoding: str, mark: int) -> int:
 
 
 def _chunks(file: io.TextIOWrapper) -> Iterator[str]:
-    while chunk := file.read(_CHUNK):
-        yield chunk
+    yield from iter(lambda: file.read(_CHUNK), "")
 
 
 def _how_to_split(path: Path) -> tuple[str, int]:

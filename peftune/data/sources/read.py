@@ -41,7 +41,8 @@ def read_documents(source: Source, split_on: str, stats: ReadStats | None = None
         return
     files = files_of(source)
     if files is None:
-        yield from _documents_of_rows(source, hub.rows(source, partial(_columns, source, source.path)), stats)
+        rows = hub.rows(source, hub.revision_of(source.path), partial(_columns, source, source.path))
+        yield from _documents_of_rows(source, rows, stats)
     for path in files or ():
         name = str(path)  # once: a corpus may have millions of documents
         if _has_rows(path):
@@ -75,10 +76,8 @@ def identity(source: Source) -> list[str | None]:
     """Values that are equal where, and only where, `read_documents` gives the same texts (the path is not part)."""
     columns = [source.text, source.prompt, source.completion, source.messages]
     if source.path.startswith("builtin:"):
-        digest = hashlib.sha256()
-        for document in _builtin_documents(source.path):
-            digest.update(document.text.encode("utf-8") + b"\0")
-        return ["builtin", digest.hexdigest()]
+        texts = "".join(f"{document.text}\0" for document in _builtin_documents(source.path))
+        return ["builtin", hashlib.sha256(texts.encode()).hexdigest()]
     files = files_of(source)
     if files is None:
         return ["hub", hub.identity(source), *columns]

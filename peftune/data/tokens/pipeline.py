@@ -32,7 +32,6 @@ def tokenized(
     """
     backends, end = backends_of(tokenizer), end_of_text_id(tokenizer)
     characters = 0
-    chosen = False
 
     def work(batch: list[Document]) -> tuple[Examples, np.ndarray]:
         return tokenize_batch(batch, backends, end, join), digests_of(batch)
@@ -42,10 +41,9 @@ def tokenized(
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[tuple[Examples, np.ndarray]]] = deque()
         for batch, size in _batches(documents):
-            characters += size
-            if not chosen and characters > _WORTH_A_PROOF:
+            if characters <= _WORTH_A_PROOF < characters + size:
                 backends.choose([text for document in batch for text, _ in parts_of(document, join)])
-                chosen = True
+            characters += size
             waiting.append(pool.submit(work, batch))
             if len(waiting) > threads:
                 yield waiting.popleft().result()
