@@ -59,16 +59,12 @@ class Source(Section):
         return self
 
 
-def _as_source(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str | dict) else value
-
-
-SourceLike = Annotated[Source, BeforeValidator(_as_source)]
-SourceList = Annotated[list[SourceLike], BeforeValidator(_as_list), Field(min_length=1)]
+SourceLike = Annotated[Source, BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)]
+SourceList = Annotated[
+    list[SourceLike],
+    BeforeValidator(lambda value: [value] if isinstance(value, str | dict) else value),
+    Field(min_length=1),
+]
 
 
 def _validation_kind(value: Any) -> str:
@@ -217,8 +213,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _numbers_fit(self) -> Recipe:
-        problems = []
-        problems += self._quantisation_problems()
+        problems = self._quantisation_problems()
         micro = self.batch.micro_size
         if micro != "auto" and micro > self.batch.global_size:
             problems.append(f"batch: micro_size {micro} is larger than global_size {self.batch.global_size}")

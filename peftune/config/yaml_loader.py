@@ -37,8 +37,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        repeated = {key for key in keys if keys.count(key) > 1}
-        if repeated:
+        if repeated := {key for key in keys if keys.count(key) > 1}:
             raise ValueError(f"key {sorted(repeated)[0]} is given twice")
         return super().construct_mapping(node, deep)
 
@@ -49,9 +48,5 @@ class _Loader(yaml.SafeLoader):
         return text
 
 
-def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
-    return float(loader.construct_scalar(node).replace("_", ""))
-
-
 _Loader.add_implicit_resolver("!sci", re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
-_Loader.add_constructor("!sci", _number)
+_Loader.add_constructor("!sci", lambda loader, node: float(loader.construct_scalar(node).replace("_", "")))
