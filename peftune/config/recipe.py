@@ -1,4 +1,4 @@
-"""The recipe: what to learn, typed and and validated; all problems are reported at once.
+"""The recipe: what to learn, typed and validated; all problems are reported at once.
 
 A recipe is a YAML file; dotted overrides (`optim.lr=1e-4`) win over it. Field docstrings below are the source of
 `docs/recipe.md`.
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
 from peftune.config.messages import validation_messages
 from peftune.config.yaml_loader import parse, read_yaml
@@ -22,12 +22,8 @@ BLOCK_LINEARS = ("c_attn", "c_proj", "c_fc")
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 
-class Section(BaseModel):
+class Section(BaseModel, extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False):
     """A part of the recipe: unknown keys are refused, values are not changed after validation."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class Source(Section):
@@ -60,11 +56,8 @@ class Source(Section):
 
 
 SourceLike = Annotated[Source, BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)]
-SourceList = Annotated[
-    list[SourceLike],
-    BeforeValidator(lambda value: [value] if isinstance(value, str | dict) else value),
-    Field(min_length=1),
-]
+_OneIsAList = BeforeValidator(lambda value: [value] if isinstance(value, str | dict) else value)
+SourceList = Annotated[list[SourceLike], _OneIsAList, Field(min_length=1)]
 
 
 def _validation_kind(value: Any) -> str:
@@ -74,12 +67,9 @@ def _validation_kind(value: Any) -> str:
     return "(sources)" if isinstance(value, str | dict | list) else "(fraction)"
 
 
-def _names_as_text(value: dict[Any, Any]) -> dict[str, Any]:
-    return {str(name): source for name, source in value.items()}
-
-
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Domains = Annotated[dict[str, SourceList], BeforeValidator(_names_as_text), Field(min_length=1)]
+_NamesAreText = BeforeValidator(lambda value: {str(name): source for name, source in value.items()})
+Domains = Annotated[dict[str, SourceList], _NamesAreText, Field(min_length=1)]
 Validation = Annotated[
     Annotated[Fraction, Tag("(fraction)")]
     | Annotated[SourceList, Tag("(sources)")]
@@ -213,7 +203,15 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _numbers_fit(self) -> Recipe:
-        problems = self._quantisation_problems()
+        problems = []
+        if self.quantize is None and self.lora.variant == "loftq":
+            needs = "give quantize: int8 or nf4, or another variant"
+            problems.append(f"lora.variant: loftq corrects a quantised base; {needs}")
+        if self.quantize and self.lora.variant == "pissa":
+            problems.append("lora.variant: pissa takes its start out of the base's weights, which quantize has packed")
+        for name in self.lora.modules_to_save if self.quantize else ():
+            if name.rpartition(".")[2] in BLOCK_LINEARS:
+                problems.append(f"lora.modules_to_save: {name} cannot be trained, quantize has packed it")
         micro = self.batch.micro_size
         if micro != "auto" and micro > self.batch.global_size:
             problems.append(f"batch: micro_size {micro} is larger than global_size {self.batch.global_size}")
@@ -222,17 +220,6 @@ class Recipe(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
-
-    def _quantisation_problems(self) -> list[str]:
-        if self.quantize is None:
-            needs = "loftq corrects a quantised base; give quantize: int8 or nf4, or another variant"
-            return [f"lora.variant: {needs}"] if self.lora.variant == "loftq" else []
-        problems = []
-        if self.lora.variant == "pissa":
-            problems.append("lora.variant: pissa takes its start out of the base's weights, which quantize has packed")
-        packed = [name for name in self.lora.modules_to_save if name.rpartition(".")[2] in BLOCK_LINEARS]
-        problems += [f"lora.modules_to_save: {name} cannot be trained whole, quantize has packed it" for name in packed]
-        return problems
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:

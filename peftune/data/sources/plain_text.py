@@ -23,14 +23,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import Literal
 
 from peftune.data.documents import ReadStats
 from peftune.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 
-SplitOn = Literal["auto", "blank-line", "endoftext", "file", "line"]
 _WIDE_SHARE = 20  # `auto`: one gap in so many must be wide for wide gaps to be what separates documents
 _CHUNK = 1 << 20  # characters read at a time
 _BLANK_LINE = r"(?:[^\S\n]*\n)"
