@@ -6,20 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+from rich import progress
 from rich.console import Console as RichConsole
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 _PROGRESS_DELAY = 2.0  # seconds; shorter work shows no bar
@@ -31,12 +20,12 @@ class Console:
     def __init__(self, speaks: bool = True) -> None:
         self.console = RichConsole(stderr=True, quiet=not speaks, highlight=False)
         self.progress = self._bar(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("[cyan]{task.fields[note]}"),
-            TimeRemainingColumn(),
+            progress.SpinnerColumn(),
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(bar_width=None),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("[cyan]{task.fields[note]}"),
+            progress.TimeRemainingColumn(),
         )
 
     def say(self, text: str) -> None:
@@ -53,24 +42,27 @@ class Console:
 
         Without a total (a source that is not a file) it shows the time elapsed.
         """
-        rate = (BarColumn(24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        progress = self._bar(TextColumn("{task.description}"), *(rate if total is not None else (TimeElapsedColumn(),)))
-        task = progress.add_task(description, total=total)
+        columns: list[progress.ProgressColumn] = [progress.TimeElapsedColumn()]
+        if total is not None:
+            columns = [progress.BarColumn(24), progress.DownloadColumn(), progress.TransferSpeedColumn()]
+            columns.append(progress.TimeRemainingColumn())
+        bar = self._bar(progress.TextColumn("{task.description}"), *columns)
+        task = bar.add_task(description, total=total)
         began = time.monotonic()
 
         def update(bytes_read: int, counts: str) -> None:
             if time.monotonic() - began > _PROGRESS_DELAY:
-                progress.start()
-            progress.update(task, completed=bytes_read, description=f"{description}: {counts}")
+                bar.start()
+            bar.update(task, completed=bytes_read, description=f"{description}: {counts}")
 
         try:
             yield update
         finally:
-            progress.stop()
+            bar.stop()
 
-    def _bar(self, *columns: ProgressColumn) -> Progress:
+    def _bar(self, *columns: progress.ProgressColumn) -> progress.Progress:
         silent = self.console.quiet or not self.console.is_terminal
-        return Progress(*columns, console=self.console, disable=silent, transient=True)
+        return progress.Progress(*columns, console=self.console, disable=silent, transient=True)
 
 
 Matrix = Mapping[str, Mapping[str, Mapping[str, float]]]
@@ -78,29 +70,20 @@ Matrix = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 def matrix_table(rows: Matrix, key: str = "perplexity") -> Table:
     """Rows (the base first, then adapters) by domains; the best is green, changes are against the base."""
-    title = {"perplexity": "Held-out perplexity (lower is better)", "bits_per_byte": "Bits per byte"}.get(key, key)
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
-    table.add_column("model")
+    title = {"perplexity": "Held-out perplexity (lower is better)", "bits_per_byte": "Bits per byte"}[key]
     domains = list(next(iter(rows.values())))
-    for domain in domains:
-        table.add_column(domain, justify="right")
+    headers = [Column("model"), *(Column(domain, justify="right") for domain in domains)]
+    table = Table(*headers, title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
     base = rows.get("base")
     for name, figures in rows.items():
-        cells = [
-            _cell(figures[d][key], base[d][key] if base and name != "base" else None, _is_best(rows, d, key, name))
-            for d in domains
-        ]
+        cells = []
+        for domain in domains:
+            value, best = figures[domain][key], min(row[domain][key] for row in rows.values())
+            against = f" ({change(value, base[domain][key])})" if base and name != "base" else ""
+            style = "bold green" if value == best and len(rows) > 1 else ""
+            cells.append(Text(f"{value:,.2f}{against}", style=style))
         table.add_row(name, *cells)
     return table
-
-
-def _is_best(rows: Matrix, domain: str, key: str, name: str) -> bool:
-    return len(rows) > 1 and rows[name][domain][key] == min(figures[domain][key] for figures in rows.values())
-
-
-def _cell(value: float, base: float | None, best: bool) -> Text:
-    against = f" ({change(value, base)})" if base else ""
-    return Text(f"{value:,.2f}{against}", style="bold green" if best else "")
 
 
 def change(value: float, base: float) -> str:

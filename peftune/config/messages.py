@@ -50,9 +50,8 @@ def validation_messages(error: ValidationError, keys: Mapping[str, Sequence[str]
 def _problem(item: Any) -> str:
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
-    expected = _PLAIN.get(item["type"]) or item["msg"].replace("Input should be", "expected")
-    for comparison in ("greater", "less"):
-        expected = expected.replace(f"expected {comparison}", f"expected a number {comparison}")
+    should_be = "expected a number" if "_than" in item["type"] else "expected"  # "Input should be less than 1"
+    expected = _PLAIN.get(item["type"]) or item["msg"].replace("Input should be", should_be)
     return f"{expected[:1].lower()}{expected[1:]}, found {_short(item['input'])}"
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from peftune.config.messages import validation_messages
-from peftune.config.yaml_loader import parse, read_yaml
+from peftune.config.yaml_loader import Loader, read_yaml
 from peftune.errors import UserError
 
 BLOCK_LINEARS = ("c_attn", "c_proj", "c_fc")
@@ -22,8 +22,12 @@ BLOCK_LINEARS = ("c_attn", "c_proj", "c_fc")
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 
-class Section(BaseModel, extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False):
+class Section(BaseModel):
     """A part of the recipe: unknown keys are refused, values are not changed after validation."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class Source(Section):
@@ -205,8 +209,7 @@ class Recipe(Section):
     def _numbers_fit(self) -> Recipe:
         problems = []
         if self.quantize is None and self.lora.variant == "loftq":
-            needs = "give quantize: int8 or nf4, or another variant"
-            problems.append(f"lora.variant: loftq corrects a quantised base; {needs}")
+            problems.append("lora.variant: loftq is for a quantised base; give quantize (int8, nf4) or another variant")
         if self.quantize and self.lora.variant == "pissa":
             problems.append("lora.variant: pissa takes its start out of the base's weights, which quantize has packed")
         for name in self.lora.modules_to_save if self.quantize else ():
@@ -250,7 +253,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise UserError(f"override {override!r}: expected key=value, such as optim.lr=1e-4")
     try:
-        value = parse(text) if text else ""
+        value = yaml.load(text, Loader) if text else ""
     except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"override {override!r}: {text!r} is not a YAML value") from None
     *parents, last = key.split(".")
