@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from rich import progress
 from rich.console import Console as RichConsole
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 _PROGRESS_DELAY = 2.0  # seconds; shorter work shows no bar
@@ -70,20 +70,29 @@ Matrix = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 def matrix_table(rows: Matrix, key: str = "perplexity") -> Table:
     """Rows (the base first, then adapters) by domains; the best is green, changes are against the base."""
-    title = {"perplexity": "Held-out perplexity (lower is better)", "bits_per_byte": "Bits per byte"}[key]
+    title = {"perplexity": "Held-out perplexity (lower is better)", "bits_per_byte": "Bits per byte"}.get(key, key)
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
+    table.add_column("model")
     domains = list(next(iter(rows.values())))
-    headers = [Column("model"), *(Column(domain, justify="right") for domain in domains)]
-    table = Table(*headers, title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
+    for domain in domains:
+        table.add_column(domain, justify="right")
     base = rows.get("base")
     for name, figures in rows.items():
-        cells = []
-        for domain in domains:
-            value, best = figures[domain][key], min(row[domain][key] for row in rows.values())
-            against = f" ({change(value, base[domain][key])})" if base and name != "base" else ""
-            style = "bold green" if value == best and len(rows) > 1 else ""
-            cells.append(Text(f"{value:,.2f}{against}", style=style))
+        cells = [
+            _cell(figures[d][key], base[d][key] if base and name != "base" else None, _is_best(rows, d, key, name))
+            for d in domains
+        ]
         table.add_row(name, *cells)
     return table
+
+
+def _is_best(rows: Matrix, domain: str, key: str, name: str) -> bool:
+    return len(rows) > 1 and rows[name][domain][key] == min(figures[domain][key] for figures in rows.values())
+
+
+def _cell(value: float, base: float | None, best: bool) -> Text:
+    against = f" ({change(value, base)})" if base else ""
+    return Text(f"{value:,.2f}{against}", style="bold green" if best else "")
 
 
 def change(value: float, base: float) -> str:
