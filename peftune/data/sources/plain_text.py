@@ -80,11 +80,12 @@ def open_text(path: Path, newline: str | None = None, stats: ReadStats | None = 
             head = raw.read(4)
             mark, encoding = next((found for found in _MARKS if head.startswith(found[0])), (mark, encoding))
             raw.seek(len(mark))
-            with stats.reading(raw) if stats else nullcontext():
-                yield io.TextIOWrapper(raw, encoding=encoding, errors="strict", newline=newline)
-    except UnicodeDecodeError:
-        offset = _first_bad_byte(path, encoding, len(mark))
-        raise UserError(f"{path}: not {encoding.upper()} at byte {offset}; save the file as UTF-8") from None
+            try:
+                with stats.reading(raw) if stats else nullcontext():
+                    yield io.TextIOWrapper(raw, encoding=encoding, errors="strict", newline=newline)
+            except UnicodeDecodeError as error:
+                offset = raw.tell() - len(error.object) + error.start  # `object` is the last that was read
+                raise UserError(f"{path}: not {encoding.upper()} at byte {offset}; save the file as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
@@ -92,23 +93,6 @@ def open_text(path: Path, newline: str | None = None, stats: ReadStats | None = 
 def unix_line_ends(text: str) -> str:
     """`text` with CRLF and lone CR turned into LF."""
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
-
-
-def _first_bad_byte(path: Path, encoding: str, mark: int) -> int:
-    """Offset in the file of the first byte that does not decode (the stream knows it within its buffer only)."""
-    decoder = codecs.getincrementaldecoder(encoding)("strict")
-    position = mark
-    with open(path, "rb") as raw:
-        raw.seek(mark)
-        while True:
-            chunk = raw.read(_CHUNK)
-            pending = len(decoder.getstate()[0])
-            try:
-                decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                return position - pending + error.start
-            position += len(chunk)
-            assert chunk, "every byte of the file decodes"
 
 
 def _chunks(file: io.TextIOWrapper) -> Iterator[str]:
