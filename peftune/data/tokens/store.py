@@ -111,8 +111,8 @@ def prepare(
         with staging_directory(entry) as directory:
             writer = Writer(directory, len(tokenizer))
             with Console().reading("tokenising", size_of(sources)) as show:
-                for examples, digests in tokenized(documents, tokenizer, join):
-                    writer.append(examples, digests)
+                for examples in tokenized(documents, tokenizer, join):
+                    writer.append(examples)
                     show(stats.bytes_read(), f"{writer.documents:,} documents, {writer.tokens:,} tokens")
             writer.finish(stats.blank)
             written = open_store(directory)  # stays mapped when the directory gets its name
@@ -167,14 +167,14 @@ class Writer:
         self.partial_byte = np.empty(0, dtype=bool)  # scored bits that do not fill a byte yet
         self.documents = self.tokens = 0
 
-    def append(self, examples: Examples, digests: np.ndarray) -> None:
-        """Add tokenised documents with their digests (n,) uint64, in order."""
-        table = np.empty(len(digests), dtype=DOCUMENT)
+    def append(self, examples: Examples) -> None:
+        """Add tokenised documents, in order."""
+        table = np.empty(len(examples.lengths), dtype=DOCUMENT)
         table["tokens"] = examples.lengths
         begins = np.cumsum(examples.lengths) - examples.lengths
         table["supervised"] = np.add.reduceat(examples.supervised, begins, dtype=np.int64)
         table["bytes"] = examples.supervised_bytes
-        table["digest"] = digests
+        table["digest"] = examples.digests
         self._write("ids.bin", examples.ids.astype(self.dtype).tobytes())
         bits = np.concatenate([self.partial_byte, examples.supervised])
         complete = len(bits) // 8 * 8
