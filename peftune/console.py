@@ -6,19 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich import progress
 from rich.console import Console as RichConsole
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.text import Text
 
 _PROGRESS_DELAY = 2.0  # seconds; shorter work shows no bar
@@ -30,12 +19,12 @@ class Console:
     def __init__(self, speaks: bool = True) -> None:
         self.console = RichConsole(stderr=True, quiet=not speaks, highlight=False)
         self.progress = self._bar(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("[cyan]{task.fields[note]}"),
-            TimeRemainingColumn(),
+            progress.SpinnerColumn(),
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(bar_width=None),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("[cyan]{task.fields[note]}"),
+            progress.TimeRemainingColumn(),
         )
 
     def say(self, text: str) -> None:
@@ -52,24 +41,27 @@ class Console:
 
         Without a total (a source that is not a file) it shows the time elapsed.
         """
-        rate = (BarColumn(24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        progress = self._bar(TextColumn("{task.description}"), *(rate if total is not None else (TimeElapsedColumn(),)))
-        task = progress.add_task(description, total=total)
+        columns: list[progress.ProgressColumn] = [progress.TimeElapsedColumn()]
+        if total is not None:
+            columns = [progress.BarColumn(24), progress.DownloadColumn(), progress.TransferSpeedColumn()]
+            columns.append(progress.TimeRemainingColumn())
+        bar = self._bar(progress.TextColumn("{task.description}"), *columns)
+        task = bar.add_task(description, total=total)
         began = time.monotonic()
 
         def update(bytes_read: int, counts: str) -> None:
             if time.monotonic() - began > _PROGRESS_DELAY:
-                progress.start()
-            progress.update(task, completed=bytes_read, description=f"{description}: {counts}")
+                bar.start()
+            bar.update(task, completed=bytes_read, description=f"{description}: {counts}")
 
         try:
             yield update
         finally:
-            progress.stop()
+            bar.stop()
 
-    def _bar(self, *columns: ProgressColumn) -> Progress:
+    def _bar(self, *columns: progress.ProgressColumn) -> progress.Progress:
         silent = self.console.quiet or not self.console.is_terminal
-        return Progress(*columns, console=self.console, disable=silent, transient=True)
+        return progress.Progress(*columns, console=self.console, disable=silent, transient=True)
 
 
 def change(value: float, base: float) -> str:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from peftune.files import check_writable, write_json
+from peftune.cli.options import save_json
 
 if TYPE_CHECKING:
     from peftune.config.recipe import Source
@@ -26,12 +26,9 @@ def run(
     """Print the summary on stdout and, if asked for, write it as JSON; blocks are as long as the context by default."""
     from peftune.data.summary import summarize
 
-    if json_path is not None:
-        check_writable(json_path)
     block_size = block_size or base.config.n_positions
     summary = summarize(sources, base.tokenizer, base.tokenizer_fingerprint, block_size, split_on=split_on)
-    if json_path is not None:
-        write_json(json_path, summary)
+    save_json(json_path, summary)
     render(summary, Console())
 
 
@@ -40,14 +37,13 @@ def render(summary: dict[str, Any], console: Console) -> None:
     _render_numbers(summary, console)
     _render_histogram(summary, console)
     for finding in summary["findings"]:
-        what, count, first = finding["what"], finding["documents"], finding["first"]
-        console.print(f"! {what}: {count:,} documents, first {first}", style="yellow", markup=False, highlight=False)
+        problem = "! {what}: {documents:,} documents, first {first}".format(**finding)
+        console.print(problem, style="yellow", markup=False, highlight=False)
         console.print(f"  {finding['advice']}", markup=False, highlight=False)
     _render_preview(summary["preview"], console)
 
 
 def _render_numbers(summary: dict[str, Any], console: Console) -> None:
-    lengths = summary["lengths"]
     share = summary["supervised_tokens"] / summary["tokens"]
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in (
@@ -57,7 +53,7 @@ def _render_numbers(summary: dict[str, Any], console: Console) -> None:
         ("tokens", f"{summary['tokens']:,}"),
         ("  scored", f"{summary['supervised_tokens']:,} ({share:.1%})"),
         ("scored text", f"{summary['bytes']:,} bytes"),
-        ("tokens per document", "{min:,.0f} … {median:,.0f} (median) … {max:,.0f}".format(**lengths)),
+        ("tokens per document", "{min:,.0f} … {median:,.0f} (median) … {max:,.0f}".format(**summary["lengths"])),
         (f"blocks of {summary['block_size']:,}", f"{summary['blocks']:,}, {summary['fill']:.1%} full"),
         ("longer than a block", f"{summary['longer_than_block']:,}"),
     ):
@@ -82,9 +78,8 @@ def _render_preview(preview: dict[str, Any], console: Console) -> None:
         console.rule(f"document {span['document']:,}{begins}, {span['tokens']:,} tokens", align="left")
         text = Text()
         for part in span["pieces"]:
-            words = _legible(part["text"])
-            marked = f"⟦{words}⟧" if part["supervised"] and not coloured else words
-            text.append(marked, style="green" if part["supervised"] else "dim")
+            scored, words = part["supervised"], _legible(part["text"])
+            text.append(f"⟦{words}⟧" if scored and not coloured else words, style="green" if scored else "dim")
         console.print(text, soft_wrap=True)
     if len(preview["spans"]) > _SPAN_LIMIT:
         console.rule(f"and {len(preview['spans']) - _SPAN_LIMIT} more documents", align="left")

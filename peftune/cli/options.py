@@ -43,10 +43,8 @@ def named(option: str, values: list[str] | None) -> dict[str, str]:
     for value in values or []:
         name, separator, path = value.partition("=")
         if option != "--column" and (not separator or "/" in name):
-            name, path = (
-                Path(value).resolve().name.removesuffix(Path(value).suffix if option == "--data" else ""),
-                value,
-            )
+            suffix = Path(value).suffix if option == "--data" else ""
+            name, path = Path(value).resolve().name.removesuffix(suffix), value
         if not name or not path:
             raise UserError(f"{option} {value!r}: expected a name, = and a value, such as {_EXAMPLES[option]}")
         if name in pairs:

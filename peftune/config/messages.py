@@ -33,26 +33,25 @@ def validation_messages(error: ValidationError, keys: Mapping[str, Sequence[str]
     """One line of plain words for each problem; `keys` are those known in each section, "" for the top."""
     found: dict[str, str] = {}
     for item in error.errors():
-        location = [part for part in item["loc"] if not (isinstance(part, str) and part.startswith("("))]
-        field = ".".join(str(part) for part in location[:2])
-        either = field in _EITHER and (field != "data.validation" or len(location) == 2)
-        where = field if either else ".".join(str(part) for part in location)
-        problem = f"expected {_EITHER[field]}, found {_short(item['input'])}" if either else _problem(item)
+        location = [str(part) for part in item["loc"] if not str(part).startswith("(")]
+        where, field = ".".join(location), ".".join(location[:2])
         if item["type"] == "extra_forbidden":
-            found.setdefault(where, f"unknown key {where}, {_nearest(location, keys)}")
+            message = f"unknown key {where}, {_nearest(location, keys)}"
         elif item["type"] == "missing":
-            found.setdefault(where, f"{where} is missing")
+            message = f"{where} is missing"
+        elif field in _EITHER and (field != "data.validation" or where == field):
+            where, message = field, f"{field}: expected {_EITHER[field]}, found {_short(item['input'])}"
         else:
-            found.setdefault(where, f"{where}: {problem}" if where else problem)
+            message = f"{where}: {_problem(item)}" if where else _problem(item)
+        found.setdefault(where, message)
     return list(found.values())
 
 
 def _problem(item: Any) -> str:
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
-    expected = _PLAIN.get(item["type"]) or item["msg"].replace("Input should be", "expected")
-    for comparison in ("greater", "less"):
-        expected = expected.replace(f"expected {comparison}", f"expected a number {comparison}")
+    should_be = "expected a number" if "_than" in item["type"] else "expected"  # "Input should be less than 1"
+    expected = _PLAIN.get(item["type"]) or item["msg"].replace("Input should be", should_be)
     return f"{expected[:1].lower()}{expected[1:]}, found {_short(item['input'])}"
 
 
@@ -61,24 +60,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
-def _nearest(location: list[Any], keys: Mapping[str, Sequence[str]]) -> str:
+def _nearest(location: list[str], keys: Mapping[str, Sequence[str]]) -> str:
     """What an unknown key may have meant: one of its section, or one of another section."""
-    key, known = str(location[-1]), _known(location[:-1], keys)
-    elsewhere = {
-        name: f"{section}.{name}" for section in keys if "." not in section and section for name in keys[section]
-    }
-    if key in elsewhere:
-        return f"did you mean {elsewhere[key]}?"
-    for names in (known, elsewhere):
-        near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-        if near:
-            return f"did you mean {near[0] if names is known else elsewhere[near[0]]}?"
-    return f"known here: {', '.join(known)}"
-
-
-def _known(location: list[Any], keys: Mapping[str, Sequence[str]]) -> Sequence[str]:
-    for depth in (2, 1, 0):
-        name = ".".join(str(part) for part in location[:depth])
-        if name in keys:
-            return keys[name]
-    return keys[""]
+    *sections, key = location
+    known = next(keys[name] for depth in (2, 1, 0) if (name := ".".join(sections[:depth])) in keys)
+    outer = [section for section in keys if section and "." not in section]
+    elsewhere = {name: f"{section}.{name}" for section in outer for name in keys[section]}
+    near = [elsewhere[key]] if key in elsewhere else difflib.get_close_matches(key, known, n=1)
+    near = near or [elsewhere[name] for name in difflib.get_close_matches(key, elsewhere, n=1)]
+    return f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"

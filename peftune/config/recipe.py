@@ -1,4 +1,4 @@
-"""The recipe: what to learn, typed and and validated; all problems are reported at once.
+"""The recipe: what to learn, typed and validated; all problems are reported at once.
 
 A recipe is a YAML file; dotted overrides (`optim.lr=1e-4`) win over it. Field docstrings below are the source of
 `docs/recipe.md`.
@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from peftune.config.messages import validation_messages
-from peftune.config.yaml_loader import parse, read_yaml
+from peftune.config.yaml_loader import Loader, read_yaml
 from peftune.errors import UserError
 
 BLOCK_LINEARS = ("c_attn", "c_proj", "c_fc")
@@ -59,16 +59,9 @@ class Source(Section):
         return self
 
 
-def _as_source(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str | dict) else value
-
-
-SourceLike = Annotated[Source, BeforeValidator(_as_source)]
-SourceList = Annotated[list[SourceLike], BeforeValidator(_as_list), Field(min_length=1)]
+SourceLike = Annotated[Source, BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)]
+_OneIsAList = BeforeValidator(lambda value: [value] if isinstance(value, str | dict) else value)
+SourceList = Annotated[list[SourceLike], _OneIsAList, Field(min_length=1)]
 
 
 def _validation_kind(value: Any) -> str:
@@ -78,12 +71,9 @@ def _validation_kind(value: Any) -> str:
     return "(sources)" if isinstance(value, str | dict | list) else "(fraction)"
 
 
-def _names_as_text(value: dict[Any, Any]) -> dict[str, Any]:
-    return {str(name): source for name, source in value.items()}
-
-
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Domains = Annotated[dict[str, SourceList], BeforeValidator(_names_as_text), Field(min_length=1)]
+_NamesAreText = BeforeValidator(lambda value: {str(name): source for name, source in value.items()})
+Domains = Annotated[dict[str, SourceList], _NamesAreText, Field(min_length=1)]
 Validation = Annotated[
     Annotated[Fraction, Tag("(fraction)")]
     | Annotated[SourceList, Tag("(sources)")]
@@ -218,7 +208,13 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _numbers_fit(self) -> Recipe:
         problems = []
-        problems += self._quantisation_problems()
+        if self.quantize is None and self.lora.variant == "loftq":
+            problems.append("lora.variant: loftq is for a quantised base; give quantize (int8, nf4) or another variant")
+        if self.quantize and self.lora.variant == "pissa":
+            problems.append("lora.variant: pissa takes its start out of the base's weights, which quantize has packed")
+        for name in self.lora.modules_to_save if self.quantize else ():
+            if name.rpartition(".")[2] in BLOCK_LINEARS:
+                problems.append(f"lora.modules_to_save: {name} cannot be trained, quantize has packed it")
         micro = self.batch.micro_size
         if micro != "auto" and micro > self.batch.global_size:
             problems.append(f"batch: micro_size {micro} is larger than global_size {self.batch.global_size}")
@@ -227,17 +223,6 @@ class Recipe(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
-
-    def _quantisation_problems(self) -> list[str]:
-        if self.quantize is None:
-            needs = "loftq corrects a quantised base; give quantize: int8 or nf4, or another variant"
-            return [f"lora.variant: {needs}"] if self.lora.variant == "loftq" else []
-        problems = []
-        if self.lora.variant == "pissa":
-            problems.append("lora.variant: pissa takes its start out of the base's weights, which quantize has packed")
-        packed = [name for name in self.lora.modules_to_save if name.rpartition(".")[2] in BLOCK_LINEARS]
-        problems += [f"lora.modules_to_save: {name} cannot be trained whole, quantize has packed it" for name in packed]
-        return problems
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -268,7 +253,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise UserError(f"override {override!r}: expected key=value, such as optim.lr=1e-4")
     try:
-        value = parse(text) if text else ""
+        value = yaml.load(text, Loader) if text else ""
     except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"override {override!r}: {text!r} is not a YAML value") from None
     *parents, last = key.split(".")

@@ -14,7 +14,7 @@ from peftune.errors import UserError
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds; UserError where it cannot be read or holds something else."""
     try:
-        value = parse(path.read_text(encoding="utf-8-sig"))
+        value = yaml.load(path.read_text(encoding="utf-8-sig"), Loader)
     except OSError as error:
         raise UserError(f"{path}: cannot read the recipe: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
@@ -27,31 +27,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def parse(text: str) -> Any:
-    """The value that a YAML text stands for; raises yaml.YAMLError or ValueError."""
-    return yaml.load(text, Loader=_Loader)
+class Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `2e-4` as text; people and every other tool mean a number. Repeated keys are refused.
 
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `2e-4` as text; people and every other tool mean a number. Repeated keys are refused."""
+    What it refuses raises yaml.YAMLError or ValueError.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        repeated = {key for key in keys if keys.count(key) > 1}
-        if repeated:
+        if repeated := {key for key in keys if keys.count(key) > 1}:
             raise ValueError(f"key {sorted(repeated)[0]} is given twice")
         return super().construct_mapping(node, deep)
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
         text = str(super().construct_scalar(node))
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"half a character (surrogate) in {text!r}")
+        text.encode()  # ValueError for half a character, such as "\ud800"
         return text
 
+    def construct_number(self, node: yaml.ScalarNode) -> float:
+        return float(self.construct_scalar(node).replace("_", ""))
 
-def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
-    return float(loader.construct_scalar(node).replace("_", ""))
 
-
-_Loader.add_implicit_resolver("!sci", re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
-_Loader.add_constructor("!sci", _number)
+Loader.add_implicit_resolver("!sci", re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+Loader.add_constructor("!sci", Loader.construct_number)

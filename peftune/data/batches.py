@@ -59,11 +59,9 @@ class Blocks:
         """Pack the given documents of a store; windows in which nothing is scored (long prompts) are left out."""
         windows = cut_into_windows(store.lengths[documents], block_size)
         supervised = _supervised_per_window(store, documents, windows)
-        if not supervised.all():
-            scored = supervised > 0
-            windows, supervised = windows.chosen(scored), supervised[scored]
-        packing, order = pack(windows, block_size)
-        return Blocks(store, documents, packing, supervised[order])
+        scored = supervised > 0
+        packing, order = pack(windows.chosen(scored), block_size)
+        return Blocks(store, documents, packing, supervised[scored][order])
 
     def __len__(self) -> int:
         return len(self.packing.first) - 1

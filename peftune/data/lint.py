@@ -22,8 +22,9 @@ class Finding:
 
 _MOJIBAKE = re.compile("Ã[\u0080-\u00bf]|â€")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+_DAMAGED = "the text was damaged by an earlier conversion; export it again as UTF-8"
 
-_RULES: tuple[tuple[str, Callable[[Document], bool], str], ...] = (
+_RULES: tuple[tuple[str, Callable[[Document], object], str], ...] = (
     (
         "prompt ends in white space",
         lambda document: (document.prompt or "")[-1:].isspace(),
@@ -44,21 +45,9 @@ _RULES: tuple[tuple[str, Callable[[Document], bool], str], ...] = (
         lambda document: END_OF_TEXT in document.content(),
         "it is read as plain text there; split the documents at it (split_on: endoftext) or remove it",
     ),
-    (
-        "replacement character U+FFFD",
-        lambda document: "\ufffd" in document.content(),
-        "the text was damaged by an earlier conversion; export it again as UTF-8",
-    ),
-    (
-        "UTF-8 that was read as Latin-1 (such as Ã© for é)",
-        lambda document: bool(_MOJIBAKE.search(document.content())),
-        "the text was damaged by an earlier conversion; export it again as UTF-8",
-    ),
-    (
-        "control characters",
-        lambda document: bool(_CONTROL.search(document.text)),
-        "remove them, or a model will learn to write them",
-    ),
+    ("replacement character U+FFFD", lambda document: "\ufffd" in document.content(), _DAMAGED),
+    ("UTF-8 that was read as Latin-1 (such as Ã© for é)", lambda d: _MOJIBAKE.search(d.content()), _DAMAGED),
+    ("control characters", lambda d: _CONTROL.search(d.text), "remove them, or a model will learn to write them"),
 )
 
 

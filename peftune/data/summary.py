@@ -39,6 +39,7 @@ def summarize(
     if len(store) < _FEW:
         advice = "a fraction for validation is coarse; if documents were joined, choose split_on"
         findings.append(Finding("very few documents", len(store), sources[0].path, advice))
+    low, median, high, top = np.percentile(store.lengths, [0, 50, 95, 100]).tolist()
     return {
         "sources": [source.path for source in sources],
         "documents": len(store),
@@ -47,7 +48,7 @@ def summarize(
         "tokens": int(store.lengths.sum()),
         "supervised_tokens": int(store.supervised_counts.sum()),
         "bytes": int(store.supervised_bytes.sum()),
-        "lengths": _lengths(store.lengths),
+        "lengths": {"min": low, "median": median, "mean": float(store.lengths.mean()), "p95": high, "max": top},
         "histogram": _histogram(store.lengths),
         "block_size": block_size,
         "blocks": len(packing),
@@ -75,11 +76,6 @@ def preview(store: TokenStore, packing: Packing, tokenizer: PreTrainedTokenizerF
         ]
         spans.append({"document": example, "first_token": start, "tokens": stop - start, "pieces": texts})
     return {"block": block, "spans": spans}
-
-
-def _lengths(lengths: np.ndarray) -> dict[str, float]:
-    low, median, high, top = np.percentile(lengths, [0, 50, 95, 100]).tolist()
-    return {"min": low, "median": median, "mean": float(lengths.mean()), "p95": high, "max": top}
 
 
 def _histogram(lengths: np.ndarray) -> list[dict[str, int]]:

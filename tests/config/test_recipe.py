@@ -30,7 +30,7 @@ BROKEN = [
     ("base=3", "base: expected text, found 3"),
     ("base=", "base: expected some text"),
     ("base=null", "base: expected text, found nothing"),
-    ("lora.variant=loftq", "lora.variant: loftq corrects a quantised base; give quantize: int8 or nf4"),
+    ("lora.variant=loftq", "lora.variant: loftq is for a quantised base; give quantize (int8, nf4)"),
     ("quantize=int7", "quantize: expected 'int8' or 'nf4', found 'int7'"),
     ("lora=3", "lora: expected a section"),
     ("lora=null", "lora: expected a section"),
@@ -140,8 +140,8 @@ def test_what_is_missing_is_listed_at_once() -> None:
     ("overrides", "expected"),
     [
         (["lora.variant=pissa"], "lora.variant: pissa takes its start out of the base's weights"),
-        (["lora.modules_to_save=[ln_f, c_attn]"], "lora.modules_to_save: c_attn cannot be trained whole"),
-        (["lora.modules_to_save=[mlp.c_proj]"], "lora.modules_to_save: mlp.c_proj cannot be trained whole"),
+        (["lora.modules_to_save=[ln_f, c_attn]"], "lora.modules_to_save: c_attn cannot be trained"),
+        (["lora.modules_to_save=[mlp.c_proj]"], "lora.modules_to_save: mlp.c_proj cannot be trained"),
     ],
 )
 def test_what_a_quantised_base_cannot_bear_is_refused(overrides: list[str], expected: str) -> None:

@@ -36,34 +36,15 @@ Part = Literal["base", "train", "heldout"]
 DOMAINS = ("code", "docs", "unicode")
 
 # Not source that a person would write, or text of the other two domains (code pages list character names).
-_LEFT_OUT = {
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "dist-packages",
-    "encodings",
-    "pydoc_data",
-    "lib2to3",
-    "html",
-}
-_LEFT_OUT_MODULES = (
-    "_sysconfigdata",
-    "this.py",
-    "antigravity.py",
-    "stringprep.py",
-    "pdb.py",
-)  # pdb quotes the reference
+_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3"}
+_LEFT_OUT |= {"encodings", "pydoc_data", "html"}
+# pdb quotes the reference
+_LEFT_OUT_MODULES = ("_sysconfigdata", "this.py", "antigravity.py", "stringprep.py", "pdb.py")
 TAUGHT = Path(__file__).parents[2] / "model" / "small" / "taught_lines.npy"
 _LONG = 30  # characters; shorter lines are common to all code
 _CHUNK = 3000  # characters; a longer section is cut between paragraphs
 _UNNAMED_BLOCKS = (
-    "CJK UNIFIED",
-    "CJK COMPATIBILITY IDEOGRAPH",
-    "HANGUL SYLLABLE",
-    "TANGUT",
-    "NUSHU",
-    "KHITAN",
+    *("CJK UNIFIED", "CJK COMPATIBILITY IDEOGRAPH", "HANGUL SYLLABLE", "TANGUT", "NUSHU", "KHITAN"),
     "VARIATION SELECTOR",
 )
 
@@ -71,14 +52,10 @@ _UNNAMED_BLOCKS = (
 def documents(domain: str, part: Part) -> list[Document]:
     """All documents of one domain that belong to one part, in a fixed order, without repeated text."""
     named = {"code": _code, "docs": _docs, "unicode": _unicode}[domain](part)
-    seen: set[str] = set()
-    chosen = []
+    sources: dict[str, str] = {}
     for text, source in named:
-        if text not in seen:
-            seen.add(text)
-            chosen.append(Document(text, source=source))
-    if part != "base":
-        chosen = [document for document in chosen if not _was_taught(document.text, domain)]
+        sources.setdefault(text, source)
+    chosen = [Document(t, source=s) for t, s in sources.items() if part == "base" or not _was_taught(t, domain)]
     if domain == "docs" and part == "train":
         return _without_paragraphs_of(documents(domain, "heldout"), chosen)
     return chosen
@@ -102,9 +79,7 @@ def line_hashes(text: str) -> np.ndarray:
 def _was_taught(text: str, domain: str) -> bool:
     """Whether the base learnt more than half of the long lines of this text; code without any counts as taught."""
     found = line_hashes(text).tolist()
-    if domain == "code" and not found:
-        return True
-    return sum(line in _taught() for line in found) * 2 > len(found)
+    return (domain == "code" and not found) or sum(line in _taught() for line in found) * 2 > len(found)
 
 
 @lru_cache(maxsize=1)
@@ -116,14 +91,10 @@ def _code(part: Part) -> Iterator[tuple[str, str]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        if (
-            _LEFT_OUT & set(relative.parts)
-            or relative.name.startswith(_LEFT_OUT_MODULES)
-            or "config-" in relative.parts[0]
-        ):
+        left_out = _LEFT_OUT & set(relative.parts) or relative.name.startswith(_LEFT_OUT_MODULES)
+        if left_out or "config-" in relative.parts[0]:
             continue
-        module = relative.with_suffix("").as_posix()
-        if part_of("code", module) != part:  # before parsing, which takes seconds for all of it
+        if part_of("code", relative.with_suffix("").as_posix()) != part:  # before parsing, which takes seconds for all
             continue
         try:
             with tokenize.open(path) as file:
@@ -145,8 +116,7 @@ def _top_level_chunks(source: str, tree: ast.Module) -> Iterator[tuple[int, str]
             while first > 0 and lines[first - 1].startswith("#"):
                 first -= 1
             cuts |= {first, node.end_lineno}
-    ordered = sorted(cuts)
-    for first, last in pairwise(ordered):
+    for first, last in pairwise(sorted(cuts)):
         chunk = "".join(lines[first:last]).strip("\n")
         if len(chunk) >= 40:
             yield first + 1, chunk + "\n"

@@ -35,10 +35,8 @@ Turns = tuple[tuple[str, bool], ...]
 
 def render_chat(messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> str:
     """The messages as text, ready to be continued by the assistant; UserError for a role or content we do not know."""
-    text = "\n\n".join(_header(role) + _body(content) for role, content in _checked(messages, "messages"))
-    if not add_generation_prompt:
-        return text
-    return f"{text}\n\n{_header('assistant')}" if text else _header("assistant")
+    turns = [_header(role) + _body(content) for role, content in _checked(messages, "messages")]
+    return "\n\n".join([*turns, _header("assistant")] if add_generation_prompt else turns)
 
 
 def turns_of(messages: Any, location: str) -> Turns:

@@ -8,21 +8,10 @@ from contextlib import contextmanager
 from functools import lru_cache
 
 from peftune.config.recipe import Source
-from peftune.data.sources.records import Row, Rows
+from peftune.data.sources.records import Rows
 from peftune.errors import UserError
 
 _TIMEOUT = 10.0  # seconds until the hub counts as out of reach
-
-
-Choose = Callable[[list[str]], list[str]]
-
-
-def rows(source: Source, choose: Choose) -> Rows:
-    """Rows of a hub data set at the revision that `identity` names, of the columns that `choose` picks.
-
-    Raises UserError where it cannot be loaded.
-    """
-    yield from stream(source, revision_of(source.path), choose)
 
 
 def identity(source: Source) -> str:
@@ -39,8 +28,11 @@ def revision_of(name: str) -> str:
         return str(HfApi().dataset_info(name, timeout=_TIMEOUT).sha)
 
 
-def stream(source: Source, revision: str | None, choose: Choose) -> Iterator[Row]:
-    """Rows of a data set by hub name (or a directory that `datasets` understands), read as they are needed."""
+def rows(source: Source, revision: str | None, choose: Callable[[list[str]], list[str]]) -> Rows:
+    """Rows of a data set by hub name (or a directory that `datasets` understands), read as they are needed.
+
+    `choose` says which of the columns found to read. Raises UserError where the data set cannot be loaded.
+    """
     from datasets import load_dataset
 
     split = source.split or "train"
@@ -58,24 +50,14 @@ def _one_line_errors(what: str) -> Iterator[None]:
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
-    failures = (
-        ValueError,
-        RuntimeError,
-        DatasetsError,
-        *HfHubHTTPError.__bases__,
-    )  # OSError, and the client's own root
-
     log = logging.getLogger("huggingface_hub.utils._http")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
         yield
-    except failures as error:
-        raise UserError(f"{what}: {_reason(error)}") from None
+    # the bases are OSError, and the root of the client that it is built on
+    except (ValueError, RuntimeError, DatasetsError, *HfHubHTTPError.__bases__) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{what}: {reason[:200]}{'…' if len(reason) > 200 else ''}") from None
     finally:
         log.setLevel(level)
-
-
-def _reason(error: Exception) -> str:
-    words = " ".join(str(error).split()) or type(error).__name__
-    return words if len(words) <= 200 else words[:200] + "…"

@@ -19,22 +19,21 @@ from __future__ import annotations
 import codecs
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import Literal
 
 from peftune.data.documents import ReadStats
 from peftune.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 
-SplitOn = Literal["auto", "blank-line", "endoftext", "file", "line"]
 _WIDE_SHARE = 20  # `auto`: one gap in so many must be wide for wide gaps to be what separates documents
 _CHUNK = 1 << 20  # characters read at a time
 _BLANK_LINE = r"(?:[^\S\n]*\n)"
 _GAP = re.compile(rf"\n{_BLANK_LINE}+")
+_SEPARATOR = re.compile(re.escape(END_OF_TEXT))
 _MARKS = (  # the longer mark first: UTF-32-LE begins like UTF-16-LE
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
@@ -42,7 +41,6 @@ _MARKS = (  # the longer mark first: UTF-32-LE begins like UTF-16-LE
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-_NAMES = {"utf-8": "UTF-8"}
 
 
 def split_text(path: Path, split_on: str, stats: ReadStats | None = None) -> Iterator[tuple[int, str]]:
@@ -55,9 +53,10 @@ def split_text(path: Path, split_on: str, stats: ReadStats | None = None) -> Ite
         split_on, blank_lines = _how_to_split(path)
     with open_text(path, stats=stats) as file:
         if split_on == "endoftext":
-            found = _between_separators(file)
+            found = _between(file, _SEPARATOR, END_OF_TEXT, _before_half_separator)
         elif split_on == "blank-line":
-            found = _between_blank_lines(file, blank_lines)
+            gap = re.compile(rf"\n{_BLANK_LINE}{{{blank_lines},}}")
+            found = _between(file, gap, "\n" * (1 + blank_lines), _before_trailing_space)
         elif split_on == "line":
             found = enumerate(file, start=1)
         else:
@@ -75,21 +74,18 @@ def open_text(path: Path, newline: str | None = None, stats: ReadStats | None = 
     `newline` is that of `open`: None turns every line end into LF. Inside the `with`, failures to read or to
     decode become UserErrors, and `stats` knows how far the stream has come.
     """
-    encoding, mark = "utf-8", 0
+    encoding, mark = "utf-8", b""
     try:
         with open(path, "rb") as raw:
             head = raw.read(4)
-            for bom, name in _MARKS:
-                if head.startswith(bom):
-                    encoding, mark = name, len(bom)
-                    break
-            raw.seek(mark)
-            with stats.reading(raw) if stats else nullcontext():
-                yield io.TextIOWrapper(raw, encoding=encoding, errors="strict", newline=newline)
-    except UnicodeDecodeError:
-        offset = _first_bad_byte(path, encoding, mark)
-        name = _NAMES.get(encoding, encoding.upper())
-        raise UserError(f"{path}: not {name} at byte {offset}; save the file as UTF-8") from None
+            mark, encoding = next((found for found in _MARKS if head.startswith(found[0])), (mark, encoding))
+            raw.seek(len(mark))
+            try:
+                with stats.reading(raw) if stats else nullcontext():
+                    yield io.TextIOWrapper(raw, encoding=encoding, errors="strict", newline=newline)
+            except UnicodeDecodeError as error:
+                offset = raw.tell() - len(error.object) + error.start  # `object` is the last that was read
+                raise UserError(f"{path}: not {encoding.upper()} at byte {offset}; save the file as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
@@ -99,26 +95,8 @@ def unix_line_ends(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def _first_bad_byte(path: Path, encoding: str, mark: int) -> int:
-    """Offset in the file of the first byte that does not decode (the stream knows it within its buffer only)."""
-    decoder = codecs.getincrementaldecoder(encoding)("strict")
-    position = mark
-    with open(path, "rb") as raw:
-        raw.seek(mark)
-        while True:
-            chunk = raw.read(_CHUNK)
-            pending = len(decoder.getstate()[0])
-            try:
-                decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                return position - pending + error.start
-            position += len(chunk)
-            assert chunk, "every byte of the file decodes"
-
-
 def _chunks(file: io.TextIOWrapper) -> Iterator[str]:
-    while chunk := file.read(_CHUNK):
-        yield chunk
+    yield from iter(lambda: file.read(_CHUNK), "")
 
 
 def _how_to_split(path: Path) -> tuple[str, int]:
@@ -147,42 +125,33 @@ def _before_trailing_space(text: str, chunk: str) -> int:
     return 0 if chunk.isspace() else len(text.rstrip())
 
 
-def _between_separators(file: io.TextIOWrapper) -> Iterator[tuple[int, str]]:
-    parts: list[str] = []
-    line = begins = 1
-    pending = ""  # the end of a chunk, which may hold the first half of a separator
-    for chunk in _chunks(file):
-        first, *others = (pending + chunk).split(END_OF_TEXT)
-        parts.append(first)
-        line += first.count("\n")
-        for other in others:
-            yield begins, "".join(parts)
-            parts, begins = [other], line
-            line += other.count("\n")
-        last = parts.pop()
-        cut = max(0, len(last) - len(END_OF_TEXT) + 1)
-        parts.append(last[:cut])
-        pending = last[cut:]
-        line -= pending.count("\n")
-    yield begins, "".join([*parts, pending])
+def _before_half_separator(text: str, _: str) -> int:
+    """Where the text ends that can hold no first half of a separator; one has a single `<`, its first character."""
+    return f"{text}<".index("<", max(0, len(text) - len(END_OF_TEXT) + 1))
 
 
-def _between_blank_lines(file: io.TextIOWrapper, enough: int) -> Iterator[tuple[int, str]]:
-    gap = re.compile(rf"\n{_BLANK_LINE}{{{enough},}}")
-    bound = "\n" * (1 + enough)  # a gap before the first document and one after the last, so that all are alike
+def _between(
+    file: io.TextIOWrapper, gap: re.Pattern[str], bound: str, complete: Callable[[str, str], int]
+) -> Iterator[tuple[int, str]]:
+    """What stands between the gaps of a file, with the line on which it begins.
+
+    `complete(text, chunk)` is how much of a text that ends with `chunk` no further text can change. `bound` is a gap
+    that is put before the first document and after the last, so that all are alike.
+    """
     parts: list[str] = []
-    rest, line, begins = bound, -enough, -enough  # the file itself begins on line 1
+    rest = bound
+    line = begins = 1 - bound.count("\n")  # the file itself begins on line 1
     for chunk, last in chain(((chunk, False) for chunk in _chunks(file)), [(bound, True)]):
         rest += chunk
-        complete = len(rest) if last else _before_trailing_space(rest, chunk)
+        end = len(rest) if last else complete(rest, chunk)
         at = 0
-        for found in gap.finditer(rest, 0, complete):
+        for found in gap.finditer(rest, 0, end):
             yield begins, "".join([*parts, rest[at : found.start()]])
             line += rest.count("\n", at, found.end())
             parts, begins, at = [], line, found.end()
-        parts.append(rest[at:complete])
-        line += rest.count("\n", at, complete)
-        rest = rest[complete:]
+        parts.append(rest[at:end])
+        line += rest.count("\n", at, end)
+        rest = rest[end:]
 
 
 def looks_like_text(path: Path) -> bool:

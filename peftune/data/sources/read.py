@@ -41,15 +41,13 @@ def read_documents(source: Source, split_on: str, stats: ReadStats | None = None
         return
     files = files_of(source)
     if files is None:
-        found = hub.rows(source, partial(_columns, source, source.path))
-        yield from _documents_of_rows(source, found, stats)
-        return
-    for path in files:
-        if path.suffix.lower() in records.SUFFIXES:
-            found = records.rows(path, partial(_columns, source, str(path)), stats)
-            yield from _documents_of_rows(source, found, stats)
+        rows = hub.rows(source, hub.revision_of(source.path), partial(_columns, source, source.path))
+        yield from _documents_of_rows(source, rows, stats)
+    for path in files or ():
+        name = str(path)  # once: a corpus may have millions of documents
+        if _has_rows(path):
+            yield from _documents_of_rows(source, records.rows(path, partial(_columns, source, name), stats), stats)
         else:
-            name = str(path)  # once: a corpus may have millions of documents
             for line, text in plain_text.split_text(path, split_on, stats):
                 yield Document(text, source=f"{name}:{line}")
 
@@ -61,7 +59,7 @@ def holds_chat(source: Source, split_on: str) -> bool:
     if source.text is not None or source.prompt is not None or source.path.startswith("builtin:"):
         return False
     files = files_of(source)
-    if files is not None and files[0].suffix.lower() not in records.SUFFIXES:
+    if files is not None and not _has_rows(files[0]):
         return False
     with closing(read_documents(source, split_on)) as documents:
         first = next(documents, None)
@@ -78,14 +76,15 @@ def identity(source: Source) -> list[str | None]:
     """Values that are equal where, and only where, `read_documents` gives the same texts (the path is not part)."""
     columns = [source.text, source.prompt, source.completion, source.messages]
     if source.path.startswith("builtin:"):
-        digest = hashlib.sha256()
-        for document in _builtin_documents(source.path):
-            digest.update(document.text.encode("utf-8") + b"\0")
-        return ["builtin", digest.hexdigest()]
+        texts = "".join(f"{document.text}\0" for document in _builtin_documents(source.path))
+        return ["builtin", hashlib.sha256(texts.encode()).hexdigest()]
     files = files_of(source)
     if files is None:
         return ["hub", hub.identity(source), *columns]
-    return [*columns, *(f"{path.suffix.lower()}:{_hash_of_file(path)}" for path in files)]
+    try:
+        return [*columns, *(f"{path.suffix.lower()}:{sha256_of(path)}" for path in files)]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror or error}") from None
 
 
 def files_of(source: Source) -> list[Path] | None:
@@ -100,27 +99,32 @@ def files_of(source: Source) -> list[Path] | None:
     except RuntimeError:  # ~name without such a user
         raise UserError(f"{source.path}: no such file (and no such user)") from None
     if found is None:
-        if is_hub_name(source.path):
+        if _HUB_NAME.match(source.path) and path.suffix.lower() not in (*records.SUFFIXES, *_TEXT_SUFFIXES):
             return None
         raise UserError(f"{source.path}: no such file{_nearest(path)}")
     if not found:
-        if not path.is_dir():
-            raise UserError(f"{source.path}: no file matches")
-        raise UserError(f"{source.path}: no file to read there; expected text, jsonl, json, csv, tsv or parquet")
-    _check_options(source, found)
+        missing = (
+            "file to read there; expected text, jsonl, json, csv, tsv or parquet" if path.is_dir() else "file matches"
+        )
+        raise UserError(f"{source.path}: no {missing}")
+    if source.split is not None or source.subset is not None:
+        raise UserError(f"{source.path}: split and subset belong to hub data sets, and this is a file; leave them out")
+    named = source.text or source.prompt or source.messages
+    if named and not any(map(_has_rows, found)):
+        advice = "leave the column out, or use jsonl or csv"
+        raise UserError(f"{source.path}: a text file has no column {named!r}; {advice}")
     return found
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether a name that is no file can be a hub data set: `name` or `owner/name` without the suffix of a file."""
-    suffix = Path(name).suffix.lower()
-    return bool(_HUB_NAME.match(name)) and suffix not in (*records.SUFFIXES, *_TEXT_SUFFIXES)
+def _has_rows(path: Path) -> bool:
+    return path.suffix.lower() in records.SUFFIXES
 
 
 def _existing_files(path: Path) -> list[Path] | None:
     if path.is_dir():
-        below = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
-        return [p for p in below if p.suffix.lower() in records.SUFFIXES or plain_text.looks_like_text(p)]
+        below = sorted(p for p in path.rglob("*") if p.is_file())
+        shown = [p for p in below if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        return [p for p in shown if _has_rows(p) or plain_text.looks_like_text(p)]
     if path.exists():
         if not path.is_file():
             raise UserError(f"{path}: not a regular file; expected a file or a directory")
@@ -128,10 +132,6 @@ def _existing_files(path: Path) -> list[Path] | None:
     if glob.has_magic(str(path)):
         return [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
     return None
-
-
-def _hidden(relative: Path) -> bool:
-    return any(part.startswith(".") for part in relative.parts)
 
 
 def _nearest(path: Path) -> str:
@@ -142,32 +142,12 @@ def _nearest(path: Path) -> str:
     return f"; did you mean {path.parent / near[0]}?" if near else "; give a file, directory, glob or hub data set"
 
 
-def _check_options(source: Source, files: Sequence[Path]) -> None:
-    if source.split is not None or source.subset is not None:
-        raise UserError(f"{source.path}: split and subset belong to hub data sets, and this is a file; leave them out")
-    named = source.text or source.prompt or source.messages
-    if named and not any(path.suffix.lower() in records.SUFFIXES for path in files):
-        raise UserError(
-            f"{source.path}: a text file has no column {named!r}; leave the column out, or use jsonl or csv"
-        )
-
-
-def _hash_of_file(path: Path) -> str:
-    try:
-        return sha256_of(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
 @lru_cache(maxsize=4)  # the source of the standard library takes seconds to cut
 def _builtin_documents(path: str) -> list[Document]:
     domain, _, part = path.removeprefix("builtin:").partition("/")
-    parts = get_args(builtin.Part)
-    if domain not in builtin.DOMAINS or part not in parts:
-        raise UserError(
-            f"{path}: no such built-in corpus; expected builtin:DOMAIN/PART with DOMAIN one of "
-            f"{', '.join(builtin.DOMAINS)} and PART one of {', '.join(parts)}"
-        )
+    if domain not in builtin.DOMAINS or part not in get_args(builtin.Part):
+        known = f"DOMAIN one of {', '.join(builtin.DOMAINS)} and PART one of {', '.join(get_args(builtin.Part))}"
+        raise UserError(f"{path}: no such built-in corpus; expected builtin:DOMAIN/PART with {known}")
     return builtin.documents(domain, cast(builtin.Part, part))
 
 
@@ -178,10 +158,11 @@ def _documents_of_rows(source: Source, rows: records.Rows, stats: ReadStats) -> 
             if columns is None:
                 columns = _columns(source, location, list(row))
             document = _document(row, columns, source, location)
-            if _is_blank(document):
-                stats.blank += 1
-            else:
+            scored = (text for text, scored in document.turns or ((document.text, True),) if scored)
+            if any(map(str.strip, scored)):
                 yield document
+            else:
+                stats.blank += 1
 
 
 def _columns(source: Source, location: str, found: Sequence[str]) -> list[str]:
@@ -206,12 +187,6 @@ def _document(row: dict[str, Any], columns: list[str], source: Source, location:
         return Document(_text("".join(text for text, _ in turns), columns[0], location), turns=turns, source=location)
     values = [_text(row[column], column, location) for column in columns]
     return Document(values[-1], prompt=values[0] if len(values) == 2 else None, source=location)
-
-
-def _is_blank(document: Document) -> bool:
-    if document.turns is not None:
-        return not any(scored and text.strip() for text, scored in document.turns)
-    return not document.text.strip()
 
 
 def _text(value: Any, column: str, location: str) -> str:

@@ -22,7 +22,9 @@ Row = tuple[str, dict[str, Any]]
 Rows = Generator[Row, None, None]  # to be closed where reading stops early: a file is open
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _CHUNK = 1 << 20
-_BETWEEN = re.compile(r"[ \t\n\r]*")
+_VISIBLE = re.compile(r"[^ \t\n\r]")
+_KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", dict: "an object"}
+_KINDS |= {list: "a list", tuple: "a list"}
 
 
 def rows(path: Path, choose: Callable[[list[str]], list[str]], stats: ReadStats | None = None) -> Rows:
@@ -32,8 +34,10 @@ def rows(path: Path, choose: Callable[[list[str]], list[str]], stats: ReadStats 
         return _parquet(path, choose, stats)
     if suffix in (".csv", ".tsv"):
         return _csv(path, "," if suffix == ".csv" else "\t", stats)
-    if suffix == ".json" and _first_character(path) == "[":
-        return _json_list(path, stats)
+    if suffix == ".json":
+        with open_text(path) as file:
+            if _JsonStream(file.read).peek() == "[":
+                return _json_list(path, stats)
     return _json_lines(path, stats)
 
 
@@ -42,18 +46,14 @@ def _json_lines(path: Path, stats: ReadStats | None) -> Rows:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 location = f"{path}:{number}"
-                yield location, _object(_parse(line, location), location)
-
-
-def _parse(text: str, location: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{location}: not JSON: {error.msg} at column {error.colno}; expected one object per line"
-        ) from None
-    except (RecursionError, ValueError) as error:
-        raise UserError(f"{location}: not JSON that can be read: {error}") from None
+                try:
+                    value = json.loads(line)
+                except json.JSONDecodeError as error:
+                    problem = f"{error.msg} at column {error.colno}; expected one object per line"
+                    raise UserError(f"{location}: not JSON: {problem}") from None
+                except (RecursionError, ValueError) as error:
+                    raise UserError(f"{location}: not JSON that can be read: {error}") from None
+                yield location, _object(value, location)
 
 
 def _object(value: Any, location: str) -> dict[str, Any]:
@@ -62,21 +62,13 @@ def _object(value: Any, location: str) -> dict[str, Any]:
     return value
 
 
-def _first_character(path: Path) -> str:
-    with open_text(path) as file:
-        while chunk := file.read(4096):
-            if chunk.strip():
-                return chunk.strip()[0]
-    return ""
-
-
 def _json_list(path: Path, stats: ReadStats | None) -> Rows:
     """Elements of one list, decoded one at a time as the file is read."""
     with open_text(path, stats=stats) as file:
         text = _JsonStream(file.read)
-        text.skip("[")
+        text.expect("[", str(path))
         row = 0
-        while text.peek() not in ("]", ""):
+        while text.peek() not in "]":
             row += 1
             location = f"{path}:{row}"
             yield location, _object(text.value(location), location)
@@ -101,23 +93,13 @@ class _JsonStream:
         self.buffer, self.at = self.buffer[self.at :] + chunk, 0
         return bool(chunk)
 
-    def _cut_short(self, error: json.JSONDecodeError) -> bool:
-        """Whether more text could mend the error, rather than the text being wrong."""
-        return error.msg.startswith("Unterminated string") or error.pos > len(self.buffer) - 16
-
     def peek(self) -> str:
         """The next character that is not white space, or nothing at the end."""
-        while True:
-            match = _BETWEEN.match(self.buffer, self.at)
-            self.at = match.end() if match else self.at
-            if self.at < len(self.buffer):
-                return self.buffer[self.at]
+        while not (found := _VISIBLE.search(self.buffer, self.at)):
             if not self._more():
                 return ""
-
-    def skip(self, character: str) -> None:
-        assert self.peek() == character
-        self.at += 1
+        self.at = found.start()
+        return found[0]
 
     def expect(self, character: str, location: str) -> None:
         found = self.peek()
@@ -132,7 +114,9 @@ class _JsonStream:
                 value, self.at = self.decoder.raw_decode(self.buffer, self.at)
                 return value
             except json.JSONDecodeError as error:
-                if not self._cut_short(error) or not self._more():
+                # More text mends what is cut short, and nothing else.
+                cut_short = error.msg.startswith("Unterminated string") or error.pos > len(self.buffer) - 16
+                if not cut_short or not self._more():
                     raise UserError(f"{location}: not JSON: {error.msg}") from None
             except (RecursionError, ValueError) as error:
                 raise UserError(f"{location}: not JSON that can be read: {error}") from None
@@ -152,7 +136,9 @@ def _csv(path: Path, delimiter: str, stats: ReadStats | None) -> Rows:
                 if not values:
                     continue
                 if names is None:
-                    names = _header(values, location)
+                    names = values
+                    if repeated := sorted({name for name in names if names.count(name) > 1}):
+                        raise UserError(f"{location}: the header names column {repeated[0]!r} twice; rename one")
                 elif len(values) != len(names):
                     raise UserError(
                         f"{location}: {len(values)} fields, but the header has {len(names)} ({', '.join(names)}); "
@@ -164,13 +150,6 @@ def _csv(path: Path, delimiter: str, stats: ReadStats | None) -> Rows:
             raise UserError(f"{path}:{begins}: not {path.suffix[1:].upper()}: {error}") from None
         if names is None:
             raise UserError(f"{path}: empty; expected a header line with the names of the columns")
-
-
-def _header(names: list[str], location: str) -> list[str]:
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise UserError(f"{location}: the header names column {repeated[0]!r} twice; rename one")
-    return names
 
 
 def _parquet(path: Path, choose: Callable[[list[str]], list[str]], stats: ReadStats | None) -> Rows:
@@ -192,14 +171,4 @@ def _parquet(path: Path, choose: Callable[[list[str]], list[str]], stats: ReadSt
 
 def kind_of(value: Any) -> str:
     """What a value is, in the words of its file format."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "a boolean"
-    if isinstance(value, int | float):
-        return "a number"
-    if isinstance(value, str):
-        return "a string"
-    if isinstance(value, list | tuple):
-        return "a list"
-    return "an object" if isinstance(value, dict) else type(value).__name__
+    return _KINDS.get(type(value), type(value).__name__)

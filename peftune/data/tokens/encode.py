@@ -29,13 +29,15 @@ class Examples:
     `ids` (t,) uint32 and `supervised` (t,) bool over all tokens, `lengths` and `supervised_bytes` (n,) int64 over
     documents. Of each document the first token is the context `<|endoftext|>`, never supervised; the last always is.
     `supervised_bytes` is the UTF-8 length of the scored text with the space that `join` put before it, without
-    `<|endoftext|>`.
+    `<|endoftext|>`. `digests` (n,) uint64 are the first 8 bytes, big-endian, of the SHA-256 of what a reader of each
+    document would see.
     """
 
     ids: np.ndarray
     supervised: np.ndarray
     lengths: np.ndarray
     supervised_bytes: np.ndarray
+    digests: np.ndarray
 
 
 def tokenize_batch(documents: Sequence[Document], backends: TokenizerBackends, end: int, join: str) -> Examples:
@@ -55,7 +57,9 @@ def tokenize_batch(documents: Sequence[Document], backends: TokenizerBackends, e
     supervised[text] = np.repeat(scored, counts)
     supervised[after - lengths] = False
     in_bytes = np.fromiter((len(t) if t.isascii() else len(t.encode("utf-8")) for t in texts), np.int64, len(texts))
-    return Examples(ids, supervised, lengths, _sums(in_bytes * scored, last_part))
+    hashes = b"".join(hashlib.sha256(document.content().encode("utf-8")).digest()[:8] for document in documents)
+    digests = np.frombuffer(hashes, dtype=">u8").astype(np.uint64)
+    return Examples(ids, supervised, lengths, _sums(in_bytes * scored, last_part), digests)
 
 
 def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
@@ -70,15 +74,8 @@ def parts_of(document: Document, join: str) -> list[tuple[str, bool]]:
         return list(document.turns)
     if not document.prompt:
         return [(document.text, True)]
-    seam_has_space = document.prompt[-1].isspace() or document.text[:1].isspace()
-    gap = "" if seam_has_space else join
+    gap = "" if document.prompt[-1].isspace() or document.text[:1].isspace() else join
     return [(document.prompt, False), (gap + document.text, True)]
-
-
-def digests_of(documents: Sequence[Document]) -> np.ndarray:
-    """First 8 bytes of the SHA-256 of what a reader of each document would see, big-endian: (n,) uint64."""
-    digests = (hashlib.sha256(document.content().encode("utf-8")).digest()[:8] for document in documents)
-    return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64)
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -8,10 +8,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from peftune.data.documents import Document
-from peftune.data.tokens.encode import Examples, digests_of, end_of_text_id, parts_of, tokenize_batch
+from peftune.data.tokens.encode import Examples, end_of_text_id, parts_of, tokenize_batch
 from peftune.data.tokens.tiktoken_encoder import backends_of
 
 if TYPE_CHECKING:
@@ -22,39 +20,27 @@ _WORTH_A_PROOF = 4_000_000  # characters; to prove tiktoken equal costs GPT-2's 
 _MOST_THREADS = 8  # one thread reads 40 MB/s or so, and no more of them would be busy
 
 
-def tokenized(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, join: str
-) -> Iterator[tuple[Examples, np.ndarray]]:
-    """Batches of tokenised documents with their digests, in the order of the documents.
+def tokenized(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, join: str) -> Iterator[Examples]:
+    """Batches of tokenised documents, in the order of the documents.
 
     tiktoken replaces the tokenizer's own backend once the corpus is long enough to pay for the proof. Both release
     the GIL.
     """
     backends, end = backends_of(tokenizer), end_of_text_id(tokenizer)
     characters = 0
-    chosen = False
-
-    def work(batch: list[Document]) -> tuple[Examples, np.ndarray]:
-        return tokenize_batch(batch, backends, end, join), digests_of(batch)
-
-    threads = min(_MOST_THREADS, _cores())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = min(_MOST_THREADS, cores)
     with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[tuple[Examples, np.ndarray]]] = deque()
+        waiting: deque[Future[Examples]] = deque()
         for batch, size in _batches(documents):
-            characters += size
-            if not chosen and characters > _WORTH_A_PROOF:
+            if characters <= _WORTH_A_PROOF < characters + size:
                 backends.choose([text for document in batch for text, _ in parts_of(document, join)])
-                chosen = True
-            waiting.append(pool.submit(work, batch))
+            characters += size
+            waiting.append(pool.submit(tokenize_batch, batch, backends, end, join))
             if len(waiting) > threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-def _cores() -> int:
-    """Cores that this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[tuple[list[Document], int]]:

@@ -17,10 +17,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -99,20 +99,34 @@ def prepare(
     `cache` is the directory that holds `tokens/` (default: $PEFTUNE_CACHE, else ~/.cache/peftune). Several processes
     may prepare the same content at once. Raises UserError for unreadable sources, and where there is no document.
     """
-    entry = (cache or cache_directory()) / "tokens" / _key(sources, tokenizer, tokenizer_fingerprint, join, split_on)
+    identities = [identity(source) for source in sources]
+    key = json.dumps([FORMAT, tokenizer_fingerprint, end_of_text_id(tokenizer), join, split_on, identities])
+    entry = (cache or cache_directory()) / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:40]
     known = open_store(entry)
     if known is not None:
         return known
-    with _beside(entry) as directory:
-        stats = ReadStats()
-        _write(directory, sources, tokenizer, join, split_on, stats)
-        written = open_store(directory)  # stays mapped when the directory gets its name
-        if written is None:
-            raise CheckFailed(f"{directory}: the token files differ from what was written; is the disk full or faulty?")
-        if not len(written):
-            names = ", ".join(source.path for source in sources)
-            raise UserError(f"{names}: no document found ({stats.blank} blank); expected at least one with text")
-        _publish(directory, entry)
+    stats = ReadStats()
+    documents = (document for source in sources for document in read_documents(source, split_on, stats))
+    try:
+        with staging_directory(entry) as directory:
+            writer = Writer(directory, len(tokenizer))
+            with Console().reading("tokenising", size_of(sources)) as show:
+                for examples in tokenized(documents, tokenizer, join):
+                    writer.append(examples)
+                    show(stats.bytes_read(), f"{writer.documents:,} documents, {writer.tokens:,} tokens")
+            writer.finish(stats.blank)
+            written = open_store(directory)  # stays mapped when the directory gets its name
+            if written is None:
+                raise CheckFailed(
+                    f"{directory}: the token files differ from what was written; is the disk full or faulty?"
+                )
+            if not len(written):
+                names = ", ".join(source.path for source in sources)
+                raise UserError(f"{names}: no document found ({stats.blank} blank); expected at least one with text")
+            _publish(directory, entry)
+    except OSError as error:
+        reason = f"cannot write the token cache: {error.strerror or error}"
+        raise UserError(f"{entry.parent}: {reason}; set PEFTUNE_CACHE to a directory with room") from None
     return written
 
 
@@ -125,25 +139,6 @@ def open_store(directory: Path) -> TokenStore | None:
         return TokenStore(directory, meta)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _key(sources: Sequence[Source], tokenizer: Any, fingerprint: str, join: str, split_on: str) -> str:
-    identities = [identity(source) for source in sources]
-    parts = [FORMAT, fingerprint, end_of_text_id(tokenizer), join, split_on, identities]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
-
-
-@contextmanager
-def _beside(entry: Path) -> Iterator[Path]:
-    """A new directory next to `entry`, gone afterwards unless it was renamed."""
-    try:
-        with staging_directory(entry) as directory:
-            yield directory
-    except OSError as error:
-        raise UserError(
-            f"{entry.parent}: cannot write the token cache: {error.strerror or error}; "
-            "set PEFTUNE_CACHE to a directory with room"
-        ) from None
 
 
 def _publish(directory: Path, entry: Path) -> None:
@@ -162,48 +157,24 @@ def _publish(directory: Path, entry: Path) -> None:
     raise UserError(f"{entry}: cannot be replaced; delete it and start again")
 
 
-def _write(
-    directory: Path,
-    sources: Sequence[Source],
-    tokenizer: PreTrainedTokenizerFast,
-    join: str,
-    split_on: str,
-    stats: ReadStats,
-) -> None:
-    documents = (document for source in sources for document in read_documents(source, split_on, stats))
-    with writing(directory, len(tokenizer)) as writer, Console().reading("tokenising", size_of(sources)) as show:
-        for examples, digests in tokenized(documents, tokenizer, join):
-            writer.append(examples, digests)
-            show(stats.bytes_read(), f"{writer.documents:,} documents, {writer.tokens:,} tokens")
-        writer.finish(stats.blank)
-
-
-@contextmanager
-def writing(directory: Path, vocabulary: int) -> Iterator[Writer]:
-    """A `Writer` on new files in an existing directory, for ids below `vocabulary`."""
-    with ExitStack() as stack:
-        yield Writer(directory, vocabulary, {name: stack.enter_context(open(directory / name, "wb")) for name in FILES})
-
-
 class Writer:
     """Appends tokenised documents to the files in a directory; `finish` completes them with `meta.json`."""
 
-    def __init__(self, directory: Path, vocabulary: int, files: dict[str, BinaryIO]) -> None:
+    def __init__(self, directory: Path, vocabulary: int) -> None:
         self.directory = directory
-        self.files = files
         self.dtype = np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
         self.hashes = {name: hashlib.sha256() for name in FILES}
         self.partial_byte = np.empty(0, dtype=bool)  # scored bits that do not fill a byte yet
         self.documents = self.tokens = 0
 
-    def append(self, examples: Examples, digests: np.ndarray) -> None:
-        """Add tokenised documents with their digests (n,) uint64, in order."""
-        table = np.empty(len(digests), dtype=DOCUMENT)
+    def append(self, examples: Examples) -> None:
+        """Add tokenised documents, in order."""
+        table = np.empty(len(examples.lengths), dtype=DOCUMENT)
         table["tokens"] = examples.lengths
         begins = np.cumsum(examples.lengths) - examples.lengths
         table["supervised"] = np.add.reduceat(examples.supervised, begins, dtype=np.int64)
         table["bytes"] = examples.supervised_bytes
-        table["digest"] = digests
+        table["digest"] = examples.digests
         self._write("ids.bin", examples.ids.astype(self.dtype).tobytes())
         bits = np.concatenate([self.partial_byte, examples.supervised])
         complete = len(bits) // 8 * 8
@@ -215,9 +186,8 @@ class Writer:
 
     def finish(self, blank: int) -> None:
         """Write what is left and `meta.json` with the hashes of all files; the directory is then a store."""
-        self._write("supervised.bin", np.packbits(self.partial_byte).tobytes())
-        for file in self.files.values():
-            file.flush()
+        for name in FILES:
+            self._write(name, np.packbits(self.partial_byte).tobytes() if name == "supervised.bin" else b"")
         hashes = {name: digest.hexdigest() for name, digest in self.hashes.items()}
         content = json.dumps([FORMAT, self.dtype.str, hashes], sort_keys=True)
         meta: dict[str, Any] = {
@@ -232,7 +202,8 @@ class Writer:
         (self.directory / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
     def _write(self, name: str, data: bytes) -> None:
-        self.files[name].write(data)
+        with (self.directory / name).open("ab") as file:
+            file.write(data)
         self.hashes[name].update(data)
 
 

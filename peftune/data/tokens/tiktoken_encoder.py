@@ -17,7 +17,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from importlib.util import find_spec
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -36,22 +37,9 @@ _WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s
 _SEAM = "".join(map(chr, range(8)))
 
 _EDGES = (
-    *(chr(byte) for byte in range(256)),
-    *(
-        "",
-        " ",
-        "  ",
-        "   a",
-        "a   ",
-        " \n ",
-        "\n\n\n",
-        "\r\n",
-        "a\r\n\r\nb",
-        "\t\tx",
-        "\x00",
-        "a\x00b",
-        "\u00a0\u00a0x",
-    ),
+    *map(chr, range(256)),
+    *("", " ", "  ", "   a", "a   ", " \n ", "\n\n\n", "\r\n", "a\r\n\r\nb", "\t\tx"),
+    *("\x00", "a\x00b", "\u00a0\u00a0x"),
     *("I'm we're they'll he'd it's I've don't", "'S 'T 'LL ''s '", "\u2019s", " 's", "a'sb", "x''ll"),
     *("1234567890", "3.14 1,000", "½²Ⅷ٣", "abc123def", "a1b2 c3"),
     *("漢字仮名交じり文", "한국어", "ไทย", "हिन्दी", "العربية", "e\u0301a\u0308", "ﬁ ß İ"),
@@ -64,9 +52,9 @@ _EDGES = (
 class FastEncoder:
     """tiktoken for one tokenizer; made by `fast_encoder`."""
 
-    def __init__(self, ranks: dict[bytes, int]) -> None:
-        self.seam = max(ranks.values()) + 1
-        self.encoding = _encoding(ranks, {_SEAM: self.seam})
+    def __init__(self, vocabulary: dict[str, int]) -> None:
+        self.seam = max(vocabulary.values()) + 1
+        self.encoding = _encoding(vocabulary, {_SEAM: self.seam})
         self.characters = _Characters()
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -90,23 +78,14 @@ def fast_encoder(tokenizer: Tokenizer) -> FastEncoder | str:
 
     `tokenizer` takes special tokens for text. Costs 0.5 s for the 50,257 tokens of GPT-2.
     """
-    try:
-        import tiktoken  # noqa: F401
-    except ImportError:
-        return "tiktoken is not installed"
     state = json.loads(tokenizer.to_str())
-    obstacle = next(_obstacles(state), None)
+    special = {token["content"] for token in state["added_tokens"]}  # no text becomes one
+    known = tokenizer.get_vocab(with_added_tokens=False)
+    vocabulary = {token: number for token, number in known.items() if token not in special}
+    obstacle = next(_obstacles(tokenizer, state, vocabulary), None)
     if obstacle is not None:
         return obstacle
-    vocabulary = _vocabulary(state)
-    byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
-    if not all(letter in byte_of for token in vocabulary for letter in token):
-        return "its tokens are not all written in byte letters"
-    obstacle = next(_obstacles_to_merging(state["model"]["merges"], vocabulary), None)
-    obstacle = obstacle or _unreachable_token(tokenizer, vocabulary)
-    if obstacle is not None:
-        return obstacle
-    fast = FastEncoder({bytes(map(byte_of.__getitem__, token)): number for token, number in vocabulary.items()})
+    fast = FastEncoder(vocabulary)
     return fast if agrees(fast, tokenizer, _EDGES) else "its ids differ from those of tiktoken on edge cases"
 
 
@@ -115,51 +94,35 @@ def agrees(fast: FastEncoder, tokenizer: Tokenizer, texts: Sequence[str]) -> boo
     found = fast.encode(texts)
     if found is None:
         return False
-    expected = [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
-    same_counts: bool = found[1].tolist() == [len(ids) for ids in expected]
-    return same_counts and bool(found[0].tolist() == [number for ids in expected for number in ids])
+    return all(map(np.array_equal, found, TokenizerBackends(0, tokenizer).encode(texts)))
 
 
-def _obstacles(state: dict[str, Any]) -> Iterator[str]:
-    """What makes it another kind of tokenizer than GPT-2's, from its `tokenizer.json`."""
+def _obstacles(tokenizer: Tokenizer, state: dict[str, Any], vocabulary: dict[str, int]) -> Iterator[str]:
+    """Why tiktoken cannot stand in for a tokenizer with this `tokenizer.json`; each check relies on those before it."""
+    if not find_spec("tiktoken"):
+        yield "tiktoken is not installed"
     model, cutter = state["model"], state["pre_tokenizer"] or {}
     if model["type"] != "BPE":
         yield f"its model is {model['type']}, not BPE"
-    for name in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
-        if model.get(name):
-            yield f"its model sets {name}"
+    options = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+    yield from (f"its model sets {name}" for name in options if model.get(name))
     if state["normalizer"] is not None:
         yield "it has a normalizer"
     if cutter.get("type") != "ByteLevel" or cutter.get("add_prefix_space") or not cutter.get("use_regex", True):
         yield "it does not cut words as GPT-2 does"
-    for token in state["added_tokens"]:
-        if not token["special"]:
-            yield f"it has the added token {token['content']!r}"
-
-
-def _vocabulary(state: dict[str, Any]) -> dict[str, int]:
-    """Id of every token but the special ones, which no text becomes."""
-    special = {token["content"] for token in state["added_tokens"]}
-    return {token: number for token, number in state["model"]["vocab"].items() if token not in special}
-
-
-def _obstacles_to_merging(merges: list[list[str]], vocabulary: dict[str, int]) -> Iterator[str]:
-    if not set(byte_letters()) <= vocabulary.keys():
-        yield "its vocabulary lacks some of the 256 bytes"
-    made = [vocabulary.get(first + second, -1) for first, second in merges]
+    yield from (f"it has the added token {t['content']!r}" for t in state["added_tokens"] if not t["special"])
+    letters = set(byte_letters())
+    if not letters.issuperset("".join(vocabulary)) or not letters <= vocabulary.keys():
+        yield "its tokens are not written in the 256 byte letters, each a token of its own"
+    made = [vocabulary.get(first + second, -1) for first, second in model["merges"]]
     if any(later <= earlier for earlier, later in pairwise([-1, *made])):
         yield "the ids of its tokens do not rise with its merges"
     if len(made) != len(vocabulary) - 256:
         yield "it has tokens that no merge makes"
-
-
-def _unreachable_token(tokenizer: Tokenizer, vocabulary: dict[str, int]) -> str | None:
-    """A token that its own bytes do not become, if there is one."""
     merger = type(tokenizer)(tokenizer.model)  # merges alone: nothing is cut into words
     for (token, number), encoded in zip(vocabulary.items(), merger.encode_batch_fast(list(vocabulary)), strict=True):
         if encoded.ids != [number]:
-            return f"its token {token!r} is not what its own bytes become"
-    return None
+            yield f"its token {token!r} is not what its own bytes become"
 
 
 class _Characters:
@@ -175,36 +138,30 @@ class _Characters:
         letters = byte_letters()
         merges = [(letters[ord(first)], second) for first in "a1!" for second in letters]
         tokens = [*letters, *(first + second for first, second in merges)]
-        byte_of = {letter: byte for byte, letter in enumerate(letters)}
-        ranks = {bytes(byte_of[c] for c in token): number for number, token in enumerate(tokens)}
-        self.fast = _encoding(ranks, {})
-        self.reference = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, merges))
+        vocabulary = {token: number for number, token in enumerate(tokens)}
+        self.fast = _encoding(vocabulary, {})
+        self.reference = Tokenizer(models.BPE(vocabulary, merges))
         self.reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         self.same, self.seen = np.zeros(0x110000, bool), np.zeros(0x110000, bool)
 
     def agree_on(self, text: str) -> bool:
         """Whether all characters of a text are in the same class; ValueError for half a character."""
         codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        if self.same[codes].all():
-            return True
         new = np.unique(codes[~self.seen[codes]])
-        self.same[new] = self._same(new.tolist())
+        probes = [f"a{character}1{character}!{character}\n" for character in map(chr, new)]
+        self.same[new] = self._equal("".join(probes)) or [self._equal(probe) for probe in probes]
         self.seen[new] = True
         return bool(self.same[codes].all())
-
-    def _same(self, codes: list[int]) -> list[bool]:
-        texts = [f"a{chr(code)}1{chr(code)}!{chr(code)}\n" for code in codes]
-        if self._equal("".join(texts)):
-            return [True] * len(codes)
-        return [self._equal(text) for text in texts]
 
     def _equal(self, text: str) -> bool:
         return bool(self.reference.encode(text).ids == self.fast.encode_ordinary(text))
 
 
-def _encoding(ranks: dict[bytes, int], special: dict[str, int]) -> Any:
+def _encoding(vocabulary: dict[str, int], special: dict[str, int]) -> Any:
     import tiktoken
 
+    byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
+    ranks = {bytes(map(byte_of.__getitem__, token)): number for token, number in vocabulary.items()}
     return tiktoken.Encoding("tokenizer", pat_str=_WORDS, mergeable_ranks=ranks, special_tokens=special)
 
 
@@ -241,7 +198,9 @@ class TokenizerBackends:
             self.fast = found if isinstance(found, FastEncoder) else None
             self.reason = found if isinstance(found, str) else "tiktoken gives the same ids"
             self.tried = True
-        if self.fast is not None and not agrees(self.fast, self.own, _sample(texts)):
+        begins = accumulate(map(len, texts), initial=0)
+        sample = [text[: _SAMPLE - begin] for text, begin in zip(texts, begins, strict=False) if begin < _SAMPLE]
+        if self.fast is not None and not agrees(self.fast, self.own, sample):
             self.fast, self.reason = None, "its ids differ from those of tiktoken on this corpus"
 
 
@@ -261,15 +220,3 @@ def backends_of(tokenizer: PreTrainedTokenizerFast) -> TokenizerBackends:
         own.no_padding()
         known = _backends[tokenizer] = TokenizerBackends(len(tokenizer), own)
     return known
-
-
-def _sample(texts: Sequence[str]) -> list[str]:
-    """The first texts, the last of them cut, up to `_SAMPLE` characters."""
-    sample: list[str] = []
-    left = _SAMPLE
-    for text in texts:
-        sample.append(text[:left])
-        left -= len(text)
-        if left <= 0:
-            break
-    return sample

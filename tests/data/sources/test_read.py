@@ -176,11 +176,11 @@ def test_a_mistyped_path_names_the_nearest(write, tmp_path):
 def test_rows_of_a_data_set_are_streamed(write, tmp_path):
     """`stream` takes what `datasets.load_dataset` takes; a directory stands in for the hub."""
     write("set/train.jsonl", '{"text": "a"}\n{"text": "b"}\n')
-    rows = list(hub.stream(Source(path=str(tmp_path / "set")), None, lambda names: names))
+    rows = list(hub.rows(Source(path=str(tmp_path / "set")), None, lambda names: names))
     assert [row for _, row in rows] == [{"text": "a"}, {"text": "b"}]
     assert rows[1][0].endswith("/train:2")
     with pytest.raises(UserError, match=r"^hub data set .* could not be loaded: Bad split: nosplit"):
-        list(hub.stream(Source(path=str(tmp_path / "set"), split="nosplit"), None, lambda names: names))
+        list(hub.rows(Source(path=str(tmp_path / "set"), split="nosplit"), None, lambda names: names))
 
 
 def test_a_hub_out_of_reach_is_one_line(monkeypatch):
