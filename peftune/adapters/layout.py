@@ -65,9 +65,9 @@ class AdapterLayout:
     targets: dict[str, LoraTarget]
     replaced: dict[str, torch.Tensor]
     vocabulary: int
-    dora: bool
-    rslora: bool
-    lora_bias: bool
+    dora: bool = False
+    rslora: bool = False
+    lora_bias: bool = False
 
     def tensors(self) -> set[str]:
         """Names of all tensors that the adapter brings, as `module.part`."""

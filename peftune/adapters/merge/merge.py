@@ -6,10 +6,10 @@ gets its name. What cannot be merged exactly is refused with the reason.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,16 @@ from peftune.adapters.directory import Adapter, check_free, read_adapter
 from peftune.adapters.fold import MergedTensors
 from peftune.adapters.layout import layout_of, refuse_biased_head
 from peftune.adapters.merge import quantized_reference
-from peftune.adapters.merge.report import MergeReport, judged, with_distance_to_trained
+from peftune.adapters.merge.report import MergeReport, judged
 from peftune.adapters.merge.shards import write_weights
-from peftune.adapters.merge.verify import BlockwiseCheckpoint, BlockwisePeftModel, compare_logits
+from peftune.adapters.merge.verify import BlockwiseModel, compare_logits
 from peftune.adapters.provenance import check_base, tensors_fingerprint
 from peftune.console import Console
 from peftune.data.sources.builtin import documents
 from peftune.data.tokens.encode import encode_texts, end_of_text_id
 from peftune.errors import CheckFailed, UserError
 from peftune.files import staging_directory
+from peftune.model import quantized
 from peftune.model.base import Base, open_base
 from peftune.model.weights import HEAD, WTE
 
@@ -62,10 +63,10 @@ def merge(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")
-    _check_out(out, adapter)
+    if out.resolve() == adapter.resolve():
+        raise UserError(f"{out}: is the adapter itself; choose another directory")
+    check_free(out, "the merged model")
     found = open_base(base if base is not None else base_of(adapter))
-    if out.resolve() == found.directory.resolve():
-        raise UserError(f"{out}: is the base itself; choose another directory")
     read = read_adapter(adapter)
     check_base(adapter, found)
     layout = layout_of(read.config, read.tensors, found.config, str(adapter))
@@ -74,13 +75,16 @@ def merge(
     try:
         with staging_directory(out) as staging:
             _write_settings(staging, found, read, merged, dtype)
-            sequences = _sequences(Base(staging), texts) if verify else []
-            report = _write_and_verify(staging, found, read, merged, dtype, sequences, max_shard_bytes)
-            (staging / "merge.json").write_text(
-                json.dumps(dataclasses.asdict(report), indent=2) + "\n", encoding="utf-8"
-            )
-            if out.exists():
-                raise UserError(f"{out}: appeared while merging and is not overwritten; choose another directory")
+            written = Base(staging)
+            sequences = _sequences(written, texts) if verify else []
+            figures = _write_and_verify(written, read, merged, dtype, sequences, max_shard_bytes)
+            report = MergeReport(
+                len(layout.modules()), merged.modules_applied(), dtype, found.fingerprint,
+                tensors_fingerprint(read.config, read.tensors), found.name, merged.tied, layout.vocabulary,
+                trained_on=quantized_reference.base_quantization(read), **figures,
+            )  # fmt: skip
+            (staging / "merge.json").write_text(json.dumps(vars(report), indent=2) + "\n", encoding="utf-8")
+            check_free(out, "the merged model")  # nobody has put anything there meanwhile
             staging.rename(out)
     except OSError as error:
         raise UserError(f"{out}: cannot write the merged model: {error.strerror or error}") from None
@@ -131,89 +135,56 @@ def _sequences(merged: Base, texts: Sequence[str] | None) -> list[torch.Tensor]:
 
 
 def _write_and_verify(
-    staging: Path,
-    base: Base,
+    written: Base,
     adapter: Adapter,
     merged: MergedTensors,
     dtype: str,
     sequences: list[torch.Tensor],
     max_shard_bytes: int,
-) -> MergeReport:
-    """The weights, and the report on them; without sequences they are not verified."""
-    comparisons = 1 + (dtype != "float32") + quantized_reference.is_measurable(adapter) if sequences else 0
+) -> dict[str, Any]:
+    """Write the weights; with sequences also what the logits differ by, by the names of the report."""
     with Console().progress as progress:
-        task = progress.add_task("merging", total=len(merged.shapes()) + base.config.n_layer * comparisons, note="")
+        blocks = written.config.n_layer if sequences else 0
+        task = progress.add_task("merging", total=len(merged.shapes()) + blocks, note="")
 
-        def advance() -> None:
+        def advance(*_: str) -> None:
             progress.advance(task)
 
-        _write_tensors(staging, merged, DTYPES[dtype], max_shard_bytes, advance)
-        report = _unverified_report(base, adapter, merged, dtype)
-        return _verified(report, staging, adapter, merged, sequences, advance) if sequences else report
+        chunks = partial(merged.chunks, elements=_COPIED_VALUES)
+        write_weights(written.directory, merged.shapes(), DTYPES[dtype], chunks, max_shard_bytes, advance)
+        if unused := sorted(merged.layout.tensors() - merged.used):
+            raise CheckFailed(f"merge: {len(unused)} tensors of the adapter were not applied, such as {unused[0]}")
+        _check_loadable(written.directory)
+        return _verify(written, adapter, merged, dtype, sequences, advance) if sequences else {}
 
 
-def _write_tensors(
-    staging: Path, merged: MergedTensors, dtype: torch.dtype, max_shard_bytes: int, advance: Callable[[], None]
-) -> None:
-    def chunks(name: str) -> Iterator[torch.Tensor]:
-        return merged.chunks(name, _COPIED_VALUES)
-
-    write_weights(staging, merged.shapes(), dtype, chunks, max_shard_bytes, lambda _: advance())
-    unused = sorted(merged.layout.tensors() - merged.used)
-    if unused:
-        raise CheckFailed(f"merge: {len(unused)} tensors of the adapter were not applied, such as {unused[0]}")
-    _check_loadable(staging)
-
-
-def _unverified_report(base: Base, adapter: Adapter, merged: MergedTensors, dtype: str) -> MergeReport:
-    return MergeReport(
-        modules_in_adapter=len(merged.layout.modules()),
-        modules_applied=merged.modules_applied(),
-        max_abs_logit_difference=None,
-        mean_kl=None,
-        argmax_agreement=None,
-        dtype=dtype,
-        base_fingerprint=base.fingerprint,
-        adapter_fingerprint=tensors_fingerprint(adapter.config, adapter.tensors),
-        base=base.name,
-        tie_word_embeddings=merged.tied,
-        vocabulary=merged.layout.vocabulary,
-        trained_on=quantized_reference.base_quantization(adapter),
-    )
-
-
-def _verified(
-    report: MergeReport,
-    staging: Path,
+def _verify(
+    written: Base,
     adapter: Adapter,
     merged: MergedTensors,
+    dtype: str,
     sequences: list[torch.Tensor],
     advance: Callable[[], None],
-) -> MergeReport:
-    """The report with what logits of the files read back differ by; CheckFailed where it is too much."""
-    written, weights, layout = Base(staging), merged.weights, merged.layout
-    config = written.config
+) -> dict[str, Any]:
+    """What logits of the files read back differ by; CheckFailed where it is too much."""
+    weights, layout, config = merged.weights, merged.layout, written.config
     config._attn_implementation = "sdpa"
     slices = merged.row_slices(WTE if merged.tied else HEAD)
-    stored = BlockwiseCheckpoint(written.weights, config, slices)
-    exact = BlockwiseCheckpoint(MergedTensors(weights, layout), config, slices)
-    rounded = report.dtype != "float32"
-    candidates = {"stored": stored, "exact": exact} if rounded else {"stored": stored}
-    reference = BlockwisePeftModel(weights, layout, config, slices)
-    found = compare_logits(reference, candidates, config, sequences, advance)
-    rounding = compare_logits(exact, {"stored": stored}, config, sequences, advance)["stored"] if rounded else None
-    report = judged(report, found["stored"], found.get("exact", found["stored"]), rounding)
-    if quantized_reference.is_measurable(adapter):
-        trained = quantized_reference.quantized_peft_model(adapter, weights, layout, config, slices)
-        to_trained = compare_logits(trained, {"stored": stored}, config, sequences, advance)["stored"]
-        report = with_distance_to_trained(report, to_trained)
-    return report
-
-
-def _check_out(out: Path, adapter: Path) -> None:
-    if out.resolve() == adapter.resolve():
-        raise UserError(f"{out}: is the adapter itself; choose another directory")
-    check_free(out, "the merged model")
+    models = {
+        "reference": BlockwiseModel(weights, config, slices, layout),
+        "stored": BlockwiseModel(written.weights, config, slices),
+    }
+    pairs = [("reference", "stored")]
+    if dtype != "float32":
+        models["exact"] = BlockwiseModel(MergedTensors(weights, layout), config, slices)
+        pairs += [("reference", "exact"), ("exact", "stored")]
+    if quantized_reference.base_quantization(adapter) and quantized.is_available():
+        models["trained"] = quantized_reference.quantized_model(adapter, weights, layout, config, slices)
+        pairs.append(("trained", "stored"))
+    found = compare_logits(models, pairs, sequences, advance)
+    stored = found["reference", "stored"]
+    exact = found.get(("reference", "exact"), stored)
+    return judged(dtype, stored, exact, found.get(("exact", "stored")), found.get(("trained", "stored")))
 
 
 def _check_loadable(directory: Path) -> None:

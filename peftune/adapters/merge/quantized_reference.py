@@ -13,25 +13,21 @@ from transformers import GPT2Config
 
 from peftune.adapters.directory import Adapter
 from peftune.adapters.layout import AdapterLayout, LoraTarget
-from peftune.adapters.merge.verify import BlockwisePeftModel, RowSlices
+from peftune.adapters.merge.verify import BlockwiseModel, RowSlices
+from peftune.adapters.provenance import recorded
 from peftune.model import quantized
 from peftune.model.weights import Weights
 
 
 def base_quantization(adapter: Adapter) -> quantized.Kind | None:
     """`int8` or `nf4` where peftune.json says that the base was quantised in training."""
-    kinds: dict[object, quantized.Kind] = {"int8": "int8", "nf4": "nf4"}
-    return kinds.get(_recipe(adapter).get("quantize"))
+    kind: quantized.Kind = recorded(adapter.provenance, "recipe", "quantize")
+    return kind if kind in ("int8", "nf4") else None
 
 
-def is_measurable(adapter: Adapter) -> bool:
-    """Whether the base was quantised, and the library to compute it with is installed."""
-    return base_quantization(adapter) is not None and quantized.is_available()
-
-
-def quantized_peft_model(
+def quantized_model(
     adapter: Adapter, weights: Weights, layout: AdapterLayout, config: GPT2Config, row_slices: RowSlices
-) -> BlockwisePeftModel:
+) -> BlockwiseModel:
     """Quantised base + adapter as it was trained, in float32."""
     kind = base_quantization(adapter)
     assert kind is not None, "the adapter's base was not quantised"
@@ -39,15 +35,11 @@ def quantized_peft_model(
     def quantize(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return quantized.rounded(tensor, kind) if ".h." in name and tensor.ndim == 2 else tensor
 
-    return BlockwisePeftModel(weights, _as_trained(adapter, layout), config, row_slices, quantize)
-
-
-def _as_trained(adapter: Adapter, layout: AdapterLayout) -> AdapterLayout:
-    """LoftQ adapters are saved as [B, -B0]·[A; A0]; on the quantised base B·A was trained, which is the first half."""
-    lora = _recipe(adapter).get("lora")
-    if not isinstance(lora, dict) or lora.get("variant") != "loftq":
-        return layout
-    return dataclasses.replace(layout, targets={name: _first_half(target) for name, target in layout.targets.items()})
+    # LoftQ adapters are saved as [B, -B0]·[A; A0]; on the quantised base B·A was trained, which is the first half
+    if recorded(adapter.provenance, "recipe", "lora", "variant") == "loftq":
+        targets = {name: _first_half(target) for name, target in layout.targets.items()}
+        layout = dataclasses.replace(layout, targets=targets)
+    return BlockwiseModel(weights, config, row_slices, layout, quantize)
 
 
 def _first_half(target: LoraTarget) -> LoraTarget:
@@ -55,8 +47,3 @@ def _first_half(target: LoraTarget) -> LoraTarget:
     a, b = target.parts["lora_A.weight"][:rank], target.parts["lora_B.weight"][:, :rank]
     parts = {"lora_A.weight": a, "lora_B.weight": b}
     return dataclasses.replace(target, rank=rank, alpha=target.alpha / 2, parts=parts)
-
-
-def _recipe(adapter: Adapter) -> dict[str, object]:
-    recipe = (adapter.provenance or {}).get("recipe")
-    return recipe if isinstance(recipe, dict) else {}
