@@ -76,8 +76,8 @@ def combine(
     adapters = [read_adapter(directory) for directory in directories]
     for adapter in adapters:
         _check_settings(adapter)
-    identity = shared_base(adapters, base)
     given = None if base is None else open_base(base)
+    identity = shared_base(adapters, given)
     config = infer_config(adapters) if given is None else given.config
     layouts = [read_layout(adapter, config) for adapter in adapters]
     for adapter, layout in zip(adapters, layouts, strict=True):

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from peftune.adapters.base_of import infer_config
-from peftune.adapters.directory import Adapter, read_adapter
+from peftune.adapters.directory import Adapter, check_directory, read_adapter
 from peftune.adapters.inspect.describe import lora_variant, size_in_megabytes
-from peftune.adapters.layout import block_of, module_of, plain_name, suffix_in_block
+from peftune.adapters.layout import base_name, block_of, module_of, suffix_in_block
 from peftune.adapters.provenance import recorded, recorded_dict
 from peftune.errors import UserError
 from peftune.model.lora import ALL
@@ -56,10 +56,7 @@ def scan(directory: Path) -> ScanResult:
 
     Raises UserError where it is no directory that can be read.
     """
-    try:
-        os.scandir(directory).close()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise UserError(f"{str(directory)[:200]}: {getattr(error, 'strerror', None) or error}") from None
+    check_directory(directory, str(directory))
     found, cut = _adapter_directories(directory)
     return ScanResult(directory, [_entry(path, directory) for path in found], cut)
 
@@ -123,7 +120,7 @@ def target_modules(adapter: Adapter) -> list[str]:
     """What it adapts, by the names within a block, in the model's order; a module trained in full is marked by `=`."""
     found: set[str] = set()
     for name in adapter.tensors:
-        module = module_of(plain_name(name).replace(".modules_to_save.", ".").replace(".base_layer.", "."))
+        module = module_of(base_name(name))
         short = suffix_in_block(module) or block_of(module)
         found.add(short if "lora_" in name else f"{short}=")
     return sorted(found, key=lambda short: (ALL.index(short) if short in ALL else len(ALL), short))
