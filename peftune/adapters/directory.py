@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from peftune.adapters.layout import AdapterLayout, changes_base, layout_of, plai
 from peftune.adapters.provenance import read_provenance, recorded_base
 from peftune.errors import CheckFailed, UserError, first_line
 from peftune.files import flush_to_disk, read_object, staging_directory
+from peftune.model.fingerprint import bytes_of
 from peftune.model.lora import quiet_peft
 from peftune.model.weights import all_finite, load_pickle
 
@@ -31,6 +33,10 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PROVENANCE = "peftune.json"
 _COMMIT = ".commit"
+_NOT_FUNCTION = {
+    "base_model_name_or_path", "revision", "inference_mode", "peft_version", "task_type", "auto_mapping",
+    "fan_in_fan_out", "lora_dropout", "runtime_config",
+}  # fmt: skip
 Tensors = dict[str, torch.Tensor]
 
 
@@ -47,6 +53,16 @@ class Adapter:
     def base(self) -> str | None:
         """The name of the base that it records, or None."""
         return recorded_base(self.config, self.provenance)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the settings that change what it computes, and of its tensors."""
+        kept = {key: value for key, value in self.config.items() if key not in _NOT_FUNCTION}
+        digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name}|{list(tensor.shape)}|{tensor.dtype}\n".encode())
+            digest.update(bytes_of(tensor))
+        return digest.hexdigest()
 
 
 def read_adapter(directory: Path) -> Adapter:

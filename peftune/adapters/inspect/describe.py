@@ -16,7 +16,7 @@ from peftune.adapters.directory import Adapter, check_fits, read_adapter
 from peftune.adapters.fold import MergedTensors
 from peftune.adapters.layout import AdapterLayout, LoraTarget, block_of, model_order
 from peftune.adapters.low_rank import delta_of, norm
-from peftune.adapters.provenance import check_base, recorded, tensors_fingerprint
+from peftune.adapters.provenance import check_base, recorded
 from peftune.model.base import open_base
 from peftune.model.weights import Weights
 
@@ -85,7 +85,7 @@ def describe(directory: Path, base: str | None = None) -> AdapterDescription:
     return AdapterDescription(
         directory, directory.resolve().name, adapter.base, lora_variant(adapter),
         sum(tensor.numel() for tensor in adapter.tensors.values()), size_in_megabytes(adapter),
-        tensors_fingerprint(adapter.config, adapter.tensors), modules, sorted(layout.replaced),
+        adapter.fingerprint, modules, sorted(layout.replaced),
         _norms_are(layout, weights), adapter.provenance,
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,16 @@ from peftune.adapters.base_of import base_of
 from peftune.adapters.directory import Adapter, check_free, read_adapter
 from peftune.adapters.fold import MergedTensors
 from peftune.adapters.layout import layout_of, refuse_biased_head
-from peftune.adapters.merge import quantized_reference
-from peftune.adapters.merge.report import MergeReport, judged
+from peftune.adapters.merge.report import MergeReport
 from peftune.adapters.merge.shards import write_weights
-from peftune.adapters.merge.verify import BlockwiseModel, compare_logits
-from peftune.adapters.provenance import check_base, tensors_fingerprint
+from peftune.adapters.merge.verify import base_quantization, verify_merge
+from peftune.adapters.provenance import check_base
 from peftune.console import Console
 from peftune.data.sources.builtin import documents
 from peftune.data.tokens.encode import encode_texts, end_of_text_id
 from peftune.errors import CheckFailed, UserError
 from peftune.files import staging_directory
-from peftune.model import quantized
 from peftune.model.base import Base, open_base
-from peftune.model.weights import HEAD, WTE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 5_000_000_000
@@ -80,8 +77,8 @@ def merge(
             figures = _write_and_verify(written, read, merged, dtype, sequences, max_shard_bytes)
             report = MergeReport(
                 len(layout.modules()), merged.modules_applied(), dtype, found.fingerprint,
-                tensors_fingerprint(read.config, read.tensors), found.name, merged.tied, layout.vocabulary,
-                trained_on=quantized_reference.base_quantization(read), **figures,
+                read.fingerprint, found.name, merged.tied, layout.vocabulary,
+                trained_on=base_quantization(read), **figures,
             )  # fmt: skip
             (staging / "merge.json").write_text(json.dumps(vars(report), indent=2) + "\n", encoding="utf-8")
             check_free(out, "the merged model")  # nobody has put anything there meanwhile
@@ -155,36 +152,7 @@ def _write_and_verify(
         if unused := sorted(merged.layout.tensors() - merged.used):
             raise CheckFailed(f"merge: {len(unused)} tensors of the adapter were not applied, such as {unused[0]}")
         _check_loadable(written.directory)
-        return _verify(written, adapter, merged, dtype, sequences, advance) if sequences else {}
-
-
-def _verify(
-    written: Base,
-    adapter: Adapter,
-    merged: MergedTensors,
-    dtype: str,
-    sequences: list[torch.Tensor],
-    advance: Callable[[], None],
-) -> dict[str, Any]:
-    """What logits of the files read back differ by; CheckFailed where it is too much."""
-    weights, layout, config = merged.weights, merged.layout, written.config
-    config._attn_implementation = "sdpa"
-    slices = merged.row_slices(WTE if merged.tied else HEAD)
-    models = {
-        "reference": BlockwiseModel(weights, config, slices, layout),
-        "stored": BlockwiseModel(written.weights, config, slices),
-    }
-    pairs = [("reference", "stored")]
-    if dtype != "float32":
-        models["exact"] = BlockwiseModel(MergedTensors(weights, layout), config, slices)
-        pairs += [("reference", "exact"), ("exact", "stored")]
-    if quantized_reference.base_quantization(adapter) and quantized.is_available():
-        models["trained"] = quantized_reference.quantized_model(adapter, weights, layout, config, slices)
-        pairs.append(("trained", "stored"))
-    found = compare_logits(models, pairs, sequences, advance)
-    stored = found["reference", "stored"]
-    exact = found.get(("reference", "exact"), stored)
-    return judged(dtype, stored, exact, found.get(("exact", "stored")), found.get(("trained", "stored")))
+        return verify_merge(written, adapter, merged, dtype, sequences, advance) if sequences else {}
 
 
 def _check_loadable(directory: Path) -> None:

@@ -19,10 +19,14 @@ from torch import nn
 from transformers import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
+from peftune.adapters.directory import Adapter
 from peftune.adapters.fold import MergedTensors
 from peftune.adapters.layout import AdapterLayout, LoraTarget
-from peftune.adapters.merge.logit_diff import POSITIONS, Difference, LogitDiffAccumulator
+from peftune.adapters.merge.report import POSITIONS, Difference, LogitDiffAccumulator, judged
+from peftune.adapters.provenance import recorded
 from peftune.errors import CheckFailed
+from peftune.model import quantized
+from peftune.model.base import Base
 from peftune.model.weights import HEAD, WTE, Weights
 
 WPE = "transformer.wpe.weight"
@@ -30,11 +34,62 @@ RowSlices = list[tuple[int, int]]
 _NO_ADAPTER = AdapterLayout({}, {}, 0)
 
 
+def base_quantization(adapter: Adapter) -> quantized.Kind | None:
+    """`int8` or `nf4` where peftune.json says that the base was quantised in training."""
+    kind: quantized.Kind = recorded(adapter.provenance, "recipe", "quantize")
+    return kind if kind in ("int8", "nf4") else None
+
+
+def verify_merge(
+    written: Base,
+    adapter: Adapter,
+    merged: MergedTensors,
+    dtype: str,
+    sequences: Sequence[torch.Tensor],
+    done: Callable[[], None],
+) -> dict[str, Any]:
+    """What logits of the files read back differ by, by the names of the report; CheckFailed where it is too much.
+
+    `done` is called after each block. Of an adapter on a quantised base, the function that was trained is compared
+    too: it is close to that of the full-precision base, and not equal.
+    """
+    weights, layout, config = merged.weights, merged.layout, written.config
+    config._attn_implementation = "sdpa"
+    slices = merged.row_slices(WTE if merged.tied else HEAD)
+    models = {
+        "reference": BlockwiseModel(weights, config, slices, layout),
+        "stored": BlockwiseModel(written.weights, config, slices),
+    }
+    pairs = [("reference", "stored")]
+    if dtype != "float32":
+        models["exact"] = BlockwiseModel(MergedTensors(weights, layout), config, slices)
+        pairs += [("reference", "exact"), ("exact", "stored")]
+    kind = base_quantization(adapter)
+    if kind is not None and quantized.is_available():
+        # LoftQ adapters are saved as [B, -B0]·[A; A0]; on the quantised base B·A was trained, which is the first half
+        if recorded(adapter.provenance, "recipe", "lora", "variant") == "loftq":
+            halves = {name: _first_half(target) for name, target in layout.targets.items()}
+            layout = dataclasses.replace(layout, targets=halves)
+        models["trained"] = BlockwiseModel(weights, config, slices, layout, kind)
+        pairs.append(("trained", "stored"))
+    found = compare_logits(models, pairs, sequences, done)
+    stored = found["reference", "stored"]
+    exact = found.get(("reference", "exact"), stored)
+    return judged(dtype, stored, exact, found.get(("exact", "stored")), found.get(("trained", "stored")))
+
+
+def _first_half(target: LoraTarget) -> LoraTarget:
+    rank = target.rank // 2
+    a, b = target.parts["lora_A.weight"][:rank], target.parts["lora_B.weight"][:, :rank]
+    parts = {"lora_A.weight": a, "lora_B.weight": b}
+    return dataclasses.replace(target, rank=rank, alpha=target.alpha / 2, parts=parts)
+
+
 class BlockwiseModel:
     """A GPT-2 that is computed block by block: `source`, and on it an adapter through PEFT if `layout` is given.
 
-    `source` is a base, a merged checkpoint read back, or merged tensors before they are rounded. `transform(name,
-    tensor)` is applied to its tensors (here: quantisation).
+    `source` is a base, a merged checkpoint read back, or merged tensors before they are rounded. With `quantization`
+    the matrices of its blocks are quantised and dequantised as a block is built.
     """
 
     def __init__(
@@ -43,10 +98,10 @@ class BlockwiseModel:
         config: GPT2Config,
         row_slices: RowSlices,
         layout: AdapterLayout = _NO_ADAPTER,
-        transform: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
+        quantization: quantized.Kind | None = None,
     ) -> None:
         self.source, self.config, self.row_slices = source, config, row_slices
-        self.layout, self.transform = layout, transform
+        self.layout, self.quantization = layout, quantization
 
     def embedding(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Embedding vectors (n, width) of sorted row numbers (n,)."""
@@ -92,8 +147,12 @@ class BlockwiseModel:
             yield _with_peft(nn.ModuleDict({"head": linear}), sliced, self.layout).get_submodule("head")
 
     def _tensor(self, name: str) -> torch.Tensor:
-        replaced = self.layout.replaced.get(name)
-        return (self.transform(name, self.source.tensor(name)) if replaced is None else replaced.clone()).float()
+        if name in self.layout.replaced:
+            return self.layout.replaced[name].clone().float()
+        tensor = self.source.tensor(name)
+        if self.quantization and ".h." in name and tensor.ndim == 2:
+            tensor = quantized.rounded(tensor, self.quantization)
+        return tensor.float()
 
     def _head_slices(self) -> Iterator[torch.Tensor]:
         name, replaced = WTE if self.source.tied else HEAD, self.layout.replaced.get(HEAD)
