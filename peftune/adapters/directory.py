@@ -33,10 +33,6 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PROVENANCE = "peftune.json"
 _COMMIT = ".commit"
-_NOT_FUNCTION = {
-    "base_model_name_or_path", "revision", "inference_mode", "peft_version", "task_type", "auto_mapping",
-    "fan_in_fan_out", "lora_dropout", "runtime_config",
-}  # fmt: skip
 Tensors = dict[str, torch.Tensor]
 
 
@@ -57,7 +53,7 @@ class Adapter:
     @property
     def fingerprint(self) -> str:
         """sha256 of the settings that change what it computes, and of its tensors."""
-        kept = {key: value for key, value in self.config.items() if key not in _NOT_FUNCTION}
+        kept = {key: value for key, value in self.config.items() if key not in peft_config.WITHOUT_EFFECT}
         digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name}|{list(tensor.shape)}|{tensor.dtype}\n".encode())
@@ -240,8 +236,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     if not path.is_file():
         hints = {
-            "config.json": "it is a complete model, pass it as the base",
-            "checkpoints": "its training has not ended",
+            "config.json": "it is a complete model",
+            "checkpoints": "its training has not finished",
         }
         hint = "".join(f"; {hint}" for name, hint in hints.items() if (directory / name).exists())
         raise UserError(f"adapter {directory}: no {CONFIG} in this directory{hint}")

@@ -77,10 +77,6 @@ class MergedTensors:
             return [(0, shape[0])]  # the singular vectors need the full matrix
         return row_chunks(shape)
 
-    def modules_applied(self) -> int:
-        """How many adapted modules have had all of the adapter's tensors for them applied."""
-        return len(self.layout.modules() - {module_of(name) for name in self.layout.tensors() - self.used})
-
     def _shape(self, name: str) -> tuple[int, ...]:
         if name in self.layout.replaced:
             return tuple(self.layout.replaced[name].shape)
@@ -160,4 +156,5 @@ def _merge_matrix(weight: torch.Tensor, target: LoraTarget, layout: AdapterLayou
 def _without_principal(out_in: torch.Tensor, rank: int) -> torch.Tensor:
     """W less its `rank` largest singular directions, from a float32 decomposition as PEFT's `pissa_init` does it."""
     left, values, right = torch.linalg.svd(out_in.clone(), full_matrices=False)  # aligned, for the same bits each time
-    return out_in.double() - (left[:, :rank].double() * values[:rank].double()) @ right[:rank].double()
+    principal = torch.mm(left[:, :rank].double() * values[:rank].double(), right[:rank].double())
+    return out_in.double() - principal

@@ -20,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from peftune.adapters.peft_config import UNDERSTOOD
 from peftune.errors import UserError
 from peftune.model.weights import HEAD, WTE
 
@@ -29,13 +30,6 @@ _PREFIX = "base_model.model."
 _LORA_PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.(weight|bias)|lora_embedding_[AB]|lora_magnitude_vector)"
 )
-_UNDERSTOOD = {
-    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
-    "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
-    "megatron_core", "eva_config", "use_dora", "qalora_group_size", "runtime_config", "lora_bias",
-    "ensure_weight_tying",
-}  # fmt: skip
 _PART_OF_SAVED = re.compile(r"\.(modules_to_save|original_module)\.")
 _WRAPPER = re.compile(r"\b(base_layer|original_module|modules_to_save)\.")
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # these leave the base as it is
@@ -155,7 +149,7 @@ def _layout(config: dict[str, Any], stored: dict[str, torch.Tensor], base: GPT2C
 def _refuse_unknown_settings(config: dict[str, Any]) -> None:
     defaults = vars(LoraConfig())
     for key, value in config.items():
-        if key not in _UNDERSTOOD and value and value != defaults.get(key):
+        if key not in UNDERSTOOD and value and value != defaults.get(key):
             raise UserError(f"uses {key}, which peftune does not understand; use PEFT itself")
     init = config.get("init_lora_weights", True)
     if init != "pissa" and init not in _PLAIN_INITS:
@@ -198,7 +192,7 @@ class _Skeleton:
 
 def _skeleton_of(config: dict[str, Any], base: GPT2Config, vocabulary: int) -> _Skeleton:
     """The base's architecture with this adapter in it."""
-    known = {key: value for key, value in config.items() if key in _UNDERSTOOD and key != "runtime_config"}
+    known = {key: value for key, value in config.items() if key in UNDERSTOOD and key != "runtime_config"}
     resized = {**base.to_dict(), "vocab_size": vocabulary}
     try:
         return _skeleton(*(json.dumps(values, sort_keys=True, default=str) for values in (known, resized)))

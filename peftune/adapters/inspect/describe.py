@@ -81,12 +81,16 @@ def describe(directory: Path, base: str | None = None) -> AdapterDescription:
         check_base(directory, opened)
         adapter, layout = check_fits(directory, opened.config)
         weights = opened.weights
+    missing = beyond_factors(layout)
+    norms_are = "of the whole update" if not missing else "of the whole change"
+    if missing and weights is None:
+        norms_are = f"of B·A alone, without {missing}; pass the base for the whole change"
     modules = {name: _module(layout.targets[name], layout, weights) for name in sorted(layout.targets, key=model_order)}
     return AdapterDescription(
         directory, directory.resolve().name, adapter.base, lora_variant(adapter),
         sum(tensor.numel() for tensor in adapter.tensors.values()), size_in_megabytes(adapter),
         adapter.fingerprint, modules, sorted(layout.replaced),
-        _norms_are(layout, weights), adapter.provenance,
+        norms_are, adapter.provenance,
     )  # fmt: skip
 
 
@@ -137,10 +141,3 @@ def _merged_change(name: str, source: str, layout: AdapterLayout, weights: Weigh
         changed += float((chunk.double() - before).square().sum())
         size += float(before.square().sum())
     return math.sqrt(changed), math.sqrt(size)
-
-
-def _norms_are(layout: AdapterLayout, weights: Weights | None) -> str:
-    missing = beyond_factors(layout)
-    if not missing:
-        return "of the whole update"
-    return "of the whole change" if weights else f"of B·A alone, without {missing}; pass the base for the whole change"

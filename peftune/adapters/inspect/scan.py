@@ -19,6 +19,7 @@ DEPTH, DIRECTORIES = 8, 20_000
 _ADAPTER_FILES = (
     "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", ".commit/adapter_config.json",
 )  # fmt: skip
+_A = (".lora_A.weight", ".lora_embedding_A")  # their rows are the rank
 _TRAINING_FILES = ("checkpoints", "metrics.jsonl")
 _SKIPPED = {"checkpoints", "__pycache__", "node_modules"}
 
@@ -44,7 +45,7 @@ class ScanResult:
     def as_json(self) -> dict[str, Any]:
         """The contract of `peftune adapters list --json`."""
         rows = [
-            {"name": e.name, "directory": str(e.directory), **e.facts, "problem": e.problem or None}
+            e.facts | {"name": e.name, "directory": str(e.directory), "problem": e.problem or None}
             for e in self.entries
         ]
         return {"directory": str(self.directory), "adapters": rows, "cut": self.cut}
@@ -102,18 +103,12 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
         "base": adapter.base,
         "base_fingerprint": provenance.get("base_fingerprint"),
         "variant": lora_variant(adapter),
-        "ranks": ranks(adapter),
+        "ranks": sorted({t.shape[0] for name, t in adapter.tensors.items() if name.endswith(_A)}),
         "targets": target_modules(adapter),
         "megabytes": size_in_megabytes(adapter),
         **{key: provenance[key] if isinstance(provenance.get(key), int) else None for key in ("step", "tokens")},
         "loss": {domain: loss for domain, loss in losses.items() if isinstance(loss, int | float)},
     }
-
-
-def ranks(adapter: Adapter) -> list[int]:
-    """The ranks of its modules, each once, from the shapes of A."""
-    suffixes = (".lora_A.weight", ".lora_embedding_A")
-    return sorted({tensor.shape[0] for name, tensor in adapter.tensors.items() if name.endswith(suffixes)})
 
 
 def target_modules(adapter: Adapter) -> list[str]:

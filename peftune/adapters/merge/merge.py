@@ -70,13 +70,24 @@ def merge(
     refuse_biased_head(layout, str(adapter))
     merged = MergedTensors(found.weights, layout)
     try:
-        with staging_directory(out) as staging:
-            _write_settings(staging, found, read, merged, dtype)
+        with staging_directory(out) as staging, Console().progress as progress:
             written = Base(staging)
+            _write_settings(staging, found, read, merged, dtype)
             sequences = _sequences(written, texts) if verify else []
-            figures = _write_and_verify(written, read, merged, dtype, sequences, max_shard_bytes)
+            blocks = written.config.n_layer if verify else 0
+            task = progress.add_task("merging", total=len(merged.shapes()) + blocks, note="")
+
+            def advance(*_: str) -> None:
+                progress.advance(task)
+
+            chunks = partial(merged.chunks, elements=_COPIED_VALUES)
+            write_weights(staging, merged.shapes(), DTYPES[dtype], chunks, max_shard_bytes, advance)
+            if unused := sorted(layout.tensors() - merged.used):
+                raise CheckFailed(f"merge: {len(unused)} tensors of the adapter were not applied, such as {unused[0]}")
+            _check_loadable(staging)
+            figures = verify_merge(written, read, merged, dtype, sequences, advance) if verify else {}
             report = MergeReport(
-                len(layout.modules()), merged.modules_applied(), dtype, found.fingerprint,
+                len(layout.modules()), len(layout.modules()), dtype, found.fingerprint,
                 read.fingerprint, found.name, merged.tied, layout.vocabulary,
                 trained_on=base_quantization(read), **figures,
             )  # fmt: skip
@@ -129,30 +140,6 @@ def _sequences(merged: Base, texts: Sequence[str] | None) -> list[torch.Tensor]:
     encoded = encode_texts(chosen[:_SEQUENCES], merged.tokenizer)
     start, length = end_of_text_id(merged.tokenizer), min(_LENGTH, merged.config.n_positions)
     return [torch.tensor([start, *ids][:length]) for ids in encoded]
-
-
-def _write_and_verify(
-    written: Base,
-    adapter: Adapter,
-    merged: MergedTensors,
-    dtype: str,
-    sequences: list[torch.Tensor],
-    max_shard_bytes: int,
-) -> dict[str, Any]:
-    """Write the weights; with sequences also what the logits differ by, by the names of the report."""
-    with Console().progress as progress:
-        blocks = written.config.n_layer if sequences else 0
-        task = progress.add_task("merging", total=len(merged.shapes()) + blocks, note="")
-
-        def advance(*_: str) -> None:
-            progress.advance(task)
-
-        chunks = partial(merged.chunks, elements=_COPIED_VALUES)
-        write_weights(written.directory, merged.shapes(), DTYPES[dtype], chunks, max_shard_bytes, advance)
-        if unused := sorted(merged.layout.tensors() - merged.used):
-            raise CheckFailed(f"merge: {len(unused)} tensors of the adapter were not applied, such as {unused[0]}")
-        _check_loadable(written.directory)
-        return verify_merge(written, adapter, merged, dtype, sequences, advance) if sequences else {}
 
 
 def _check_loadable(directory: Path) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,7 +31,6 @@ from peftune.model.base import Base
 from peftune.model.weights import HEAD, WTE, Weights
 
 WPE = "transformer.wpe.weight"
-RowSlices = list[tuple[int, int]]
 _NO_ADAPTER = AdapterLayout({}, {}, 0)
 
 
@@ -85,6 +85,7 @@ def _first_half(target: LoraTarget) -> LoraTarget:
     return dataclasses.replace(target, rank=rank, alpha=target.alpha / 2, parts=parts)
 
 
+@dataclass(frozen=True)
 class BlockwiseModel:
     """A GPT-2 that is computed block by block: `source`, and on it an adapter through PEFT if `layout` is given.
 
@@ -92,16 +93,11 @@ class BlockwiseModel:
     the matrices of its blocks are quantised and dequantised as a block is built.
     """
 
-    def __init__(
-        self,
-        source: Weights | MergedTensors,
-        config: GPT2Config,
-        row_slices: RowSlices,
-        layout: AdapterLayout = _NO_ADAPTER,
-        quantization: quantized.Kind | None = None,
-    ) -> None:
-        self.source, self.config, self.row_slices = source, config, row_slices
-        self.layout, self.quantization = layout, quantization
+    source: Weights | MergedTensors
+    config: GPT2Config
+    row_slices: list[tuple[int, int]]
+    layout: AdapterLayout = _NO_ADAPTER
+    quantization: quantized.Kind | None = None
 
     def embedding(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Embedding vectors (n, width) of sorted row numbers (n,)."""
@@ -156,11 +152,9 @@ class BlockwiseModel:
 
     def _head_slices(self) -> Iterator[torch.Tensor]:
         name, replaced = WTE if self.source.tied else HEAD, self.layout.replaced.get(HEAD)
-        if replaced is not None:
-            return (replaced[start:stop] for start, stop in self.row_slices)
         if isinstance(self.source, MergedTensors):
             return self.source.chunks(name)
-        rows = self.source.rows
+        rows = self.source.rows if replaced is None else lambda _, start, stop: replaced[start:stop]
         return (rows(name, start, stop) for start, stop in self.row_slices)
 
 
