@@ -45,7 +45,7 @@ class ScanResult:
     def as_json(self) -> dict[str, Any]:
         """The contract of `peftune adapters list --json`."""
         rows = [
-            e.facts | {"name": e.name, "directory": str(e.directory), "problem": e.problem or None}
+            {"name": e.name, "directory": str(e.directory), **e.facts, "problem": e.problem or None}
             for e in self.entries
         ]
         return {"directory": str(self.directory), "adapters": rows, "cut": self.cut}
