@@ -56,14 +56,14 @@ def _console() -> Console:
 def print_scan(found: ScanResult) -> None:
     """`peftune adapters list`."""
     usable = [entry for entry in found.entries if not entry.problem]
-    broken = [entry for entry in found.entries if entry.problem]
+    broken = [f"  {entry.name}: {entry.problem}" for entry in found.entries if entry.problem]
     if not found.entries:
         lines(f"{found.directory}: no adapter here or below")
     if usable:
         columns = ("adapter", "base", "variant", "targets", "rank", "MB", "steps", "held-out loss")
         table(f"{len(usable)} adapters in {found.directory}", columns, map(_row, usable), left=4)
     if broken:
-        lines(f"{len(broken)} that cannot be used:", *(f"  {entry.name}: {entry.problem}" for entry in broken))
+        lines(f"{len(broken)} that cannot be used:", *broken)
     if found.cut:
         lines("There may be more: the search ended at its bounds; name a directory further down.")
 
@@ -153,9 +153,7 @@ _COMPARED: Columns = {
 
 def _abbreviated(value: Any) -> str:
     """One cell of at most 60 characters; a data source by its settings."""
-    if isinstance(value, list):
-        return _abbreviated(", ".join(_source(item) for item in value))
-    text = "-" if value is None else str(value)
+    text = ", ".join(map(_source, value)) if isinstance(value, list) else "-" if value is None else str(value)
     return text if len(text) <= 60 else text[:57] + "…"
 
 
@@ -196,11 +194,8 @@ def _history(provenance: dict[str, Any] | None) -> Iterator[str]:
     sources = recorded(provenance, "recipe", "data", "train")
     if isinstance(sources, list):
         paths = ", ".join(str(source["path"]) for source in sources if isinstance(source, dict) and "path" in source)
-        effort = [
-            f"{recorded(provenance, key):,.0f} {unit}"
-            for key, unit in _EFFORT.items()
-            if isinstance(recorded(provenance, key), int | float)
-        ]
+        efforts = {unit: recorded(provenance, key) for key, unit in _EFFORT.items()}
+        effort = [f"{value:,.0f} {unit}" for unit, value in efforts.items() if isinstance(value, int | float)]
         base = [f"base in {dtype}" for dtype in [recorded(provenance, "recipe", "quantize")] if dtype]
         yield f"trained on {paths}: {', '.join([*effort, str((provenance or {}).get('precision', '')), *base])}"
     combined = recorded(provenance, "combined", "adapters")
@@ -233,15 +228,10 @@ def _print_norms(found: AdapterDescription) -> None:
     columns = sorted({name for _, name in cells}, key=lambda name: ALL.index(name) if name in ALL else len(ALL))
     layers = found.layers()
     largest = max(layers.values(), default=0.0) or 1.0
-    rows = [
-        [
-            block,
-            *(cells.get((block, name), "-") for name in columns),
-            figure(norm),
-            "█" * round(norm / largest * _BAR) or "▏",
-        ]
-        for block, norm in layers.items()
-    ]
+    rows = []
+    for block, norm in layers.items():
+        bar = "█" * round(norm / largest * _BAR) or "▏"
+        rows.append([block, *(cells.get((block, name), "-") for name in columns), figure(norm), bar])
     if rows:
         measured = any(module.relative is not None for module in found.modules.values())
         title = f"Norm {found.norms_are}, by block{' (and in % of the norm of the weight)' if measured else ''}"
