@@ -53,7 +53,7 @@ class CombineResult:
         return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
 
     def as_json(self) -> dict[str, Any]:
-        """The contract of `peftune adapters combine --json`."""
+        """What `peftune adapters combine` writes as JSON; its keys are a contract."""
         values = {key: value for key, value in vars(self).items() if key != "weights"}
         adapters = [{"adapter": name, "weight": weight} for name, weight in self.weights.items()]
         return values | {"out": str(self.out), "adapters": adapters}

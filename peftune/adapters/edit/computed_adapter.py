@@ -67,7 +67,7 @@ def _lora_config(base: str, deltas: list[LowRankDelta]) -> dict[str, Any]:
 
 
 def model_card(base: str, out: str, body: str) -> str:
-    """Markdown with the front matter that hubs read; `out` is the adapter's directory, `body` tells what it is."""
+    """Markdown with the front matter that hubs read; `out` is the adapter's directory, `body` says what it is."""
     directory = out.rstrip("/")
     return f"""---
 base_model: {base}

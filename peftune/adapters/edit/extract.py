@@ -93,7 +93,7 @@ class ExtractResult:
     notes: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        """The contract of `peftune adapters extract --json`."""
+        """What `peftune adapters extract` writes as JSON; its keys are a contract."""
         return {**vars(self), "out": str(self.out)}
 
 

@@ -42,7 +42,7 @@ class Comparison:
     notes: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        """The contract of `peftune adapters compare --json`."""
+        """What `peftune adapters compare` writes as JSON; its keys are a contract."""
         values = {key: value for key, value in vars(self).items() if key != "base_mismatch"}
         paths = {"first": str(self.first), "second": str(self.second)}
         return values | paths | {"apart": self.base_mismatch, "same_base": not self.base_mismatch}
@@ -91,9 +91,8 @@ def _overall(a: dict[str, LowRankDelta], b: dict[str, LowRankDelta], shared: lis
 def _norms_and_angle(product: float, norms: Pair[float], gap: float) -> Figures:
     first, second = norms
     cosine = max(-1.0, min(1.0, product / (first * second))) if first and second else None
-    return {
-        "norm_first": first, "norm_second": second, "cosine": cosine, "distance": gap / first if first else None,
-    }  # fmt: skip
+    relative = gap / first if first else None
+    return {"norm_first": first, "norm_second": second, "cosine": cosine, "distance": relative}
 
 
 def _differences(adapters: Pair[Adapter], layouts: Pair[AdapterLayout], recipes: list[dict[str, Any]]) -> Differences:

@@ -58,7 +58,7 @@ class AdapterDescription:
         return {block: math.sqrt(square) for block, square in squares.items()}
 
     def as_json(self) -> dict[str, Any]:
-        """The contract of `peftune adapters show --json`."""
+        """What `peftune adapters show` writes as JSON; its keys are a contract."""
         return {
             "adapter": str(self.directory), "name": self.name, "base": self.base, "variant": self.variant,
             "parameters": self.parameters, "megabytes": self.megabytes, "fingerprint": self.fingerprint,
@@ -89,8 +89,7 @@ def describe(directory: Path, base: str | None = None) -> AdapterDescription:
     return AdapterDescription(
         directory, directory.resolve().name, adapter.base, lora_variant(adapter),
         sum(tensor.numel() for tensor in adapter.tensors.values()), size_in_megabytes(adapter),
-        adapter.fingerprint, modules, sorted(layout.replaced),
-        norms_are, adapter.provenance,
+        adapter.fingerprint, modules, sorted(layout.replaced), norms_are, adapter.provenance,
     )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ class ScanResult:
     cut: bool
 
     def as_json(self) -> dict[str, Any]:
-        """The contract of `peftune adapters list --json`."""
+        """What `peftune adapters list` writes as JSON; its keys are a contract."""
         rows = [
             {"name": e.name, "directory": str(e.directory), **e.facts, "problem": e.problem or None}
             for e in self.entries

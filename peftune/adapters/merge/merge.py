@@ -87,9 +87,8 @@ def merge(
             _check_loadable(staging)
             figures = verify_merge(written, read, merged, dtype, sequences, advance) if verify else {}
             report = MergeReport(
-                len(layout.modules()), len(layout.modules()), dtype, found.fingerprint,
-                read.fingerprint, found.name, merged.tied, layout.vocabulary,
-                trained_on=base_quantization(read), **figures,
+                len(layout.modules()), len(layout.modules()), dtype, found.fingerprint, read.fingerprint, found.name,
+                merged.tied, layout.vocabulary, trained_on=base_quantization(read), **figures,
             )  # fmt: skip
             (staging / "merge.json").write_text(json.dumps(vars(report), indent=2) + "\n", encoding="utf-8")
             check_free(out, "the merged model")  # nobody has put anything there meanwhile
@@ -101,16 +100,13 @@ def merge(
 
 def _write_settings(staging: Path, base: Base, adapter: Adapter, merged: MergedTensors, dtype: str) -> None:
     """config.json, generation_config.json and the tokenizer's files."""
-    values = dict(base.stored_config)
-    values.pop("torch_dtype", None)
-    values |= {
+    values = {key: value for key, value in base.stored_config.items() if key != "torch_dtype"} | {
         "architectures": ["GPT2LMHeadModel"], "dtype": dtype, "vocab_size": merged.layout.vocabulary,
         "tie_word_embeddings": merged.tied,
     }  # fmt: skip
     (staging / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tokenizer = _tokenizer_directory(base, adapter, merged.layout.vocabulary)
-    files = [tokenizer / name for name in _TOKENIZER_FILES] + [base.directory / _GENERATION]
-    for file in files:
+    for file in (*(tokenizer / name for name in _TOKENIZER_FILES), base.directory / _GENERATION):
         if file.is_file():
             shutil.copyfile(file, staging / file.name)
     if not (staging / _GENERATION).is_file():

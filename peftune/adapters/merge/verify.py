@@ -105,7 +105,7 @@ class BlockwiseModel:
         chunks = self.source.chunks(name) if replaced is None else iter([replaced])
         if target is None:
             return _gather(chunks, rows)
-        if self.layout.dora:  # its norms run over the whole table
+        if self.layout.dora:  # its norms run over the complete table
             table, numbers = torch.cat([chunk.float() for chunk in chunks]), rows
         else:
             table, numbers = _gather(chunks, rows), torch.arange(len(rows))
