@@ -7,24 +7,33 @@ its width, blocks and vocabulary are found in the shapes of the adapter's own te
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import GPT2Config
 
 from peftune.adapters.directory import Adapter, read_config
-from peftune.adapters.layout import AdapterLayout, layout_of, module_of, plain_name
+from peftune.adapters.layout import AdapterLayout, base_name, layout_of, module_of
 from peftune.adapters.provenance import FINGERPRINTS, check_base, read_provenance, recorded_base
 from peftune.errors import UserError
-from peftune.model.base import open_base
+from peftune.model.base import Base
 
-_KNOWN = re.compile(r"(?:transformer\.)?(?:h\.(?P<block>\d+)\.(?P<inside>.+)|(?P<outside>wte|wpe|ln_f|lm_head))")
-_THREE, _WIDTH, _INNER, _TOKENS, _PLACES = "three times n_embd", "n_embd", "n_inner", "vocab_size", "n_positions"
-_SIDES = {  # module: what the sides of its matrix are, out and in; of an embedding rows and columns
-    "attn.c_attn": (_THREE, _WIDTH), "attn.c_proj": (_WIDTH, _WIDTH), "mlp.c_fc": (_INNER, _WIDTH),
-    "mlp.c_proj": (_WIDTH, _INNER), "wte": (_TOKENS, _WIDTH), "wpe": (_PLACES, _WIDTH), "lm_head": (_TOKENS, _WIDTH),
-}  # fmt: skip
+_KNOWN = re.compile(r"(?:transformer\.)?(?:h\.(?P<block>\d+)\..+|wte|wpe|ln_f|lm_head)")
+_IMPLIED = [  # the tensors whose shape shows a size of the base, by the dimension that does
+    (re.compile(rf"\b({pattern})$"), dimension, size)
+    for pattern, dimension, size in (
+        (r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|lm_head)\.lora_A\.weight", 1, "n_embd"),
+        (r"(attn|mlp)\.c_proj\.lora_B\.weight|(wte|wpe)\.lora_embedding_B|ln_\w+\.weight", 0, "n_embd"),
+        (r"mlp\.c_fc\.lora_B\.weight", 0, "n_inner"),
+        (r"mlp\.c_proj\.lora_A\.weight", 1, "n_inner"),
+        (r"lm_head\.lora_B\.weight|(lm_head|wte)\.weight", 0, "vocab_size"),
+        (r"wte\.lora_embedding_A", 1, "vocab_size"),
+        (r"wpe\.weight", 0, "n_positions"),
+        (r"wpe\.lora_embedding_A", 1, "n_positions"),
+        (r"(lm_head|wte|wpe)\.weight", 1, "n_embd"),
+    )
+]
 _UNNAMED = "does not say which base it was trained on; pass the base"
 
 
@@ -33,29 +42,25 @@ def base_of(*adapter_dirs: Path) -> str:
 
     Raises UserError where one does not say, where they name several, and where there is no adapter.
     """
-    names = []
-    for directory in adapter_dirs:
-        name = recorded_base(read_config(directory), read_provenance(directory))
-        if name is None:
-            raise UserError(f"adapter {directory}: {_UNNAMED}")
-        names.append(name)
-    if len(set(names)) != 1:
-        found = f"the adapters name {', '.join(sorted(set(names)))}" if names else "no base and no adapter"
+    named = {recorded_base(read_config(path), read_provenance(path)) or "": path for path in adapter_dirs}
+    if "" in named:
+        raise UserError(f"adapter {named['']}: {_UNNAMED}")
+    if len(named) != 1:
+        found = f"the adapters name {', '.join(sorted(named))}" if named else "no base and no adapter"
         raise UserError(f"{found}; pass the base: a hub name, a directory or builtin:small")
-    return names[0]
+    return next(iter(named))
 
 
-def shared_base(adapters: Sequence[Adapter], base: str | None) -> dict[str, str]:
+def shared_base(adapters: Sequence[Adapter], base: Base | None) -> dict[str, str]:
     """What peftune.json says about the base of something made from all of these: its name, and fingerprints if known.
 
     With `base` it is that one, and adapters with fingerprints must be of it. Raises UserError where the adapters are
     of several bases, or where nothing shows that they are of one.
     """
     if base is not None:
-        found = open_base(base)
         for adapter in adapters:
-            check_base(adapter.directory, found)
-        return found.identity()
+            check_base(adapter.directory, base)
+        return base.identity()
     for second in adapters[1:]:
         if reason := base_mismatch(adapters[0], second):
             raise UserError(reason)
@@ -96,7 +101,7 @@ def read_layout(adapter: Adapter, base: GPT2Config | None = None) -> AdapterLayo
     return layout_of(adapter.config, adapter.tensors, config, str(adapter.directory))
 
 
-def infer_config(adapters: Iterable[Adapter]) -> GPT2Config:
+def infer_config(adapters: Sequence[Adapter]) -> GPT2Config:
     """The smallest GPT-2 that all of these adapters fit; what they do not imply is as in `gpt2`.
 
     Raises UserError for modules that no GPT-2 has, and for adapters of unlike widths.
@@ -104,49 +109,23 @@ def infer_config(adapters: Iterable[Adapter]) -> GPT2Config:
     found: dict[str, tuple[int, Adapter]] = {}
     blocks = 1
     for adapter in adapters:
-        for block, what, size in _facts(adapter):
-            blocks = max(blocks, block + 1)
-            known, other = found.setdefault(what, (size, adapter)) if what else (size, adapter)
-            if known != size:
-                raise UserError(
-                    f"adapter {adapter.directory}: is made for a base with {what} {size}, {other.directory} for one "
-                    f"with {known}; they do not fit one base"
-                )
-    sizes: dict[str, Any] = {what: size for what, (size, _) in found.items()}
-    if _WIDTH not in sizes:
+        for name, tensor in adapter.tensors.items():
+            plain = base_name(name)
+            module = module_of(plain)
+            if (known := _KNOWN.fullmatch(module)) is None:
+                where = f"adapter {adapter.directory}"
+                raise UserError(f"{where}: adapts {module}, which no GPT-2 has; peftune knows GPT-2 only")
+            blocks = max(blocks, int(known["block"] or 0) + 1)
+            for pattern, dimension, what in _IMPLIED:
+                if dimension < tensor.ndim and pattern.search(plain):
+                    size, other = found.setdefault(what, (tensor.shape[dimension], adapter))
+                    if size != tensor.shape[dimension]:
+                        raise UserError(
+                            f"adapter {adapter.directory}: is made for a base with {what} {tensor.shape[dimension]}, "
+                            f"{other.directory} for one with {size}; they do not fit one base"
+                        )
+    if "n_embd" not in found:
         names = " and ".join(sorted({str(adapter.directory) for adapter in adapters}))
         raise UserError(f"adapter {names}: does not tell the width of its base; pass the base")
+    sizes: dict[str, Any] = {what: size for what, (size, _) in found.items()}
     return GPT2Config(n_layer=blocks, n_head=1, **sizes)
-
-
-def _facts(adapter: Adapter) -> Iterator[tuple[int, str, int]]:
-    """(block, name of a size, size) from each tensor; the name is empty where a tensor implies none."""
-    for name, tensor in adapter.tensors.items():
-        plain = plain_name(name).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-        module = module_of(plain)
-        known = _KNOWN.fullmatch(module)
-        if known is None:
-            raise UserError(
-                f"adapter {adapter.directory}: adapts {module}, which no GPT-2 has; peftune knows GPT-2 only"
-            )
-        block, inside = int(known["block"] or 0), known["inside"] or known["outside"]
-        yield block, "", 0
-        yield from (
-            (block, what, size) for what, size in _sizes(inside, plain.removeprefix(f"{module}."), tensor.shape)
-        )
-
-
-def _sizes(inside: str, part: str, shape: tuple[int, ...]) -> list[tuple[str, int]]:
-    if part == "weight" and len(shape) == 1:  # a norm in modules_to_save
-        return [(_WIDTH, shape[0])]
-    if inside not in _SIDES or len(shape) != 2:
-        return []
-    rows, columns = _SIDES[inside]
-    if part == "weight":
-        return [(rows, shape[0]), (columns, shape[1])] if inside in ("wte", "wpe", "lm_head") else []
-    sides = {
-        "lora_A.weight": (columns, shape[1]), "lora_B.weight": (rows, shape[0]),
-        "lora_embedding_A": (rows, shape[1]), "lora_embedding_B": (columns, shape[0]),
-    }  # fmt: skip
-    what, size = sides.get(part, (_THREE, 0))
-    return [] if what == _THREE else [(what, size)]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from peftune.adapters.layout import AdapterLayout, changes_base, layout_of, plai
 from peftune.adapters.provenance import read_provenance, recorded_base
 from peftune.errors import CheckFailed, UserError, first_line
 from peftune.files import flush_to_disk, read_object, staging_directory
+from peftune.model.fingerprint import bytes_of
 from peftune.model.lora import quiet_peft
 from peftune.model.weights import all_finite, load_pickle
 
@@ -31,6 +33,7 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PROVENANCE = "peftune.json"
 _COMMIT = ".commit"
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,16 @@ class Adapter:
         """The name of the base that it records, or None."""
         return recorded_base(self.config, self.provenance)
 
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the settings that change what it computes, and of its tensors."""
+        kept = {key: value for key, value in self.config.items() if key not in peft_config.WITHOUT_EFFECT}
+        digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name}|{list(tensor.shape)}|{tensor.dtype}\n".encode())
+            digest.update(bytes_of(tensor))
+        return digest.hexdigest()
+
 
 def read_adapter(directory: Path) -> Adapter:
     """Read an adapter directory, of peftune's or of plain PEFT's making (`.bin` too).
@@ -60,14 +73,14 @@ def read_adapter(directory: Path) -> Adapter:
         raise UserError(f"adapter {directory}: holds no tensors; train it again")
     for name, tensor in tensors.items():
         if tensor.numel() == 0:
-            shape = tuple(tensor.shape)
-            raise UserError(
-                f"adapter {directory}: {name} has shape {shape}: it was saved without gathering ZeRO-3 parts"
-            )
-        if not tensor.is_floating_point():
-            raise UserError(f"adapter {directory}: {name} holds {tensor.dtype}; expected floating-point numbers")
-        if not all_finite(tensor):
-            raise UserError(f"adapter {directory}: {name} holds values that are not finite; the training went wrong")
+            problem = f"has shape {tuple(tensor.shape)}: it was saved without gathering ZeRO-3 parts"
+        elif not tensor.is_floating_point():
+            problem = f"holds {tensor.dtype}; expected floating-point numbers"
+        elif not all_finite(tensor):
+            problem = "holds values that are not finite; the training went wrong"
+        else:
+            continue
+        raise UserError(f"adapter {directory}: {name} {problem}")
     return Adapter(directory, config, tensors, read_provenance(directory))
 
 
@@ -85,17 +98,22 @@ def load_onto(model: GPT2LMHeadModel | PeftModel, adapter_dir: Path, name: str =
     _check_embedding(adapter, core)
     # Loading with low memory assigns tensors instead of copying them: tied tensors of the base would become untied.
     low_memory = not changes_base(adapter.config) and not layout.replaced
+    options: dict[str, Any] = {"low_cpu_mem_usage": low_memory, "torch_device": "cpu"}
     with quiet_peft():
         try:
             if isinstance(model, PeftModel):
-                model.load_adapter(str(adapter_dir), name, low_cpu_mem_usage=low_memory, torch_device="cpu")
+                model.load_adapter(str(adapter_dir), name, **options)
             else:
-                model = PeftModel.from_pretrained(
-                    model, str(adapter_dir), adapter_name=name, low_cpu_mem_usage=low_memory, torch_device="cpu"
-                )
+                model = PeftModel.from_pretrained(model, str(adapter_dir), name, **options)
         except (ValueError, RuntimeError, KeyError) as error:
             raise UserError(f"adapter {adapter_dir}: PEFT cannot load it: {first_line(error)}") from None
-    _check_loaded(model, adapter, name)
+        loaded = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    # PEFT only warns about names that it does not know, so what it holds now is compared with the file
+    tensors = {plain_name(key): tensor for key, tensor in adapter.tensors.items()}
+    for key, tensor in loaded.items():
+        stored = tensors.get(plain_name(key))
+        if stored is None or not torch.equal(stored.to(tensor.dtype), tensor.detach().cpu()):
+            raise CheckFailed(f"adapter {adapter_dir}: {key} did not arrive in the model as it is in the file")
     return model
 
 
@@ -134,17 +152,6 @@ def _check_embedding(adapter: Adapter, core: Any) -> None:
                 )
 
 
-def _check_loaded(model: PeftModel, adapter: Adapter, name: str) -> None:
-    """What PEFT holds now is what the file holds: PEFT only warns about names that it does not know."""
-    with quiet_peft():
-        loaded = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    tensors = {plain_name(key): tensor for key, tensor in adapter.tensors.items()}
-    for key, tensor in loaded.items():
-        stored = tensors.get(plain_name(key))
-        if stored is None or not torch.equal(stored.to(tensor.dtype), tensor.detach().cpu()):
-            raise CheckFailed(f"adapter {adapter.directory}: {key} did not arrive in the model as it is in the file")
-
-
 def check_free(out: Path, what: str) -> None:
     """Refuse a directory that is there already, or whose name cannot be; `what` is to be written there."""
     try:
@@ -156,11 +163,7 @@ def check_free(out: Path, what: str) -> None:
 
 
 def write_adapter(
-    out: Path,
-    peft_config: dict[str, Any],
-    tensors: dict[str, torch.Tensor],
-    provenance: dict[str, Any],
-    files: Mapping[str, bytes | str],
+    out: Path, config: dict[str, Any], tensors: Tensors, provenance: dict[str, Any], files: Mapping[str, bytes | str]
 ) -> None:
     """Write an adapter directory atomically: to a staging directory, read back and compared, then renamed.
 
@@ -178,41 +181,31 @@ def write_adapter(
         for leftover in target.parent.glob(f".{target.name}.[0-9]*.????????"):
             shutil.rmtree(leftover)  # of a write that was killed
         with staging_directory(target) as staging:
-            _write_files(staging, peft_config, tensors, provenance, files)
-            _compare(read_adapter(staging), peft_config, tensors)
+            texts = {CONFIG: json.dumps(config, indent=2, sort_keys=True), PROVENANCE: json.dumps(provenance, indent=2)}
+            _write_files(staging, tensors, {**files, **texts})
+            read = read_adapter(staging)
+            same = read.config == json.loads(json.dumps(config)) and read.tensors.keys() == tensors.keys()
+            if not same or not all(_identical(stored, tensors[name]) for name, stored in read.tensors.items()):
+                raise CheckFailed(f"{out}: the adapter read back differs from what was written; check the disk")
             staging.rename(target)
         _finish_commit(out)
     except OSError as error:
         raise UserError(f"{out}: cannot write the adapter: {error.strerror or error}") from None
 
 
-def _write_files(
-    directory: Path,
-    config: dict[str, Any],
-    tensors: dict[str, torch.Tensor],
-    provenance: dict[str, Any],
-    files: Mapping[str, bytes | str],
-) -> None:
+def _write_files(directory: Path, tensors: Tensors, files: Mapping[str, bytes | str]) -> None:
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(stored, directory / TENSORS, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(str(error)) from error  # how safetensors reports a full disk
-    texts: dict[str, bytes | str] = {
-        CONFIG: json.dumps(config, indent=2, sort_keys=True),
-        PROVENANCE: json.dumps(provenance, indent=2),
-    }
-    for name, content in {**files, **texts}.items():
+    for name, content in files.items():
         (directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
     flush_to_disk(directory)
 
 
-def _compare(written: Adapter, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    if written.config != json.loads(json.dumps(config)) or written.tensors.keys() != tensors.keys():
-        raise CheckFailed(f"{written.directory}: the adapter read back is not the one that was written")
-    for name, tensor in tensors.items():
-        if written.tensors[name].dtype != tensor.dtype or not torch.equal(written.tensors[name], tensor.detach().cpu()):
-            raise CheckFailed(f"{written.directory}: {name} read back differs from what was written; check the disk")
+def _identical(stored: torch.Tensor, tensor: torch.Tensor) -> bool:
+    return stored.dtype == tensor.dtype and torch.equal(stored, tensor.detach().cpu())
 
 
 def _finish_commit(out: Path) -> None:
@@ -238,16 +231,15 @@ def _finish_commit(out: Path) -> None:
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The adapter's configuration, checked; UserError where it is missing, broken or not that of a LoRA."""
-    try:
-        os.scandir(directory).close()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"adapter {directory}: {reason}; expected a directory with {CONFIG}") from None
+    check_directory(directory, f"adapter {directory}", f"; expected a directory with {CONFIG}")
     _finish_commit(directory)
     path = directory / CONFIG
     if not path.is_file():
-        hint = "; it is a whole model: pass it as the base" if (directory / "config.json").is_file() else ""
-        hint = hint or ("; its training has not finished" if (directory / "checkpoints").is_dir() else "")
+        hints = {
+            "config.json": "it is a complete model",
+            "checkpoints": "its training has not finished",
+        }
+        hint = "".join(f"; {hint}" for name, hint in hints.items() if (directory / name).exists())
         raise UserError(f"adapter {directory}: no {CONFIG} in this directory{hint}")
     config = read_object(path, f"adapter {directory}: {CONFIG}")
     if config.get("peft_type") != "LORA":
@@ -256,15 +248,22 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    path = directory / TENSORS
-    if path.is_file():
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            cause = first_line(error)
-            raise UserError(f"adapter {directory}: {TENSORS} is not a whole safetensors file: {cause}") from None
-    pickled = directory / "adapter_model.bin"
-    if not pickled.is_file():
-        raise UserError(f"adapter {directory}: no {TENSORS} in this directory; copy the whole adapter")
-    return load_pickle(pickled)
+def check_directory(directory: Path, name: str, hint: str = "") -> None:
+    """UserError, in which the directory is called `name`, where it cannot be listed."""
+    try:
+        os.scandir(directory).close()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"{name[:200]}: {getattr(error, 'strerror', None) or error}{hint}") from None
+
+
+def _read_tensors(directory: Path) -> Tensors:
+    path, pickled = directory / TENSORS, directory / "adapter_model.bin"
+    if not path.is_file():
+        if pickled.is_file():
+            return load_pickle(pickled)
+        raise UserError(f"adapter {directory}: no {TENSORS} in this directory; copy the complete adapter")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        cause = first_line(error)
+        raise UserError(f"adapter {directory}: {TENSORS} is not a complete safetensors file: {cause}") from None

@@ -43,21 +43,27 @@ class MergedTensors:
 
     def chunks(self, name: str, elements: int = CHUNK_ELEMENTS) -> Iterator[torch.Tensor]:
         """A merged tensor as consecutive chunks of rows, float32; of about so many elements where it is not adapted."""
-        target = self.layout.targets.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        if target is not None and target.kind != "conv1d":
-            yield from self._by_rows(name, target)
-        elif target is not None:
-            yield from self._conv1d(name, target)
+        target = self.layout.targets.get(module_of(name))
+        if target is not None and name.endswith(".weight"):
+            yield from self._conv1d(name, target) if target.kind == "conv1d" else self._by_rows(name, target)
         else:
+            bias = target.parts.get("lora_B.bias") if target is not None else None
             for start, stop in row_chunks(self._shape(name), elements):
-                yield self._with_bias(name, self._base(name, start, stop).float())
-        self._mark_used(name)
+                values = self._base(name, start, stop).float()
+                if target is not None and bias is not None:
+                    values = (values.double() + target.scale * bias[start:stop].double()).float()
+                yield values
+        self.used |= {f"{module_of(name)}.{part}" for part in self._parts(name)}
+        self.used |= {name, HEAD if name == WTE and self.tied else name} & set(self.layout.replaced)
 
     def changed(self) -> set[str]:
         """Names of the merged tensors that the adapter changes; all others are the base's own."""
-        biased = {f"{name}.bias" for name, target in self.layout.targets.items() if "lora_B.bias" in target.parts}
-        adapted = {f"{name}.weight" for name in self.layout.targets} | biased | set(self.layout.replaced)
-        return adapted & self.shapes().keys()
+        return {name for name in self.shapes() if name in self.layout.replaced or self._parts(name)}
+
+    def _parts(self, name: str) -> list[str]:
+        """The parts of the adapter that go into this tensor: of a bias there is one, the others change the weight."""
+        target = self.layout.targets.get(module_of(name))
+        return [p for p in target.parts if (p == "lora_B.bias") == name.endswith(".bias")] if target else []
 
     def tensor(self, name: str) -> torch.Tensor:
         """A merged tensor, complete."""
@@ -71,42 +77,23 @@ class MergedTensors:
             return [(0, shape[0])]  # the singular vectors need the full matrix
         return row_chunks(shape)
 
-    def modules_applied(self) -> int:
-        """How many adapted modules have had all of the adapter's tensors for them applied."""
-        return len(self.layout.modules() - {module_of(name) for name in self.layout.tensors() - self.used})
-
-    def _mark_used(self, name: str) -> None:
-        names = [name, HEAD] if name == WTE and self.tied else [name]
-        self.used |= set(names) & set(self.layout.replaced)
-        target = self.layout.targets.get(module_of(name))
-        if target is not None:
-            bias = name.endswith(".bias")
-            self.used |= {f"{target.name}.{part}" for part in target.parts if (part == "lora_B.bias") == bias}
-
-    def _with_bias(self, name: str, bias: torch.Tensor) -> torch.Tensor:
-        target = self.layout.targets.get(name.removesuffix(".bias")) if name.endswith(".bias") else None
-        if target is None or "lora_B.bias" not in target.parts:
-            return bias
-        return (bias.double() + target.scale * target.parts["lora_B.bias"].double()).float()
-
     def _shape(self, name: str) -> tuple[int, ...]:
         if name in self.layout.replaced:
             return tuple(self.layout.replaced[name].shape)
-        return self.weights.shape(WTE if name == HEAD and self.weights.tied else name)
+        return self.weights.shape(self.weights.stored_name(name))
 
-    def _base(self, name: str, start: int | None = None, stop: int | None = None) -> torch.Tensor:
-        """The tensor that the adapter starts from: the adapter's own copy where it brings one."""
+    def _base(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of the tensor that the adapter starts from: of the adapter's own copy where it brings one."""
         if name in self.layout.replaced:
             return self.layout.replaced[name][start:stop]
-        source = WTE if name == HEAD and self.weights.tied else name
-        return self.weights.tensor(source) if stop is None else self.weights.rows(source, start or 0, stop)
+        return self.weights.rows(self.weights.stored_name(name), start, stop)
 
     def _conv1d(self, name: str, target: LoraTarget) -> Iterator[torch.Tensor]:
         """A block's matrix (in, out); plain LoRA in float32 and PEFT's own order, so that all bits are PEFT's."""
-        if target.pissa or self.layout.dora:
-            yield _merge_matrix(self._base(name).float(), target, self.layout).float()
-            return
         height, width = self._shape(name)
+        if target.pissa or self.layout.dora:
+            yield _merge_matrix(self._base(name, 0, height).float(), target, self.layout).float()
+            return
         update = _update(target)
         rows = max(1, _CHUNK_VALUES // width)
         for start in range(0, height, rows):
@@ -155,20 +142,19 @@ def _merge_matrix(weight: torch.Tensor, target: LoraTarget, layout: AdapterLayou
     """A weight as it is stored, with its adapter: float64, of the same shape."""
     in_out = target.kind == "conv1d"
     a, b = target.parts["lora_A.weight"].double(), target.parts["lora_B.weight"].double()
-    start = _without_principal(weight.T if in_out else weight, target) if target.pissa else weight.double()
-    start = start.T if in_out and target.pissa else start
-    moved = torch.addmm(start, a.T, b.T, alpha=target.scale) if in_out else torch.addmm(start, b, a, alpha=target.scale)
-    if not layout.dora:
-        return moved
-    scales = target.parts["lora_magnitude_vector"].double() / torch.linalg.vector_norm(moved, dim=0 if in_out else 1)
-    scaled: torch.Tensor = moved * (scales if in_out else scales[:, None])
-    return scaled
+    start = weight.double()
+    if target.pissa:
+        start = _without_principal(weight.T, target.rank).T if in_out else _without_principal(weight, target.rank)
+    merged = torch.addmm(start, *((a.T, b.T) if in_out else (b, a)), alpha=target.scale)
+    if layout.dora:
+        magnitude = target.parts["lora_magnitude_vector"].double()
+        norms = torch.linalg.vector_norm(merged, dim=0 if in_out else 1, keepdim=True)
+        merged = merged * ((magnitude if in_out else magnitude[:, None]) / norms)
+    return merged
 
 
-def _without_principal(out_in: torch.Tensor, target: LoraTarget) -> torch.Tensor:
+def _without_principal(out_in: torch.Tensor, rank: int) -> torch.Tensor:
     """W less its `rank` largest singular directions, from a float32 decomposition as PEFT's `pissa_init` does it."""
     left, values, right = torch.linalg.svd(out_in.clone(), full_matrices=False)  # aligned, for the same bits each time
-    rank = target.rank
-    kept = (left[:, :rank].double() * values[:rank].double()) @ right[:rank].double()
-    residual: torch.Tensor = out_in.double() - kept
-    return residual
+    principal = torch.mm(left[:, :rank].double() * values[:rank].double(), right[:rank].double())
+    return out_in.double() - principal

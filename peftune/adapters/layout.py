@@ -20,24 +20,18 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from peftune.adapters.peft_config import UNDERSTOOD
 from peftune.errors import UserError
 from peftune.model.weights import HEAD, WTE
 
 Kind = Literal["conv1d", "linear", "embedding"]
 
 _PREFIX = "base_model.model."
-_LORA_PARTS = (
-    "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
-)  # fmt: skip
-_UNDERSTOOD = {
-    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "r",
-    "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
-    "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
-    "megatron_core", "eva_config", "use_dora", "qalora_group_size", "runtime_config", "lora_bias",
-    "ensure_weight_tying",
-}  # fmt: skip
+_LORA_PART = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.(weight|bias)|lora_embedding_[AB]|lora_magnitude_vector)"
+)
 _PART_OF_SAVED = re.compile(r"\.(modules_to_save|original_module)\.")
+_WRAPPER = re.compile(r"\b(base_layer|original_module|modules_to_save)\.")
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # these leave the base as it is
 
 
@@ -65,9 +59,9 @@ class AdapterLayout:
     targets: dict[str, LoraTarget]
     replaced: dict[str, torch.Tensor]
     vocabulary: int
-    dora: bool
-    rslora: bool
-    lora_bias: bool
+    dora: bool = False
+    rslora: bool = False
+    lora_bias: bool = False
 
     def tensors(self) -> set[str]:
         """Names of all tensors that the adapter brings, as `module.part`."""
@@ -80,8 +74,8 @@ class AdapterLayout:
 
 def module_of(name: str) -> str:
     """The module that a tensor belongs to, whether of the base or of an adapter."""
-    part = next((part for part in _LORA_PARTS if name.endswith(f".{part}")), None)
-    return name.rpartition(".")[0] if part is None else name.removesuffix(f".{part}")
+    match = _LORA_PART.fullmatch(name)
+    return match["module"] if match else name.rpartition(".")[0]
 
 
 def block_of(module: str) -> str:
@@ -122,37 +116,45 @@ def layout_of(config: dict[str, Any], tensors: dict[str, torch.Tensor], base: GP
     Raises UserError for settings that are not understood, and for tensors that are missing, left over or of another
     shape than PEFT expects on this base. `where` names the adapter in messages.
     """
-    _refuse_unknown_settings(config, where)
-    stored = _without_copies({plain_name(name): tensor for name, tensor in tensors.items()}, where)
-    parts, full = _sort(stored)
-    vocabulary = _vocabulary(full, base)
-    skeleton = _skeleton_of(config, base, vocabulary, where)
-    _compare_shapes(stored, full, skeleton, base, where)
+    try:
+        return _layout(config, {plain_name(name): tensor for name, tensor in tensors.items()}, base)
+    except UserError as error:
+        raise UserError(f"adapter {where}: {error}") from None
+
+
+def _layout(config: dict[str, Any], stored: dict[str, torch.Tensor], base: GPT2Config) -> AdapterLayout:
+    _refuse_unknown_settings(config)
+    stored = _without_copies(stored)
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    full: dict[str, torch.Tensor] = {}
+    for name, tensor in stored.items():
+        if match := _LORA_PART.fullmatch(name):
+            parts.setdefault(match["module"], {})[match["part"]] = tensor
+        else:
+            full[base_name(name)] = tensor
+    rows = {tensor.shape[0] for name, tensor in full.items() if name in (WTE, HEAD)}
+    vocabulary = rows.pop() if len(rows) == 1 else int(base.vocab_size)
+    skeleton = _skeleton_of(config, base, vocabulary)
+    _compare_shapes(stored, skeleton, base)
     pissa = config.get("init_lora_weights") == "pissa"
     targets = {
         name: LoraTarget(name, *skeleton.layers[name], parts[name], pissa and f"{name}.weight" not in full)
         for name in sorted(parts)
     }
-    _refuse_pissa_outside_blocks(targets, base, where)
-    return AdapterLayout(
-        targets,
-        _replaced(full, config, base, where),
-        vocabulary,
-        bool(config.get("use_dora")),
-        bool(config.get("use_rslora")),
-        bool(config.get("lora_bias")),
-    )
+    _refuse_pissa_outside_blocks(targets, base)
+    flags = (bool(config.get(flag)) for flag in ("use_dora", "use_rslora", "lora_bias"))
+    return AdapterLayout(targets, _replaced(full, config, base), vocabulary, *flags)
 
 
-def _refuse_unknown_settings(config: dict[str, Any], where: str) -> None:
+def _refuse_unknown_settings(config: dict[str, Any]) -> None:
     defaults = vars(LoraConfig())
     for key, value in config.items():
-        if key not in _UNDERSTOOD and value and value != defaults.get(key):
-            raise UserError(f"adapter {where}: uses {key}, which peftune does not understand; use PEFT itself")
+        if key not in UNDERSTOOD and value and value != defaults.get(key):
+            raise UserError(f"uses {key}, which peftune does not understand; use PEFT itself")
     init = config.get("init_lora_weights", True)
     if init != "pissa" and init not in _PLAIN_INITS:
         raise UserError(
-            f"adapter {where}: init_lora_weights {init!r} rewrote the base in a way that cannot be repeated exactly; "
+            f"init_lora_weights {init!r} rewrote the base in a way that cannot be repeated exactly; "
             "save it with PEFT's path_initial_model_for_weight_conversion first"
         )
 
@@ -163,31 +165,19 @@ def plain_name(name: str) -> str:
     return plain.removesuffix(".weight") if "lora_magnitude" in plain else plain
 
 
-def _without_copies(stored: dict[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
+def base_name(name: str) -> str:
+    """The name that a stored tensor of a module of the base has there: without what PEFT wraps the module in."""
+    return _WRAPPER.sub("", plain_name(name))
+
+
+def _without_copies(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """PEFT stores an embedding that was resized and trained in full three times: by its own name, and as two parts."""
     kept = {name: tensor for name, tensor in stored.items() if not _PART_OF_SAVED.search(name)}
     for name, tensor in stored.items():
         own = name.replace(".modules_to_save.", ".")
         if own != name and not (own in kept and torch.equal(kept[own], tensor)):
-            raise UserError(f"adapter {where}: {name} is not what {own} holds; save the adapter again with PEFT")
+            raise UserError(f"{name} is not what {own} holds; save the adapter again with PEFT")
     return kept
-
-
-def _sort(stored: dict[str, torch.Tensor]) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    full: dict[str, torch.Tensor] = {}
-    for name, tensor in stored.items():
-        part = next((part for part in _LORA_PARTS if name.endswith(f".{part}")), None)
-        if part is None:
-            full[name.replace(".base_layer.", ".")] = tensor
-        else:
-            parts.setdefault(module_of(name), {})[part] = tensor
-    return parts, full
-
-
-def _vocabulary(full: dict[str, torch.Tensor], base: GPT2Config) -> int:
-    rows = {tensor.shape[0] for name, tensor in full.items() if name in (WTE, HEAD)}
-    return rows.pop() if len(rows) == 1 else int(base.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -200,17 +190,15 @@ class _Skeleton:
     layers: dict[str, tuple[Kind, int, float, float]]
 
 
-def _skeleton_of(config: dict[str, Any], base: GPT2Config, vocabulary: int, where: str) -> _Skeleton:
+def _skeleton_of(config: dict[str, Any], base: GPT2Config, vocabulary: int) -> _Skeleton:
     """The base's architecture with this adapter in it."""
-    known = {key: value for key, value in config.items() if key in _UNDERSTOOD and key != "runtime_config"}
+    known = {key: value for key, value in config.items() if key in UNDERSTOOD and key != "runtime_config"}
     resized = {**base.to_dict(), "vocab_size": vocabulary}
     try:
         return _skeleton(*(json.dumps(values, sort_keys=True, default=str) for values in (known, resized)))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        lines = " ".join(str(error).split())
-        raise UserError(
-            f"adapter {where}: does not fit this base (GPT-2, {base.n_layer} blocks): {lines[:300]}"
-        ) from None
+        cause = " ".join(str(error).split())[:300]
+        raise UserError(f"does not fit this base (GPT-2, {base.n_layer} blocks): {cause}") from None
 
 
 @lru_cache(maxsize=32)  # building it takes fifty times as long as reading the adapter; a server loads many of a kind
@@ -223,7 +211,7 @@ def _skeleton(settings: str, architecture: str) -> _Skeleton:
         expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     return _Skeleton(
         {name: tensor.shape for name, tensor in expected.items()},
-        {_plain(name): tensor.shape for name, tensor in model.state_dict().items()},
+        {base_name(name): tensor.shape for name, tensor in model.state_dict().items()},
         {name: _facts(module) for name, module in model.named_modules() if isinstance(module, LoraLayer)},
     )
 
@@ -234,51 +222,40 @@ def _facts(layer: LoraLayer) -> tuple[Kind, int, float, float]:
     return kind, layer.r["default"], layer.lora_alpha["default"], layer.scaling["default"]
 
 
-def _compare_shapes(
-    stored: dict[str, torch.Tensor], full: dict[str, torch.Tensor], skeleton: _Skeleton, base: GPT2Config, where: str
-) -> None:
-    fits = f"the base has {base.n_layer} blocks of width {base.n_embd}; pass the base that it was trained on"
-    for name, shape in skeleton.expected.items():
-        if name not in stored:
-            raise UserError(f"adapter {where}: {name} is named by its configuration, but is not there; {fits}")
-        if stored[name].shape != shape:
-            found, wanted = tuple(stored[name].shape), tuple(shape)
-            raise UserError(f"adapter {where}: {name} has shape {found}, this base needs {wanted}; {fits}")
-    for name in stored:
-        if name not in skeleton.expected and name.replace(".base_layer.", ".") not in full:
-            raise UserError(f"adapter {where}: {name} belongs to nothing that its configuration adapts; {fits}")
-    for name, tensor in full.items():
-        if skeleton.plain.get(name) != tensor.shape:
-            has = tuple(skeleton.plain[name]) if name in skeleton.plain else "no such tensor"
-            raise UserError(
-                f"adapter {where}: brings {name} of shape {tuple(tensor.shape)}, this base has {has}; {fits}"
-            )
+def _compare_shapes(stored: dict[str, torch.Tensor], skeleton: _Skeleton, base: GPT2Config) -> None:
+    """UserError unless the file holds what PEFT expects, and beside it nothing but tensors of the model."""
+    for name in [*skeleton.expected, *stored]:
+        found = stored.get(name)
+        wanted = skeleton.expected.get(name, skeleton.plain.get(base_name(name)))
+        if found is None:
+            problem = "is named by its configuration, but is not there"
+        elif wanted is None:
+            problem = "belongs to nothing that its configuration adapts"
+        elif found.shape != wanted:
+            problem = f"has shape {tuple(found.shape)}, this base needs {tuple(wanted)}"
+        else:
+            continue
+        fits = f"the base has {base.n_layer} blocks of width {base.n_embd}; pass the base that it was trained on"
+        raise UserError(f"{name} {problem}; {fits}")
 
 
-def _plain(name: str) -> str:
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
-
-
-def _refuse_pissa_outside_blocks(targets: dict[str, LoraTarget], base: GPT2Config, where: str) -> None:
-    if any(target.pissa and target.kind == "embedding" for target in targets.values()):
-        raise UserError(f"adapter {where}: PiSSA on an embedding is nothing that PEFT can load; use linear modules")
-    if "lm_head" in targets and targets["lm_head"].pissa and base.tie_word_embeddings:
+def _refuse_pissa_outside_blocks(targets: dict[str, LoraTarget], base: GPT2Config) -> None:
+    pissa = {name: target.kind for name, target in targets.items() if target.pissa}
+    if "embedding" in pissa.values():
+        raise UserError("PiSSA on an embedding is nothing that PEFT can load; use linear modules")
+    if "lm_head" in pissa and base.tie_word_embeddings:
         raise UserError(
-            f"adapter {where}: PiSSA on lm_head of a base with tied embeddings changed the input embedding as well, "
-            "which no adapter holds; train it with another variant or without lm_head"
+            "PiSSA on lm_head of a base with tied embeddings changed the input embedding as well, which no adapter "
+            "holds; train it with another variant or without lm_head"
         )
 
 
-def _replaced(
-    full: dict[str, torch.Tensor], config: dict[str, Any], base: GPT2Config, where: str
-) -> dict[str, torch.Tensor]:
+def _replaced(full: dict[str, torch.Tensor], config: dict[str, Any], base: GPT2Config) -> dict[str, torch.Tensor]:
     """With a tied base, an embedding that PEFT stored beside the adapter (not as a module to save) is wte and head."""
-    saved = [str(name) for name in config.get("modules_to_save") or []]
-    loose = [n for n in (WTE, HEAD) if n in full and not any(f".{n}".endswith(f".{s}.weight") for s in saved)]
-    if not loose or not base.tie_word_embeddings or len(loose) < sum(n in full for n in (WTE, HEAD)):
+    saved = [f".{name}.weight" for name in config.get("modules_to_save") or []]
+    embeddings = [name for name in (WTE, HEAD) if name in full]
+    if not base.tie_word_embeddings or any(f".{name}".endswith(suffix) for name in embeddings for suffix in saved):
         return full
-    if len(loose) == 2 and not torch.equal(full[WTE], full[HEAD]):
-        raise UserError(
-            f"adapter {where}: brings two different embeddings, the base has one; name them in modules_to_save"
-        )
-    return {**full, WTE: full[loose[0]], HEAD: full[loose[0]]}
+    if len(embeddings) == 2 and not torch.equal(full[WTE], full[HEAD]):
+        raise UserError("brings two different embeddings, the base has one; name them in modules_to_save")
+    return full | dict.fromkeys((WTE, HEAD), full[embeddings[0]]) if embeddings else full

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from peftune.config.messages import validation_messages
 from peftune.errors import UserError
@@ -36,8 +36,6 @@ def _init(value: Any) -> Any:
 Pattern = Annotated[str, AfterValidator(_regular_expression)]
 Names = Annotated[Any, AfterValidator(_names)]
 Init = Annotated[Any, AfterValidator(_init)]
-Rank = Annotated[int, Field(gt=0)]
-Alpha = Annotated[float, Field(gt=0)]
 
 
 class PeftLoraSettings(BaseModel):
@@ -45,13 +43,13 @@ class PeftLoraSettings(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
-    r: Rank
-    lora_alpha: Alpha
+    r: PositiveInt
+    lora_alpha: PositiveFloat
     target_modules: Names = None
     exclude_modules: Names = None
     modules_to_save: list[str] | None = None
-    rank_pattern: dict[Pattern, Rank] | None = None
-    alpha_pattern: dict[Pattern, Alpha] | None = None
+    rank_pattern: dict[Pattern, PositiveInt] | None = None
+    alpha_pattern: dict[Pattern, PositiveFloat] | None = None
     lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     bias: Literal["none", "all", "lora_only"] = "none"
     init_lora_weights: Init = True
@@ -60,6 +58,17 @@ class PeftLoraSettings(BaseModel):
     use_dora: bool = False
     lora_bias: bool = False
     ensure_weight_tying: bool = False
+
+
+WITHOUT_EFFECT = {
+    "base_model_name_or_path", "revision", "inference_mode", "peft_version", "task_type", "auto_mapping",
+    "fan_in_fan_out", "lora_dropout", "runtime_config",
+}  # fmt: skip
+"""Settings that do not change what a trained adapter computes."""
+UNDERSTOOD = {
+    *PeftLoraSettings.model_fields, *WITHOUT_EFFECT, "peft_type", "layers_to_transform", "layers_pattern",
+    "megatron_core", "eva_config", "qalora_group_size",
+}  # fmt: skip
 
 
 def check(config: dict[str, Any], source: str) -> None:

@@ -6,37 +6,16 @@ prefixes or file format (`Base.fingerprint`).
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from peftune.errors import UserError
 from peftune.files import read_object_if_present
 from peftune.model.base import Base
-from peftune.model.fingerprint import bytes_of
 
 FINGERPRINTS = {"base_fingerprint": "weights", "tokenizer_fingerprint": "tokenizer"}
 """Keys of peftune.json that tell one base from another, and what each is of."""
-
-
-def tensors_fingerprint(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
-    """sha256 of an adapter: the settings that change what it computes, and its tensors."""
-    kept = {key: value for key, value in config.items() if key not in _NOT_FUNCTION}
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
-    for name in sorted(tensors):
-        digest.update(f"{name}|{list(tensors[name].shape)}|{tensors[name].dtype}\n".encode())
-        digest.update(bytes_of(tensors[name]))
-    return digest.hexdigest()
-
-
-_NOT_FUNCTION = {
-    "base_model_name_or_path", "revision", "inference_mode", "peft_version", "task_type", "auto_mapping",
-    "fan_in_fan_out", "lora_dropout", "runtime_config",
-}  # fmt: skip
 
 
 def read_provenance(adapter_dir: Path) -> dict[str, Any] | None:

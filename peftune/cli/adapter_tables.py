@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -13,55 +13,59 @@ from rich.text import Text
 from peftune.adapters.edit.combine import CombineResult
 from peftune.adapters.edit.extract import ExtractResult
 from peftune.adapters.inspect.compare import Comparison
+from peftune.adapters.inspect.describe import AdapterDescription, ModuleDescription
 from peftune.adapters.inspect.scan import ScanEntry, ScanResult
+from peftune.adapters.layout import block_of, suffix_in_block
+from peftune.adapters.provenance import recorded, recorded_dict
 from peftune.model.lora import ALL, ATTENTION
 
+_BAR = 24
+_EFFORT = {"step": "steps", "tokens": "tokens", "seconds": "s"}
 _PIPE = 200  # columns where there is no terminal to ask
 Columns = Mapping[str, tuple[str, Callable[[Any], str]]]
 """Heading of a column: the key of its figure, and how that is written."""
 
 
-class TablePrinter:
-    """Lines and tables for a person; nothing that a user named is taken for markup."""
+def lines(*texts: str) -> None:
+    """Print lines, which a terminal may wrap; nothing that a user named is taken for markup."""
+    for text in texts:
+        _console().print(text, soft_wrap=True)
 
-    def __init__(self) -> None:
-        self.console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _PIPE)
 
-    def lines(self, *texts: str) -> None:
-        """Lines, which a terminal may wrap."""
-        for text in texts:
-            self.console.print(text, soft_wrap=True)
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], left: int = 1) -> None:
+    """Print a table whose first `left` columns are words and whose others are figures."""
+    _console().print(Text(title, style="bold"), soft_wrap=True)  # a table's own title wraps at its width
+    made = Table(header_style="bold", pad_edge=False)
+    for number, name in enumerate(columns):
+        made.add_column(name, justify="left" if number < left or not name else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(cell) for cell in row))
+    _console().print(made)
 
-    def table(self, title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], left: int = 1) -> None:
-        """A table whose first `left` columns are words and whose others are figures."""
-        self.console.print(Text(title, style="bold"), soft_wrap=True)  # a table's own title wraps at its width
-        table = Table(header_style="bold", pad_edge=False)
-        for number, name in enumerate(columns):
-            table.add_column(name, justify="left" if number < left or not name else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
-        self.console.print(table)
 
-    def figures(self, title: str, first: str, columns: Columns, rows: Mapping[str, Mapping[str, Any]]) -> None:
-        """A table of figures by module, or by what `first` says."""
-        cells = ([short(name), *(text(row.get(key)) for key, text in columns.values())] for name, row in rows.items())
-        self.table(title, (first, *columns), cells)
+def figures(title: str, first: str, columns: Columns, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print a table of figures by module, or by what `first` says."""
+    cells = ([short(name), *(text(row.get(key)) for key, text in columns.values())] for name, row in rows.items())
+    table(title, (first, *columns), cells)
+
+
+def _console() -> Console:
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _PIPE)
 
 
 def print_scan(found: ScanResult) -> None:
     """`peftune adapters list`."""
-    printer = TablePrinter()
     usable = [entry for entry in found.entries if not entry.problem]
-    broken = [entry for entry in found.entries if entry.problem]
+    broken = [f"  {entry.name}: {entry.problem}" for entry in found.entries if entry.problem]
     if not found.entries:
-        printer.lines(f"{found.directory}: no adapter here or below")
+        lines(f"{found.directory}: no adapter here or below")
     if usable:
         columns = ("adapter", "base", "variant", "targets", "rank", "MB", "steps", "held-out loss")
-        printer.table(f"{len(usable)} adapters in {found.directory}", columns, map(_row, usable), left=4)
+        table(f"{len(usable)} adapters in {found.directory}", columns, map(_row, usable), left=4)
     if broken:
-        printer.lines(f"{len(broken)} that cannot be used:", *(f"  {entry.name}: {entry.problem}" for entry in broken))
+        lines(f"{len(broken)} that cannot be used:", *broken)
     if found.cut:
-        printer.lines("There may be more: the search ended at its bounds; name a directory further down.")
+        lines("There may be more: the search ended at its bounds; name a directory further down.")
 
 
 def _row(entry: ScanEntry) -> list[str]:
@@ -79,11 +83,10 @@ def _row(entry: ScanEntry) -> list[str]:
 
 def print_combination(result: CombineResult) -> None:
     """`peftune adapters combine`."""
-    printer = TablePrinter()
     if result.rank is not None:
-        printer.figures("Cut to rank", "module", _COMBINED, result.modules)
+        figures("Cut to rank", "module", _COMBINED, result.modules)
     terms = " + ".join(f"{weight:g} x {name}" for name, weight in result.weights.items())
-    printer.lines(
+    lines(
         f"{result.out}: {terms}, {result.accuracy}: {len(result.modules)} modules, {result.rank_range}, relative error "
         f"{share(result.relative_error)}"
     )
@@ -91,14 +94,13 @@ def print_combination(result: CombineResult) -> None:
 
 def print_extraction(result: ExtractResult) -> None:
     """`peftune adapters extract`."""
-    printer = TablePrinter()
-    printer.figures(f"From {result.base} to {result.tuned}", "module", _EXTRACTED, result.modules)
+    figures(f"From {result.base} to {result.tuned}", "module", _EXTRACTED, result.modules)
     if result.unchanged:
-        printer.lines(f"not changed by the fine-tune, and so left out: {len(result.unchanged)} modules")
+        lines(f"not changed by the fine-tune, and so left out: {len(result.unchanged)} modules")
     if result.not_held:
         title = "Changed too, and not in these modules, so the adapter does not hold it"
-        printer.figures(title, "what", _NOT_HELD, result.not_held)
-    printer.lines(
+        figures(title, "what", _NOT_HELD, result.not_held)
+    lines(
         *(f"note: {note}" for note in result.notes),
         f"{result.out}: {len(result.modules)} modules of rank {result.rank}; {share(result.relative_error)} of the "
         f"change in them is missing; held of the whole fine-tune, by squared norm: {result.held:.2%}",
@@ -107,17 +109,16 @@ def print_extraction(result: ExtractResult) -> None:
 
 def print_comparison(found: Comparison) -> None:
     """`peftune adapters compare`."""
-    printer = TablePrinter()
     mismatch = found.base_mismatch
-    printer.lines(f"not known to be of one base: {mismatch}" if mismatch else "both are adapters of the same base")
-    printer.figures(f"{found.first} and {found.second}", "module", _COMPARED, {**found.modules, "all": found.overall})
+    lines(f"not known to be of one base: {mismatch}" if mismatch else "both are adapters of the same base")
+    figures(f"{found.first} and {found.second}", "module", _COMPARED, {**found.modules, "all": found.overall})
     for which, names in (("first", found.only_first), ("second", found.only_second)):
         if names:
-            printer.lines(f"only in the {which}: {', '.join(map(short, names))}")
+            lines(f"only in the {which}: {', '.join(map(short, names))}")
     if found.differences:
         rows = [[key, _abbreviated(a), _abbreviated(b)] for key, (a, b) in found.differences.items()]
-        printer.table("What differs in how they were made", ("", "first", "second"), rows, left=3)
-    printer.lines(*(f"note: {note}" for note in found.notes))
+        table("What differs in how they were made", ("", "first", "second"), rows, left=3)
+    lines(*(f"note: {note}" for note in found.notes))
 
 
 def short(module: str) -> str:
@@ -152,9 +153,7 @@ _COMPARED: Columns = {
 
 def _abbreviated(value: Any) -> str:
     """One cell of at most 60 characters; a data source by its settings."""
-    if isinstance(value, list):
-        return _abbreviated(", ".join(_source(item) for item in value))
-    text = "-" if value is None else str(value)
+    text = ", ".join(map(_source, value)) if isinstance(value, list) else "-" if value is None else str(value)
     return text if len(text) <= 60 else text[:57] + "…"
 
 
@@ -162,3 +161,91 @@ def _source(item: Any) -> str:
     if not isinstance(item, dict):
         return str(item)
     return " ".join(str(v) if k == "path" else f"{k}={v}" for k, v in item.items() if v is not None)
+
+
+def print_description(found: AdapterDescription) -> None:
+    """`peftune adapters show`; peftune.json may be another program's, so nothing in it is taken for granted."""
+    lines(
+        f"{found.name}: {found.variant} for {found.base or 'a base that it does not name'}, {len(found.modules)} "
+        f"modules, {found.parameters:,} parameters, {found.megabytes:.2f} MB",
+        *_ranks(found.modules),
+    )
+    if found.replaced:
+        lines(f"trained or stored whole: {', '.join(found.replaced)}")
+    lines(*_history(found.provenance))
+    _print_metrics(recorded_dict(found.provenance, "metrics"))
+    _print_norms(found)
+    lines(*_provenance(found))
+
+
+def _ranks(modules: dict[str, ModuleDescription]) -> Iterator[str]:
+    groups: dict[tuple[int, float, float], list[str]] = {}
+    for name, module in modules.items():
+        groups.setdefault((module.rank, module.alpha, module.scale), []).append(short(name))
+    for (rank, alpha, scale), names in sorted(groups.items()):
+        where = f": {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+        yield f"rank {rank}, alpha {alpha:g}, scale {scale:.4g}{where if len(groups) > 1 else ''}"
+
+
+def _history(provenance: dict[str, Any] | None) -> Iterator[str]:
+    """What it was trained on, or made of, as far as peftune.json says."""
+    if provenance is None:
+        yield "no peftune.json: what it was trained on, for how long and how well is not known"
+    sources = recorded(provenance, "recipe", "data", "train")
+    if isinstance(sources, list):
+        paths = ", ".join(str(source["path"]) for source in sources if isinstance(source, dict) and "path" in source)
+        efforts = {unit: recorded(provenance, key) for key, unit in _EFFORT.items()}
+        effort = [f"{value:,.0f} {unit}" for unit, value in efforts.items() if isinstance(value, int | float)]
+        base = [f"base in {dtype}" for dtype in [recorded(provenance, "recipe", "quantize")] if dtype]
+        yield f"trained on {paths}: {', '.join([*effort, str((provenance or {}).get('precision', '')), *base])}"
+    combined = recorded(provenance, "combined", "adapters")
+    for part in combined if isinstance(combined, list) else []:
+        weight, name, fingerprint = (recorded(part, key) for key in ("weight", "adapter", "fingerprint"))
+        yield f"combined from {weight} of {name} ({str(fingerprint)[:12]})"
+    tuned = recorded(provenance, "extracted", "tuned")
+    if tuned is not None:
+        yield f"extracted from {tuned} ({str(recorded(provenance, 'extracted', 'tuned_fingerprint'))[:12]})"
+    for error in (recorded(provenance, key, "relative_error") for key in ("combined", "extracted")):
+        if isinstance(error, int | float):
+            yield f"relative error when it was made: {share(error)}"
+
+
+def _print_metrics(metrics: dict[str, Any]) -> None:
+    columns = ("held-out domain", "loss, base", "with adapter", "perplexity, base", "with adapter")
+    rows = []
+    for domain, of in metrics.items():
+        values = [recorded(of, model, key) for key in ("loss", "perplexity") for model in ("base", "adapter")]
+        rows.append([domain, *(f"{value:,.3f}" if isinstance(value, int | float) else "-" for value in values)])
+    if rows:
+        table("How well", columns, rows)
+
+
+def _print_norms(found: AdapterDescription) -> None:
+    cells: dict[tuple[str, str], str] = {}
+    for name, module in found.modules.items():
+        relative = "" if module.relative is None else f" ({share(module.relative)})"
+        cells[block_of(name), suffix_in_block(name) or "outside"] = figure(module.norm) + relative
+    columns = sorted({name for _, name in cells}, key=lambda name: ALL.index(name) if name in ALL else len(ALL))
+    layers = found.layers()
+    largest = max(layers.values(), default=0.0) or 1.0
+    rows = []
+    for block, norm in layers.items():
+        bar = "█" * round(norm / largest * _BAR) or "▏"
+        rows.append([block, *(cells.get((block, name), "-") for name in columns), figure(norm), bar])
+    if rows:
+        measured = any(module.relative is not None for module in found.modules.values())
+        title = f"Norm {found.norms_are}, by block{' (and in % of the norm of the weight)' if measured else ''}"
+        table(title, ("block", *columns, "all", ""), rows)
+
+
+def _provenance(found: AdapterDescription) -> Iterator[str]:
+    provenance = found.provenance or {}
+    fingerprints = {
+        "adapter": found.fingerprint, "base": provenance.get("base_fingerprint"),
+        "tokenizer": provenance.get("tokenizer_fingerprint"),
+        **{f"data {name}": value for name, value in recorded_dict(provenance, "data_fingerprints").items()},
+    }  # fmt: skip
+    yield "fingerprints: " + ", ".join(f"{name} {str(value)[:12]}" for name, value in fingerprints.items() if value)
+    versions = {"peftune": provenance.get("peftune"), **recorded_dict(provenance, "versions")}
+    if provenance:
+        yield "made with: " + ", ".join(f"{name} {value}" for name, value in versions.items() if value)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,12 +17,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-_OUT_HELP = "Directory for the new adapter; must not exist."
 _RANK_HELP = "Cut every module to at most this rank. Default: exact, ranks add up."
 _SHARED_HELP = "The base that all of them share, where they do not say it themselves."
 _TARGETS_HELP = "all, attention, mlp, or modules with commas between: attn.c_attn,mlp.c_fc."
 
-Out = Annotated[Path, typer.Option(help=_OUT_HELP)]
+Out = Annotated[Path, typer.Option(help="Directory for the new adapter; must not exist.")]
 
 
 @app.command("list")
@@ -36,9 +36,7 @@ def list_adapters(
     from peftune.adapters.inspect.scan import scan
     from peftune.cli.adapter_tables import print_scan
 
-    found = scan(directory)
-    print_scan(found)
-    save_json(json_path, found.as_json())
+    _show(scan(directory), print_scan, json_path)
 
 
 @app.command()
@@ -52,11 +50,9 @@ def show(
     Example:  peftune adapters show adapters/poems --base gpt2
     """
     from peftune.adapters.inspect.describe import describe
-    from peftune.cli.adapter_details import print_description
+    from peftune.cli.adapter_tables import print_description
 
-    found = describe(adapter, base)
-    print_description(found)
-    save_json(json_path, found.as_json())
+    _show(describe(adapter, base), print_description, json_path)
 
 
 @app.command()
@@ -76,9 +72,7 @@ def combine(
     from peftune.adapters.edit.combine import combine
     from peftune.cli.adapter_tables import print_combination
 
-    result = combine(adapters, numbers, out, rank, base)
-    print_combination(result)
-    save_json(json_path, result.as_json())
+    _show(combine(adapters, numbers, out, rank, base), print_combination, json_path)
 
 
 @app.command()
@@ -97,9 +91,7 @@ def extract(
     from peftune.adapters.edit.extract import extract
     from peftune.cli.adapter_tables import print_extraction
 
-    result = extract(base, tuned, rank, out, targets)
-    print_extraction(result)
-    save_json(json_path, result.as_json())
+    _show(extract(base, tuned, rank, out, targets), print_extraction, json_path)
 
 
 @app.command()
@@ -115,15 +107,18 @@ def compare(
     from peftune.adapters.inspect.compare import compare
     from peftune.cli.adapter_tables import print_comparison
 
-    found = compare(first, second)
-    print_comparison(found)
-    save_json(json_path, found.as_json())
+    _show(compare(first, second), print_comparison, json_path)
 
 
 @app.callback(invoke_without_command=True)
 def _root(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+
+
+def _show(result: Any, show: Callable[[Any], None], json_path: Path | None) -> None:
+    show(result)
+    save_json(json_path, result.as_json())
 
 
 def _numbers(weights: str) -> list[float]:

@@ -42,8 +42,8 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "bad JSON": (lambda a: (a / "adapter_config.json").write_text("{"), "cannot be read"),
     "a list": (lambda a: (a / "adapter_config.json").write_text("[]"), "holds list, expected an object"),
     "no tensors file": (lambda a: (a / TENSORS).unlink(), "no adapter_model.safetensors"),
-    "cut short": (lambda a: truncate(a / TENSORS), "not a whole safetensors file"),
-    "empty file": (lambda a: (a / TENSORS).write_bytes(b""), "not a whole safetensors file"),
+    "cut short": (lambda a: truncate(a / TENSORS), "not a complete safetensors file"),
+    "empty file": (lambda a: (a / TENSORS).write_bytes(b""), "not a complete safetensors file"),
     "no tensors": (lambda a: save_file({}, a / TENSORS), "holds no tensors"),
     "NaN": (lambda a: spoil(a, lambda t: t[first(t)].fill_(float("nan"))), "not finite"),
     "ZeRO-3 part": (lambda a: spoil(a, lambda t: t.update({first(t): torch.zeros(0)})), "ZeRO-3"),
@@ -62,7 +62,7 @@ def test_a_broken_directory_is_refused_in_one_line(name: str, make_adapter: Any)
 
 
 def test_a_whole_model_and_an_unfinished_run_get_a_hint(tiny_base: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="whole model"):
+    with pytest.raises(UserError, match="complete model"):
         read_adapter(tiny_base)
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="has not finished"):
@@ -125,7 +125,7 @@ def test_a_base_of_another_shape_is_refused(
     ("change", "message"),
     [
         (lambda t: t.pop(first(t)), "is not there"),
-        (lambda t: t.update(extra=torch.ones(1)), "brings extra"),
+        (lambda t: t.update(extra=torch.ones(1)), "extra belongs to nothing"),
         (lambda t: t.update({first(t).replace("c_attn", "q_proj"): torch.ones(1)}), "belongs to nothing"),
     ],
     ids=["missing", "unknown", "unknown module"],

@@ -78,7 +78,7 @@ def test_list_shows_what_is_there_and_what_is_broken(here: Path, capsys: Capture
     (here / "c" / "adapter_config.json").write_text("{")
     out = printed(capsys, "list", ".", "--json", "list.json")
     assert "2 adapters in ." in out and "attention" in out and "[bold]held 4.000" in out
-    assert "  c: adapter_config.json cannot be read" in out
+    assert "  c: adapter_config.json: cannot be read" in out
     rows = json.loads((here / "list.json").read_text())["adapters"]
     assert [(row["name"], row["problem"] is None) for row in rows] == [("a", True), ("b", True), ("c", False)]
     (here / "empty").mkdir()

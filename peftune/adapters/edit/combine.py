@@ -20,7 +20,6 @@ from peftune.adapters.directory import Adapter, check_free, read_adapter
 from peftune.adapters.edit.computed_adapter import write_computed_adapter
 from peftune.adapters.layout import AdapterLayout, model_order
 from peftune.adapters.low_rank import LowRankDelta, added, best_of_rank, delta_of, distance, norm
-from peftune.adapters.provenance import tensors_fingerprint
 from peftune.errors import UserError
 from peftune.model.base import open_base
 from peftune.model.weights import Weights
@@ -54,12 +53,10 @@ class CombineResult:
         return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
 
     def as_json(self) -> dict[str, Any]:
-        """The contract of `peftune adapters combine --json`."""
-        return {
-            "out": str(self.out), "base": self.base, "rank": self.rank, "relative_error": self.relative_error,
-            "adapters": [{"adapter": name, "weight": weight} for name, weight in self.weights.items()],
-            "modules": self.modules,
-        }  # fmt: skip
+        """What `peftune adapters combine` writes as JSON; its keys are a contract."""
+        values = {key: value for key, value in vars(self).items() if key != "weights"}
+        adapters = [{"adapter": name, "weight": weight} for name, weight in self.weights.items()]
+        return values | {"out": str(self.out), "adapters": adapters}
 
 
 def combine(
@@ -76,23 +73,34 @@ def combine(
     adapters = [read_adapter(directory) for directory in directories]
     for adapter in adapters:
         _check_settings(adapter)
-    identity = shared_base(adapters, base)
     given = None if base is None else open_base(base)
+    identity = shared_base(adapters, given)
     config = infer_config(adapters) if given is None else given.config
     layouts = [read_layout(adapter, config) for adapter in adapters]
     for adapter, layout in zip(adapters, layouts, strict=True):
         _check_replaced(adapter, layout, None if given is None else given.weights)
     exact, strength = _sums(layouts, weights)
     stored = exact if rank is None else [best_of_rank(update, rank) for update in exact]
-    modules, error, size = _errors(exact, stored)
+    norms = [norm(update) for update in exact]  # errors are of what is stored, rounded to float32
+    errors = [distance(update, kept.as_stored()) for update, kept in zip(exact, stored, strict=True)]
+    error, size = math.hypot(*errors), math.hypot(*norms)
     fits = math.isfinite(error) and size < torch.finfo(torch.float32).max
     if not fits or (rank is None and error > _ROUNDING * strength):
         raise UserError(f"combine: a sum of norm {size:.1e} does not fit float32; choose other weights")
+    modules = {
+        kept.name: {"rank": kept.rank, "norm": one, "relative_error": missed / one if one else 0.0}
+        for kept, one, missed in zip(stored, norms, errors, strict=True)
+    }
     by_path: dict[str, float] = {}
     for directory, weight in zip(directories, weights, strict=True):  # one that is given twice counts twice
         by_path[str(directory)] = by_path.get(str(directory), 0.0) + weight
     result = CombineResult(out, identity["base"], by_path, rank, modules, error / size)
-    write_computed_adapter(out, identity, config, stored, _provenance(adapters, weights, result), _card(result))
+    sources = [
+        {"adapter": str(adapter.directory), "weight": weight, "fingerprint": adapter.fingerprint}
+        for adapter, weight in zip(adapters, weights, strict=True)
+    ]
+    source = {"combined": {"adapters": sources, "rank": rank, "relative_error": result.relative_error}}
+    write_computed_adapter(out, identity, config, stored, source, _card(result))
     return result
 
 
@@ -148,25 +156,6 @@ def _sums(layouts: Sequence[AdapterLayout], weights: Sequence[float]) -> tuple[l
     if math.hypot(*map(norm, sums)) <= 1e-7 * strength:
         raise UserError("combine: the updates cancel each other, so nothing would be left; choose other weights")
     return sums, strength
-
-
-def _errors(exact: list[LowRankDelta], stored: list[LowRankDelta]) -> tuple[dict[str, dict[str, float]], float, float]:
-    """Figures by module, then error and norm over all modules; errors are of what is stored, rounded to float32."""
-    norms = [norm(update) for update in exact]
-    errors = [distance(update, kept.as_stored()) for update, kept in zip(exact, stored, strict=True)]
-    modules = {
-        kept.name: {"rank": kept.rank, "norm": size, "relative_error": error / size if size else 0.0}
-        for kept, size, error in zip(stored, norms, errors, strict=True)
-    }
-    return modules, math.hypot(*errors), math.hypot(*norms)
-
-
-def _provenance(adapters: Sequence[Adapter], weights: Sequence[float], result: CombineResult) -> dict[str, Any]:
-    sources = []
-    for adapter, weight in zip(adapters, weights, strict=True):
-        fingerprint = tensors_fingerprint(adapter.config, adapter.tensors)
-        sources.append({"adapter": str(adapter.directory), "weight": weight, "fingerprint": fingerprint})
-    return {"combined": {"adapters": sources, "rank": result.rank, "relative_error": result.relative_error}}
 
 
 def _card(result: CombineResult) -> str:

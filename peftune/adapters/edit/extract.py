@@ -8,24 +8,67 @@ singular directions (`best_product`: eigenvectors of the smaller Gram matrix in 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GPT2Config
 
 from peftune.adapters.directory import check_free
-from peftune.adapters.edit.checkpoint_diff import CheckpointDiff, Figures, by_group, check_same_architecture
 from peftune.adapters.edit.computed_adapter import write_computed_adapter
 from peftune.adapters.layout import Kind
 from peftune.adapters.low_rank import LowRankDelta
 from peftune.console import Console
 from peftune.errors import UserError
+from peftune.model.architecture import Architecture
 from peftune.model.base import open_base
 from peftune.model.lora import ALL, ATTENTION, best_product
+from peftune.model.weights import WTE, Weights
 
 _PRESETS = {"all": ALL, "attention": ATTENTION, "mlp": tuple(name for name in ALL if name.startswith("mlp."))}
 _NEGLIGIBLE = 1e-12  # part of the largest singular value below which a direction is rounding of float64
+_ARCHITECTURE = sorted(set(Architecture.model_fields) - {"tie_word_embeddings", "reorder_and_upcast_attn"})
+_GROUPS = {
+    "output head": re.compile(r"^lm_head\."), "embeddings": re.compile(r"\.wte\.|\.wpe\."),
+    "norms": re.compile(r"\.ln_"), "biases": re.compile(r"\.bias$"), "other matrices": re.compile(""),
+}  # fmt: skip
+_SLICE = 1_000_000  # values in float64 at a time: 8 MB
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CheckpointDiff:
+    """Two checkpoints of one architecture, read a tensor at a time."""
+
+    base: Weights
+    tuned: Weights
+
+    def difference(self, name: str) -> tuple[torch.Tensor, float]:
+        """(D in float64, ‖W_base‖) of one tensor, D = W_tuned - W_base."""
+        before = self.base.tensor(name).double()
+        return self.tuned.tensor(name).double() - before, float(torch.linalg.vector_norm(before))
+
+    def squared_norms(self, name: str) -> tuple[float, float]:
+        """(‖D‖², ‖W_base‖²) of one tensor, read in slices."""
+        changed, size = 0.0, 0.0
+        readers = (weights.chunks(weights.stored_name(name)) for weights in (self.base, self.tuned))
+        for chunks in zip(*readers, strict=True):
+            for before, after in zip(*(torch.split(chunk.reshape(-1), _SLICE) for chunk in chunks), strict=True):
+                changed += float((after.double() - before.double()).square().sum())
+                size += float(before.double().square().sum())
+        return changed, size
+
+    def notes(self) -> list[str]:
+        """What rounding alone may have changed."""
+        dtype = self.tuned.dtype(WTE)
+        if torch.finfo(dtype).eps <= torch.finfo(self.base.dtype(WTE)).eps:
+            return []
+        return [
+            f"{self.tuned.directory} is stored as {str(dtype).removeprefix('torch.')}, more coarsely than its base: "
+            f"rounding alone moves a weight by up to {torch.finfo(dtype).eps / 2:.1e} of itself, and counts as change"
+        ]
 
 
 @dataclass(frozen=True)
@@ -49,7 +92,7 @@ class ExtractResult:
     notes: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        """The contract of `peftune adapters extract --json`."""
+        """What `peftune adapters extract` writes as JSON; its keys are a contract."""
         return {**vars(self), "out": str(self.out)}
 
 
@@ -64,16 +107,16 @@ def extract(base: str, tuned: str, rank: int, out: Path, targets: str = "all") -
     if rank < 1:
         raise UserError(f"rank {rank}: expected 1 or more")
     before, after = open_base(base), open_base(tuned)
-    config = before.config
-    check_same_architecture(config, after.config, base, tuned)
+    check_same_architecture(before.config, after.config, base, tuned)
     diff = CheckpointDiff(before.weights, after.weights)
     identity = before.identity()
-    names = [f"transformer.h.{block}.{suffix}" for block in range(config.n_layer) for suffix in suffixes]
-    others = sorted(set(diff.names()) - {f"{name}.weight" for name in names})
+    names = [f"transformer.h.{block}.{suffix}" for block in range(before.config.n_layer) for suffix in suffixes]
+    # the output head is one of the tensors where either checkpoint has its own
+    others = sorted({*before.weights.names(), *after.weights.names()} - {f"{name}.weight" for name in names})
     modules: dict[str, Figures] = {}
     updates, rest = [], {}
     with Console().progress as progress:
-        task = progress.add_task("extracting", total=len(diff.names()), note="")
+        task = progress.add_task("extracting", total=len(names) + len(others), note="")
         for name in names:
             delta, size = diff.difference(f"{name}.weight")  # (in, out), as GPT-2 stores the matrices of its blocks
             if delta.any():
@@ -83,17 +126,24 @@ def extract(base: str, tuned: str, rank: int, out: Path, targets: str = "all") -
         for name in others:
             rest[name] = diff.squared_norms(name)
             progress.advance(task)
-    _check_changed(updates, rest, base, tuned, targets)
-    wanted = sum((figures["norm"] or 0.0) ** 2 for figures in modules.values())
-    missed = sum(((figures["norm"] or 0.0) * (figures["relative_error"] or 0.0)) ** 2 for figures in modules.values())
-    held = (wanted - missed) / (wanted + sum(changed for changed, _ in rest.values()))
+    if not updates:
+        changed = [name for name, (square, _) in rest.items() if square]
+        if not changed:
+            raise UserError(f"{tuned}: holds the same weights as {base}; there is no change to extract")
+        raise UserError(
+            f"{tuned}: differs from {base} in {len(changed)} tensors, such as {changed[0]}, but in none of the target "
+            f"modules ({targets}); choose other targets"
+        )
+    wanted = sum(figures["norm"] ** 2 for figures in modules.values())
+    missed = sum((figures["norm"] * figures["relative_error"]) ** 2 for figures in modules.values())
+    held = (wanted - missed) / (wanted + sum(square for square, _ in rest.values()))
     result = ExtractResult(
         out, base, tuned, rank, modules, math.sqrt(missed / wanted), [name for name in names if name not in modules],
         by_group(rest), held, diff.notes(),
     )  # fmt: skip
-    source = {"extracted": {"tuned": tuned, "tuned_fingerprint": after.fingerprint, "rank": rank,
-                            "relative_error": result.relative_error, "held": held}}  # fmt: skip
-    write_computed_adapter(out, identity, config, updates, source, _card(result))
+    source = {key: getattr(result, key) for key in ("tuned", "rank", "relative_error", "held")}
+    source = {"extracted": source | {"tuned_fingerprint": after.fingerprint}}
+    write_computed_adapter(out, identity, before.config, updates, source, _card(result))
     return result
 
 
@@ -133,18 +183,30 @@ def strongest(name: str, kind: Kind, delta: torch.Tensor, rank: int) -> LowRankD
     return LowRankDelta(name, kind, b[:, kept], a[kept])
 
 
-def _check_changed(
-    updates: list[LowRankDelta], rest: dict[str, tuple[float, float]], base: str, tuned: str, targets: str
-) -> None:
-    if updates:
-        return
-    others = [name for name, (changed, _) in rest.items() if changed]
-    if others:
-        raise UserError(
-            f"{tuned}: differs from {base} in {len(others)} tensors, such as {others[0]}, but in none of the target "
-            f"modules ({targets}); choose other targets"
-        )
-    raise UserError(f"{tuned}: holds the same weights as {base}; there is no change to extract")
+def check_same_architecture(base: GPT2Config, tuned: GPT2Config, name: str, other: str) -> None:
+    """UserError with the settings that differ between a base and its fine-tune, if any do."""
+    pairs = {key: (getattr(base, key, None), getattr(tuned, key, None)) for key in _ARCHITECTURE}
+    if pairs["n_inner"] != (None, None):
+        pairs["n_inner"] = (base.n_inner or 4 * base.n_embd, tuned.n_inner or 4 * tuned.n_embd)
+    differing = [f"{key} {one} and {two}" for key, (one, two) in pairs.items() if one != two]
+    if differing:
+        raise UserError(f"{name} and {other} are not a base and its fine-tune: {'; '.join(differing)}")
+
+
+def by_group(squared_norms: dict[str, tuple[float, float]]) -> dict[str, Figures]:
+    """Number of changed tensors, ‖D‖ and ‖D‖/‖W_base‖ (None where that is 0) for each kind of tensor that changed."""
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for name, squares in squared_norms.items():
+        group = next(group for group, pattern in _GROUPS.items() if pattern.search(name))
+        groups.setdefault(group, []).append(squares)
+    figures: dict[str, Figures] = {}
+    for group, members in groups.items():
+        changed, size = (sum(squares) for squares in zip(*members, strict=True))
+        if changed:
+            relative = math.sqrt(changed / size) if size else None
+            tensors = sum(square > 0 for square, _ in members)
+            figures[group] = {"tensors": tensors, "norm": math.sqrt(changed), "relative_change": relative}
+    return figures
 
 
 def _card(result: ExtractResult) -> str:

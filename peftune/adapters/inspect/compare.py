@@ -19,6 +19,7 @@ from peftune.errors import UserError
 T = TypeVar("T")
 Pair = tuple[T, T]
 Figures = dict[str, float | None]
+Differences = dict[str, Pair[Any]]
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,14 @@ class Comparison:
     modules: dict[str, Figures]
     only_first: list[str]
     only_second: list[str]
-    differences: dict[str, Pair[Any]]
+    differences: Differences
     notes: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        """The contract of `peftune adapters compare --json`."""
-        renamed = {"base_mismatch": "apart"}
-        values = {renamed.get(key, key): value for key, value in vars(self).items()}
-        return values | {"first": str(self.first), "second": str(self.second), "same_base": not self.base_mismatch}
+        """What `peftune adapters compare` writes as JSON; its keys are a contract."""
+        values = {key: value for key, value in vars(self).items() if key != "base_mismatch"}
+        paths = {"first": str(self.first), "second": str(self.second)}
+        return values | paths | {"apart": self.base_mismatch, "same_base": not self.base_mismatch}
 
 
 def compare(first: Path, second: Path) -> Comparison:
@@ -59,10 +60,11 @@ def compare(first: Path, second: Path) -> Comparison:
         raise UserError(f"{first} and {second}: no module has the same shape in both, {reshaped[0]} has {shapes}")
     notes = [f"{name} has another shape in each and is left out" for name in reshaped]
     modules = {name: _figures(a[name], b[name]) for name in shared}
+    recipes = [_recipe(adapter) for adapter in adapters]
     return Comparison(
         first, second, base_mismatch(*adapters), _overall(a, b, shared), modules,
         sorted(a.keys() - b.keys(), key=model_order), sorted(b.keys() - a.keys(), key=model_order),
-        _differences(adapters, layouts), notes + _notes(adapters, layouts),
+        _differences(adapters, layouts, recipes), notes + _notes(adapters, layouts, recipes),
     )  # fmt: skip
 
 
@@ -89,14 +91,12 @@ def _overall(a: dict[str, LowRankDelta], b: dict[str, LowRankDelta], shared: lis
 def _norms_and_angle(product: float, norms: Pair[float], gap: float) -> Figures:
     first, second = norms
     cosine = max(-1.0, min(1.0, product / (first * second))) if first and second else None
-    return {
-        "norm_first": first, "norm_second": second, "cosine": cosine, "distance": gap / first if first else None,
-    }  # fmt: skip
+    relative = gap / first if first else None
+    return {"norm_first": first, "norm_second": second, "cosine": cosine, "distance": relative}
 
 
-def _differences(adapters: Pair[Adapter], layouts: Pair[AdapterLayout]) -> dict[str, Pair[Any]]:
+def _differences(adapters: Pair[Adapter], layouts: Pair[AdapterLayout], recipes: list[dict[str, Any]]) -> Differences:
     """Settings that differ, and where both were trained by a recipe what differs in these."""
-    recipes = [_recipe(adapter) for adapter in adapters]
     a, b = map(_settings, adapters, layouts)
     if all(recipes):
         a, b = a | recipes[0], b | recipes[1]
@@ -120,10 +120,9 @@ def _recipe(adapter: Adapter) -> dict[str, Any]:
     return {key: value for key, value in identity.items() if not key.startswith("lora.")}
 
 
-def _notes(adapters: Pair[Adapter], layouts: Pair[AdapterLayout]) -> list[str]:
+def _notes(adapters: Pair[Adapter], layouts: Pair[AdapterLayout], recipes: list[dict[str, Any]]) -> list[str]:
     """What is left out of the comparison."""
     notes = []
-    recipes = [_recipe(adapter) for adapter in adapters]
     for adapter, layout, recipe in zip(adapters, layouts, recipes, strict=True):
         if not recipe and any(recipes):
             notes.append(f"{adapter.directory}: no recipe is recorded, so training is not compared")

@@ -16,7 +16,7 @@ from peftune.adapters.directory import Adapter, check_fits, read_adapter
 from peftune.adapters.fold import MergedTensors
 from peftune.adapters.layout import AdapterLayout, LoraTarget, block_of, model_order
 from peftune.adapters.low_rank import delta_of, norm
-from peftune.adapters.provenance import check_base, recorded, tensors_fingerprint
+from peftune.adapters.provenance import check_base, recorded
 from peftune.model.base import open_base
 from peftune.model.weights import Weights
 
@@ -58,7 +58,7 @@ class AdapterDescription:
         return {block: math.sqrt(square) for block, square in squares.items()}
 
     def as_json(self) -> dict[str, Any]:
-        """The contract of `peftune adapters show --json`."""
+        """What `peftune adapters show` writes as JSON; its keys are a contract."""
         return {
             "adapter": str(self.directory), "name": self.name, "base": self.base, "variant": self.variant,
             "parameters": self.parameters, "megabytes": self.megabytes, "fingerprint": self.fingerprint,
@@ -81,12 +81,15 @@ def describe(directory: Path, base: str | None = None) -> AdapterDescription:
         check_base(directory, opened)
         adapter, layout = check_fits(directory, opened.config)
         weights = opened.weights
+    missing = beyond_factors(layout)
+    norms_are = "of the whole update" if not missing else "of the whole change"
+    if missing and weights is None:
+        norms_are = f"of B·A alone, without {missing}; pass the base for the whole change"
     modules = {name: _module(layout.targets[name], layout, weights) for name in sorted(layout.targets, key=model_order)}
     return AdapterDescription(
         directory, directory.resolve().name, adapter.base, lora_variant(adapter),
         sum(tensor.numel() for tensor in adapter.tensors.values()), size_in_megabytes(adapter),
-        tensors_fingerprint(adapter.config, adapter.tensors), modules, sorted(layout.replaced),
-        _norms_are(layout, weights), adapter.provenance,
+        adapter.fingerprint, modules, sorted(layout.replaced), norms_are, adapter.provenance,
     )  # fmt: skip
 
 
@@ -137,10 +140,3 @@ def _merged_change(name: str, source: str, layout: AdapterLayout, weights: Weigh
         changed += float((chunk.double() - before).square().sum())
         size += float(before.square().sum())
     return math.sqrt(changed), math.sqrt(size)
-
-
-def _norms_are(layout: AdapterLayout, weights: Weights | None) -> str:
-    missing = beyond_factors(layout)
-    if not missing:
-        return "of the whole update"
-    return "of the whole change" if weights else f"of B·A alone, without {missing}; pass the base for the whole change"

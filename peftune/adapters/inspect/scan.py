@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from peftune.adapters.base_of import infer_config
-from peftune.adapters.directory import Adapter, read_adapter
+from peftune.adapters.directory import Adapter, check_directory, read_adapter
 from peftune.adapters.inspect.describe import lora_variant, size_in_megabytes
-from peftune.adapters.layout import block_of, module_of, plain_name, suffix_in_block
+from peftune.adapters.layout import base_name, block_of, module_of, suffix_in_block
 from peftune.adapters.provenance import recorded, recorded_dict
 from peftune.errors import UserError
 from peftune.model.lora import ALL
@@ -19,6 +19,7 @@ DEPTH, DIRECTORIES = 8, 20_000
 _ADAPTER_FILES = (
     "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", ".commit/adapter_config.json",
 )  # fmt: skip
+_A = (".lora_A.weight", ".lora_embedding_A")  # their rows are the rank
 _TRAINING_FILES = ("checkpoints", "metrics.jsonl")
 _SKIPPED = {"checkpoints", "__pycache__", "node_modules"}
 
@@ -42,7 +43,7 @@ class ScanResult:
     cut: bool
 
     def as_json(self) -> dict[str, Any]:
-        """The contract of `peftune adapters list --json`."""
+        """What `peftune adapters list` writes as JSON; its keys are a contract."""
         rows = [
             {"name": e.name, "directory": str(e.directory), **e.facts, "problem": e.problem or None}
             for e in self.entries
@@ -56,10 +57,7 @@ def scan(directory: Path) -> ScanResult:
 
     Raises UserError where it is no directory that can be read.
     """
-    try:
-        os.scandir(directory).close()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise UserError(f"{str(directory)[:200]}: {getattr(error, 'strerror', None) or error}") from None
+    check_directory(directory, str(directory))
     found, cut = _adapter_directories(directory)
     return ScanResult(directory, [_entry(path, directory) for path in found], cut)
 
@@ -105,7 +103,7 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
         "base": adapter.base,
         "base_fingerprint": provenance.get("base_fingerprint"),
         "variant": lora_variant(adapter),
-        "ranks": ranks(adapter),
+        "ranks": sorted({t.shape[0] for name, t in adapter.tensors.items() if name.endswith(_A)}),
         "targets": target_modules(adapter),
         "megabytes": size_in_megabytes(adapter),
         **{key: provenance[key] if isinstance(provenance.get(key), int) else None for key in ("step", "tokens")},
@@ -113,17 +111,11 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def ranks(adapter: Adapter) -> list[int]:
-    """The ranks of its modules, each once, from the shapes of A."""
-    suffixes = (".lora_A.weight", ".lora_embedding_A")
-    return sorted({tensor.shape[0] for name, tensor in adapter.tensors.items() if name.endswith(suffixes)})
-
-
 def target_modules(adapter: Adapter) -> list[str]:
     """What it adapts, by the names within a block, in the model's order; a module trained in full is marked by `=`."""
     found: set[str] = set()
     for name in adapter.tensors:
-        module = module_of(plain_name(name).replace(".modules_to_save.", ".").replace(".base_layer.", "."))
+        module = module_of(base_name(name))
         short = suffix_in_block(module) or block_of(module)
         found.add(short if "lora_" in name else f"{short}=")
     return sorted(found, key=lambda short: (ALL.index(short) if short in ALL else len(ALL), short))

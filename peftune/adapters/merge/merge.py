@@ -6,10 +6,10 @@ gets its name. What cannot be merged exactly is refused with the reason.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,16 @@ from peftune.adapters.base_of import base_of
 from peftune.adapters.directory import Adapter, check_free, read_adapter
 from peftune.adapters.fold import MergedTensors
 from peftune.adapters.layout import layout_of, refuse_biased_head
-from peftune.adapters.merge import quantized_reference
-from peftune.adapters.merge.report import MergeReport, judged, with_distance_to_trained
+from peftune.adapters.merge.report import MergeReport
 from peftune.adapters.merge.shards import write_weights
-from peftune.adapters.merge.verify import BlockwiseCheckpoint, BlockwisePeftModel, compare_logits
-from peftune.adapters.provenance import check_base, tensors_fingerprint
+from peftune.adapters.merge.verify import base_quantization, verify_merge
+from peftune.adapters.provenance import check_base
 from peftune.console import Console
 from peftune.data.sources.builtin import documents
 from peftune.data.tokens.encode import encode_texts, end_of_text_id
 from peftune.errors import CheckFailed, UserError
 from peftune.files import staging_directory
 from peftune.model.base import Base, open_base
-from peftune.model.weights import HEAD, WTE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 5_000_000_000
@@ -62,25 +60,38 @@ def merge(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")
-    _check_out(out, adapter)
+    if out.resolve() == adapter.resolve():
+        raise UserError(f"{out}: is the adapter itself; choose another directory")
+    check_free(out, "the merged model")
     found = open_base(base if base is not None else base_of(adapter))
-    if out.resolve() == found.directory.resolve():
-        raise UserError(f"{out}: is the base itself; choose another directory")
     read = read_adapter(adapter)
     check_base(adapter, found)
     layout = layout_of(read.config, read.tensors, found.config, str(adapter))
     refuse_biased_head(layout, str(adapter))
     merged = MergedTensors(found.weights, layout)
     try:
-        with staging_directory(out) as staging:
+        with staging_directory(out) as staging, Console().progress as progress:
+            written = Base(staging)
             _write_settings(staging, found, read, merged, dtype)
-            sequences = _sequences(Base(staging), texts) if verify else []
-            report = _write_and_verify(staging, found, read, merged, dtype, sequences, max_shard_bytes)
-            (staging / "merge.json").write_text(
-                json.dumps(dataclasses.asdict(report), indent=2) + "\n", encoding="utf-8"
-            )
-            if out.exists():
-                raise UserError(f"{out}: appeared while merging and is not overwritten; choose another directory")
+            sequences = _sequences(written, texts) if verify else []
+            blocks = written.config.n_layer if verify else 0
+            task = progress.add_task("merging", total=len(merged.shapes()) + blocks, note="")
+
+            def advance(*_: str) -> None:
+                progress.advance(task)
+
+            chunks = partial(merged.chunks, elements=_COPIED_VALUES)
+            write_weights(staging, merged.shapes(), DTYPES[dtype], chunks, max_shard_bytes, advance)
+            if unused := sorted(layout.tensors() - merged.used):
+                raise CheckFailed(f"merge: {len(unused)} tensors of the adapter were not applied, such as {unused[0]}")
+            _check_loadable(staging)
+            figures = verify_merge(written, read, merged, dtype, sequences, advance) if verify else {}
+            report = MergeReport(
+                len(layout.modules()), len(layout.modules()), dtype, found.fingerprint, read.fingerprint, found.name,
+                merged.tied, layout.vocabulary, trained_on=base_quantization(read), **figures,
+            )  # fmt: skip
+            (staging / "merge.json").write_text(json.dumps(vars(report), indent=2) + "\n", encoding="utf-8")
+            check_free(out, "the merged model")  # nobody has put anything there meanwhile
             staging.rename(out)
     except OSError as error:
         raise UserError(f"{out}: cannot write the merged model: {error.strerror or error}") from None
@@ -89,16 +100,13 @@ def merge(
 
 def _write_settings(staging: Path, base: Base, adapter: Adapter, merged: MergedTensors, dtype: str) -> None:
     """config.json, generation_config.json and the tokenizer's files."""
-    values = dict(base.stored_config)
-    values.pop("torch_dtype", None)
-    values |= {
+    values = {key: value for key, value in base.stored_config.items() if key != "torch_dtype"} | {
         "architectures": ["GPT2LMHeadModel"], "dtype": dtype, "vocab_size": merged.layout.vocabulary,
         "tie_word_embeddings": merged.tied,
     }  # fmt: skip
     (staging / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tokenizer = _tokenizer_directory(base, adapter, merged.layout.vocabulary)
-    files = [tokenizer / name for name in _TOKENIZER_FILES] + [base.directory / _GENERATION]
-    for file in files:
+    for file in (*(tokenizer / name for name in _TOKENIZER_FILES), base.directory / _GENERATION):
         if file.is_file():
             shutil.copyfile(file, staging / file.name)
     if not (staging / _GENERATION).is_file():
@@ -128,92 +136,6 @@ def _sequences(merged: Base, texts: Sequence[str] | None) -> list[torch.Tensor]:
     encoded = encode_texts(chosen[:_SEQUENCES], merged.tokenizer)
     start, length = end_of_text_id(merged.tokenizer), min(_LENGTH, merged.config.n_positions)
     return [torch.tensor([start, *ids][:length]) for ids in encoded]
-
-
-def _write_and_verify(
-    staging: Path,
-    base: Base,
-    adapter: Adapter,
-    merged: MergedTensors,
-    dtype: str,
-    sequences: list[torch.Tensor],
-    max_shard_bytes: int,
-) -> MergeReport:
-    """The weights, and the report on them; without sequences they are not verified."""
-    comparisons = 1 + (dtype != "float32") + quantized_reference.is_measurable(adapter) if sequences else 0
-    with Console().progress as progress:
-        task = progress.add_task("merging", total=len(merged.shapes()) + base.config.n_layer * comparisons, note="")
-
-        def advance() -> None:
-            progress.advance(task)
-
-        _write_tensors(staging, merged, DTYPES[dtype], max_shard_bytes, advance)
-        report = _unverified_report(base, adapter, merged, dtype)
-        return _verified(report, staging, adapter, merged, sequences, advance) if sequences else report
-
-
-def _write_tensors(
-    staging: Path, merged: MergedTensors, dtype: torch.dtype, max_shard_bytes: int, advance: Callable[[], None]
-) -> None:
-    def chunks(name: str) -> Iterator[torch.Tensor]:
-        return merged.chunks(name, _COPIED_VALUES)
-
-    write_weights(staging, merged.shapes(), dtype, chunks, max_shard_bytes, lambda _: advance())
-    unused = sorted(merged.layout.tensors() - merged.used)
-    if unused:
-        raise CheckFailed(f"merge: {len(unused)} tensors of the adapter were not applied, such as {unused[0]}")
-    _check_loadable(staging)
-
-
-def _unverified_report(base: Base, adapter: Adapter, merged: MergedTensors, dtype: str) -> MergeReport:
-    return MergeReport(
-        modules_in_adapter=len(merged.layout.modules()),
-        modules_applied=merged.modules_applied(),
-        max_abs_logit_difference=None,
-        mean_kl=None,
-        argmax_agreement=None,
-        dtype=dtype,
-        base_fingerprint=base.fingerprint,
-        adapter_fingerprint=tensors_fingerprint(adapter.config, adapter.tensors),
-        base=base.name,
-        tie_word_embeddings=merged.tied,
-        vocabulary=merged.layout.vocabulary,
-        trained_on=quantized_reference.base_quantization(adapter),
-    )
-
-
-def _verified(
-    report: MergeReport,
-    staging: Path,
-    adapter: Adapter,
-    merged: MergedTensors,
-    sequences: list[torch.Tensor],
-    advance: Callable[[], None],
-) -> MergeReport:
-    """The report with what logits of the files read back differ by; CheckFailed where it is too much."""
-    written, weights, layout = Base(staging), merged.weights, merged.layout
-    config = written.config
-    config._attn_implementation = "sdpa"
-    slices = merged.row_slices(WTE if merged.tied else HEAD)
-    stored = BlockwiseCheckpoint(written.weights, config, slices)
-    exact = BlockwiseCheckpoint(MergedTensors(weights, layout), config, slices)
-    rounded = report.dtype != "float32"
-    candidates = {"stored": stored, "exact": exact} if rounded else {"stored": stored}
-    reference = BlockwisePeftModel(weights, layout, config, slices)
-    found = compare_logits(reference, candidates, config, sequences, advance)
-    rounding = compare_logits(exact, {"stored": stored}, config, sequences, advance)["stored"] if rounded else None
-    report = judged(report, found["stored"], found.get("exact", found["stored"]), rounding)
-    if quantized_reference.is_measurable(adapter):
-        trained = quantized_reference.quantized_peft_model(adapter, weights, layout, config, slices)
-        to_trained = compare_logits(trained, {"stored": stored}, config, sequences, advance)["stored"]
-        report = with_distance_to_trained(report, to_trained)
-    return report
-
-
-def _check_out(out: Path, adapter: Path) -> None:
-    if out.resolve() == adapter.resolve():
-        raise UserError(f"{out}: is the adapter itself; choose another directory")
-    check_free(out, "the merged model")
 
 
 def _check_loadable(directory: Path) -> None:

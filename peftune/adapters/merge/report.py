@@ -1,16 +1,68 @@
-"""What a merge did, and whether its result is close enough to the model that was trained."""
+"""What a merge did, how far logits moved, and whether that is close enough to the model that was trained."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
-from peftune.adapters.merge.logit_diff import Difference
+import torch
+
 from peftune.errors import CheckFailed
 from peftune.model.quantized import MISSING
 
+POSITIONS = 128  # positions whose logits are in memory at a time
 _EXACT = 1e-4  # largest logit difference of a float32 merge, for logits up to 32
+_FIGURES = ("max_abs_logit_difference", "mean_kl", "argmax_agreement")
 _ROUNDED_KL = {"bfloat16": 0.05, "float16": 0.005}  # nats per token that rounding the weights may cost
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of logits: largest absolute difference, mean KL(reference ‖ candidate) in nats, share of equal argmax."""
+
+    max_abs_logit_difference: float
+    mean_kl: float
+    argmax_agreement: float
+    largest_logit: float
+    positions: int
+
+
+class LogitDiffAccumulator:
+    """Running sums over slices of the vocabulary, (n,) for reference and candidate, float64 (an online softmax).
+
+    So no complete softmax is ever in memory.
+    """
+
+    def __init__(self, positions: int) -> None:
+        self.largest = torch.full((2, positions), -torch.inf, dtype=torch.float64)
+        self.argmax = torch.zeros((2, positions), dtype=torch.int64)
+        self.total = torch.zeros((2, positions), dtype=torch.float64)
+        self.weighted = torch.zeros(positions, dtype=torch.float64)
+        self.extremes = torch.zeros(2, dtype=torch.float64)  # of |difference| and |reference|; a NaN is kept
+
+    def add(self, part: slice, first_token: int, reference: torch.Tensor, candidate: torch.Tensor) -> None:
+        """Add logits (positions in `part`, slice) of the tokens from `first_token` on."""
+        for row, logits in enumerate((reference, candidate)):
+            (top, index), largest = logits.max(dim=1), self.largest[row, part]
+            self.argmax[row, part] = torch.where(top > largest, index + first_token, self.argmax[row, part])
+            new = torch.maximum(top, largest)
+            shrink = torch.exp(largest - new)
+            terms = torch.exp(logits - new[:, None])
+            self.total[row, part] = self.total[row, part] * shrink + terms.sum(dim=1)
+            if row == 0:
+                self.weighted[part] = self.weighted[part] * shrink + (terms * (reference - candidate)).sum(dim=1)
+            self.largest[row, part] = new
+        now = torch.stack([(reference - candidate).abs().max(), reference.abs().max()])
+        self.extremes = torch.maximum(self.extremes, now)
+
+    def difference(self) -> Difference:
+        """KL = E_p[p - q] - log Z_p + log Z_q, per position; rounding below 0 is cut off."""
+        log_z = self.total.log() + self.largest
+        kl = self.weighted / self.total[0] - log_z[0] + log_z[1]
+        mean_kl = sum(max(part.mean().item(), 0.0) * len(part) for part in torch.split(kl, POSITIONS)) / len(kl)
+        agreement = (self.argmax[0] == self.argmax[1]).double().mean().item()
+        max_abs, largest_logit = self.extremes.tolist()
+        return Difference(max_abs, mean_kl, agreement, largest_logit, len(kl))
 
 
 @dataclass(frozen=True)
@@ -26,15 +78,15 @@ class MergeReport:
 
     modules_in_adapter: int
     modules_applied: int
-    max_abs_logit_difference: float | None
-    mean_kl: float | None
-    argmax_agreement: float | None
     dtype: str
     base_fingerprint: str
     adapter_fingerprint: str
     base: str
     tie_word_embeddings: bool
     vocabulary: int
+    max_abs_logit_difference: float | None = None
+    mean_kl: float | None = None
+    argmax_agreement: float | None = None
     tolerance: float | None = None
     largest_logit: float | None = None
     positions: int | None = None
@@ -57,37 +109,29 @@ class MergeReport:
         )
 
 
-def judged(report: MergeReport, stored: Difference, exact: Difference, rounding: Difference | None) -> MergeReport:
-    """The report with what was measured; CheckFailed where the merged model is not the one that was trained."""
+def judged(
+    dtype: str, stored: Difference, exact: Difference, rounding: Difference | None, to_trained: Difference | None
+) -> dict[str, Any]:
+    """What was measured, by the report's names; CheckFailed where the merged model is not the one that was trained.
+
+    `exact` is of the merge before it was rounded to `dtype`. The distance `to_trained`, which is that to quantised
+    base + adapter, is reported and never refused.
+    """
     tolerance = _EXACT * max(1.0, exact.largest_logit / 32)
-    if not exact.max_abs <= tolerance:
+    if not exact.max_abs_logit_difference <= tolerance:
         raise CheckFailed(
-            f"merge: logits differ by {exact.max_abs:.2g} from base + adapter (allowed {tolerance:.2g}, largest logit "
-            f"{exact.largest_logit:.3g}); nothing was written"
+            f"merge: logits differ by {exact.max_abs_logit_difference:.2g} from base + adapter (allowed "
+            f"{tolerance:.2g}, largest logit {exact.largest_logit:.3g}); nothing was written"
         )
-    if rounding is not None and not stored.mean_kl <= _ROUNDED_KL[report.dtype]:
+    if rounding is not None and not stored.mean_kl <= _ROUNDED_KL[dtype]:
         raise CheckFailed(
-            f"merge: rounding to {report.dtype} costs {stored.mean_kl:.2g} nats per token (allowed "
-            f"{_ROUNDED_KL[report.dtype]}); nothing was written, use float32"
+            f"merge: rounding to {dtype} costs {stored.mean_kl:.2g} nats per token (allowed {_ROUNDED_KL[dtype]}); "
+            "nothing was written, use float32"
         )
-    return dataclasses.replace(
-        report,
-        max_abs_logit_difference=stored.max_abs,
-        mean_kl=stored.mean_kl,
-        argmax_agreement=stored.argmax_agreement,
-        tolerance=tolerance,
-        largest_logit=exact.largest_logit,
-        positions=exact.positions,
-        float32_max_abs_logit_difference=exact.max_abs,
-        rounding_mean_kl=None if rounding is None else rounding.mean_kl,
-    )
-
-
-def with_distance_to_trained(report: MergeReport, found: Difference) -> MergeReport:
-    """The report with the distance to quantised base + adapter, which is reported and never refused."""
-    return dataclasses.replace(
-        report,
-        max_abs_logit_difference_to_trained=found.max_abs,
-        mean_kl_to_trained=found.mean_kl,
-        argmax_agreement_to_trained=found.argmax_agreement,
-    )
+    return {
+        **{name: getattr(stored, name) for name in _FIGURES},
+        **({f"{name}_to_trained": getattr(to_trained, name) for name in _FIGURES} if to_trained else {}),
+        "tolerance": tolerance, "largest_logit": exact.largest_logit, "positions": exact.positions,
+        "float32_max_abs_logit_difference": exact.max_abs_logit_difference,
+        "rounding_mean_kl": rounding.mean_kl if rounding else None,
+    }  # fmt: skip

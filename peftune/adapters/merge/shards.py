@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from peftune.errors import CheckFailed
 from peftune.model.weights import all_finite
@@ -35,16 +36,18 @@ def write_weights(
     `chunks(name)` yields a tensor in consecutive chunks of rows; `done(name)` is called after each tensor. Raises
     OSError where the disk does not take it, CheckFailed for a value that is finite in float32 but not in `dtype`.
     """
-    shards = plan_shards(shapes, dtype.itemsize, max_bytes)
-    index = {}
-    for number, names in enumerate(shards, start=1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(directory / name, {n: shapes[n] for n in names}, dtype, chunks, done)
-        index.update(dict.fromkeys(names, name))
-    if len(shards) > 1:
-        total = sum(math.prod(shape) for shape in shapes.values())
-        content = {"metadata": {"total_size": total * dtype.itemsize, "total_parameters": total}, "weight_map": index}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+    plan = split_state_dict_into_shards_factory(
+        shapes,
+        get_storage_size=lambda shape: math.prod(shape) * dtype.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_bytes,
+    )
+    for file, names in plan.filename_to_tensors.items():
+        _write_file(directory / file, {name: shapes[name] for name in names}, dtype, chunks, done)
+    if plan.is_sharded:
+        metadata = {**plan.metadata, "total_parameters": sum(math.prod(shape) for shape in shapes.values())}
+        index = {"metadata": metadata, "weight_map": plan.tensor_to_filename}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def stored(chunk: torch.Tensor, dtype: torch.dtype, name: str) -> memoryview:
@@ -54,20 +57,6 @@ def stored(chunk: torch.Tensor, dtype: torch.dtype, name: str) -> memoryview:
         raise CheckFailed(f"{name}: merged values do not fit {dtype}; use bfloat16 or float32")
     flat: Any = values.reshape(-1).view(torch.uint8).numpy()
     return memoryview(flat)
-
-
-def plan_shards(shapes: dict[str, tuple[int, ...]], item_bytes: int, max_bytes: int) -> list[list[str]]:
-    """Tensor names in order, cut into shards of at most `max_bytes`; a larger tensor has a shard of its own."""
-    shards: list[list[str]] = [[]]
-    size_so_far = 0
-    for name, shape in shapes.items():
-        size = math.prod(shape) * item_bytes
-        if shards[-1] and size_so_far + size > max_bytes:
-            shards.append([])
-            size_so_far = 0
-        shards[-1].append(name)
-        size_so_far += size
-    return shards
 
 
 def _write_file(

@@ -11,7 +11,8 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
@@ -19,166 +20,176 @@ from torch import nn
 from transformers import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
+from peftune.adapters.directory import Adapter
 from peftune.adapters.fold import MergedTensors
 from peftune.adapters.layout import AdapterLayout, LoraTarget
-from peftune.adapters.merge.logit_diff import Difference, LogitDiffAccumulator, combined
+from peftune.adapters.merge.report import POSITIONS, Difference, LogitDiffAccumulator, judged
+from peftune.adapters.provenance import recorded
 from peftune.errors import CheckFailed
+from peftune.model import quantized
+from peftune.model.base import Base
 from peftune.model.weights import HEAD, WTE, Weights
 
 WPE = "transformer.wpe.weight"
-_POSITIONS = 128  # positions whose logits are in memory at a time
-RowSlices = list[tuple[int, int]]
+_NO_ADAPTER = AdapterLayout({}, {}, 0)
 
 
-class BlockwiseModel(Protocol):
-    """A GPT-2 that is computed block by block, so that it is never in memory as a whole."""
+def base_quantization(adapter: Adapter) -> quantized.Kind | None:
+    """`int8` or `nf4` where peftune.json says that the base was quantised in training."""
+    kind: quantized.Kind = recorded(adapter.provenance, "recipe", "quantize")
+    return kind if kind in ("int8", "nf4") else None
+
+
+def verify_merge(
+    written: Base,
+    adapter: Adapter,
+    merged: MergedTensors,
+    dtype: str,
+    sequences: Sequence[torch.Tensor],
+    done: Callable[[], None],
+) -> dict[str, Any]:
+    """What logits of the files read back differ by, by the names of the report; CheckFailed where it is too much.
+
+    `done` is called after each block. Of an adapter on a quantised base, the function that was trained is compared
+    too: it is close to that of the full-precision base, and not equal.
+    """
+    weights, layout, config = merged.weights, merged.layout, written.config
+    config._attn_implementation = "sdpa"
+    slices = merged.row_slices(WTE if merged.tied else HEAD)
+    models = {
+        "reference": BlockwiseModel(weights, config, slices, layout),
+        "stored": BlockwiseModel(written.weights, config, slices),
+    }
+    pairs = [("reference", "stored")]
+    if dtype != "float32":
+        models["exact"] = BlockwiseModel(MergedTensors(weights, layout), config, slices)
+        pairs += [("reference", "exact"), ("exact", "stored")]
+    kind = base_quantization(adapter)
+    if kind is not None and quantized.is_available():
+        # LoftQ adapters are saved as [B, -B0]·[A; A0]; on the quantised base B·A was trained, which is the first half
+        if recorded(adapter.provenance, "recipe", "lora", "variant") == "loftq":
+            halves = {name: _first_half(target) for name, target in layout.targets.items()}
+            layout = dataclasses.replace(layout, targets=halves)
+        models["trained"] = BlockwiseModel(weights, config, slices, layout, kind)
+        pairs.append(("trained", "stored"))
+    found = compare_logits(models, pairs, sequences, done)
+    stored = found["reference", "stored"]
+    exact = found.get(("reference", "exact"), stored)
+    return judged(dtype, stored, exact, found.get(("exact", "stored")), found.get(("trained", "stored")))
+
+
+def _first_half(target: LoraTarget) -> LoraTarget:
+    rank = target.rank // 2
+    a, b = target.parts["lora_A.weight"][:rank], target.parts["lora_B.weight"][:, :rank]
+    parts = {"lora_A.weight": a, "lora_B.weight": b}
+    return dataclasses.replace(target, rank=rank, alpha=target.alpha / 2, parts=parts)
+
+
+@dataclass(frozen=True)
+class BlockwiseModel:
+    """A GPT-2 that is computed block by block: `source`, and on it an adapter through PEFT if `layout` is given.
+
+    `source` is a base, a merged checkpoint read back, or merged tensors before they are rounded. With `quantization`
+    the matrices of its blocks are quantised and dequantised as a block is built.
+    """
+
+    source: Weights | MergedTensors
+    config: GPT2Config
+    row_slices: list[tuple[int, int]]
+    layout: AdapterLayout = _NO_ADAPTER
+    quantization: quantized.Kind | None = None
 
     def embedding(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Embedding vectors (n, width) of sorted row numbers (n,)."""
-
-    def block(self, index: int) -> nn.Module:
-        """One transformer block."""
-
-    def final_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight and bias of `ln_f`."""
-
-    def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-        """For each slice of the vocabulary, the function from hidden states (n, width) to logits (n, slice)."""
-
-
-class BlockwiseCheckpoint:
-    """A checkpoint without an adapter: the merged directory read back, or merged tensors before they are rounded."""
-
-    def __init__(self, source: Weights | MergedTensors, config: GPT2Config, row_slices: RowSlices) -> None:
-        self.source, self.config, self.row_slices = source, config, row_slices
-
-    def embedding(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        return _gather(self.source.chunks(name), rows)
-
-    def block(self, index: int) -> nn.Module:
-        return _block(self.config, index, lambda name: self.source.tensor(name).float())
-
-    def final_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
-        weight, bias = (self.source.tensor(f"transformer.ln_f.{part}").float() for part in ("weight", "bias"))
-        return weight, bias
-
-    def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-        name = WTE if self.source.tied else HEAD
-        if isinstance(self.source, Weights):
-            slices = (self.source.rows(name, start, stop) for start, stop in self.row_slices)
-        else:
-            slices = self.source.chunks(name)  # type: ignore[assignment]
-        for weight in slices:
-            yield _linear(weight.float())
-
-
-class BlockwisePeftModel:
-    """Base + adapter through PEFT; `transform(name, tensor)` is applied to the base's tensors (here: quantisation)."""
-
-    def __init__(
-        self,
-        weights: Weights,
-        layout: AdapterLayout,
-        config: GPT2Config,
-        row_slices: RowSlices,
-        transform: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
-    ) -> None:
-        self.weights, self.layout, self.config = weights, layout, config
-        self.row_slices, self.transform = row_slices, transform
-
-    def embedding(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        target = self.layout.targets.get(name.removesuffix(".weight"))
+        replaced, target = self.layout.replaced.get(name), self.layout.targets.get(name.removesuffix(".weight"))
+        chunks = self.source.chunks(name) if replaced is None else iter([replaced])
         if target is None:
-            return _gather(self._chunks(name), rows)
-        if self.layout.dora:  # its norms run over the whole table
-            table, numbers = torch.cat(list(self._chunks(name))), rows
+            return _gather(chunks, rows)
+        if self.layout.dora:  # its norms run over the complete table
+            table, numbers = torch.cat([chunk.float() for chunk in chunks]), rows
         else:
-            table, numbers = _gather(self._chunks(name), rows), torch.arange(len(rows))
-            target = _with_parts(target, {"lora_embedding_A": target.parts["lora_embedding_A"][:, rows]})
+            table, numbers = _gather(chunks, rows), torch.arange(len(rows))
+            a = target.parts["lora_embedding_A"][:, rows]
+            target = dataclasses.replace(target, parts=target.parts | {"lora_embedding_A": a})
         lookup = nn.ModuleDict({"table": nn.Embedding.from_pretrained(table)})  # type: ignore[no-untyped-call]
         return _with_peft(lookup, {"table": target}, self.layout).get_submodule("table")(numbers)  # type: ignore[no-any-return]
 
     def block(self, index: int) -> nn.Module:
+        """One transformer block."""
         prefix = f"transformer.h.{index}."
-        block = _block(self.config, index, self._tensor)
+        with torch.device("meta"):
+            block = GPT2Block(self.config, layer_idx=index)  # type: ignore[no-untyped-call]
+        block.load_state_dict({name: self._tensor(prefix + name) for name in block.state_dict()}, assign=True)
+        block.requires_grad_(False).eval()
         own = {name.removeprefix(prefix): t for name, t in self.layout.targets.items() if name.startswith(prefix)}
         return _with_peft(block, own, self.layout) if own else block
 
-    def final_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._tensor("transformer.ln_f.weight"), self._tensor("transformer.ln_f.bias")
+    def final_norm(self, states: torch.Tensor) -> torch.Tensor:
+        """Hidden states (n, width) after `ln_f`."""
+        weight, bias = self._tensor("transformer.ln_f.weight"), self._tensor("transformer.ln_f.bias")
+        return nn.functional.layer_norm(states, (self.config.n_embd,), weight, bias, self.config.layer_norm_epsilon)
 
     def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """For each slice of the vocabulary, the function from hidden states (n, width) to logits (n, slice)."""
         target = self.layout.targets.get("lm_head")
-        for start, stop in self.row_slices:
-            weight = self._head_rows(start, stop)
+        for (start, stop), weight in zip(self.row_slices, self._head_slices(), strict=True):
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            linear.weight = nn.Parameter(weight.float(), requires_grad=False)
             if target is None:
-                yield _linear(weight)
+                yield linear
                 continue
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-            linear.weight = nn.Parameter(weight, requires_grad=False)
-            parts = {name: part[start:stop] for name, part in target.parts.items() if name != "lora_A.weight"}
-            module = nn.ModuleDict({"head": linear})
-            yield _with_peft(module, {"head": _with_parts(target, parts)}, self.layout).get_submodule("head")
+            parts = {name: part if name == "lora_A.weight" else part[start:stop] for name, part in target.parts.items()}
+            sliced = {"head": dataclasses.replace(target, parts=parts)}
+            yield _with_peft(nn.ModuleDict({"head": linear}), sliced, self.layout).get_submodule("head")
 
     def _tensor(self, name: str) -> torch.Tensor:
-        replaced = self.layout.replaced.get(name)
-        return (self.transform(name, self.weights.tensor(name)) if replaced is None else replaced.clone()).float()
+        if name in self.layout.replaced:
+            return self.layout.replaced[name].clone().float()
+        tensor = self.source.tensor(name)
+        if self.quantization and ".h." in name and tensor.ndim == 2:
+            tensor = quantized.rounded(tensor, self.quantization)
+        return tensor.float()
 
-    def _chunks(self, name: str) -> Iterator[torch.Tensor]:
-        replaced = self.layout.replaced.get(name)
-        chunks = self.weights.chunks(name) if replaced is None else iter([replaced])
-        return (chunk.float() for chunk in chunks)
-
-    def _head_rows(self, start: int, stop: int) -> torch.Tensor:
-        replaced = self.layout.replaced.get(HEAD)
-        if replaced is not None:
-            return replaced[start:stop].float()
-        return self.weights.rows(WTE if self.weights.tied else HEAD, start, stop).float()
+    def _head_slices(self) -> Iterator[torch.Tensor]:
+        name, replaced = WTE if self.source.tied else HEAD, self.layout.replaced.get(HEAD)
+        if isinstance(self.source, MergedTensors):
+            return self.source.chunks(name)
+        rows = self.source.rows if replaced is None else lambda _, start, stop: replaced[start:stop]
+        return (rows(name, start, stop) for start, stop in self.row_slices)
 
 
 @torch.no_grad()
 def compare_logits(
-    reference: BlockwiseModel,
-    candidates: Mapping[str, BlockwiseModel],
-    config: GPT2Config,
+    models: Mapping[str, BlockwiseModel],
+    pairs: Sequence[tuple[str, str]],
     sequences: Sequence[torch.Tensor],
     done: Callable[[], None],
-) -> dict[str, Difference]:
-    """Differences of each candidate's logits from the reference's at every position of every sequence of ids (n,).
+) -> dict[tuple[str, str], Difference]:
+    """For each pair of names (reference, candidate) how the logits differ at every position of the sequences of ids.
 
-    `done` is called after each block.
+    All models have one shape. `done` is called after each block.
     """
-    models = [reference, *candidates.values()]
-    hidden = [_embed(model, sequences) for model in models]
-    for index in range(config.n_layer):
-        for number, model in enumerate(models):
-            block = model.block(index).eval()
-            output = block(hidden[number])
-            hidden[number] = output if isinstance(output, torch.Tensor) else output[0]
-            del block
-        done()
-    real = torch.stack([torch.arange(hidden[0].shape[1]) < len(ids) for ids in sequences])
-    normed = [_final_norm(model, config, states[real]) for model, states in zip(models, hidden, strict=True)]
-    positions = [slice(start, start + _POSITIONS) for start in range(0, len(normed[0]), _POSITIONS)]
-    sums = {name: [LogitDiffAccumulator(len(normed[0][part])) for part in positions] for name in candidates}
-    for heads in zip(*(model.head() for model in models), strict=True):
-        for number, part in enumerate(positions):
-            expected, *found = (head(states[part]).double() for head, states in zip(heads, normed, strict=True))
-            for accumulators, logits in zip(sums.values(), found, strict=True):
-                accumulators[number].add(expected, logits)
-    return {name: combined([part.difference() for part in parts]) for name, parts in sums.items()}
-
-
-def _embed(model: BlockwiseModel, sequences: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(sequences, longest, width); padding comes last, where causal attention does not see it."""
-    padded = nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
+    padded = nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)  # at the end, which causal attention hides
     used, inverse = torch.unique(padded, return_inverse=True)
-    return model.embedding(WTE, used)[inverse] + model.embedding(WPE, torch.arange(padded.shape[1]))
-
-
-def _final_norm(model: BlockwiseModel, config: GPT2Config, states: torch.Tensor) -> torch.Tensor:
-    weight, bias = model.final_norm()
-    return nn.functional.layer_norm(states, (config.n_embd,), weight, bias, config.layer_norm_epsilon)
+    positions = torch.arange(padded.shape[1])
+    hidden = {name: m.embedding(WTE, used)[inverse] + m.embedding(WPE, positions) for name, m in models.items()}
+    for index in range(next(iter(models.values())).config.n_layer):
+        for name, model in models.items():
+            output = model.block(index)(hidden[name])
+            hidden[name] = output if isinstance(output, torch.Tensor) else output[0]
+        done()
+    real = torch.stack([positions < len(ids) for ids in sequences])
+    normed = {name: model.final_norm(hidden[name][real]) for name, model in models.items()}
+    count, first_token = int(real.sum()), 0
+    sums = {pair: LogitDiffAccumulator(count) for pair in pairs}
+    for slices in zip(*(model.head() for model in models.values()), strict=True):
+        heads = dict(zip(models, slices, strict=True))
+        for part in (slice(start, start + POSITIONS) for start in range(0, count, POSITIONS)):
+            logits = {name: head(normed[name][part]).double() for name, head in heads.items()}
+            for (reference, candidate), accumulator in sums.items():
+                accumulator.add(part, first_token, logits[reference], logits[candidate])
+        first_token += logits[reference].shape[1]
+    return {pair: accumulator.difference() for pair, accumulator in sums.items()}
 
 
 def _gather(chunks: Iterator[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
@@ -189,22 +200,6 @@ def _gather(chunks: Iterator[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
         found.append(chunk[inside - start].float())
         start += len(chunk)
     return torch.cat(found)
-
-
-def _linear(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda states: nn.functional.linear(states, weight)
-
-
-def _block(config: GPT2Config, index: int, tensor: Callable[[str], torch.Tensor]) -> nn.Module:
-    with torch.device("meta"):
-        block = GPT2Block(config, layer_idx=index)  # type: ignore[no-untyped-call]
-    prefix = f"transformer.h.{index}."
-    block.load_state_dict({name: tensor(prefix + name) for name in block.state_dict()}, assign=True)
-    return block.requires_grad_(False)
-
-
-def _with_parts(target: LoraTarget, parts: dict[str, torch.Tensor]) -> LoraTarget:
-    return dataclasses.replace(target, parts={**target.parts, **parts})
 
 
 def _with_peft(module: nn.Module, targets: dict[str, LoraTarget], layout: AdapterLayout) -> nn.Module:

@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from peftune.adapters.edit.checkpoint_diff import CheckpointDiff
-from peftune.adapters.edit.extract import extract
+from peftune.adapters.edit.extract import CheckpointDiff, extract
 from peftune.adapters.low_rank import norm
 from peftune.adapters.merge.merge import merge
 from peftune.errors import UserError

@@ -58,7 +58,7 @@ def test_broken_ones_are_listed_with_their_reason(make_adapter: Any, tmp_path: P
     problems = {entry.name: entry.problem for entry in scan(tmp_path).entries}
     assert problems.pop("good") == ""
     expected = {
-        "cut": "not a whole safetensors file", "llama": "which no GPT-2 has", "no-config": "no adapter_config.json",
+        "cut": "not a complete safetensors file", "llama": "which no GPT-2 has", "no-config": "no adapter_config.json",
         "prompt": "peft_type is PROMPT_TUNING", "torn": "peftune.json: cannot be read",
         "unfinished": "its training has not finished",
     }  # fmt: skip
