@@ -26,7 +26,8 @@ from peftune.errors import UserError
 from peftune.files import flush_to_disk, staging_directory
 from peftune.training.optimizer import Moments, Tensors
 
-_NAME = re.compile(r"step-(\d+)")
+_NAME = re.compile(r"step-\d+")
+_KEPT = 2  # of the newest
 _ADAPTER, _MOMENTS, _STATE = "adapter.safetensors", "moments.safetensors", "state.json"
 
 
@@ -70,8 +71,8 @@ class Checkpoint:
     moments: Moments
 
 
-def save(folder: Path, saved: Checkpoint) -> Path:
-    """Write `folder/step-N`, then remove checkpoints that are no longer wanted; UserError when the disk is full."""
+def save(folder: Path, saved: Checkpoint) -> None:
+    """Write `folder/step-N`, then remove all but the newest two and the best; UserError when the disk is full."""
     state = saved.state
     target = folder / f"step-{state.step}"
     try:
@@ -80,7 +81,8 @@ def save(folder: Path, saved: Checkpoint) -> Path:
             shutil.rmtree(leftover, ignore_errors=True)
         with staging_directory(target) as staged:
             save_file({name: value.contiguous() for name, value in saved.values.items()}, staged / _ADAPTER)
-            save_file(_flat(saved.moments), staged / _MOMENTS)
+            moments = {f"{name}/{key}": value for name, entry in saved.moments.items() for key, value in entry.items()}
+            save_file({name: value.contiguous() for name, value in moments.items()}, staged / _MOMENTS)
             (staged / _STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
             flush_to_disk(staged)
             if target.exists():
@@ -88,10 +90,12 @@ def save(folder: Path, saved: Checkpoint) -> Path:
             staged.rename(target)
         flush_to_disk(folder)
     except (OSError, SafetensorError) as error:
-        reason = "the disk is full" if _is_disk_full(error) else str(error)
+        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        reason = "the disk is full" if is_full else str(error)
         raise UserError(f"cannot save a checkpoint to {target}: {reason}; earlier checkpoints are intact") from error
-    prune(folder, keep=2, best=state.best_step)
-    return target
+    for path in listed(folder)[:-_KEPT]:
+        if path.name != f"step-{state.best_step}":
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def newest(folder: Path) -> Checkpoint | None:
@@ -122,21 +126,6 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(state, load_file(path / _ADAPTER), moments)
 
 
-def _flat(moments: Moments) -> Tensors:
-    return {f"{name}/{key}": value.contiguous() for name, entries in moments.items() for key, value in entries.items()}
-
-
-def prune(folder: Path, keep: int, best: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and the best."""
-    for path in listed(folder)[:-keep]:
-        if path.name != f"step-{best}":
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_disk_full(error: Exception) -> bool:
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-
-
 HARMLESS = frozenset(
     {
         "run.out", "run.eval_every", "run.save_every", "run.resume", "run.track", "run.samples",
@@ -148,10 +137,8 @@ HARMLESS = frozenset(
 
 def identity_of(recipe: Recipe, fingerprints: dict[str, str]) -> dict[str, Any]:
     """Flat mapping of every recipe value that decides what is learnt, and the fingerprints of base and data."""
-    flat = _flatten(recipe.model_dump(mode="json"))
-    return {k: v for k, v in flat.items() if k not in HARMLESS} | {
-        f"fingerprint of {k}": v for k, v in fingerprints.items()
-    }
+    kept = {k: v for k, v in flatten(recipe.model_dump(mode="json")).items() if k not in HARMLESS}
+    return kept | {f"fingerprint of {k}": v for k, v in fingerprints.items()}
 
 
 def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
@@ -166,13 +153,11 @@ def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> 
         )
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
 
 

@@ -13,7 +13,7 @@ from peftune.config.recipe import LoraSection, recipe_from
 from peftune.model.base import Base
 from peftune.model.load import DTYPES, footprint, load_adapted
 from peftune.training.memory_model import ZeroSettings, bytes_per_rank, shapes_of
-from peftune.training.optimizer import Gradient, ReplicatedStrategy, build_adamw, bytes_of
+from peftune.training.optimizer import Gradient, ReplicatedStrategy, build_adamw
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"gpt2": (12, 768, 12), "gpt2-xl": (48, 1600, 25)}
@@ -28,7 +28,7 @@ def held(base: Path, precision: str, quantize: str | None, lora: dict[str, Any])
     gradient = Gradient(list(parameters.values()), [p.shape for p in parameters.values()], torch.device("cpu"))
     engine = ReplicatedStrategy(adapted.model, parameters, build_adamw(parameters, recipe.optim, fused=False), None, 1)
     engine.update(gradient, 1.0, 1e-3)
-    told = engine.memory_bytes(adapted.model) | {"gradient": bytes_of(gradient.flat)}
+    told = engine.memory_bytes(adapted.model) | {"gradient": gradient.flat.nbytes}
     return told, footprint(adapted.model).held
 
 

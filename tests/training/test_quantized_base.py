@@ -161,7 +161,7 @@ def test_memory_of_the_base_is_told_and_recorded(recipe: Make, kind: str, capsys
     assert f" as {kind} (fp32 0.1 MB, bf16 0.1 MB)" in capsys.readouterr().err
     provenance = json.loads((Path(made.run.out) / "peftune.json").read_text())
     assert provenance["recipe"]["quantize"] == kind and "bitsandbytes" in provenance["versions"]
-    assert f"The base was held in {kind}" in (Path(made.run.out) / "README.md").read_text()
+    assert f"The base was quantised to {kind}" in (Path(made.run.out) / "README.md").read_text()
 
 
 def test_evaluation_and_generation_take_the_adapter_on_the_full_precision_base(

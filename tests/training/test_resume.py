@@ -145,7 +145,7 @@ def test_a_full_disk_is_one_clear_error_and_the_checkpoint_before_is_intact(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "_flush", full)
+    monkeypatch.setattr(checkpoint, "flush_to_disk", full)
     with pytest.raises(UserError, match="the disk is full; earlier checkpoints are intact"):
         checkpoint.save(tmp_path, small_checkpoint(step=2))
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
@@ -157,16 +157,16 @@ def test_a_full_disk_under_the_records_is_one_clear_error(recipe: Make, monkeypa
     from peftune.training.metrics import MetricsLog
 
     made = recipe("run.save_every=1")
-    append = MetricsLog._append
+    write = MetricsLog.write
 
-    def full_at_the_third_step(self: MetricsLog, line: bytes) -> None:
-        if b'"step": 3, "loss"' in line:
+    def full_at_the_third_step(self: MetricsLog, event: str, **values: Any) -> None:
+        if event == "train" and values["step"] == 3:
             assert self.file is not None
             self.file.close()
             self.file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115  the run closes it
-        append(self, line)
+        write(self, event, **values)
 
-    monkeypatch.setattr(MetricsLog, "_append", full_at_the_third_step)
+    monkeypatch.setattr(MetricsLog, "write", full_at_the_third_step)
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # /dev/full cannot be flushed
     with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written: No space left.*checkpoints are intact"):
         train(made)

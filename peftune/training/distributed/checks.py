@@ -1,4 +1,4 @@
-"""What cannot be combined, said before any weight is loaded, with the reason."""
+"""What cannot be combined, refused before any weight is loaded, with the reason."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ from peftune.files import read_object
 
 def refuse_for_zero3(recipe: Recipe) -> None:
     """UserError, before anything is loaded, for a recipe that ZeRO-3 would train wrongly or not at all."""
-    problems = []
-    if recipe.quantize is not None:
-        problems.append(
-            f"quantize: {recipe.quantize} (8-bit trains to a wrong loss there, 4-bit weights cannot be shared out)"
-        )
-    if recipe.lora.variant not in ("lora", "rslora"):
-        problems.append(f"lora.variant: {recipe.lora.variant} (it reads whole weights, of which a rank has a part)")
-    if recipe.lora.modules_to_save:
-        problems.append("lora.modules_to_save (whole modules would be copied from parts)")
-    if {"wte", "wpe", "lm_head"} & set(recipe.lora.targets if isinstance(recipe.lora.targets, list) else []):
-        problems.append("lora.targets outside the blocks (wte, wpe, lm_head)")
-    if recipe.run.samples:
-        problems.append("run.samples (no rank has the whole model to generate with)")
+    lora, quantize = recipe.lora, recipe.quantize
+    outside = {"wte", "wpe", "lm_head"} & (set() if isinstance(lora.targets, str) else set(lora.targets))
+    refused = {
+        f"quantize: {quantize} (8-bit trains to a wrong loss there, 4-bit weights cannot be sharded)": quantize,
+        f"lora.variant: {lora.variant} (it reads full weights, and a rank has a shard)": lora.variant
+        not in ("lora", "rslora"),
+        "lora.modules_to_save (modules would be copied from shards)": lora.modules_to_save,
+        "lora.targets outside the blocks (wte, wpe, lm_head)": outside,
+        "run.samples (no rank has the full model to generate with)": recipe.run.samples,
+    }
+    problems = [text for text, applies in refused.items() if applies]
     if problems:
         raise UserError(f"ZeRO-3 cannot be combined with {'; '.join(problems)}; use ZeRO-2, or leave these out")
 

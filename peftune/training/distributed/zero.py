@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO: the only module that knows DeepSpeed.
 
-ZeRO-1 and ZeRO-2 are given the adapter alone: the base runs beside DeepSpeed's engine, untouched by it. ZeRO-3 is given
-the full model, because it shards the weights. All three get the step's gradient in one backward of a linear function
+ZeRO-1 and ZeRO-2 get the adapter alone: the base runs beside DeepSpeed's engine, untouched by it. ZeRO-3 gets the full
+model, because it shards the weights. All three get the step's gradient in one backward of a linear function
 that has it as its gradient, so each reduces once a step.
 """
 
@@ -10,10 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -26,8 +24,8 @@ from peftune.model.base import Base
 from peftune.model.load import recompute_activations, with_dropout
 from peftune.model.lora import Adapted, inject
 from peftune.model.loss import LossModel
-from peftune.training.distributed.checks import check_engine_file
-from peftune.training.optimizer import Gradient, Moments, Tensors, bytes_of, set_rate, state_bytes
+from peftune.training.distributed.checks import check_engine_file, refuse_for_zero3
+from peftune.training.optimizer import Gradient, Moments, Parameters, Tensors, set_rate, state_bytes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,11 +36,20 @@ _BUCKETS = {  # elements, for "auto"; Accelerate would look for a hidden size, w
     "stage3_param_persistence_threshold": 10_000,
 }
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
-def configure(config: dict[str, Any], ranks: int, clip: float | None) -> None:
-    """Write what the recipe decides into DeepSpeed's configuration."""
+
+def configure(accelerator: Accelerator, recipe: Recipe) -> None:
+    """Write what the recipe decides into DeepSpeed's configuration.
+
+    UserError, before anything is loaded, for a recipe that ZeRO-3 would train wrongly or not at all.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if int(plugin.zero_stage) == 3:
+        refuse_for_zero3(recipe)
+    config = plugin.deepspeed_config
     config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}  # it sees one backward a step
-    config |= {"train_batch_size": ranks, "gradient_clipping": clip or 0.0}
+    config |= {"train_batch_size": accelerator.num_processes, "gradient_clipping": recipe.optim.clip or 0.0}
     zero = config["zero_optimization"]
     zero |= {key: size for key, size in _BUCKETS.items() if zero.get(key) == "auto"}
 
@@ -51,14 +58,9 @@ class ShardedStrategy:
     """DeepSpeed ZeRO: AdamW's moments (1), gradients (2) and weights (3) are sharded evenly over the ranks."""
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        stage: int,
-        loss_model: LossModel,
-        parameters: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
+        self, accelerator: Accelerator, loss_model: LossModel, parameters: Parameters, optimizer: torch.optim.Optimizer
     ) -> None:
-        self.forward_is_collective = stage == 3
+        self.forward_is_collective = int(accelerator.state.deepspeed_plugin.zero_stage) == 3
         self.parameters, self.ranks = parameters, accelerator.num_processes
         owned = loss_model if self.forward_is_collective else nn.ParameterList(parameters.values())
         self.engine, _ = accelerator.prepare(owned, optimizer)
@@ -71,10 +73,12 @@ class ShardedStrategy:
             self._begin_state()
 
     def update(self, gradient: Gradient, divisor: float, rate: float) -> float:
+        import deepspeed
+
         gradient.flat.mul_(self.ranks / divisor)  # the engine averages over ranks
         set_rate(self.engine.optimizer, rate)
         self.engine.optimizer.zero_grad()  # else ZeRO-3 adds to the step before
-        with self._gathered(gradient.parameters):
+        with deepspeed.zero.GatheredParameters(gradient.parameters, enabled=self.forward_is_collective):
             linear = [
                 torch.dot(p.reshape(-1), view.reshape(-1))
                 for p, view in zip(gradient.parameters, gradient.views, strict=True)
@@ -87,14 +91,13 @@ class ShardedStrategy:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         values = {n: safe_get_full_fp32_param(p).detach().cpu().clone() for n, p in self.parameters.items()}
-        done = self._steps()
-        if not done or not done[0]:
+        steps = self._steps()
+        if not steps or not steps[0]:
             return values, {}
         moments: Moments = {}
         for name, p in self.parameters.items():
-            found = {key: safe_get_full_optimizer_state(p, key) for key in ("exp_avg", "exp_avg_sq")}
+            found = {key: safe_get_full_optimizer_state(p, key) for key in _MOMENTS} | {"step": steps[0]}
             moments[name] = {key: entry.detach().cpu().clone() for key, entry in found.items()}
-            moments[name]["step"] = done[0].detach().cpu().clone()
         return values, moments
 
     def load_state_dict(self, values: Tensors, moments: Moments) -> None:
@@ -106,7 +109,7 @@ class ShardedStrategy:
         nothing = Gradient(list(self.parameters.values()), [values[name].shape for name in self.parameters], device)
         self.update(nothing, divisor=1.0, rate=0.0)  # AdamW's state comes to be, every copy of the adapter is renewed
         for name, parameter in self.parameters.items():
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in _MOMENTS:
                 value = moments[name][key] if moments else torch.zeros_like(values[name])
                 safe_set_full_optimizer_state(parameter, value.to(device), key)
         steps = next(iter(moments.values()))["step"] if moments else torch.zeros(())
@@ -115,10 +118,10 @@ class ShardedStrategy:
 
     def memory_bytes(self, model: nn.Module) -> dict[str, int]:
         base = self.engine.optimizer.optimizer
-        masters = sum(map(bytes_of, base.state))  # the flat fp32 parts that it updates
-        parts = [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]  # beside them, what is gathered
-        held = sum(map(bytes_of, parts)) + sum(map(bytes_of, model.parameters()))
-        return {"parameters": held, "optimizer_state": state_bytes(base) + masters}
+        masters = sum(flat.nbytes for flat in base.state)  # the flat fp32 shards that it updates
+        shards = [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]  # beside them, what is gathered
+        parameters = sum(tensor.nbytes for tensor in (*shards, *model.parameters()))
+        return {"parameters": parameters, "optimizer_state": state_bytes(base) + masters}
 
     def _begin_state(self) -> None:
         """AdamW's state before its first step: ZeRO-1 and 2 link it once the first of several groups has one."""
@@ -126,26 +129,16 @@ class ShardedStrategy:
         for group in base.param_groups:
             for flat in group["params"]:
                 device = flat.device if group["fused"] else "cpu"
-                moments = {key: torch.zeros_like(flat) for key in ("exp_avg", "exp_avg_sq")}
+                moments = {key: torch.zeros_like(flat) for key in _MOMENTS}
                 base.state[flat] = {"step": torch.zeros((), device=device), **moments}
 
     def _steps(self) -> list[torch.Tensor]:
-        """AdamW's step counters on this rank, one for each flat part it holds."""
+        """AdamW's step counters on this rank, one for each flat shard it has."""
         return [state["step"] for state in self.engine.optimizer.optimizer.state.values() if "step" in state]
-
-    @contextmanager
-    def _gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:
-        if not self.forward_is_collective:
-            yield
-            return
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(parameters):
-            yield
 
 
 def load_sharded(recipe: Recipe, base: Base, dtype: torch.dtype, accelerator: Accelerator) -> Adapted:
-    """The base with a fresh adapter, sharded as it is read, one tensor after another; no rank ever holds all of it.
+    """The base with a fresh adapter, sharded as it is read, one tensor after another; no rank ever has all of it.
 
     Only the first rank reads the files; UserError there for incomplete weights.
     """
