@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from transformers import GPT2LMHeadModel
 
@@ -24,9 +25,6 @@ from peftune.model import lora, quantized
 from peftune.model.base import Base, open_base
 from peftune.training.checkpoint import identity_of
 from peftune.training.distributed.collectives import broadcast, raise_on_all_ranks
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)

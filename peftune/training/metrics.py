@@ -6,13 +6,12 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from accelerate import Accelerator
 
 from peftune.errors import UserError
 from peftune.training.checkpoint import flatten
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 class MetricsLog:

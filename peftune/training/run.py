@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from peftune.config.recipe import Recipe
 from peftune.console import Console
@@ -28,9 +29,6 @@ from peftune.training.inputs import RunInputs, read_inputs_on_all_ranks, sole_wr
 from peftune.training.metrics import MetricsLog
 from peftune.training.optimizer import Gradient, ReplicatedStrategy, UpdateStrategy, build_adamw
 from peftune.training.step import ForwardFn, StopNow, choose_forward, evaluate_domain, train_step
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 SAMPLE_TOKENS = 80
 

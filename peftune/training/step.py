@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from peftune.config.recipe import Recipe
@@ -28,9 +29,6 @@ from peftune.training.distributed.collectives import all_gather, all_reduce_sum,
 from peftune.training.distributed.signals import StopRequest
 from peftune.training.inputs import RunInputs
 from peftune.training.optimizer import Gradient, UpdateStrategy, lr_at
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 Result = TypeVar("Result")
 

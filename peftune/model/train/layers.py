@@ -27,7 +27,7 @@ class LoraFactors:
 
 
 def base_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
-    """W (I, O) of a `Conv1D`: the base's own tensor, which has the dtype of the run already."""
+    """W (I, O): the base's own tensor, stored input by output, which has the dtype of the run already."""
     return layer.weight.to(dtype)  # type: ignore[no-any-return]
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
+from accelerate import Accelerator
 
 from peftune.data.batches import NOT_SCORED, Batch
 from peftune.errors import CheckFailed, Interrupted, PeftuneError, RankLost, ReportedElsewhere, first_line
 from peftune.training.distributed.signals import StopRequest
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 Result = TypeVar("Result")
 

@@ -6,18 +6,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 
 from peftune.config.recipe import Recipe
 from peftune.errors import Interrupted, PeftuneError, UserError, report_once_per_machine
 from peftune.training.distributed import zero
 from peftune.training.distributed.collectives import report_clearly
 from peftune.training.distributed.watchdog import rendezvous_deadline, watch_peers
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 _TIMEOUT = timedelta(hours=6)  # one rank may tokenise for long; the watchdog notices ranks that are gone
 
@@ -35,10 +34,6 @@ def watched_ranks(recipe: Recipe) -> Iterator[Accelerator]:
 
 def start(trackers: list[str], folder: str) -> Accelerator:
     """Join the other ranks, if there are any; UserError for a tracker, or DeepSpeed, that is not installed."""
-    from accelerate import Accelerator, InitProcessGroupKwargs
-    from accelerate.state import AcceleratorState
-    from accelerate.tracking import get_available_trackers
-
     available = {str(getattr(name, "value", name)) for name in get_available_trackers()}
     missing = [name for name in trackers if name not in available]
     if missing:
@@ -81,9 +76,8 @@ def process_group() -> Iterator[None]:
 
 
 def zero_stage(accelerator: Accelerator) -> int:
-    """1, 2 or 3 where DeepSpeed ZeRO shards memory, 0 where it does not."""
-    plugin = accelerator.state.deepspeed_plugin
-    return int(plugin.zero_stage) if plugin is not None else 0
+    """1, 2 or 3 where ZeRO shards memory, 0 where it does not."""
+    return zero.stage_of(accelerator) if str(accelerator.distributed_type.value) == "DEEPSPEED" else 0
 
 
 def layout(accelerator: Accelerator) -> str:

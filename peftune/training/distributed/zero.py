@@ -11,9 +11,9 @@ import logging
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import GPT2LMHeadModel
 
@@ -27,9 +27,6 @@ from peftune.model.loss import LossModel
 from peftune.training.distributed.checks import check_engine_file, refuse_for_zero3
 from peftune.training.optimizer import Gradient, Moments, Parameters, Tensors, set_rate, state_bytes
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 _BUCKETS = {  # elements, for "auto"; Accelerate would look for a hidden size, which an adapter does not have
     "reduce_bucket_size": 50_000_000,
     "stage3_prefetch_bucket_size": 15_000_000,
@@ -39,15 +36,19 @@ _BUCKETS = {  # elements, for "auto"; Accelerate would look for a hidden size, w
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def stage_of(accelerator: Accelerator) -> int:
+    """1, 2 or 3 as the launcher's configuration says."""
+    return int(accelerator.state.deepspeed_plugin.zero_stage)
+
+
 def configure(accelerator: Accelerator, recipe: Recipe) -> None:
     """Write what the recipe decides into DeepSpeed's configuration.
 
     UserError, before anything is loaded, for a recipe that ZeRO-3 would train wrongly or not at all.
     """
-    plugin = accelerator.state.deepspeed_plugin
-    if int(plugin.zero_stage) == 3:
+    if stage_of(accelerator) == 3:
         refuse_for_zero3(recipe)
-    config = plugin.deepspeed_config
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
     config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}  # it sees one backward a step
     config |= {"train_batch_size": accelerator.num_processes, "gradient_clipping": recipe.optim.clip or 0.0}
     zero = config["zero_optimization"]
@@ -60,7 +61,7 @@ class ShardedStrategy:
     def __init__(
         self, accelerator: Accelerator, loss_model: LossModel, parameters: Parameters, optimizer: torch.optim.Optimizer
     ) -> None:
-        self.forward_is_collective = int(accelerator.state.deepspeed_plugin.zero_stage) == 3
+        self.forward_is_collective = stage_of(accelerator) == 3
         self.parameters, self.ranks = parameters, accelerator.num_processes
         owned = loss_model if self.forward_is_collective else nn.ParameterList(parameters.values())
         self.engine, _ = accelerator.prepare(owned, optimizer)
