@@ -109,7 +109,11 @@ def load_run(
         per_rank = -(-min(batch.global_size, len(inputs.corpus.train)) // accelerator.num_processes)
         fitting = first_micro_size(inputs.base.config, block, per_rank, dtype, accelerator.device)
         state.micro_size = min(all_gather(accelerator, fitting))
-    adapted = _load_adapted(inputs, accelerator, dtype)
+    if start.zero_stage(accelerator) == 3:
+        adapted = zero.load_sharded(recipe, inputs.base, dtype, accelerator)
+    else:
+        with raise_on_all_ranks(accelerator):
+            adapted = load_adapted(recipe, inputs.base, dtype, accelerator.device)
     parameters = adapted.trainable()
     gradient = Gradient(list(parameters.values()), [p.shape for p in parameters.values()], accelerator.device)
     loss_model = LossModel(adapted.model, recipe.optim.neftune, recipe.optim.label_smoothing)
@@ -127,16 +131,6 @@ def load_run(
     path = Path(recipe.run.out) / "metrics.jsonl"
     metrics = MetricsLog(path, accelerator, recipe.model_dump(mode="json"), state.records_bytes)
     return Run(inputs, accelerator, console, adapted, forward, gradient, strategy, state, metrics)
-
-
-def _load_adapted(inputs: RunInputs, accelerator: Accelerator, dtype: torch.dtype) -> Adapted:
-    sharded = start.zero_stage(accelerator) == 3
-    with raise_on_all_ranks(accelerator):
-        if not sharded:
-            adapted = load_adapted(inputs.recipe, inputs.base, dtype, accelerator.device)
-        elif accelerator.is_main_process:
-            assert inputs.base.weights, "opened here, where an error of the first rank can still be raised on all"
-    return zero.load_sharded(inputs.recipe, inputs.base, dtype, accelerator) if sharded else adapted
 
 
 def _begin(run: Run, found: Checkpoint | None) -> None:

@@ -97,7 +97,7 @@ def test_a_run_may_change_its_function_where_it_was_cut(
             "fast steps (batched products by query blocks, not compiled: the run is too short to repay it)",
         ),
         (("run.fast=false",), "steps by Transformers and PEFT (run.fast is false)"),
-        (("lora.variant=dora",), "steps by Transformers and PEFT (DoRA normalises whole weights)"),
+        (("lora.variant=dora",), "steps by Transformers and PEFT (DoRA normalises full weights)"),
         (("run.base_dropout=0.1",), "0.1, attn_pdrop 0.1, resid_pdrop 0.1)"),
     ],
 )

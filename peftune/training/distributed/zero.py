@@ -20,11 +20,12 @@ from transformers import GPT2LMHeadModel
 import peftune
 from peftune.config.recipe import Recipe
 from peftune.errors import UserError
+from peftune.files import read_object
 from peftune.model.base import Base
 from peftune.model.load import recompute_activations, with_dropout
 from peftune.model.lora import Adapted, inject
 from peftune.model.loss import LossModel
-from peftune.training.distributed.checks import check_engine_file, refuse_for_zero3
+from peftune.training.distributed.collectives import raise_on_all_ranks
 from peftune.training.optimizer import Gradient, Moments, Parameters, Tensors, set_rate, state_bytes
 
 _BUCKETS = {  # elements, for "auto"; Accelerate would look for a hidden size, which an adapter does not have
@@ -53,6 +54,38 @@ def configure(accelerator: Accelerator, recipe: Recipe) -> None:
     config |= {"train_batch_size": accelerator.num_processes, "gradient_clipping": recipe.optim.clip or 0.0}
     zero = config["zero_optimization"]
     zero |= {key: size for key, size in _BUCKETS.items() if zero.get(key) == "auto"}
+
+
+def refuse_for_zero3(recipe: Recipe) -> None:
+    """UserError, before anything is loaded, for a recipe that ZeRO-3 would train wrongly or not at all."""
+    lora, quantize = recipe.lora, recipe.quantize
+    outside = {"wte", "wpe", "lm_head"} & (set() if isinstance(lora.targets, str) else set(lora.targets))
+    refused = {
+        f"quantize: {quantize} (8-bit trains to a wrong loss there, 4-bit weights cannot be sharded)": quantize,
+        f"lora.variant: {lora.variant} (it reads full weights, and a rank has a shard)": lora.variant
+        not in ("lora", "rslora"),
+        "lora.modules_to_save (modules would be copied from shards)": lora.modules_to_save,
+        "lora.targets outside the blocks (wte, wpe, lm_head)": outside,
+        "run.samples (no rank has the full model to generate with)": recipe.run.samples,
+    }
+    problems = [text for text, applies in refused.items() if applies]
+    if problems:
+        raise UserError(f"ZeRO-3 cannot be combined with {'; '.join(problems)}; use ZeRO-2, or leave these out")
+
+
+def check_engine_file(path: Path) -> None:
+    """UserError where the file is missing, or decides what the recipe decides."""
+    values = read_object(path)
+    problems = [f"{key} (peftune has its own)" for key in ("optimizer", "scheduler") if key in values]
+    problems += [f"{key} (run.precision says it)" for key in ("bf16", "fp16", "amp", "torch_autocast") if key in values]
+    owned = {"gradient_accumulation_steps": (1, "auto"), "gradient_clipping": ("auto",)}
+    problems += [
+        f'{key}: {values[key]} (the recipe says it, use "auto")'
+        for key, allowed in owned.items()
+        if values.get(key, "auto") not in allowed
+    ]
+    if problems:
+        raise UserError(f"{path}: cannot be used because of {', '.join(problems)}; see ds_configs/")
 
 
 class ShardedStrategy:
@@ -141,11 +174,14 @@ class ShardedStrategy:
 def load_sharded(recipe: Recipe, base: Base, dtype: torch.dtype, accelerator: Accelerator) -> Adapted:
     """The base with a fresh adapter, sharded as it is read, one tensor after another; no rank ever has all of it.
 
-    Only the first rank reads the files; UserError there for incomplete weights.
+    Only the first rank reads the files; UserError, on all ranks, for incomplete weights.
     """
     import deepspeed
     from transformers.initialization import no_init_weights
 
+    with raise_on_all_ranks(accelerator):
+        if accelerator.is_main_process:
+            assert base.weights, "opened here, where an error of the first rank can still be raised on all"
     # The format is asked for by configuration: on a CPU, DeepSpeed takes any `dtype=` for bf16.
     asked = {"bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16}}
     zero = accelerator.state.deepspeed_plugin.deepspeed_config | asked

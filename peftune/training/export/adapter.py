@@ -95,7 +95,6 @@ def _before_and_after(events: list[dict[str, Any]], step: int) -> dict[str, dict
 
 def _provenance(inputs: RunInputs, state: State, delivery: Delivery, run_facts: dict[str, Any]) -> dict[str, Any]:
     """What peftune.json holds: enough to know what made this adapter, and to refuse another base."""
-    quantize = inputs.recipe.quantize
     versions = {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
     return {
         "peftune": __version__,
@@ -109,7 +108,7 @@ def _provenance(inputs: RunInputs, state: State, delivery: Delivery, run_facts: 
         "seconds": delivery.seconds,
         **run_facts,
         "metrics": delivery.metrics,
-        "versions": versions if quantize is None else versions | quantized.versions(quantize),
+        "versions": versions | quantized.versions(inputs.recipe.quantize),
     }
 
 

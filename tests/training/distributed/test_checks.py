@@ -11,7 +11,7 @@ import pytest
 
 from peftune.config.recipe import Recipe
 from peftune.errors import UserError
-from peftune.training.distributed.checks import check_engine_file, refuse_for_zero3
+from peftune.training.distributed.zero import check_engine_file, refuse_for_zero3
 
 
 @pytest.mark.parametrize(
