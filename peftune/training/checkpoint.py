@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from peftune.config.recipe import Recipe
 from peftune.errors import UserError
 from peftune.files import flush_to_disk, staging_directory
-from peftune.training.optimizer import Moments, Tensors
+from peftune.training.optimizer import Tensors
 
 _NAME = re.compile(r"step-\d+")
 _KEPT = 2  # of the newest
@@ -68,7 +68,7 @@ class Checkpoint:
 
     state: State
     values: Tensors
-    moments: Moments
+    moments: Tensors
 
 
 def save(folder: Path, saved: Checkpoint) -> None:
@@ -80,9 +80,8 @@ def save(folder: Path, saved: Checkpoint) -> None:
         for leftover in folder.glob(".step-*"):  # of a run that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         with staging_directory(target) as staged:
-            save_file({name: value.contiguous() for name, value in saved.values.items()}, staged / _ADAPTER)
-            moments = {f"{name}/{key}": value for name, entry in saved.moments.items() for key, value in entry.items()}
-            save_file({name: value.contiguous() for name, value in moments.items()}, staged / _MOMENTS)
+            for file, tensors in ((_ADAPTER, saved.values), (_MOMENTS, saved.moments)):
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staged / file)
             (staged / _STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
             flush_to_disk(staged)
             if target.exists():
@@ -119,11 +118,7 @@ def read(path: Path) -> Checkpoint:
     values = json.loads((path / _STATE).read_text(encoding="utf-8"))
     known = {field.name for field in fields(State)}
     state = State(**{key: value for key, value in values.items() if key in known})
-    moments: Moments = {}
-    for name, tensor in load_file(path / _MOMENTS).items():
-        parameter, _, key = name.rpartition("/")
-        moments.setdefault(parameter, {})[key] = tensor
-    return Checkpoint(state, load_file(path / _ADAPTER), moments)
+    return Checkpoint(state, load_file(path / _ADAPTER), load_file(path / _MOMENTS))
 
 
 HARMLESS = frozenset(

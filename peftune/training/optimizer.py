@@ -15,8 +15,8 @@ from peftune.config.recipe import OptimSection
 
 Parameters = dict[str, nn.Parameter]
 Tensors = dict[str, torch.Tensor]
-Moments = dict[str, dict[str, torch.Tensor]]
-"""AdamW's state of each parameter by name: `step` (), `exp_avg` and `exp_avg_sq` of the parameter's shape."""
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""AdamW's state of a parameter, kept by name as `lora_A…/exp_avg`: a scalar, and two of the parameter's shape."""
 
 
 class Gradient:
@@ -33,10 +33,6 @@ class Gradient:
         sizes = [shape.numel() for shape in shapes]
         self.flat = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
         self.views = [flat.view(shape) for flat, shape in zip(torch.split(self.flat, sizes), shapes, strict=True)]
-
-    def clear(self) -> None:
-        """Back to zero."""
-        self.flat.zero_()
 
     def add(self, loss: torch.Tensor) -> None:
         """Add the gradient of a scalar loss; a parameter that it does not reach gets zero."""
@@ -97,10 +93,10 @@ class UpdateStrategy(Protocol):
     def update(self, gradient: Gradient, divisor: float, rate: float) -> float:
         """Sum gradients over ranks, divide, clip, take one AdamW step; the gradient's norm before clipping."""
 
-    def state_dict(self) -> tuple[Tensors, Moments]:
+    def state_dict(self) -> tuple[Tensors, Tensors]:
         """Adapter and moments by parameter name, complete on every rank, on the CPU."""
 
-    def load_state_dict(self, values: Tensors, moments: Moments) -> None:
+    def load_state_dict(self, values: Tensors, moments: Tensors) -> None:
         """Take over an adapter and its moments, complete on every rank, as if this strategy had made them."""
 
     def memory_bytes(self, model: nn.Module) -> dict[str, int]:
@@ -138,24 +134,21 @@ class ReplicatedStrategy:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def state_dict(self) -> tuple[Tensors, Moments]:
+    def state_dict(self) -> tuple[Tensors, Tensors]:
         values, moments = {}, {}
         for name, p in self.parameters.items():
             values[name] = p.detach().to("cpu", copy=True)
-            if p in self.optimizer.state:
-                state = self.optimizer.state[p]
-                moments[name] = {key: entry.detach().to("cpu", copy=True) for key, entry in state.items()}
+            for key, entry in self.optimizer.state.get(p, {}).items():
+                moments[f"{name}/{key}"] = entry.detach().to("cpu", copy=True)
         return values, moments
 
-    def load_state_dict(self, values: Tensors, moments: Moments) -> None:
+    def load_state_dict(self, values: Tensors, moments: Tensors) -> None:
         fused = bool(self.optimizer.param_groups[0].get("fused"))
         for name, parameter in self.parameters.items():
             parameter.data.copy_(values[name])
-            if name in moments:  # AdamW keeps its step count on the CPU unless it is fused
-                self.optimizer.state[parameter] = {
-                    key: entry.to(parameter.device) if key != "step" or fused else entry
-                    for key, entry in moments[name].items()
-                }
+            for key in MOMENTS if moments else ():  # AdamW keeps its step count on the CPU unless it is fused
+                entry = moments[f"{name}/{key}"]
+                self.optimizer.state[parameter][key] = entry.to(parameter.device) if key != "step" or fused else entry
 
     def memory_bytes(self, model: nn.Module) -> dict[str, int]:
         return {"parameters": sum(p.nbytes for p in model.parameters()), "optimizer_state": state_bytes(self.optimizer)}

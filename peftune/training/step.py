@@ -130,7 +130,7 @@ def train_step(
     def accumulate() -> float:  # this rank's micro-batches; nothing is communicated here but under ZeRO-3
         mine = share_of(blocks, state.micro_size, rank, ranks)
         torch.manual_seed(draw_seed(recipe.run.seed, state.step, rank))
-        gradient.clear()
+        gradient.flat.zero_()
         nats = torch.zeros((), dtype=torch.float64, device=forward.device)
         batches = train.batches(mine, forward.micro_size, recipe.data.packing)
         for batch in lockstep_batches(accelerator, forward.is_collective, batches, stop):

@@ -126,7 +126,7 @@ def test_a_checkpoint_is_small_and_holds_no_base_weights(recipe: Make, tmp_path:
 
 
 def small_checkpoint(step: int, best_step: int | None = None) -> checkpoint.Checkpoint:
-    moments = {"p": {"step": torch.tensor(float(step)), "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}}
+    moments = {"p/step": torch.tensor(float(step)), "p/exp_avg": torch.ones(2), "p/exp_avg_sq": torch.ones(2)}
     return checkpoint.Checkpoint(checkpoint.State(step=step, best_step=best_step), {"p": torch.ones(2)}, moments)
 
 

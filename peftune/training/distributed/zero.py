@@ -26,15 +26,13 @@ from peftune.model.load import recompute_activations, with_dropout
 from peftune.model.lora import Adapted, inject
 from peftune.model.loss import LossModel
 from peftune.training.distributed.collectives import raise_on_all_ranks
-from peftune.training.optimizer import Gradient, Moments, Parameters, Tensors, set_rate, state_bytes
+from peftune.training.optimizer import MOMENTS, Gradient, Parameters, Tensors, set_rate, state_bytes
 
 _BUCKETS = {  # elements, for "auto"; Accelerate would look for a hidden size, which an adapter does not have
     "reduce_bucket_size": 50_000_000,
     "stage3_prefetch_bucket_size": 15_000_000,
     "stage3_param_persistence_threshold": 10_000,
 }
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def stage_of(accelerator: Accelerator) -> int:
@@ -121,20 +119,21 @@ class ShardedStrategy:
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
-    def state_dict(self) -> tuple[Tensors, Moments]:
+    def state_dict(self) -> tuple[Tensors, Tensors]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         values = {n: safe_get_full_fp32_param(p).detach().cpu().clone() for n, p in self.parameters.items()}
         steps = self._steps()
         if not steps or not steps[0]:
             return values, {}
-        moments: Moments = {}
+        moments = {}
         for name, p in self.parameters.items():
-            found = {key: safe_get_full_optimizer_state(p, key) for key in _MOMENTS} | {"step": steps[0]}
-            moments[name] = {key: entry.detach().cpu().clone() for key, entry in found.items()}
+            for key in MOMENTS:
+                entry = steps[0] if key == "step" else safe_get_full_optimizer_state(p, key)
+                moments[f"{name}/{key}"] = entry.detach().cpu().clone()
         return values, moments
 
-    def load_state_dict(self, values: Tensors, moments: Moments) -> None:
+    def load_state_dict(self, values: Tensors, moments: Tensors) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         device = self.engine.device
@@ -143,12 +142,11 @@ class ShardedStrategy:
         nothing = Gradient(list(self.parameters.values()), [values[name].shape for name in self.parameters], device)
         self.update(nothing, divisor=1.0, rate=0.0)  # AdamW's state comes to be, every copy of the adapter is renewed
         for name, parameter in self.parameters.items():
-            for key in _MOMENTS:
-                value = moments[name][key] if moments else torch.zeros_like(values[name])
+            for key in MOMENTS[1:]:
+                value = moments[f"{name}/{key}"] if moments else torch.zeros_like(values[name])
                 safe_set_full_optimizer_state(parameter, value.to(device), key)
-        steps = next(iter(moments.values()))["step"] if moments else torch.zeros(())
         for count in self._steps():
-            count.copy_(steps)
+            count.copy_(moments[f"{name}/step"] if moments else torch.zeros(()))
 
     def memory_bytes(self, model: nn.Module) -> dict[str, int]:
         base = self.engine.optimizer.optimizer
@@ -163,7 +161,7 @@ class ShardedStrategy:
         for group in base.param_groups:
             for flat in group["params"]:
                 device = flat.device if group["fused"] else "cpu"
-                moments = {key: torch.zeros_like(flat) for key in _MOMENTS}
+                moments = {key: torch.zeros_like(flat) for key in MOMENTS[1:]}
                 base.state[flat] = {"step": torch.zeros((), device=device), **moments}
 
     def _steps(self) -> list[torch.Tensor]:
