@@ -28,8 +28,8 @@ def held(base: Path, precision: str, quantize: str | None, lora: dict[str, Any])
     gradient = Gradient(list(parameters.values()), [p.shape for p in parameters.values()], torch.device("cpu"))
     engine = ReplicatedStrategy(adapted.model, parameters, build_adamw(parameters, recipe.optim, fused=False), None, 1)
     engine.update(gradient, 1.0, 1e-3)
-    told = engine.memory_bytes(adapted.model) | {"gradient": gradient.flat.nbytes}
-    return told, footprint(adapted.model).held
+    measured = engine.memory_bytes(adapted.model) | {"gradient": gradient.flat.nbytes}
+    return measured, footprint(adapted.model).held
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -45,14 +45,14 @@ def held(base: Path, precision: str, quantize: str | None, lora: dict[str, Any])
     ids=["lora", "dora", "pissa", "embeddings", "saved"],
 )
 def test_the_formulas_give_what_one_process_holds(tiny_base: Path, precision: str, lora: dict[str, Any]) -> None:
-    told, base = held(tiny_base, precision, None, lora)
+    measured, base = held(tiny_base, precision, None, lora)
     shapes = shapes_of(Base(tiny_base).config, LoraSection(**lora))
     foreseen = bytes_per_rank(shapes, "one", 1, precision)  # type: ignore[arg-type]
     assert base == foreseen.base
-    assert told["parameters"] == foreseen.base + 4 * shapes.adapter
-    assert told["gradient"] == foreseen.gradient
+    assert measured["parameters"] == foreseen.base + 4 * shapes.adapter
+    assert measured["gradient"] == foreseen.gradient
     counters = 4 * len(shapes.trained)  # AdamW counts its steps for each tensor
-    assert told["optimizer_state"] == foreseen.optimizer_state + counters
+    assert measured["optimizer_state"] == foreseen.optimizer_state + counters
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])

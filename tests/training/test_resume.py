@@ -59,11 +59,11 @@ def test_a_run_resumed_after_every_possible_stop_equals_one_without_stops(
     train(disturbed)
     assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
 
-    def told(out: Path) -> list[tuple[object, ...]]:
+    def recorded(out: Path) -> list[tuple[object, ...]]:
         events = read_metrics(out / "metrics.jsonl")
         return [(e["event"], e["step"], e["loss"]) for e in events if e["event"] in ("train", "eval")]
 
-    assert told(tmp_path / "a") == told(tmp_path / "b")
+    assert recorded(tmp_path / "a") == recorded(tmp_path / "b")
 
 
 def command_line(made: Recipe, tmp_path: Path) -> list[str]:
@@ -90,10 +90,10 @@ def test_sigkill_at_random_moments_changes_no_bit(recipe: Make, tmp_path: Path) 
                 kills += 1
                 break
             time.sleep(0.01)
-        _, told = process.communicate()
+        _, stderr = process.communicate()
         if process.returncode == 0:
             break
-        assert process.returncode == -signal.SIGKILL, told
+        assert process.returncode == -signal.SIGKILL, stderr
     assert kills == KILLS
     assert fingerprint(out) == fingerprint(tmp_path / "undisturbed")
 
@@ -108,9 +108,9 @@ def test_sigterm_saves_says_so_and_exits_with_3(recipe: Make, tmp_path: Path) ->
     ):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 3, told
-    assert "SIGTERM" in told and "checkpoint saved" in told and "Traceback" not in told
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 3, stderr
+    assert "SIGTERM" in stderr and "checkpoint saved" in stderr and "Traceback" not in stderr
     found = checkpoint.newest(out / "checkpoints")
     assert found is not None and found.state.step > 0
 

@@ -134,7 +134,7 @@ A {lora["variant"]} adapter (rank {lora["rank"]}, alpha {lora["alpha"]:g}, targe
 
 Learning: {provenance["step"]} steps of {recipe["batch"]["global_size"]} blocks, {provenance["tokens"]:,} tokens,
 peak rate {optim["lr"]:g} ({optim["schedule"]}), {provenance["precision"]}, seed {recipe["run"]["seed"]},
-{provenance["seconds"]:,.0f} seconds. `peftune.json` holds the whole recipe and the fingerprints of base and data,
+{provenance["seconds"]:,.0f} seconds. `peftune.json` holds the full recipe and the fingerprints of base and data,
 `metrics.jsonl` every step.
 
 ![Course of the loss](loss.png)"""
