@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import runpy
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 import peftune
 from peftune.cli.main import app
+from peftune.training.distributed.zero import refuse_for_zero3
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -31,7 +33,7 @@ def test_many_ranks_names_every_shipped_configuration_and_every_refusal() -> Non
     page = (ROOT / "docs" / "many-ranks.md").read_text(encoding="utf-8")
     names = {path.stem.removeprefix("multi-node-") for path in (ROOT / "accelerate_configs").glob("*.yaml")}
     assert [name for name in sorted(names - {"cpu", "gpu"}) if name not in page] == []
-    refusals = (ROOT / "peftune" / "training" / "distributed" / "checks.py").read_text(encoding="utf-8")
+    refusals = inspect.getsource(refuse_for_zero3)
     assert [key for key in set(re.findall(r"\b(?:run|lora)\.\w+", refusals)) if key not in page] == []
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from peftune.config.messages import validation_messages
 from peftune.errors import UserError
 from peftune.files import read_object
-
-if TYPE_CHECKING:
-    from transformers import GPT2Config
 
 Size = Annotated[int, Field(gt=0)]
 
@@ -64,10 +61,3 @@ def read_values(directory: Path) -> dict[str, Any]:
         found = "; ".join(validation_messages(error, {"": list(Architecture.model_fields)}))
         raise UserError(f"base {directory}: config.json: {found}") from None
     return values
-
-
-def config_of(values: dict[str, Any], directory: Path) -> GPT2Config:
-    """Transformers' configuration out of these values."""
-    from transformers import GPT2Config
-
-    return GPT2Config.from_dict(values | {"_name_or_path": str(directory)})

@@ -36,7 +36,9 @@ class Base:
     @cached_property
     def config(self) -> GPT2Config:
         """Transformers' configuration."""
-        return architecture.config_of(self.stored_config, self.directory)
+        from transformers import GPT2Config
+
+        return GPT2Config.from_dict(self.stored_config | {"_name_or_path": str(self.directory)})
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -47,7 +49,7 @@ class Base:
     def weights(self) -> weights.Weights:
         """The stored tensors by name, read one at a time; none is missing and all have the shapes of `config`."""
         found = weights.open_weights(self.directory, tied=self.config.tie_word_embeddings)
-        weights.check_whole(found, self.config)
+        weights.check_complete(found, self.config)
         return found
 
     @cached_property
@@ -107,21 +109,15 @@ def _checked(path: Path, name: str) -> Path:
 
 
 def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
     try:
         directory = Path(snapshot_download(name, allow_patterns=_WANTED))
-    except HFValidationError:
+    except errors.HFValidationError:
         raise UserError(f"base {name!r}: neither a directory nor a valid hub name") from None
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         raise UserError(f"base {name}: no such directory, and the hub knows no such model") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         cause = first_line(error).partition(". ")[0]
         raise UserError(f"base {name}: no such directory here, and the hub could not be reached ({cause})") from None
     if any(directory.glob("*.safetensors")) or any(directory.glob("*.bin")):

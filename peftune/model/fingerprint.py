@@ -45,12 +45,8 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def _identity(files: list[Path]) -> list[list[str | int]]:
-    found: list[list[str | int]] = []
-    for file in files:
-        if file.is_file():
-            stat = file.stat()
-            found.append([os.path.realpath(file), stat.st_size, stat.st_mtime_ns, stat.st_ino])
-    return found
+    stats = [(os.path.realpath(file), file.stat()) for file in files if file.is_file()]
+    return [[path, stat.st_size, stat.st_mtime_ns, stat.st_ino] for path, stat in stats]
 
 
 def _load(path: Path) -> dict[str, str]:

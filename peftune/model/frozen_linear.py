@@ -20,8 +20,7 @@ def frozen_linear(x: torch.Tensor, make: Make, bias: torch.Tensor | None) -> tor
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     bias = None if bias is None else bias.to(dtype)
-    result: torch.Tensor = _FrozenLinear.apply(x.to(dtype), make, bias)  # type: ignore[no-untyped-call]
-    return result
+    return _FrozenLinear.apply(x.to(dtype), make, bias)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _FrozenLinear(torch.autograd.Function):

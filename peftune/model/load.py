@@ -44,7 +44,7 @@ def load_model(
     dropout: float = 0.0,
     quantize: quantized.Kind | None = None,
 ) -> GPT2LMHeadModel:
-    """The whole model in `dtype`, in evaluation mode, SDPA attention, its own dropouts set to `dropout`.
+    """The full model in `dtype`, in evaluation mode, SDPA attention, its own dropouts set to `dropout`.
 
     `quantize` stores the linear layers of the blocks in 8 or 4 bits, made from the weights in float32 whatever `dtype`
     is, one tensor after the other. Raises UserError where weights are missing, truncated or of other shapes than
@@ -59,9 +59,8 @@ def load_model(
     config = with_dropout(base.config, dropout)
     assert base.weights, "read first: it tells what is missing more clearly than Transformers does"
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    options: dict[str, Any] = {"dtype": dtype}
-    if quantize is not None:
-        options = {"dtype": torch.float32, **quantized.loading_options(quantize, device)}
+    options = {} if quantize is None else quantized.loading_options(quantize, device)
+    options["dtype"] = dtype if quantize is None else torch.float32
     try:
         model: Any = GPT2LMHeadModel.from_pretrained(base.directory, config=config, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -85,9 +84,10 @@ def load_adapted(recipe: Recipe, base: Base, dtype: torch.dtype, device: torch.d
 
     if device.type == "cpu":
         device = torch.device("cpu")  # a rank's is cpu:0, on which int8 weights would be kept twice
+    exact = recipe.lora.variant in ("dora", "pissa") or recipe.lora.modules_to_save
     model = load_model(
         base,
-        dtype=_loading_dtype(recipe, dtype),
+        dtype=torch.float32 if exact or recipe.lora.targets not in ("all", "attention") else dtype,
         device="cpu" if recipe.quantize is None else device,
         dropout=recipe.run.base_dropout,
         quantize=recipe.quantize,
@@ -104,11 +104,6 @@ def recompute_activations(adapted: Adapted) -> None:
     core: Any = adapted.model.base_model.model  # Transformers 5 renamed the switch
     enable = getattr(core, "activation_checkpointing_enable", None) or core.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-
-
-def _loading_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
-    exact = recipe.lora.variant in ("dora", "pissa") or recipe.lora.modules_to_save
-    return torch.float32 if exact or recipe.lora.targets not in ("all", "attention") else dtype
 
 
 def only_blocks_are_trained(adapted: Adapted) -> bool:

@@ -1,6 +1,6 @@
 """Adapters on a GPT-2 through PEFT: targets, initial values, and the tensors that a plain PEFT adapter stores.
 
-PEFT owns the variants and the format. Two things are settled here: `fan_in_fan_out` follows the architecture
+PEFT owns the variants and the format. Two things are decided here: `fan_in_fan_out` follows the architecture
 (blocks are `Conv1D`, stored in x out, quantised or not), and PiSSA and LoftQ are delivered as a plain LoRA of twice the
 rank on the untouched base.
 """
@@ -64,14 +64,14 @@ def inject(
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Without PEFT's warnings about what peftune settles itself, and those about its own use of Transformers."""
+    """Without PEFT's warnings about what peftune decides itself, and those about its own use of Transformers."""
     with warnings.catch_warnings():
-        for message in _SETTLED:
+        for message in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         yield
 
 
-_SETTLED = (
+_EXPECTED_WARNINGS = (
     "fan_in_fan_out is set to",  # Conv1D and Linear targets side by side: PEFT itself takes the right one for each
     ".*tie_word_embeddings",
     ".*`?ensure_weight_tying",
@@ -84,13 +84,11 @@ _SETTLED = (
 
 def peft_config(model: GPT2LMHeadModel, lora: LoraSection) -> LoraConfig:
     """The PEFT configuration of a recipe's adapter, checked against the modules of this base."""
-    targets = _targets(lora)
+    sets = {"all": ALL, "attention": ATTENTION}
+    targets = list(sets[lora.targets] if isinstance(lora.targets, str) else lora.targets)
     problems = _problems(model, lora, targets)
     if problems:
         raise UserError("; ".join(problems))
-    layered: dict[str, Any] = (
-        {"layers_to_transform": sorted(set(lora.layers)), "layers_pattern": "h"} if lora.layers else {}
-    )
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
@@ -102,14 +100,9 @@ def peft_config(model: GPT2LMHeadModel, lora: LoraSection) -> LoraConfig:
         use_dora=lora.variant == "dora",
         init_lora_weights="pissa" if lora.variant == "pissa" else True,
         modules_to_save=lora.modules_to_save or None,
-        **layered,
+        layers_to_transform=sorted(set(lora.layers)) if lora.layers else None,
+        layers_pattern="h" if lora.layers else None,
     )
-
-
-def _targets(lora: LoraSection) -> list[str]:
-    if lora.targets == "all":
-        return list(ALL)
-    return list(ATTENTION) if lora.targets == "attention" else list(lora.targets)
 
 
 def _problems(model: GPT2LMHeadModel, lora: LoraSection, targets: list[str]) -> list[str]:
@@ -135,15 +128,15 @@ def _problems(model: GPT2LMHeadModel, lora: LoraSection, targets: list[str]) -> 
 
 
 def _rank_problems(modules: dict[str, nn.Module], lora: LoraSection, targets: list[str]) -> list[str]:
-    """A rank that no matrix of the targets has; and what PiSSA cannot take apart."""
-    adapted = {path: m for path, m in modules.items() if isinstance(m, _ADAPTABLE) and _any_named(path, targets)}
+    """A rank that no matrix of the targets has; and what PiSSA and LoftQ cannot decompose."""
+    adaptable = {path: module for path, module in modules.items() if isinstance(module, _ADAPTABLE)}
+    adapted = {path: m for path, m in adaptable.items() if any(_named(path, target) for target in targets)}
     shapes = {path: _shape(module) for path, module in adapted.items()}
     if lora.variant in ("pissa", "loftq"):
         if any(path == "lm_head" or isinstance(module, nn.Embedding) for path, module in adapted.items()):
             return [f"lora: {_INSIDE_BLOCKS[lora.variant]}"]
-        small = next((path for path, shape in shapes.items() if lora.rank > min(shape)), None)
-        told = f"lora.rank: {lora.variant} takes {lora.rank} directions, {small} has"
-        return [f"{told} {min(shapes[small])}"] if small else []
+        small = [(path, min(shape)) for path, shape in shapes.items() if lora.rank > min(shape)][:1]
+        return [f"lora.rank: {lora.variant} takes {lora.rank} directions, {path} has {size}" for path, size in small]
     largest = max((size for shape in shapes.values() for size in shape), default=lora.rank)
     if lora.rank > largest:
         return [f"lora.rank: {lora.rank} is more than any adapted matrix has rows or columns, at most {largest}"]
@@ -157,14 +150,10 @@ _INSIDE_BLOCKS = {
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:
-    """Of the weight, also where that is packed (quantised) or given away (ZeRO-3, which notes its `ds_shape`)."""
+    """Of the weight, also where that is packed (quantised) or sharded (ZeRO-3, which notes its `ds_shape`)."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     return tuple(getattr(module.weight, "ds_shape", module.weight.shape))  # type: ignore[arg-type]
-
-
-def _any_named(path: str, names: list[str]) -> bool:
-    return any(_named(path, name) for name in names)
 
 
 def _can_be_saved(module: nn.Module) -> bool:
@@ -181,7 +170,7 @@ def stored_adapter(
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What `adapter_config.json` and `adapter_model.safetensors` hold: plain PEFT, for the untouched base.
 
-    `values` are the trained parameters by name, where the model holds only a part of them or others. PiSSA moved a part
+    `values` are the trained parameters by name, where the model has only a shard of them or others. PiSSA moved a part
     of the base into its first A0, B0, so its update is B·A - B0·A0 = [B, -B0]·[A; A0]: rank and alpha double. So does
     LoftQ, whose A0, B0 stand for what quantising took from the base.
     """
@@ -190,9 +179,13 @@ def stored_adapter(
         tensors = get_peft_model_state_dict(adapted.model, state_dict=dict(named), save_embedding_layers=False)
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     config = config_to_json(adapted.model.peft_config["default"])
-    config |= {"inference_mode": True, "fan_in_fan_out": _adapts_blocks(adapted.model)}
+    # Every linear layer of a block is a `Conv1D` in the full-precision base, whatever a quantised one is made of.
+    blocks = any(".h." in name and isinstance(module, LoraLayer) for name, module in adapted.model.named_modules())
+    config |= {"inference_mode": True, "fan_in_fan_out": blocks}
+    for name, value in adapted.initial.items():
+        stored, first, is_a = name.replace(".default.", "."), value.cpu(), ".lora_A." in name
+        tensors[stored] = torch.cat([tensors[stored], first if is_a else -first], dim=0 if is_a else 1)
     if adapted.initial:
-        tensors = _without_initial(tensors, adapted.initial)
         config |= {"init_lora_weights": True, "r": 2 * config["r"], "lora_alpha": 2 * config["lora_alpha"]}
     return config, tensors
 
@@ -203,33 +196,14 @@ def config_to_json(config: PeftConfig) -> dict[str, Any]:
     return {key: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for key, v in settings}
 
 
-def _without_initial(tensors: dict[str, torch.Tensor], initial: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    first = {name.replace(".default.", "."): tensor.cpu() for name, tensor in initial.items()}
-    doubled = dict(tensors)
-    for name in first:
-        if ".lora_A." in name:
-            doubled[name] = torch.cat([tensors[name], first[name]], dim=0)
-        else:
-            doubled[name] = torch.cat([tensors[name], -first[name]], dim=1)
-    return doubled
-
-
-def _adapts_blocks(model: PeftModel) -> bool:
-    """Every linear layer of a block is a `Conv1D` in the full-precision base, whatever a quantised one is made of."""
-    return any(".h." in name and isinstance(module, LoraLayer) for name, module in model.named_modules())
-
-
 def is_dead(adapted: Adapted, values: dict[str, torch.Tensor]) -> bool:
     """True where every B (of an embedding every A) is what a fresh adapter has: zero, or its initial value.
 
     `values` are the trained parameters by name, on the CPU.
     """
     b = {name: value for name, value in values.items() if ".lora_B." in name or ".lora_embedding_A" in name}
-    return bool(b) and all(torch.equal(value, _fresh(adapted, name, value)) for name, value in b.items())
-
-
-def _fresh(adapted: Adapted, name: str, value: torch.Tensor) -> torch.Tensor:
-    return adapted.initial[name].cpu() if name in adapted.initial else torch.zeros_like(value)
+    fresh = {name: torch.zeros_like(value) for name, value in b.items()} | adapted.initial
+    return bool(b) and all(torch.equal(value, fresh[name].cpu()) for name, value in b.items())
 
 
 @torch.no_grad()

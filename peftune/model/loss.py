@@ -33,7 +33,7 @@ class LossModel(nn.Module):
     def forward(
         self, ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, segments: torch.Tensor | None
     ) -> torch.Tensor:
-        """Summed loss in nats (float64 scalar) over the places with a target ≥ 0; all arguments (B, T) int64.
+        """Summed loss in nats (float64 scalar) over the positions with a target ≥ 0; all arguments (B, T) int64.
 
         Without `segments` each row is one document: no mask, and SDPA's causal kernel (flash attention on a GPU).
         """
@@ -70,7 +70,7 @@ def nats_to_perplexity(nats_per_token: float) -> float:
 def document_mask(segments: torch.Tensor) -> torch.Tensor:
     """Attention mask (B, 1, T, T), True where row i may look at column j: j ≤ i and both of one document.
 
-    `segments` (B, T) numbers the documents of a row. Places without a document (-1) see each other, so that no
+    `segments` (B, T) numbers the documents of a row. Positions without a document (-1) see each other, so that no
     row of the mask is empty and softmax stays finite; they are never scored. Restarted positions alone do not
     separate documents in GPT-2, only a mask does.
     """
@@ -94,11 +94,10 @@ def summed_nats(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, sm
     With `smoothing` each target's probability is 1 - smoothing, and smoothing is spread evenly over the vocabulary
     (Szegedy et al., 1512.00567). A plain frozen `nn.Linear` head takes the short way: its gradient with respect to
     `hidden` is computed in the forward, chunk by chunk, so that logits are made once (4VD instead of 6VD operations a
-    place) and dropped at once.
+    position) and dropped at once.
     """
-    if _is_frozen_linear(head):
-        total: torch.Tensor = _FrozenHead.apply(hidden, head.weight, targets, smoothing)  # type: ignore[no-untyped-call]
-        return total
+    if type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad:
+        return _FrozenHead.apply(hidden, head.weight, targets, smoothing)
     chunk = chunk_rows(hidden.device)
     parts = [
         F.cross_entropy(head(rows).float(), wanted, reduction="sum", label_smoothing=smoothing).double()
@@ -112,10 +111,6 @@ def chunk_rows(device: torch.device) -> int:
     return 128 if device.type == "cpu" else 1024
 
 
-def _is_frozen_linear(head: nn.Module) -> bool:
-    return type(head) is nn.Linear and getattr(head, "bias", None) is None and not head.weight.requires_grad
-
-
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -124,7 +119,8 @@ class _FrozenHead(torch.autograd.Function):
         weight = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         wanted = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden, dtype=_gradient_dtype(hidden.dtype)) if wanted else None
+        dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # scaled only in the backward
+        gradient = torch.empty_like(hidden, dtype=dtype) if wanted else None
         chunk = max(1, min(chunk_rows(hidden.device), len(hidden)))
         logits_CV = hidden.new_empty(chunk, len(weight))  # made once: fresh memory costs more than the softmax
         probability_CV = logits_CV if logits_CV.dtype == torch.float32 else logits_CV.float()
@@ -149,8 +145,3 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return (gradient * upstream.to(torch.float32)).to(ctx.dtype), None, None, None
-
-
-def _gradient_dtype(hidden: torch.dtype) -> torch.dtype:
-    """fp16 cannot hold a gradient that is scaled only later."""
-    return torch.float32 if hidden == torch.float16 else hidden

@@ -1,4 +1,4 @@
-"""Bases in 8 or 4 bits: the one door to bitsandbytes, which quantises and unpacks; peftune multiplies.
+"""Bases in 8 or 4 bits: the only module that uses bitsandbytes, which quantises and unpacks; peftune multiplies.
 
 The linear layers of the blocks are stored quantised and nothing else is. What is computed is x·Ŵᵀ + b with the unpacked
 Ŵ, rounded to the dtype of the run, in training and evaluation and on every device alike. The library's own products
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator
 from functools import partial
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 from peftune.errors import UserError
@@ -38,8 +38,6 @@ def require(kind: Kind | None) -> None:
 
 def versions(kind: Kind | None) -> dict[str, str]:
     """Version of the library that packed the base, by its name; nothing where it was not packed."""
-    from importlib.metadata import version
-
     return {} if kind is None else {"bitsandbytes": version("bitsandbytes")}
 
 
@@ -48,9 +46,7 @@ def quiet() -> None:
 
     It misses an optional package with a product in 4 bits for CPUs; peftune does not use that product.
     """
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    if _is_wanted not in logger.filters:
-        logger.addFilter(_is_wanted)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_wanted)
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:
@@ -62,9 +58,8 @@ def loading_options(kind: Kind, device: str | torch.device) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     quiet()
-    bits: dict[str, Any] = {"load_in_8bit": True}
-    if kind == "nf4":
-        bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    int8, nf4 = {"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    bits: dict[str, Any] = int8 if kind == "int8" else nf4
     settings = BitsAndBytesConfig(**bits, llm_int8_skip_modules=["lm_head"])  # type: ignore[no-untyped-call]
     return {"quantization_config": settings, "device_map": {"": device}}
 
@@ -105,24 +100,17 @@ def rounded(weight: torch.Tensor, kind: Kind) -> torch.Tensor:
     """Ŵ (in, out), float32, of a block's weight as checkpoints hold it: what a loaded quantised base computes with."""
     from bitsandbytes.nn import Int8Params, Params4bit
 
-    out_in = weight.float().T.contiguous()
-    packed = (
-        Int8Params(out_in, requires_grad=False)
-        if kind == "int8"
-        else Params4bit(out_in, requires_grad=False, quant_type="nf4", compress_statistics=False)
-    )
+    out_in, nf4 = weight.float().T.contiguous(), {"quant_type": "nf4", "compress_statistics": False}
+    make = Int8Params if kind == "int8" else partial(Params4bit, **nf4)
+    packed = make(out_in, requires_grad=False)
     return _unpack(packed.to(weight.device)).T
 
 
-def constants(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
-    """What a quantised parameter holds beside its bits: scales, and the table of 4-bit values."""
-    for holder, name in ((parameter, "SCB"), (getattr(parameter, "quant_state", None), "absmax")):
-        value = getattr(holder, name, None)
-        if value is not None:
-            yield value
-    table = getattr(getattr(parameter, "quant_state", None), "code", None)
-    if table is not None:
-        yield table
+def constants(parameter: torch.Tensor) -> list[torch.Tensor]:
+    """What a quantised parameter needs beside its bits: scales, and the table of 4-bit values."""
+    state = getattr(parameter, "quant_state", None)
+    found = getattr(parameter, "SCB", None), getattr(state, "absmax", None), getattr(state, "code", None)
+    return [tensor for tensor in found if tensor is not None]
 
 
 def elements(parameter: torch.Tensor) -> int:

@@ -47,23 +47,19 @@ def fingerprint(load: Callable[[], PreTrainedTokenizerFast], directory: Path) ->
     def compute() -> str:
         tokenizer = load()
         inner = json.loads(tokenizer.backend_tokenizer.to_str())
-        pairs = inner["model"].get("merges", [])
+        pairs, splitter = inner["model"].get("merges", []), inner.get("pre_tokenizer") or {}
+        splitters = [splitter, *splitter.get("pretokenizers", [])]
         facts = {
             "vocabulary": sorted(tokenizer.get_vocab().items()),
             "merges": [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs],
             "added": sorted((token["id"], token["content"]) for token in inner["added_tokens"]),
             "bos": tokenizer.bos_token_id,
             "eos": tokenizer.eos_token_id,
-            "add_prefix_space": _adds_prefix_space(inner),
+            "add_prefix_space": any(part.get("add_prefix_space", False) for part in splitters),
         }
         return hashlib.sha256(json.dumps(facts, ensure_ascii=True).encode()).hexdigest()
 
     return remembered("tokenizer", [directory / name for name in _FILES], compute)
-
-
-def _adds_prefix_space(inner: dict[str, Any]) -> bool:
-    pre = inner.get("pre_tokenizer") or {}
-    return any(part.get("add_prefix_space", False) for part in [pre, *pre.get("pretokenizers", [])])
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int, directory: Path) -> None:
@@ -71,7 +67,7 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int, directory: 
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     texts = [number for number in tokenizer.get_vocab().values() if number not in added]
     if len(texts) < 2:
-        raise UserError(f"base {directory}: the tokenizer knows {len(texts)} tokens; expected its whole vocabulary")
+        raise UserError(f"base {directory}: the tokenizer knows {len(texts)} tokens; expected its full vocabulary")
     largest = max(*texts, tokenizer.eos_token_id)
     if largest >= rows:
         raise UserError(

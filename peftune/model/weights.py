@@ -13,7 +13,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,13 +84,13 @@ class Weights:
         return _read(self._entries[name], slice(start, stop))
 
     def chunks(self, name: str, elements: int = CHUNK_ELEMENTS) -> Iterator[torch.Tensor]:
-        """The tensor in consecutive pieces of rows, each of about so many elements."""
+        """The tensor in consecutive chunks of rows, each of about so many elements."""
         for start, stop in row_chunks(self.shape(name), elements):
             yield self.rows(name, start, stop)
 
 
 def row_chunks(shape: tuple[int, ...], elements: int = CHUNK_ELEMENTS) -> list[tuple[int, int]]:
-    """(start, stop) of consecutive pieces of rows, each of about so many elements."""
+    """(start, stop) of consecutive chunks of rows, each of about so many elements."""
     if not shape or not shape[0]:
         return []
     width = max(1, torch.Size(shape).numel() // shape[0])
@@ -123,16 +123,21 @@ def open_weights(directory: Path, tied: bool = True) -> Weights:
                 raise UserError(f"base {directory}: tensor {entry.key} is stored twice; download the checkpoint again")
             stored.add(entry.key)
             if not _BUFFER.search(entry.key):
-                entries[_normal(entry.key)] = entry
+                entries[f"transformer.{entry.key}" if _BARE.match(entry.key) else entry.key] = entry
     absent = sorted(set(index) - stored)
     if absent:
         raise UserError(f"base {directory}: the index names {len(absent)} tensors that no shard holds: {absent[0]}, …")
     if WTE not in entries:
         raise UserError(f"base {directory}: no tensor wte.weight in {files[0].name}; expected a GPT-2 checkpoint")
-    return _with_head(directory, tuple(files), entries, tied)
+    if not tied and HEAD not in entries:
+        raise UserError(f"base {directory}: config.json says tie_word_embeddings false, but lm_head.weight is missing")
+    untied = Weights(directory, tuple(files), False, entries)
+    if tied and HEAD in entries and not _equal(untied, WTE, HEAD):
+        return untied
+    return replace(untied, tied=tied, _entries={k: v for k, v in entries.items() if not (tied and k == HEAD)})
 
 
-def check_whole(weights: Weights, config: GPT2Config) -> None:
+def check_complete(weights: Weights, config: GPT2Config) -> None:
     """Every tensor of this architecture is there, in its shape; UserError where not."""
     from transformers import GPT2LMHeadModel
     from transformers.initialization import no_init_weights
@@ -146,24 +151,10 @@ def check_whole(weights: Weights, config: GPT2Config) -> None:
             f"base {weights.directory}: {len(missing)} tensors are missing from the weights, such as {missing[0]}; "
             "download the checkpoint again"
         )
-    for name, tensor in expected.items():
-        if name in weights.names() and weights.shape(name) != tensor.shape:
-            found, wanted = weights.shape(name), tuple(tensor.shape)
+    for name in weights.names():
+        if name in expected and weights.shape(name) != (wanted := tuple(expected[name].shape)):
+            found = weights.shape(name)
             raise UserError(f"base {weights.directory}: {name} has shape {found}, config.json says {wanted}")
-
-
-def _with_head(directory: Path, files: tuple[Path, ...], entries: dict[str, _Entry], says_tied: bool) -> Weights:
-    """The weights, without an `lm_head.weight` that is only a copy of the embedding."""
-    untied = Weights(directory, files, False, entries)
-    if HEAD not in entries:
-        if not says_tied:
-            raise UserError(
-                f"base {directory}: config.json says tie_word_embeddings false, but lm_head.weight is missing"
-            )
-        return Weights(directory, files, True, entries)
-    if says_tied and _equal(untied, WTE, HEAD):
-        return Weights(directory, files, True, {name: entry for name, entry in entries.items() if name != HEAD})
-    return untied
 
 
 def fingerprint(weights: Weights) -> str:
@@ -205,29 +196,23 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     raise UserError(f"base {directory}: no weights here; expected one of {', '.join(_LAYOUTS)}")
 
 
-def _normal(key: str) -> str:
-    return f"transformer.{key}" if _BARE.match(key) else key
-
-
 def _list(file: Path) -> list[_Entry]:
     if file.suffix == ".bin":
         state = load_pickle(file)
         return [_Entry(file, key, tuple(value.shape), value.dtype) for key, value in state.items()]
     with _opened(file) as opened:
         slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
-        return [_Entry(file, key, tuple(s.get_shape()), _dtype(file, s.get_dtype())) for key, s in slices.items()]
-
-
-def _dtype(file: Path, name: str) -> torch.dtype:
-    if name not in _DTYPES:
-        raise UserError(f"{file}: tensors of dtype {name} are not weights of a GPT-2; use a full-precision checkpoint")
-    return _DTYPES[name]
+        if strange := {s.get_dtype() for s in slices.values()} - _DTYPES.keys():
+            raise UserError(
+                f"{file}: tensors of dtype {min(strange)} are not weights of a GPT-2; use a full-precision checkpoint"
+            )
+        return [_Entry(file, key, tuple(s.get_shape()), _DTYPES[s.get_dtype()]) for key, s in slices.items()]
 
 
 def _read(entry: _Entry, rows: slice | None) -> torch.Tensor:
     if entry.file.suffix == ".bin":
-        whole = load_pickle(entry.file)[entry.key]
-        return (whole if rows is None else whole[rows]).clone(memory_format=torch.contiguous_format)
+        stored = load_pickle(entry.file)[entry.key]
+        return (stored if rows is None else stored[rows]).clone(memory_format=torch.contiguous_format)
     with _opened(entry.file) as opened:
         part = opened.get_tensor(entry.key) if rows is None else opened.get_slice(entry.key)[rows]
         return part.clone()  # type: ignore[no-any-return]  # detached from the mapping, which closes here
@@ -248,19 +233,15 @@ def load_pickle(file: Path) -> dict[str, torch.Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            state = _load_tensors(file)
+            try:
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except (RuntimeError, ValueError) as error:
+                if "mmap can only be used" not in str(error):
+                    raise
+                state = torch.load(file, map_location="cpu", weights_only=True)  # written before torch 1.6
     except (RuntimeError, ValueError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
         cause = " ".join(str(error).split())[:160]
         raise UserError(f"{file}: not a whole weights-only file ({cause}); copy or download it again") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{file}: expected a mapping of names to tensors")
     return state
-
-
-def _load_tensors(file: Path) -> Any:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError) as error:
-        if "mmap can only be used" not in str(error):
-            raise
-        return torch.load(file, map_location="cpu", weights_only=True)  # written before torch 1.6

@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from peftune.config.recipe import Recipe
 from peftune.errors import UserError
 from peftune.files import flush_to_disk, staging_directory
-from peftune.training.optimizer import Moments, Tensors
+from peftune.training.optimizer import Tensors
 
-_NAME = re.compile(r"step-(\d+)")
+_NAME = re.compile(r"step-\d+")
+_KEPT = 2  # of the newest
 _ADAPTER, _MOMENTS, _STATE = "adapter.safetensors", "moments.safetensors", "state.json"
 
 
@@ -67,11 +68,11 @@ class Checkpoint:
 
     state: State
     values: Tensors
-    moments: Moments
+    moments: Tensors
 
 
-def save(folder: Path, saved: Checkpoint) -> Path:
-    """Write `folder/step-N`, then remove checkpoints that are no longer wanted; UserError when the disk is full."""
+def save(folder: Path, saved: Checkpoint) -> None:
+    """Write `folder/step-N`, then remove all but the newest two and the best; UserError when the disk is full."""
     state = saved.state
     target = folder / f"step-{state.step}"
     try:
@@ -79,8 +80,8 @@ def save(folder: Path, saved: Checkpoint) -> Path:
         for leftover in folder.glob(".step-*"):  # of a run that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         with staging_directory(target) as staged:
-            save_file({name: value.contiguous() for name, value in saved.values.items()}, staged / _ADAPTER)
-            save_file(_flat(saved.moments), staged / _MOMENTS)
+            for file, tensors in ((_ADAPTER, saved.values), (_MOMENTS, saved.moments)):
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staged / file)
             (staged / _STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
             flush_to_disk(staged)
             if target.exists():
@@ -88,10 +89,12 @@ def save(folder: Path, saved: Checkpoint) -> Path:
             staged.rename(target)
         flush_to_disk(folder)
     except (OSError, SafetensorError) as error:
-        reason = "the disk is full" if _is_disk_full(error) else str(error)
+        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        reason = "the disk is full" if is_full else str(error)
         raise UserError(f"cannot save a checkpoint to {target}: {reason}; earlier checkpoints are intact") from error
-    prune(folder, keep=2, best=state.best_step)
-    return target
+    for path in listed(folder)[:-_KEPT]:
+        if path.name != f"step-{state.best_step}":
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def newest(folder: Path) -> Checkpoint | None:
@@ -115,26 +118,7 @@ def read(path: Path) -> Checkpoint:
     values = json.loads((path / _STATE).read_text(encoding="utf-8"))
     known = {field.name for field in fields(State)}
     state = State(**{key: value for key, value in values.items() if key in known})
-    moments: Moments = {}
-    for name, tensor in load_file(path / _MOMENTS).items():
-        parameter, _, key = name.rpartition("/")
-        moments.setdefault(parameter, {})[key] = tensor
-    return Checkpoint(state, load_file(path / _ADAPTER), moments)
-
-
-def _flat(moments: Moments) -> Tensors:
-    return {f"{name}/{key}": value.contiguous() for name, entries in moments.items() for key, value in entries.items()}
-
-
-def prune(folder: Path, keep: int, best: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and the best."""
-    for path in listed(folder)[:-keep]:
-        if path.name != f"step-{best}":
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_disk_full(error: Exception) -> bool:
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    return Checkpoint(state, load_file(path / _ADAPTER), load_file(path / _MOMENTS))
 
 
 HARMLESS = frozenset(
@@ -148,10 +132,8 @@ HARMLESS = frozenset(
 
 def identity_of(recipe: Recipe, fingerprints: dict[str, str]) -> dict[str, Any]:
     """Flat mapping of every recipe value that decides what is learnt, and the fingerprints of base and data."""
-    flat = _flatten(recipe.model_dump(mode="json"))
-    return {k: v for k, v in flat.items() if k not in HARMLESS} | {
-        f"fingerprint of {k}": v for k, v in fingerprints.items()
-    }
+    kept = {k: v for k, v in flatten(recipe.model_dump(mode="json")).items() if k not in HARMLESS}
+    return kept | {f"fingerprint of {k}": v for k, v in fingerprints.items()}
 
 
 def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
@@ -166,13 +148,11 @@ def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> 
         )
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
 
 

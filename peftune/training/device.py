@@ -27,7 +27,7 @@ def choose_precision(asked: Precision, on_gpu: bool) -> str:
         return "bf16" if bf16 else "fp16" if on_gpu else "fp32"
     if asked == "fp16" and not on_gpu:
         raise UserError(
-            "run.precision: fp16 needs a GPU (a CPU computes it hundreds of times slower); use bf16, fp32 or auto"
+            "run.precision: fp16 needs a GPU (a CPU takes hundreds of times longer); use bf16, fp32 or auto"
         )
     if asked == "bf16" and on_gpu and not bf16:
         raise UserError("run.precision: this GPU has no bf16; use fp16, fp32 or auto")

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from filelock import FileLock, Timeout
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 from peftune.config.recipe import Recipe, Source
 from peftune.data.batches import Blocks
@@ -24,9 +25,6 @@ from peftune.model import lora, quantized
 from peftune.model.base import Base, open_base
 from peftune.training.checkpoint import identity_of
 from peftune.training.distributed.collectives import broadcast, raise_on_all_ranks
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,6 @@ class RunInputs:
     base: Base
     corpus: Corpus
     identity: dict[str, Any]
-    fingerprints: dict[str, str]
     total_steps: int
 
 
@@ -59,16 +56,19 @@ def read_inputs(recipe: Recipe) -> RunInputs:
     base = open_base(recipe.base)
     if recipe.quantize is not None:
         quantized.require(recipe.quantize)
-    block = _block_size(recipe, base.config)
+    asked, positions = recipe.data.block_size, base.config.n_positions
+    if asked != "auto" and asked > positions:
+        raise UserError(
+            f"data.block_size is {asked}, but {recipe.base} has only {positions} positions; use that, or auto"
+        )
     with torch.device("meta"):
         lora.peft_config(GPT2LMHeadModel(base.config), recipe.lora)
     assert base.tokenizer, "read before the weights, so that its errors come first"
     fingerprints = {"base": base.fingerprint, "tokenizer": base.tokenizer_fingerprint}
-    corpus = _load_corpus(recipe, base, block)
+    corpus = _load_corpus(recipe, base, positions if asked == "auto" else asked)
     fingerprints |= {f"data {name}": value for name, value in corpus.fingerprints.items()}
-    optim = recipe.optim
-    total = total_steps(len(corpus.train), recipe.batch.global_size, optim.epochs, optim.steps)
-    return RunInputs(recipe, base, corpus, identity_of(recipe, fingerprints), fingerprints, total)
+    total = total_steps(len(corpus.train), recipe.batch.global_size, recipe.optim.epochs, recipe.optim.steps)
+    return RunInputs(recipe, base, corpus, identity_of(recipe, fingerprints), total)
 
 
 def read_inputs_on_all_ranks(recipe: Recipe, accelerator: Accelerator) -> RunInputs:
@@ -80,16 +80,6 @@ def read_inputs_on_all_ranks(recipe: Recipe, accelerator: Accelerator) -> RunInp
     return inputs
 
 
-def _block_size(recipe: Recipe, config: GPT2Config) -> int:
-    """Tokens per block; UserError where the base has fewer positions."""
-    asked = recipe.data.block_size
-    if asked != "auto" and asked > config.n_positions:
-        raise UserError(
-            f"data.block_size is {asked}, but {recipe.base} has only {config.n_positions} positions; use that, or auto"
-        )
-    return config.n_positions if asked == "auto" else asked
-
-
 def _load_corpus(recipe: Recipe, base: Base, block: int) -> Corpus:
     """Tokenise (or find in the cache) and pack all sources of a recipe."""
 
@@ -98,19 +88,18 @@ def _load_corpus(recipe: Recipe, base: Base, block: int) -> Corpus:
 
     store = store_of(recipe.data.train)
     chat = all(holds_chat(source, recipe.data.split_on) for source in recipe.data.train)
-    everything = np.arange(len(store))
-    validation = recipe.data.validation
+    train, prints, validation = np.arange(len(store)), {"train": store.fingerprint}, recipe.data.validation
     if isinstance(validation, float | int):
-        learnt, heldout = split_by_digest(store.digests, float(validation))
-        if len(learnt) == 0:
+        train, heldout = split_by_digest(store.digests, float(validation))
+        if len(train) == 0:
             raise UserError(f"data.validation {validation} leaves no document to learn from; {len(store)} in all")
         domains = {"validation": Blocks.of(store, heldout, block)} if len(heldout) else {}
-        return Corpus(Blocks.of(store, learnt, block), domains, {"train": store.fingerprint}, chat)
-    named = validation if isinstance(validation, dict) else {"validation": validation}
-    stores = {name: store_of(sources) for name, sources in named.items()}
-    domains = {name: Blocks.of(s, np.arange(len(s)), block) for name, s in stores.items()}
-    prints = {"train": store.fingerprint} | {f"validation/{name}": s.fingerprint for name, s in stores.items()}
-    return Corpus(Blocks.of(store, everything, block), domains, prints, chat)
+    else:
+        named = validation if isinstance(validation, dict) else {"validation": validation}
+        stores = {name: store_of(sources) for name, sources in named.items()}
+        domains = {name: Blocks.of(s, np.arange(len(s)), block) for name, s in stores.items()}
+        prints |= {f"validation/{name}": s.fingerprint for name, s in stores.items()}
+    return Corpus(Blocks.of(store, train, block), domains, prints, chat)
 
 
 @contextmanager

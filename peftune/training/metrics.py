@@ -6,12 +6,12 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from accelerate import Accelerator
 
 from peftune.errors import UserError
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from peftune.training.checkpoint import flatten
 
 
 class MetricsLog:
@@ -30,26 +30,23 @@ class MetricsLog:
             self.file.truncate(min(keep_bytes, path.stat().st_size))
             self.file.seek(0, os.SEEK_END)
         if recipe["run"]["track"]:
-            accelerator.init_trackers("peftune", config=_scalars(recipe))
+            accelerator.init_trackers("peftune", config={key: str(value) for key, value in flatten(recipe).items()})
 
     def write(self, event: str, **values: Any) -> None:
         """Append one event; numbers that JSON cannot hold become null."""
         if self.file is not None:
-            line = json.dumps({"event": event, **{k: _finite(v) for k, v in values.items()}}, ensure_ascii=False)
-            self._append(line.encode() + b"\n")
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            line = json.dumps({"event": event, **finite}, ensure_ascii=False).encode() + b"\n"
+            try:
+                written = self.file.write(line)
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be written: {error.strerror}; checkpoints are intact") from None
+            if written != len(line):
+                raise UserError(f"{self.path}: the disk is full; checkpoints are intact")
         if self.accelerator.log_with and "step" in values:
             prefix = f"{event}/{values['domain']}" if "domain" in values else event
             logged = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
             self.accelerator.log(logged, step=values["step"])
-
-    def _append(self, line: bytes) -> None:
-        assert self.file is not None
-        try:
-            written = self.file.write(line)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written: {error.strerror}; checkpoints are intact") from None
-        if written != len(line):
-            raise UserError(f"{self.path}: the disk is full; checkpoints are intact")
 
     def size(self) -> int:
         """Bytes written so far."""
@@ -64,16 +61,6 @@ class MetricsLog:
             self.accelerator.end_training()
 
 
-def refuse_missing_trackers(trackers: list[str]) -> None:
-    """UserError for an experiment tracker that is not installed."""
-    from accelerate.tracking import get_available_trackers
-
-    available = {str(getattr(name, "value", name)) for name in get_available_trackers()}
-    missing = [name for name in trackers if name not in available]
-    if missing:
-        raise UserError(f"run.track: {', '.join(missing)} not installed; pip install 'peftune[track]', or leave it out")
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All events of a metrics file; a last line cut short by a crash is passed over."""
     events = []
@@ -83,14 +70,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return events
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _scalars(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _scalars(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: str(value)}
-    return flat

@@ -6,7 +6,6 @@ The other strategy, which shards optimizer state and weights over the ranks, is 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -14,9 +13,10 @@ from torch import nn
 
 from peftune.config.recipe import OptimSection
 
+Parameters = dict[str, nn.Parameter]
 Tensors = dict[str, torch.Tensor]
-Moments = dict[str, dict[str, torch.Tensor]]
-"""AdamW's state of each parameter by name: `step` (), `exp_avg` and `exp_avg_sq` of the parameter's shape."""
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""AdamW's state of a parameter, kept by name as `lora_A…/exp_avg`: a scalar, and two of the parameter's shape."""
 
 
 class Gradient:
@@ -28,29 +28,25 @@ class Gradient:
     """
 
     def __init__(self, parameters: list[nn.Parameter], shapes: list[torch.Size], device: torch.device) -> None:
-        """`shapes` are those of the full parameters, of which a rank may hold a part."""
+        """`shapes` are those of the full parameters, of which a rank may have a shard."""
         self.parameters = parameters
         sizes = [shape.numel() for shape in shapes]
         self.flat = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
-        self.views = [part.view(shape) for part, shape in zip(torch.split(self.flat, sizes), shapes, strict=True)]
-
-    def clear(self) -> None:
-        """Back to zero."""
-        self.flat.zero_()
+        self.views = [flat.view(shape) for flat, shape in zip(torch.split(self.flat, sizes), shapes, strict=True)]
 
     def add(self, loss: torch.Tensor) -> None:
         """Add the gradient of a scalar loss; a parameter that it does not reach gets zero."""
-        parts = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        for view, part in zip(self.views, parts, strict=True):
-            if part is not None:
-                view.add_(part)
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        for view, gradient in zip(self.views, gradients, strict=True):
+            if gradient is not None:
+                view.add_(gradient)
 
     def largest(self) -> float:
         """Largest magnitude of an element; inf or nan where the gradient is broken."""
         return float(self.flat.abs().max())  # host sync here
 
 
-def build_adamw(parameters: dict[str, nn.Parameter], optim: OptimSection, fused: bool) -> torch.optim.AdamW:
+def build_adamw(parameters: Parameters, optim: OptimSection, fused: bool) -> torch.optim.AdamW:
     """One group for A and everything else, one for B (LoRA+), each split by whether weight decay applies.
 
     A group carries `ratio`, its rate relative to the schedule. Vectors (DoRA magnitudes, biases, norms) do not decay.
@@ -65,7 +61,7 @@ def build_adamw(parameters: dict[str, nn.Parameter], optim: OptimSection, fused:
 
 
 def lr_at(step: int, total: int, optim: OptimSection) -> float:
-    """Rate of step `step` (from 0) of `total`: a linear rise, then the schedule down to zero after the last step."""
+    """Learning rate of step `step` (from 0) of `total`: a linear rise, then the schedule, zero after the last step."""
     warm = warmup_steps(total, optim.warmup)
     if step < warm:
         return optim.lr * (step + 1) / (warm + 1)
@@ -97,10 +93,10 @@ class UpdateStrategy(Protocol):
     def update(self, gradient: Gradient, divisor: float, rate: float) -> float:
         """Sum gradients over ranks, divide, clip, take one AdamW step; the gradient's norm before clipping."""
 
-    def state_dict(self) -> tuple[Tensors, Moments]:
+    def state_dict(self) -> tuple[Tensors, Tensors]:
         """Adapter and moments by parameter name, complete on every rank, on the CPU."""
 
-    def load_state_dict(self, values: Tensors, moments: Moments) -> None:
+    def load_state_dict(self, values: Tensors, moments: Tensors) -> None:
         """Take over an adapter and its moments, complete on every rank, as if this strategy had made them."""
 
     def memory_bytes(self, model: nn.Module) -> dict[str, int]:
@@ -115,7 +111,7 @@ class ReplicatedStrategy:
     def __init__(
         self,
         module: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
+        parameters: Parameters,
         optimizer: torch.optim.Optimizer,
         clip: float | None,
         ranks: int,
@@ -138,37 +134,27 @@ class ReplicatedStrategy:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def state_dict(self) -> tuple[Tensors, Moments]:
-        values = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
-        state = self.optimizer.state
-        moments = {
-            name: {key: entry.detach().to("cpu", copy=True) for key, entry in state[p].items()}
-            for name, p in self.parameters.items()
-            if p in state
-        }
+    def state_dict(self) -> tuple[Tensors, Tensors]:
+        values, moments = {}, {}
+        for name, p in self.parameters.items():
+            values[name] = p.detach().to("cpu", copy=True)
+            for key, entry in self.optimizer.state.get(p, {}).items():
+                moments[f"{name}/{key}"] = entry.detach().to("cpu", copy=True)
         return values, moments
 
-    def load_state_dict(self, values: Tensors, moments: Moments) -> None:
+    def load_state_dict(self, values: Tensors, moments: Tensors) -> None:
         fused = bool(self.optimizer.param_groups[0].get("fused"))
         for name, parameter in self.parameters.items():
             parameter.data.copy_(values[name])
-            if name in moments:  # AdamW keeps its step count on the CPU unless it is fused
-                self.optimizer.state[parameter] = {
-                    key: entry.to(parameter.device) if key != "step" or fused else entry
-                    for key, entry in moments[name].items()
-                }
+            for key in MOMENTS if moments else ():  # AdamW keeps its step count on the CPU unless it is fused
+                entry = moments[f"{name}/{key}"]
+                self.optimizer.state[parameter][key] = entry.to(parameter.device) if key != "step" or fused else entry
 
     def memory_bytes(self, model: nn.Module) -> dict[str, int]:
-        return {"parameters": sum(map(bytes_of, model.parameters())), "optimizer_state": state_bytes(self.optimizer)}
-
-
-def bytes_of(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor's elements."""
-    return tensor.numel() * tensor.element_size()
+        return {"parameters": sum(p.nbytes for p in model.parameters()), "optimizer_state": state_bytes(self.optimizer)}
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of every tensor that an optimizer remembers."""
-    return sum(
-        bytes_of(entry) for state in optimizer.state.values() for entry in state.values() if torch.is_tensor(entry)
-    )
+    entries = [entry for state in optimizer.state.values() for entry in state.values()]
+    return sum(entry.nbytes for entry in entries if torch.is_tensor(entry))

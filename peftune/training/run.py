@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from peftune.config.recipe import Recipe
 from peftune.console import Console
-from peftune.errors import Interrupted, UserError, report_once_per_machine
+from peftune.errors import Interrupted, UserError
+from peftune.inference.generate import generate_with_transformers
+from peftune.inference.settings import GenerationSettings
 from peftune.model.load import DTYPES, NAME_OF, footprint, load_adapted
 from peftune.model.lora import Adapted
 from peftune.model.loss import LossModel
@@ -22,24 +22,15 @@ from peftune.training import checkpoint
 from peftune.training.checkpoint import Checkpoint, State
 from peftune.training.device import FIRST_LOSS_SCALE, choose_precision, first_micro_size, peak_memory
 from peftune.training.distributed import start, zero
-from peftune.training.distributed.collectives import (
-    all_gather,
-    broadcast,
-    raise_on_all_ranks,
-    report_on_rank0,
-    translate_peer_errors,
-)
+from peftune.training.distributed.collectives import all_gather, broadcast, raise_on_all_ranks
 from peftune.training.distributed.signals import StopRequest
-from peftune.training.distributed.watchdog import rendezvous_deadline, watch_peers
-from peftune.training.evaluation import evaluate_domain, report_scores, write_samples
 from peftune.training.export.adapter import Delivery, already_delivered, deliver
 from peftune.training.inputs import RunInputs, read_inputs_on_all_ranks, sole_writer
-from peftune.training.metrics import MetricsLog, refuse_missing_trackers
-from peftune.training.optimizer import Gradient, ReplicatedStrategy, UpdateStrategy, build_adamw, bytes_of
-from peftune.training.step import ForwardFn, StepResult, StopNow, choose_forward, train_step
+from peftune.training.metrics import MetricsLog
+from peftune.training.optimizer import Gradient, ReplicatedStrategy, UpdateStrategy, build_adamw
+from peftune.training.step import ForwardFn, StopNow, choose_forward, evaluate_domain, train_step
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+SAMPLE_TOKENS = 80
 
 
 @dataclass(frozen=True)
@@ -63,11 +54,12 @@ def train(recipe: Recipe) -> Delivery:
     Raises UserError for input that cannot work, Interrupted after a signal (a checkpoint is saved first), CheckFailed
     for numbers that are not finite or an adapter that did not learn, RankLost where another rank is gone.
     """
-    with _ranks(recipe) as accelerator, StopRequest() as stop:
+    with start.watched_ranks(recipe) as accelerator, StopRequest() as stop:
         console = Console(accelerator.is_main_process)
-        start.configure(accelerator, recipe)
-        idle = start.idle_gpus(accelerator)
-        if idle:
+        if start.zero_stage(accelerator):
+            zero.configure(accelerator, recipe)
+        idle = torch.cuda.device_count() - 1
+        if accelerator.num_processes == 1 and accelerator.device.type == "cuda" and idle:
             console.say(f"{idle} more GPUs here are not used: one process takes one; accelerate launch starts more")
         dtype = DTYPES[choose_precision(recipe.run.precision, accelerator.device.type == "cuda")]
         inputs = read_inputs_on_all_ranks(recipe, accelerator)
@@ -86,18 +78,6 @@ def train(recipe: Recipe) -> Delivery:
                 run.metrics.close()
             console.say(delivery.summary())
             return delivery
-
-
-@contextmanager
-def _ranks(recipe: Recipe) -> Iterator[Accelerator]:
-    """Join the other ranks, where there are any, and watch them to the end of the run."""
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    with report_once_per_machine(), nullcontext() if alone else rendezvous_deadline():
-        refuse_missing_trackers(list(recipe.run.track))
-        accelerator = start.start(list(recipe.run.track), recipe.run.out)
-    watch = nullcontext() if accelerator.num_processes == 1 else watch_peers(accelerator)
-    with report_on_rank0(accelerator), translate_peer_errors(accelerator), watch:
-        yield accelerator
 
 
 def _earlier_run(inputs: RunInputs) -> Delivery | Checkpoint | None:
@@ -122,59 +102,50 @@ def load_run(
     recipe = inputs.recipe
     state = found.state if found else State(loss_scale=FIRST_LOSS_SCALE if dtype == torch.float16 else 1.0)
     state.identity = inputs.identity
-    if recipe.batch.micro_size != "auto" or not state.micro_size:
-        state.micro_size = min(all_gather(accelerator, _micro_size(inputs, accelerator, dtype)))
-    adapted = _load_adapted(inputs, accelerator, dtype)
+    block, batch = inputs.corpus.train.packing.block_size, recipe.batch
+    if batch.micro_size != "auto":
+        state.micro_size = batch.micro_size
+    elif not state.micro_size:
+        per_rank = -(-min(batch.global_size, len(inputs.corpus.train)) // accelerator.num_processes)
+        fitting = first_micro_size(inputs.base.config, block, per_rank, dtype, accelerator.device)
+        state.micro_size = min(all_gather(accelerator, fitting))
+    if start.zero_stage(accelerator) == 3:
+        adapted = zero.load_sharded(recipe, inputs.base, dtype, accelerator)
+    else:
+        with raise_on_all_ranks(accelerator):
+            adapted = load_adapted(recipe, inputs.base, dtype, accelerator.device)
     parameters = adapted.trainable()
     gradient = Gradient(list(parameters.values()), [p.shape for p in parameters.values()], accelerator.device)
     loss_model = LossModel(adapted.model, recipe.optim.neftune, recipe.optim.label_smoothing)
     loss_model.train()
     optimizer = build_adamw(parameters, recipe.optim, fused=accelerator.device.type == "cuda")
     strategy: UpdateStrategy
-    if stage := start.zero_stage(accelerator):
-        strategy = zero.ShardedStrategy(accelerator, stage, loss_model, parameters, optimizer)
+    if start.zero_stage(accelerator):
+        strategy = zero.ShardedStrategy(accelerator, loss_model, parameters, optimizer)
     else:
         strategy = ReplicatedStrategy(loss_model, parameters, optimizer, recipe.optim.clip, accelerator.num_processes)
-    tokens = inputs.total_steps * recipe.batch.global_size * inputs.corpus.train.packing.block_size
-    fast, description = choose_forward(adapted, recipe, dtype, strategy.forward_is_collective, tokens, console)
-    forward = ForwardFn(strategy.module, fast, description, dtype, accelerator.device, state.micro_size)
+    is_collective, tokens = strategy.forward_is_collective, inputs.total_steps * batch.global_size * block
+    fast, description = choose_forward(adapted, recipe, dtype, is_collective, tokens, console)
+    size, may_shrink = state.micro_size, batch.micro_size == "auto"
+    forward = ForwardFn(strategy.module, fast, description, dtype, accelerator.device, is_collective, size, may_shrink)
     path = Path(recipe.run.out) / "metrics.jsonl"
     metrics = MetricsLog(path, accelerator, recipe.model_dump(mode="json"), state.records_bytes)
     return Run(inputs, accelerator, console, adapted, forward, gradient, strategy, state, metrics)
 
 
-def _micro_size(inputs: RunInputs, accelerator: Accelerator, dtype: torch.dtype) -> int:
-    batch, train = inputs.recipe.batch, inputs.corpus.train
-    if batch.micro_size != "auto":
-        return batch.micro_size
-    per_rank = -(-min(batch.global_size, len(train)) // accelerator.num_processes)
-    return first_micro_size(inputs.base.config, train.packing.block_size, per_rank, dtype, accelerator.device)
-
-
-def _load_adapted(inputs: RunInputs, accelerator: Accelerator, dtype: torch.dtype) -> Adapted:
-    sharded = start.zero_stage(accelerator) == 3
-    with raise_on_all_ranks(accelerator):
-        if not sharded:
-            adapted = load_adapted(inputs.recipe, inputs.base, dtype, accelerator.device)
-        elif accelerator.is_main_process:
-            assert inputs.base.weights, "opened here, where an error of the first rank can still be raised on all"
-    return zero.load_sharded(inputs.recipe, inputs.base, dtype, accelerator) if sharded else adapted
-
-
 def _begin(run: Run, found: Checkpoint | None) -> None:
     """Go on from the checkpoint, if there is one; say and record what is about to be trained."""
     recipe, train, state, forward = run.inputs.recipe, run.inputs.corpus.train, run.state, run.forward
-    facts, held = _facts(run), footprint(run.adapted.model)
+    facts, base = _facts(run), footprint(run.adapted.model)
     if found is None:
         numbers = {
             "blocks": len(train), "block_size": train.packing.block_size,
             "packing_fill": round(train.packing.fill(), 4), "tokens_per_epoch": train.tokens(),
             "total_steps": run.inputs.total_steps, "micro_size": state.micro_size,
-            "trainable_parameters": facts["trainable_parameters"], "ranks": run.accelerator.num_processes,
-            "layout": facts["layout"], "precision": facts["precision"], "function": forward.description,
+            "ranks": run.accelerator.num_processes, "function": forward.description, **facts,
         }  # fmt: skip
-        if not run.strategy.forward_is_collective:  # else a rank holds a part, which the event "memory" says
-            numbers |= {"base_bytes": held.held, "base_bytes_fp32": held.fp32, "base_bytes_bf16": held.bf16}
+        if not forward.is_collective:  # else a rank has a shard, of which the event "memory" tells
+            numbers |= {"base_bytes": base.held, "base_bytes_fp32": base.fp32, "base_bytes_bf16": base.bf16}
         run.metrics.write("start", recipe=recipe.model_dump(mode="json"), **numbers)
     else:
         run.strategy.load_state_dict(found.values, found.moments)
@@ -187,16 +158,13 @@ def _begin(run: Run, found: Checkpoint | None) -> None:
         f"{facts['precision']}, {facts['layout']}; {forward.description}"
     )
     if recipe.quantize is not None:
-        run.console.say(held.description(recipe.quantize))
+        run.console.say(base.description(recipe.quantize))
 
 
 def _facts(run: Run) -> dict[str, Any]:
     """How the run computes, for its metrics and its provenance."""
-    return {
-        "precision": NAME_OF[run.forward.dtype],
-        "layout": start.layout(run.accelerator),
-        "trainable_parameters": run.gradient.flat.numel(),
-    }
+    facts = {"precision": NAME_OF[run.forward.dtype], "layout": start.layout(run.accelerator)}
+    return facts | {"trainable_parameters": run.gradient.flat.numel()}
 
 
 def _loop(run: Run, stop: StopRequest) -> None:
@@ -223,7 +191,10 @@ def _loop(run: Run, stop: StopRequest) -> None:
             state.step += 1
             state.tokens += done.tokens
             rate = done.tokens / (time.monotonic() - started)
-            _log(run, done, rate)
+            run.metrics.write(
+                "train", step=state.step, loss=done.loss, lr=done.lr, grad_norm=done.grad_norm, tokens=state.tokens,
+                tokens_per_second=round(rate, 1), peak_memory_bytes=peak_memory(run.accelerator.device),
+            )  # fmt: skip
             if state.step == first_step:
                 _log_memory(run)
             progress.update(task, completed=state.step, note=f"loss {done.loss:.3f}  {rate:,.0f} tok/s")
@@ -232,7 +203,7 @@ def _loop(run: Run, stop: StopRequest) -> None:
         if saved_step != state.step:
             _save(run)
         raise Interrupted(
-            f"{stop.name} after step {state.step} of {total}: checkpoint saved in {_checkpoints(run)}; "
+            f"{stop.name} after step {state.step} of {total}: checkpoint saved in {inputs.recipe.run.out}/checkpoints; "
             "the same command goes on from there"
         ) from None
 
@@ -244,16 +215,33 @@ def _evaluate_if_due(run: Run, stop: StopRequest) -> bool:
     if not due or state.evaluated_step == state.step:
         return False
     scores = {
-        name: evaluate_domain(name, blocks, inputs, run.forward, run.strategy, run.accelerator, stop, run.console)
+        name: evaluate_domain(name, blocks, run.forward, run.accelerator, stop, run.console)
         for name, blocks in inputs.corpus.domains.items()
     }
-    report_scores(scores, state.step, total, run.metrics, run.console)
+    for domain, score in scores.items():
+        run.metrics.write("eval", step=state.step, domain=domain, **score.figures(), tokens=score.tokens)
+    if scores:
+        texts = [f"{d}: loss {s.loss:.4f}, perplexity {s.figures()['perplexity']:.2f}" for d, s in scores.items()]
+        run.console.say(f"step {state.step}/{total}  {'  '.join(texts)}")
     if inputs.recipe.run.samples and run.accelerator.is_main_process:
-        write_samples(inputs, run.adapted.model, run.forward, state.step, run.metrics, run.console)
+        _write_samples(run)
     state.evaluated_step = state.step
     if not scores:
         return False
     return state.is_improved_by(sum(s.nats for s in scores.values()) / sum(s.tokens for s in scores.values()))
+
+
+def _write_samples(run: Run) -> None:
+    """Continue the recipe's prompts greedily; into the metrics and onto the screen."""
+    settings = GenerationSettings(max_new_tokens=SAMPLE_TOKENS, temperature=0.0)
+    model, tokenizer = run.adapted.model, run.inputs.base.tokenizer
+    run.forward.module.eval()
+    with run.forward.autocast():
+        generations = generate_with_transformers(model, tokenizer, run.inputs.recipe.run.samples, settings)
+    run.forward.module.train()
+    for made in generations:
+        run.metrics.write("sample", step=run.state.step, prompt=made.prompt, text=made.text)
+        run.console.say(f"  sample {made.prompt!r} → {made.text!r}")
 
 
 def _has_stopped_improving(run: Run) -> bool:
@@ -264,30 +252,20 @@ def _has_stopped_improving(run: Run) -> bool:
     return True
 
 
-def _checkpoints(run: Run) -> Path:
-    return Path(run.inputs.recipe.run.out) / "checkpoints"
-
-
 def _save(run: Run) -> None:
     run.state.records_bytes = run.metrics.size()
     values, moments = run.strategy.state_dict()
     with raise_on_all_ranks(run.accelerator):
         if run.accelerator.is_main_process:
-            checkpoint.save(_checkpoints(run), Checkpoint(run.state, values, moments))
-
-
-def _log(run: Run, done: StepResult, rate: float) -> None:
-    run.metrics.write(
-        "train", step=run.state.step, loss=done.loss, lr=done.lr, grad_norm=done.grad_norm, tokens=run.state.tokens,
-        tokens_per_second=round(rate, 1), peak_memory_bytes=peak_memory(run.accelerator.device),
-    )  # fmt: skip
+            folder = Path(run.inputs.recipe.run.out) / "checkpoints"
+            checkpoint.save(folder, Checkpoint(run.state, values, moments))
 
 
 def _log_memory(run: Run) -> None:
-    """Once a start, after the first step has made the optimizer's state: what each rank holds."""
-    held = run.strategy.memory_bytes(run.adapted.model) | {"gradient": bytes_of(run.gradient.flat)}
-    held["peak"] = peak_memory(run.accelerator.device)
-    run.metrics.write("memory", step=run.state.step, bytes_per_rank=all_gather(run.accelerator, held))
+    """Once a start, after the first step has made the optimizer's state: the memory of each rank."""
+    here = run.strategy.memory_bytes(run.adapted.model)
+    here |= {"gradient": run.gradient.flat.nbytes, "peak": peak_memory(run.accelerator.device)}
+    run.metrics.write("memory", step=run.state.step, bytes_per_rank=all_gather(run.accelerator, here))
 
 
 def export(run: Run) -> Delivery:

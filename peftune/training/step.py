@@ -1,4 +1,4 @@
-"""One optimizer step, the same lines on every rank, under DDP and under ZeRO.
+"""One optimizer step, and the evaluation of one domain: the same lines on every rank, under DDP and under ZeRO.
 
 Each rank adds up the gradient of summed nats over its micro-batches; then all ranks sum, divide by the step's scored
 tokens, clip and update, which the update strategy does (`optimizer.ReplicatedStrategy`, `zero.ShardedStrategy`).
@@ -9,16 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from peftune.config.recipe import Recipe
 from peftune.console import Console
-from peftune.data.batches import Batch
+from peftune.data.batches import Batch, Blocks
 from peftune.data.sampler import blocks_of_step, share_of
 from peftune.errors import CheckFailed, UserError
+from peftune.inference.perplexity import Score
 from peftune.model.lora import Adapted
 from peftune.model.train.forward import TrainGPT2, reason_against, train_forward
 from peftune.training.checkpoint import State
@@ -27,9 +29,6 @@ from peftune.training.distributed.collectives import all_gather, all_reduce_sum,
 from peftune.training.distributed.signals import StopRequest
 from peftune.training.inputs import RunInputs
 from peftune.training.optimizer import Gradient, UpdateStrategy, lr_at
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 Result = TypeVar("Result")
 
@@ -59,8 +58,12 @@ class ForwardFn:
     description: str
     dtype: torch.dtype
     device: torch.device
+    is_collective: bool
+    """Whether it needs the other ranks, so that all must run equally many (ZeRO-3)."""
     micro_size: int
     """Blocks per forward on this rank: `state.micro_size`, or less once memory ran out here."""
+    may_shrink: bool
+    """Whether `micro_size` may be halved when memory runs out: `batch.micro_size` is auto."""
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Summed nats of a batch (float64 scalar), differentiable in the adapter."""
@@ -78,23 +81,19 @@ class ForwardFn:
 def choose_forward(
     adapted: Adapted, recipe: Recipe, dtype: torch.dtype, sharded: bool, tokens: int, console: Console
 ) -> tuple[TrainGPT2 | None, str]:
-    """The fast forward wherever it computes the same, or None, and the reason; `sharded` is a base under ZeRO-3.
+    """The fast forward wherever it computes the same, or None, and a description; `sharded` is a base under ZeRO-3.
 
     `tokens` is what the run learns from, at most: whether compiling repays.
     """
-    if not recipe.run.fast:
-        reason: str | None = "run.fast is false"
-    else:
-        reason = "ZeRO-3 shards the base" if sharded else reason_against(adapted)
-    if reason is not None:
+    reason = "run.fast is false" if not recipe.run.fast else "ZeRO-3 shards the base" if sharded else None
+    if reason := reason or reason_against(adapted):
         return None, f"steps by Transformers and PEFT ({reason})"
     optim, worth = recipe.optim, recipe.run.compile and _is_worth_compiling(adapted, tokens)
     if worth:
         console.say("compiling elementwise operations: half a minute the first time, seconds afterwards")
     fast = train_forward(adapted, dtype, optim.neftune, optim.label_smoothing, recipe.run.checkpointing, worth)
-    compiled = fast.elementwise.description
-    if recipe.run.compile and not worth:
-        compiled = "not compiled: the run is too short to repay it"
+    too_short = "not compiled: the run is too short to repay it" if recipe.run.compile and not worth else ""
+    compiled = fast.elementwise.description or too_short
     return fast, f"fast steps ({', '.join(filter(None, (fast.kernel.name, compiled)))})"
 
 
@@ -131,17 +130,17 @@ def train_step(
     def accumulate() -> float:  # this rank's micro-batches; nothing is communicated here but under ZeRO-3
         mine = share_of(blocks, state.micro_size, rank, ranks)
         torch.manual_seed(draw_seed(recipe.run.seed, state.step, rank))
-        gradient.clear()
+        gradient.flat.zero_()
         nats = torch.zeros((), dtype=torch.float64, device=forward.device)
         batches = train.batches(mine, forward.micro_size, recipe.data.packing)
-        for batch in lockstep_batches(accelerator, strategy.forward_is_collective, batches, stop):
+        for batch in lockstep_batches(accelerator, forward.is_collective, batches, stop):
             loss = forward(batch)
             gradient.add(loss * state.loss_scale)
             nats += loss.detach()
         return float(nats)  # host sync here
 
     while True:
-        nats = in_fitting_micro_batches(accumulate, inputs, forward, strategy, console)
+        nats = _in_fitting_micro_batches(accumulate, forward, console)
         smaller = float(forward.micro_size < state.micro_size)
         nats, largest, stopped, smaller = all_reduce_sum(
             accelerator, nats, gradient.largest(), float(stop.name is not None), smaller
@@ -176,9 +175,36 @@ def _refuse_broken_numbers(step: int, loss: float, largest: float) -> None:
         raise CheckFailed(f"step {step + 1}: no gradient reaches the adapter (all zero), so it would never learn")
 
 
-def in_fitting_micro_batches(
-    attempt: Callable[[], Result], inputs: RunInputs, forward: ForwardFn, strategy: UpdateStrategy, console: Console
-) -> Result:
+def evaluate_domain(
+    name: str, blocks: Blocks, forward: ForwardFn, accelerator: Accelerator, stop: StopRequest, console: Console
+) -> Score:
+    """Score a domain, each block on one rank; raises StopNow, on all ranks, where a signal came to one."""
+    mine = range(accelerator.process_index, len(blocks), accelerator.num_processes)
+    task = console.progress.add_task(f"evaluating {name}", total=len(mine), note="")
+
+    def attempt() -> float:
+        console.progress.reset(task)
+        nats = 0.0
+        batches = blocks.batches(mine, forward.micro_size)
+        for batch in lockstep_batches(accelerator, forward.is_collective, batches, stop):
+            nats += float(forward(batch))
+            console.progress.advance(task, len(batch.ids))
+        return nats
+
+    forward.module.eval()
+    try:
+        with torch.no_grad():
+            nats = _in_fitting_micro_batches(attempt, forward, console)
+    finally:
+        forward.module.train()
+        console.progress.remove_task(task)
+    nats, stopped = all_reduce_sum(accelerator, nats, float(stop.name is not None))
+    if stopped:
+        raise StopNow
+    return Score(nats, blocks.tokens(), blocks.text_bytes())
+
+
+def _in_fitting_micro_batches(attempt: Callable[[], Result], forward: ForwardFn, console: Console) -> Result:
     """What `attempt` returns; when memory runs out, this rank's micro-batches are halved and it starts again.
 
     The other ranks need not know. UserError where the recipe fixes the size, or one block is too much.
@@ -190,17 +216,12 @@ def in_fitting_micro_batches(
             if not is_out_of_memory(error):
                 raise
         size = forward.micro_size
-        if inputs.recipe.batch.micro_size != "auto" or size == 1:
-            length = inputs.corpus.train.packing.block_size
-            raise UserError(
-                f"out of memory with micro_size {size} blocks of {length} tokens; "
-                "use batch.micro_size=auto, run.checkpointing=true or a smaller data.block_size"
-            ) from None
-        if strategy.forward_is_collective:
-            raise UserError(
-                f"out of memory with micro_size {size}; ZeRO-3 needs equally many micro-batches on all ranks, "
-                f"give batch.micro_size={size // 2}"
-            )
+        if forward.is_collective and forward.may_shrink and size > 1:
+            advice = f"ZeRO-3 needs equally many micro-batches on all ranks, give batch.micro_size={size // 2}"
+            raise UserError(f"out of memory with micro_size {size}; {advice}")
+        if not forward.may_shrink or size == 1:
+            advice = "use batch.micro_size=auto, run.checkpointing=true or a smaller data.block_size"
+            raise UserError(f"out of memory with micro_size {size}; {advice}")
         forward.micro_size = size // 2
         console.say(f"out of memory: micro-batches of {size // 2} blocks from here on (the result stays the same)")
         if forward.device.type == "cuda":

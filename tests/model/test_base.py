@@ -249,7 +249,7 @@ def test_a_tokenizer_of_one_token_is_refused(base: Path) -> None:
         (base / name).unlink()
     (base / "vocab.json").write_text('{"<|endoftext|>": 0}')
     (base / "merges.txt").write_text("#version: 0.2\n")
-    assert "the tokenizer knows 0 tokens; expected its whole vocabulary" in refusal(lambda: Base(base).tokenizer)
+    assert "the tokenizer knows 0 tokens; expected its full vocabulary" in refusal(lambda: Base(base).tokenizer)
 
 
 def test_a_tokenizer_of_another_model_is_refused_and_an_added_pad_is_not(base: Path) -> None:

@@ -89,7 +89,7 @@ def test_a_run_may_change_its_function_where_it_was_cut(
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("asked", "description"),
     [
         ((), "fast steps (batched products by query blocks)"),
         (
@@ -97,15 +97,15 @@ def test_a_run_may_change_its_function_where_it_was_cut(
             "fast steps (batched products by query blocks, not compiled: the run is too short to repay it)",
         ),
         (("run.fast=false",), "steps by Transformers and PEFT (run.fast is false)"),
-        (("lora.variant=dora",), "steps by Transformers and PEFT (DoRA normalises whole weights)"),
+        (("lora.variant=dora",), "steps by Transformers and PEFT (DoRA normalises full weights)"),
         (("run.base_dropout=0.1",), "0.1, attn_pdrop 0.1, resid_pdrop 0.1)"),
     ],
 )
-def test_a_run_says_which_function_computes_it_and_why(recipe: Make, asked: tuple[str, ...], told: str) -> None:
+def test_a_run_says_which_function_computes_it_and_why(recipe: Make, asked: tuple[str, ...], description: str) -> None:
     made = recipe("optim.steps=1", *asked)
     train(made)
     (start,) = events(Path(made.run.out), "start")
-    assert str(start["function"]).endswith(told)
+    assert str(start["function"]).endswith(description)
 
 
 def test_the_smoothed_loss_is_learnt_from_and_evaluation_is_not_smoothed(recipe: Make, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from peftune.config.recipe import LoraSection, recipe_from
 from peftune.model.base import Base
 from peftune.model.load import DTYPES, footprint, load_adapted
 from peftune.training.memory_model import ZeroSettings, bytes_per_rank, shapes_of
-from peftune.training.optimizer import Gradient, ReplicatedStrategy, build_adamw, bytes_of
+from peftune.training.optimizer import Gradient, ReplicatedStrategy, build_adamw
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"gpt2": (12, 768, 12), "gpt2-xl": (48, 1600, 25)}
@@ -28,8 +28,8 @@ def held(base: Path, precision: str, quantize: str | None, lora: dict[str, Any])
     gradient = Gradient(list(parameters.values()), [p.shape for p in parameters.values()], torch.device("cpu"))
     engine = ReplicatedStrategy(adapted.model, parameters, build_adamw(parameters, recipe.optim, fused=False), None, 1)
     engine.update(gradient, 1.0, 1e-3)
-    told = engine.memory_bytes(adapted.model) | {"gradient": bytes_of(gradient.flat)}
-    return told, footprint(adapted.model).held
+    measured = engine.memory_bytes(adapted.model) | {"gradient": gradient.flat.nbytes}
+    return measured, footprint(adapted.model).held
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -45,14 +45,14 @@ def held(base: Path, precision: str, quantize: str | None, lora: dict[str, Any])
     ids=["lora", "dora", "pissa", "embeddings", "saved"],
 )
 def test_the_formulas_give_what_one_process_holds(tiny_base: Path, precision: str, lora: dict[str, Any]) -> None:
-    told, base = held(tiny_base, precision, None, lora)
+    measured, base = held(tiny_base, precision, None, lora)
     shapes = shapes_of(Base(tiny_base).config, LoraSection(**lora))
     foreseen = bytes_per_rank(shapes, "one", 1, precision)  # type: ignore[arg-type]
     assert base == foreseen.base
-    assert told["parameters"] == foreseen.base + 4 * shapes.adapter
-    assert told["gradient"] == foreseen.gradient
+    assert measured["parameters"] == foreseen.base + 4 * shapes.adapter
+    assert measured["gradient"] == foreseen.gradient
     counters = 4 * len(shapes.trained)  # AdamW counts its steps for each tensor
-    assert told["optimizer_state"] == foreseen.optimizer_state + counters
+    assert measured["optimizer_state"] == foreseen.optimizer_state + counters
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])

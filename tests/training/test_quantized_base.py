@@ -153,7 +153,7 @@ def distance_to_trained(made: Recipe, base: Path) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_memory_of_the_base_is_told_and_recorded(recipe: Make, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_of_the_base_is_said_and_recorded(recipe: Make, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     made = recipe(f"quantize={kind}")
     train(made)
     start = read_metrics(Path(made.run.out) / "metrics.jsonl")[0]
@@ -161,7 +161,7 @@ def test_memory_of_the_base_is_told_and_recorded(recipe: Make, kind: str, capsys
     assert f" as {kind} (fp32 0.1 MB, bf16 0.1 MB)" in capsys.readouterr().err
     provenance = json.loads((Path(made.run.out) / "peftune.json").read_text())
     assert provenance["recipe"]["quantize"] == kind and "bitsandbytes" in provenance["versions"]
-    assert f"The base was held in {kind}" in (Path(made.run.out) / "README.md").read_text()
+    assert f"The base was quantised to {kind}" in (Path(made.run.out) / "README.md").read_text()
 
 
 def test_evaluation_and_generation_take_the_adapter_on_the_full_precision_base(
@@ -210,12 +210,12 @@ def test_the_screen_shows_nothing_of_the_libraries(recipe: Make, tmp_path: Path,
     )  # fmt: skip
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(made.model_dump(mode="json")), encoding="utf-8")
-    told = []
+    lines = []
     for verb in (["train", str(path)], ["merge", made.run.out, "--out", str(tmp_path / "merged")]):
         process = subprocess.run(
             [sys.executable, "-m", "peftune", *verb], capture_output=True, text=True, timeout=300, check=False
         )
         assert process.returncode == 0, process.stderr
-        told += process.stderr.splitlines()
+        lines += process.stderr.splitlines()
     ours = ("step ", "  sample ", "base: ", f"{made.run.out}: adapter of step")
-    assert [line for line in told if not line.startswith(ours) and "tokens to learn in" not in line] == []
+    assert [line for line in lines if not line.startswith(ours) and "tokens to learn in" not in line] == []

@@ -59,11 +59,11 @@ def test_a_run_resumed_after_every_possible_stop_equals_one_without_stops(
     train(disturbed)
     assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
 
-    def told(out: Path) -> list[tuple[object, ...]]:
+    def recorded(out: Path) -> list[tuple[object, ...]]:
         events = read_metrics(out / "metrics.jsonl")
         return [(e["event"], e["step"], e["loss"]) for e in events if e["event"] in ("train", "eval")]
 
-    assert told(tmp_path / "a") == told(tmp_path / "b")
+    assert recorded(tmp_path / "a") == recorded(tmp_path / "b")
 
 
 def command_line(made: Recipe, tmp_path: Path) -> list[str]:
@@ -90,10 +90,10 @@ def test_sigkill_at_random_moments_changes_no_bit(recipe: Make, tmp_path: Path) 
                 kills += 1
                 break
             time.sleep(0.01)
-        _, told = process.communicate()
+        _, stderr = process.communicate()
         if process.returncode == 0:
             break
-        assert process.returncode == -signal.SIGKILL, told
+        assert process.returncode == -signal.SIGKILL, stderr
     assert kills == KILLS
     assert fingerprint(out) == fingerprint(tmp_path / "undisturbed")
 
@@ -108,9 +108,9 @@ def test_sigterm_saves_says_so_and_exits_with_3(recipe: Make, tmp_path: Path) ->
     ):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 3, told
-    assert "SIGTERM" in told and "checkpoint saved" in told and "Traceback" not in told
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 3, stderr
+    assert "SIGTERM" in stderr and "checkpoint saved" in stderr and "Traceback" not in stderr
     found = checkpoint.newest(out / "checkpoints")
     assert found is not None and found.state.step > 0
 
@@ -126,7 +126,7 @@ def test_a_checkpoint_is_small_and_holds_no_base_weights(recipe: Make, tmp_path:
 
 
 def small_checkpoint(step: int, best_step: int | None = None) -> checkpoint.Checkpoint:
-    moments = {"p": {"step": torch.tensor(float(step)), "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}}
+    moments = {"p/step": torch.tensor(float(step)), "p/exp_avg": torch.ones(2), "p/exp_avg_sq": torch.ones(2)}
     return checkpoint.Checkpoint(checkpoint.State(step=step, best_step=best_step), {"p": torch.ones(2)}, moments)
 
 
@@ -145,7 +145,7 @@ def test_a_full_disk_is_one_clear_error_and_the_checkpoint_before_is_intact(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "_flush", full)
+    monkeypatch.setattr(checkpoint, "flush_to_disk", full)
     with pytest.raises(UserError, match="the disk is full; earlier checkpoints are intact"):
         checkpoint.save(tmp_path, small_checkpoint(step=2))
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
@@ -157,16 +157,16 @@ def test_a_full_disk_under_the_records_is_one_clear_error(recipe: Make, monkeypa
     from peftune.training.metrics import MetricsLog
 
     made = recipe("run.save_every=1")
-    append = MetricsLog._append
+    write = MetricsLog.write
 
-    def full_at_the_third_step(self: MetricsLog, line: bytes) -> None:
-        if b'"step": 3, "loss"' in line:
+    def full_at_the_third_step(self: MetricsLog, event: str, **values: Any) -> None:
+        if event == "train" and values["step"] == 3:
             assert self.file is not None
             self.file.close()
             self.file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115  the run closes it
-        append(self, line)
+        write(self, event, **values)
 
-    monkeypatch.setattr(MetricsLog, "_append", full_at_the_third_step)
+    monkeypatch.setattr(MetricsLog, "write", full_at_the_third_step)
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # /dev/full cannot be flushed
     with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written: No space left.*checkpoints are intact"):
         train(made)

@@ -59,7 +59,7 @@ class _QueryBlocks(torch.autograd.Function):
         scale = rows.shape[1] ** -0.5
         output = rows.new_empty(len(rows) // 3, rows.shape[1])
         kept = []
-        for (q, k, v), out in zip(_qkv(rows, rectangles, heads), _outputs(output, rectangles, heads), strict=True):
+        for (q, k, v), out in zip(_qkv(rows, rectangles, heads), _views(output, rectangles, heads), strict=True):
             for queries, seen in _query_blocks(q.shape[1]):
                 p = _probabilities(q[:, queries], k[:, seen], scale)
                 out[:, queries] = p @ v[:, seen]
@@ -76,12 +76,8 @@ class _QueryBlocks(torch.autograd.Function):
         d_output.index_copy_(0, rectangles.to_outputs, upstream.reshape(-1, rows.shape[1]))
         d_rows = torch.zeros_like(rows)
         probabilities = iter(kept)
-        for (q, k, v), (dq, dk, dv), d_out in zip(
-            _qkv(rows, rectangles, heads),
-            _qkv(d_rows, rectangles, heads),
-            _outputs(d_output, rectangles, heads),
-            strict=True,
-        ):
+        views = _qkv(rows, rectangles, heads), _qkv(d_rows, rectangles, heads), _views(d_output, rectangles, heads)
+        for (q, k, v), (dq, dk, dv), d_out in zip(*views, strict=True):
             for queries, seen in _query_blocks(q.shape[1]):
                 p, d = next(probabilities), d_out[:, queries]
                 ds = torch._softmax_backward_data(d @ v[:, seen].mT, p, -1, p.dtype)
@@ -109,16 +105,14 @@ def _query_blocks(length: int) -> Iterator[tuple[slice, slice]]:
 
 def _qkv(rows: torch.Tensor, rectangles: Rectangles, heads: int) -> Iterator[torch.Tensor]:
     """Views (3, S, T, W) of each rectangle's q, k and v."""
-    for part in rectangles.parts:
-        first, count = 3 * heads * part.first, 3 * heads * part.documents * part.length
-        yield rows[first : first + count].view(3, -1, part.length, rows.shape[1])
+    return (part.view(3, -1, *part.shape[1:]) for part in _views(rows, rectangles, 3 * heads))
 
 
-def _outputs(output: torch.Tensor, rectangles: Rectangles, heads: int) -> Iterator[torch.Tensor]:
-    """Views (S, T, W) of each rectangle's outputs."""
+def _views(rows: torch.Tensor, rectangles: Rectangles, per_slot: int) -> Iterator[torch.Tensor]:
+    """Views (…, T, W) of each rectangle's rows, of which every slot has `per_slot`."""
     for part in rectangles.parts:
-        first, count = heads * part.first, heads * part.documents * part.length
-        yield output[first : first + count].view(-1, part.length, output.shape[1])
+        first, count = per_slot * part.first, per_slot * part.documents * part.length
+        yield rows[first : first + count].view(-1, part.length, rows.shape[1])
 
 
 def _fused(lengths: np.ndarray, heads: int, device: torch.device) -> Attend:
@@ -193,7 +187,6 @@ class Rectangles:
     to_slots: torch.Tensor
     to_tokens: torch.Tensor
     to_outputs: torch.Tensor
-    padded: bool
 
 
 def rectangles_of(lengths: np.ndarray, heads: int, device: torch.device) -> Rectangles:
@@ -201,8 +194,7 @@ def rectangles_of(lengths: np.ndarray, heads: int, device: torch.device) -> Rect
     parts, token = _grouped(lengths)
     to_slots, to_tokens = _rows(parts, token, 3, heads)
     _, to_outputs = _rows(parts, token, 1, heads)
-    a, b, c = (torch.from_numpy(array).to(device) for array in (to_slots, to_tokens, to_outputs))
-    return Rectangles(parts, a, b, c, bool((token < 0).any()))
+    return Rectangles(parts, *(torch.from_numpy(rows).to(device) for rows in (to_slots, to_tokens, to_outputs)))
 
 
 def _grouped(lengths: np.ndarray) -> tuple[tuple[Rectangle, ...], np.ndarray]:

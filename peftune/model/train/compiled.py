@@ -12,7 +12,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -45,7 +45,7 @@ def compiled(norm: Norm, inner: int) -> Elementwise:
 
 def _difference(operations: Elementwise, norm: Norm, inner: int, asking: tuple[int, ...], keeps: bool) -> float:
     """The largest relative difference from the eager operations, of values and gradients, as a block calls them."""
-    random = torch.Generator().manual_seed(0)
+    random, dynamo = torch.Generator().manual_seed(0), cast(Any, torch._dynamo)
     widths = len(norm.weight), len(norm.weight), inner
     given = [torch.randn(_TOKENS, width, generator=random).to(norm.weight.device) for width in widths]
     found: list[list[torch.Tensor]] = []
@@ -54,7 +54,7 @@ def _difference(operations: Elementwise, norm: Norm, inner: int, asking: tuple[i
         more, hidden = more.to(norm.dtype), hidden.to(norm.dtype)
         for tensor, asks in zip((x, more, hidden), asking, strict=True):
             tensor.requires_grad_(bool(asks))
-            _any_number(tensor)
+            dynamo.mark_dynamic(tensor, 0)  # compile for any number of tokens
         with nullcontext() if keeps else torch.no_grad():
             values = [these.normed(x, norm), *these.added(x, more, norm), these.activated(hidden)]
         leaves = [tensor for tensor in (x, more, hidden) if tensor.requires_grad]
@@ -63,9 +63,3 @@ def _difference(operations: Elementwise, norm: Norm, inner: int, asking: tuple[i
             values += torch.autograd.grad(kept, leaves, [value.detach().sin() for value in kept])
         found.append([value.detach().double() for value in values])
     return max(float((a - b).norm() / b.norm()) for a, b in zip(*found, strict=True))
-
-
-def _any_number(tensor: torch.Tensor) -> None:
-    """Compile for any number of tokens."""
-    dynamo: Any = torch._dynamo
-    dynamo.mark_dynamic(tensor, 0)

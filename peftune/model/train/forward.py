@@ -17,13 +17,12 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GPT2Config
 
 from peftune.model.lora import Adapted
 from peftune.model.loss import add_neftune_noise, summed_nats
 from peftune.model.train.attention import Attend, Kernel, kernel_for, tokens_of
 from peftune.model.train.compiled import compiled
-from peftune.model.train.layers import EAGER, Elementwise, LoraFactors, LoraLinear, Norm, base_weight, unpacked_weight
+from peftune.model.train.layers import EAGER, Elementwise, LoraFactors, LoraLinear, Norm, frozen_weight
 
 NAME = "default"  # PEFT's, of a model's only adapter
 
@@ -98,45 +97,32 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def reason_against(adapted: Adapted) -> str | None:
     """Why a model cannot be trained by `TrainGPT2`, or None."""
     core: Any = adapted.model.get_base_model()
-    return _unlike_gpt2(core.config) or _unlike_lora(core, adapted)
-
-
-def _unlike_gpt2(config: GPT2Config) -> str | None:
     usual: dict[str, Any] = {
         "activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
         "reorder_and_upcast_attn": False, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
     }  # fmt: skip
-    found = {key: getattr(config, key) for key, value in usual.items() if getattr(config, key) != value}
-    return f"the base has {', '.join(f'{key} {value}' for key, value in found.items())}" if found else None
-
-
-def _unlike_lora(core: nn.Module, adapted: Adapted) -> str | None:
+    unusual = [f"{key} {getattr(core.config, key)}" for key, v in usual.items() if getattr(core.config, key) != v]
+    if unusual:
+        return f"the base has {', '.join(unusual)}"
     layers = {name: module for name, module in core.named_modules() if isinstance(module, LoraLayer)}
     if any(".h." not in name for name in layers):
         return "the adapter reaches outside of the blocks"
     if any(layer.use_dora.get(NAME) for layer in layers.values()):
-        return "DoRA normalises whole weights"
-    own = {id(p) for layer in layers.values() for part in (layer.lora_A, layer.lora_B) for p in part.parameters()}
-    if any(id(parameter) not in own for parameter in adapted.trainable().values()):
+        return "DoRA normalises full weights"
+    if not all(".lora_A." in name or ".lora_B." in name for name in adapted.trainable()):
         return "more is trained than A and B"
     return None
 
 
 def train_forward(
-    adapted: Adapted,
-    dtype: torch.dtype,
-    neftune: float,
-    smoothing: float,
-    recompute: bool,
-    compile_elementwise: bool = False,
+    adapted: Adapted, dtype: torch.dtype, neftune: float, smoothing: float, recompute: bool, compiles: bool = False
 ) -> TrainGPT2:
     """The training forward over the tensors of an adapted model, in `dtype`; `reason_against` must be None for it.
 
-    `compile_elementwise` compiles the operations between matrix products, where a compiler is there.
+    `compiles` compiles the operations between matrix products, where a compiler is there.
     """
     core: Any = adapted.model.get_base_model()
     body, config = core.transformer, core.config
-    width = config.n_embd // config.n_head
     ln_f, packed = _norm(body.ln_f, dtype), bool(getattr(core, "is_quantized", False))
     return TrainGPT2(
         module=adapted.model,
@@ -146,8 +132,8 @@ def train_forward(
         ln_f=ln_f,
         head=core.lm_head,
         heads=config.n_head,
-        kernel=kernel_for(body.wte.weight.device, dtype, width),
-        elementwise=compiled(ln_f, config.n_inner or 4 * config.n_embd) if compile_elementwise else EAGER,
+        kernel=kernel_for(body.wte.weight.device, dtype, config.n_embd // config.n_head),
+        elementwise=compiled(ln_f, config.n_inner or 4 * config.n_embd) if compiles else EAGER,
         neftune=neftune,
         smoothing=smoothing,
         recompute=recompute,
@@ -175,5 +161,4 @@ def _linear(layer: Any, dtype: torch.dtype, packed: bool) -> LoraLinear:
         dropout = getattr(layer.lora_dropout[NAME], "p", 0.0)  # PEFT puts an Identity where there is none
         factors = LoraFactors(layer.lora_A[NAME].weight, layer.lora_B[NAME].weight, layer.scaling[NAME], dropout)
         layer = layer.base_layer
-    weight = partial(unpacked_weight if packed else base_weight, layer, dtype)
-    return LoraLinear(weight, layer.bias.to(dtype), factors)
+    return LoraLinear(partial(frozen_weight, layer, packed, dtype), layer.bias.to(dtype), factors)

@@ -1,23 +1,21 @@
-"""What ranks say to each other: sums, the first rank's word, and errors that concern all of them."""
+"""Collectives: sums, values of all ranks or of the first, and errors that concern all ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
+from accelerate import Accelerator
 
 from peftune.data.batches import NOT_SCORED, Batch
 from peftune.errors import CheckFailed, Interrupted, PeftuneError, RankLost, ReportedElsewhere, first_line
 from peftune.training.distributed.signals import StopRequest
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 Result = TypeVar("Result")
 
-# How gloo, NCCL and the store say that a peer is gone; PyTorch has no type of its own for what gloo raises.
+# In what gloo, NCCL and the store raise when a peer is gone; PyTorch has no exception type for what gloo raises.
 _PEER_GONE = ("gloo", "Connection closed by peer", "Connection reset", "Broken pipe", "NCCL", "TCPStore", "timed out")
 
 
@@ -25,13 +23,13 @@ def all_reduce_sum(accelerator: Accelerator, *values: float) -> list[float]:
     """Each value summed over all ranks, in float64."""
     if accelerator.num_processes == 1:
         return list(values)
-    here = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
-    torch.distributed.all_reduce(here)
-    return here.tolist()
+    sums = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
+    torch.distributed.all_reduce(sums)
+    return sums.tolist()
 
 
 def all_gather(accelerator: Accelerator, value: Result) -> list[Result]:
-    """The value of every rank, in the order of ranks, known to all."""
+    """The value of every rank, in the order of ranks, on all ranks."""
     if accelerator.num_processes == 1:
         return [value]
     found: list[Result] = [value] * accelerator.num_processes
@@ -40,7 +38,7 @@ def all_gather(accelerator: Accelerator, value: Result) -> list[Result]:
 
 
 def broadcast(accelerator: Accelerator, make: Callable[[], Result]) -> Result:
-    """What the first rank makes, known to all; where it fails, all ranks do."""
+    """What `make` returns on the first rank, on all ranks; where it fails, all ranks do."""
     made: list[Result | None] = [None]
     with raise_on_all_ranks(accelerator):
         if accelerator.is_main_process:
@@ -52,7 +50,7 @@ def broadcast(accelerator: Accelerator, make: Callable[[], Result]) -> Result:
 
 @contextmanager
 def raise_on_all_ranks(accelerator: Accelerator) -> Iterator[None]:
-    """Either every rank leaves this block well, or all leave it with an error, which the person reads once.
+    """Either every rank leaves this block without an error, or all leave it with one, which is reported once.
 
     Nothing inside may wait for another rank.
     """
@@ -72,21 +70,17 @@ def raise_on_all_ranks(accelerator: Accelerator) -> Iterator[None]:
 
 
 @contextmanager
-def report_on_rank0(accelerator: Accelerator) -> Iterator[None]:
-    """What every rank finds at the same time, a signal or broken numbers, is told by the first."""
+def report_clearly(accelerator: Accelerator) -> Iterator[None]:
+    """What all ranks raise at the same time (a signal, broken numbers) is reported by the first rank alone.
+
+    What the network library raises when a rank is gone becomes RankLost, in one clear line.
+    """
     try:
         yield
     except (Interrupted, CheckFailed) as error:
         if accelerator.is_main_process:
             raise
         raise ReportedElsewhere(error.exit_code) from None
-
-
-@contextmanager
-def translate_peer_errors(accelerator: Accelerator) -> Iterator[None]:
-    """Turn what the network library raises when a rank is gone into one clear line."""
-    try:
-        yield
     except RuntimeError as error:
         if accelerator.num_processes == 1 or not any(sign in str(error) for sign in _PEER_GONE):
             raise
@@ -99,9 +93,10 @@ def translate_peer_errors(accelerator: Accelerator) -> Iterator[None]:
 def lockstep_batches(
     accelerator: Accelerator, forward_is_collective: bool, batches: Iterable[Batch], stop: StopRequest
 ) -> Iterator[Batch]:  # fmt: skip
-    """This rank's micro-batches, until they end or a signal came; the caller then compares notes with the others.
+    """This rank's micro-batches, until they end or a signal came here; the caller then asks the other ranks.
 
-    Where a forward needs all ranks, all get equally many: one that has run out gets batches that score nothing.
+    Where a forward is collective (ZeRO-3), all ranks get equally many: one that has run out gets batches that score
+    nothing.
     """
     if not forward_is_collective:
         for batch in batches:
@@ -109,15 +104,12 @@ def lockstep_batches(
                 return
             yield batch
         return
-    waiting = iter(batches)
+    zeros = torch.zeros(1, 8, dtype=torch.int64)
+    idle = Batch(zeros, torch.arange(8)[None], torch.full_like(zeros, NOT_SCORED), None)
+    own = iter(batches)
     while True:
-        mine = next(waiting, None)
-        left, stopped = all_reduce_sum(accelerator, float(mine is not None), float(stop.name is not None))
+        following = next(own, None)
+        left, stopped = all_reduce_sum(accelerator, float(following is not None), float(stop.name is not None))
         if stopped or not left:
             return
-        yield _idle_batch() if mine is None else mine
-
-
-def _idle_batch() -> Batch:
-    zeros = torch.zeros(1, 8, dtype=torch.int64)
-    return Batch(zeros, torch.arange(8)[None], torch.full_like(zeros, NOT_SCORED), None)
+        yield following or idle

@@ -1,31 +1,43 @@
-"""Start and configure the ranks through Accelerate: one process, DDP, or DeepSpeed ZeRO."""
+"""Start the ranks through Accelerate: one process, DDP, or DeepSpeed ZeRO."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 
 from peftune.config.recipe import Recipe
-from peftune.errors import Interrupted, PeftuneError, UserError
+from peftune.errors import Interrupted, PeftuneError, UserError, report_once_per_machine
 from peftune.training.distributed import zero
-from peftune.training.distributed.checks import refuse_for_zero3
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from peftune.training.distributed.collectives import report_clearly
+from peftune.training.distributed.watchdog import rendezvous_deadline, watch_peers
 
 _TIMEOUT = timedelta(hours=6)  # one rank may tokenise for long; the watchdog notices ranks that are gone
 
 
-def start(trackers: list[str], folder: str) -> Accelerator:
-    """Join the other ranks, if there are any; UserError for DeepSpeed where it is not installed."""
-    from accelerate import Accelerator, InitProcessGroupKwargs
-    from accelerate.state import AcceleratorState
+@contextmanager
+def watched_ranks(recipe: Recipe) -> Iterator[Accelerator]:
+    """Join the other ranks, where there are any, and watch them to the end of the run."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    with report_once_per_machine(), nullcontext() if alone else rendezvous_deadline():
+        accelerator = start(list(recipe.run.track), recipe.run.out)
+    watch = nullcontext() if accelerator.num_processes == 1 else watch_peers(accelerator)
+    with report_clearly(accelerator), watch:
+        yield accelerator
 
+
+def start(trackers: list[str], folder: str) -> Accelerator:
+    """Join the other ranks, if there are any; UserError for a tracker, or DeepSpeed, that is not installed."""
+    available = {str(getattr(name, "value", name)) for name in get_available_trackers()}
+    missing = [name for name in trackers if name not in available]
+    if missing:
+        raise UserError(f"run.track: {', '.join(missing)} not installed; pip install 'peftune[track]', or leave it out")
     on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
     wants_zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     if wants_zero:
@@ -36,72 +48,41 @@ def start(trackers: list[str], folder: str) -> Accelerator:
     accelerator = Accelerator(
         cpu=not on_gpu and not wants_zero,
         mixed_precision="no",  # the recipe's precision is applied around the forward, the same everywhere
-        log_with=list(trackers) or None,
+        log_with=trackers or None,
         project_dir=folder,
         kwargs_handlers=[group],
     )
-    _refuse_unknown_strategy(accelerator)
+    kind = str(accelerator.distributed_type.value)
+    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED"):  # Accelerate shards in ways not made exact here
+        raise UserError(
+            f"the launcher's configuration asks for {kind}; peftune runs on one process, DDP or DeepSpeed ZeRO: "
+            "take a file of accelerate_configs/"
+        )
     return accelerator
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
     """Destroy the process group at the end; after an error the other ranks may no longer be there."""
+    all_end_here = True
     try:
         yield
-    except PeftuneError as error:
-        if error.exit_code == Interrupted.exit_code:  # all ranks end here
-            _leave_group()
+    except BaseException as error:
+        all_end_here = isinstance(error, PeftuneError) and error.exit_code == Interrupted.exit_code
         raise
-    _leave_group()
+    finally:
+        if all_end_here and torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def zero_stage(accelerator: Accelerator) -> int:
-    """1, 2 or 3 where DeepSpeed ZeRO shards memory, 0 where it does not."""
-    plugin = accelerator.state.deepspeed_plugin if _is_zero(accelerator) else None
-    return int(plugin.zero_stage) if plugin is not None else 0
+    """1, 2 or 3 where ZeRO shards memory, 0 where it does not."""
+    return zero.stage_of(accelerator) if str(accelerator.distributed_type.value) == "DEEPSPEED" else 0
 
 
 def layout(accelerator: Accelerator) -> str:
-    """How this run is laid out, in words: `1 process`, `2 ranks, DDP`, `8 ranks, ZeRO-2`."""
+    """How this run is laid out, for people: `1 process`, `2 ranks, DDP`, `8 ranks, ZeRO-2`."""
     ranks, stage = accelerator.num_processes, zero_stage(accelerator)
     if ranks == 1 and not stage:
         return "1 process"
     return f"{ranks} ranks, {f'ZeRO-{stage}' if stage else 'DDP'}"
-
-
-def idle_gpus(accelerator: Accelerator) -> int:
-    """GPUs of this machine that a run without a launcher leaves alone."""
-    alone = accelerator.num_processes == 1 and accelerator.device.type == "cuda"
-    return torch.cuda.device_count() - 1 if alone else 0
-
-
-def configure(accelerator: Accelerator, recipe: Recipe) -> None:
-    """Write what the recipe decides into DeepSpeed's configuration, if there is one.
-
-    UserError, before anything is loaded, for a recipe that ZeRO-3 would train wrongly or not at all.
-    """
-    if not _is_zero(accelerator):
-        return
-    if zero_stage(accelerator) == 3:
-        refuse_for_zero3(recipe)
-    zero.configure(accelerator.state.deepspeed_plugin.deepspeed_config, accelerator.num_processes, recipe.optim.clip)
-
-
-def _leave_group() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def _is_zero(accelerator: Accelerator) -> bool:
-    return str(accelerator.distributed_type.value) == "DEEPSPEED"
-
-
-def _refuse_unknown_strategy(accelerator: Accelerator) -> None:
-    """Accelerate knows more ways to shard a model than peftune has made exact."""
-    kind = str(accelerator.distributed_type.value)
-    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED"):
-        raise UserError(
-            f"the launcher's configuration asks for {kind}; peftune runs on one process, DDP or DeepSpeed ZeRO: "
-            "take a file of accelerate_configs/"
-        )

@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO: the only module that knows DeepSpeed.
 
-ZeRO-1 and ZeRO-2 are given the adapter alone: the base runs beside DeepSpeed's engine, untouched by it. ZeRO-3 is given
-the full model, because it shards the weights. All three get the step's gradient in one backward of a linear function
+ZeRO-1 and ZeRO-2 get the adapter alone: the base runs beside DeepSpeed's engine, untouched by it. ZeRO-3 gets the full
+model, because it shards the weights. All three get the step's gradient in one backward of a linear function
 that has it as its gradient, so each reduces once a step.
 """
 
@@ -10,27 +10,23 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import GPT2LMHeadModel
 
 from peftune.config.recipe import Recipe
 from peftune.config.shipped import shipped
 from peftune.errors import UserError
+from peftune.files import read_object
 from peftune.model.base import Base
 from peftune.model.load import recompute_activations, with_dropout
 from peftune.model.lora import Adapted, inject
 from peftune.model.loss import LossModel
-from peftune.training.distributed.checks import check_engine_file
-from peftune.training.optimizer import Gradient, Moments, Tensors, bytes_of, set_rate, state_bytes
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from peftune.training.distributed.collectives import raise_on_all_ranks
+from peftune.training.optimizer import MOMENTS, Gradient, Parameters, Tensors, set_rate, state_bytes
 
 _BUCKETS = {  # elements, for "auto"; Accelerate would look for a hidden size, which an adapter does not have
     "reduce_bucket_size": 50_000_000,
@@ -39,26 +35,64 @@ _BUCKETS = {  # elements, for "auto"; Accelerate would look for a hidden size, w
 }
 
 
-def configure(config: dict[str, Any], ranks: int, clip: float | None) -> None:
-    """Write what the recipe decides into DeepSpeed's configuration."""
+def stage_of(accelerator: Accelerator) -> int:
+    """1, 2 or 3 as the launcher's configuration says."""
+    return int(accelerator.state.deepspeed_plugin.zero_stage)
+
+
+def configure(accelerator: Accelerator, recipe: Recipe) -> None:
+    """Write what the recipe decides into DeepSpeed's configuration.
+
+    UserError, before anything is loaded, for a recipe that ZeRO-3 would train wrongly or not at all.
+    """
+    if stage_of(accelerator) == 3:
+        refuse_for_zero3(recipe)
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
     config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}  # it sees one backward a step
-    config |= {"train_batch_size": ranks, "gradient_clipping": clip or 0.0}
+    config |= {"train_batch_size": accelerator.num_processes, "gradient_clipping": recipe.optim.clip or 0.0}
     zero = config["zero_optimization"]
     zero |= {key: size for key, size in _BUCKETS.items() if zero.get(key) == "auto"}
+
+
+def refuse_for_zero3(recipe: Recipe) -> None:
+    """UserError, before anything is loaded, for a recipe that ZeRO-3 would train wrongly or not at all."""
+    lora, quantize = recipe.lora, recipe.quantize
+    outside = {"wte", "wpe", "lm_head"} & (set() if isinstance(lora.targets, str) else set(lora.targets))
+    refused = {
+        f"quantize: {quantize} (8-bit trains to a wrong loss there, 4-bit weights cannot be sharded)": quantize,
+        f"lora.variant: {lora.variant} (it reads full weights, and a rank has a shard)": lora.variant
+        not in ("lora", "rslora"),
+        "lora.modules_to_save (modules would be copied from shards)": lora.modules_to_save,
+        "lora.targets outside the blocks (wte, wpe, lm_head)": outside,
+        "run.samples (no rank has the full model to generate with)": recipe.run.samples,
+    }
+    problems = [text for text, applies in refused.items() if applies]
+    if problems:
+        raise UserError(f"ZeRO-3 cannot be combined with {'; '.join(problems)}; use ZeRO-2, or leave these out")
+
+
+def check_engine_file(path: Path) -> None:
+    """UserError where the file is missing, or decides what the recipe decides."""
+    values = read_object(path)
+    problems = [f"{key} (peftune has its own)" for key in ("optimizer", "scheduler") if key in values]
+    problems += [f"{key} (run.precision says it)" for key in ("bf16", "fp16", "amp", "torch_autocast") if key in values]
+    owned = {"gradient_accumulation_steps": (1, "auto"), "gradient_clipping": ("auto",)}
+    problems += [
+        f'{key}: {values[key]} (the recipe says it, use "auto")'
+        for key, allowed in owned.items()
+        if values.get(key, "auto") not in allowed
+    ]
+    if problems:
+        raise UserError(f"{path}: cannot be used because of {', '.join(problems)}; see ds_configs/")
 
 
 class ShardedStrategy:
     """DeepSpeed ZeRO: AdamW's moments (1), gradients (2) and weights (3) are sharded evenly over the ranks."""
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        stage: int,
-        loss_model: LossModel,
-        parameters: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
+        self, accelerator: Accelerator, loss_model: LossModel, parameters: Parameters, optimizer: torch.optim.Optimizer
     ) -> None:
-        self.forward_is_collective = stage == 3
+        self.forward_is_collective = stage_of(accelerator) == 3
         self.parameters, self.ranks = parameters, accelerator.num_processes
         owned = loss_model if self.forward_is_collective else nn.ParameterList(parameters.values())
         self.engine, _ = accelerator.prepare(owned, optimizer)
@@ -71,10 +105,12 @@ class ShardedStrategy:
             self._begin_state()
 
     def update(self, gradient: Gradient, divisor: float, rate: float) -> float:
+        import deepspeed
+
         gradient.flat.mul_(self.ranks / divisor)  # the engine averages over ranks
         set_rate(self.engine.optimizer, rate)
         self.engine.optimizer.zero_grad()  # else ZeRO-3 adds to the step before
-        with self._gathered(gradient.parameters):
+        with deepspeed.zero.GatheredParameters(gradient.parameters, enabled=self.forward_is_collective):
             linear = [
                 torch.dot(p.reshape(-1), view.reshape(-1))
                 for p, view in zip(gradient.parameters, gradient.views, strict=True)
@@ -83,21 +119,21 @@ class ShardedStrategy:
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
-    def state_dict(self) -> tuple[Tensors, Moments]:
+    def state_dict(self) -> tuple[Tensors, Tensors]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         values = {n: safe_get_full_fp32_param(p).detach().cpu().clone() for n, p in self.parameters.items()}
-        done = self._steps()
-        if not done or not done[0]:
+        steps = self._steps()
+        if not steps or not steps[0]:
             return values, {}
-        moments: Moments = {}
+        moments = {}
         for name, p in self.parameters.items():
-            found = {key: safe_get_full_optimizer_state(p, key) for key in ("exp_avg", "exp_avg_sq")}
-            moments[name] = {key: entry.detach().cpu().clone() for key, entry in found.items()}
-            moments[name]["step"] = done[0].detach().cpu().clone()
+            for key in MOMENTS:
+                entry = steps[0] if key == "step" else safe_get_full_optimizer_state(p, key)
+                moments[f"{name}/{key}"] = entry.detach().cpu().clone()
         return values, moments
 
-    def load_state_dict(self, values: Tensors, moments: Moments) -> None:
+    def load_state_dict(self, values: Tensors, moments: Tensors) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         device = self.engine.device
@@ -106,19 +142,18 @@ class ShardedStrategy:
         nothing = Gradient(list(self.parameters.values()), [values[name].shape for name in self.parameters], device)
         self.update(nothing, divisor=1.0, rate=0.0)  # AdamW's state comes to be, every copy of the adapter is renewed
         for name, parameter in self.parameters.items():
-            for key in ("exp_avg", "exp_avg_sq"):
-                value = moments[name][key] if moments else torch.zeros_like(values[name])
+            for key in MOMENTS[1:]:
+                value = moments[f"{name}/{key}"] if moments else torch.zeros_like(values[name])
                 safe_set_full_optimizer_state(parameter, value.to(device), key)
-        steps = next(iter(moments.values()))["step"] if moments else torch.zeros(())
         for count in self._steps():
-            count.copy_(steps)
+            count.copy_(moments[f"{name}/step"] if moments else torch.zeros(()))
 
     def memory_bytes(self, model: nn.Module) -> dict[str, int]:
         base = self.engine.optimizer.optimizer
-        masters = sum(map(bytes_of, base.state))  # the flat fp32 parts that it updates
-        parts = [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]  # beside them, what is gathered
-        held = sum(map(bytes_of, parts)) + sum(map(bytes_of, model.parameters()))
-        return {"parameters": held, "optimizer_state": state_bytes(base) + masters}
+        masters = sum(flat.nbytes for flat in base.state)  # the flat fp32 shards that it updates
+        shards = [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]  # beside them, what is gathered
+        parameters = sum(tensor.nbytes for tensor in (*shards, *model.parameters()))
+        return {"parameters": parameters, "optimizer_state": state_bytes(base) + masters}
 
     def _begin_state(self) -> None:
         """AdamW's state before its first step: ZeRO-1 and 2 link it once the first of several groups has one."""
@@ -126,32 +161,25 @@ class ShardedStrategy:
         for group in base.param_groups:
             for flat in group["params"]:
                 device = flat.device if group["fused"] else "cpu"
-                moments = {key: torch.zeros_like(flat) for key in ("exp_avg", "exp_avg_sq")}
+                moments = {key: torch.zeros_like(flat) for key in MOMENTS[1:]}
                 base.state[flat] = {"step": torch.zeros((), device=device), **moments}
 
     def _steps(self) -> list[torch.Tensor]:
-        """AdamW's step counters on this rank, one for each flat part it holds."""
+        """AdamW's step counters on this rank, one for each flat shard it has."""
         return [state["step"] for state in self.engine.optimizer.optimizer.state.values() if "step" in state]
-
-    @contextmanager
-    def _gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:
-        if not self.forward_is_collective:
-            yield
-            return
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(parameters):
-            yield
 
 
 def load_sharded(recipe: Recipe, base: Base, dtype: torch.dtype, accelerator: Accelerator) -> Adapted:
-    """The base with a fresh adapter, sharded as it is read, one tensor after another; no rank ever holds all of it.
+    """The base with a fresh adapter, sharded as it is read, one tensor after another; no rank ever has all of it.
 
-    Only the first rank reads the files; UserError there for incomplete weights.
+    Only the first rank reads the files; UserError, on all ranks, for incomplete weights.
     """
     import deepspeed
     from transformers.initialization import no_init_weights
 
+    with raise_on_all_ranks(accelerator):
+        if accelerator.is_main_process:
+            assert base.weights, "opened here, where an error of the first rank can still be raised on all"
     # The format is asked for by configuration: on a CPU, DeepSpeed takes any `dtype=` for bf16.
     asked = {"bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16}}
     zero = accelerator.state.deepspeed_plugin.deepspeed_config | asked

@@ -95,14 +95,11 @@ def _before_and_after(events: list[dict[str, Any]], step: int) -> dict[str, dict
 
 def _provenance(inputs: RunInputs, state: State, delivery: Delivery, run_facts: dict[str, Any]) -> dict[str, Any]:
     """What peftune.json holds: enough to know what made this adapter, and to refuse another base."""
-    prints, quantize = inputs.fingerprints, inputs.recipe.quantize
     versions = {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
     return {
         "peftune": __version__,
-        "base": inputs.recipe.base,
-        "base_fingerprint": prints["base"],
-        "tokenizer_fingerprint": prints["tokenizer"],
-        "data_fingerprints": {k[5:]: v for k, v in prints.items() if k.startswith("data ")},
+        **inputs.base.identity(),
+        "data_fingerprints": inputs.corpus.fingerprints,
         "recipe": inputs.recipe.model_dump(mode="json"),
         "chat": inputs.corpus.chat,
         "identity": inputs.identity,
@@ -111,7 +108,7 @@ def _provenance(inputs: RunInputs, state: State, delivery: Delivery, run_facts: 
         "seconds": delivery.seconds,
         **run_facts,
         "metrics": delivery.metrics,
-        "versions": versions if quantize is None else versions | quantized.versions(quantize),
+        "versions": versions | quantized.versions(inputs.recipe.quantize),
     }
 
 
@@ -120,29 +117,28 @@ def _model_card(provenance: dict[str, Any]) -> str:
     lora, optim = recipe["lora"], recipe["optim"]
     targets = lora["targets"] if isinstance(lora["targets"], str) else ", ".join(lora["targets"])
     sources = ", ".join(f"`{source['path']}`" for source in recipe["data"]["train"])
+    quantised = (
+        ""
+        if recipe["quantize"] is None
+        else f"""\
+The base was quantised to {recipe["quantize"]} meanwhile, and the figures below were measured on that; the adapter is
+one for the full-precision base.
+
+"""
+    )
     body = f"""\
 A {lora["variant"]} adapter (rank {lora["rank"]}, alpha {lora["alpha"]:g}, targets: {targets}) for `{recipe["base"]}`,
 {provenance["trainable_parameters"]:,} trained parameters, trained with peftune {provenance["peftune"]} on {sources}.
 
-{_quantised_base(recipe)}{_table(provenance["metrics"])}
+{quantised}{_table(provenance["metrics"])}
 
 Learning: {provenance["step"]} steps of {recipe["batch"]["global_size"]} blocks, {provenance["tokens"]:,} tokens,
 peak rate {optim["lr"]:g} ({optim["schedule"]}), {provenance["precision"]}, seed {recipe["run"]["seed"]},
-{provenance["seconds"]:,.0f} seconds. `peftune.json` holds the whole recipe and the fingerprints of base and data,
+{provenance["seconds"]:,.0f} seconds. `peftune.json` holds the full recipe and the fingerprints of base and data,
 `metrics.jsonl` every step.
 
 ![Course of the loss](loss.png)"""
     return model_card(recipe["base"], recipe["run"]["out"], body)
-
-
-def _quantised_base(recipe: dict[str, Any]) -> str:
-    if recipe.get("quantize") is None:
-        return ""
-    kind = recipe["quantize"]
-    return f"""The base was held in {kind} meanwhile, and the figures below were measured on that; the adapter is one
-for the full-precision base.
-
-"""
 
 
 def _table(metrics: dict[str, dict[str, dict[str, float]]]) -> str:
@@ -153,12 +149,8 @@ def _table(metrics: dict[str, dict[str, dict[str, float]]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for domain, figures in metrics.items():
-        base, adapter = figures.get("base"), figures.get("adapter")
-        cells = [
-            f"{row[key]:.3f}" if row else "not measured"
-            for key in ("perplexity", "bits_per_byte")
-            for row in (base, adapter)
-        ]
-        tokens = (adapter or base or {}).get("tokens", 0)
-        rows.append(f"| {domain} | {int(tokens):,} | {' | '.join(cells)} |")
+        pairs = [(figures.get(row), key) for key in ("perplexity", "bits_per_byte") for row in ("base", "adapter")]
+        cells = [f"{row[key]:.3f}" if row else "not measured" for row, key in pairs]
+        tokens = next(iter(figures.values()))["tokens"]
+        rows.append(f"| {domain} | {tokens:,} | {' | '.join(cells)} |")
     return "\n".join(rows)

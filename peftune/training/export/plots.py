@@ -1,9 +1,8 @@
-"""Pictures of a run: the course of its loss."""
+"""Plots of a run: its loss curve, and perplexities beside it."""
 
 from __future__ import annotations
 
 import io
-import math
 import warnings
 from typing import Any
 
@@ -29,8 +28,8 @@ def draw_overview(runs: dict[str, list[dict[str, Any]]], rows: dict[str, dict[st
     """A PNG with the loss curves of several runs (by adapter name) and the perplexity matrix beside them."""
     figure = Figure(figsize=(5.2 + 3.6 * len(runs), 3.9), dpi=150, layout="constrained")
     axes = figure.subplots(1, len(runs) + 1, width_ratios=[*[1.0] * len(runs), 1.35])
-    for place, (name, events) in zip(axes, runs.items(), strict=False):
-        loss_axes(place, events, f"learning {name}")
+    for ax, (name, events) in zip(axes, runs.items(), strict=False):
+        loss_axes(ax, events, f"learning {name}")
     matrix_axes(axes[-1], rows)
     return png(figure)
 
@@ -38,15 +37,13 @@ def draw_overview(runs: dict[str, list[dict[str, Any]]], rows: dict[str, dict[st
 def matrix_axes(axes: Axes, rows: dict[str, dict[str, dict[str, float]]]) -> None:
     """Perplexities as a grid; the colour of a cell is its ratio to the base on that domain, green where better."""
     domains = list(rows["base"])
-    ratio = np.array(
-        [[math.log2(row[d]["perplexity"] / rows["base"][d]["perplexity"]) for d in domains] for row in rows.values()]
-    )
+    values = np.array([[row[domain]["perplexity"] for domain in domains] for row in rows.values()])
+    base = np.array([rows["base"][domain]["perplexity"] for domain in domains])
+    ratio = np.log2(values / base)
     axes.imshow(np.clip(ratio, -1.5, 1.5), cmap="RdYlGn_r", vmin=-2.2, vmax=2.2, aspect="auto")
-    for y, (name, row) in enumerate(rows.items()):
-        for x, domain in enumerate(domains):
-            value, base = row[domain]["perplexity"], rows["base"][domain]["perplexity"]
-            against = "" if name == "base" else f"\n{change(value, base)}"
-            axes.text(x, y, f"{value:,.1f}{against}", ha="center", va="center", color=INK, fontsize=10)
+    for (y, x), value in np.ndenumerate(values):
+        compared = "" if list(rows)[y] == "base" else f"\n{change(value, base[x])}"
+        axes.text(x, y, f"{value:,.1f}{compared}", ha="center", va="center", color=INK, fontsize=10)
     axes.set_xticks(range(len(domains)), domains)
     axes.set_yticks(range(len(rows)), [name if name == "base" else f"adapter {name}" for name in rows])
     axes.tick_params(length=0, labelsize=10)
@@ -88,7 +85,6 @@ def loss_axes(axes: Axes, events: list[dict[str, Any]], title: str) -> None:
 def _smoothed(values: np.ndarray) -> np.ndarray:
     """Mean over a window of a tenth of the run that trails each step."""
     window = max(1, len(values) // 10)
-    sums = np.cumsum(np.concatenate([[0.0], values]))
-    starts = np.maximum(0, np.arange(1, len(values) + 1) - window)
-    ends = np.arange(1, len(values) + 1)
+    sums, ends = np.cumsum(np.concatenate([[0.0], values])), np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - window)
     return np.asarray((sums[ends] - sums[starts]) / (ends - starts))

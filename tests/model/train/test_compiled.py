@@ -51,7 +51,7 @@ def test_steps_of_all_lengths_share_the_graphs_of_the_trial(dtype: torch.dtype, 
 
     torch._dynamo.reset()  # type: ignore[no-untyped-call]
     adapted = _adapted(dtype)
-    with_compiler = train_forward(adapted, dtype, 0.0, 0.0, recompute, compile_elementwise=True)
+    with_compiler = train_forward(adapted, dtype, 0.0, 0.0, recompute, compiles=True)
     assert with_compiler.elementwise.description.startswith("elementwise operations compiled in"), (
         with_compiler.elementwise.description
     )

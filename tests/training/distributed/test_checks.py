@@ -11,19 +11,19 @@ import pytest
 
 from peftune.config.recipe import Recipe
 from peftune.errors import UserError
-from peftune.training.distributed.checks import check_engine_file, refuse_for_zero3
+from peftune.training.distributed.zero import check_engine_file, refuse_for_zero3
 
 
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
         ("quantize=int8", "int8 .8-bit trains to a wrong loss"),
-        ("quantize=nf4", "nf4 .*cannot be shared out"),
-        ("lora.variant=dora", "lora.variant: dora .it reads whole weights"),
+        ("quantize=nf4", "nf4 .*cannot be sharded"),
+        ("lora.variant=dora", "lora.variant: dora .it reads full weights"),
         ("lora.variant=pissa", "lora.variant: pissa"),
         ("lora.modules_to_save=[ln_f]", "modules_to_save"),
         ("lora.targets=[c_attn, lm_head]", "targets outside the blocks"),
-        ("run.samples=[once]", "no rank has the whole model"),
+        ("run.samples=[once]", "no rank has the full model"),
     ],
 )
 def test_zero3_refuses_what_it_would_train_wrongly(recipe: Callable[..., Recipe], override: str, reason: str) -> None:
