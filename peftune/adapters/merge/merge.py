@@ -46,8 +46,8 @@ _SEQUENCES, _LENGTH = 8, 64
 
 
 def merge(
-    adapter: Path,
-    out: Path,
+    adapter: Path | str,
+    out: Path | str,
     base: str | None = None,
     dtype: str = "float32",
     verify: bool = True,
@@ -62,6 +62,7 @@ def merge(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    adapter, out = Path(adapter), Path(out)
     _check_out(out, adapter)
     found = open_base(base if base is not None else base_of(adapter))
     if out.resolve() == found.directory.resolve():
