@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from peftune.adapters.provenance import check_base
 from peftune.data.tokens.encode import end_of_text_id
 from peftune.errors import CheckFailed, UserError
 from peftune.inference.engine import Engine
-from peftune.inference.request import Generation, OnOutput, OnText, Request, RequestOutput, context_ids
+from peftune.inference.request import Generation, OnText, Request, RequestOutput, context_ids
 from peftune.inference.settings import GenerationSettings
 from peftune.model.base import Base, open_base
 from peftune.model.decode.batch import DecodeBatch, ModelVariant
@@ -142,7 +143,7 @@ class AdapterBank:
     def logits(self, ids: torch.Tensor, adapters: AdapterNames = ()) -> torch.Tensor:
         """Logits (R, T, V), float32, of texts `ids` (R, T) int64."""
         variants = [self.variant(name) for name in self._one_each(len(ids), adapters)]
-        batch = DecodeBatch(self.spec, len(ids), use_cache=False)
+        batch = DecodeBatch(len(ids))
         hidden = batch.prefill(variants, range(len(ids)), ids.to(self.spec.device), 0)
         return torch.stack([batch.logits([v] * len(h), h) for v, h in zip(variants, hidden, strict=True)])
 
@@ -171,14 +172,18 @@ class AdapterBank:
         `generate.generate`) and unknown adapters, CheckFailed where the logits are not finite.
         """
         settings, names = settings or GenerationSettings(), self._one_each(len(prompts), adapters)
-        if settings.beams > 1:
-            raise UserError("beams: a bank samples or takes the likeliest token; beam search is generate.generate's")
         engine = Engine(self, slots=min(slots, max(1, len(prompts))), queue=max(1, len(prompts)))
         outputs: list[list[RequestOutput]] = [[] for _ in prompts]
+
+        def listen(index: int, output: RequestOutput) -> None:
+            outputs[index].append(output)
+            if output.text and on_text is not None:
+                on_text(index, output.text)
+
         handles = []
         for index, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
             request = Request(tuple(self.encode(prompt)), name, settings, slide=True)
-            handles.append(engine.submit(request, _listener(index, outputs[index], on_text)))
+            handles.append(engine.submit(request, partial(listen, index)))
         while engine.step():
             pass
         results = []
@@ -209,15 +214,6 @@ class AdapterBank:
             merged = MergedTensors(self._weights, layout)
             model = build(self.spec, merged.tensor, merged.tied, model, merged.changed())
         return LoadedAdapter(name, adapter.directory, adapter.provenance, rank, ModelVariant(model, lora))
-
-
-def _listener(index: int, outputs: list[RequestOutput], on_text: OnText | None) -> OnOutput:
-    def listen(output: RequestOutput) -> None:
-        outputs.append(output)
-        if output.text and on_text is not None:
-            on_text(index, output.text)
-
-    return listen
 
 
 def _plain_lora(layout: AdapterLayout, device: torch.device) -> LoraWeights | None:

@@ -27,19 +27,19 @@ class Decoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=False)
-        self._ids: list[int] = []
+        self.ids: list[int] = []
         self._shown = 0  # characters
 
     def push(self, token: int) -> str:
         """The text that is complete now that `token` has come; often "", never half a character."""
-        self._ids.append(token)
+        self.ids.append(token)
         text: str = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
         self._shown += len(text)
         return text
 
     def flush(self) -> str:
         """The rest: at the end of a stream an incomplete character shows as U+FFFD, which `DecodeStream` keeps back."""
-        return decode_plain(self._tokenizer, self._ids)[self._shown :]
+        return decode_plain(self._tokenizer, self.ids)[self._shown :]
 
 
 class StopFilter:
@@ -57,7 +57,8 @@ class StopFilter:
         if found:
             self.stopped, self._waiting = True, ""
             return waiting[: min(found)[1]]  # the one that is complete first, however the text was cut into chunks
-        keep = len(waiting) - self._beginning(waiting)
+        starts = range(max(0, len(waiting) + 1 - max(map(len, self._stop), default=0)), len(waiting))
+        keep = next((at for at in starts if any(stop.startswith(waiting[at:]) for stop in self._stop)), len(waiting))
         self._waiting = waiting[keep:]
         return waiting[:keep]
 
@@ -66,26 +67,19 @@ class StopFilter:
         waiting, self._waiting = self._waiting, ""
         return waiting
 
-    def _beginning(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string."""
-        longest = min(len(text), max((len(stop) - 1 for stop in self._stop), default=0))
-        return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._stop)), 0)
-
 
 class Detokenizer:
     """The text of one prompt as it grows: its token `ids`, and `finish_reason` once it has ended."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, settings: GenerationSettings) -> None:
-        self.ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._decoder, self._stops = Decoder(tokenizer), StopFilter(settings.stop)
-        self._max_new_tokens = settings.max_new_tokens
+        self.ids, self._max_new_tokens = self._decoder.ids, settings.max_new_tokens
 
     def push(self, token: int, end: int) -> str:
         """Add the next token; returns what may be shown now. `end` ends the text and is not part of it."""
         if token == end:
             return self.finish("end")
-        self.ids.append(token)
         text = self._stops.push(self._decoder.push(token))
         if self._stops.stopped:
             self.finish_reason = "stop"

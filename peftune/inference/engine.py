@@ -66,7 +66,8 @@ class Engine:
         self._models, self._spec = models, models.spec
         self._positions = models.spec.config.n_positions
         self._slots, self._queue = slots, queue
-        self._batch = DecodeBatch(models.spec, slots)
+        self._cache = models.spec.kv_cache(slots)
+        self._batch = DecodeBatch(slots, self._cache)
         self._rows: list[RunningSequence] = []
         self._waiting: FairQueue[RunningSequence] = FairQueue()
         self._jobs: deque[tuple[Future[Route], Callable[[], Route]]] = deque()
@@ -91,7 +92,8 @@ class Engine:
         with self._changed:
             self._refuse_when_closing()
             if len(self._waiting) >= self._queue:
-                raise Busy(f"{len(self._waiting)} requests are waiting already", self._retry_after())
+                turns = len(self._waiting) / self._slots / 4  # until the queue will be shorter by a few
+                raise Busy(f"{len(self._waiting)} requests are waiting already", max(1.0, turns * self._seconds_a_text))
             self._waiting.push(request.adapter, row)
             self._changed.notify_all()
         return handle
@@ -121,7 +123,7 @@ class Engine:
         self._admit()
         if not self._rows:
             return False
-        decoding = [row for row in self._rows if row.is_decoding]
+        decoding = [slot for slot, row in enumerate(self._rows) if row.is_decoding]  # before prefilling makes it more
         self._choose([*self._prefill(), *self._decode(decoding)])
         self._release()
         self._steps += 1
@@ -158,7 +160,7 @@ class Engine:
     def _check(self, request: Request) -> None:
         ids, vocabulary = request.ids, self._spec.config.vocab_size
         if request.settings.beams > 1:
-            raise UserError("beams: an engine samples or takes the likeliest token; it has no beam search")
+            raise UserError("beams: a bank samples or takes the likeliest token; beam search is generate.generate's")
         if not ids or min(ids) < 0 or max(ids) >= vocabulary:
             raise UserError(f"token ids must lie in 0 to {vocabulary - 1}, at least one of them")
         new = 0 if request.only_score else request.settings.max_new_tokens
@@ -180,7 +182,8 @@ class Engine:
                 for row in self._rows:
                     row.finish("error", f"{type(error).__name__} in the engine")
                 self._rows.clear()
-                self._batch = DecodeBatch(self._spec, self._slots)
+                self._cache = self._spec.kv_cache(self._slots)
+                self._batch = DecodeBatch(self._slots, self._cache)
         for row in [*self._rows, *self._waiting.take(lambda _: True)]:
             row.finish("cancelled")
         self._rows.clear()
@@ -219,31 +222,27 @@ class Engine:
         complete: _Hidden = []
         budget = _PREFILL_TOKENS
         for (start, width), slots in groups.items():
-            taken = slots[: max(1, budget // width)]
-            budget -= len(taken) * width
-            complete += self._prefill_chunk(taken, start, width)
             if budget <= 0:
                 break
+            slots = slots[: max(1, budget // width)]
+            budget -= len(slots) * width
+            rows = [self._rows[slot] for slot in slots]
+            chunks = [row.chunk() for row in rows]
+            ids = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=self._spec.device)
+            hidden = self._batch.prefill([row.variant for row in rows], slots, ids, start)
+            for row, chunk, states in zip(rows, chunks, hidden, strict=True):
+                if row.wants_prompt:
+                    row.score_prompt(self._batch.logits([row.variant] * len(chunk), states[: len(chunk)]))
+                row.add_computed(len(chunk), width)
+                if row.computed == len(row.window):
+                    complete.append((row, states[len(chunk) - 1]))
         return complete
 
-    def _prefill_chunk(self, slots: list[int], start: int, width: int) -> _Hidden:
-        rows = [self._rows[slot] for slot in slots]
-        chunks = [row.chunk() for row in rows]
-        ids = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=self._spec.device)
-        hidden = self._batch.prefill([row.variant for row in rows], slots, ids, start)
-        complete = []
-        for row, chunk, states in zip(rows, chunks, hidden, strict=True):
-            if row.wants_prompt:
-                row.score_prompt(self._batch.logits([row.variant] * len(chunk), states[: len(chunk)]))
-            row.add_computed(len(chunk), width)
-            if row.computed == len(row.window):
-                complete.append((row, states[len(chunk) - 1]))
-        return complete
-
-    def _decode(self, rows: list[RunningSequence]) -> _Hidden:
-        if not rows:
+    def _decode(self, slots: list[int]) -> _Hidden:
+        """One token of each row in these slots, which hold what comes before it."""
+        if not slots:
             return []
-        slots = [slot for slot, row in enumerate(self._rows) if row in rows]
+        rows = [self._rows[slot] for slot in slots]
         ids = torch.tensor([row.window[-1] for row in rows], device=self._spec.device)
         hidden = self._batch.decode([row.variant for row in rows], slots, ids, [row.computed for row in rows])
         for row in rows:
@@ -252,14 +251,16 @@ class Engine:
 
     def _choose(self, complete: _Hidden) -> None:
         """One more token for each row whose window is in the cache."""
-        for row, _ in complete:
+        rows, hidden = [], []
+        for row, states in complete:
             if row.handle.request.only_score:
                 row.finish("length", prompt=tuple(row.prompt))
-        rows = [row for row, _ in complete if row.finish_reason is None]
+            else:
+                rows.append(row)
+                hidden.append(states)
         if not rows:
             return
-        hidden = torch.stack([states for row, states in complete if row.finish_reason is None])
-        logits = self._batch.logits([row.variant for row in rows], hidden)
+        logits = self._batch.logits([row.variant for row in rows], torch.stack(hidden))
         finite = logits.sum(-1).isfinite().tolist()  # host sync, as reading the tokens is
         tokens = sample(rows, (logits if all(finite) else logits.nan_to_num())[:, : len(self._models.tokenizer)])
         for row, token, row_logits, good in zip(rows, tokens, logits, finite, strict=True):
@@ -276,12 +277,8 @@ class Engine:
             if row.finish_reason is None:
                 continue
             self._seconds_a_text += 0.1 * (time.monotonic() - row.started - self._seconds_a_text)
-            self._batch.free(slot, row.cache_length)
+            self._cache.free(slot, row.cache_length)
             last = self._rows.pop()
             if slot < len(self._rows):
-                self._batch.move(len(self._rows), slot, last.cache_length)
+                self._cache.move(len(self._rows), slot, last.cache_length)
                 self._rows[slot] = last
-
-    def _retry_after(self) -> float:
-        """Seconds until the queue will be shorter by a few, from how long texts took of late."""
-        return max(1.0, self._seconds_a_text * len(self._waiting) / self._slots / 4)

@@ -59,7 +59,7 @@ def nats_per_token(models: ModelProvider, ids: Sequence[int], names: Sequence[st
     found: list[float] = []
     for first in range(0, len(names), _ADAPTERS):
         variants = [models.variant(name) for name in names[first : first + _ADAPTERS]]
-        batch = DecodeBatch(models.spec, len(variants), use_cache=False)
+        batch = DecodeBatch(len(variants))
         hidden = batch.prefill(variants, range(len(variants)), tokens[:-1].expand(len(variants), -1), 0)
         found += [_mean_nats(batch, *row, tokens[1:]) for row in zip(variants, hidden, strict=True)]
     return found

@@ -92,10 +92,7 @@ class AdapterSlots:
         for slot, adapter in zip(slots, adapters, strict=True):
             self._load(slot, adapter)
         paths = {path for adapter in present for path in adapter.factors}
-        return {
-            path: (select_slots(self._stacked[path][0], slots), select_slots(self._stacked[path][1], slots))
-            for path in paths
-        }
+        return {path: tuple(select_slots(stacked, slots) for stacked in self._stacked[path]) for path in paths}  # type: ignore[misc]
 
     def _load(self, slot: int, adapter: LoraWeights | None) -> None:
         wanted, factors = (adapter.id, adapter.factors) if adapter is not None else (0, {})
@@ -103,11 +100,9 @@ class AdapterSlots:
             return
         for path, stacked in self._stacked.items():
             for target, source in zip(stacked, factors.get(path, (None, None)), strict=True):
-                rank = 0 if source is None else len(source)
+                target[slot] = 0
                 if source is not None:
-                    target[slot, :rank] = source
-                if rank < self._rank:
-                    target[slot, rank:] = 0
+                    target[slot, : len(source)] = source
         self._loaded[slot] = wanted
 
     def _allocate(self, adapters: Sequence[LoraWeights]) -> None:
