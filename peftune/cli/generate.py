@@ -14,7 +14,6 @@ from peftune.cli.prompts import gather
 from peftune.cli.text_output import CONTINUATION, HEADER, PROMPT, TextPrinter
 from peftune.console import Console
 from peftune.errors import UserError
-from peftune.files import check_writable
 from peftune.inference.generate import TextGenerator, text_generator
 from peftune.inference.request import Generation, context_ids, slide
 from peftune.inference.settings import GenerationSettings
@@ -40,8 +39,6 @@ def generate_texts(
     When nobody reads stdout any more, the work ends, or goes on for the JSON. Raises UserError for input that cannot
     be used, CheckFailed where the logits are not finite.
     """
-    if json_path is not None:
-        check_writable(json_path)
     texts = gather(prompts, prompts_file)
     name = choose_adapter(adapters, use)
     found = open_base(base or base_of(*([adapters[name]] if name else adapters.values())))

@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -231,7 +231,9 @@ def run(arguments: list[str]) -> int:
     except PeftuneError as error:
         return _complain(str(error), error.exit_code)
     except typer.TyperException as error:
-        return _complain(f"{error.format_message()} {_where_help_is(arguments)}", UserError.exit_code)
+        context = getattr(error, "ctx", None)  # of the verb that was called in a wrong way
+        verb = context.command_path if context is not None else "peftune"
+        return _complain(f"{error.format_message()} See: {verb} --help", UserError.exit_code)
     except typer.Abort:
         return _complain("stopped", _STOPPED)
     except BrokenPipeError:  # the reader of our output has gone (`| head`)
@@ -248,16 +250,6 @@ def _complain(message: str, exit_code: int) -> int:
     if message:  # empty where another rank says it
         typer.echo(f"peftune: {' '.join(message.split())}", err=True)
     return exit_code
-
-
-def _where_help_is(arguments: list[str]) -> str:
-    command: Any = typer.main.get_command(app)
-    words = ["peftune"]
-    for argument in arguments:
-        if argument in getattr(command, "commands", {}):
-            command = command.commands[argument]
-            words.append(argument)
-    return f"See: {' '.join(words)} --help"
 
 
 def _columns(values: list[str] | None) -> dict[str, str]:
