@@ -18,30 +18,6 @@ def decode_plain(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-class Decoder:
-    """Token ids in, chunks of text out; the chunks of a stream join to `decode_plain` of all its ids.
-
-    Bytes of a character that is not complete yet wait for the tokens that complete it.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=False)
-        self.ids: list[int] = []
-        self._shown = 0  # characters
-
-    def push(self, token: int) -> str:
-        """The text that is complete now that `token` has come; often "", never half a character."""
-        self.ids.append(token)
-        text: str = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
-        self._shown += len(text)
-        return text
-
-    def flush(self) -> str:
-        """The rest: at the end of a stream an incomplete character shows as U+FFFD, which `DecodeStream` keeps back."""
-        return decode_plain(self._tokenizer, self.ids)[self._shown :]
-
-
 class StopFilter:
     """Text in, text out up to the first of the `stop` strings; what may begin one waits until that is decided."""
 
@@ -69,18 +45,27 @@ class StopFilter:
 
 
 class Detokenizer:
-    """The text of one prompt as it grows: its token `ids`, and `finish_reason` once it has ended."""
+    """The text of one prompt as it grows: its token `ids`, and `finish_reason` once it has ended.
+
+    The texts that are returned join to `decode_plain` of all ids, up to a stop string. Bytes of a character that is not
+    complete yet wait for the tokens that complete it.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, settings: GenerationSettings) -> None:
+        self.ids: list[int] = []
         self.finish_reason: FinishReason | None = None
-        self._decoder, self._stops = Decoder(tokenizer), StopFilter(settings.stop)
-        self.ids, self._max_new_tokens = self._decoder.ids, settings.max_new_tokens
+        self._tokenizer, self._stream = tokenizer, DecodeStream(skip_special_tokens=False)
+        self._decoded = 0  # characters that the stream has given
+        self._stops, self._max_new_tokens = StopFilter(settings.stop), settings.max_new_tokens
 
     def push(self, token: int, end: int) -> str:
         """Add the next token; returns what may be shown now. `end` ends the text and is not part of it."""
         if token == end:
             return self.finish("end")
-        text = self._stops.push(self._decoder.push(token))
+        self.ids.append(token)
+        decoded = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+        self._decoded += len(decoded)
+        text = self._stops.push(decoded)
         if self._stops.stopped:
             self.finish_reason = "stop"
         elif len(self.ids) == self._max_new_tokens:
@@ -88,7 +73,10 @@ class Detokenizer:
         return text
 
     def finish(self, reason: FinishReason) -> str:
-        """The text ends here, for `reason` unless its last characters complete a stop string; returns its rest."""
-        text = self._stops.push(self._decoder.flush()) + self._stops.flush()
+        """The text ends here, for `reason` unless its last characters complete a stop string; returns its rest.
+
+        An incomplete character, which the stream keeps back, shows as U+FFFD.
+        """
+        text = self._stops.push(decode_plain(self._tokenizer, self.ids)[self._decoded :]) + self._stops.flush()
         self.finish_reason = "stop" if self._stops.stopped else reason
         return text

@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -21,8 +21,7 @@ import torch
 from peftune.errors import PeftuneError, UserError
 from peftune.inference.detokenize import Detokenizer
 from peftune.inference.fair_queue import FairQueue
-from peftune.inference.models import ModelProvider
-from peftune.inference.request import OnOutput, Request, RequestHandle, slide
+from peftune.inference.request import ModelProvider, OnOutput, Request, RequestHandle, slide
 from peftune.inference.routing import THRESHOLD, Route, route
 from peftune.inference.sequence import RunningSequence, sample
 from peftune.model.decode.batch import DecodeBatch
@@ -84,8 +83,15 @@ class Engine:
         the model does not know, and a prompt that leaves no position to write to.
         """
         variant = self._models.variant(request.adapter)
-        self._check(request)
-        ids, seed = list(request.ids), request.settings.seed
+        ids, seed, vocabulary = list(request.ids), request.settings.seed, self._spec.config.vocab_size
+        if request.settings.beams > 1:
+            raise UserError("beams: a bank samples or takes the likeliest token; beam search is generate.generate's")
+        if not ids or min(ids) < 0 or max(ids) >= vocabulary:
+            raise UserError(f"token ids must lie in 0 to {vocabulary - 1}, at least one of them")
+        new = 0 if request.only_score else request.settings.max_new_tokens
+        if not request.slide and len(ids) + new > self._positions:
+            found = f"{len(ids)} tokens of the prompt and {new} to write"
+            raise UserError(f"{found} exceed the model's {self._positions} positions")
         handle = RequestHandle(request, on_output, secrets.randbelow(2**32) if seed is None else seed)
         output = Detokenizer(self._models.tokenizer, request.settings)
         row = RunningSequence(handle, variant, output, slide(ids, self._positions) if request.slide else ids)
@@ -99,7 +105,7 @@ class Engine:
         return handle
 
     def route(
-        self, ids: tuple[int, ...], names: tuple[str, ...] | None = None, threshold: float = THRESHOLD
+        self, ids: Sequence[int], names: Sequence[str] | None = None, threshold: float = THRESHOLD
     ) -> Future[Route]:
         """Which adapter a prompt is likeliest under; computed between two steps. Raises Busy once the engine stops."""
         future: Future[Route] = Future()
@@ -112,15 +118,13 @@ class Engine:
     @property
     def load(self) -> EngineLoad:
         """Running and waiting requests now; tokens and steps so far."""
-        return EngineLoad(
-            len(self._rows), len(self._waiting), self._slots, self._prompt_tokens, self._tokens_written, self._steps
-        )
+        so_far = self._prompt_tokens, self._tokens_written, self._steps
+        return EngineLoad(len(self._rows), len(self._waiting), self._slots, *so_far)
 
     def step(self) -> bool:
         """Bring every running text one token further; False where nothing is left to do."""
         self._do_jobs()
-        self._drop_cancelled()
-        self._admit()
+        self._schedule()
         if not self._rows:
             return False
         decoding = [slot for slot, row in enumerate(self._rows) if row.is_decoding]  # before prefilling makes it more
@@ -131,7 +135,6 @@ class Engine:
 
     def start(self) -> None:
         """Step in a thread of its own until `stop`."""
-        assert self._thread is None, "an engine starts once"
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -156,17 +159,6 @@ class Engine:
     def _refuse_when_closing(self) -> None:
         if self._closing:
             raise Busy("the engine is stopping", 5.0)
-
-    def _check(self, request: Request) -> None:
-        ids, vocabulary = request.ids, self._spec.config.vocab_size
-        if request.settings.beams > 1:
-            raise UserError("beams: a bank samples or takes the likeliest token; beam search is generate.generate's")
-        if not ids or min(ids) < 0 or max(ids) >= vocabulary:
-            raise UserError(f"token ids must lie in 0 to {vocabulary - 1}, at least one of them")
-        new = 0 if request.only_score else request.settings.max_new_tokens
-        if not request.slide and len(ids) + new > self._positions:
-            found = f"{len(ids)} tokens of the prompt and {new} to write"
-            raise UserError(f"{found} exceed the model's {self._positions} positions")
 
     def _run(self) -> None:
         while True:
@@ -198,14 +190,13 @@ class Engine:
             except Exception as error:  # raised again where the result is awaited
                 future.set_exception(error)
 
-    def _drop_cancelled(self) -> None:
+    def _schedule(self) -> None:
+        """Cancelled requests leave, waiting ones get the free slots."""
         with self._changed:
             dropped = self._waiting.take(lambda row: row.handle.cancelled)
         for row in [*dropped, *(row for row in self._rows if row.handle.cancelled)]:
             row.finish("cancelled")
         self._release()
-
-    def _admit(self) -> None:
         with self._changed:
             while len(self._rows) < self._slots and len(self._waiting):
                 row = self._waiting.pop()
@@ -231,7 +222,8 @@ class Engine:
             ids = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=self._spec.device)
             hidden = self._batch.prefill([row.variant for row in rows], slots, ids, start)
             for row, chunk, states in zip(rows, chunks, hidden, strict=True):
-                if row.wants_prompt:
+                request = row.handle.request
+                if request.echo and request.logprobs is not None and not row.output.ids:  # the prompt's are missing
                     row.score_prompt(self._batch.logits([row.variant] * len(chunk), states[: len(chunk)]))
                 row.add_computed(len(chunk), width)
                 if row.computed == len(row.window):
@@ -251,16 +243,14 @@ class Engine:
 
     def _choose(self, complete: _Hidden) -> None:
         """One more token for each row whose window is in the cache."""
-        rows, hidden = [], []
-        for row, states in complete:
+        for row, _ in complete:
             if row.handle.request.only_score:
                 row.finish("length", prompt=tuple(row.prompt))
-            else:
-                rows.append(row)
-                hidden.append(states)
-        if not rows:
+        complete = [(row, states) for row, states in complete if row.finish_reason is None]
+        if not complete:
             return
-        logits = self._batch.logits([row.variant for row in rows], torch.stack(hidden))
+        rows, hidden = [row for row, _ in complete], torch.stack([states for _, states in complete])
+        logits = self._batch.logits([row.variant for row in rows], hidden)
         finite = logits.sum(-1).isfinite().tolist()  # host sync, as reading the tokens is
         tokens = sample(rows, (logits if all(finite) else logits.nan_to_num())[:, : len(self._models.tokenizer)])
         for row, token, row_logits, good in zip(rows, tokens, logits, finite, strict=True):

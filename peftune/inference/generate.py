@@ -45,8 +45,8 @@ def generate(
     """
     if base is None:
         base = base_of(*([] if adapter is None else [Path(adapter)]))
-    texts = [prompts] if isinstance(prompts, str) else prompts
-    return text_generator(base, adapter, settings, precision)(texts, on_text)
+    generator = text_generator(base, adapter, settings, precision)
+    return generator([prompts] if isinstance(prompts, str) else prompts, on_text)
 
 
 def text_generator(
@@ -58,12 +58,12 @@ def text_generator(
     """Load the model; the function that is returned continues prompts with it, call after call."""
     base, chosen = open_base(base) if isinstance(base, str) else base, settings or GenerationSettings()
     if chosen.beams > 1:
-        model, tokenizer, dtype = load_model(base), base.tokenizer, dtype_of(precision)
+        model: Model = load_model(base)
         if adapter is not None:  # in full precision, so that one which changes the base (PiSSA) is rounded once
             check_base(Path(adapter), base)
             model = load_onto(model, Path(adapter))
-        model.to("cuda" if torch.cuda.is_available() else "cpu", dtype).eval()
-        return lambda prompts, on_text: generate_with_transformers(model, tokenizer, prompts, chosen, on_text)
+        model.to("cuda" if torch.cuda.is_available() else "cpu", dtype_of(precision))  # type: ignore[arg-type]
+        return lambda prompts, on_text: generate_with_transformers(model, base.tokenizer, prompts, chosen, on_text)
     bank, name = AdapterBank(base, precision), "adapter" if adapter is not None else None
     if adapter is not None:
         bank.add("adapter", adapter)
@@ -84,20 +84,20 @@ def generate_with_transformers(
     Raises UserError where prompt and beams do not fit the model, CheckFailed where the logits are not finite.
     """
     assert settings.sampling_temperature == 0, "sampling is AdapterBank's"
-    contexts = [context_ids(tokenizer, prompt) for prompt in prompts]
     positions, new = model.config.n_positions, settings.max_new_tokens
-    for number, context in enumerate(contexts, 1):
-        if settings.beams > 1 and len(context) + new > positions:
+    for number, prompt in enumerate(prompts if settings.beams > 1 else (), 1):
+        length = len(context_ids(tokenizer, prompt))
+        if length + new > positions:
             raise UserError(
-                f"prompt {number}: {len(context)} tokens and max_new_tokens {new} exceed the model's {positions} "
-                "positions, and beam search has no sliding window; shorten one, or use beams 1"
+                f"prompt {number}: {length} tokens and max_new_tokens {new} exceed the model's {positions} positions, "
+                "and beam search has no sliding window; shorten one, or use beams 1"
             )
     training = model.training
     model.eval()
     try:
         results = []
-        for index, (prompt, context) in enumerate(zip(prompts, contexts, strict=True)):
-            results.append(_continue(model, tokenizer, prompt, context, settings))
+        for index, prompt in enumerate(prompts):
+            results.append(_continue(model, tokenizer, prompt, settings))
             if on_text is not None and results[-1].text:
                 on_text(index, results[-1].text)
         return results
@@ -106,7 +106,7 @@ def generate_with_transformers(
 
 
 def _continue(
-    model: Model, tokenizer: PreTrainedTokenizerFast, prompt: str, context: list[int], settings: GenerationSettings
+    model: Model, tokenizer: PreTrainedTokenizerFast, prompt: str, settings: GenerationSettings
 ) -> Generation:
     from transformers import GenerationConfig
 
@@ -125,7 +125,7 @@ def _continue(
         output_logits=True,
         return_dict_in_generate=True,
     )
-    output, text = Detokenizer(tokenizer, settings), ""
+    output, text, context = Detokenizer(tokenizer, settings), "", context_ids(tokenizer, prompt)
     window = slide(context, positions)
     while output.finish_reason is None:
         room = positions + 1 - len(window)  # the last token is chosen, and needs no position

@@ -99,8 +99,7 @@ def evaluate(
     autocast = torch.autocast(device.type, dtype_of(precision), enabled=precision != "fp32")
     rows: dict[str, dict[str, Figures]] = {}
     with Console().progress as progress:
-        total = (1 + len(folders)) * sum(map(len, domains.values()))
-        task = progress.add_task("evaluating", total=total, note="")
+        task = progress.add_task("evaluating", total=(1 + len(folders)) * sum(map(len, domains.values())), note="")
         for name, adapter in {"base": None, **folders}.items():
             progress.update(task, description=f"evaluating {name}")
             model = load_model(base) if adapter is None else load_onto(load_model(base), adapter)

@@ -52,11 +52,10 @@ def measure_routing(
             for ids in group:
                 to[route(bank, ids, threshold=threshold).name or "base"] += 1
                 progress.advance(task)
-            facts = {"prompts": len(group), "right": to[domain], "accuracy": to[domain] / len(group)}
-            domains[domain] = {**facts, "to": dict(to)}
+            share = to[domain] / len(group)
+            domains[domain] = {"prompts": len(group), "right": to[domain], "accuracy": share, "to": dict(to)}
     right, total = (sum(facts[key] for facts in domains.values()) for key in ("right", "prompts"))
-    settings = {"prompt_tokens": prompt_tokens, "threshold": threshold}
-    return {"routing": domains, "accuracy": right / total, **settings}
+    return {"routing": domains, "accuracy": right / total, "prompt_tokens": prompt_tokens, "threshold": threshold}
 
 
 def prompts_of(store: TokenStore, tokens: int, at_most: int) -> list[list[int]]:

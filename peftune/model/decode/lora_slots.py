@@ -39,13 +39,13 @@ class LoraWeights:
     id: int = field(default_factory=lambda: next(_ids))
 
 
-def lora_weights(factors: Mapping[ModulePath, Factors], scales: Mapping[ModulePath, float]) -> LoraWeights:
-    """An adapter out of PEFT's A (r, in) and B (out, r), and the scale of each module."""
+def lora_weights(factors: Mapping[ModulePath, tuple[torch.Tensor, torch.Tensor, float]]) -> LoraWeights:
+    """An adapter out of PEFT's A (r, in), B (out, r) and scale of each module."""
     padded = {}
-    for path, (a, b) in factors.items():
+    for path, (a, b, scale) in factors.items():
         rank = max(_MANY_TOKENS_RANK, _one_token_rank(len(a), min(a.shape[1], len(b))))
-        padded[path] = _padded(a, rank), _padded(scales[path] * b.T, rank)
-    return LoraWeights(padded, max(len(a) for a, _ in factors.values()))
+        padded[path] = _padded(a, rank), _padded(scale * b.T, rank)
+    return LoraWeights(padded, max(len(a) for a, _, _ in factors.values()))
 
 
 def add_lora(y: torch.Tensor, x: torch.Tensor, factors: Factors | None) -> torch.Tensor:
