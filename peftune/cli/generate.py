@@ -9,11 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from peftune.adapters.base_of import base_of
+from peftune.cli.options import save_json
 from peftune.cli.prompts import gather
-from peftune.cli.text_output import TextPrinter
+from peftune.cli.text_output import CONTINUATION, HEADER, PROMPT, TextPrinter
 from peftune.console import Console
 from peftune.errors import UserError
-from peftune.files import check_writable, write_json
 from peftune.inference.generate import TextGenerator, text_generator
 from peftune.inference.request import Generation, context_ids, slide
 from peftune.inference.settings import GenerationSettings
@@ -39,8 +39,6 @@ def generate_texts(
     When nobody reads stdout any more, the work ends, or goes on for the JSON. Raises UserError for input that cannot
     be used, CheckFailed where the logits are not finite.
     """
-    if json_path is not None:
-        check_writable(json_path)
     texts = gather(prompts, prompts_file)
     name = choose_adapter(adapters, use)
     found = open_base(base or base_of(*([adapters[name]] if name else adapters.values())))
@@ -49,10 +47,9 @@ def generate_texts(
     printer = TextPrinter(outlives_pipe=json_path is not None)
     with suppress(BrokenPipeError):  # nobody reads any more: done
         generations = [_one(generator, texts[0], printer)] if len(texts) == 1 else _several(generator, texts, printer)
-        if json_path is not None:
-            used = dataclasses.asdict(settings) | {"temperature": settings.sampling_temperature, "precision": precision}
-            facts = {"base": found.name, "adapter": name, "settings": used}
-            write_json(json_path, facts | {"generations": list(map(vars, generations))})
+        used = dataclasses.asdict(settings) | {"temperature": settings.sampling_temperature, "precision": precision}
+        facts = {"base": found.name, "adapter": name, "settings": used}
+        save_json(json_path, facts | {"generations": list(map(vars, generations))})
 
 
 def choose_adapter(adapters: Mapping[str, Path], use: str | None) -> str | None:
@@ -62,33 +59,30 @@ def choose_adapter(adapters: Mapping[str, Path], use: str | None) -> str | None:
     known = ", ".join([*adapters, "base"])
     if use is None and len(adapters) > 1:
         raise UserError(f"{len(adapters)} adapters and no choice; expected --use with one of {known}")
-    if use is not None and use != "base" and use not in adapters:
+    name = next(iter(adapters), "base") if use is None else use
+    if name != "base" and name not in adapters:
         raise UserError(f"--use {use}: no adapter has this name; known: {known}")
-    if use is None:
-        return next(iter(adapters), None)
-    return None if use == "base" else use
+    return None if name == "base" else name
 
 
 def _warn_of_cut_prompts(prompts: list[str], base: Base) -> None:
     positions = base.config.n_positions
     for number, prompt in enumerate(prompts, 1):
         ids = context_ids(base.tokenizer, prompt)
-        kept = len(slide(ids, positions))
-        if kept < len(ids):
-            has = f"the model has {positions} positions"
-            Console().say(f"prompt {number}: {len(ids)} tokens, {has}: it reads the last {kept}")
+        if (kept := len(slide(ids, positions))) < len(ids):
+            has = f"{len(ids)} tokens, the model has {positions} positions"
+            Console().say(f"prompt {number}: {has}: it reads the last {kept}")
 
 
 def _one(generator: TextGenerator, prompt: str, printer: TextPrinter) -> Generation:
-    printer.prompt(prompt)
-    began = time.monotonic()
-    (generation,) = generator([prompt], lambda _, text: printer.continuation(text))
+    printer.write(prompt, PROMPT)
+    display, began = Console(), time.monotonic()
+    (generation,) = generator([prompt], lambda _, text: printer.write(text, CONTINUATION))
     printer.end()
-    display, seconds = Console(), time.monotonic() - began
     if display.console.is_terminal:
         reason = {"stop": "stop string", "length": "length reached", "end": "document ended"}[generation.finish_reason]
         seed = f", seed {generation.seed}" if generation.seed is not None else ""
-        display.say(f"{len(generation.ids)} tokens in {seconds:.1f} s, {reason}{seed}")
+        display.say(f"{len(generation.ids)} tokens in {time.monotonic() - began:.1f} s, {reason}{seed}")
     return generation
 
 
@@ -100,11 +94,12 @@ def _several(generator: TextGenerator, prompts: list[str], printer: TextPrinter)
         task = progress.add_task("generate", total=len(prompts), note="")
         for first in range(0, len(prompts), _BATCH):
             group = generator(prompts[first : first + _BATCH], None)
-            for generation in group:
-                generations.append(generation)
-                printer.header(len(generations), len(prompts))
-                printer.prompt(generation.prompt)
-                printer.continuation(generation.text)
+            for number, generation in enumerate(group, first + 1):
+                blank = "" if number == 1 else "\n"
+                printer.write(f"{blank}=== {number} of {len(prompts)} ===\n", HEADER)
+                printer.write(generation.prompt, PROMPT)
+                printer.write(generation.text, CONTINUATION)
                 printer.end()
+            generations += group
             progress.advance(task, len(group))
     return generations

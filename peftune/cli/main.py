@@ -6,15 +6,13 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
 from peftune.cli import adapters
-from peftune.cli.launch import configs, launch
-from peftune.cli.options import BASE_HELP as _BASE_HELP
-from peftune.cli.options import Adapters, Json, source_of
-from peftune.cli.options import named as _named
+from peftune.cli.launcher.launch import configs, launch
+from peftune.cli.options import BASE_HELP, Adapters, Json, named, save_json, source_of
 from peftune.cli.serve import serve
 from peftune.errors import PeftuneError, UserError, report_once_per_machine
 from peftune.model.quantized import quiet
@@ -56,7 +54,7 @@ def quickstart(
 @app.command()
 def data(
     sources: Annotated[list[str], typer.Argument(help="Files, globs, builtin:DOMAIN/PART, or hub data sets.")],
-    base: Annotated[str, typer.Option(help=f"Whose tokenizer counts. {_BASE_HELP}")] = "builtin:small",
+    base: Annotated[str, typer.Option(help=f"Whose tokenizer counts. {BASE_HELP}")] = "builtin:small",
     column: Columns = None,
     split_on: SplitOn = "auto",
     block_size: BlockSize = None,
@@ -99,7 +97,7 @@ def train(
 def evaluate(
     data: Annotated[list[str], typer.Option(metavar="NAME=PATH", help="Documents to score. May be repeated.")],
     adapters: Adapters = None,
-    base: Annotated[str | None, typer.Option(help=f"{_BASE_HELP} Default: what the adapter names.")] = None,
+    base: Annotated[str | None, typer.Option(help=f"{BASE_HELP} Default: what the adapter names.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Blocks per forward; changes nothing in the result.")] = 8,
     precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="What to compute in.")] = "fp32",
     column: Columns = None,
@@ -116,23 +114,26 @@ def evaluate(
 
     Example:  peftune eval --base gpt2 --adapter poems=adapters/poems --data poems=held.txt --data code=code.jsonl
     """
-    folders = {name: Path(folder) for name, folder in _named("--adapter", adapters).items()}
-    columns = _columns(column)
-    paths = _named("--data", data)
-    from peftune.cli.evaluate import print_matrix, print_routing
+    folders, columns, paths = named("--adapter", adapters), _columns(column), named("--data", data)
+    from peftune.cli.evaluate import matrix_table, print_tables, routing_table
+    from peftune.inference.perplexity import evaluate
+    from peftune.inference.routing_accuracy import measure_routing
 
-    domains = {name: [source_of(path, columns)] for name, path in paths.items()}
+    domains = {name: source_of(path, columns) for name, path in paths.items()}
     if routing:
-        print_routing(base, folders, domains, prompt_tokens, prompts, threshold, json_path)
+        found = measure_routing(base, domains, folders, prompt_tokens, prompts, threshold)
+        print_tables(routing_table(found["routing"], [*folders, "base"]))
     else:
-        print_matrix(base, folders, domains, batch, precision, json_path, block_size)
+        found = evaluate(base, domains, folders, batch, precision, block_size)
+        print_tables(*(matrix_table(found["rows"], key) for key in ("perplexity", "bits_per_byte")))
+    save_json(json_path, found)
 
 
 @app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Adapter directory, of peftune or of PEFT.")],
     out: Annotated[Path, typer.Option(help="Directory for the merged model; must not exist.")],
-    base: Annotated[str | None, typer.Option(help=f"{_BASE_HELP} Default: what the adapter names.")] = None,
+    base: Annotated[str | None, typer.Option(help=f"{BASE_HELP} Default: what the adapter names.")] = None,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="What to store.")] = "float32",
     verify: Annotated[bool, typer.Option(help="Compare with base + adapter, on the files read back.")] = True,
 ) -> None:
@@ -167,7 +168,7 @@ def generate(
     prompts: Annotated[Path | None, typer.Option(help="File with one prompt a line.")] = None,
     adapters: Adapters = None,
     use: Annotated[str | None, typer.Option(help="Which adapter; `base` for none. Default: the only one.")] = None,
-    base: Annotated[str | None, typer.Option(help=f"{_BASE_HELP} Default: what the adapter names.")] = None,
+    base: Annotated[str | None, typer.Option(help=f"{BASE_HELP} Default: what the adapter names.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 128,
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token. Default: 0.8.")] = None,
     top_k: Annotated[int, typer.Option(help="Choose among the k likeliest; 0 is all.")] = 0,
@@ -190,7 +191,7 @@ def generate(
     settings = GenerationSettings(
         max_new_tokens, temperature, top_k, top_p, repetition_penalty, beams, seed, tuple(stop or ())
     )
-    folders = {name: Path(folder) for name, folder in _named("--adapter", adapters).items()}
+    folders = {name: Path(folder) for name, folder in named("--adapter", adapters).items()}
     if not interactive:
         generate_texts(base, folders, use, prompt or [], prompts, settings, json_path, precision)
         return
@@ -230,7 +231,9 @@ def run(arguments: list[str]) -> int:
     except PeftuneError as error:
         return _complain(str(error), error.exit_code)
     except typer.TyperException as error:
-        return _complain(f"{error.format_message()} {_where_help_is(arguments)}", UserError.exit_code)
+        context = getattr(error, "ctx", None)  # of the verb that was called in a wrong way
+        verb = context.command_path if context is not None else "peftune"
+        return _complain(f"{error.format_message()} See: {verb} --help", UserError.exit_code)
     except typer.Abort:
         return _complain("stopped", _STOPPED)
     except BrokenPipeError:  # the reader of our output has gone (`| head`)
@@ -249,18 +252,8 @@ def _complain(message: str, exit_code: int) -> int:
     return exit_code
 
 
-def _where_help_is(arguments: list[str]) -> str:
-    command: Any = typer.main.get_command(app)
-    words = ["peftune"]
-    for argument in arguments:
-        if argument in getattr(command, "commands", {}):
-            command = command.commands[argument]
-            words.append(argument)
-    return f"See: {' '.join(words)} --help"
-
-
 def _columns(values: list[str] | None) -> dict[str, str]:
-    columns = _named("--column", values)
+    columns = named("--column", values)
     for key in columns:
         if key not in _COLUMN_KEYS:
             raise UserError(f"--column {key}={columns[key]}: expected one of {', '.join(_COLUMN_KEYS)} before the =")

@@ -14,7 +14,7 @@ from typing import Any
 
 from peftune.adapters.base_of import base_of
 from peftune.cli.generate import choose_adapter
-from peftune.cli.text_output import TextPrinter
+from peftune.cli.text_output import CONTINUATION, PROMPT, TextPrinter
 from peftune.data.sources.chat_template import STOPS, render_chat
 from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank
@@ -29,8 +29,6 @@ text                     continue it (an empty line begins a document); say it t
 /reset                   forget the conversation
 /help, /quit             Ctrl-C stops a text, Ctrl-D ends"""
 
-_ESCAPES = {"\\n": "\n", "\\t": "\t"}
-
 
 def start_repl(
     base: str | None, adapters: Mapping[str, Path], use: str | None, settings: GenerationSettings, precision: str
@@ -40,7 +38,6 @@ def start_repl(
     bank = AdapterBank(base or base_of(*([adapters[name]] if name else adapters.values())), precision)
     for other, directory in adapters.items():
         bank.add(other, directory)
-    bank.use(name)
     ReplSession(bank, name, settings).run()
 
 
@@ -83,11 +80,21 @@ class ReplSession:
         if not line.startswith("/"):
             self._continue(line)
         elif command == "/use":
-            self._use(rest.strip())
+            name = rest.strip()
+            self.name = None if name == "base" else self.bank.get(name).name
+            self.messages.clear()
         elif command == "/set":
             self._set(*rest.strip().partition(" ")[::2])
-        elif command in ("/adapters", "/settings", "/help"):
-            print(HELP if command == "/help" else self._adapters() if command == "/adapters" else self._settings())
+        elif command == "/adapters":
+            for adapter in (None, *map(self.bank.get, self.bank.names)):
+                facts = (
+                    f"{adapter.name}: rank {adapter.rank}{', chat' if adapter.is_chat else ''}" if adapter else "base"
+                )
+                print("*" if self.name == (adapter and adapter.name) else " ", facts)
+        elif command == "/settings":
+            print(*(f"{key} = {value!r}" for key, value in dataclasses.asdict(self.settings).items()), sep="\n")
+        elif command == "/help":
+            print(HELP)
         elif command == "/reset":
             self.messages.clear()
         else:
@@ -101,14 +108,14 @@ class ReplSession:
             prompt = render_chat(self.messages)
             settings = dataclasses.replace(settings, stop=(*settings.stop, *STOPS))
         else:
-            self._printer.prompt(line)
+            self._printer.write(line, PROMPT)
         text = ""
 
         def show(_: int, part: str) -> None:
             nonlocal text
             part = part.lstrip(" ") if chat and not text else part  # the template's space after the colon
             text += part
-            self._printer.continuation(part)
+            self._printer.write(part, CONTINUATION)
 
         try:
             self.bank.generate([prompt], settings, self.name, show)
@@ -116,22 +123,6 @@ class ReplSession:
             if chat:
                 self.messages.append({"role": "assistant", "content": text})
         self._printer.end()
-
-    def _use(self, name: str) -> None:
-        self.bank.use(name or "")
-        self.name = None if name == "base" else name
-        self.messages.clear()
-
-    def _adapters(self) -> str:
-        lines = [f"{'*' if self.name is None else ' '} base"]
-        for name in self.bank.names:
-            adapter = self.bank.get(name)
-            kind = ", chat" if adapter.is_chat else ""
-            lines.append(f"{'*' if name == self.name else ' '} {name}: rank {adapter.rank}{kind}")
-        return "\n".join(lines)
-
-    def _settings(self) -> str:
-        return "\n".join(f"{key} = {value!r}" for key, value in dataclasses.asdict(self.settings).items())
 
     def _set(self, key: str, value: str) -> None:
         known = {field.name: field for field in dataclasses.fields(GenerationSettings)}
@@ -150,8 +141,7 @@ def _check(settings: GenerationSettings) -> None:
 def _value(key: str, typed: str, kind: str) -> Any:
     """What was typed, as the setting's type; `none` where that may be."""
     if key == "stop":
-        for escape, meant in _ESCAPES.items():
-            typed = typed.replace(escape, meant)
+        typed = typed.replace("\\n", "\n").replace("\\t", "\t")
         return () if typed in ("", "none") else (typed,)
     if typed == "none" and "None" in kind:
         return None

@@ -7,7 +7,7 @@ import sys
 
 from rich.console import Console
 
-_PROMPT, _CONTINUATION, _HEADER = "dim", "bold", "cyan"
+PROMPT, CONTINUATION, HEADER = "dim", "bold", "cyan"  # styles
 # A model may write what a terminal would obey (ESC, BEL, the C1 set): show U+FFFD instead.
 _CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
@@ -26,24 +26,13 @@ class TextPrinter:
         self._outlives_pipe = outlives_pipe
         self._last = "\n"
 
-    def header(self, number: int, count: int) -> None:
-        """Which of several prompts comes now, set off by a blank line."""
-        self._write(("" if number == 1 else "\n") + f"=== {number} of {count} ===\n", _HEADER)
-
-    def prompt(self, text: str) -> None:
-        """The text that the model was given."""
-        self._write(text, _PROMPT)
-
-    def continuation(self, text: str) -> None:
-        """The text that the model wrote, or a part of it."""
-        self._write(text, _CONTINUATION)
-
     def end(self) -> None:
         """The text is complete: end its line."""
         if self._last != "\n":
-            self._write("\n")
+            self.write("\n")
 
-    def _write(self, text: str, style: str | None = None) -> None:
+    def write(self, text: str, style: str | None = None) -> None:
+        """Show a text, or a part of one, at once."""
         if not text:
             return
         self._last = text[-1]
@@ -56,8 +45,6 @@ class TextPrinter:
                 self._out.write(text)
             self._out.flush()
         except BrokenPipeError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._out.fileno())  # so that nothing is said about it at exit
-            os.close(nowhere)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())  # so that nothing is said about it at exit
             if not self._outlives_pipe:
                 raise

@@ -13,24 +13,25 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from peftune.adapters.directory import Adapter, check_fits
+from peftune.adapters.directory import check_fits
 from peftune.adapters.fold import MergedTensors
 from peftune.adapters.layout import AdapterLayout, refuse_biased_head
 from peftune.adapters.provenance import check_base
 from peftune.data.tokens.encode import end_of_text_id
 from peftune.errors import CheckFailed, UserError
 from peftune.inference.engine import Engine
-from peftune.inference.request import Generation, OnOutput, OnText, Request, RequestOutput, context_ids
+from peftune.inference.request import Generation, OnText, Request, RequestOutput, context_ids
 from peftune.inference.settings import GenerationSettings
 from peftune.model.base import Base, open_base
 from peftune.model.decode.batch import DecodeBatch, ModelVariant
 from peftune.model.decode.build import ModelSpec, build
-from peftune.model.decode.lora_slots import Factors, LoraWeights, ModulePath, lora_weights
+from peftune.model.decode.lora_slots import LoraWeights, lora_weights
 from peftune.model.load import dtype_of
 
 RESERVED = ("base", "auto")  # no adapter, and the likeliest one
@@ -57,29 +58,28 @@ class LoadedAdapter:
         provenance = self.provenance or {}
         if isinstance(provenance.get("chat"), bool):
             return bool(provenance["chat"])
-        recipe = provenance.get("recipe")
-        data = recipe.get("data") if isinstance(recipe, dict) else None
-        sources = data.get("train") if isinstance(data, dict) else None
-        listed = sources if isinstance(sources, list) else []
-        return bool(listed) and all(isinstance(one, dict) and bool(one.get("messages")) for one in listed)
+        try:
+            sources = provenance["recipe"]["data"]["train"]
+            return bool(sources) and all(bool(source["messages"]) for source in sources)
+        except (KeyError, TypeError):  # no recipe, or one path
+            return False
 
 
 class AdapterBank:
     """A GPT-2 base, loaded once, and its adapters by name.
 
-    `base` is a hub name, a directory or builtin:small, or a `Base`; `precision` fp32, bf16 or fp16. Methods may be
-    called from several threads; an adapter that is removed while texts are generated with it stays in memory until
-    they end. Raises UserError for a base that cannot be used.
+    `base` is a hub name, a directory or builtin:small, or a `Base`; `precision` fp32, bf16 or fp16; `end` is the id of
+    `<|endoftext|>`. Methods may be called from several threads; an adapter that is removed while texts are generated
+    with it stays in memory until they end. Raises UserError for a base that cannot be used.
     """
 
     def __init__(self, base: str | Base, precision: str = "fp32", device: str | None = None) -> None:
-        dtype = dtype_of(precision)
         self.base = open_base(base) if isinstance(base, str) else base
         self.config, self.tokenizer = self.base.config, self.base.tokenizer
-        self._weights = self.base.weights
+        self.end = end_of_text_id(self.tokenizer)
         used = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.spec = ModelSpec(self.config, dtype, used)
-        self._base_variant = ModelVariant(build(self.spec, self._weights.tensor, self._weights.tied))
+        self.spec = ModelSpec(self.config, dtype_of(precision), used)
+        self._base_variant = ModelVariant(build(self.spec, self.base.weights.tensor, self.base.weights.tied))
         self._loaded: dict[str, LoadedAdapter] = {}
         self._in_use: str | None = None
         self._lock = threading.Lock()
@@ -88,11 +88,6 @@ class AdapterBank:
     def names(self) -> tuple[str, ...]:
         """The adapters that are here, in the order of their loading."""
         return tuple(self._loaded)
-
-    @property
-    def end(self) -> int:
-        """The id of `<|endoftext|>`."""
-        return end_of_text_id(self.tokenizer)
 
     def add(self, name: str, directory: Path | str) -> LoadedAdapter:
         """Load an adapter from disk under `name`.
@@ -109,7 +104,12 @@ class AdapterBank:
             check_base(directory, self.base)
             adapter, layout = check_fits(directory, self.config)
             refuse_biased_head(layout, str(directory))
-            self._loaded[name] = self._load(name, adapter, layout)
+            rank = max((target.rank for target in layout.targets.values()), default=0)
+            lora, model = _plain_lora(layout, self.spec.device), self._base_variant.model
+            if lora is None:
+                merged = MergedTensors(self.base.weights, layout)
+                model = build(self.spec, merged.tensor, merged.tied, model, merged.changed())
+            self._loaded[name] = LoadedAdapter(name, directory, adapter.provenance, rank, ModelVariant(model, lora))
             return self._loaded[name]
 
     def remove(self, name: str) -> None:
@@ -142,7 +142,7 @@ class AdapterBank:
     def logits(self, ids: torch.Tensor, adapters: AdapterNames = ()) -> torch.Tensor:
         """Logits (R, T, V), float32, of texts `ids` (R, T) int64."""
         variants = [self.variant(name) for name in self._one_each(len(ids), adapters)]
-        batch = DecodeBatch(self.spec, len(ids), use_cache=False)
+        batch = DecodeBatch(len(ids))
         hidden = batch.prefill(variants, range(len(ids)), ids.to(self.spec.device), 0)
         return torch.stack([batch.logits([v] * len(h), h) for v, h in zip(variants, hidden, strict=True)])
 
@@ -171,14 +171,18 @@ class AdapterBank:
         `generate.generate`) and unknown adapters, CheckFailed where the logits are not finite.
         """
         settings, names = settings or GenerationSettings(), self._one_each(len(prompts), adapters)
-        if settings.beams > 1:
-            raise UserError("beams: a bank samples or takes the likeliest token; beam search is generate.generate's")
         engine = Engine(self, slots=min(slots, max(1, len(prompts))), queue=max(1, len(prompts)))
         outputs: list[list[RequestOutput]] = [[] for _ in prompts]
+
+        def listen(index: int, output: RequestOutput) -> None:
+            outputs[index].append(output)
+            if output.text and on_text is not None:
+                on_text(index, output.text)
+
         handles = []
         for index, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
             request = Request(tuple(self.encode(prompt)), name, settings, slide=True)
-            handles.append(engine.submit(request, _listener(index, outputs[index], on_text)))
+            handles.append(engine.submit(request, partial(listen, index)))
         while engine.step():
             pass
         results = []
@@ -202,34 +206,15 @@ class AdapterBank:
             raise UserError(f"{len(adapters)} adapters for {count} prompts; expected one for each")
         return [None if name == "base" else name for name in adapters]
 
-    def _load(self, name: str, adapter: Adapter, layout: AdapterLayout) -> LoadedAdapter:
-        rank = max((target.rank for target in layout.targets.values()), default=0)
-        lora, model = _plain_lora(layout, self.spec.device), self._base_variant.model
-        if lora is None:
-            merged = MergedTensors(self._weights, layout)
-            model = build(self.spec, merged.tensor, merged.tied, model, merged.changed())
-        return LoadedAdapter(name, adapter.directory, adapter.provenance, rank, ModelVariant(model, lora))
-
-
-def _listener(index: int, outputs: list[RequestOutput], on_text: OnText | None) -> OnOutput:
-    def listen(output: RequestOutput) -> None:
-        outputs.append(output)
-        if output.text and on_text is not None:
-            on_text(index, output.text)
-
-    return listen
-
 
 def _plain_lora(layout: AdapterLayout, device: torch.device) -> LoraWeights | None:
     """The adapter as factors beside the base, where it is no more than that."""
     plain = all(target.kind == "conv1d" and not target.pissa for target in layout.targets.values())
     if not plain or layout.replaced or layout.dora or layout.lora_bias or not layout.targets:
         return None
-    factors: dict[ModulePath, Factors] = {}
-    scales: dict[ModulePath, float] = {}
+    factors = {}
     for target in layout.targets.values():
         _, _, block, module = target.name.split(".", 3)
-        path = int(block), module
-        factors[path] = target.parts["lora_A.weight"].to(device), target.parts["lora_B.weight"].to(device)
-        scales[path] = target.scale
-    return lora_weights(factors, scales)
+        a, b = (target.parts[f"lora_{side}.weight"].to(device) for side in "AB")
+        factors[int(block), module] = a, b, target.scale
+    return lora_weights(factors)

@@ -18,30 +18,6 @@ def decode_plain(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-class Decoder:
-    """Token ids in, chunks of text out; the chunks of a stream join to `decode_plain` of all its ids.
-
-    Bytes of a character that is not complete yet wait for the tokens that complete it.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=False)
-        self._ids: list[int] = []
-        self._shown = 0  # characters
-
-    def push(self, token: int) -> str:
-        """The text that is complete now that `token` has come; often "", never half a character."""
-        self._ids.append(token)
-        text: str = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
-        self._shown += len(text)
-        return text
-
-    def flush(self) -> str:
-        """The rest: at the end of a stream an incomplete character shows as U+FFFD, which `DecodeStream` keeps back."""
-        return decode_plain(self._tokenizer, self._ids)[self._shown :]
-
-
 class StopFilter:
     """Text in, text out up to the first of the `stop` strings; what may begin one waits until that is decided."""
 
@@ -57,7 +33,8 @@ class StopFilter:
         if found:
             self.stopped, self._waiting = True, ""
             return waiting[: min(found)[1]]  # the one that is complete first, however the text was cut into chunks
-        keep = len(waiting) - self._beginning(waiting)
+        starts = range(max(0, len(waiting) + 1 - max(map(len, self._stop), default=0)), len(waiting))
+        keep = next((at for at in starts if any(stop.startswith(waiting[at:]) for stop in self._stop)), len(waiting))
         self._waiting = waiting[keep:]
         return waiting[:keep]
 
@@ -66,27 +43,29 @@ class StopFilter:
         waiting, self._waiting = self._waiting, ""
         return waiting
 
-    def _beginning(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string."""
-        longest = min(len(text), max((len(stop) - 1 for stop in self._stop), default=0))
-        return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._stop)), 0)
-
 
 class Detokenizer:
-    """The text of one prompt as it grows: its token `ids`, and `finish_reason` once it has ended."""
+    """The text of one prompt as it grows: its token `ids`, and `finish_reason` once it has ended.
+
+    The texts that are returned join to `decode_plain` of all ids, up to a stop string. Bytes of a character that is not
+    complete yet wait for the tokens that complete it.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, settings: GenerationSettings) -> None:
         self.ids: list[int] = []
         self.finish_reason: FinishReason | None = None
-        self._decoder, self._stops = Decoder(tokenizer), StopFilter(settings.stop)
-        self._max_new_tokens = settings.max_new_tokens
+        self._tokenizer, self._stream = tokenizer, DecodeStream(skip_special_tokens=False)
+        self._decoded = 0  # characters that the stream has given
+        self._stops, self._max_new_tokens = StopFilter(settings.stop), settings.max_new_tokens
 
     def push(self, token: int, end: int) -> str:
         """Add the next token; returns what may be shown now. `end` ends the text and is not part of it."""
         if token == end:
             return self.finish("end")
         self.ids.append(token)
-        text = self._stops.push(self._decoder.push(token))
+        decoded = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+        self._decoded += len(decoded)
+        text = self._stops.push(decoded)
         if self._stops.stopped:
             self.finish_reason = "stop"
         elif len(self.ids) == self._max_new_tokens:
@@ -94,7 +73,10 @@ class Detokenizer:
         return text
 
     def finish(self, reason: FinishReason) -> str:
-        """The text ends here, for `reason` unless its last characters complete a stop string; returns its rest."""
-        text = self._stops.push(self._decoder.flush()) + self._stops.flush()
+        """The text ends here, for `reason` unless its last characters complete a stop string; returns its rest.
+
+        An incomplete character, which the stream keeps back, shows as U+FFFD.
+        """
+        text = self._stops.push(decode_plain(self._tokenizer, self.ids)[self._decoded :]) + self._stops.flush()
         self.finish_reason = "stop" if self._stops.stopped else reason
         return text

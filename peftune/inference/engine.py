@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -21,8 +21,7 @@ import torch
 from peftune.errors import PeftuneError, UserError
 from peftune.inference.detokenize import Detokenizer
 from peftune.inference.fair_queue import FairQueue
-from peftune.inference.models import ModelProvider
-from peftune.inference.request import OnOutput, Request, RequestHandle, slide
+from peftune.inference.request import ModelProvider, OnOutput, Request, RequestHandle, slide
 from peftune.inference.routing import THRESHOLD, Route, route
 from peftune.inference.sequence import RunningSequence, sample
 from peftune.model.decode.batch import DecodeBatch
@@ -66,7 +65,8 @@ class Engine:
         self._models, self._spec = models, models.spec
         self._positions = models.spec.config.n_positions
         self._slots, self._queue = slots, queue
-        self._batch = DecodeBatch(models.spec, slots)
+        self._cache = models.spec.kv_cache(slots)
+        self._batch = DecodeBatch(slots, self._cache)
         self._rows: list[RunningSequence] = []
         self._waiting: FairQueue[RunningSequence] = FairQueue()
         self._jobs: deque[tuple[Future[Route], Callable[[], Route]]] = deque()
@@ -83,21 +83,29 @@ class Engine:
         the model does not know, and a prompt that leaves no position to write to.
         """
         variant = self._models.variant(request.adapter)
-        self._check(request)
-        ids, seed = list(request.ids), request.settings.seed
+        ids, seed, vocabulary = list(request.ids), request.settings.seed, self._spec.config.vocab_size
+        if request.settings.beams > 1:
+            raise UserError("beams: a bank samples or takes the likeliest token; beam search is generate.generate's")
+        if not ids or min(ids) < 0 or max(ids) >= vocabulary:
+            raise UserError(f"token ids must lie in 0 to {vocabulary - 1}, at least one of them")
+        new = 0 if request.only_score else request.settings.max_new_tokens
+        if not request.slide and len(ids) + new > self._positions:
+            found = f"{len(ids)} tokens of the prompt and {new} to write"
+            raise UserError(f"{found} exceed the model's {self._positions} positions")
         handle = RequestHandle(request, on_output, secrets.randbelow(2**32) if seed is None else seed)
         output = Detokenizer(self._models.tokenizer, request.settings)
         row = RunningSequence(handle, variant, output, slide(ids, self._positions) if request.slide else ids)
         with self._changed:
             self._refuse_when_closing()
             if len(self._waiting) >= self._queue:
-                raise Busy(f"{len(self._waiting)} requests are waiting already", self._retry_after())
+                turns = len(self._waiting) / self._slots / 4  # until the queue will be shorter by a few
+                raise Busy(f"{len(self._waiting)} requests are waiting already", max(1.0, turns * self._seconds_a_text))
             self._waiting.push(request.adapter, row)
             self._changed.notify_all()
         return handle
 
     def route(
-        self, ids: tuple[int, ...], names: tuple[str, ...] | None = None, threshold: float = THRESHOLD
+        self, ids: Sequence[int], names: Sequence[str] | None = None, threshold: float = THRESHOLD
     ) -> Future[Route]:
         """Which adapter a prompt is likeliest under; computed between two steps. Raises Busy once the engine stops."""
         future: Future[Route] = Future()
@@ -110,18 +118,16 @@ class Engine:
     @property
     def load(self) -> EngineLoad:
         """Running and waiting requests now; tokens and steps so far."""
-        return EngineLoad(
-            len(self._rows), len(self._waiting), self._slots, self._prompt_tokens, self._tokens_written, self._steps
-        )
+        so_far = self._prompt_tokens, self._tokens_written, self._steps
+        return EngineLoad(len(self._rows), len(self._waiting), self._slots, *so_far)
 
     def step(self) -> bool:
         """Bring every running text one token further; False where nothing is left to do."""
         self._do_jobs()
-        self._drop_cancelled()
-        self._admit()
+        self._schedule()
         if not self._rows:
             return False
-        decoding = [row for row in self._rows if row.is_decoding]
+        decoding = [slot for slot, row in enumerate(self._rows) if row.is_decoding]  # before prefilling makes it more
         self._choose([*self._prefill(), *self._decode(decoding)])
         self._release()
         self._steps += 1
@@ -129,7 +135,6 @@ class Engine:
 
     def start(self) -> None:
         """Step in a thread of its own until `stop`."""
-        assert self._thread is None, "an engine starts once"
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -155,17 +160,6 @@ class Engine:
         if self._closing:
             raise Busy("the engine is stopping", 5.0)
 
-    def _check(self, request: Request) -> None:
-        ids, vocabulary = request.ids, self._spec.config.vocab_size
-        if request.settings.beams > 1:
-            raise UserError("beams: an engine samples or takes the likeliest token; it has no beam search")
-        if not ids or min(ids) < 0 or max(ids) >= vocabulary:
-            raise UserError(f"token ids must lie in 0 to {vocabulary - 1}, at least one of them")
-        new = 0 if request.only_score else request.settings.max_new_tokens
-        if not request.slide and len(ids) + new > self._positions:
-            found = f"{len(ids)} tokens of the prompt and {new} to write"
-            raise UserError(f"{found} exceed the model's {self._positions} positions")
-
     def _run(self) -> None:
         while True:
             with self._changed:
@@ -180,7 +174,8 @@ class Engine:
                 for row in self._rows:
                     row.finish("error", f"{type(error).__name__} in the engine")
                 self._rows.clear()
-                self._batch = DecodeBatch(self._spec, self._slots)
+                self._cache = self._spec.kv_cache(self._slots)
+                self._batch = DecodeBatch(self._slots, self._cache)
         for row in [*self._rows, *self._waiting.take(lambda _: True)]:
             row.finish("cancelled")
         self._rows.clear()
@@ -195,14 +190,13 @@ class Engine:
             except Exception as error:  # raised again where the result is awaited
                 future.set_exception(error)
 
-    def _drop_cancelled(self) -> None:
+    def _schedule(self) -> None:
+        """Cancelled requests leave, waiting ones get the free slots."""
         with self._changed:
             dropped = self._waiting.take(lambda row: row.handle.cancelled)
         for row in [*dropped, *(row for row in self._rows if row.handle.cancelled)]:
             row.finish("cancelled")
         self._release()
-
-    def _admit(self) -> None:
         with self._changed:
             while len(self._rows) < self._slots and len(self._waiting):
                 row = self._waiting.pop()
@@ -219,31 +213,28 @@ class Engine:
         complete: _Hidden = []
         budget = _PREFILL_TOKENS
         for (start, width), slots in groups.items():
-            taken = slots[: max(1, budget // width)]
-            budget -= len(taken) * width
-            complete += self._prefill_chunk(taken, start, width)
             if budget <= 0:
                 break
+            slots = slots[: max(1, budget // width)]
+            budget -= len(slots) * width
+            rows = [self._rows[slot] for slot in slots]
+            chunks = [row.chunk() for row in rows]
+            ids = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=self._spec.device)
+            hidden = self._batch.prefill([row.variant for row in rows], slots, ids, start)
+            for row, chunk, states in zip(rows, chunks, hidden, strict=True):
+                request = row.handle.request
+                if request.echo and request.logprobs is not None and not row.output.ids:  # the prompt's are missing
+                    row.score_prompt(self._batch.logits([row.variant] * len(chunk), states[: len(chunk)]))
+                row.add_computed(len(chunk), width)
+                if row.computed == len(row.window):
+                    complete.append((row, states[len(chunk) - 1]))
         return complete
 
-    def _prefill_chunk(self, slots: list[int], start: int, width: int) -> _Hidden:
-        rows = [self._rows[slot] for slot in slots]
-        chunks = [row.chunk() for row in rows]
-        ids = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=self._spec.device)
-        hidden = self._batch.prefill([row.variant for row in rows], slots, ids, start)
-        complete = []
-        for row, chunk, states in zip(rows, chunks, hidden, strict=True):
-            if row.wants_prompt:
-                row.score_prompt(self._batch.logits([row.variant] * len(chunk), states[: len(chunk)]))
-            row.add_computed(len(chunk), width)
-            if row.computed == len(row.window):
-                complete.append((row, states[len(chunk) - 1]))
-        return complete
-
-    def _decode(self, rows: list[RunningSequence]) -> _Hidden:
-        if not rows:
+    def _decode(self, slots: list[int]) -> _Hidden:
+        """One token of each row in these slots, which hold what comes before it."""
+        if not slots:
             return []
-        slots = [slot for slot, row in enumerate(self._rows) if row in rows]
+        rows = [self._rows[slot] for slot in slots]
         ids = torch.tensor([row.window[-1] for row in rows], device=self._spec.device)
         hidden = self._batch.decode([row.variant for row in rows], slots, ids, [row.computed for row in rows])
         for row in rows:
@@ -255,10 +246,10 @@ class Engine:
         for row, _ in complete:
             if row.handle.request.only_score:
                 row.finish("length", prompt=tuple(row.prompt))
-        rows = [row for row, _ in complete if row.finish_reason is None]
-        if not rows:
+        complete = [(row, states) for row, states in complete if row.finish_reason is None]
+        if not complete:
             return
-        hidden = torch.stack([states for row, states in complete if row.finish_reason is None])
+        rows, hidden = [row for row, _ in complete], torch.stack([states for _, states in complete])
         logits = self._batch.logits([row.variant for row in rows], hidden)
         finite = logits.sum(-1).isfinite().tolist()  # host sync, as reading the tokens is
         tokens = sample(rows, (logits if all(finite) else logits.nan_to_num())[:, : len(self._models.tokenizer)])
@@ -276,12 +267,8 @@ class Engine:
             if row.finish_reason is None:
                 continue
             self._seconds_a_text += 0.1 * (time.monotonic() - row.started - self._seconds_a_text)
-            self._batch.free(slot, row.cache_length)
+            self._cache.free(slot, row.cache_length)
             last = self._rows.pop()
             if slot < len(self._rows):
-                self._batch.move(len(self._rows), slot, last.cache_length)
+                self._cache.move(len(self._rows), slot, last.cache_length)
                 self._rows[slot] = last
-
-    def _retry_after(self) -> float:
-        """Seconds until the queue will be shorter by a few, from how long texts took of late."""
-        return max(1.0, self._seconds_a_text * len(self._waiting) / self._slots / 4)

@@ -14,7 +14,7 @@ class FairQueue(Generic[Item]):
 
     def __init__(self) -> None:
         self._lines: OrderedDict[Hashable, deque[Item]] = OrderedDict()
-        self._length = 0
+        self._length = 0  # `len` is asked without the lock of those who push and pop
 
     def __len__(self) -> int:
         return self._length

@@ -45,8 +45,8 @@ def generate(
     """
     if base is None:
         base = base_of(*([] if adapter is None else [Path(adapter)]))
-    texts = [prompts] if isinstance(prompts, str) else prompts
-    return text_generator(base, adapter, settings, precision)(texts, on_text)
+    generator = text_generator(base, adapter, settings, precision)
+    return generator([prompts] if isinstance(prompts, str) else prompts, on_text)
 
 
 def text_generator(
@@ -58,8 +58,12 @@ def text_generator(
     """Load the model; the function that is returned continues prompts with it, call after call."""
     base, chosen = open_base(base) if isinstance(base, str) else base, settings or GenerationSettings()
     if chosen.beams > 1:
-        model, tokenizer = _load(base, adapter, dtype_of(precision)), base.tokenizer
-        return lambda prompts, on_text: generate_with_transformers(model, tokenizer, prompts, chosen, on_text)
+        model: Model = load_model(base)
+        if adapter is not None:  # in full precision, so that one which changes the base (PiSSA) is rounded once
+            check_base(Path(adapter), base)
+            model = load_onto(model, Path(adapter))
+        model.to("cuda" if torch.cuda.is_available() else "cpu", dtype_of(precision))  # type: ignore[arg-type]
+        return lambda prompts, on_text: generate_with_transformers(model, base.tokenizer, prompts, chosen, on_text)
     bank, name = AdapterBank(base, precision), "adapter" if adapter is not None else None
     if adapter is not None:
         bank.add("adapter", adapter)
@@ -80,20 +84,20 @@ def generate_with_transformers(
     Raises UserError where prompt and beams do not fit the model, CheckFailed where the logits are not finite.
     """
     assert settings.sampling_temperature == 0, "sampling is AdapterBank's"
-    contexts = [context_ids(tokenizer, prompt) for prompt in prompts]
     positions, new = model.config.n_positions, settings.max_new_tokens
-    for number, context in enumerate(contexts, 1):
-        if settings.beams > 1 and len(context) + new > positions:
+    for number, prompt in enumerate(prompts if settings.beams > 1 else (), 1):
+        length = len(context_ids(tokenizer, prompt))
+        if length + new > positions:
             raise UserError(
-                f"prompt {number}: {len(context)} tokens and max_new_tokens {new} exceed the model's {positions} "
-                "positions, and beam search has no sliding window; shorten one, or use beams 1"
+                f"prompt {number}: {length} tokens and max_new_tokens {new} exceed the model's {positions} positions, "
+                "and beam search has no sliding window; shorten one, or use beams 1"
             )
     training = model.training
     model.eval()
     try:
         results = []
-        for index, (prompt, context) in enumerate(zip(prompts, contexts, strict=True)):
-            results.append(_continue(model, tokenizer, prompt, context, settings))
+        for index, prompt in enumerate(prompts):
+            results.append(_continue(model, tokenizer, prompt, settings))
             if on_text is not None and results[-1].text:
                 on_text(index, results[-1].text)
         return results
@@ -102,57 +106,38 @@ def generate_with_transformers(
 
 
 def _continue(
-    model: Model, tokenizer: PreTrainedTokenizerFast, prompt: str, context: list[int], settings: GenerationSettings
+    model: Model, tokenizer: PreTrainedTokenizerFast, prompt: str, settings: GenerationSettings
 ) -> Generation:
-    end, positions = end_of_text_id(tokenizer), model.config.n_positions
-    output, text = Detokenizer(tokenizer, settings), ""
-    window = slide(context, positions)
-    while output.finish_reason is None:
-        room = positions + 1 - len(window)  # the last token is chosen, and needs no position
-        missing = settings.max_new_tokens - len(output.ids)
-        tokens = _search(model, window, end, len(tokenizer), settings, min(room, missing))
-        for token in tokens:
-            text += output.push(token, end)
-            if output.finish_reason is not None:
-                break
-        window = slide(window + tokens, positions)
-    return Generation(prompt, text, tuple(output.ids), output.finish_reason, len(context), None)
-
-
-def _search(
-    model: Model, window: list[int], end: int, vocabulary: int, settings: GenerationSettings, new: int
-) -> list[int]:
-    """Up to `new` tokens after `window`; every setting is given, so that generation_config.json changes nothing."""
     from transformers import GenerationConfig
 
-    config = GenerationConfig(  # type: ignore[no-untyped-call]
+    end, positions = end_of_text_id(tokenizer), model.config.n_positions
+    config = GenerationConfig(  # type: ignore[no-untyped-call]  # all is given: generation_config.json changes nothing
         num_beams=settings.beams,
-        max_new_tokens=new,
         repetition_penalty=float(settings.repetition_penalty),
         do_sample=False,
         num_return_sequences=1,
         length_penalty=1.0,
         early_stopping=False,
-        suppress_tokens=list(range(vocabulary, model.config.vocab_size)) or None,  # rows without a token
+        suppress_tokens=list(range(len(tokenizer), model.config.vocab_size)) or None,  # rows without a token
         eos_token_id=end,
         bos_token_id=end,
         pad_token_id=end,
         output_logits=True,
         return_dict_in_generate=True,
     )
-    ids = torch.tensor([window], device=model.device)
-    found: Any = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)  # type: ignore[misc]
-    if not all(bool(torch.isfinite(logits).all()) for logits in found.logits):
-        raise CheckFailed(f"the model's logits are not finite in {model.dtype}; try fp32")
-    return list(map(int, found.sequences[0, len(window) :]))
-
-
-def _load(base: Base, adapter: Path | str | None, dtype: torch.dtype) -> Model:
-    """The adapter is loaded in full precision, so that one which changes the base (PiSSA) is rounded once."""
-    if adapter is not None:
-        check_base(Path(adapter), base)
-    model: Model = load_model(base)
-    if adapter is not None:
-        model = load_onto(model, Path(adapter))
-    model.to("cuda" if torch.cuda.is_available() else "cpu", dtype)  # type: ignore[arg-type]
-    return model.eval()
+    output, text, context = Detokenizer(tokenizer, settings), "", context_ids(tokenizer, prompt)
+    window = slide(context, positions)
+    while output.finish_reason is None:
+        room = positions + 1 - len(window)  # the last token is chosen, and needs no position
+        config.max_new_tokens = min(room, settings.max_new_tokens - len(output.ids))
+        ids = torch.tensor([window], device=model.device)
+        found: Any = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)  # type: ignore[misc]
+        if not all(bool(torch.isfinite(logits).all()) for logits in found.logits):
+            raise CheckFailed(f"the model's logits are not finite in {model.dtype}; try fp32")
+        tokens = found.sequences[0, len(window) :].tolist()
+        for token in tokens:
+            text += output.push(token, end)
+            if output.finish_reason is not None:
+                break
+        window = slide(window + tokens, positions)
+    return Generation(prompt, text, tuple(output.ids), output.finish_reason, len(context), None)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from peftune.adapters.base_of import base_of
 from peftune.adapters.directory import check_fits, load_onto
 from peftune.adapters.provenance import check_base
 from peftune.config.recipe import Source
@@ -70,8 +71,8 @@ def summed_nats_over(
 
 
 def evaluate(
-    base: str | Base,
-    data: Mapping[str, Documents],
+    base: str | Base | None,
+    data: Mapping[str, Documents | Blocks],
     adapters: Mapping[str, Path | str] | None = None,
     batch: int = 8,
     precision: str = "fp32",
@@ -79,41 +80,27 @@ def evaluate(
 ) -> dict[str, Any]:
     """Figures of the base and of each adapter on each named domain, as `peftune eval` writes them as JSON.
 
-    `data` maps the name of a domain to a file, or to several; `adapters` names adapter directories.
-    `batch` (blocks per forward) does not change the result; `block_size` None is the base's context. Raises UserError
-    for input that cannot be scored.
+    `base` None is the one that all adapters name. `data` maps the name of a domain to a file, to several, or to blocks
+    made before; `adapters` names adapter directories. `batch` (blocks per forward) does not change the result;
+    `block_size` None is the base's context. One model is in memory at a time. Raises UserError for input that cannot
+    be scored, and for an adapter of another base.
     """
+    folders = {name: Path(directory) for name, directory in (adapters or {}).items()}
     if not data:
         raise UserError("nothing to evaluate on; give at least one domain by name, with its documents")
-    folders = {name: Path(directory) for name, directory in (adapters or {}).items()}
     if "base" in folders:
         raise UserError("an adapter cannot be called base: that row is the base itself; name the adapter otherwise")
-    base = open_base(base) if isinstance(base, str) else base
-    domains = read_domains(base, data, block_size)
-    return as_json(domains, matrix(base, folders, domains, batch, precision))
-
-
-def matrix(
-    base: Base,
-    adapters: Mapping[str, Path],
-    domains: Mapping[str, Blocks],
-    batch: int = 8,
-    precision: str = "fp32",
-) -> dict[str, dict[str, Figures]]:
-    """Figures of the base and of each adapter on each domain; one model is in memory at a time.
-
-    `batch` (blocks per forward) does not change the result. Raises UserError for an adapter of another base.
-    """
-    for directory in adapters.values():
+    base = base if isinstance(base, Base) else open_base(base or base_of(*folders.values()))
+    domains = {name: read_blocks(base, documents, block_size) for name, documents in data.items()}
+    for directory in folders.values():
         check_base(directory, base)
         check_fits(directory, base.config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autocast = torch.autocast(device.type, dtype_of(precision), enabled=precision != "fp32")
     rows: dict[str, dict[str, Figures]] = {}
-    models: dict[str, Path | None] = {"base": None, **adapters}
     with Console().progress as progress:
-        task = progress.add_task("evaluating", total=len(models) * sum(map(len, domains.values())), note="")
-        for name, adapter in models.items():
+        task = progress.add_task("evaluating", total=(1 + len(folders)) * sum(map(len, domains.values())), note="")
+        for name, adapter in {"base": None, **folders}.items():
             progress.update(task, description=f"evaluating {name}")
             model = load_model(base) if adapter is None else load_onto(load_model(base), adapter)
             scorer = LossModel(model).to(device)
@@ -123,30 +110,21 @@ def matrix(
                 with autocast:
                     nats = summed_nats_over(scorer, blocks, every, batch, device, lambda n: progress.advance(task, n))
                 rows[name][domain] = Score(nats, blocks.tokens(), blocks.text_bytes()).figures()
-    return rows
+    facts = {
+        name: {"documents": len(blocks.documents), "tokens": blocks.tokens(), "bytes": blocks.text_bytes()}
+        for name, blocks in domains.items()
+    }
+    return {"domains": facts, "rows": rows}
 
 
-def read_domains(base: Base, data: Mapping[str, Documents], block_size: int | None = None) -> dict[str, Blocks]:
-    """Tokenise and pack each named domain for a base."""
+def read_blocks(base: Base, documents: Documents | Blocks, block_size: int | None = None) -> Blocks:
+    """Tokenise and pack a domain for a base; what is packed already stays as it is."""
+    if isinstance(documents, Blocks):
+        return documents
     positions = base.config.n_positions
     if block_size is not None and not 8 <= block_size <= positions:
         raise UserError(f"block size {block_size}: expected 8 to {positions}, the positions of the base")
-    stores = {
-        name: prepare(_sources(given), base.tokenizer, base.tokenizer_fingerprint, " ", "auto")
-        for name, given in data.items()
-    }
-    return {name: Blocks.of(s, np.arange(len(s)), block_size or positions) for name, s in stores.items()}
-
-
-def _sources(given: Documents) -> list[Source]:
-    several = [given] if isinstance(given, str | Path | Source) else given
-    return [one if isinstance(one, Source) else Source(path=str(one)) for one in several]
-
-
-def as_json(domains: Mapping[str, Blocks], rows: Mapping[str, Mapping[str, Figures]]) -> dict[str, Any]:
-    """What is written as JSON: the documents, tokens and bytes of each domain, and `rows`."""
-    facts = {
-        name: {"documents": len(b.documents), "tokens": b.tokens(), "bytes": b.text_bytes()}
-        for name, b in domains.items()
-    }
-    return {"domains": facts, "rows": rows}
+    several = [documents] if isinstance(documents, str | Path | Source) else documents
+    sources = [one if isinstance(one, Source) else Source(path=str(one)) for one in several]
+    store = prepare(sources, base.tokenizer, base.tokenizer_fingerprint, " ", "auto")
+    return Blocks.of(store, np.arange(len(store)), block_size or positions)

@@ -1,16 +1,34 @@
-"""What is asked of the engine, and what comes back: plain values that any thread may hold."""
+"""What the engine is given, the models and requests, and what comes back: plain values that any thread may hold."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from peftune.data.tokens.encode import encode_texts, end_of_text_id
 from peftune.inference.settings import FinishReason, GenerationSettings
+from peftune.model.decode.batch import ModelVariant
+from peftune.model.decode.build import ModelSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+class ModelProvider(Protocol):
+    """A base and adapters on it by name; `AdapterBank` is one."""
+
+    spec: ModelSpec
+    tokenizer: PreTrainedTokenizerFast
+    end: int
+    """The id of `<|endoftext|>`."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters that are loaded."""
+
+    def variant(self, name: str | None) -> ModelVariant:
+        """The base with the adapter `name`, None for the base alone; UserError where none has this name."""
 
 
 def context_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from peftune.errors import UserError
-from peftune.inference.models import ModelProvider
-from peftune.model.decode.batch import DecodeBatch, ModelVariant
+from peftune.inference.request import ModelProvider
+from peftune.model.decode.batch import DecodeBatch
 
 THRESHOLD = 0.0
 _ADAPTERS = 8  # in one forward
@@ -59,16 +59,12 @@ def nats_per_token(models: ModelProvider, ids: Sequence[int], names: Sequence[st
     found: list[float] = []
     for first in range(0, len(names), _ADAPTERS):
         variants = [models.variant(name) for name in names[first : first + _ADAPTERS]]
-        batch = DecodeBatch(models.spec, len(variants), use_cache=False)
+        batch = DecodeBatch(len(variants))
         hidden = batch.prefill(variants, range(len(variants)), tokens[:-1].expand(len(variants), -1), 0)
-        found += [_mean_nats(batch, *row, tokens[1:]) for row in zip(variants, hidden, strict=True)]
+        for variant, states in zip(variants, hidden, strict=True):
+            total = 0.0
+            for part, targets in zip(torch.split(states, _TOKENS), torch.split(tokens[1:], _TOKENS), strict=True):
+                logits = batch.logits([variant] * len(part), part)
+                total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+            found.append(total / len(states))
     return found
-
-
-def _mean_nats(batch: DecodeBatch, variant: ModelVariant, hidden: torch.Tensor, targets: torch.Tensor) -> float:
-    total = 0.0
-    for first in range(0, len(targets), _TOKENS):
-        part, wanted = hidden[first : first + _TOKENS], targets[first : first + _TOKENS]
-        logits = batch.logits([variant] * len(part), part)
-        total += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
-    return total / len(targets)

@@ -3,48 +3,45 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from peftune.config.recipe import Source
+from peftune.adapters.base_of import base_of
 from peftune.console import Console
-from peftune.data.tokens.store import TokenStore, prepare
+from peftune.data.tokens.store import TokenStore
 from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank
+from peftune.inference.perplexity import Documents, read_blocks
 from peftune.inference.routing import THRESHOLD, route
 from peftune.model.base import Base
 
 
 def measure_routing(
-    base: str | Base,
-    data: Mapping[str, Sequence[Source]],
-    adapters: Mapping[str, Path],
+    base: str | Base | None,
+    data: Mapping[str, Documents],
+    adapters: Mapping[str, Path | str],
     prompt_tokens: int = 32,
     max_prompts: int = 500,
     threshold: float = THRESHOLD,
 ) -> dict[str, Any]:
     """Where the prompts of each domain are sent: `prompt_tokens` of at most `max_prompts` documents each.
 
-    Returned as it is written as JSON: for each domain how many prompts there were, `to` whom they
-    were sent, and how many of them were `right`: sent to the adapter of the domain's own name (or `base`).
-    Raises UserError where a domain has no such adapter, or no prompt.
+    `base` None is the one that the first adapter names. Returned as it is written as JSON: for each domain how many
+    prompts there were, `to` whom they were sent, and how many of them were `right`: sent to the adapter of the domain's
+    own name (or `base`). Raises UserError where a domain has no such adapter, or no prompt.
     """
-    strangers = [name for name in data if name not in adapters and name != "base"]
-    if len(adapters) < 2 or not data or strangers:
-        found = (
-            f"no adapter is called {strangers[0]}" if strangers else f"{len(adapters)} adapters, {len(data)} domains"
-        )
+    if len(adapters) < 2 or not data or not data.keys() <= {*adapters, "base"}:
+        found = f"the adapters are {', '.join(adapters) or 'none'}, the domains {', '.join(data) or 'none'}"
         raise UserError(f"routing: {found}; expected two adapters or more, and each domain named after its adapter")
-    bank = AdapterBank(base)
+    bank = AdapterBank(base or base_of(Path(next(iter(adapters.values())))))
     for name, directory in adapters.items():
         bank.add(name, directory)
     prompts = {}
-    for domain, sources in data.items():
-        store = prepare(sources, bank.tokenizer, bank.base.tokenizer_fingerprint, " ", "auto")
-        prompts[domain] = prompts_of(store, prompt_tokens, max_prompts)
+    for domain, documents in data.items():
+        prompts[domain] = prompts_of(read_blocks(bank.base, documents).store, prompt_tokens, max_prompts)
         if not prompts[domain]:
             raise UserError(f"routing: no document of {domain} has a token to judge it by")
     domains: dict[str, dict[str, Any]] = {}
@@ -55,11 +52,10 @@ def measure_routing(
             for ids in group:
                 to[route(bank, ids, threshold=threshold).name or "base"] += 1
                 progress.advance(task)
-            facts = {"prompts": len(group), "right": to[domain], "accuracy": to[domain] / len(group)}
-            domains[domain] = {**facts, "to": dict(to)}
+            share = to[domain] / len(group)
+            domains[domain] = {"prompts": len(group), "right": to[domain], "accuracy": share, "to": dict(to)}
     right, total = (sum(facts[key] for facts in domains.values()) for key in ("right", "prompts"))
-    settings = {"prompt_tokens": prompt_tokens, "threshold": threshold}
-    return {"routing": domains, "accuracy": right / total, **settings}
+    return {"routing": domains, "accuracy": right / total, "prompt_tokens": prompt_tokens, "threshold": threshold}
 
 
 def prompts_of(store: TokenStore, tokens: int, at_most: int) -> list[list[int]]:

@@ -44,12 +44,6 @@ class RunningSequence:
         """All but the last token of the window are in the cache: the next forward is one token."""
         return 0 < self.computed == len(self.window) - 1
 
-    @property
-    def wants_prompt(self) -> bool:
-        """Log-probabilities of the prompt are asked for, and not complete."""
-        request = self.handle.request
-        return request.echo and request.logprobs is not None and not self.output.ids
-
     def chunk(self) -> list[int]:
         """The next tokens to prefill."""
         return self.window[self.computed : self.computed + PREFILL_CHUNK]
@@ -102,11 +96,8 @@ class RunningSequence:
 
 def logprob(nats_V: torch.Tensor, token: int, count: int) -> TokenLogprob:
     """A token's log-probability with the `count` likeliest beside it."""
-    top: tuple[tuple[int, float], ...] = ()
-    if count:
-        values, ids = nats_V.topk(min(count, len(nats_V)))
-        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprob(token, float(nats_V[token]), top)
+    values, ids = nats_V.topk(min(count, len(nats_V)))
+    return TokenLogprob(token, float(nats_V[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 def sample(rows: Sequence[RunningSequence], logits_RV: torch.Tensor) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,7 +39,22 @@ class GenerationSettings:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        problems = list(self._problems())
+        expected = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
+            "temperature": (self.temperature is None or 0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
+            "top_p": (0 < self.top_p <= 1, "more than 0 and at most 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "more than 0 (1 = off)"),
+            "seed": (self.seed is None or 0 <= self.seed < _SEEDS, f"0 to {_SEEDS - 1}"),
+            "beams": (self.beams >= 1, "1 (off) or more"),
+        }
+        problems = [f"{k} is {getattr(self, k)}, expected {what}" for k, (valid, what) in expected.items() if not valid]
+        if "" in self.stop:
+            problems.append("a stop string is empty, expected at least one character")
+        for key in ("temperature", "top_k"):
+            if self.beams > 1 and getattr(self, key):
+                found = f"beams is {self.beams} with {key} {getattr(self, key)}"
+                problems.append(f"{found}: beam search does not sample; drop one")
         if problems:
             raise UserError("generation settings: " + "; ".join(problems))
 
@@ -50,28 +64,3 @@ class GenerationSettings:
         if self.temperature is not None:
             return self.temperature
         return 0.0 if self.beams > 1 else DEFAULT_TEMPERATURE
-
-    def _problems(self) -> Iterator[str]:
-        if self.max_new_tokens < 1:
-            yield f"max_new_tokens is {self.max_new_tokens}, expected 1 or more"
-        if self.temperature is not None and not 0 <= self.temperature < math.inf:
-            yield f"temperature is {self.temperature}, expected 0 (greedy) or more"
-        if self.top_k < 0:
-            yield f"top_k is {self.top_k}, expected 0 (all tokens) or more"
-        if not 0 < self.top_p <= 1:
-            yield f"top_p is {self.top_p}, expected more than 0 and at most 1"
-        if not 0 < self.repetition_penalty < math.inf:
-            yield f"repetition_penalty is {self.repetition_penalty}, expected more than 0 (1 = off)"
-        if self.seed is not None and not 0 <= self.seed < _SEEDS:
-            yield f"seed is {self.seed}, expected 0 to {_SEEDS - 1}"
-        if "" in self.stop:
-            yield "a stop string is empty, expected at least one character"
-        yield from self._beam_problems()
-
-    def _beam_problems(self) -> Iterator[str]:
-        if self.beams < 1:
-            yield f"beams is {self.beams}, expected 1 (off) or more"
-        if self.beams > 1 and self.temperature:
-            yield f"beams is {self.beams} with temperature {self.temperature}: beam search does not sample; drop one"
-        if self.beams > 1 and self.top_k:
-            yield f"beams is {self.beams} with top_k {self.top_k}: beam search does not sample; drop one"

@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from peftune.cli.generate import choose_adapter, generate_texts
+from peftune.cli.main import run
 from peftune.errors import UserError
 from peftune.inference.generate import generate_with_transformers
 from peftune.inference.settings import GenerationSettings
@@ -210,6 +211,9 @@ def test_a_stdout_that_cannot_show_a_character_shows_a_question_mark(
 
 
 @pytest.mark.parametrize("name", ["absent/texts.json", "."])
-def test_a_json_path_that_cannot_be_written_is_refused_before_the_work(base: Path, tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="cannot be written"):
-        generate_texts(str(base), {}, None, ["the"], None, GREEDY, json_path=tmp_path / name)
+def test_a_json_path_that_cannot_be_written_is_refused_before_the_work(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert run(["generate", "--base", str(base), "--prompt", "the", "--json", str(tmp_path / name)]) == 2
+    shown = capsys.readouterr()
+    assert "cannot be written" in shown.err and shown.out == ""

@@ -148,12 +148,12 @@ def test_what_is_not_raised_on_purpose_is_a_bug_with_its_traceback(monkeypatch: 
 
 
 def test_adapters_and_domains_are_named_or_named_after_their_path() -> None:
-    assert main._named("--adapter", ["a=x/y", "adapters/v1.2", "runs/lr=1e-4"]) == {
+    assert main.named("--adapter", ["a=x/y", "adapters/v1.2", "runs/lr=1e-4"]) == {
         "a": "x/y",
         "v1.2": "adapters/v1.2",
         "lr=1e-4": "runs/lr=1e-4",
     }
-    assert main._named("--data", ["held/poems.txt", "c=a=b.txt"]) == {"poems": "held/poems.txt", "c": "a=b.txt"}
+    assert main.named("--data", ["held/poems.txt", "c=a=b.txt"]) == {"poems": "held/poems.txt", "c": "a=b.txt"}
 
 
 def test_data_is_described_for_a_base_given_by_its_directory(tiny_base: Path, tmp_path: Path, capsys: Captured) -> None:

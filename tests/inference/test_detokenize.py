@@ -8,7 +8,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from peftune.data.tokens.encode import encode_texts
-from peftune.inference.detokenize import Decoder, StopFilter, decode_plain
+from peftune.inference.detokenize import Detokenizer, StopFilter, decode_plain
+from peftune.inference.settings import GenerationSettings
 
 MIXED = "é東京😀 a\t\u200d👩‍👩‍👧‍👦 naïve\n\n  x"
 
@@ -25,8 +26,8 @@ def byte_ids(tokenizer: PreTrainedTokenizerFast, data: bytes) -> list[int]:
 
 
 def stream(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[str]:
-    decoder = Decoder(tokenizer)
-    return [*(decoder.push(token) for token in ids), decoder.flush()]
+    detokenizer = Detokenizer(tokenizer, GenerationSettings(max_new_tokens=10_000))
+    return [*(detokenizer.push(token, end=-1) for token in ids), detokenizer.finish("length")]
 
 
 def test_no_half_character_is_ever_shown(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peftune.cli.evaluate import print_routing
+from peftune.cli.main import run
 from peftune.config.recipe import Source
 from peftune.data.tokens.store import prepare
 from peftune.errors import UserError
@@ -63,7 +63,10 @@ def test_every_prompt_is_counted_where_it_was_sent(
     data = {"wide": texts(tmp_path / "wide.txt", lines), "base": texts(tmp_path / "base.txt", lines[:2])}
     report = tmp_path / "routing.json"
     results = measure_routing(str(base_directory), data, own, prompt_tokens=4, max_prompts=100)
-    print_routing(str(base_directory), own, data, 4, 100, 0.0, report)
+    options = [f"--adapter={name}={directory}" for name, directory in own.items()]
+    options += [f"--data={name}={tmp_path / name}.txt" for name in data]
+    options += [f"--base={base_directory}", "--prompt-tokens=4", "--prompts=100", f"--json={report}"]
+    assert run(["eval", "--routing", *options]) == 0
     sent = [route(bank, bank.encode(line)[:5], list(own)).name or "base" for line in lines]
     assert results["routing"]["wide"]["to"] == Counter(sent)
     assert results["routing"]["base"]["to"] == Counter(sent[:2])
@@ -75,7 +78,7 @@ def test_every_prompt_is_counted_where_it_was_sent(
 
 def test_a_domain_without_an_adapter_of_its_name_is_refused(adapters: dict[str, Path], tmp_path: Path) -> None:
     data = {"poems": texts(tmp_path / "poems.txt", ["a"])}
-    with pytest.raises(UserError, match="no adapter is called poems"):
+    with pytest.raises(UserError, match="the adapters are wide, head, the domains poems"):
         measure_routing("never opened", data, {name: adapters[name] for name in ("wide", "head")})
 
 

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from peftune.cli.launch import configs
 from peftune.cli.launcher import configuration, ranks, stop_signals
+from peftune.cli.launcher.launch import configs
 from peftune.config.shipped import FOLDERS, shipped
 from peftune.errors import UserError
 

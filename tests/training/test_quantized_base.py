@@ -167,15 +167,14 @@ def test_memory_of_the_base_is_said_and_recorded(recipe: Make, kind: str, capsys
 def test_evaluation_and_generation_take_the_adapter_on_the_full_precision_base(
     recipe: Make, tiny_base: Path, tmp_path: Path
 ) -> None:
-    from peftune.cli.evaluate import print_matrix
     from peftune.cli.generate import generate_texts
+    from peftune.inference.perplexity import evaluate
     from peftune.inference.settings import GenerationSettings
 
     made = recipe("quantize=nf4", "data.validation=0.2")
     measured = train(made).metrics["validation"]["adapter"]["loss"]
     folders = {"tuned": Path(made.run.out)}
-    print_matrix(None, folders, {"text": made.data.train}, json_path=tmp_path / "eval.json")
-    rows = json.loads((tmp_path / "eval.json").read_text())["rows"]
+    rows = evaluate(None, {"text": made.data.train}, folders)["rows"]
     assert rows["tuned"]["text"]["loss"] < rows["base"]["text"]["loss"]
     np.testing.assert_allclose(rows["tuned"]["text"]["loss"], measured, rtol=0.2)
     settings = GenerationSettings(max_new_tokens=8, temperature=0.0)

@@ -20,6 +20,7 @@ from transformers import GPT2Config
 from peftune.adapters.directory import check_free, write_adapter
 from peftune.adapters.layout import layout_of
 from peftune.adapters.low_rank import LowRankDelta, delta_of
+from peftune.adapters.model_card import model_card
 from peftune.errors import CheckFailed
 from peftune.model.lora import config_to_json
 from peftune.version import __version__
@@ -64,27 +65,3 @@ def _lora_config(base: str, deltas: list[LowRankDelta]) -> dict[str, Any]:
         fan_in_fan_out=any(delta.kind == "conv1d" for delta in deltas),
     )
     return config_to_json(config)
-
-
-def model_card(base: str, out: str, body: str) -> str:
-    """Markdown with the front matter that hubs read; `out` is the adapter's directory, `body` says what it is."""
-    directory = out.rstrip("/")
-    return f"""---
-base_model: {base}
-library_name: peft
-tags: [gpt2, lora, peftune]
----
-
-# {directory.split("/")[-1]}
-
-{body}
-
-## Use
-
-```
-peftune generate --base {base} --adapter {out} --prompt "…"
-peftune merge {out} --out {directory}-merged
-```
-
-It is an ordinary PEFT adapter: `PeftModel.from_pretrained(base, "{out}")` loads it without peftune.
-"""

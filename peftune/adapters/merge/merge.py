@@ -44,8 +44,8 @@ _SEQUENCES, _LENGTH = 8, 64
 
 
 def merge(
-    adapter: Path,
-    out: Path,
+    adapter: Path | str,
+    out: Path | str,
     base: str | None = None,
     dtype: str = "float32",
     verify: bool = True,
@@ -60,6 +60,7 @@ def merge(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    adapter, out = Path(adapter), Path(out)
     if out.resolve() == adapter.resolve():
         raise UserError(f"{out}: is the adapter itself; choose another directory")
     check_free(out, "the merged model")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from peftune.model.decode.build import ModelSpec
 from peftune.model.decode.forward import DecodeGPT2
+from peftune.model.decode.kv_cache import KVCache
 from peftune.model.decode.lora_slots import AdapterSlots, LoraWeights
 
 
@@ -24,11 +24,10 @@ class ModelVariant:
 
 
 class DecodeBatch:
-    """Slots for rows: keys, values and adapters of each; without `use_cache` only prefill from position 0."""
+    """Slots for rows: the adapter of each, its keys and values in `cache`; without one only prefill from position 0."""
 
-    def __init__(self, spec: ModelSpec, slots: int, use_cache: bool = True) -> None:
-        self._cache = spec.kv_cache(slots) if use_cache else None
-        self._adapters = AdapterSlots(slots)
+    def __init__(self, slots: int, cache: KVCache | None = None) -> None:
+        self._cache, self._adapters = cache, AdapterSlots(slots)
 
     @torch.inference_mode()
     def prefill(
@@ -39,7 +38,7 @@ class DecodeBatch:
         def part(model: DecodeGPT2, rows: list[int]) -> torch.Tensor:
             used = [slots[row] for row in rows]
             lora = self._adapters.factors(used, [variants[row].lora for row in rows])
-            return model.prefill(_select(ids, rows), start, self._cache, used, lora)
+            return model.prefill(ids[rows], start, self._cache, used, lora)
 
         return _by_model(variants, part)
 
@@ -54,24 +53,14 @@ class DecodeBatch:
         def part(model: DecodeGPT2, rows: list[int]) -> torch.Tensor:
             used = [slots[row] for row in rows]
             lora = self._adapters.factors(used, [variants[row].lora for row in rows], one_token=True)
-            return model.decode(_select(ids, rows), [positions[row] for row in rows], cache, used, lora)
+            return model.decode(ids[rows], [positions[row] for row in rows], cache, used, lora)
 
         return _by_model(variants, part)
 
     @torch.inference_mode()
     def logits(self, variants: Sequence[ModelVariant], hidden: torch.Tensor) -> torch.Tensor:
         """Logits (N, V), float32, of hidden states (N, D); row i is of `variants[i]`."""
-        return _by_model(variants, lambda model, rows: model.logits(_select(hidden, rows)))
-
-    def free(self, slot: int, length: int) -> None:
-        """A text has left its slot: the `length` positions that it used are cleared."""
-        if self._cache is not None:
-            self._cache.free(slot, length)
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Move the first `length` positions of a slot into a free one."""
-        if self._cache is not None:
-            self._cache.move(source, target, length)
+        return _by_model(variants, lambda model, rows: model.logits(hidden[rows]))
 
 
 def _by_model(variants: Sequence[ModelVariant], part: Callable[[DecodeGPT2, list[int]], torch.Tensor]) -> torch.Tensor:
@@ -86,7 +75,3 @@ def _by_model(variants: Sequence[ModelVariant], part: Callable[[DecodeGPT2, list
     for rows, result in results:
         combined[rows] = result
     return combined
-
-
-def _select(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    return tensor if len(rows) == len(tensor) else tensor[rows]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
@@ -33,9 +33,7 @@ class ModelSpec:
 
     def kv_cache(self, slots: int) -> KVCache:
         """A cache for so many texts; float32 on a CPU, where narrower keys are slower to read."""
-        c = self.config
-        dtype = torch.float32 if self.device.type == "cpu" else self.dtype
-        return KVCache(c.n_layer, slots, c.n_head, c.n_positions, c.n_embd // c.n_head, dtype, self.device)
+        return KVCache(self.config, slots, torch.float32 if self.device.type == "cpu" else self.dtype, self.device)
 
 
 def build(
@@ -47,46 +45,42 @@ def build(
 ) -> DecodeGPT2:
     """The model whose tensor NAME is `tensor(NAME)`; with `shared`, all but the `changed` ones are that model's."""
 
+    def unchanged(prefix: str) -> DecodeGPT2 | None:
+        """The model to share with, where no tensor under this name is another."""
+        return None if any(name.startswith(prefix) for name in changed) else shared
+
     def stored(name: str) -> torch.Tensor:
         return tensor(name).to(spec.device, spec.dtype)
 
-    def reuse(attribute: str, make: Callable[[], Any], *names: str) -> Any:
-        unchanged = shared is not None and not any(name in changed for name in names)
-        return getattr(shared, attribute) if unchanged else make()
-
-    def block(number: int) -> DecodeBlock:
-        if shared is not None and not any(name in changed for name in _names(number)):
-            return shared.blocks[number]
-        return _block(spec, tensor, number)
-
-    wte = reuse("wte", lambda: stored(WTE), WTE)
-    head = WTE if tied else HEAD
+    config, prefixes = spec.config, [f"transformer.h.{number}." for number in range(spec.config.n_layer)]
+    wte = kept.wte if (kept := unchanged(WTE)) else stored(WTE)
+    scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
     return DecodeGPT2(
         wte=wte,
-        wpe=reuse("wpe", lambda: stored(WPE), WPE),
-        blocks=tuple(block(number) for number in range(spec.config.n_layer)),
+        wpe=kept.wpe if (kept := unchanged(WPE)) else stored(WPE),
+        blocks=tuple(
+            kept.blocks[number] if (kept := unchanged(prefix)) else _block(spec, tensor, number, prefix)
+            for number, prefix in enumerate(prefixes)
+        ),
         ln_f=_norm(spec, tensor, "transformer.ln_f"),
-        head=reuse("head", lambda: PackedLinear(wte if tied else stored(HEAD), None), head),
-        heads=spec.config.n_head,
-        scales=_scales(spec.config),
-        activation=_activation(spec.config.activation_function),
+        head=kept.head
+        if (kept := unchanged(WTE if tied else HEAD))
+        else PackedLinear(wte if tied else stored(HEAD), None),
+        heads=config.n_head,
+        scales=tuple(
+            scale / (number + 1) if config.scale_attn_by_inverse_layer_idx else scale for number in range(len(prefixes))
+        ),
+        activation=_activation(config.activation_function),
     )
 
 
-def _names(number: int) -> list[str]:
-    modules = ("ln_1", "ln_2", *MODULES)
-    return [f"transformer.h.{number}.{module}.{part}" for module in modules for part in ("weight", "bias")]
-
-
-def _block(spec: ModelSpec, tensor: Callable[[str], torch.Tensor], number: int) -> DecodeBlock:
-    prefix = f"transformer.h.{number}"
-
+def _block(spec: ModelSpec, tensor: Callable[[str], torch.Tensor], number: int, prefix: str) -> DecodeBlock:
     def linear(module: str) -> PackedLinear:
-        weight, bias = (tensor(f"{prefix}.{module}.{part}") for part in ("weight", "bias"))
+        weight, bias = (tensor(f"{prefix}{module}.{part}") for part in ("weight", "bias"))
         return PackedLinear(weight.to(spec.device, spec.dtype).T.contiguous(), bias.to(spec.device))  # stored (in, out)
 
-    c_attn, attn_c_proj, c_fc, mlp_c_proj = (linear(module) for module in MODULES)
-    ln_1, ln_2 = (_norm(spec, tensor, f"{prefix}.{name}") for name in ("ln_1", "ln_2"))
+    c_attn, attn_c_proj, c_fc, mlp_c_proj = map(linear, MODULES)
+    ln_1, ln_2 = (_norm(spec, tensor, f"{prefix}{name}") for name in ("ln_1", "ln_2"))
     return DecodeBlock(number, ln_1, c_attn, attn_c_proj, ln_2, c_fc, mlp_c_proj)
 
 
@@ -94,12 +88,6 @@ def _norm(spec: ModelSpec, tensor: Callable[[str], torch.Tensor], name: str) -> 
     weight, bias = (tensor(f"{name}.{part}").to(spec.device, torch.float32) for part in ("weight", "bias"))
     eps = spec.config.layer_norm_epsilon
     return partial(F.layer_norm, normalized_shape=weight.shape, weight=weight, bias=bias, eps=eps)
-
-
-def _scales(config: GPT2Config) -> tuple[float, ...]:
-    scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
-    by_block = config.scale_attn_by_inverse_layer_idx
-    return tuple(scale / (number + 1) if by_block else scale for number in range(config.n_layer))
 
 
 def _activation(name: str) -> Activation:

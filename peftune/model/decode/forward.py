@@ -65,11 +65,6 @@ class DecodeGPT2:
     scales: tuple[float, ...]
     activation: Activation
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the weights."""
-        return self.wte.device
-
     def prefill(
         self, ids: torch.Tensor, start: int, cache: KVCache | None, slots: Sequence[int], lora: LoraFactors
     ) -> torch.Tensor:
@@ -79,13 +74,13 @@ class DecodeGPT2:
         `start` is 0. Padding may follow a row's tokens: its results mean nothing, and what it leaves in the cache is
         overwritten before it is read.
         """
-        width, last = ids.shape[1], start + ids.shape[1]
-        mask = torch.ones(width, last, dtype=torch.bool, device=self.device).tril_(start) if start else None
+        width, last, device = ids.shape[1], start + ids.shape[1], self.wte.device
+        rows = torch.tensor(slots, device=device)
+        mask = torch.ones(width, last, dtype=torch.bool, device=device).tril_(start) if start else None
 
         def attend(block: int, qkv: torch.Tensor) -> torch.Tensor:
             q, k, v = self._split(qkv)
             if cache is not None:
-                rows = torch.tensor(slots, device=self.device)
                 cache.keys[block][rows, :, start:last] = k.to(cache.keys[block].dtype)
                 cache.values[block][rows, :, start:last] = v.to(cache.values[block].dtype)
             outputs = []
@@ -94,23 +89,22 @@ class DecodeGPT2:
                 keys, values = k[one], v[one]
                 if mask is not None and cache is not None:
                     keys, values = (t[block][slot : slot + 1, :, :last] for t in (cache.keys, cache.values))
-                outputs.append(_sdpa(q[one], keys, values, mask, self.scales[block]))
+                attended = F.scaled_dot_product_attention(
+                    q[one].to(keys.dtype), keys, values, mask, is_causal=mask is None, scale=self.scales[block]
+                )
+                outputs.append(attended.float())
             return torch.cat(outputs).transpose(1, 2).flatten(2)
 
-        positions = torch.arange(start, last, device=self.device)
-        return self._forward(F.embedding(ids, self.wte) + self.wpe[positions], lora, attend)
+        return self._forward(F.embedding(ids, self.wte) + self.wpe[start:last], lora, attend)
 
     def decode(
         self, ids: torch.Tensor, positions: Sequence[int], cache: KVCache, slots: Sequence[int], lora: LoraFactors
     ) -> torch.Tensor:
         """Hidden states (R, D) after `ln_f` of one token a row, `ids` (R,), each at its own position."""
-        at = torch.tensor(positions, device=self.device)
-        rows = torch.tensor(slots, device=self.device)
+        at, rows = (torch.tensor(numbers, device=self.wte.device) for numbers in (positions, slots))
         length = cache.padded_length(max(positions) + 1)
-        columns = torch.arange(length, device=self.device)
-        mask = torch.zeros(len(slots), 1, 1, length, device=self.device).masked_fill_(
-            columns > at[:, None, None, None], -torch.inf
-        )
+        columns = torch.arange(length, device=at.device)
+        mask = torch.where(columns > at[:, None, None, None], -torch.inf, 0.0)
 
         def attend(block: int, qkv: torch.Tensor) -> torch.Tensor:
             q, k, v = self._split(qkv)
@@ -121,8 +115,7 @@ class DecodeGPT2:
             scores = torch.matmul((q * self.scales[block]).to(keys.dtype), keys.mT).float().add_(mask)
             return torch.matmul(scores.softmax(-1).to(values.dtype), values).float().transpose(1, 2).flatten(2)
 
-        hidden = self._forward((F.embedding(ids, self.wte) + self.wpe[at])[:, None], lora, attend)
-        return hidden[:, 0]
+        return self._forward((F.embedding(ids, self.wte) + self.wpe[at])[:, None], lora, attend)[:, 0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (N, V) in float32 of hidden states (N, D)."""
@@ -139,8 +132,3 @@ class DecodeGPT2:
         rows, tokens, _ = qkv.shape
         q, k, v = qkv.view(rows, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         return q, k, v
-
-
-def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
-    output = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
-    return output.float()

@@ -6,8 +6,12 @@ Pages of memory are taken only where something was written: a slot costs what it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config
 
 _STRIDE = 64  # keys are read in multiples of so many, so that a row's sums do not depend on its neighbours' lengths
 
@@ -26,13 +30,11 @@ class KVCache:
     Positions that nothing has written hold zeros: what is masked must still be finite.
     """
 
-    def __init__(
-        self, blocks: int, slots: int, heads: int, positions: int, width: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        shape = (slots, heads, positions, width)
-        self.positions = positions
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(blocks)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(blocks)]
+    def __init__(self, config: GPT2Config, slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.positions = config.n_positions
+        shape = (slots, config.n_head, self.positions, config.n_embd // config.n_head)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
 
     def move(self, source: int, target: int, length: int) -> None:
         """Move the first `length` positions of one slot into another, which was freed before."""

@@ -39,13 +39,13 @@ class LoraWeights:
     id: int = field(default_factory=lambda: next(_ids))
 
 
-def lora_weights(factors: Mapping[ModulePath, Factors], scales: Mapping[ModulePath, float]) -> LoraWeights:
-    """An adapter out of PEFT's A (r, in) and B (out, r), and the scale of each module."""
+def lora_weights(factors: Mapping[ModulePath, tuple[torch.Tensor, torch.Tensor, float]]) -> LoraWeights:
+    """An adapter out of PEFT's A (r, in), B (out, r) and scale of each module."""
     padded = {}
-    for path, (a, b) in factors.items():
+    for path, (a, b, scale) in factors.items():
         rank = max(_MANY_TOKENS_RANK, _one_token_rank(len(a), min(a.shape[1], len(b))))
-        padded[path] = _padded(a, rank), _padded(scales[path] * b.T, rank)
-    return LoraWeights(padded, max(len(a) for a, _ in factors.values()))
+        padded[path] = _padded(a, rank), _padded(scale * b.T, rank)
+    return LoraWeights(padded, max(len(a) for a, _, _ in factors.values()))
 
 
 def add_lora(y: torch.Tensor, x: torch.Tensor, factors: Factors | None) -> torch.Tensor:
@@ -92,10 +92,7 @@ class AdapterSlots:
         for slot, adapter in zip(slots, adapters, strict=True):
             self._load(slot, adapter)
         paths = {path for adapter in present for path in adapter.factors}
-        return {
-            path: (select_slots(self._stacked[path][0], slots), select_slots(self._stacked[path][1], slots))
-            for path in paths
-        }
+        return {path: tuple(select_slots(stacked, slots) for stacked in self._stacked[path]) for path in paths}  # type: ignore[misc]
 
     def _load(self, slot: int, adapter: LoraWeights | None) -> None:
         wanted, factors = (adapter.id, adapter.factors) if adapter is not None else (0, {})
@@ -103,11 +100,9 @@ class AdapterSlots:
             return
         for path, stacked in self._stacked.items():
             for target, source in zip(stacked, factors.get(path, (None, None)), strict=True):
-                rank = 0 if source is None else len(source)
+                target[slot] = 0
                 if source is not None:
-                    target[slot, :rank] = source
-                if rank < self._rank:
-                    target[slot, rank:] = 0
+                    target[slot, : len(source)] = source
         self._loaded[slot] = wanted
 
     def _allocate(self, adapters: Sequence[LoraWeights]) -> None:

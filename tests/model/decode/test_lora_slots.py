@@ -18,7 +18,7 @@ def _lora(width_in: int, width_out: int, rank: int, seed: int) -> tuple[LoraWeig
     """An adapter and its B·A, scaled, in float64."""
     random = torch.Generator().manual_seed(seed)
     a, b = torch.randn(rank, width_in, generator=random), torch.randn(width_out, rank, generator=random)
-    return lora_weights({AT: (a, b)}, {AT: 0.5}), 0.5 * b.double() @ a.double()
+    return lora_weights({AT: (a, b, 0.5)}), 0.5 * b.double() @ a.double()
 
 
 @pytest.mark.parametrize(("width_in", "width_out"), WIDTHS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import yaml
 
-from peftune.adapters.edit.computed_adapter import model_card
+from peftune.adapters.model_card import model_card
 
 
 def test_front_matter_title_and_commands() -> None:
