@@ -76,7 +76,10 @@ class Shapes:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank. All but the last two are allocated from the first step to the last."""
+    """Bytes on one rank. All but the last two are allocated from the first step to the last.
+
+    The peak of a step is `held` + max(activations + `gathered`, `update`).
+    """
 
     base: int
     """Frozen weights, scales of quantised ones included; under ZeRO-3 this rank's shard, and what stays complete."""
@@ -99,10 +102,6 @@ class RankMemory:
     def held(self) -> int:
         """Bytes between two steps."""
         return self.base + self.adapter + self.gradient + self.optimizer_state + self.engine
-
-    def peak(self, activations: int) -> int:
-        """The most at one time, with so many bytes of activations in a forward and backward."""
-        return self.held + max(activations + self.gathered, self.update)
 
 
 def shapes_of(config: GPT2Config, lora: LoraSection) -> Shapes:

@@ -109,12 +109,7 @@ class ReplicatedStrategy:
     forward_is_collective = False
 
     def __init__(
-        self,
-        module: nn.Module,
-        parameters: Parameters,
-        optimizer: torch.optim.Optimizer,
-        clip: float | None,
-        ranks: int,
+        self, module: nn.Module, parameters: Parameters, optimizer: torch.optim.AdamW, clip: float | None, ranks: int
     ) -> None:
         self.module, self.parameters, self.optimizer = module, parameters, optimizer
         self.clip, self.ranks = clip or math.inf, ranks
