@@ -84,7 +84,7 @@ def test_half_a_character_in_a_recipe_is_one_line(here: Path, capfd: pytest.Capt
 
 def test_an_adapter_never_lies_beside_a_model(here: Path, tiny_base: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(tiny_base, here / "base")
-    assert "run.out base: holds a whole model" in refusal(capfd, "train", write_recipe(here / "base"), "run.out=base")
+    assert "run.out base: holds a full model" in refusal(capfd, "train", write_recipe(here / "base"), "run.out=base")
     (here / "base" / "adapter_config.json").write_text("{}")
     assert "holds an adapter beside the model" in refusal(capfd, "train", write_recipe(here / "base"))
 

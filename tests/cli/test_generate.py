@@ -143,7 +143,7 @@ def test_a_name_that_nothing_has_is_refused_with_those_known() -> None:
 
 
 def test_without_base_and_adapter_nothing_is_guessed() -> None:
-    with pytest.raises(UserError, match="no base and no adapter; expected --base"):
+    with pytest.raises(UserError, match="no base and no adapter; pass the base"):
         generate_texts(None, {}, None, ["the"], None, GREEDY)
 
 
