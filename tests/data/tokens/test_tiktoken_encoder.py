@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from peftune.config.recipe import Source
 from peftune.data.tokens import pipeline
@@ -164,3 +164,7 @@ def test_both_engines_write_the_same_store(tokenizer, write, tmp_path, monkeypat
     assert backends_of(tokenizer).fast is not None
     assert own.fingerprint == fast.fingerprint and np.array_equal(own.digests, fast.digests)
     assert np.array_equal(own.supervised_bytes, fast.supervised_bytes)
+
+
+def test_a_tokenizer_of_another_model_keeps_its_own_engine():
+    assert fast_encoder(Tokenizer(models.Unigram([("a", 0.0)], 0))) == "its model is Unigram, not BPE"
