@@ -212,11 +212,11 @@ def _bank(job: dict[str, Any]) -> Any:
 def _use(job: dict[str, Any]) -> Swap:
     from peftune.model.decode.lora_slots import AdapterSlots
 
-    bank, stacks = _bank(job), AdapterSlots(1)
+    bank, slots = _bank(job), AdapterSlots(1)
 
     def swap(number: int) -> object:
         bank.use(f"a{number}")
-        return stacks.deltas([0], [bank.function(f"a{number}").low_rank])
+        return slots.factors([0], [bank.variant(f"a{number}").lora])
 
     return swap
 
@@ -226,9 +226,9 @@ def _slot(job: dict[str, Any]) -> Swap:
 
     from peftune.model.decode.lora_slots import AdapterSlots
 
-    bank, stacks = _bank(job), AdapterSlots(2)
-    both = [bank.function(f"a{number}").low_rank for number in (0, 1)]
-    return torch.inference_mode()(lambda number: stacks.deltas([0, 1], [both[number], both[1 - number]]))
+    bank, slots = _bank(job), AdapterSlots(2)
+    both = [bank.variant(f"a{number}").lora for number in (0, 1)]
+    return torch.inference_mode()(lambda number: slots.factors([0, 1], [both[number], both[1 - number]]))
 
 
 def _add(job: dict[str, Any]) -> Swap:

@@ -147,17 +147,17 @@ def traffic_worker(folder: Path) -> None:
 
     from peftune.config.recipe import recipe_from
     from peftune.training import run
-    from peftune.training.distributed import zero
+    from peftune.training.distributed import start
     from peftune.training.distributed.watchdog import watch_peers
 
     figures = []
-    with zero.process_group():
+    with start.process_group():
         for values in json.loads((folder / "jobs.json").read_text()):
-            before, start = bytes_sent(), time.monotonic()
+            before, begun = bytes_sent(), time.monotonic()
             run.train(recipe_from(values, []))
             torch.distributed.barrier()
-            figures.append({"bytes": bytes_sent() - before, "seconds": time.monotonic() - start})
-        accelerator = zero.start([], str(folder))
+            figures.append({"bytes": bytes_sent() - before, "seconds": time.monotonic() - begun})
+        accelerator = start.start([], str(folder))
         with watch_peers(accelerator):  # nothing but the beats of the watchdog and the launcher's own
             before = bytes_sent()
             time.sleep(IDLE_SECONDS)
@@ -259,28 +259,26 @@ def problems(row: dict[str, Any]) -> list[str]:
 
 def memory_worker(folder: Path) -> None:
     """Train every recipe of `folder`/jobs.json on one group of ranks; each rank writes what it held in each."""
-    from peftune.training.setup import Session
-
     from peftune.config.recipe import recipe_from
     from peftune.training import run
-    from peftune.training.distributed import zero
+    from peftune.training.distributed import start
 
     looks: list[dict[str, int]] = []
-    deliver, train_step, known = run.deliver, run.train_step, {"before": 0, "gathered": 0}
+    export, train_step, known = run.export, run.train_step, {"before": 0, "gathered": 0}
 
-    def deliver_and_look(session: Session) -> run.Delivery:
+    def export_and_look(running: run.Run) -> run.Delivery:
         looks[-1]["tensors"] = tensor_bytes() - known["before"]
-        return deliver(session)
+        return export(running)
 
-    def step_and_look(session: Session, stop: Any) -> Any:
-        parameters = [p for p in session.adapted.model.parameters() if hasattr(p, "ds_tensor")]
+    def step_and_look(inputs: Any, state: Any, forward: Any, *rest: Any) -> Any:
+        parameters = [p for p in forward.module.parameters() if hasattr(p, "ds_tensor")]
         with largest(lambda: sum(p.numel() * p.element_size() for p in parameters)) as most:
-            result = train_step(session, stop)
+            result = train_step(inputs, state, forward, *rest)
         looks[-1]["gathered"] = max(looks[-1]["gathered"], most[0])
         return result
 
-    run.deliver, run.train_step = deliver_and_look, step_and_look
-    with zero.process_group():
+    run.export, run.train_step = export_and_look, step_and_look
+    with start.process_group():
         for values in json.loads((folder / "jobs.json").read_text()):
             known["before"] = tensor_bytes()
             growth = MemoryGrowth()
@@ -288,7 +286,7 @@ def memory_worker(folder: Path) -> None:
             looks.append({"gathered": 0})
             run.train(recipe_from(values, []))
             looks[-1]["growth"] = growth.grown() or 0
-        rank = zero.start([], str(folder)).process_index
+        rank = start.start([], str(folder)).process_index
     (folder / f"rank-{rank}.json").write_text(json.dumps(looks))
 
 

@@ -10,36 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peftune.training.micro import first_micro_size
-from peftune.training.precision import FIRST_LOSS_SCALE, choose_precision
-from peftune.training.setup import Session, assemble, read_together
 
 from benchmarks.harness.memory import MemoryGrowth
 from benchmarks.harness.workers import Channel
 from peftune.config.recipe import Recipe, recipe_from
 from peftune.console import Console
 from peftune.data.sampler import blocks_of_step
-from peftune.model.load import DTYPES, footprint
-from peftune.training.checkpoint import State
-from peftune.training.distributed import zero
+from peftune.model.load import DTYPES, NAME_OF, footprint
+from peftune.training.device import choose_precision
+from peftune.training.distributed import start
 from peftune.training.distributed.signals import StopRequest
+from peftune.training.inputs import read_inputs_on_all_ranks
+from peftune.training.run import Run, load_run
 from peftune.training.step import train_step
 
 
-def begin(recipe: Recipe) -> Session:
+def begin(recipe: Recipe) -> Run:
     """A run as the trainer makes it, up to where the first step is due: the one place to follow the trainer's names."""
-    accelerator = zero.start([], recipe.run.out)
-    zero.configure(accelerator, recipe)
+    accelerator = start.start([], recipe.run.out)
+    start.configure(accelerator, recipe)
     dtype = DTYPES[choose_precision(recipe.run.precision, accelerator.device.type == "cuda")]
-    source = read_together(recipe, accelerator)
+    inputs = read_inputs_on_all_ranks(recipe, accelerator)
     Path(recipe.run.out).mkdir(parents=True, exist_ok=True)
-    state = State(loss_scale=FIRST_LOSS_SCALE if recipe.run.precision == "fp16" else 1.0)
-    train, micro_size = source.corpus.train, recipe.batch.micro_size
-    if micro_size == "auto":
-        blocks = min(recipe.batch.global_size, len(train))
-        micro_size = first_micro_size(source.base.config, train.packing.block_size, blocks, dtype, accelerator.device)
-    state.micro_size = micro_size
-    return assemble(source, accelerator, dtype, Console(speaks=False), state)
+    return load_run(inputs, accelerator, dtype, Console(speaks=False))
 
 
 class TrainingRun:
@@ -48,16 +41,17 @@ class TrainingRun:
     def __init__(self, recipe: dict[str, Any], overrides: list[str]) -> None:
         self.recipe = recipe_from(recipe, overrides)
         with redirect_stdout(sys.stderr):
-            self.session = begin(self.recipe)
-        self.stop = StopRequest()
-        self.base = self.session.source.base
-        self.device = self.session.accelerator.device.type
-        self.parameters: dict[str, torch.nn.Parameter] = self.session.adapted.trainable()
+            self.run = begin(self.recipe)
+        self.base, self.train = self.run.inputs.base, self.run.inputs.corpus.train
+        self.parameters: dict[str, torch.nn.Parameter] = self.run.adapted.trainable()
 
     def step(self) -> int:
         """Take the next step; real tokens it learnt from. The step ends with a host sync (its gradient norm)."""
-        tokens = train_step(self.session, self.stop).tokens
-        self.session.state.step += 1
+        run = self.run
+        tokens = train_step(
+            run.inputs, run.state, run.forward, run.gradient, run.strategy, run.accelerator, StopRequest(), run.console
+        ).tokens
+        run.state.step += 1
         return tokens
 
     def gradients_of_a_step(self) -> dict[str, torch.Tensor]:
@@ -68,13 +62,13 @@ class TrainingRun:
             caught.update({n: v.cpu().double() / divisor for n, v in zip(self.parameters, gradient.views, strict=True)})
             return 0.0
 
-        self.session.engine.update = catch  # type: ignore[method-assign]
+        self.run.strategy.update = catch  # type: ignore[method-assign]
         self.step()
         return caught
 
     def documents_of_first_step(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Token ids of each document of the first step, and which of them are scored."""
-        train = self.session.source.corpus.train
+        train = self.train
         for block in blocks_of_step(0, len(train), self.recipe.batch.global_size, self.recipe.run.seed):
             for span in train.packing.spans(int(block)):
                 document = int(train.documents[train.packing.example[span]])
@@ -84,15 +78,15 @@ class TrainingRun:
 
     def base_bytes(self) -> int:
         """What the base takes in memory."""
-        return footprint(self.session.adapted.model).held
+        return footprint(self.run.adapted.model).held
 
     def settings(self) -> dict[str, Any]:
         """As they are printed with the figures."""
-        recipe, train = self.recipe, self.session.source.corpus.train
+        recipe, train, forward = self.recipe, self.train, self.run.forward
         return {
-            "precision": self.session.precision, "function": self.session.function.told, "quantize": recipe.quantize,
+            "precision": NAME_OF[forward.dtype], "function": forward.description, "quantize": recipe.quantize,
             "block_size": train.packing.block_size, "fill": round(train.packing.fill(), 3),
-            "blocks_per_step": recipe.batch.global_size, "blocks_per_forward": self.session.micro_size,
+            "blocks_per_step": recipe.batch.global_size, "blocks_per_forward": forward.micro_size,
             "rank": recipe.lora.rank, "targets": recipe.lora.targets, "base_dropout": recipe.run.base_dropout,
             "documents": len(train.documents),
         }  # fmt: skip
@@ -101,7 +95,7 @@ class TrainingRun:
 def worker(job: dict[str, Any], channel: Channel) -> None:
     """Rounds of whole steps until `tokens` real tokens; the value is real tokens per second."""
     run = TrainingRun(job["recipe"], job["overrides"])
-    growth = MemoryGrowth(run.device)
+    growth = MemoryGrowth(run.run.accelerator.device.type)
     channel.ready(settings=run.settings(), base_bytes=run.base_bytes())
     for _ in channel.rounds():
         growth.before_first_step()
