@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.harness.options import Setup
 from benchmarks.harness.report import number
-from benchmarks.harness.workers import Channel, Contestant, interleave
+from benchmarks.harness.workers import Channel, Contestant
 
 LIMITS = {"fp32": 1e-5, "bf16": 2e-2}
 
@@ -66,17 +66,14 @@ def reference(run: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     tokens = 0
     for ids, scored in run.documents_of_first_step():
         logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-        loss = F.cross_entropy(logits[scored[1:]], ids[1:][scored[1:]], reduction="sum")
-        torch.autograd.backward(loss)
+        F.cross_entropy(logits[scored[1:]], ids[1:][scored[1:]], reduction="sum").backward()
         tokens += int(scored[1:].sum())
-    gradients = {name: parameters[name].grad for name in values}
-    return {name: gradient.double() / tokens for name, gradient in gradients.items() if gradient is not None}
+    return {name: parameters[name].grad.double() / tokens for name in values}  # type: ignore[union-attr]
 
 
 def contestant(setup: Setup) -> Contestant:
     """The comparison on this command's base, documents, adapter and recipe keys."""
-    recipe = setup.recipe(batch={"global_size": setup.arguments.gate_blocks})
-    recipe["run"]["out"] = str(setup.root / "gate")
+    recipe = setup.recipe("gate", batch={"global_size": setup.arguments.gate_blocks})
     job = {"recipe": recipe, "overrides": setup.arguments.ours}
     return Contestant("gradients", "benchmarks.harness.gradients", job, "of the limit", must_run=True)
 
@@ -87,7 +84,7 @@ def passed(setup: Setup) -> dict[str, Any]:
         return {"skipped": "--gate-blocks 0"}
     print("gate: gradients against PEFT, document by document", file=sys.stderr)
     judge = contestant(setup)
-    interleave([judge], 1, 0, setup.environment())
+    setup.interleave([judge], rounds=1, warmup=0)
     worst = judge.rounds[0]["worst"]
     found = {f"{p} gradients": f"{number(worst[p])} (limit {LIMITS[p]:g})" for p in worst}
     if judge.rounds[0]["value"] > 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.memory import MemoryGrowth
+from benchmarks.harness.memory import Clock
 from benchmarks.harness.workers import Channel
-from peftune.config.recipe import Recipe, recipe_from
+from peftune.config.recipe import recipe_from
 from peftune.console import Console
 from peftune.data.sampler import blocks_of_step
 from peftune.model.load import DTYPES, NAME_OF, footprint
@@ -25,34 +24,28 @@ from peftune.training.run import Run, load_run
 from peftune.training.step import train_step
 
 
-def begin(recipe: Recipe) -> Run:
-    """A run as the trainer makes it, up to where the first step is due: the one place to follow the trainer's names."""
-    accelerator = start.start([], recipe.run.out)
-    start.configure(accelerator, recipe)
-    dtype = DTYPES[choose_precision(recipe.run.precision, accelerator.device.type == "cuda")]
-    inputs = read_inputs_on_all_ranks(recipe, accelerator)
-    Path(recipe.run.out).mkdir(parents=True, exist_ok=True)
-    return load_run(inputs, accelerator, dtype, Console(speaks=False))
-
-
 class TrainingRun:
-    """The optimizer steps of a recipe, one after the other."""
+    """The optimizer steps of a recipe, one after the other; `run` is as the trainer has it before the first."""
 
-    def __init__(self, recipe: dict[str, Any], overrides: list[str]) -> None:
-        self.recipe = recipe_from(recipe, overrides)
+    def __init__(self, values: dict[str, Any], overrides: list[str]) -> None:
+        self.recipe = recipe_from(values, overrides)
         with redirect_stdout(sys.stderr):
-            self.run = begin(self.recipe)
-        self.base, self.train = self.run.inputs.base, self.run.inputs.corpus.train
+            accelerator = start.start([], self.recipe.run.out)
+            dtype = DTYPES[choose_precision(self.recipe.run.precision, accelerator.device.type == "cuda")]
+            inputs = read_inputs_on_all_ranks(self.recipe, accelerator)
+            Path(self.recipe.run.out).mkdir(parents=True, exist_ok=True)
+            self.run: Run = load_run(inputs, accelerator, dtype, Console(speaks=False))
+        self.base, self.train = inputs.base, inputs.corpus.train
         self.parameters: dict[str, torch.nn.Parameter] = self.run.adapted.trainable()
 
     def step(self) -> int:
         """Take the next step; real tokens it learnt from. The step ends with a host sync (its gradient norm)."""
-        run = self.run
-        tokens = train_step(
-            run.inputs, run.state, run.forward, run.gradient, run.strategy, run.accelerator, StopRequest(), run.console
-        ).tokens
-        run.state.step += 1
-        return tokens
+        r = self.run
+        result = train_step(
+            r.inputs, r.state, r.forward, r.gradient, r.strategy, r.accelerator, StopRequest(), r.console
+        )
+        r.state.step += 1
+        return result.tokens
 
     def gradients_of_a_step(self) -> dict[str, torch.Tensor]:
         """What the next step hands to the optimizer, by name, in float64; nothing is updated."""
@@ -72,13 +65,9 @@ class TrainingRun:
         for block in blocks_of_step(0, len(train), self.recipe.batch.global_size, self.recipe.run.seed):
             for span in train.packing.spans(int(block)):
                 document = int(train.documents[train.packing.example[span]])
-                start, stop = int(train.packing.start[span]), int(train.packing.stop[span])
-                ids, scored = (torch.from_numpy(part.copy()) for part in train.store.window(document, start, stop))
+                window = train.store.window(document, int(train.packing.start[span]), int(train.packing.stop[span]))
+                ids, scored = (torch.from_numpy(part.copy()) for part in window)
                 yield ids, scored
-
-    def base_bytes(self) -> int:
-        """What the base takes in memory."""
-        return footprint(self.run.adapted.model).held
 
     def settings(self) -> dict[str, Any]:
         """As they are printed with the figures."""
@@ -93,18 +82,11 @@ class TrainingRun:
 
 
 def worker(job: dict[str, Any], channel: Channel) -> None:
-    """Rounds of whole steps until `tokens` real tokens; the value is real tokens per second."""
-    run = TrainingRun(job["recipe"], job["overrides"])
-    growth = MemoryGrowth(run.run.accelerator.device.type)
-    channel.ready(settings=run.settings(), base_bytes=run.base_bytes())
-    for _ in channel.rounds():
-        growth.before_first_step()
-        start, busy, tokens, taken = time.perf_counter(), time.process_time(), 0, 0
-        while tokens < job["tokens"]:
-            tokens += run.step()
-            taken += 1
-        seconds = time.perf_counter() - start
-        channel.answer(
-            value=tokens / seconds, tokens=tokens, seconds=seconds, steps=taken, grown=growth.grown(),
-            cpu_seconds=time.process_time() - busy,
-        )  # fmt: skip
+    """Rounds of full steps until `tokens` real tokens; the value is real tokens per second."""
+    training = TrainingRun(job["recipe"], job["overrides"])
+    clock = Clock(channel, job["tokens"], training.run.accelerator.device.type)
+    channel.ready(settings=training.settings(), base_bytes=footprint(training.run.adapted.model).held)
+    going = clock.begin()
+    while going:
+        clock.tokens += training.step()
+        going = clock.stepped()

@@ -6,7 +6,6 @@ V: vocabulary, T: tokens that a token may look back on, a: elements of the adapt
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,11 +26,13 @@ class Shape:
     heads: int
     vocabulary: int = 50257
 
-    def config(self) -> GPT2Config:
-        """The configuration, dropouts as GPT-2 ships them (0.1), so that a peer's default is what users get."""
+    def config(self, end: int = 0) -> GPT2Config:
+        """The configuration, dropouts as GPT-2 ships them (0.1), so that a peer's default is what users get.
+
+        `end` is the id of `<|endoftext|>`: GPT-2's own is not in every vocabulary.
+        """
         from transformers import GPT2Config
 
-        end = self.vocabulary - 1  # else GPT-2's own, which a smaller vocabulary does not have
         return GPT2Config(
             n_layer=self.layers, n_embd=self.width, n_head=self.heads, vocab_size=self.vocabulary,
             n_positions=POSITIONS, bos_token_id=end, eos_token_id=end,
@@ -63,14 +64,6 @@ def parse_shape(text: str) -> Shape:
             f"shape {text!r}: expected {', '.join(PRESETS)}, or LAYERS,WIDTH,HEADS[,VOCABULARY] with heads | width"
         )
     return Shape(*numbers)
-
-
-def shape_argument(text: str) -> Shape:
-    """`parse_shape` for argparse."""
-    try:
-        return parse_shape(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 @dataclass(frozen=True)

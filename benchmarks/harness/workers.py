@@ -17,10 +17,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,18 +96,16 @@ def interleave(
     before: for memory, where a sleeping neighbour would take some.
     """
     if not at_once:
-        for _ in range(rounds):
-            for contestant in contestants:
-                if contestant.failure is None:
-                    interleave([contestant], 1, warmup, environment)
+        for contestant in rounds * contestants:
+            if contestant.failure is None:
+                interleave([contestant], 1, warmup, environment)
         return
     with ExitStack() as stack:
         logs, running = Path(stack.enter_context(tempfile.TemporaryDirectory())), {}
         for i, contestant in enumerate(contestants):
             with _failures_noted(contestant):
-                running[contestant.name] = process = _Process(contestant, environment, logs / f"{i}.log")
-                stack.callback(process.end)
-                contestant.facts = process.read()
+                process = stack.enter_context(_Process(contestant, environment, logs / f"{i}.log"))
+                running[contestant.name], contestant.facts = process, process.answer()
                 print(f"  {contestant.name}: {json.dumps(contestant.facts)}", file=sys.stderr)
                 for _ in range(warmup):
                     process.round()
@@ -130,53 +128,38 @@ def _failures_noted(contestant: Contestant) -> Iterator[None]:
         print(f"  {contestant.name}: not run: {error}", file=sys.stderr)
 
 
-class _Process:
-    """One contestant at work."""
+class _Process(subprocess.Popen[str]):
+    """One contestant at work; left as a context, its input is closed, which ends it between rounds."""
 
     def __init__(self, contestant: Contestant, environment: dict[str, str], log: Path) -> None:
         self.name, self.log = contestant.name, log
         command = [sys.executable, "-m", "benchmarks.harness.workers", contestant.module, json.dumps(contestant.job)]
         with open(log, "wb") as stderr:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT,
+            super().__init__(
+                command, bufsize=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT,
                 env={**os.environ, **environment},
             )  # fmt: skip
 
-    def read(self) -> dict[str, Any]:
-        line = _pipe(self.process.stdout).readline()
-        if not line:
-            self.process.wait()
-            if self.process.returncode == -signal.SIGKILL:
-                raise Failed(f"{self.name} was killed, most likely because memory ran out")
-            lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-            raise Failed(f"{self.name} ended with {self.process.returncode}: {' '.join(lines[-1:])[:400]}")
-        found: dict[str, Any] = json.loads(line)
-        return found
+    def answer(self) -> dict[str, Any]:
+        assert self.stdout is not None
+        line = self.stdout.readline()
+        if line:
+            return json.loads(line)  # type: ignore[no-any-return]
+        if self.wait() == -signal.SIGKILL:
+            raise Failed(f"{self.name} was killed, most likely because memory ran out")
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        raise Failed(f"{self.name} ended with {self.returncode}: {' '.join(lines[-1:])[:400]}")
 
     def round(self) -> dict[str, Any]:
-        try:
-            _pipe(self.process.stdin).write("round\n")
-            _pipe(self.process.stdin).flush()
-        except BrokenPipeError:
-            pass  # `read` says why it ended
-        return self.read()
+        assert self.stdin is not None
+        with suppress(BrokenPipeError):  # `answer` says why it ended
+            self.stdin.write("round\n")
+        return self.answer()
 
-    def end(self) -> None:
-        """Close its input, which ends it between rounds; what goes on regardless is stopped."""
-        stdin, stdout = _pipe(self.process.stdin), _pipe(self.process.stdout)
-        try:
-            stdin.close()
-            self.process.wait(timeout=10)
-        except (subprocess.TimeoutExpired, BrokenPipeError):
-            self.process.kill()
-            self.process.wait()
-        finally:
-            stdout.close()
-
-
-def _pipe(pipe: IO[str] | None) -> IO[str]:
-    assert pipe is not None
-    return pipe
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is not None:
+            self.send_signal(signal.SIGINT)  # no round is waited for; it may have children to end
+        super().__exit__(*error)
 
 
 def main() -> None:

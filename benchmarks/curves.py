@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,13 +13,11 @@ from typing import Any
 from benchmarks.harness import corpus
 from benchmarks.harness.machine import calibration
 from benchmarks.harness.options import Setup, prepared
-from benchmarks.harness.report import Result, number, spread
+from benchmarks.harness.report import Result, drawn, number, spread
 from benchmarks.harness.shapes import adapted_linears, parse_shape, work_per_token
-from benchmarks.harness.workers import Contestant
 
-Change = dict[str, Any]
 _SIZES = ["4,256,4", "6,512,8", "12,768,12", "24,1024,16"]
-CURVES: dict[str, tuple[str, Callable[[argparse.Namespace, Any], Change], list[Any]]] = {
+CURVES: dict[str, tuple[str, Callable[[argparse.Namespace, Any], dict[str, Any]], list[Any]]] = {
     "length": ("tokens of a document", lambda a, x: {"longest": x}, [64, 128, 256, 512, 1024]),
     "batch": ("blocks a step", lambda a, x: {"batch": x}, [1, 2, 4, 8, 16]),
     "rank": ("rank", lambda a, x: {"rank": x}, [1, 4, 16, 64, 256]),
@@ -31,17 +28,7 @@ CURVES: dict[str, tuple[str, Callable[[argparse.Namespace, Any], Change], list[A
         [0.25, 0.5, 0.75, 1.0],
     ),
 }  # fmt: skip
-_QUICK: dict[str, list[Any]] = {
-    "length": [48, 96], "batch": [1, 2], "rank": [2, 8], "size": ["2,32,2,4097", "2,64,2,4097"],
-    "supervised": [0.5, 1.0], "layers": [0.5, 1.0],
-}  # fmt: skip
-
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "only": {"default": ",".join(CURVES), "help": f"with commas, of {', '.join(CURVES)}"},
-    "chart": {"type": Path, "help": "write a picture (png, svg)"},
-}
-DEFAULTS = {"rounds": 3, "documents": 80, "block": 1024, "tokens": 2000, "batch": 4, "gate_blocks": 0}
+_QUICK: dict[str, list[Any]] = {"length": [48, 96], "size": ["2,32,2,4097", "2,64,2,4097"]}
 
 
 def cost_of_a_token(setup: Setup) -> Result:
@@ -54,84 +41,67 @@ def cost_of_a_token(setup: Setup) -> Result:
     bf16 GEMM peak, which is the limit, and at the share of it that the curve's middle point reaches. Points on the
     second line cost what the formula says; points above it pay for something else.
     """
-    a = setup.arguments
-    if unknown := sorted(set(a.only.split(",")) - set(CURVES)):
+    a, names = setup.arguments, setup.arguments.only.split(",")
+    if unknown := sorted(set(names) - set(CURVES)):
         raise SystemExit(f"--only {', '.join(unknown)}: known are {', '.join(CURVES)}")
     a.work = setup.root
     result = Result("curves", "the cost of a token", setup.settings())
-    for name in a.only.split(","):
+    for name in names:
         result.curves.append(curve(name, a))
         result.notes.append(description(result.curves[-1]))
     if a.chart:
-        chart(result.curves, a.chart)
+        chart(result.curves, Path(a.chart))
     return result
 
 
 def curve(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure one curve; its points take turns."""
     label, change, xs = CURVES[name]
-    xs = _QUICK[name] if arguments.quick else xs
+    xs = _QUICK.get(name, xs[-2:] if isinstance(xs[-1], float) else xs[:2]) if arguments.quick else xs
     with ExitStack() as stack:
-        setups = []
+        setups, points = [], []
         for x in xs:
             values = {**vars(arguments), "prompted": 0.0, "lowest": 0, **change(arguments, x)}
             setups.append(stack.enter_context(prepared(argparse.Namespace(**values))))
-        points = [_contestant(f"{name} {x}", setup) for x, setup in zip(xs, setups, strict=True)]
+            a = setups[-1].arguments
+            lora = setups[-1].recipe(name)["lora"] | {"layers": list(range(a.lowest, a.shape.layers))}
+            points.append(setups[-1].ours(f"{name} {x}", lora=lora))
         peak = calibration(setups[0])
         setups[0].interleave([*points, peak])
-        found = [_point(x, c, s) for x, c, s in zip(xs, points, setups, strict=True)]
-    best = statistics.median(peak.values())
-    return {"name": name, "label": label, "calibration": best, "points": found}
+    found = [_point(x, c.values(), s.arguments) for x, c, s in zip(xs, points, setups, strict=True)]
+    return {"name": name, "label": label, "calibration": statistics.median(peak.values()), "points": found}
 
 
-def _contestant(name: str, setup: Setup) -> Contestant:
-    a = setup.arguments
-    recipe = setup.recipe()["lora"] | {"layers": list(range(a.lowest, a.shape.layers))}
-    return setup.ours(name, lora=recipe)
-
-
-def _point(x: Any, contestant: Contestant, setup: Setup) -> dict[str, Any]:
-    a = setup.arguments
+def _point(x: Any, rates: list[float], a: argparse.Namespace) -> dict[str, Any]:
     supervised = corpus.supervised_share(a.longest, a.prompted)
-    seconds = spread([supervised / value for value in contestant.values()])  # values count supervised tokens
+    seconds = spread([supervised / rate for rate in rates])  # of supervised tokens
     work = work_per_token(a.shape, a.longest, a.rank, adapted_linears(a.targets), supervised, a.lowest)
     million = (12 * a.shape.layers * a.shape.width**2 + a.shape.vocabulary * a.shape.width) / 1e6
-    x = million if isinstance(x, str) else float(x)
-    return {"x": x, "seconds": asdict(seconds), "flop": work.total}
+    return {"x": million if isinstance(x, str) else float(x), "seconds": asdict(seconds), "flop": work.total}
 
 
 def chart(curves: list[dict[str, Any]], path: Path) -> None:
     """Small panels, one a curve."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = math.ceil(len(curves) / 3)
-    figure, axes = plt.subplots(rows, 3, figsize=(11, 3.3 * rows), layout="constrained", squeeze=False)
-    for axis, found in zip(axes.flat, curves, strict=False):
-        _panel(axis, found)
-    for axis in list(axes.flat)[len(curves) :]:
-        axis.set_visible(False)
-    axes[0][0].legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    rows = -(-len(curves) // 3)
+    with drawn(path, (11, 3.3 * rows), rows, 3) as axes:
+        for axis, found in zip(axes, curves, strict=False):
+            _panel(axis, found)
+        for axis in axes[len(curves) :]:
+            axis.set_visible(False)
+        axes[0].legend(frameon=False, fontsize=7)
 
 
 def _panel(axis: Any, found: dict[str, Any]) -> None:
     points = found["points"]
     xs = [p["x"] for p in points]
     limit = [1e-6 * p["flop"] / found["calibration"] for p in points]  # ms: FLOP / (GFLOP/s)
-    measured = [1e3 * p["seconds"]["median"] for p in points]
-    middle = len(points) // 2
-    share = limit[middle] / measured[middle]
+    low, measured, high = ([1e3 * p["seconds"][key] for p in points] for key in ("low", "median", "high"))
+    share = limit[len(points) // 2] / measured[len(points) // 2]
+    reached = [value / share for value in limit]
     axis.plot(xs, limit, "--", color="#8a8f98", label="4N + 6TdL + 6a at the GEMM peak")
-    axis.plot(
-        xs, [value / share for value in limit], "-", color="#2a7f62", label="the same at the middle point's share"
-    )
-    whiskers = [[m - 1e3 * p["seconds"]["low"] for m, p in zip(measured, points, strict=True)],
-                [1e3 * p["seconds"]["high"] - m for m, p in zip(measured, points, strict=True)]]  # fmt: skip
-    axis.errorbar(xs, measured, yerr=whiskers, fmt="o", color="#222222", capsize=3, markersize=4, label="measured")
+    axis.plot(xs, reached, "-", color="#2a7f62", label="the same at the middle point's share")
+    axis.vlines(xs, low, high, color="#222222")
+    axis.plot(xs, measured, "o", color="#222222", markersize=4, label="measured")
     axis.set_xlabel(found["label"], fontsize=8)
     axis.set_ylabel("ms per real token", fontsize=8)
     axis.set_title(f"{found['name']}: {share:.0%} of peak at the middle", fontsize=9)
@@ -139,16 +109,13 @@ def _panel(axis: Any, found: dict[str, Any]) -> None:
     if max(xs) > max(1, 8 * min(xs)):
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1000 else f"{value:,.0f}")
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def description(found: dict[str, Any]) -> str:
     """A curve as lines of text."""
     lines = [f"{found['name']} ({found['label']}), peak {number(found['calibration'])} GFLOP/s"]
     for p in found["points"]:
-        seconds = p["seconds"]["median"]
-        share = 1e-9 * p["flop"] / found["calibration"] / seconds
-        lines.append(
-            f"  {number(p['x'])}: {1e3 * seconds:.3g} ms a token, {p['flop'] / 1e9:.4g} GFLOP, {share:.1%} of peak"
-        )
+        seconds, work = p["seconds"]["median"], 1e-9 * p["flop"]
+        share = work / found["calibration"] / seconds
+        lines.append(f"  {number(p['x'])}: {1e3 * seconds:.3g} ms a token, {work:.4g} GFLOP, {share:.1%} of peak")
     return "\n".join(lines)
