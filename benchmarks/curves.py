@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -12,23 +11,12 @@ from typing import Any
 
 from benchmarks.harness import corpus
 from benchmarks.harness.machine import calibration
-from benchmarks.harness.options import Setup, prepared
+from benchmarks.harness.options import DECLARED, Setup, prepared
 from benchmarks.harness.report import Result, drawn, number, spread
 from benchmarks.harness.shapes import adapted_linears, parse_shape, work_per_token
+from benchmarks.harness.workers import Contestant
 
-_SIZES = ["4,256,4", "6,512,8", "12,768,12", "24,1024,16"]
-CURVES: dict[str, tuple[str, Callable[[argparse.Namespace, Any], dict[str, Any]], list[Any]]] = {
-    "length": ("tokens of a document", lambda a, x: {"longest": x}, [64, 128, 256, 512, 1024]),
-    "batch": ("blocks a step", lambda a, x: {"batch": x}, [1, 2, 4, 8, 16]),
-    "rank": ("rank", lambda a, x: {"rank": x}, [1, 4, 16, 64, 256]),
-    "size": ("million parameters", lambda a, x: {"shape": parse_shape(x)}, _SIZES),
-    "supervised": ("share of tokens supervised", lambda a, x: {"prompted": 1 - x}, [0.1, 0.25, 0.5, 0.75, 1.0]),
-    "layers": (
-        "share of layers adapted (the last ones)", lambda a, x: {"lowest": round((1 - x) * a.shape.layers)},
-        [0.25, 0.5, 0.75, 1.0],
-    ),
-}  # fmt: skip
-_QUICK: dict[str, list[Any]] = {"length": [48, 96], "size": ["2,32,2,4097", "2,64,2,4097"]}
+CURVES = DECLARED["curves"]
 
 
 def cost_of_a_token(setup: Setup) -> Result:
@@ -56,26 +44,26 @@ def cost_of_a_token(setup: Setup) -> Result:
 
 def curve(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure one curve; its points take turns."""
-    label, change, xs = CURVES[name]
-    xs = _QUICK.get(name, xs[-2:] if isinstance(xs[-1], float) else xs[:2]) if arguments.quick else xs
+    found = CURVES[name]
     with ExitStack() as stack:
-        setups, points = [], []
-        for x in xs:
-            values = {**vars(arguments), "prompted": 0.0, "lowest": 0, **change(arguments, x)}
-            setups.append(stack.enter_context(prepared(argparse.Namespace(**values))))
-            a = setups[-1].arguments
-            lora = setups[-1].recipe(name)["lora"] | {"layers": list(range(a.lowest, a.shape.layers))}
-            points.append(setups[-1].ours(f"{name} {x}", lora=lora))
-        peak = calibration(setups[0])
-        setups[0].interleave([*points, peak])
-    found = [_point(x, c.values(), s.arguments) for x, c, s in zip(xs, points, setups, strict=True)]
-    return {"name": name, "label": label, "calibration": statistics.median(peak.values()), "points": found}
+        points: list[tuple[Any, Setup, Contestant]] = []
+        for x in found["quick" if arguments.quick else "values"]:
+            a = argparse.Namespace(**vars(arguments) | {"supervised": 1.0, "adapted": 1.0, found["argument"]: x})
+            a.shape, a.prompted = parse_shape(a.shape) if isinstance(a.shape, str) else a.shape, 1 - a.supervised
+            a.first = round((1 - a.adapted) * a.shape.layers)
+            setup = stack.enter_context(prepared(a))
+            lora = setup.recipe(name)["lora"] | {"layers": list(range(a.first, a.shape.layers))}
+            points.append((x, setup, setup.ours(f"{name} {x}", lora=lora)))
+        peak = calibration(points[0][1])
+        points[0][1].interleave([*(contestant for _, _, contestant in points), peak])
+    measured = [_point(x, contestant.values(), setup.arguments) for x, setup, contestant in points]
+    return {"name": name, "label": found["label"], "calibration": statistics.median(peak.values()), "points": measured}
 
 
 def _point(x: Any, rates: list[float], a: argparse.Namespace) -> dict[str, Any]:
     supervised = corpus.supervised_share(a.longest, a.prompted)
     seconds = spread([supervised / rate for rate in rates])  # of supervised tokens
-    work = work_per_token(a.shape, a.longest, a.rank, adapted_linears(a.targets), supervised, a.lowest)
+    work = work_per_token(a.shape, a.longest, a.rank, adapted_linears(a.targets), supervised, a.first)
     million = (12 * a.shape.layers * a.shape.width**2 + a.shape.vocabulary * a.shape.width) / 1e6
     return {"x": million if isinstance(x, str) else float(x), "seconds": asdict(seconds), "flop": work.total}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from benchmarks.harness.report import Row, Spread, drawn, figure, number, targets
+from benchmarks.harness.report import Row, Spread, details, drawn, number, table_row, targets
 
 BEGIN, END = "<!-- written by: python -m benchmarks.all --write docs/performance.md -->", "<!-- end -->"
 _BETTER, _WORSE = "#2a7f62", "#b5482e"
@@ -27,9 +27,9 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
         wanted = "" if row.sense == "information" else f"{row.sense} {number(row.wanted)} {row.unit}"
         measured = f"{row.measured} {row.unit}" if row.measured else "–"  # noqa: RUF001  a dash for nothing
         status = row.status + (f": {row.reason}" if row.reason else "")
-        lines.append(_line([row.target, row.what, row.against, measured, wanted, status]))
+        lines.append(table_row([row.target, row.what, row.against, measured, wanted, status]))
     machine = machine_description(results)
-    return "\n".join([*lines, "", machine, *(line for result in results for line in _details(result))])
+    return "\n".join([*lines, "", machine, *(line for result in results for line in details(result))])
 
 
 def machine_description(results: Sequence[dict[str, Any]]) -> str:
@@ -42,27 +42,6 @@ def machine_description(results: Sequence[dict[str, Any]]) -> str:
         f"Machine: {m['cpu']}, {m['cores']} cores ({', '.join(m['instructions'])}), {m['memory_GB']} GB, "
         f"{m['gpu'] or 'no GPU'}; {m['system']}, Python {m['python']}; {packages}."
     )
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-
-def _details(result: dict[str, Any]) -> list[str]:
-    lines = ["", f"### {result['target']}: {result['title']}", ""]
-    lines += [f"- {key}: {_flat(value)}" for key, value in result["settings"].items()]
-    if result["gate"]:
-        lines.append(f"- gate, before any timing: {_flat(result['gate'])}")
-    if result["contestants"]:
-        lines += ["", "| contestant | median (lowest to highest) | settings |", "|---|---|---|"]
-    lines += [_line([c["name"], figure(c), _flat(c.get("settings", {}))]) for c in result["contestants"]]
-    return [*lines, *(f"\n{note}" for note in result["notes"])]
-
-
-def _flat(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_flat(inner)}" for key, inner in value.items() if inner not in (None, {}, []))
-    return ", ".join(map(_flat, value)) if isinstance(value, list) else str(value)
 
 
 def rewritten(page: str, table: str) -> str:

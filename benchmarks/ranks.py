@@ -1,6 +1,6 @@
 """Two CPU ranks, started as a person starts them: bytes that travel in a step, bytes that each rank holds.
 
-Each group of ranks is started with `accelerate launch` and a shipped cpu-2*.yaml (`two_ranks`).
+Each group of ranks is started with `accelerate launch` and a shipped cpu-2*.yaml (`launch`).
 
 Traffic: each group of ranks is in a network namespace of its own with nothing in it but a loopback device. What that
 device has sent is what the two ranks and their launcher have sent each other, TCP headers included. A run of 2N steps
@@ -24,27 +24,38 @@ Where a reduce-scatter is one (NCCL), ZeRO-3 sends 4a less. Linux only; exit cod
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import socket
+import struct
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
-from benchmarks import two_ranks
+from benchmarks.harness.corpus import write_corpus
 from benchmarks.harness.memory import MemoryGrowth, largest, tensor_bytes
 from benchmarks.harness.options import Setup, fresh, main
 from benchmarks.harness.report import Result
-from benchmarks.two_ranks import CONFIGS, ROOT, bytes_sent
-from peftune.config.recipe import LoraSection
+from benchmarks.harness.workers import ROOT
+from peftune.config.recipe import LoraSection, Recipe, recipe_from
 from peftune.training import run
 from peftune.training.distributed import start
 from peftune.training.distributed.watchdog import watch_peers
 from peftune.training.memory_model import ZeroSettings, bytes_per_rank, shapes_of, shared_out
 
+CONFIGS = {"ddp": "cpu-2", "zero1": "cpu-2-zero1", "zero2": "cpu-2-zero2", "zero3": "cpu-2-zero3"}
+_MACHINE_ERRORS = 2
+_UP = 0x1 | 0x8 | 0x40  # IFF_UP, IFF_LOOPBACK, IFF_RUNNING
+_SET_FLAGS = 0x8914  # SIOCSIFFLAGS
 MICRO_BATCHES = (1, 4)  # of each rank in a step
 BLOCKS = 8  # of a step, on both ranks
 IDLE_SECONDS = 12.0
@@ -62,7 +73,7 @@ def traffic(setup: Setup) -> Result:
     counted; what theory expects stands at the top of benchmarks/ranks.py. Linux only; exit code 2 where namespaces are
     not permitted.
     """
-    two_ranks.require_own_network()
+    require_own_network()
     a = setup.arguments
     elements, shared, replicated = sizes(a.rank)
     result = Result("traffic", "bytes a step", {"trained elements a": elements, "W": shared, "s": replicated})
@@ -82,7 +93,7 @@ def traffic_of(setup: Setup, way: str) -> list[dict[str, Any]]:
     fixed = {"base": str(folder / "base"), "data.block_size": 64, "lora.rank": rank, "run.precision": "fp32"}
     fixed |= {"batch.global_size": BLOCKS}
     recipes = [fixed | {"batch.micro_size": BLOCKS // 2 // many, "optim.steps": n} for many, n in runs]
-    two_ranks.launch(config_of(way, folder), "traffic", folder, 60, recipes, own_network=True)
+    launch(config_of(way, folder), "traffic-rank", folder, recipes, own_network=True)
     figures = json.loads((folder / "figures.json").read_text())
     *runs_of_n, idle = figures[1:]  # connections are made in the first run
     rows = []
@@ -146,7 +157,7 @@ def traffic_worker(folder: Path) -> None:
 
     with start.process_group():
         first = {"bytes": bytes_sent(), "seconds": time.monotonic()}
-        for recipe in two_ranks.recipes_of(folder):
+        for recipe in recipes_of(folder):
             run.train(recipe)
             mark()
         accelerator = start.start([], str(folder))
@@ -200,7 +211,7 @@ def memory_of(setup: Setup, way: str) -> list[dict[str, Any]]:
     fixed = {"base": str(setup.base), "data.block_size": 128, "lora.rank": rank, "optim.steps": 3}
     fixed |= {"batch.global_size": 4, "batch.micro_size": 1}
     recipes = [fixed | {"run.precision": precision, "quantize": kind} for precision, kind in kinds]
-    two_ranks.launch(config_of(way, folder), "memory", folder, 30, recipes)
+    launch(config_of(way, folder), "memory-rank", folder, recipes)
     rows = []
     for number, (precision, quantize) in enumerate(kinds):
         looked_at = [json.loads((folder / f"rank-{r}.json").read_text())[number] for r in (0, 1)]
@@ -255,7 +266,7 @@ def memory_worker(folder: Path) -> None:
 
     run.export, run.train_step = export_and_look, step_and_look
     with start.process_group():
-        for recipe in two_ranks.recipes_of(folder):
+        for recipe in recipes_of(folder):
             looks.append({"gathered": 0, "tensors": -tensor_bytes()})
             growth = MemoryGrowth().begin()
             run.train(recipe)
@@ -264,10 +275,64 @@ def memory_worker(folder: Path) -> None:
     (folder / f"rank-{rank}.json").write_text(json.dumps(looks))
 
 
+def launch(config: Path, program: str, folder: Path, recipes: list[dict[str, Any]], own_network: bool = False) -> None:
+    """Run a worker over recipes on two ranks, as a person would."""
+    write_corpus(folder / "text.jsonl", megabytes=0.05)
+    (folder / "recipes.json").write_text(json.dumps(recipes), encoding="utf-8")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += [__file__, program, str(folder)]
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    settings |= {"PEFTUNE_CACHE": str(folder / "cache"), "GLOO_SOCKET_IFNAME": "lo"}
+    command = in_own_network(command) if own_network else command
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{done.stderr[-4000:]}\n{config.name}: the ranks ended with {done.returncode}")
+
+
+def recipes_of(folder: Path) -> Iterator[Recipe]:
+    """What a rank is to train, one after the other: `base` and the like, by keys with dots."""
+    for number, keys in enumerate(json.loads((folder / "recipes.json").read_text())):
+        fixed = {"data.train": str(folder / "text.jsonl"), "data.validation": 0}
+        fixed |= {"run.out": str(folder / f"run-{number}"), "run.eval_every": 0, "run.save_every": 0}
+        yield recipe_from({}, [f"{key}={json.dumps(value)}" for key, value in {**fixed, **keys}.items()])
+
+
+def in_own_network(command: list[str]) -> list[str]:
+    """A command line that runs another where nothing but one loopback device is, unused so far."""
+    return ["unshare", "--user", "--map-root-user", "--net", sys.executable, __file__, "in-network", *command]
+
+
+def require_own_network() -> None:
+    """End with one line and code 2 where the system gives nobody a network of his own."""
+    try:
+        done = subprocess.run(["unshare", "--user", "--map-root-user", "--net", "true"], capture_output=True, text=True)
+        reason = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+    except FileNotFoundError:
+        reason = ["no command `unshare` (Linux, util-linux)"]
+    if reason:
+        print(f"cannot count bytes here, network namespaces are not permitted: {reason[0]}", file=sys.stderr)
+        sys.exit(_MACHINE_ERRORS)
+
+
+def bytes_sent() -> int:
+    """What the loopback device of this network has sent; both ends of every connection are here."""
+    return int(psutil.net_io_counters(pernic=True, nowrap=False)["lo"].bytes_sent)
+
+
+def switch_on_loopback() -> None:
+    """A new network begins with its only device off."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, _SET_FLAGS, struct.pack("16sh14x", b"lo", _UP))
+
+
 BENCHMARKS = {"traffic": traffic, "memory": memory}
+WORKERS = {"traffic-rank": traffic_worker, "memory-rank": memory_worker}
 
 if __name__ == "__main__":
-    if sys.argv[1] in ("traffic-rank", "memory-rank"):
-        {"traffic-rank": traffic_worker, "memory-rank": memory_worker}[sys.argv[1]](Path(sys.argv[2]))
+    if sys.argv[1] == "in-network":
+        switch_on_loopback()
+        os.execvp(sys.argv[2], sys.argv[2:])
+    elif sys.argv[1] in WORKERS:
+        WORKERS[sys.argv[1]](Path(sys.argv[2]))
     else:
         main("ranks", BENCHMARKS)

@@ -7,13 +7,28 @@ one (`--tune`) can only raise the bar.
 
 from __future__ import annotations
 
-from benchmarks import curves, startup
-from benchmarks.harness import gradients, machine
-from benchmarks.harness.options import Setup, main
-from benchmarks.harness.report import Result, compare, fastest, row
-from benchmarks.harness.shapes import adapted_linears, context_of, work_per_token
-from benchmarks.harness.workers import Contestant
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
 
+import torch
+import yaml
+
+from benchmarks.curves import cost_of_a_token
+from benchmarks.harness import machine
+from benchmarks.harness.options import Setup, main
+from benchmarks.harness.ours import gate, gradient_contestant
+from benchmarks.harness.report import Result, compare, fastest, row
+from benchmarks.harness.shapes import adapted_linears, context_of, target_modules, work_per_token
+from benchmarks.harness.workers import Channel, Contestant
+
+_PATIENCE = 600.0  # seconds until a command that reports no step is given up
 RAGGED, FULL = "train small, ragged documents", "train medium, full blocks"
 
 
@@ -21,10 +36,10 @@ def measured(
     setup: Setup, target: str, title: str, ours: list[Contestant], at_once: bool = True
 ) -> tuple[Result, list[Contestant], Contestant]:
     """Gate, then rounds in turns, the calibration among them; the result, the peers, and the calibration."""
-    gate = gradients.passed(setup)
+    checked = gate(setup)
     peers, peak = [setup.peer(peer) for peer in setup.arguments.peers], machine.calibration(setup)
     setup.interleave([*ours, *peers, peak], at_once)
-    return Result(target, title, setup.settings(), gate).add([*ours, *peers, peak]), peers, peak
+    return Result(target, title, setup.settings(), checked).add([*ours, *peers, peak]), peers, peak
 
 
 def ours_both_ways(setup: Setup) -> list[Contestant]:
@@ -113,8 +128,6 @@ def gpu(setup: Setup) -> Result:
     Says «not run: no CUDA device» where there is none. A peer whose kernels are not installed is
     listed with its reason.
     """
-    import torch
-
     what = "train small on a GPU, ragged documents"
     if setup.arguments.device != "cuda" or not torch.cuda.is_available():
         absent = row("B11 tuned", what, "TRL, tuned", [], reason="no CUDA device")
@@ -173,7 +186,7 @@ def right_gradients(setup: Setup) -> Result:
 
     It is also the gate of the other training targets: they time nothing before it is passed.
     """
-    judge = gradients.contestant(setup)
+    judge = gradient_contestant(setup)
     setup.interleave([judge])
     result = Result("B5", "gradients, packed against document by document", setup.settings()).add([judge])
     for precision, worst in judge.rounds[0]["worst"].items():
@@ -182,18 +195,101 @@ def right_gradients(setup: Setup) -> Result:
     return result
 
 
+def startup_worker(job: dict[str, Any], channel: Channel) -> None:
+    """One round starts the command once; the value is seconds until its first step, or its end where none is due."""
+    channel.ready(
+        settings={"command": " ".join(Path(part).name if part.startswith("/") else part for part in job["command"])}
+    )
+    log = Path(job["log"])
+    for _ in channel.rounds():
+        shutil.rmtree(job["out"], ignore_errors=True)
+        start = time.perf_counter()
+        with log.open("wb") as output:
+            child = subprocess.Popen(job["command"], stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            _wait(child, Path(job["watched"]), job["sign"], log)
+            seconds = time.perf_counter() - start
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)  # the group that this process started
+                child.wait()
+        channel.answer(seconds)
+
+
+def _wait(child: subprocess.Popen[bytes], watched: Path, sign: str | None, log: Path) -> None:
+    """Until the command has written `sign`; without one, until it ends."""
+    until, parent = time.monotonic() + _PATIENCE, os.getppid()
+    while time.monotonic() < until and os.getppid() == parent:  # an interrupted benchmark leaves nobody training
+        ended = child.poll() is not None  # before reading, so that the last words are read
+        if sign and watched.is_file() and sign in watched.read_text(encoding="utf-8", errors="replace"):
+            return
+        if ended and not sign and not child.returncode:
+            return
+        if ended:
+            lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            reason = next((line for line in lines if "Error: " in line), " ".join(lines[-1:]))
+            raise SystemExit(f"ended with {child.returncode}: {reason[:300]}")
+        time.sleep(0.01)
+    raise SystemExit(f"no step within {_PATIENCE:.0f} s, or interrupted")
+
+
+def startup_contestants(setup: Setup) -> list[Contestant]:
+    """The three commands."""
+    a, root = setup.arguments, setup.root
+    recipe, data = root / "recipe.yaml", root / "data"
+    values = setup.recipe("peftune", batch={"global_size": a.documents})
+    recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
+    data.mkdir(exist_ok=True)
+    shutil.copy(setup.documents, data / "train.jsonl")
+    modules = target_modules(a.targets)
+    if len(modules) == 1:  # a single name is a regular expression over full paths on TRL's command line
+        modules = [rf".*\.{modules[0]}"]
+    trl = [
+        str(Path(sys.executable).with_name("trl")), "sft", "--model_name_or_path", str(setup.base),
+        "--dataset_name", str(data), "--output_dir", str(root / "out-trl"), "--use_peft", "--lora_r", str(a.rank),
+        "--lora_target_modules", *modules, "--per_device_train_batch_size", str(a.documents),
+        *(["--use_cpu", "true"] if a.device == "cpu" else []), *shlex.split(a.trl),
+    ]  # fmt: skip
+    peftune = [sys.executable, "-m", "peftune"]
+    metrics = Path(values["run"]["out"]) / "metrics.jsonl"
+    commands: dict[str, tuple[list[str], Path, str | None]] = {
+        "peftune --help": ([*peftune, "--help"], root / "log-peftune", None),
+        "peftune train, first step": ([*peftune, "train", str(recipe), *a.ours], metrics, '"event": "train"'),
+        "trl sft, first step": (trl, root / "log-trl", "'loss'"),
+    }
+    made = []
+    for name, (command, watched, sign) in commands.items():
+        whose = name.split()[0]
+        job = {"command": command, "watched": str(watched), "sign": sign}
+        job |= {"log": str(root / f"log-{whose}"), "out": str(root / f"out-{whose}")}
+        made.append(Contestant(name, "benchmarks.train:startup_worker", job, "s", must_run=whose == "peftune"))
+    return made
+
+
+def startup(setup: Setup) -> Result:
+    """B13: how soon something happens: `peftune --help`, and the end of the first step of `train` and `trl sft`.
+
+    python -m benchmarks.train startup [--shape small] [--documents 8]
+
+    Both commands learn the same few documents, all of them in one step, with the same adapter on the same base; the
+    clock runs from the start of the process until the step is reported (a line in metrics.jsonl, a line with the loss
+    on TRL's output). The first start of a command, which fills caches, is a warm-up round.
+    """
+    everyone = startup_contestants(setup)
+    setup.interleave(everyone)
+    help_, ours, trl = everyone
+    result = Result("B13", "start-up", setup.settings()).add(everyone)
+    result.rows = [
+        row("B13 help", "peftune --help", "the clock", help_.values(), "s"),
+        compare("B13 train", "first step of train", ours, trl, "trl sft"),
+    ]
+    return result
+
+
 BENCHMARKS = {
-    "ragged": ragged,
-    "full": full,
-    "memory": memory,
-    "peak": peak,
-    "gradients": right_gradients,
-    "gpu": gpu,
-    "quantized": quantized,
-    "compiled": compiled,
-    "startup": startup.first_step,
-    "curves": curves.cost_of_a_token,
-}
+    "ragged": ragged, "full": full, "memory": memory, "peak": peak, "gradients": right_gradients, "gpu": gpu,
+    "quantized": quantized, "compiled": compiled, "startup": startup, "curves": cost_of_a_token,
+}  # fmt: skip
 
 if __name__ == "__main__":
     main("train", BENCHMARKS)

@@ -31,14 +31,7 @@ _SHORTEST = 4
 
 
 def write_documents(
-    path: Path,
-    tokenizer: Any,
-    count: int,
-    mean: float,
-    longest: int,
-    data: str | None = None,
-    seed: int = 0,
-    prompted: float = 0.0,
+    out: Path, tokenizer: Any, count: int, mean: float, longest: int, data: str = "", seed: int = 0, prompted: float = 0
 ) -> list[int]:
     """Write `count` documents as JSON lines; returns real tokens of each (at most `longest` - 1).
 
@@ -50,7 +43,7 @@ def write_documents(
     texts = corpus_texts(data)
     text, at, lengths = "\n\n".join(chance.sample(texts, len(texts))), 0, list[int]()
     wanted = _lengths(count, mean, longest, chance)
-    with open(path, "w", encoding="utf-8") as file:
+    with open(out, "w", encoding="utf-8") as file:
         while len(lengths) < count:
             tokens = wanted[len(lengths)] - 2
             ahead = text[at : at + 8 * tokens + 64]
@@ -96,14 +89,14 @@ def statistics_of(lengths: list[int], path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_corpus(path: Path, megabytes: float, characters: int | None = None, data: str | None = None) -> int:
+def write_corpus(path: Path, megabytes: float, characters: int = 0, data: str = "") -> int:
     """Write JSON lines until their text is this large, repeating the corpus if need be; the number of documents.
 
     Documents are those of the corpus, or of so many characters each. Each ends with its number, so that no two are
     alike and no tokenizer's cache of whole texts helps anyone.
     """
     texts, written, documents = corpus_texts(data), 0, 0
-    if characters is not None:
+    if characters:
         text = "\n".join(texts)
         texts = [text[start : start + characters] for start in range(0, len(text) - characters, characters)]
     with open(path, "w", encoding="utf-8") as file:
@@ -116,9 +109,9 @@ def write_corpus(path: Path, megabytes: float, characters: int | None = None, da
     return documents
 
 
-def corpus_texts(data: str | None = None) -> list[str]:
+def corpus_texts(data: str = "") -> list[str]:
     """All documents of a file, or of the built-in corpora."""
-    sources = CORPORA if data is None else (data,)
+    sources = (data,) if data else CORPORA
     return [document.text for name in sources for document in read_documents(Source(path=name), "auto")]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from benchmarks.harness.options import Setup
     from benchmarks.harness.shapes import Shape
 
-_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
+_FLAGS = ("avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "neon", "bf16", "sve")
 _PACKAGES = (
     "torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers", "safetensors", "bitsandbytes",
     "litgpt", "peftune",
@@ -26,14 +25,12 @@ _PACKAGES = (
 
 def describe() -> dict[str, Any]:
     """CPU, cores, instruction sets, memory, GPU, system and versions; nothing that names the machine or its user."""
-    fields = _cpu_fields()
-    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    cpu: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    on_linux = hasattr(psutil.Process, "cpu_affinity")
     return {
-        "cpu": fields.get("model name", platform.processor() or platform.machine()),
-        "cores": len(psutil.Process().cpu_affinity())
-        if hasattr(psutil.Process, "cpu_affinity")
-        else psutil.cpu_count(),
-        "instructions": [flag for flag in _FLAGS if flag in flags],
+        "cpu": cpu.get("cpu_name") or platform.processor() or platform.machine(),
+        "cores": len(psutil.Process().cpu_affinity()) if on_linux else psutil.cpu_count(),
+        "instructions": [flag for flag in _FLAGS if cpu.get(flag)],
         "memory_GB": round(psutil.virtual_memory().total / 1e9, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.machine()}",
@@ -46,15 +43,6 @@ def versions() -> dict[str, str]:
     """Installed versions of what is measured and what it stands on."""
     installed = {distribution.name: distribution.version for distribution in metadata.distributions()}
     return {name: installed[name] for name in _PACKAGES if name in installed}
-
-
-def _cpu_fields() -> dict[str, str]:
-    path = Path("/proc/cpuinfo")
-    if not path.is_file():
-        return {}
-    lines = path.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
-    pairs = (line.partition(":") for line in lines)
-    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def products(shape: Shape, rows: int) -> list[tuple[int, int, int]]:

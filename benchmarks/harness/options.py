@@ -23,7 +23,7 @@ import yaml
 from benchmarks.harness import corpus
 from benchmarks.harness.peers import Peer, chosen
 from benchmarks.harness.report import Result, finish
-from benchmarks.harness.shapes import parse_shape
+from benchmarks.harness.shapes import parse_shape, target_modules
 from benchmarks.harness.workers import ROOT, Contestant, interleave
 
 DECLARED: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "benchmarks" / "options.yaml").read_text())
@@ -58,12 +58,6 @@ def main(module: str, benchmarks: dict[str, Callable[[Setup], Result]], argv: li
         finish(benchmarks[arguments.name](setup), arguments.json)
 
 
-def target_modules(text: str) -> list[str]:
-    """Module names for PEFT."""
-    everything = {"all": ["c_attn", "c_proj", "c_fc"], "attention": ["attn.c_attn", "attn.c_proj"]}
-    return everything.get(text) or text.split(",")
-
-
 @dataclass
 class Setup:
     """What contestants of one command share."""
@@ -95,7 +89,7 @@ class Setup:
         return {
             "base": str(self.base),
             "data": {"train": str(self.documents), "validation": 0, "block_size": a.block, "join": ""},
-            "lora": {"rank": a.rank, "alpha": a.alpha, "targets": targets},
+            "lora": {"rank": a.rank, "alpha": 2 * a.rank, "targets": targets},
             "optim": {"lr": 1e-4, "schedule": "constant", "warmup": 0, "steps": 1_000_000},
             "batch": {"global_size": a.batch},
             "run": {"out": str(self.root / f"out-{name}"), "seed": a.seed, "eval_every": 0, "save_every": 0},
@@ -111,7 +105,7 @@ class Setup:
     def peer(self, peer: Peer) -> Contestant:
         """A peer on the same base and documents with the same adapter."""
         a = self.arguments
-        job = {key: getattr(a, key) for key in ("rank", "alpha", "tokens", "batch", "device", "seed")}
+        job = {key: getattr(a, key) for key in ("rank", "tokens", "batch", "device", "seed")}
         job |= {"peer": asdict(peer), "base": str(self.base), "documents": str(self.documents)}
         return Contestant(
             peer.name, "benchmarks.harness.peer_loop", job | {"targets": target_modules(a.targets)}, "tok/s"

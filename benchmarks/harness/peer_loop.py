@@ -31,7 +31,7 @@ def worker(job: dict[str, Any], channel: Channel) -> None:
     if peer.dropout is not None:
         options |= {f"{kind}_pdrop": peer.dropout for kind in ("resid", "embd", "attn")}
     lora = LoraConfig(
-        task_type="CAUSAL_LM", r=job["rank"], lora_alpha=job["alpha"], lora_dropout=0.0, fan_in_fan_out=True,
+        task_type="CAUSAL_LM", r=job["rank"], lora_alpha=2 * job["rank"], lora_dropout=0.0, fan_in_fan_out=True,
         target_modules=job["targets"],
     )  # fmt: skip
     clock = Clock(channel, job["tokens"], job["device"])

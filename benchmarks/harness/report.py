@@ -135,12 +135,31 @@ class Result:
 
     def description(self) -> str:
         """The result as lines of text."""
-        lines = [f"{self.target}: {self.title}", *(f"  {key}: {value}" for key, value in self.settings.items())]
-        if self.gate:
-            lines.append("  gate: " + ", ".join(f"{key} {value}" for key, value in self.gate.items()))
-        lines += [f"  {c['name']}: {figure(c)}" for c in self.contestants]
-        lines += [f"  → {row.what} against {row.against}: {row.verdict()}" for row in self.rows]
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+        verdicts = [f"→ {row.what} against {row.against}: {row.verdict()}" for row in self.rows]
+        return "\n".join([*details(self.values()), "", *verdicts])
+
+
+def table_row(cells: Sequence[str]) -> str:
+    """Of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def details(result: dict[str, Any]) -> list[str]:
+    """Settings, gate, contestants and notes of a result, as lines of Markdown."""
+    lines = ["", f"### {result['target']}: {result['title']}", ""]
+    lines += [f"- {key}: {_flat(value)}" for key, value in result["settings"].items()]
+    if result["gate"]:
+        lines.append(f"- gate, before any timing: {_flat(result['gate'])}")
+    if result["contestants"]:
+        lines += ["", "| contestant | median (lowest to highest) | settings |", "|---|---|---|"]
+    lines += [table_row([c["name"], figure(c), _flat(c.get("settings", {}))]) for c in result["contestants"]]
+    return [*lines, *(f"\n{note}" for note in result["notes"])]
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_flat(inner)}" for key, inner in value.items() if inner not in (None, {}, []))
+    return ", ".join(map(_flat, value)) if isinstance(value, list) else str(value)
 
 
 def figure(contestant: dict[str, Any]) -> str:

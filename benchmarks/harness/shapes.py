@@ -6,6 +6,7 @@ V: vocabulary, T: tokens that a token may look back on, a: elements of the adapt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,12 @@ def parse_shape(text: str) -> Shape:
     return Shape(*numbers)
 
 
+def target_modules(text: str) -> list[str]:
+    """Module names for PEFT."""
+    everything = {"all": ["c_attn", "c_proj", "c_fc"], "attention": ["attn.c_attn", "attn.c_proj"]}
+    return everything.get(text) or text.split(",")
+
+
 @dataclass(frozen=True)
 class Work:
     """FLOP of one token in a training step, part by part; what a step cannot avoid, whoever computes it."""
@@ -81,20 +88,15 @@ class Work:
 
 
 def work_per_token(
-    shape: Shape,
-    context: float,
-    rank: int,
-    targets: tuple[str, ...] = ("c_attn",),
-    supervised: float = 1.0,
-    lowest: int = 0,
+    shape: Shape, context: float, rank: int, targets: Sequence[str] = ("c_attn",), supervised: float = 1, first: int = 0
 ) -> Work:
     """4N + 6TdL + 6a for frozen weights: one product forward and one for the hidden state's gradient, none for weights.
 
     `context`: T; for documents of unequal length Σn²/Σn (a token sees half its document on average, which the 6
-    contains). `supervised`: share of tokens that need the head. `lowest`: first adapted block; below it there is no
+    contains). `supervised`: share of tokens that need the head. `first`: the lowest adapted block; below it there is no
     backward. `targets`: names of the adapted linear layers (keys of LINEARS).
     """
-    backward = (shape.layers - lowest) / shape.layers
+    backward = (shape.layers - first) / shape.layers
     matrices = 12 * shape.layers * shape.width**2
     attention = context * shape.width * shape.layers
     a_layer = sum(rank * shape.width * sum(LINEARS[name]) for name in targets)
@@ -102,17 +104,13 @@ def work_per_token(
         blocks=2 * matrices * (1 + backward),
         head=4 * supervised * shape.vocabulary * shape.width,
         attention=2 * attention * (1 + 2 * backward),
-        adapter=6 * a_layer * (shape.layers - lowest),
+        adapter=6 * a_layer * (shape.layers - first),
     )
 
 
 def adapted_linears(targets: str) -> tuple[str, ...]:
     """Keys of LINEARS that `lora.targets` of a recipe, or a list of module names with commas, means."""
-    if targets == "all":
-        return tuple(LINEARS)
-    if targets == "attention":
-        return "c_attn", "attn.c_proj"
-    names = [name.strip() for name in targets.split(",")]
+    names = target_modules(targets)
     return tuple(key for key in LINEARS if any(key.endswith(n) or n.endswith(key) for n in names))
 
 

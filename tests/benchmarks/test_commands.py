@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks import all as everything
 from benchmarks import train
-from benchmarks.harness import gradients
 from benchmarks.harness.options import DECLARED
+from benchmarks.harness.ours import gate
 from benchmarks.harness.peers import chosen
 from benchmarks.harness.workers import Contestant, Failed, interleave
 
@@ -69,7 +69,7 @@ def test_nothing_is_timed_behind_a_closed_gate() -> None:
             judges[0].rounds.append({"value": 1.5, "worst": {"fp32": 1.5e-5, "bf16": 1e-3}})
 
     with pytest.raises(SystemExit, match="the gate is closed"):
-        gradients.passed(Wrong())  # type: ignore[arg-type]
+        gate(Wrong())  # type: ignore[arg-type]
 
 
 def test_a_peer_that_cannot_run_is_told_with_its_reason_and_ours_must_run() -> None:
