@@ -1,7 +1,7 @@
 """All targets, one after the other, each by its own command: the table, JSON, a chart, the page.
 
     python -m benchmarks.all                                    everything, on the shapes of the targets
-    python -m benchmarks.all --quick                            does it run: tiny shapes
+    python -m benchmarks.all --quick                            does it run: tiny shapes, two rounds
     python -m benchmarks.all --only B1,B6 --json all.json --chart all.png --write docs/performance.md
     python -m benchmarks.all --rounds 7 --threads 4             what is not known here goes to every command
     python -m benchmarks.all --from docs/performance.json --chart docs/performance.png       no measuring
@@ -50,7 +50,6 @@ def main() -> None:
     """Measure what was asked for, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(COMMANDS), help=f"targets with commas, of {', '.join(COMMANDS)}")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, two rounds")
     parser.add_argument("--json", type=Path, help="write everything that was found")
     parser.add_argument("--chart", type=Path, help="write a picture (png, svg)")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the markers of this page")
@@ -67,7 +66,7 @@ def main() -> None:
         found = json.loads(arguments.earlier.read_text(encoding="utf-8"))
         results = [r for r in (found if isinstance(found, list) else [found]) if r["target"] in only]
     for target in [] if arguments.earlier else only:
-        results.append(measure(target, [*(["--quick"] if arguments.quick else []), *passed]))
+        results.append(measure(target, passed))
         if arguments.json:  # after each: hours of measuring outlive an interruption
             write_json(arguments.json, results)
     if arguments.chart:

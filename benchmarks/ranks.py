@@ -27,6 +27,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -53,7 +54,7 @@ from peftune.training.distributed.watchdog import watch_peers
 from peftune.training.memory_model import ZeroSettings, bytes_per_rank, shapes_of, shared_out
 
 CONFIGS = {"ddp": "cpu-2", "zero1": "cpu-2-zero1", "zero2": "cpu-2-zero2", "zero3": "cpu-2-zero3"}
-_MACHINE_ERRORS = 2
+_OWN_NETWORK = ["unshare", "--user", "--map-root-user", "--net"]
 _UP = 0x1 | 0x8 | 0x40  # IFF_UP, IFF_LOOPBACK, IFF_RUNNING
 _SET_FLAGS = 0x8914  # SIOCSIFFLAGS
 MICRO_BATCHES = (1, 4)  # of each rank in a step
@@ -283,7 +284,8 @@ def launch(config: Path, program: str, folder: Path, recipes: list[dict[str, Any
     command += [__file__, program, str(folder)]
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     settings |= {"PEFTUNE_CACHE": str(folder / "cache"), "GLOO_SOCKET_IFNAME": "lo"}
-    command = in_own_network(command) if own_network else command
+    if own_network:  # where nothing but one loopback device is, unused so far
+        command = [*_OWN_NETWORK, sys.executable, __file__, "in-network", *command]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{done.stderr[-4000:]}\n{config.name}: the ranks ended with {done.returncode}")
@@ -297,21 +299,11 @@ def recipes_of(folder: Path) -> Iterator[Recipe]:
         yield recipe_from({}, [f"{key}={json.dumps(value)}" for key, value in {**fixed, **keys}.items()])
 
 
-def in_own_network(command: list[str]) -> list[str]:
-    """A command line that runs another where nothing but one loopback device is, unused so far."""
-    return ["unshare", "--user", "--map-root-user", "--net", sys.executable, __file__, "in-network", *command]
-
-
 def require_own_network() -> None:
     """End with one line and code 2 where the system gives nobody a network of his own."""
-    try:
-        done = subprocess.run(["unshare", "--user", "--map-root-user", "--net", "true"], capture_output=True, text=True)
-        reason = done.stderr.strip().splitlines()[-1:] if done.returncode else []
-    except FileNotFoundError:
-        reason = ["no command `unshare` (Linux, util-linux)"]
-    if reason:
-        print(f"cannot count bytes here, network namespaces are not permitted: {reason[0]}", file=sys.stderr)
-        sys.exit(_MACHINE_ERRORS)
+    if shutil.which("unshare") is None or subprocess.run([*_OWN_NETWORK, "true"], stderr=subprocess.DEVNULL).returncode:
+        print("cannot count bytes here: network namespaces are not permitted (Linux, `unshare`)", file=sys.stderr)
+        sys.exit(2)
 
 
 def bytes_sent() -> int:

@@ -7,14 +7,23 @@ import json
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterator
 from contextlib import redirect_stdout
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset, load_dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)  # fmt: skip
 
 from benchmarks.harness.memory import Clock
 from benchmarks.harness.peers import Peer
@@ -38,36 +47,31 @@ def worker(job: dict[str, Any], channel: Channel) -> None:
     with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as scratch:
         base = AutoModelForCausalLM.from_pretrained(job["base"], dtype=getattr(torch, peer.weights), **options)
         tokenizer = AutoTokenizer.from_pretrained(job["base"])
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
         if peer.trainer == "loop":
-            run_loop(peer, job, clock, get_peft_model(base, lora), tokenizer)
+            run_loop(peer, job, clock, get_peft_model(base, lora), examples(job, tokenizer), collator)
             return
         own = {
             "output_dir": scratch, "max_steps": 1_000_000, "save_strategy": "no", "report_to": [],
             "disable_tqdm": True, "use_cpu": job["device"] == "cpu", "seed": job["seed"], **peer.arguments,
         }  # fmt: skip
-        make = {"trl": _sft_trainer, "trainer": _trainer}[peer.trainer]
-        run_trainer(make(job, base, lora, tokenizer, own), peer, clock)
+        if peer.trainer == "trainer":
+            data = Dataset.from_list(examples(job, tokenizer))
+            arguments = TrainingArguments(**own)
+            trainer = Trainer(get_peft_model(base, lora), arguments, collator, train_dataset=data)
+        else:
+            trl: Any = importlib.import_module("trl")  # loads its names late, which a type checker cannot follow
+            data = load_dataset("json", data_files=job["documents"], cache_dir=scratch, split="train")
+            arguments = trl.SFTConfig(**own)
+            trainer = trl.SFTTrainer(base, arguments, train_dataset=data, processing_class=tokenizer, peft_config=lora)
+        run_trainer(trainer, peer, clock)
 
 
-def _sft_trainer(job: dict[str, Any], base: Any, lora: LoraConfig, tokenizer: Any, arguments: dict[str, Any]) -> Any:
-    from datasets import load_dataset
-
-    trl: Any = importlib.import_module("trl")  # loads its names late, which a type checker cannot follow
-    data = load_dataset("json", data_files=job["documents"], cache_dir=arguments["output_dir"], split="train")
-    return trl.SFTTrainer(
-        model=base, args=trl.SFTConfig(**arguments), train_dataset=data, processing_class=tokenizer, peft_config=lora
-    )
-
-
-def _trainer(job: dict[str, Any], base: Any, lora: LoraConfig, tokenizer: Any, arguments: dict[str, Any]) -> Any:
-    from datasets import Dataset
-    from transformers import DataCollatorForLanguageModeling
-
+def examples(job: dict[str, Any], tokenizer: Any) -> list[dict[str, list[int]]]:
+    """Token ids of each document with `<|endoftext|>` at its end; padding is that as well."""
     tokenizer.pad_token = tokenizer.eos_token
-    rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in examples(job, tokenizer)]
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    data, own = Dataset.from_list(rows), TrainingArguments(**arguments)
-    return Trainer(model=get_peft_model(base, lora), args=own, train_dataset=data, data_collator=collator)
+    rows = map(json.loads, Path(job["documents"]).read_text(encoding="utf-8").splitlines())
+    return [dict(tokenizer(row["text"] + tokenizer.eos_token)) for row in rows]
 
 
 class Timing(TrainerCallback):
@@ -115,7 +119,7 @@ def _ready(clock: Clock, peer: Peer, batch: int) -> None:
     clock.channel.ready(settings={**peer.settings(), "batch": batch, "threads": torch.get_num_threads()})
 
 
-def run_loop(peer: Peer, job: dict[str, Any], clock: Clock, model: Any, tokenizer: Any) -> None:
+def run_loop(peer: Peer, job: dict[str, Any], clock: Clock, model: Any, rows: list[Any], collator: Any) -> None:
     """The leanest loop around PEFT: padded batches, AdamW, nothing else."""
     model.to(job["device"]).train()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -123,36 +127,18 @@ def run_loop(peer: Peer, job: dict[str, Any], clock: Clock, model: Any, tokenize
         parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     size = peer.arguments.get("per_device_train_batch_size", job["batch"])
-    low = peer.weights == "bfloat16"
     _ready(clock, peer, size)
-    batches, going = _padded(list(examples(job, tokenizer)), size, tokenizer.eos_token_id, job["device"]), clock.begin()
+    batches = chain.from_iterable(repeat(DataLoader(rows, size, collate_fn=collator, drop_last=True)))
+    going = clock.begin()
     while going:
-        ids, mask, tokens = next(batches)
-        clock.tokens += tokens
-        dense = tokens == ids.numel()
-        with torch.autocast(job["device"], torch.bfloat16, enabled=low):
-            labels = ids.masked_fill(mask == 0, -100)
-            loss = model(input_ids=ids, attention_mask=None if dense else mask, labels=labels, use_cache=False).loss
+        batch = next(batches)
+        tokens = real_tokens(batch)
+        if tokens == batch["input_ids"].numel():
+            del batch["attention_mask"]
+        with torch.autocast(job["device"], torch.bfloat16, enabled=peer.weights == "bfloat16"):
+            loss = model(**batch.to(job["device"]), use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        clock.tokens += tokens
         going = clock.stepped()
-
-
-def examples(job: dict[str, Any], tokenizer: Any) -> Iterator[list[int]]:
-    """Token ids of each document with `<|endoftext|>` at its end."""
-    for line in Path(job["documents"]).read_text(encoding="utf-8").splitlines():
-        yield [*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id]
-
-
-def _padded(
-    rows: list[list[int]], size: int, pad: int, device: str
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """Batches of `size` documents, their masks and their real tokens, without end."""
-    while True:
-        for first in range(0, len(rows) - size + 1, size):
-            batch = rows[first : first + size]
-            width = max(map(len, batch))
-            ids = torch.tensor([row + [pad] * (width - len(row)) for row in batch], device=device)
-            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch], device=device)
-            yield ids, mask, sum(map(len, batch))
