@@ -19,15 +19,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.options import DECLARED
 from benchmarks.harness.report import Result, row, write_json
 from benchmarks.harness.workers import ROOT
 from benchmarks.page import chart, markdown, rewritten, rows_of
 
-COMMANDS = {
-    "B1": "train ragged", "B2": "train full", "B3": "train memory", "B4": "train peak", "B5": "train gradients",
-    "B6": "merge speed", "B7": "decode swap", "B8": "decode speed", "B9": "data speed", "B11": "train gpu",
-    "B12": "train quantized", "B13": "train startup",
-}  # fmt: skip
+COMMANDS: dict[str, str] = DECLARED["targets"]
 
 
 def measure(target: str, options: list[str]) -> dict[str, Any]:

@@ -219,10 +219,9 @@ def swap(setup: Setup) -> Result:
     for way, name in names.items():
         own = job | {"way": way, "precision": "fp32"}
         everyone.append(Contestant(name, "benchmarks.decode:swap_worker", own, "ms", not name.startswith("PEFT")))
-    setup.interleave(everyone)
+    result = setup.measure("B7", "from one adapter to another", everyone)
     use, slot, add, set_adapter, hotswap = everyone
     peft = f"PEFT {versions().get('peft', '?')}"
-    result = Result("B7", "from one adapter to another", setup.settings()).add(everyone)
     result.rows = [
         row("B7 memory", "swap in memory", "the clock", use.values(), "ms"),
         row("B7 disk", "swap from disk, checked", "the clock", add.values(), "ms"),

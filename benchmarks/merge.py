@@ -102,8 +102,7 @@ def speed(setup: Setup) -> Result:
     """
     (adapter,) = setup.adapters(1)
     everyone = [_contestant(setup, name, way, adapter) for name, way in WAYS.items()]
-    setup.interleave(everyone)
-    result = Result("B6", "merge, warm", setup.settings()).add(everyone)
+    result = setup.measure("B6", "merge, warm", everyone)
     ours, verified, peft, peft_synced, cp, cp_synced = everyone
     grown, files = ([found[key] / 1e6 for found in ours.rounds if found["grown"] is not None]
                     for key in ("grown", "files"))  # fmt: skip
@@ -134,8 +133,7 @@ def memory(setup: Setup) -> Result:
     """
     (adapter,) = setup.adapters(1)
     verified = _contestant(setup, "peftune, verified", "verified", adapter, setup.arguments.dtype)
-    setup.interleave([verified], at_once=False)
-    result = Result("merge", "peak memory of a verified merge", setup.settings()).add([verified])
+    result = setup.measure("merge", "peak memory of a verified merge", [verified], at_once=False)
     result.rows = [row("merge", "peak of the process", "all", [r["peak"] / 1e6 for r in verified.rounds], "MB")]
     result.notes = [", ".join(f"{key} {value}" for key, value in verified.rounds[-1]["report"].items())]
     return result
@@ -166,8 +164,7 @@ def loading(setup: Setup) -> Result:
     """
     job = {"base": str(setup.base)}
     everyone = [Contestant(kind, "benchmarks.merge:load_worker", {**job, "kind": kind}, "MB") for kind in PRECISIONS]
-    setup.interleave(everyone, at_once=False)
-    result = Result("loading", "memory of a base", setup.settings()).add(everyone)
+    result = setup.measure("loading", "memory of a base", everyone, at_once=False)
     for c in everyone:
         for key, unit in (("peak", "MB"), ("seconds", "s")):
             found = [r[key] for r in c.rounds]

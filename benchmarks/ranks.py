@@ -94,8 +94,8 @@ def traffic_of(setup: Setup, way: str) -> list[dict[str, Any]]:
     fixed = {"base": str(folder / "base"), "data.block_size": 64, "lora.rank": rank, "run.precision": "fp32"}
     fixed |= {"batch.global_size": BLOCKS}
     recipes = [fixed | {"batch.micro_size": BLOCKS // 2 // many, "optim.steps": n} for many, n in runs]
-    launch(config_of(way, folder), "traffic-rank", folder, recipes, own_network=True)
-    figures = json.loads((folder / "figures.json").read_text())
+    launch(config_of(way, folder), folder, recipes, own_network=True)
+    figures = json.loads((folder / "rank-0.json").read_text())
     *runs_of_n, idle = figures[1:]  # connections are made in the first run
     rows = []
     for many, short, long in zip(MICRO_BATCHES, runs_of_n[::2], runs_of_n[1::2], strict=True):
@@ -148,29 +148,6 @@ def sizes(rank: int) -> tuple[int, int, int]:
     return shapes.adapter, 4 * shared, 4 * (sum(shapes.frozen()) - shared)
 
 
-def traffic_worker(folder: Path) -> None:
-    """Train every recipe of `folder` on one group of ranks; the first rank writes what travelled in each."""
-    marks = []
-
-    def mark() -> None:
-        torch.distributed.barrier()
-        marks.append({"bytes": bytes_sent(), "seconds": time.monotonic()})
-
-    with start.process_group():
-        first = {"bytes": bytes_sent(), "seconds": time.monotonic()}
-        for recipe in recipes_of(folder):
-            run.train(recipe)
-            mark()
-        accelerator = start.start([], str(folder))
-        with watch_peers(accelerator):  # nothing but the beats of the watchdog and the launcher's own
-            time.sleep(IDLE_SECONDS)
-            mark()
-        if accelerator.is_main_process:
-            spans = zip([first, *marks], marks, strict=False)
-            figures = [{key: after[key] - before[key] for key in after} for before, after in spans]
-            (folder / "figures.json").write_text(json.dumps(figures))
-
-
 def memory(setup: Setup) -> Result:
     """Bytes that each of two CPU ranks holds, measured and by formula: DDP and ZeRO 1-3, base in fp32 to nf4.
 
@@ -212,7 +189,7 @@ def memory_of(setup: Setup, way: str) -> list[dict[str, Any]]:
     fixed = {"base": str(setup.base), "data.block_size": 128, "lora.rank": rank, "optim.steps": 3}
     fixed |= {"batch.global_size": 4, "batch.micro_size": 1}
     recipes = [fixed | {"run.precision": precision, "quantize": kind} for precision, kind in kinds]
-    launch(config_of(way, folder), "memory-rank", folder, recipes)
+    launch(config_of(way, folder), folder, recipes)
     rows = []
     for number, (precision, quantize) in enumerate(kinds):
         looked_at = [json.loads((folder / f"rank-{r}.json").read_text())[number] for r in (0, 1)]
@@ -249,9 +226,12 @@ def problems(row: dict[str, Any]) -> list[str]:
     return wrong
 
 
-def memory_worker(folder: Path) -> None:
-    """Train every recipe of `folder` on one group of ranks; each rank writes what it held in each."""
-    looks: list[dict[str, int]] = []
+def worker(folder: Path) -> None:
+    """Train every recipe of `folder` on one group of ranks; each rank writes what travelled in each, and what it held.
+
+    Last comes a rest, in which nothing travels but the beats of the watchdog and the launcher's own.
+    """
+    looks: list[dict[str, float]] = []
     export, train_step = run.export, run.train_step
 
     def export_and_look(running: run.Run) -> run.Delivery:
@@ -268,12 +248,19 @@ def memory_worker(folder: Path) -> None:
     run.export, run.train_step = export_and_look, step_and_look
     with start.process_group():
         for recipe in recipes_of(folder):
-            looks.append({"gathered": 0, "tensors": -tensor_bytes()})
-            growth = MemoryGrowth().begin()
+            looks.append({"bytes": -bytes_sent(), "gathered": 0, "tensors": -tensor_bytes()})
+            growth, begun = MemoryGrowth().begin(), time.monotonic()
             run.train(recipe)
-            looks[-1]["growth"] = growth.grown() or 0
-        rank = start.start([], str(folder)).process_index
-    (folder / f"rank-{rank}.json").write_text(json.dumps(looks))
+            torch.distributed.barrier()
+            looks[-1] |= {"growth": growth.grown() or 0, "seconds": time.monotonic() - begun}
+            looks[-1]["bytes"] += bytes_sent()
+        accelerator = start.start([], str(folder))
+        with watch_peers(accelerator):
+            looks.append({"bytes": -bytes_sent(), "seconds": IDLE_SECONDS})
+            time.sleep(IDLE_SECONDS)
+            looks[-1]["bytes"] += bytes_sent()
+            torch.distributed.barrier()
+    (folder / f"rank-{accelerator.process_index}.json").write_text(json.dumps(looks))
 
 
 def launch(config: Path, program: str, folder: Path, recipes: list[dict[str, Any]], own_network: bool = False) -> None:
@@ -281,7 +268,7 @@ def launch(config: Path, program: str, folder: Path, recipes: list[dict[str, Any
     write_corpus(folder / "text.jsonl", megabytes=0.05)
     (folder / "recipes.json").write_text(json.dumps(recipes), encoding="utf-8")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += [__file__, program, str(folder)]
+    command += [__file__, "rank", str(folder)]
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     settings |= {"PEFTUNE_CACHE": str(folder / "cache"), "GLOO_SOCKET_IFNAME": "lo"}
     if own_network:  # where nothing but one loopback device is, unused so far
@@ -318,13 +305,12 @@ def switch_on_loopback() -> None:
 
 
 BENCHMARKS = {"traffic": traffic, "memory": memory}
-WORKERS = {"traffic-rank": traffic_worker, "memory-rank": memory_worker}
 
 if __name__ == "__main__":
     if sys.argv[1] == "in-network":
         switch_on_loopback()
         os.execvp(sys.argv[2], sys.argv[2:])
-    elif sys.argv[1] in WORKERS:
-        WORKERS[sys.argv[1]](Path(sys.argv[2]))
+    elif sys.argv[1] == "rank":
+        worker(Path(sys.argv[2]))
     else:
         main("ranks", BENCHMARKS)

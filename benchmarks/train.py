@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ def measured(
     """Gate, then rounds in turns, the calibration among them; the result, the peers, and the calibration."""
     checked = gate(setup)
     peers, peak = [setup.peer(peer) for peer in setup.arguments.peers], machine.calibration(setup)
-    setup.interleave([*ours, *peers, peak], at_once)
-    return Result(target, title, setup.settings(), checked).add([*ours, *peers, peak]), peers, peak
+    result = setup.measure(target, title, [*ours, *peers, peak], at_once)
+    return replace(result, gate=checked), peers, peak
 
 
 def ours_both_ways(setup: Setup) -> list[Contestant]:
@@ -187,8 +188,7 @@ def right_gradients(setup: Setup) -> Result:
     It is also the gate of the other training targets: they time nothing before it is passed.
     """
     judge = gradient_contestant(setup)
-    setup.interleave([judge])
-    result = Result("B5", "gradients, packed against document by document", setup.settings()).add([judge])
+    result = setup.measure("B5", "gradients, packed against document by document", [judge])
     for precision, worst in judge.rounds[0]["worst"].items():
         what = f"gradients in {precision}, worst matrix"
         result.rows.append(row(f"B5 {precision}", what, "PEFT fp32, per document", [worst], "rel."))
@@ -276,9 +276,8 @@ def startup(setup: Setup) -> Result:
     on TRL's output). The first start of a command, which fills caches, is a warm-up round.
     """
     everyone = startup_contestants(setup)
-    setup.interleave(everyone)
     help_, ours, trl = everyone
-    result = Result("B13", "start-up", setup.settings()).add(everyone)
+    result = setup.measure("B13", "start-up", everyone)
     result.rows = [
         row("B13 help", "peftune --help", "the clock", help_.values(), "s"),
         compare("B13 train", "first step of train", ours, trl, "trl sft"),

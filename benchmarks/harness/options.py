@@ -82,6 +82,11 @@ class Setup:
             environment |= {"CUDA_VISIBLE_DEVICES": ""}
         interleave(contestants, environment=environment, at_once=at_once, **counts)
 
+    def measure(self, target: str, title: str, contestants: list[Contestant], at_once: bool = True) -> Result:
+        """Rounds of these in turns, and what they found."""
+        self.interleave(contestants, at_once)
+        return Result(target, title, self.settings()).add(contestants)
+
     def recipe(self, name: str, **changed: Any) -> dict[str, Any]:
         """Of ours, on these documents; every step like the first."""
         a = self.arguments

@@ -33,9 +33,6 @@ from benchmarks.harness.workers import Channel
 def worker(job: dict[str, Any], channel: Channel) -> None:
     """Rounds of full steps until `tokens` real tokens; the value is real tokens per second."""
     peer = Peer(**job["peer"])
-    if peer.fp32_products is not None:
-        matmul: Any = torch.backends.mkldnn
-        matmul.matmul.fp32_precision = peer.fp32_products
     options: dict[str, Any] = {"attn_implementation": peer.attention} if peer.attention else {}
     if peer.dropout is not None:
         options |= {f"{kind}_pdrop": peer.dropout for kind in ("resid", "embd", "attn")}

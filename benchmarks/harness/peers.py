@@ -1,7 +1,7 @@
 """Other trainers and their settings: `benchmarks/peers.yaml`, and what a command line changes.
 
 `--tune NAME:KEY=VALUE` changes any of them, `--peer JSON` adds one; all settings are printed with the figures. KEY is a
-field of TrainingArguments (of SFTConfig for TRL), or of `Peer`: `weights`, `dropout`, `attention`, `fp32_products`.
+field of TrainingArguments (of SFTConfig for TRL), or of `Peer`: `weights`, `dropout`, `attention`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ class Peer:
     """The base's dropouts; None leaves GPT-2's 0.1."""
     attention: str | None = None
     """Transformers' `attn_implementation`; None lets it choose (sdpa)."""
-    fp32_products: Literal["ieee", "bf16"] | None = None
-    """`torch.backends.mkldnn.matmul.fp32_precision`; "bf16" sends float32 products through oneDNN."""
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ V: vocabulary, T: tokens that a token may look back on, a: elements of the adapt
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -56,15 +57,12 @@ def parse_shape(text: str) -> Shape:
     """A preset, or LAYERS,WIDTH,HEADS[,VOCABULARY]; ValueError tells what was expected."""
     if text in PRESETS:
         return PRESETS[text]
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (3, 4) or min(numbers) < 1 or numbers[1] % numbers[2]:
-        raise ValueError(
-            f"shape {text!r}: expected {', '.join(PRESETS)}, or LAYERS,WIDTH,HEADS[,VOCABULARY] with heads | width"
-        )
-    return Shape(*numbers)
+    if re.fullmatch(r"[1-9]\d*(,[1-9]\d*){2,3}", text):
+        shape = Shape(*map(int, text.split(",")))
+        if shape.width % shape.heads == 0:
+            return shape
+    expected = f"{', '.join(PRESETS)}, or LAYERS,WIDTH,HEADS[,VOCABULARY] with heads | width"
+    raise ValueError(f"shape {text!r}: expected {expected}")
 
 
 def target_modules(text: str) -> list[str]:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,30 +102,26 @@ def interleave(
         return
     with ExitStack() as stack:
         logs, running = Path(stack.enter_context(tempfile.TemporaryDirectory())), {}
-        for i, contestant in enumerate(contestants):
-            with _failures_noted(contestant):
-                process = stack.enter_context(_Process(contestant, environment, logs / f"{i}.log"))
-                running[contestant.name], contestant.facts = process, process.answer()
-                print(f"  {contestant.name}: {json.dumps(contestant.facts)}", file=sys.stderr)
-                for _ in range(warmup):
-                    process.round()
-        for number in range(rounds):
-            for contestant in (c for c in contestants if c.failure is None):
-                with _failures_noted(contestant):
-                    contestant.rounds.append(running[contestant.name].round())
-                    figure = f"{contestant.name} {contestant.rounds[-1]['value']:,.4g} {contestant.unit}"
-                    print(f"  round {number + 1} of {rounds}: {figure}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _failures_noted(contestant: Contestant) -> Iterator[None]:
-    try:
-        yield
-    except Failed as error:
-        if contestant.must_run:
-            raise
-        contestant.failure = str(error)
-        print(f"  {contestant.name}: not run: {error}", file=sys.stderr)
+        for turn in range(rounds + 1):  # before the first round: start and warm up
+            for number, c in enumerate(contestants):
+                if c.failure is not None:
+                    continue
+                try:
+                    if turn:
+                        c.rounds.append(running[number].round())
+                        said = f"round {turn} of {rounds}: {c.name} {c.rounds[-1]['value']:,.4g} {c.unit}"
+                    else:
+                        running[number] = stack.enter_context(_Process(c, environment, logs / f"{number}.log"))
+                        c.facts = running[number].answer()
+                        said = f"{c.name}: {json.dumps(c.facts)}"
+                        for _ in range(warmup):
+                            running[number].round()
+                except Failed as error:
+                    if c.must_run:
+                        raise
+                    c.failure = str(error)
+                    said = f"{c.name}: not run: {error}"
+                print(f"  {said}", file=sys.stderr, flush=True)
 
 
 class _Process(subprocess.Popen[str]):
