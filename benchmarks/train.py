@@ -233,12 +233,18 @@ def _wait(child: subprocess.Popen[bytes], watched: Path, sign: str | None, log: 
     raise SystemExit(f"no step within {_PATIENCE:.0f} s, or interrupted")
 
 
-def startup_contestants(setup: Setup) -> list[Contestant]:
-    """The three commands."""
+def startup(setup: Setup) -> Result:
+    """B13: how soon something happens: `peftune --help`, and the end of the first step of `train` and `trl sft`.
+
+    python -m benchmarks.train startup [--shape small] [--documents 8]
+
+    Both commands learn the same few documents, all of them in one step, with the same adapter on the same base; the
+    clock runs from the start of the process until the step is reported (a line in metrics.jsonl, a line with the loss
+    on TRL's output). The first start of a command, which fills caches, is a warm-up round.
+    """
     a, root = setup.arguments, setup.root
     recipe, data = root / "recipe.yaml", root / "data"
-    values = setup.recipe("peftune", batch={"global_size": a.documents})
-    recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
+    recipe.write_text(yaml.safe_dump(setup.recipe("peftune", batch={"global_size": a.documents})), encoding="utf-8")
     data.mkdir(exist_ok=True)
     shutil.copy(setup.documents, data / "train.jsonl")
     modules = target_modules(a.targets)
@@ -251,36 +257,24 @@ def startup_contestants(setup: Setup) -> list[Contestant]:
         *(["--use_cpu", "true"] if a.device == "cpu" else []), *shlex.split(a.trl),
     ]  # fmt: skip
     peftune = [sys.executable, "-m", "peftune"]
-    metrics = Path(values["run"]["out"]) / "metrics.jsonl"
-    commands: dict[str, tuple[list[str], Path, str | None]] = {
-        "peftune --help": ([*peftune, "--help"], root / "log-peftune", None),
-        "peftune train, first step": ([*peftune, "train", str(recipe), *a.ours], metrics, '"event": "train"'),
-        "trl sft, first step": (trl, root / "log-trl", "'loss'"),
-    }
-    made = []
+    commands: dict[str, tuple[list[str], str, str | None]] = {
+        "peftune --help": ([*peftune, "--help"], "log-peftune", None),
+        "peftune train, first step": (
+            [*peftune, "train", str(recipe), *a.ours], "out-peftune/metrics.jsonl", '"event": "train"',
+        ),
+        "trl sft, first step": (trl, "log-trl", "'loss'"),
+    }  # fmt: skip
+    everyone = []
     for name, (command, watched, sign) in commands.items():
         whose = name.split()[0]
-        job = {"command": command, "watched": str(watched), "sign": sign}
+        job = {"command": command, "watched": str(root / watched), "sign": sign}
         job |= {"log": str(root / f"log-{whose}"), "out": str(root / f"out-{whose}")}
-        made.append(Contestant(name, "benchmarks.train:startup_worker", job, "s", must_run=whose == "peftune"))
-    return made
-
-
-def startup(setup: Setup) -> Result:
-    """B13: how soon something happens: `peftune --help`, and the end of the first step of `train` and `trl sft`.
-
-    python -m benchmarks.train startup [--shape small] [--documents 8]
-
-    Both commands learn the same few documents, all of them in one step, with the same adapter on the same base; the
-    clock runs from the start of the process until the step is reported (a line in metrics.jsonl, a line with the loss
-    on TRL's output). The first start of a command, which fills caches, is a warm-up round.
-    """
-    everyone = startup_contestants(setup)
-    help_, ours, trl = everyone
+        everyone.append(Contestant(name, "benchmarks.train:startup_worker", job, "s", must_run=whose == "peftune"))
     result = setup.measure("B13", "start-up", everyone)
+    help_, ours, theirs = everyone
     result.rows = [
         row("B13 help", "peftune --help", "the clock", help_.values(), "s"),
-        compare("B13 train", "first step of train", ours, trl, "trl sft"),
+        compare("B13 train", "first step of train", ours, theirs, "trl sft"),
     ]
     return result
 
