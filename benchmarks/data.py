@@ -29,12 +29,11 @@ def speed_worker(job: dict[str, Any], channel: Channel) -> None:
     """One round prepares the file in a new cache; the value is MB of text per second."""
     tokenizer, scratch = Base(Path(job["base"])).tokenizer, Path(job["scratch"])
     work = _by_peftune if job["way"] == "ours" else _by_map
-    channel.ready(settings={"way": job["way"], "processes": job["processes"]})
-    for _ in channel.rounds():
+    for _ in channel.rounds(way=job["way"], processes=job["processes"]):
         fresh(scratch)
         with redirect_stdout(sys.stderr):
             seconds, tokens = work(job, tokenizer, scratch)
-        channel.answer(job["megabytes"] / seconds, seconds=seconds, tokens=tokens)
+        channel.send(value=job["megabytes"] / seconds, seconds=seconds, tokens=tokens)
 
 
 def _by_peftune(job: dict[str, Any], tokenizer: Any, scratch: Path) -> tuple[float, int]:
@@ -102,7 +101,6 @@ def large_worker(job: dict[str, Any], channel: Channel) -> None:
     tokenizer = Base(Path(job["base"])).tokenizer
     wanted = ([Source(path=job["file"])], tokenizer, "benchmark", " ", "auto", Path(job["scratch"]))
     tokenizer("warm up")
-    channel.ready(settings={})
     for _ in channel.rounds():
         growth, marks = MemoryGrowth().begin(), [time.perf_counter()]
         prepare(*wanted)
@@ -118,8 +116,8 @@ def large_worker(job: dict[str, Any], channel: Channel) -> None:
         grown = growth.grown()
         assert grown is not None and tokenising is not None, "this system does not say what a process holds"
         seconds = dict(zip(("tokenise", "open", "pack"), np.diff(marks).tolist(), strict=True))
-        channel.answer(
-            grown / 1e6, tokenising=tokenising / 1e6, seconds=seconds, documents=len(store),
+        channel.send(
+            value=grown / 1e6, tokenising=tokenising / 1e6, seconds=seconds, documents=len(store),
             tokens=int(store.lengths.sum()), fill=blocks.packing.fill(),
         )  # fmt: skip
 

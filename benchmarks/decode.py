@@ -35,11 +35,10 @@ def decode_worker(job: dict[str, Any], channel: Channel) -> None:
     numbers = sorted(set(job["rows"]) - {None})
     write = _by_engine(job, numbers) if job["way"] == "ours" else _by_generate(job, numbers)
     settings = {key: job[key] for key in ("way", "precision", "new")}
-    channel.ready(settings=settings | {"rows": len(job["rows"]), "adapters": len(numbers)})
-    for _ in channel.rounds():
+    for _ in channel.rounds(**settings, rows=len(job["rows"]), adapters=len(numbers)):
         start = time.perf_counter()
         texts = write(prompts_of(job))
-        channel.answer(sum(map(len, texts)) / (time.perf_counter() - start), texts=texts if job["new"] <= 16 else None)
+        channel.send(value=sum(map(len, texts)) / (time.perf_counter() - start))
 
 
 def prompts_of(job: dict[str, Any]) -> list[list[int]]:
@@ -170,12 +169,11 @@ def speed(setup: Setup) -> Result:
 def swap_worker(job: dict[str, Any], channel: Channel) -> None:
     """One round is many swaps there and back; the value is milliseconds of one."""
     swap = swap_of(job["way"], job)
-    channel.ready(settings={"way": job["way"]})
-    for _ in channel.rounds():
+    for _ in channel.rounds(way=job["way"]):
         start = time.perf_counter()
         for number in range(_SWAPS):
             swap(number % 2)
-        channel.answer((time.perf_counter() - start) / _SWAPS * 1e3)
+        channel.send(value=(time.perf_counter() - start) / _SWAPS * 1e3)
 
 
 def swap_of(way: str, job: dict[str, Any]) -> Callable[[int], object]:

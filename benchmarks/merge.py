@@ -44,8 +44,7 @@ def merge_worker(job: dict[str, Any], channel: Channel) -> None:
     way, _, synced = job["way"].partition("-")
     work = {"ours": _by_peftune, "verified": _by_peftune, "peft": _by_peft, "cp": _by_cp}[way]
     growth = MemoryGrowth()
-    channel.ready(settings={"way": job["way"], "dtype": job["dtype"]})
-    for _ in channel.rounds():
+    for _ in channel.rounds(way=job["way"], dtype=job["dtype"]):
         shutil.rmtree(out, ignore_errors=True)
         growth.begin()
         start = time.perf_counter()
@@ -54,8 +53,8 @@ def merge_worker(job: dict[str, Any], channel: Channel) -> None:
         for file in out.glob("*.safetensors") if synced else []:
             with file.open("r+b") as opened:
                 os.fsync(opened.fileno())
-        channel.answer(
-            time.perf_counter() - start, grown=growth.grown(), files=growth.files(), peak=process_memory("VmHWM"),
+        channel.send(
+            value=time.perf_counter() - start, grown=growth.grown(), files=growth.files(), peak=process_memory("VmHWM"),
             report=report,
         )  # fmt: skip
 
@@ -145,13 +144,12 @@ def load_worker(job: dict[str, Any], channel: Channel) -> None:
     if quantize is not None:
         loading_options(quantize, "cpu")
         import bitsandbytes.nn  # noqa: F401
-    channel.ready(settings={"held as": kind})
-    for _ in channel.rounds():
+    for _ in channel.rounds(precision=kind):
         start = time.perf_counter()
         with largest(lambda: process_memory("RssAnon")) as peak:
             model = load_model(Base(Path(job["base"])), DTYPES.get(kind, DTYPES["bf16"]), quantize=quantize)
         seconds = time.perf_counter() - start
-        channel.answer(footprint(model.requires_grad_(False)).held / 1e6, peak=peak[0] / 1e6, seconds=seconds)
+        channel.send(value=footprint(model.requires_grad_(False)).held / 1e6, peak=peak[0] / 1e6, seconds=seconds)
 
 
 def loading(setup: Setup) -> Result:

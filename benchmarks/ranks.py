@@ -263,7 +263,7 @@ def worker(folder: Path) -> None:
     (folder / f"rank-{accelerator.process_index}.json").write_text(json.dumps(looks))
 
 
-def launch(config: Path, program: str, folder: Path, recipes: list[dict[str, Any]], own_network: bool = False) -> None:
+def launch(config: Path, folder: Path, recipes: list[dict[str, Any]], own_network: bool = False) -> None:
     """Run a worker over recipes on two ranks, as a person would."""
     write_corpus(folder / "text.jsonl", megabytes=0.05)
     (folder / "recipes.json").write_text(json.dumps(recipes), encoding="utf-8")

@@ -197,11 +197,8 @@ def right_gradients(setup: Setup) -> Result:
 
 def startup_worker(job: dict[str, Any], channel: Channel) -> None:
     """One round starts the command once; the value is seconds until its first step, or its end where none is due."""
-    channel.ready(
-        settings={"command": " ".join(Path(part).name if part.startswith("/") else part for part in job["command"])}
-    )
-    log = Path(job["log"])
-    for _ in channel.rounds():
+    command, log = " ".join(Path(part).name if part[:1] == "/" else part for part in job["command"]), Path(job["log"])
+    for _ in channel.rounds(command=command):
         shutil.rmtree(job["out"], ignore_errors=True)
         start = time.perf_counter()
         with log.open("wb") as output:
@@ -213,7 +210,7 @@ def startup_worker(job: dict[str, Any], channel: Channel) -> None:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)  # the group that this process started
                 child.wait()
-        channel.answer(seconds)
+        channel.send(value=seconds)
 
 
 def _wait(child: subprocess.Popen[bytes], watched: Path, sign: str | None, log: Path) -> None:

@@ -85,8 +85,7 @@ def calibration(setup: Setup) -> Contestant:
 def worker(job: dict[str, Any], channel: Channel) -> None:
     """A contestant that calibrates: one round measures the GEMM peak in bf16 and fp32 and the bandwidth."""
     sizes = [tuple(size) for size in job["sizes"]]
-    channel.ready(settings={"sizes": job["sizes"], "device": job["device"]})
-    for _ in channel.rounds():
+    for _ in channel.rounds(sizes=job["sizes"], device=job["device"]):
         bf16 = gemm_peak(sizes, torch.bfloat16, job["device"])
         fp32 = gemm_peak(sizes, torch.float32, job["device"])
-        channel.answer(value=bf16["peak"], bf16=bf16, fp32=fp32, bandwidth=bandwidth(job["device"]))
+        channel.send(value=bf16["peak"], bf16=bf16, fp32=fp32, bandwidth=bandwidth(job["device"]))

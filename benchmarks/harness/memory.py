@@ -78,7 +78,7 @@ class Clock:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self.start
-        self.channel.answer(
+        self.channel.send(
             value=self.tokens / seconds, tokens=self.tokens, seconds=seconds, steps=self.steps,
             grown=self.growth.grown(), cpu_seconds=time.process_time() - self.busy,
         )  # fmt: skip

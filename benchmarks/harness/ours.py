@@ -100,7 +100,7 @@ def worker(job: dict[str, Any], channel: Channel) -> None:
     """Rounds of full steps until `tokens` real tokens; the value is real tokens per second."""
     training = TrainingRun(job["recipe"], job["overrides"])
     clock = Clock(channel, job["tokens"], training.run.accelerator.device.type)
-    channel.ready(settings=training.settings(), base_bytes=footprint(training.run.adapted.model).held)
+    channel.send(settings=training.settings(), base_bytes=footprint(training.run.adapted.model).held)
     going = clock.begin()
     while going:
         clock.tokens += training.step()
@@ -109,12 +109,11 @@ def worker(job: dict[str, Any], channel: Channel) -> None:
 
 def gradient_worker(job: dict[str, Any], channel: Channel) -> None:
     """One round for both precisions; the value is the larger share of its limit."""
-    channel.ready(settings={"blocks": job["recipe"]["batch"]["global_size"]})
-    for _ in channel.rounds():
+    for _ in channel.rounds(blocks=job["recipe"]["batch"]["global_size"]):
         with redirect_stdout(sys.stderr):
             found = {precision: errors(job, precision) for precision in LIMITS}
         worst = {precision: max(each.values()) for precision, each in found.items()}
-        channel.answer(max(worst[p] / LIMITS[p] for p in worst), worst=worst, matrices=found)
+        channel.send(value=max(worst[p] / LIMITS[p] for p in worst), worst=worst, matrices=found)
 
 
 def errors(job: dict[str, Any], precision: str) -> dict[str, float]:

@@ -113,7 +113,7 @@ def run_trainer(trainer: Any, peer: Peer, clock: Clock) -> None:
 
 
 def _ready(clock: Clock, peer: Peer, batch: int) -> None:
-    clock.channel.ready(settings={**peer.settings(), "batch": batch, "threads": torch.get_num_threads()})
+    clock.channel.send(settings={**peer.settings(), "batch": batch, "threads": torch.get_num_threads()})
 
 
 def run_loop(peer: Peer, job: dict[str, Any], clock: Clock, model: Any, rows: list[Any], collator: Any) -> None:

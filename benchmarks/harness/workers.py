@@ -26,43 +26,35 @@ ROOT = Path(__file__).parents[2]
 
 
 class Channel:
-    """The contestant's end: `ready` once, then an answer for every round."""
+    """The contestant's end: it sends `settings` once, then a `value` for every round, and whatever is worth keeping."""
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)  # whatever a library prints goes to stderr
 
-    def ready(self, **facts: Any) -> None:
-        """Loaded; `settings` are printed."""
-        self._say(facts)
-
-    def wait(self) -> bool:
-        """Sleep until the next round, without the memory that is free; False when there is none."""
-        _give_back_free_memory()
-        return sys.stdin.readline().strip() == "round"
-
-    def rounds(self) -> Iterator[None]:
-        """One turn for each round that is asked for."""
-        while self.wait():
-            yield
-
-    def answer(self, value: float, **facts: Any) -> None:
-        """The figure of this round, and what else is worth keeping."""
-        self._say({"value": value, **facts})
-
-    def _say(self, facts: dict[str, Any]) -> None:
+    def send(self, **facts: Any) -> None:
+        """Say that it is loaded, or what a round brought."""
         self._out.write(json.dumps(facts) + "\n")
         self._out.flush()
 
+    def rounds(self, **settings: Any) -> Iterator[None]:
+        """Loaded; one turn for each round that is asked for."""
+        self.send(settings=settings)
+        while self.wait():
+            yield
 
-def _give_back_free_memory() -> None:
-    """A sleeper that keeps gigabytes it does not use would make another run out (CUDA's cache; glibc's heap)."""
-    gc.collect()
-    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    def wait(self) -> bool:
+        """Sleep until the next round; False when there is none.
+
+        A sleeper that keeps gigabytes it does not use (CUDA's cache; glibc's heap) would make another run out.
+        """
+        gc.collect()
+        if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+        return sys.stdin.readline().strip() == "round"
 
 
 @dataclass
