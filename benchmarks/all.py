@@ -1,9 +1,9 @@
 """All targets, one after the other, each by its own command: the table, JSON, a chart, the page.
 
     python -m benchmarks.all                                    everything, on the shapes of the targets
-    python -m benchmarks.all --quick                            does it run: tiny shapes
+    python -m benchmarks.all --quick                            does it run: tiny shapes, two rounds
     python -m benchmarks.all --only B1,B6 --json all.json --chart all.png --write docs/performance.md
-    python -m benchmarks.all -- --rounds 7 --threads 4          what follows -- goes to every command
+    python -m benchmarks.all --rounds 7 --threads 4             what is not known here goes to every command
     python -m benchmarks.all --from docs/performance.json --chart docs/performance.png       no measuring
 
 A command that fails is in the table with its exit code, and the exit code here is 1; missed targets are not failures.
@@ -19,15 +19,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.page import chart, markdown, rewritten, rows_of
+from benchmarks.harness.options import DECLARED
 from benchmarks.harness.report import Result, row, write_json
 from benchmarks.harness.workers import ROOT
+from benchmarks.page import chart, markdown, rewritten, rows_of
 
-COMMANDS = {
-    "B1": "train ragged", "B2": "train full", "B3": "train memory", "B4": "train peak", "B5": "train gradients",
-    "B6": "merge speed", "B7": "decode swap", "B8": "decode speed", "B9": "data speed", "B11": "train gpu",
-    "B12": "train quantized", "B13": "train startup",
-}  # fmt: skip
+COMMANDS: dict[str, str] = DECLARED["targets"]
 
 
 def measure(target: str, options: list[str]) -> dict[str, Any]:
@@ -41,24 +38,20 @@ def measure(target: str, options: list[str]) -> dict[str, Any]:
         if path.is_file():
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             return found
-    missing = row(target, COMMANDS[target], "", None, reason=f"the command ended with {done.returncode}")
+    missing = row(target, COMMANDS[target], "", [], reason=f"the command ended with {done.returncode}")
     settings = {"command": " ".join(command[1:])}
     return Result(target, COMMANDS[target], settings, rows=[missing], failed=True).values()
 
 
 def main() -> None:
     """Measure what was asked for, print, write."""
-    own, passed = sys.argv[1:], []
-    if "--" in own:
-        own, passed = own[: own.index("--")], own[own.index("--") + 1 :]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(COMMANDS), help=f"targets with commas, of {', '.join(COMMANDS)}")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, two rounds")
     parser.add_argument("--json", type=Path, help="write everything that was found")
     parser.add_argument("--chart", type=Path, help="write a picture (png, svg)")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the markers of this page")
     parser.add_argument("--from", dest="earlier", type=Path, metavar="JSON", help="take results from here")
-    arguments = parser.parse_args(own)
+    arguments, passed = parser.parse_known_args()
     only = arguments.only.split(",")
     if unknown := sorted(set(only) - set(COMMANDS)):
         parser.error(f"--only {', '.join(unknown)}: known are {', '.join(COMMANDS)}")
@@ -70,7 +63,7 @@ def main() -> None:
         found = json.loads(arguments.earlier.read_text(encoding="utf-8"))
         results = [r for r in (found if isinstance(found, list) else [found]) if r["target"] in only]
     for target in [] if arguments.earlier else only:
-        results.append(measure(target, [*(["--quick"] if arguments.quick else []), *passed]))
+        results.append(measure(target, passed))
         if arguments.json:  # after each: hours of measuring outlive an interruption
             write_json(arguments.json, results)
     if arguments.chart:

@@ -9,73 +9,57 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.harness.corpus import write_corpus
 from benchmarks.harness.memory import MemoryGrowth
-from benchmarks.harness.options import Benchmark, Setup, fresh, main
-from benchmarks.harness.report import Result, compare, fastest, row, spread
+from benchmarks.harness.options import Setup, fresh, main
+from benchmarks.harness.report import Result, compare, fastest, row
 from benchmarks.harness.workers import Channel, Contestant
+from peftune.config.recipe import Source
+from peftune.data.batches import Blocks
+from peftune.data.sampler import blocks_of_step
+from peftune.data.tokens.store import prepare
+from peftune.model.base import Base
 
 OURS = "peftune, file to blocks"
 
 
 def speed_worker(job: dict[str, Any], channel: Channel) -> None:
     """One round prepares the file in a new cache; the value is MB of text per second."""
-    from peftune.model.base import Base
-
-    tokenizer = Base(Path(job["base"])).tokenizer
-    work = {"ours": _ours, "map": _map, "packed": _packed}[job["way"]]
-    scratch = Path(job["scratch"])
-    channel.ready(settings={"way": job["way"], "processes": job["processes"]})
-    for _ in channel.rounds():
+    tokenizer, scratch = Base(Path(job["base"])).tokenizer, Path(job["scratch"])
+    work = _by_peftune if job["way"] == "ours" else _by_map
+    for _ in channel.rounds(way=job["way"], processes=job["processes"]):
         fresh(scratch)
         with redirect_stdout(sys.stderr):
             seconds, tokens = work(job, tokenizer, scratch)
-        channel.answer(job["megabytes"] / seconds, seconds=seconds, tokens=tokens)
+        channel.send(value=job["megabytes"] / seconds, seconds=seconds, tokens=tokens)
 
 
-def _ours(job: dict[str, Any], tokenizer: Any, scratch: Path) -> tuple[float, int]:
-    import numpy as np
-
-    from peftune.config.recipe import Source
-    from peftune.data.batches import Blocks
-    from peftune.data.tokens.store import prepare
-
+def _by_peftune(job: dict[str, Any], tokenizer: Any, scratch: Path) -> tuple[float, int]:
     start = time.perf_counter()
     store = prepare([Source(path=job["file"])], tokenizer, "benchmark", " ", "auto", scratch)
     blocks = Blocks.of(store, np.arange(len(store)), job["block"])
     return time.perf_counter() - start, blocks.tokens() - len(store)  # without the end of each document
 
 
-def _map(job: dict[str, Any], tokenizer: Any, scratch: Path) -> tuple[float, int]:
-    loaded = _load(job, scratch)
-    start = time.perf_counter()
-    mapped = _mapped(loaded, job, tokenizer)
-    return time.perf_counter() - start, _count(mapped)
-
-
-def _packed(job: dict[str, Any], tokenizer: Any, scratch: Path) -> tuple[float, int]:
-    pack: Any = importlib.import_module("trl").pack_dataset
-    start = time.perf_counter()
-    mapped = _mapped(_load(job, scratch), job, tokenizer)
-    pack(mapped.select_columns(["input_ids"]), job["block"], "bfd")
-    return time.perf_counter() - start, _count(mapped)
-
-
-def _load(job: dict[str, Any], scratch: Path) -> Any:
+def _by_map(job: dict[str, Any], tokenizer: Any, scratch: Path) -> tuple[float, int]:
+    """`datasets.map` over data that is loaded already; «packed» times loading and TRL's packing too."""
     from datasets import load_dataset
 
-    return load_dataset("json", data_files=job["file"], cache_dir=str(scratch), split="train")
-
-
-def _mapped(loaded: Any, job: dict[str, Any], tokenizer: Any) -> Any:
-    return loaded.map(
+    pack: Any = importlib.import_module("trl").pack_dataset if job["way"] == "packed" else None
+    start = time.perf_counter()
+    loaded = load_dataset("json", data_files=job["file"], cache_dir=str(scratch), split="train")
+    if pack is None:
+        start = time.perf_counter()
+    mapped = loaded.map(
         lambda rows: tokenizer(rows["text"], verbose=False), batched=True, remove_columns=loaded.column_names,
         num_proc=job["processes"], load_from_cache_file=False,
-    )  # fmt: skip
-
-
-def _count(mapped: Any) -> int:
-    return sum(len(row) for batch in mapped.select_columns(["input_ids"]).iter(1000) for row in batch["input_ids"])
+    ).select_columns(["input_ids"])  # fmt: skip
+    if pack is not None:
+        pack(mapped, job["block"], "bfd")
+    seconds = time.perf_counter() - start
+    return seconds, sum(len(row) for batch in mapped.iter(1000) for row in batch["input_ids"])
 
 
 def speed(setup: Setup) -> Result:
@@ -114,38 +98,27 @@ def speed(setup: Setup) -> Result:
 
 def large_worker(job: dict[str, Any], channel: Channel) -> None:
     """One round prepares and packs the file; the value is MB of growth."""
-    import numpy as np
-
-    from peftune.config.recipe import Source
-    from peftune.data.batches import Blocks
-    from peftune.data.sampler import blocks_of_step
-    from peftune.data.tokens.store import prepare
-    from peftune.model.base import open_base
-
-    tokenizer = open_base("builtin:small").tokenizer
-    sources, cache = [Source(path=job["file"])], Path(job["scratch"])
+    tokenizer = Base(Path(job["base"])).tokenizer
+    wanted = ([Source(path=job["file"])], tokenizer, "benchmark", " ", "auto", Path(job["scratch"]))
     tokenizer("warm up")
-    channel.ready(settings={})
     for _ in channel.rounds():
-        growth, seconds = MemoryGrowth(), {}
-        growth.before_first_step()
-        begun = time.perf_counter()
-        prepare(sources, tokenizer, "benchmark", " ", "auto", cache)
-        seconds["tokenise"] = time.perf_counter() - begun
-        tokenising, begun = growth.grown(), time.perf_counter()
-        store = prepare(sources, tokenizer, "benchmark", " ", "auto", cache)
-        seconds["open"], begun = time.perf_counter() - begun, time.perf_counter()
+        growth, marks = MemoryGrowth().begin(), [time.perf_counter()]
+        prepare(*wanted)
+        marks.append(time.perf_counter())
+        tokenising = growth.grown()
+        store = prepare(*wanted)
+        marks.append(time.perf_counter())
         blocks = Blocks.of(store, np.arange(len(store)), 1024)
-        seconds["pack"] = time.perf_counter() - begun
+        marks.append(time.perf_counter())
         for step in range(min(100, len(blocks) // 8)):
             for _batch in blocks.batches(blocks_of_step(step, len(blocks), 8, 0), 8):
                 pass
         grown = growth.grown()
         assert grown is not None and tokenising is not None, "this system does not say what a process holds"
-        tokens = int(store.lengths.sum())
-        channel.answer(
-            grown / 1e6, tokenising=tokenising / 1e6, seconds=seconds, documents=len(store), tokens=tokens,
-            fill=blocks.packing.fill(),
+        seconds = dict(zip(("tokenise", "open", "pack"), np.diff(marks).tolist(), strict=True))
+        channel.send(
+            value=grown / 1e6, tokenising=tokenising / 1e6, seconds=seconds, documents=len(store),
+            tokens=int(store.lengths.sum()), fill=blocks.packing.fill(),
         )  # fmt: skip
 
 
@@ -159,47 +132,28 @@ def large(setup: Setup) -> Result:
     less that before it began, mapped files included (Linux). What grows with a corpus should be a few numbers a
     document, not its text.
     """
-    result = Result("large", "growth of memory with a corpus", {"block": 1024})
+    a, result = setup.arguments, Result("large", "growth of memory with a corpus", {"block": 1024})
     file, cache = setup.root / "corpus.jsonl", setup.root / "prepared"
-    for characters in map(int, setup.arguments.characters):
-        for megabytes in setup.arguments.sizes:
-            documents, name = (
-                write_corpus(file, megabytes, characters),
-                f"{megabytes:g} MB, {characters} characters each",
-            )
-            job = {"file": str(file), "scratch": str(fresh(cache))}
-            one = Contestant(name, "benchmarks.data:large_worker", job, "MB", must_run=True)
-            setup.interleave([one], at_once=False)
-            found = one.rounds[-1]
-            if found["documents"] != documents:
-                raise SystemExit(f"the gate is closed: {found['documents']} of {documents} documents")
-            result.add([one])
-            what = f"{name}: {documents:,} documents, {found['tokens']:,} tokens"
-            result.rows.append(row("large", what, "before", spread(one.values()), "MB grown"))
-            seconds = ", ".join(f"{doing} {value:.1f} s" for doing, value in found["seconds"].items())
-            grown = f"{found['tokenising']:.0f} MB while tokenising, {1e6 * found['value'] / documents:.0f} bytes each"
-            result.notes.append(f"{name}: {grown}; {seconds}")
+    cases = [(int(length), float(size)) for length in a.characters.split(",") for size in a.sizes.split(",")]
+    for characters, megabytes in cases:
+        documents = write_corpus(file, megabytes, characters)
+        job = {"base": str(setup.base), "file": str(file), "scratch": str(fresh(cache))}
+        name = f"{megabytes:g} MB, {characters} characters each"
+        one = Contestant(name, "benchmarks.data:large_worker", job, "MB", must_run=True)
+        setup.interleave([one], at_once=False)
+        found = one.rounds[-1]
+        if found["documents"] != documents:
+            raise SystemExit(f"the gate is closed: {found['documents']} of {documents} documents")
+        result.add([one])
+        what = f"{name}: {documents:,} documents, {found['tokens']:,} tokens"
+        result.rows.append(row("large", what, "before", one.values(), "MB grown"))
+        seconds = ", ".join(f"{doing} {value:.1f} s" for doing, value in found["seconds"].items())
+        grown = f"{found['tokenising']:.0f} MB while tokenising, {1e6 * found['value'] / documents:.0f} bytes each"
+        result.notes.append(f"{name}: {grown}; {seconds}")
     return result
 
 
-def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
-
-
-_SPEED: dict[str, dict[str, Any]] = {
-    "megabytes": {"type": float, "default": 20.0, "help": "text in the corpus (default 20)"},
-    "block": {"type": int, "default": 1024},
-    "processes": {"type": int, "default": 2, "help": "num_proc of the second datasets.map"},
-}
-_LARGE: dict[str, dict[str, Any]] = {
-    "base": {"default": "builtin:small", "help": "whose tokenizer is used"},
-    "sizes": {"type": _numbers, "default": [100.0, 1000.0], "help": "in MB, with commas"},
-    "characters": {"type": _numbers, "default": [200.0, 2000.0], "help": "of a document, with commas"},
-}
-BENCHMARKS = {
-    "speed": Benchmark(speed, _SPEED),
-    "large": Benchmark(large, _LARGE, {"rounds": 1, "warmup": 0}),
-}
+BENCHMARKS = {"speed": speed, "large": large}
 
 if __name__ == "__main__":
     main("data", BENCHMARKS)

@@ -4,54 +4,78 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import PeftModel
+from peft.utils.hotswap import hotswap_adapter
+from transformers import AutoModelForCausalLM
+
 from benchmarks.harness.machine import versions
-from benchmarks.harness.options import ADAPTER, Benchmark, Setup, main
-from benchmarks.harness.report import Result, compare, row, spread
+from benchmarks.harness.options import Setup, main
+from benchmarks.harness.report import Result, compare, row
 from benchmarks.harness.workers import Channel, Contestant
+from peftune.adapters.merge.merge import merge
+from peftune.inference.bank import AdapterBank
+from peftune.inference.engine import Engine
+from peftune.inference.request import Request
+from peftune.inference.settings import GenerationSettings
+from peftune.model.decode.lora_slots import AdapterSlots
+from peftune.model.load import DTYPES
 
 _SWAPS = 200
+Write = Callable[[list[list[int]]], list[list[int]]]
+"""From the prompts of a batch to what follows on each, as token ids."""
 
 
 def decode_worker(job: dict[str, Any], channel: Channel) -> None:
     """One round is one batch, written to its end; the value is tokens a second."""
-    write = {"ours": _ours, "generate": _generate, "peft": _peft}[job["way"]](job)
+    numbers = sorted(set(job["rows"]) - {None})
+    write = _by_engine(job, numbers) if job["way"] == "ours" else _by_generate(job, numbers)
     settings = {key: job[key] for key in ("way", "precision", "new")}
-    channel.ready(settings=settings | {"rows": len(job["rows"]), "adapters": len(set(job["rows"]) - {None})})
-    for _ in channel.rounds():
+    for _ in channel.rounds(**settings, rows=len(job["rows"]), adapters=len(numbers)):
         start = time.perf_counter()
         texts = write(prompts_of(job))
-        channel.answer(sum(map(len, texts)) / (time.perf_counter() - start), texts=texts if job["new"] <= 16 else None)
+        channel.send(value=sum(map(len, texts)) / (time.perf_counter() - start))
 
 
 def prompts_of(job: dict[str, Any]) -> list[list[int]]:
     """The same random prompts for everyone, of ids that every tokenizer here has."""
-    import torch
-
     random = torch.Generator().manual_seed(job["seed"])
     return torch.randint(0, 4000, (len(job["rows"]), job["prompt"]), generator=random).tolist()  # type: ignore[no-any-return]
 
 
-def _ours(job: dict[str, Any]) -> Any:
-    from peftune.inference.bank import AdapterBank
-    from peftune.inference.engine import Engine
-    from peftune.inference.request import Request
-    from peftune.inference.settings import GenerationSettings
-
+def _bank(job: dict[str, Any], numbers: Sequence[int]) -> Any:
+    """Ours, with these adapters."""
     bank = AdapterBank(job["base"], job["precision"], job["device"])
-    for number in sorted(set(job["rows"]) - {None}):
+    for number in numbers:
         bank.add(f"a{number}", job["adapters"][number])
+    return bank
+
+
+def _peft(job: dict[str, Any], numbers: Sequence[int]) -> Any:
+    """Transformers' model, with these adapters on it by PEFT."""
+    model = AutoModelForCausalLM.from_pretrained(job["base"], dtype=DTYPES[job["precision"]])
+    for i, number in enumerate(numbers):
+        name = f"a{number}"
+        if i == 0:
+            model = PeftModel.from_pretrained(model, job["adapters"][number], name)
+        else:
+            model.load_adapter(job["adapters"][number], name)
+    return model.eval().to(job["device"])
+
+
+def _by_engine(job: dict[str, Any], numbers: Sequence[int]) -> Write:
     settings = GenerationSettings(max_new_tokens=job["new"], temperature=0)
-    engine = Engine(bank, slots=len(job["rows"]), queue=len(job["rows"]))
+    engine = Engine(_bank(job, numbers), slots=len(job["rows"]), queue=len(job["rows"]))
 
     def write(prompts: list[list[int]]) -> list[list[int]]:
         texts: list[list[int]] = [[] for _ in prompts]
         for ids, number, text in zip(prompts, job["rows"], texts, strict=True):
             name = f"a{number}" if number is not None else None
-            engine.submit(Request(tuple(ids), name, settings), lambda update, text=text: text.extend(update.ids))
+            engine.submit(Request(tuple(ids), name, settings), lambda output, text=text: text.extend(output.ids))
         while engine.step():
             pass
         return texts
@@ -59,33 +83,11 @@ def _ours(job: dict[str, Any]) -> Any:
     return write
 
 
-def _generate(job: dict[str, Any]) -> Any:
-    return _writer(job, _model(job), {})
-
-
-def _peft(job: dict[str, Any]) -> Any:
-    from peft import PeftModel
-
-    numbers = sorted(set(job["rows"]) - {None})
-    model = PeftModel.from_pretrained(_model(job), job["adapters"][numbers[0]], adapter_name=f"a{numbers[0]}")
-    for number in numbers[1:]:
-        model.load_adapter(job["adapters"][number], f"a{number}")
-    mixed = {"adapter_names": [f"a{row}" for row in job["rows"]]} if len(numbers) > 1 else {}
-    return _writer(job, model.eval(), mixed)
-
-
-def _model(job: dict[str, Any]) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[job["precision"]]
-    return AutoModelForCausalLM.from_pretrained(job["base"], dtype=dtype).eval().to(job["device"])
-
-
-def _writer(job: dict[str, Any], model: Any, extra: dict[str, Any]) -> Any:
-    import torch
-
-    fixed = {"do_sample": False, "max_new_tokens": job["new"], "min_new_tokens": job["new"], "pad_token_id": 0, **extra}
+def _by_generate(job: dict[str, Any], numbers: Sequence[int]) -> Write:
+    model, length = _peft(job, numbers), job["new"]
+    fixed = {"do_sample": False, "max_new_tokens": length, "min_new_tokens": length, "pad_token_id": 0}
+    if len(numbers) > 1:
+        fixed["adapter_names"] = [f"a{row}" for row in job["rows"]]
 
     @torch.inference_mode()
     def write(prompts: list[list[int]]) -> list[list[int]]:
@@ -96,24 +98,16 @@ def _writer(job: dict[str, Any], model: Any, extra: dict[str, Any]) -> Any:
     return write
 
 
-def gate(setup: Setup, adapters: list[str]) -> dict[str, Any]:
+def gate(job: dict[str, Any]) -> dict[str, Any]:
     """Largest difference of the logits of a mixed batch from PEFT's, in fp32, relative to their size."""
-    import torch
-    from peft import PeftModel
-
-    from peftune.inference.bank import AdapterBank
-
-    job = {"base": str(setup.base), "precision": "fp32", "rows": [0, 1, None], "prompt": 32, "seed": 1}
-    job["device"] = setup.arguments.device
+    job = job | {"precision": "fp32", "rows": [0, 1, None], "prompt": 32, "seed": 1}
     ids = torch.tensor(prompts_of(job), device=job["device"])
-    bank = AdapterBank(str(setup.base), "fp32", job["device"])
-    for number in (0, 1):
-        bank.add(f"a{number}", adapters[number])
-    mixed, worst = bank.logits(ids, ["a0", "a1", None]), 0.0
-    for i, number in enumerate((0, 1)):
+    mixed, peft, worst = _bank(job, (0, 1)).logits(ids, ["a0", "a1", None]).cpu(), _peft(job, (0, 1)), 0.0
+    for i in (0, 1):
+        peft.set_adapter(f"a{i}")
         with torch.inference_mode():
-            logits = PeftModel.from_pretrained(_model(job), adapters[number]).eval()(ids[i : i + 1]).logits[0].cpu()
-        worst = max(worst, float((mixed[i].cpu() - logits).norm() / logits.norm()))
+            logits = peft(ids[i : i + 1]).logits[0].cpu()
+        worst = max(worst, float((mixed[i] - logits).norm() / logits.norm()))
     if not worst < 1e-5:
         raise SystemExit(f"logits of a mixed batch are {worst:.1e} from PEFT's, expected less than 1e-5")
     return {"logits of a mixed batch from PEFT's, relative": f"{worst:.1e}", "expected": "< 1e-5"}
@@ -129,23 +123,34 @@ def speed(setup: Setup) -> Result:
     return ids. Batches: all rows on a merged checkpoint, on one adapter, on 3 adapters in turn, on one each, and
     `--many` rows on 3 and on `--many` adapters. The gate compares logits.
     """
-    from peftune.adapters.merge.merge import merge
-
-    a = setup.arguments
-    adapters, merged = setup.adapters(max(a.batch, a.many, 3)), setup.root / "merged"
+    a, base, merged = setup.arguments, str(setup.base), str(setup.root / "merged")
+    most = max(a.batch, a.many, 3)
+    job = {"base": base, "adapters": setup.adapters(most)}
+    job |= {key: vars(a)[key] for key in ("precision", "prompt", "new", "seed", "device")}
     shutil.rmtree(merged, ignore_errors=True)
-    merge(Path(adapters[0]), merged, base=str(setup.base), verify=False)
-    found = gate(setup, adapters)
-    everyone = _contestants(setup, merged, adapters)
-    for rows in sorted({len(c.job["rows"]) for c in everyone}):  # one size after the other: all at once may not fit
-        setup.interleave([c for c in everyone if len(c.job["rows"]) == rows])
-    settings = {
-        "batch": a.batch,
-        "prompt": a.prompt,
-        "new": a.new,
-        "precision": a.precision,
-        "adapters at most": a.many,
+    merge(Path(job["adapters"][0]), Path(merged), base=base, verify=False)
+    found = gate(job)
+    none, one, three, each = [None] * most, [0] * most, [r % 3 for r in range(most)], list(range(most))
+    batches: dict[str, tuple[str, str, list[Any], int]] = {
+        "merged": ("ours", merged, none, a.batch),
+        "one adapter": ("ours", base, one, a.batch),
+        "3 adapters": ("ours", base, three, a.batch),
+        "one each": ("ours", base, each, a.batch),
+        f"{a.many} rows, merged": ("ours", merged, none, a.many),
+        f"{a.many} rows, 3 adapters": ("ours", base, three, a.many),
+        f"{a.many} rows, one each": ("ours", base, each, a.many),
+        "transformers generate, merged": ("generate", merged, none, a.batch),
+        "PEFT, set_adapter": ("peft", base, one, a.batch),
+        "PEFT, mixed batch": ("peft", base, each, a.batch),
     }
+    everyone = []
+    for name, (way, model, rows, count) in batches.items():
+        own = job | {"way": way, "base": model, "rows": rows[:count]}
+        everyone.append(Contestant(name, "benchmarks.decode:decode_worker", own, "tok/s", way == "ours"))
+    for count in sorted({a.batch, a.many}):  # one size after the other: all at once may not fit
+        setup.interleave([c for c in everyone if len(c.job["rows"]) == count])
+    settings = {key: job[key] for key in ("prompt", "new", "precision")}
+    settings |= {"batch": a.batch, "adapters at most": a.many}
     result = Result("B8", "generating with one base and many adapters", setup.settings(**settings), found).add(everyone)
     same, one, three, each, many_same, many_three, many_each, peer, peft_one, peft_mixed = everyone
     transformers, peft = (f"{name} {versions().get(name.lower(), '?')}" for name in ("transformers", "PEFT"))
@@ -161,105 +166,39 @@ def speed(setup: Setup) -> Result:
     return result
 
 
-def _contestants(setup: Setup, merged: Path, adapters: list[str]) -> list[Contestant]:
-    a, base = setup.arguments, setup.base
-    settings = {"adapters": adapters, **{key: vars(a)[key] for key in ("precision", "prompt", "new", "seed", "device")}}
-    most = max(a.batch, a.many)
-    none, one, three, each = [None] * most, [0] * most, [r % 3 for r in range(most)], list(range(most))
-    batches: list[tuple[str, str, Path, list[Any], int]] = [
-        ("merged", "ours", merged, none, a.batch),
-        ("one adapter", "ours", base, one, a.batch),
-        ("3 adapters", "ours", base, three, a.batch),
-        ("one each", "ours", base, each, a.batch),
-        (f"{a.many} rows, merged", "ours", merged, none, a.many),
-        (f"{a.many} rows, 3 adapters", "ours", base, three, a.many),
-        (f"{a.many} rows, one each", "ours", base, each, a.many),
-        ("transformers generate, merged", "generate", merged, none, a.batch),
-        ("PEFT, set_adapter", "peft", base, one, a.batch),
-        ("PEFT, mixed batch", "peft", base, each, a.batch),
-    ]
-    made = []
-    for name, way, model, rows, count in batches:
-        job = {"way": way, "base": str(model), "rows": rows[:count], **settings}
-        made.append(Contestant(name, "benchmarks.decode:decode_worker", job, "tok/s", must_run=way == "ours"))
-    return made
-
-
 def swap_worker(job: dict[str, Any], channel: Channel) -> None:
     """One round is many swaps there and back; the value is milliseconds of one."""
-    ways = {"use": _use, "slot": _slot, "add": _add, "set_adapter": _set_adapter, "hotswap": _hotswap}
-    swap = ways[job["way"]](job)
-    channel.ready(settings={"way": job["way"]})
-    for _ in channel.rounds():
+    swap = swap_of(job["way"], job)
+    for _ in channel.rounds(way=job["way"]):
         start = time.perf_counter()
         for number in range(_SWAPS):
             swap(number % 2)
-        channel.answer((time.perf_counter() - start) / _SWAPS * 1e3)
+        channel.send(value=(time.perf_counter() - start) / _SWAPS * 1e3)
 
 
-Swap = Callable[[int], object]
+def swap_of(way: str, job: dict[str, Any]) -> Callable[[int], object]:
+    """What brings adapter 0 or 1 into use, in this way."""
+    if way in ("set_adapter", "hotswap"):
+        model, paths = _peft(job, (0, 1)), job["adapters"]
+        if way == "set_adapter":
+            return lambda number: model.set_adapter(f"a{number}")
+        return lambda number: hotswap_adapter(model, paths[number], "a0", torch_device=job["device"])
+    bank, slots = _bank(job, (0, 1)), AdapterSlots(2 if way == "slot" else 1)
+    both = [bank.variant(f"a{number}").lora for number in (0, 1)]
 
-
-def _bank(job: dict[str, Any]) -> Any:
-    from peftune.inference.bank import AdapterBank
-
-    bank = AdapterBank(job["base"], device=job["device"])
-    for number, directory in enumerate(job["adapters"]):
-        bank.add(f"a{number}", directory)
-    return bank
-
-
-def _use(job: dict[str, Any]) -> Swap:
-    from peftune.model.decode.lora_slots import AdapterSlots
-
-    bank, stacks = _bank(job), AdapterSlots(1)
-
-    def swap(number: int) -> object:
+    def use(number: int) -> object:
         bank.use(f"a{number}")
-        return stacks.deltas([0], [bank.function(f"a{number}").low_rank])
+        return slots.factors([0], [bank.variant(f"a{number}").lora])
 
-    return swap
-
-
-def _slot(job: dict[str, Any]) -> Swap:
-    import torch
-
-    from peftune.model.decode.lora_slots import AdapterSlots
-
-    bank, stacks = _bank(job), AdapterSlots(2)
-    both = [bank.function(f"a{number}").low_rank for number in (0, 1)]
-    return torch.inference_mode()(lambda number: stacks.deltas([0, 1], [both[number], both[1 - number]]))
-
-
-def _add(job: dict[str, Any]) -> Swap:
-    bank = _bank(job)
-
-    def swap(number: int) -> object:
+    def add(number: int) -> object:
         bank.remove(f"a{number}")
         return bank.add(f"a{number}", job["adapters"][number])
 
-    return swap
+    @torch.inference_mode()
+    def slot(number: int) -> object:
+        return slots.factors([0, 1], [both[number], both[1 - number]])
 
-
-def _peft_model(job: dict[str, Any]) -> Any:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(job["base"]), job["adapters"][0], "a0")
-    model.load_adapter(job["adapters"][1], "a1")
-    return model.eval().to(job["device"])
-
-
-def _set_adapter(job: dict[str, Any]) -> Swap:
-    model = _peft_model(job)
-    return lambda number: model.set_adapter(f"a{number}")
-
-
-def _hotswap(job: dict[str, Any]) -> Swap:
-    from peft.utils.hotswap import hotswap_adapter
-
-    model = _peft_model(job)
-    return lambda number: hotswap_adapter(model, job["adapters"][number], "a0", torch_device=job["device"])
+    return {"use": use, "add": add, "slot": slot}[way]
 
 
 def swap(setup: Setup) -> Result:
@@ -274,35 +213,24 @@ def swap(setup: Setup) -> Result:
     job = {"base": str(setup.base), "adapters": setup.adapters(2), "device": setup.arguments.device}
     names = {"use": "in memory", "slot": "in memory, two slots", "add": "from disk",
              "set_adapter": "PEFT set_adapter", "hotswap": "PEFT hotswap_adapter"}  # fmt: skip
-    everyone = [
-        Contestant(name, "benchmarks.decode:swap_worker", {**job, "way": way}, "ms", not name.startswith("PEFT"))
-        for way, name in names.items()
-    ]
-    setup.interleave(everyone)
+    everyone = []
+    for way, name in names.items():
+        own = job | {"way": way, "precision": "fp32"}
+        everyone.append(Contestant(name, "benchmarks.decode:swap_worker", own, "ms", not name.startswith("PEFT")))
+    result = setup.measure("B7", "from one adapter to another", everyone)
     use, slot, add, set_adapter, hotswap = everyone
     peft = f"PEFT {versions().get('peft', '?')}"
-    result = Result("B7", "from one adapter to another", setup.settings()).add(everyone)
     result.rows = [
-        row("B7 memory", "swap in memory", "the clock", spread(use.values()), "ms"),
-        row("B7 disk", "swap from disk, checked", "the clock", spread(add.values()), "ms"),
-        row("B7", "swap of two slots of a mixed batch", "the clock", spread(slot.values()), "ms"),
+        row("B7 memory", "swap in memory", "the clock", use.values(), "ms"),
+        row("B7 disk", "swap from disk, checked", "the clock", add.values(), "ms"),
+        row("B7", "swap of two slots of a mixed batch", "the clock", slot.values(), "ms"),
         compare("B7", "swap in memory", set_adapter, use, f"{peft} set_adapter"),
         compare("B7", "swap from disk", hotswap, add, f"{peft} hotswap_adapter"),
     ]
     return result
 
 
-_OPTIONS: dict[str, dict[str, Any]] = ADAPTER | {
-    "batch": {"type": int, "default": 8, "help": "rows of a batch"},
-    "many": {"type": int, "default": 64, "help": "rows and adapters of the largest batch"},
-    "prompt": {"type": int, "default": 32, "help": "tokens of a prompt"},
-    "new": {"type": int, "default": 64, "help": "tokens to generate"},
-    "precision": {"choices": ["fp32", "bf16"], "default": "bf16"},
-}
-BENCHMARKS = {
-    "speed": Benchmark(speed, _OPTIONS, {"rounds": 3}),
-    "swap": Benchmark(swap, ADAPTER, {"rounds": 3}),
-}
+BENCHMARKS = {"speed": speed, "swap": swap}
 
 if __name__ == "__main__":
     main("decode", BENCHMARKS)

@@ -8,88 +8,74 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2LMHeadModel  # noqa: F401  # loaded late
+
 from benchmarks.harness.machine import versions
 from benchmarks.harness.memory import MemoryGrowth, largest, process_memory
-from benchmarks.harness.options import ADAPTER, Benchmark, Setup, main
-from benchmarks.harness.report import Result, Spread, compare, row, spread
-from benchmarks.harness.shapes import PRESETS
+from benchmarks.harness.options import Setup, main
+from benchmarks.harness.report import Result, compare, row
 from benchmarks.harness.workers import Channel, Contestant
+from peftune.adapters.merge.merge import merge
+from peftune.config.recipe import LoraSection
+from peftune.data.sources.builtin import documents
+from peftune.model.base import Base
+from peftune.model.load import DTYPES, footprint, load_model
+from peftune.model.lora import inject
+from peftune.model.quantized import loading_options
 
 WAYS = {
     "peftune": "ours", "peftune, verified": "verified",
     "PEFT": "peft", "PEFT, on disk": "peft-synced", "cp": "cp", "cp, on disk": "cp-synced",
 }  # fmt: skip
 """«On disk» waits until the disk has it, as peftune does: a directory appears complete even if power fails."""
-HELD_AS = ("fp32", "bf16", "int8", "nf4")
+PRECISIONS = ("fp32", "bf16", "int8", "nf4")
 
 
 def merge_worker(job: dict[str, Any], channel: Channel) -> None:
     """One round is one merge into a new directory; the value is its seconds."""
     base, adapter, out = Path(job["base"]), Path(job["adapter"]), Path(job["out"])
     way, _, synced = job["way"].partition("-")
-    merge = {"ours": _ours, "verified": _ours, "peft": _peft, "cp": _cp}[way](job)
-    growth, report = MemoryGrowth(), None
-    channel.ready(settings={"way": job["way"], "dtype": "float32"})
-    for _ in channel.rounds():
+    work = {"ours": _by_peftune, "verified": _by_peftune, "peft": _by_peft, "cp": _by_cp}[way]
+    growth = MemoryGrowth()
+    for _ in channel.rounds(way=job["way"], dtype=job["dtype"]):
         shutil.rmtree(out, ignore_errors=True)
-        growth.before_first_step()
+        growth.begin()
         start = time.perf_counter()
         with redirect_stdout(sys.stderr):
-            report = merge(base, adapter, out)
+            report = work(base, adapter, out, job)
         for file in out.glob("*.safetensors") if synced else []:
             with file.open("r+b") as opened:
                 os.fsync(opened.fileno())
-        channel.answer(
-            time.perf_counter() - start, grown=growth.grown(), files=growth.files(), peak=process_memory("VmHWM"),
+        channel.send(
+            value=time.perf_counter() - start, grown=growth.grown(), files=growth.files(), peak=process_memory("VmHWM"),
             report=report,
         )  # fmt: skip
 
 
-Merge = Callable[[Path, Path, Path], Any]
+def _by_peftune(base: Path, adapter: Path, out: Path, job: dict[str, Any]) -> dict[str, str]:
+    report = merge(adapter, out, base=str(base), verify=job["way"] == "verified", dtype=job["dtype"])
+    return {key: str(value) for key, value in asdict(report).items()}
 
 
-def _ours(job: dict[str, Any]) -> Merge:
-    from transformers import GenerationConfig, GPT2LMHeadModel  # noqa: F401  # imported when a merge first needs them
-
-    from peftune.adapters.merge.merge import merge
-
-    def work(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
-        report = merge(adapter, out, base=str(base), verify=job["way"] == "verified", dtype=job.get("dtype", "float32"))
-        return {key: str(value) for key, value in asdict(report).items()}
-
-    return work
+def _by_peft(base: Path, adapter: Path, out: Path, _: dict[str, Any]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
+    AutoTokenizer.from_pretrained(base).save_pretrained(out)
 
 
-def _peft(_: dict[str, Any]) -> Merge:
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    def merge(base: Path, adapter: Path, out: Path) -> None:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
-        AutoTokenizer.from_pretrained(base).save_pretrained(out)
-
-    return merge
-
-
-def _cp(_: dict[str, Any]) -> Merge:
-    def copy(base: Path, adapter: Path, out: Path) -> None:
-        subprocess.run(["cp", "-r", str(base), str(out)], check=True)
-
-    return copy
+def _by_cp(base: Path, adapter: Path, out: Path, _: dict[str, Any]) -> None:
+    subprocess.run(["cp", "-r", str(base), str(out)], check=True)
 
 
 def differing(ours: Path, other: Path) -> dict[str, float]:
     """Tensors that are not bit for bit the same in two merged directories, and how far off at most (inf: absent)."""
-    from peftune.model.base import Base
-
     a, b = Base(ours).weights, Base(other).weights
     found = {name: math.inf for name in set(a.names()) ^ set(b.names())}
     for name in sorted(set(a.names()) & set(b.names())):
@@ -98,9 +84,9 @@ def differing(ours: Path, other: Path) -> dict[str, float]:
     return found
 
 
-def _contestant(setup: Setup, name: str, way: str, adapter: str, **more: Any) -> Contestant:
-    job = {"way": way, "base": str(setup.base), "adapter": adapter, "out": str(setup.root / f"out-{way}"), **more}
-    return Contestant(name, "benchmarks.merge:merge_worker", job, "s", must_run=name.startswith("peftune"))
+def _contestant(setup: Setup, name: str, way: str, adapter: str, dtype: str = "float32") -> Contestant:
+    job = {"way": way, "base": str(setup.base), "adapter": adapter, "out": str(setup.root / f"out-{way}")}
+    return Contestant(name, "benchmarks.merge:merge_worker", job | {"dtype": dtype}, "s", name.startswith("peftune"))
 
 
 def speed(setup: Setup) -> Result:
@@ -115,22 +101,21 @@ def speed(setup: Setup) -> Result:
     """
     (adapter,) = setup.adapters(1)
     everyone = [_contestant(setup, name, way, adapter) for name, way in WAYS.items()]
-    setup.interleave(everyone)
-    result = Result("B6", "merge, warm", setup.settings()).add(everyone)
+    result = setup.measure("B6", "merge, warm", everyone)
     ours, verified, peft, peft_synced, cp, cp_synced = everyone
-    different = None if peft.failure else differing(setup.root / "out-ours", setup.root / "out-peft")
     grown, files = ([found[key] / 1e6 for found in ours.rounds if found["grown"] is not None]
                     for key in ("grown", "files"))  # fmt: skip
-    count = None if different is None else Spread(len(different), len(different), len(different))
+    different = {} if peft.failure else differing(setup.root / "out-ours", setup.root / "out-peft")
     worst = f"{next(iter(different))} and others, at most {max(different.values()):.1e} off" if different else ""
+    count = [] if peft.failure else [len(different)]
     name = f"PEFT {versions().get('peft', '?')}"
     result.rows = [
         compare("B6 peft", "merge", peft, ours, name),
         compare("B6 cp", "merge, time", ours, cp, "cp of the base"),
         compare("B6", "merge", peft_synced, ours, "PEFT, on disk"),
         compare("B6", "merge, time", ours, cp_synced),
-        row("B6 memory", "merge, memory", "above imports", spread(grown) if grown else None, "MB"),
-        row("B6", "merge, pages of files in it", "above imports", spread(files) if files else None, "MB"),
+        row("B6 memory", "merge, memory", "above imports", grown, "MB"),
+        row("B6", "merge, pages of files in it", "above imports", files, "MB"),
         row("B6 tensors", "merge, tensors that differ", "PEFT", count, "tensors", worst or peft.failure),
         compare("B6", "merge and verify", peft, verified, f"{name}, unverified"),
     ]
@@ -146,34 +131,25 @@ def memory(setup: Setup) -> Result:
     included). gpt2-xl needs about 13 GB of disk, and 7 GB of memory to make the random base.
     """
     (adapter,) = setup.adapters(1)
-    merge = _contestant(setup, "peftune, verified", "verified", adapter, dtype=setup.arguments.dtype)
-    setup.interleave([merge], at_once=False)
-    result = Result("merge", "peak memory of a verified merge", setup.settings()).add([merge])
-    result.rows = [row("merge", "peak of the process", "all", spread([r["peak"] / 1e6 for r in merge.rounds]), "MB")]
-    result.notes = [", ".join(f"{key} {value}" for key, value in merge.rounds[-1]["report"].items())]
+    verified = _contestant(setup, "peftune, verified", "verified", adapter, setup.arguments.dtype)
+    result = setup.measure("merge", "peak memory of a verified merge", [verified], at_once=False)
+    result.rows = [row("merge", "peak of the process", "all", [r["peak"] / 1e6 for r in verified.rounds], "MB")]
+    result.notes = [", ".join(f"{key} {value}" for key, value in verified.rounds[-1]["report"].items())]
     return result
 
 
 def load_worker(job: dict[str, Any], channel: Channel) -> None:
     """One round loads a base held in so many bits; the value is the megabytes that it takes."""
-    from transformers import GPT2LMHeadModel  # noqa: F401  # imported before memory is looked at
-
-    from peftune.model.base import Base
-    from peftune.model.load import DTYPES, footprint, load_model
-    from peftune.model.quantized import loading_options
-
     kind, quantize = job["kind"], None if job["kind"] in DTYPES else job["kind"]
     if quantize is not None:
         loading_options(quantize, "cpu")
         import bitsandbytes.nn  # noqa: F401
-    channel.ready(settings={"held as": kind})
-    for _ in channel.rounds():
+    for _ in channel.rounds(precision=kind):
         start = time.perf_counter()
         with largest(lambda: process_memory("RssAnon")) as peak:
             model = load_model(Base(Path(job["base"])), DTYPES.get(kind, DTYPES["bf16"]), quantize=quantize)
         seconds = time.perf_counter() - start
-        held = footprint(model.requires_grad_(False)).held
-        channel.answer(held / 1e6, peak=peak[0] / 1e6, seconds=seconds)
+        channel.send(value=footprint(model.requires_grad_(False)).held / 1e6, peak=peak[0] / 1e6, seconds=seconds)
 
 
 def loading(setup: Setup) -> Result:
@@ -185,12 +161,11 @@ def loading(setup: Setup) -> Result:
     mapped checkpoint, which the system takes back). What is not quantised is bf16.
     """
     job = {"base": str(setup.base)}
-    everyone = [Contestant(kind, "benchmarks.merge:load_worker", {**job, "kind": kind}, "MB") for kind in HELD_AS]
-    setup.interleave(everyone, at_once=False)
-    result = Result("loading", "memory of a base", setup.settings()).add(everyone)
+    everyone = [Contestant(kind, "benchmarks.merge:load_worker", {**job, "kind": kind}, "MB") for kind in PRECISIONS]
+    result = setup.measure("loading", "memory of a base", everyone, at_once=False)
     for c in everyone:
         for key, unit in (("peak", "MB"), ("seconds", "s")):
-            found = spread([r[key] for r in c.rounds]) if c.rounds else None
+            found = [r[key] for r in c.rounds]
             result.rows.append(row("loading", f"{key} while loading {c.name}", "before", found, unit, c.failure))
     return result
 
@@ -203,15 +178,7 @@ def error(setup: Setup) -> Result:
     Scores the built-in held-out documents with each way of holding a trained base: loss in nats per token, mean KL of
     its predictions from those of float32, and seconds to load it.
     """
-    import torch
-
-    from peftune.config.recipe import LoraSection
-    from peftune.data.sources.builtin import documents
-    from peftune.model.base import Base
-    from peftune.model.load import load_model
-    from peftune.model.lora import inject
-
-    base = Base(setup.base)
+    base, ranks = Base(setup.base), [int(rank) for rank in setup.arguments.ranks.split(",")]
     end = base.tokenizer.eos_token_id
     texts = [d.text for part in ("docs", "code") for d in documents(part, "heldout")[:12]]
     inputs = [torch.tensor([[end, *base.tokenizer(text)["input_ids"]]])[:, :256] for text in texts]
@@ -222,30 +189,23 @@ def error(setup: Setup) -> Result:
 
     full, result = (
         predictions(load_model(base)),
-        Result("error", "error of a quantised base", {"base": str(base.directory.name)}),
+        Result("error", "error of a quantised base", {"base": setup.base.name}),
     )
-    for kind in (None, "int8", "nf4"):
-        for rank in (0, *map(int, setup.arguments.ranks.split(","))) if kind else (0,):
-            start, model = time.perf_counter(), load_model(base, quantize=kind)
-            if rank:
-                model = inject(model, LoraSection(rank=rank, variant="loftq"), 0, base.weights.tensor).model.eval()
-            seconds, found = time.perf_counter() - start, predictions(model)
-            nats = [-p[:-1].gather(1, ids[0, 1:, None]).sum() for p, ids in zip(found, inputs, strict=True)]
-            kl = [(p.exp() * (p - q)).sum() for p, q in zip(full, found, strict=True)]
-            loss = float(sum(nats)) / sum(ids.numel() - 1 for ids in inputs)
-            mean_kl = max(0.0, float(sum(kl))) / sum(ids.numel() for ids in inputs)
-            name = f"{kind or 'fp32'}, LoftQ rank {rank}" if rank else kind or "fp32"
-            result.notes.append(f"{name}: loss {loss:.4f} nats a token, KL {mean_kl:.2e}, {seconds:.1f} s")
+    for kind, rank in [(None, 0), *((kind, rank) for kind in ("int8", "nf4") for rank in (0, *ranks))]:
+        start, model = time.perf_counter(), load_model(base, quantize=kind)
+        if rank:
+            model = inject(model, LoraSection(rank=rank, variant="loftq"), 0, base.weights.tensor).model.eval()
+        seconds, found = time.perf_counter() - start, predictions(model)
+        nats = [-p[:-1].gather(1, ids[0, 1:, None]).sum() for p, ids in zip(found, inputs, strict=True)]
+        kl = [(p.exp() * (p - q)).sum() for p, q in zip(full, found, strict=True)]
+        loss = float(sum(nats)) / sum(ids.numel() - 1 for ids in inputs)
+        mean_kl = max(0.0, float(sum(kl))) / sum(ids.numel() for ids in inputs)
+        name = f"{kind or 'fp32'}{f', LoftQ rank {rank}' if rank else ''}"
+        result.notes.append(f"{name}: loss {loss:.4f} nats a token, KL {mean_kl:.2e}, {seconds:.1f} s")
     return result
 
 
-_XL: dict[str, Any] = {"shape": PRESETS["xl"], "rank": 16, "targets": "all", "rounds": 1, "warmup": 0}
-BENCHMARKS = {
-    "speed": Benchmark(speed, ADAPTER, {"shape": PRESETS["medium"]}),
-    "memory": Benchmark(memory, ADAPTER | {"dtype": {"default": "float32"}}, _XL),
-    "loading": Benchmark(loading, {}, {"rounds": 1, "warmup": 0}),
-    "error": Benchmark(error, {"base": {"default": "builtin:small"}, "ranks": {"default": "8,16,64"}}),
-}
+BENCHMARKS = {"speed": speed, "memory": memory, "loading": loading, "error": error}
 
 if __name__ == "__main__":
     main("merge", BENCHMARKS)

@@ -1,13 +1,13 @@
 """Two CPU ranks, started as a person starts them: bytes that travel in a step, bytes that each rank holds.
 
-Each group of ranks is started with `accelerate launch` and a shipped cpu-2*.yaml (`harness.two_ranks`).
+Each group of ranks is started with `accelerate launch` and a shipped cpu-2*.yaml (`launch`).
 
-Traffic: each group of ranks is in a network
-namespace of its own with nothing in it but a loopback device. What that device has sent is what the two ranks and their
-launcher have sent each other, TCP headers included. A run of 2N steps less one of N holds no start-up, evaluation or
-ending. Every way learns the same blocks twice: as one micro-batch a step, and as four. The base has random weights, two
-blocks of GPT-2's width and few tokens. `zero3-large` is ZeRO-3 that gives every weight back after its forward and
-gathers none ahead, as it does with most of a base that is far larger than its reuse distance of 200M weights.
+Traffic: each group of ranks is in a network namespace of its own with nothing in it but a loopback device. What that
+device has sent is what the two ranks and their launcher have sent each other, TCP headers included. A run of 2N steps
+less one of N holds no start-up, evaluation or ending. Every way learns the same blocks twice: as one micro-batch a
+step, and as four. The base has random weights, two blocks of GPT-2's width and few tokens. `zero3-large` is ZeRO-3 that
+gives every weight back after its forward and gathers none ahead, as it does with most of a base that is far larger than
+its reuse distance of 200M weights.
 
 The figures are of both directions together; a rank sends half. Theory for two ranks, with a trained elements in fp32,
 W bytes of base weights that ZeRO-3 shares out and s bytes of those that it replicates: reducing S bytes in a ring (or
@@ -24,27 +24,44 @@ Where a reduce-scatter is one (NCCL), ZeRO-3 sends 4a less. Linux only; exit cod
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import shutil
+import socket
+import struct
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from benchmarks.harness import two_ranks
+import psutil
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+
+from benchmarks.harness.corpus import write_corpus
 from benchmarks.harness.memory import MemoryGrowth, largest, tensor_bytes
-from benchmarks.harness.options import Benchmark, Setup, fresh, main
+from benchmarks.harness.options import Setup, fresh, main
 from benchmarks.harness.report import Result
-from benchmarks.harness.shapes import PRESETS
-from benchmarks.harness.two_ranks import CONFIGS, ROOT, bytes_sent
+from benchmarks.harness.workers import ROOT
+from peftune.config.recipe import LoraSection, Recipe, recipe_from
+from peftune.training import run
+from peftune.training.distributed import start
+from peftune.training.distributed.watchdog import watch_peers
+from peftune.training.memory_model import ZeroSettings, bytes_per_rank, shapes_of, shared_out
 
-if TYPE_CHECKING:
-    from transformers import GPT2Config
-
+CONFIGS = {"ddp": "cpu-2", "zero1": "cpu-2-zero1", "zero2": "cpu-2-zero2", "zero3": "cpu-2-zero3"}
+_OWN_NETWORK = ["unshare", "--user", "--map-root-user", "--net"]
+_UP = 0x1 | 0x8 | 0x40  # IFF_UP, IFF_LOOPBACK, IFF_RUNNING
+_SET_FLAGS = 0x8914  # SIOCSIFFLAGS
 MICRO_BATCHES = (1, 4)  # of each rank in a step
 BLOCKS = 8  # of a step, on both ranks
 IDLE_SECONDS = 12.0
 GATHERS = {"zero3": 1, "zero3-large": 2}  # of the base in a micro-batch
-HELD_AS = ("fp32", "bf16", "int8", "nf4")
+PRECISIONS, QUANTIZED = ("fp32", "bf16"), ("int8", "nf4")
 TOLERANCE = 0.05
 
 
@@ -57,7 +74,7 @@ def traffic(setup: Setup) -> Result:
     counted; what theory expects stands at the top of benchmarks/ranks.py. Linux only; exit code 2 where namespaces are
     not permitted.
     """
-    two_ranks.require_own_network()
+    require_own_network()
     a = setup.arguments
     elements, shared, replicated = sizes(a.rank)
     result = Result("traffic", "bytes a step", {"trained elements a": elements, "W": shared, "s": replicated})
@@ -70,23 +87,20 @@ def traffic(setup: Setup) -> Result:
 
 def traffic_of(setup: Setup, way: str) -> list[dict[str, Any]]:
     """A row for each number of micro-batches."""
-    from benchmarks.harness.bases import make_base
-
     rank, steps, folder = setup.arguments.rank, setup.arguments.steps, fresh(setup.root / way)
     a, shared, replicated = sizes(rank)
-    make_base(folder / "base", config())
-    two_ranks.write_text(folder / "text.txt", 60)
+    write_base(folder / "base")
     runs = [(MICRO_BATCHES[0], 1), *((many, n * steps) for many in MICRO_BATCHES for n in (1, 2))]
-    two_ranks.write_jobs(folder, [traffic_job(folder, f"run-{i}", *run, rank) for i, run in enumerate(runs)])
-    two_ranks.launch(config_of(way, folder), "traffic", folder, own_network=True)
-    figures = json.loads((folder / "figures.json").read_text())
+    fixed = {"base": str(folder / "base"), "data.block_size": 64, "lora.rank": rank, "run.precision": "fp32"}
+    fixed |= {"batch.global_size": BLOCKS}
+    recipes = [fixed | {"batch.micro_size": BLOCKS // 2 // many, "optim.steps": n} for many, n in runs]
+    launch(config_of(way, folder), folder, recipes, own_network=True)
+    figures = json.loads((folder / "rank-0.json").read_text())
     *runs_of_n, idle = figures[1:]  # connections are made in the first run
     rows = []
-    for number, many in enumerate(MICRO_BATCHES):
-        short, long = runs_of_n[2 * number : 2 * number + 2]
+    for many, short, long in zip(MICRO_BATCHES, runs_of_n[::2], runs_of_n[1::2], strict=True):
         expected = theory(way, many, a, shared, replicated)
-        a_step = (long["bytes"] - short["bytes"]) / steps
-        seconds = (long["seconds"] - short["seconds"]) / steps
+        a_step, seconds = ((long[key] - short[key]) / steps for key in ("bytes", "seconds"))
         chatter = idle["bytes"] / idle["seconds"] * seconds
         rows.append({
             "way": way, "micro-batches": many, "measured": round(a_step), "theory": expected,
@@ -105,17 +119,14 @@ def theory(way: str, micro_batches: int, a: int, shared: int, replicated: int) -
 
 def config() -> GPT2Config:
     """Matrices as large as those of GPT-2, few of them."""
-    from transformers import GPT2Config
-
     return GPT2Config(n_layer=2, vocab_size=2048, n_positions=128, bos_token_id=256, eos_token_id=256)
 
 
-def traffic_job(folder: Path, name: str, micro_batches: int, steps: int, rank: int) -> dict[str, Any]:
-    """A recipe that takes so many steps."""
-    return two_ranks.recipe(
-        folder, name, base=str(folder / "base"), data={"block_size": 64}, lora={"rank": rank}, optim={"steps": steps},
-        batch={"global_size": BLOCKS, "micro_size": BLOCKS // 2 // micro_batches}, run={"precision": "fp32"},
-    )  # fmt: skip
+def write_base(directory: Path) -> None:
+    """Random weights, and a tokenizer of single bytes: no vocabulary of text fits into so few rows."""
+    GPT2LMHeadModel(config()).save_pretrained(directory)
+    symbols = {symbol: number for number, symbol in enumerate(sorted(ByteLevel.alphabet()))}
+    GPT2Tokenizer(vocab=symbols, merges=[]).save_pretrained(directory)
 
 
 def config_of(way: str, folder: Path) -> Path:
@@ -125,46 +136,16 @@ def config_of(way: str, folder: Path) -> Path:
     zero3 = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
     zero3["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
     (folder / "zero3.json").write_text(json.dumps(zero3))
-    shipped = (ROOT / "accelerate_configs" / f"{CONFIGS['zero3']}.yaml").read_text()
-    config = folder / "zero3-large.yaml"
+    shipped, config = config_of("zero3", folder).read_text(), folder / "zero3-large.yaml"
     config.write_text(shipped.replace("ds_configs/zero3.json", str(folder / "zero3.json")))
     return config
 
 
 def sizes(rank: int) -> tuple[int, int, int]:
     """Trained elements, and bytes of the base in fp32 that ZeRO-3 shares out and that it replicates."""
-    from peftune.config.recipe import LoraSection
-    from peftune.training.memory_model import ZeroSettings, shapes_of, shared_out
-
     shapes = shapes_of(config(), LoraSection(rank=rank))
     shared = sum(shared_out(shapes, ZeroSettings()))
     return shapes.adapter, 4 * shared, 4 * (sum(shapes.frozen()) - shared)
-
-
-def traffic_worker(folder: Path) -> None:
-    """Train every recipe of `folder`/jobs.json on one group of ranks; the first rank writes what travelled in each."""
-    import torch
-
-    from peftune.config.recipe import recipe_from
-    from peftune.training import run
-    from peftune.training.distributed import zero
-    from peftune.training.distributed.watchdog import watch_peers
-
-    figures = []
-    with zero.process_group():
-        for values in json.loads((folder / "jobs.json").read_text()):
-            before, start = bytes_sent(), time.monotonic()
-            run.train(recipe_from(values, []))
-            torch.distributed.barrier()
-            figures.append({"bytes": bytes_sent() - before, "seconds": time.monotonic() - start})
-        accelerator = zero.start([], str(folder))
-        with watch_peers(accelerator):  # nothing but the beats of the watchdog and the launcher's own
-            before = bytes_sent()
-            time.sleep(IDLE_SECONDS)
-            figures.append({"bytes": bytes_sent() - before, "seconds": IDLE_SECONDS})
-            torch.distributed.barrier()
-        if accelerator.is_main_process:
-            (folder / "figures.json").write_text(json.dumps(figures))
 
 
 def memory(setup: Setup) -> Result:
@@ -184,9 +165,8 @@ def memory(setup: Setup) -> Result:
 
     Ends with code 1 where one of the first three is off by more than 5 %, or more was gathered than foreseen.
     """
-    a = setup.arguments
     result = Result("ranks", "bytes of a rank", setup.settings())
-    rows = [row for way in a.ways.split(",") for row in memory_of(setup, way)]
+    rows = [row for way in setup.arguments.ways.split(",") for row in memory_of(setup, way)]
     result.notes = [", ".join(f"{key} {_megabytes(value)}" for key, value in row.items()) for row in rows]
     if wrong := [problem for row in rows for problem in problems(row)]:
         print(result.description())
@@ -202,46 +182,35 @@ def _megabytes(value: Any) -> str:
 
 def memory_of(setup: Setup, way: str) -> list[dict[str, Any]]:
     """A row for each way of holding the base; ZeRO-3 refuses quantised ones."""
-    from peftune.config.recipe import LoraSection
-    from peftune.training.memory_model import bytes_per_rank, shapes_of
-
     rank, folder = setup.arguments.rank, fresh(setup.root / way)
     shapes = shapes_of(setup.arguments.shape.config(), LoraSection(rank=rank))
-    held_as = HELD_AS[:2] if way == "zero3" else HELD_AS
+    kinds: list[tuple[Any, Any]] = [(precision, None) for precision in PRECISIONS]
+    kinds += [("bf16", kind) for kind in QUANTIZED if way != "zero3"]
+    fixed = {"base": str(setup.base), "data.block_size": 128, "lora.rank": rank, "optim.steps": 3}
+    fixed |= {"batch.global_size": 4, "batch.micro_size": 1}
+    recipes = [fixed | {"run.precision": precision, "quantize": kind} for precision, kind in kinds]
+    launch(config_of(way, folder), folder, recipes)
     rows = []
-    two_ranks.write_text(folder / "text.txt", 30)
-    two_ranks.write_jobs(folder, [memory_job(folder, setup.base, kind, rank) for kind in held_as])
-    two_ranks.launch(ROOT / "accelerate_configs" / f"{CONFIGS[way]}.yaml", "memory", folder)
-    for number, kind in enumerate(held_as):
+    for number, (precision, quantize) in enumerate(kinds):
         looked_at = [json.loads((folder / f"rank-{r}.json").read_text())[number] for r in (0, 1)]
-        events = [json.loads(line) for line in (folder / kind / "metrics.jsonl").read_text().splitlines()]
-        ranks = next(event for event in events if event["event"] == "memory")["bytes_per_rank"]
-        start = next(event for event in events if event["event"] == "start")
-        weights = max(rank["parameters"] for rank in ranks)
-        if kind in HELD_AS[2:]:  # the event "memory" leaves out the scales
-            weights = start["base_bytes"] + 4 * shapes.adapter
-        quantize = kind if kind in HELD_AS[2:] else None
-        foreseen = bytes_per_rank(shapes, way, 2, "bf16" if quantize else kind, quantize)
+        lines = (folder / f"run-{number}" / "metrics.jsonl").read_text().splitlines()
+        events = {event["event"]: event for event in map(json.loads, lines)}
+        held = {key: max(each[key] for each in events["memory"]["bytes_per_rank"]) for key in
+                ("parameters", "optimizer_state", "gradient")}  # fmt: skip
+        if quantize:  # the event "memory" leaves out the scales
+            held["parameters"] = events["start"]["base_bytes"] + 4 * shapes.adapter
+        seen = {key: max(look[key] for look in looked_at) for key in ("tensors", "gathered", "growth")}
+        foreseen = bytes_per_rank(shapes, way, 2, precision, quantize)  # type: ignore[arg-type]
         rows.append({
-            "way": way, "base": kind,
-            "weights": [weights, foreseen.base + foreseen.adapter],
-            "optimizer": [max(rank["optimizer_state"] for rank in ranks), foreseen.optimizer_state],
-            "gradient": [max(rank["gradient"] for rank in ranks), foreseen.gradient],
-            "all tensors": [max(look["tensors"] for look in looked_at), foreseen.held],
-            "gathered": [max(look["gathered"] for look in looked_at), foreseen.gathered if way == "zero3" else 0],
-            "resident growth": max(look["growth"] for look in looked_at),
+            "way": way, "base": quantize or precision,
+            "weights": [held["parameters"], foreseen.base + foreseen.adapter],
+            "optimizer": [held["optimizer_state"], foreseen.optimizer_state],
+            "gradient": [held["gradient"], foreseen.gradient],
+            "all tensors": [seen["tensors"], foreseen.held],
+            "gathered": [seen["gathered"], foreseen.gathered if way == "zero3" else 0],
+            "resident growth": seen["growth"],
         })  # fmt: skip
     return rows
-
-
-def memory_job(folder: Path, base: Path, kind: str, rank: int) -> dict[str, Any]:
-    """Three steps of two short blocks on each rank."""
-    precision = "fp32" if kind == "fp32" else "bf16"
-    return two_ranks.recipe(
-        folder, kind, base=str(base), quantize=kind if kind in HELD_AS[2:] else None, data={"block_size": 128},
-        lora={"rank": rank}, optim={"steps": 3}, batch={"global_size": 4, "micro_size": 1},
-        run={"precision": precision},
-    )  # fmt: skip
 
 
 def problems(row: dict[str, Any]) -> list[str]:
@@ -257,55 +226,91 @@ def problems(row: dict[str, Any]) -> list[str]:
     return wrong
 
 
-def memory_worker(folder: Path) -> None:
-    """Train every recipe of `folder`/jobs.json on one group of ranks; each rank writes what it held in each."""
-    from peftune.training.setup import Session
+def worker(folder: Path) -> None:
+    """Train every recipe of `folder` on one group of ranks; each rank writes what travelled in each, and what it held.
 
-    from peftune.config.recipe import recipe_from
-    from peftune.training import run
-    from peftune.training.distributed import zero
+    Last comes a rest, in which nothing travels but the beats of the watchdog and the launcher's own.
+    """
+    looks: list[dict[str, float]] = []
+    export, train_step = run.export, run.train_step
 
-    looks: list[dict[str, int]] = []
-    deliver, train_step, known = run.deliver, run.train_step, {"before": 0, "gathered": 0}
+    def export_and_look(running: run.Run) -> run.Delivery:
+        looks[-1]["tensors"] += tensor_bytes()
+        return export(running)
 
-    def deliver_and_look(session: Session) -> run.Delivery:
-        looks[-1]["tensors"] = tensor_bytes() - known["before"]
-        return deliver(session)
-
-    def step_and_look(session: Session, stop: Any) -> Any:
-        parameters = [p for p in session.adapted.model.parameters() if hasattr(p, "ds_tensor")]
+    def step_and_look(inputs: Any, state: Any, forward: Any, *rest: Any) -> Any:
+        parameters = [p for p in forward.module.parameters() if hasattr(p, "ds_tensor")]
         with largest(lambda: sum(p.numel() * p.element_size() for p in parameters)) as most:
-            result = train_step(session, stop)
+            result = train_step(inputs, state, forward, *rest)
         looks[-1]["gathered"] = max(looks[-1]["gathered"], most[0])
         return result
 
-    run.deliver, run.train_step = deliver_and_look, step_and_look
-    with zero.process_group():
-        for values in json.loads((folder / "jobs.json").read_text()):
-            known["before"] = tensor_bytes()
-            growth = MemoryGrowth()
-            growth.before_first_step()
-            looks.append({"gathered": 0})
-            run.train(recipe_from(values, []))
-            looks[-1]["growth"] = growth.grown() or 0
-        rank = zero.start([], str(folder)).process_index
-    (folder / f"rank-{rank}.json").write_text(json.dumps(looks))
+    run.export, run.train_step = export_and_look, step_and_look
+    with start.process_group():
+        for recipe in recipes_of(folder):
+            looks.append({"bytes": -bytes_sent(), "gathered": 0, "tensors": -tensor_bytes()})
+            growth, begun = MemoryGrowth().begin(), time.monotonic()
+            run.train(recipe)
+            torch.distributed.barrier()
+            looks[-1] |= {"growth": growth.grown() or 0, "seconds": time.monotonic() - begun}
+            looks[-1]["bytes"] += bytes_sent()
+        accelerator = start.start([], str(folder))
+        with watch_peers(accelerator):
+            looks.append({"bytes": -bytes_sent(), "seconds": IDLE_SECONDS})
+            time.sleep(IDLE_SECONDS)
+            looks[-1]["bytes"] += bytes_sent()
+            torch.distributed.barrier()
+    (folder / f"rank-{accelerator.process_index}.json").write_text(json.dumps(looks))
 
 
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "rank": {"type": int, "default": 16, "help": "of the adapter"},
-    "targets": {"default": "c_attn", "help": "of the adapter: what recipes adapt by default"},
-    "steps": {"type": int, "default": 3, "help": "N: runs of N and 2N steps are compared"},
-}
-_ALL = {"ways": {"default": ",".join(CONFIGS), "help": "with commas"}}
-_WITH_LARGE = {"ways": {"default": ",".join([*CONFIGS, "zero3-large"]), "help": "with commas"}}
-BENCHMARKS = {
-    "traffic": Benchmark(traffic, _OPTIONS | _WITH_LARGE, {"shape": PRESETS["tiny"]}),
-    "memory": Benchmark(memory, _OPTIONS | _ALL),
-}
+def launch(config: Path, folder: Path, recipes: list[dict[str, Any]], own_network: bool = False) -> None:
+    """Run a worker over recipes on two ranks, as a person would."""
+    write_corpus(folder / "text.jsonl", megabytes=0.05)
+    (folder / "recipes.json").write_text(json.dumps(recipes), encoding="utf-8")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += [__file__, "rank", str(folder)]
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    settings |= {"PEFTUNE_CACHE": str(folder / "cache"), "GLOO_SOCKET_IFNAME": "lo"}
+    if own_network:  # where nothing but one loopback device is, unused so far
+        command = [*_OWN_NETWORK, sys.executable, __file__, "in-network", *command]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{done.stderr[-4000:]}\n{config.name}: the ranks ended with {done.returncode}")
+
+
+def recipes_of(folder: Path) -> Iterator[Recipe]:
+    """What a rank is to train, one after the other: `base` and the like, by keys with dots."""
+    for number, keys in enumerate(json.loads((folder / "recipes.json").read_text())):
+        fixed = {"data.train": str(folder / "text.jsonl"), "data.validation": 0}
+        fixed |= {"run.out": str(folder / f"run-{number}"), "run.eval_every": 0, "run.save_every": 0}
+        yield recipe_from({}, [f"{key}={json.dumps(value)}" for key, value in {**fixed, **keys}.items()])
+
+
+def require_own_network() -> None:
+    """End with one line and code 2 where the system gives nobody a network of his own."""
+    if shutil.which("unshare") is None or subprocess.run([*_OWN_NETWORK, "true"], stderr=subprocess.DEVNULL).returncode:
+        print("cannot count bytes here: network namespaces are not permitted (Linux, `unshare`)", file=sys.stderr)
+        sys.exit(2)
+
+
+def bytes_sent() -> int:
+    """What the loopback device of this network has sent; both ends of every connection are here."""
+    return int(psutil.net_io_counters(pernic=True, nowrap=False)["lo"].bytes_sent)
+
+
+def switch_on_loopback() -> None:
+    """A new network begins with its only device off."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, _SET_FLAGS, struct.pack("16sh14x", b"lo", _UP))
+
+
+BENCHMARKS = {"traffic": traffic, "memory": memory}
 
 if __name__ == "__main__":
-    if sys.argv[1] in ("traffic-rank", "memory-rank"):
-        {"traffic-rank": traffic_worker, "memory-rank": memory_worker}[sys.argv[1]](Path(sys.argv[2]))
+    if sys.argv[1] == "in-network":
+        switch_on_loopback()
+        os.execvp(sys.argv[2], sys.argv[2:])
+    elif sys.argv[1] == "rank":
+        worker(Path(sys.argv[2]))
     else:
         main("ranks", BENCHMARKS)

@@ -7,16 +7,29 @@ one (`--tune`) can only raise the bar.
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from benchmarks.harness import curves, gradients, machine, startup
-from benchmarks.harness.options import FULL_BLOCKS, TRAINING, Benchmark, Setup, main
-from benchmarks.harness.report import Result, Spread, compare, fastest, ratio, row, spread
-from benchmarks.harness.shapes import PRESETS, adapted_linears, context_of, work_per_token
-from benchmarks.harness.workers import Contestant
+from benchmarks.curves import cost_of_a_token
+from benchmarks.harness import machine
+from benchmarks.harness.options import Setup, main
+from benchmarks.harness.ours import gate, gradient_contestant
+from benchmarks.harness.report import Result, compare, fastest, row
+from benchmarks.harness.shapes import adapted_linears, context_of, target_modules, work_per_token
+from benchmarks.harness.workers import Channel, Contestant
 
+_PATIENCE = 600.0  # seconds until a command that reports no step is given up
 RAGGED, FULL = "train small, ragged documents", "train medium, full blocks"
 
 
@@ -24,16 +37,16 @@ def measured(
     setup: Setup, target: str, title: str, ours: list[Contestant], at_once: bool = True
 ) -> tuple[Result, list[Contestant], Contestant]:
     """Gate, then rounds in turns, the calibration among them; the result, the peers, and the calibration."""
-    gate = gradients.passed(setup)
-    peers, peak = [setup.peer(peer) for peer in setup.arguments.chosen_peers], machine.calibration(setup)
-    setup.interleave([*ours, *peers, peak], at_once)
-    return Result(target, title, setup.settings(), gate).add([*ours, *peers, peak]), peers, peak
+    checked = gate(setup)
+    peers, peak = [setup.peer(peer) for peer in setup.arguments.peers], machine.calibration(setup)
+    result = setup.measure(target, title, [*ours, *peers, peak], at_once)
+    return replace(result, gate=checked), peers, peak
 
 
 def ours_both_ways(setup: Setup) -> list[Contestant]:
     """peftune as it comes, and with `run.fast=false` where the command leaves that key open."""
     slow = not any(key.startswith("run.fast=") for key in setup.arguments.ours)
-    return [setup.ours(), *([setup.ours("peftune run.fast=false", ("run.fast=false",))] if slow else [])]
+    return [setup.ours(), *([setup.ours("peftune run.fast=false", "run.fast=false")] if slow else [])]
 
 
 def ragged(setup: Setup) -> Result:
@@ -49,7 +62,6 @@ def ragged(setup: Setup) -> Result:
         result.rows.append(compare("B1 tuned", RAGGED, ours, best, tuned))
         result.rows.append(compare("B1 tuned, second goal", f"{RAGGED}, second goal", ours, best, tuned))
     result.rows += [compare("B1", RAGGED, ours, other) for other in slow]
-    result.notes.append(f"litgpt {machine.LITGPT}")
     return result
 
 
@@ -80,14 +92,11 @@ def memory(setup: Setup) -> Result:
     """
     title, everyone = "growth of memory in a step", ours_both_ways(setup)
     result, peers, _ = measured(setup, "B3", title, everyone, at_once=False)
-    grown = {c.name: [found["grown"] for found in c.rounds] for c in (*everyone, *peers)}
-    for name, sizes in grown.items():
-        if sizes and None not in sizes:
-            result.notes.append(f"{name} grew by {[round(size / 1e6) for size in sizes]} MB")
+    grown = {c.name: [found["grown"] for found in c.rounds if found["grown"]] for c in (*everyone, *peers)}
+    result.notes = [f"{n} grew by {[round(size / 1e6) for size in sizes]} MB" for n, sizes in grown.items() if sizes]
     for peer in peers:
-        both = list(zip(grown["peftune"], grown[peer.name], strict=False))
-        share = spread([a / b for a, b in both]) if both and all(a and b for a, b in both) else None
-        result.rows.append(row(f"B3 {peer.name}", title, peer.name, share, reason=peer.failure))
+        shares = [a / b for a, b in zip(grown["peftune"], grown[peer.name], strict=False)]
+        result.rows.append(row(f"B3 {peer.name}", title, peer.name, shares, reason=peer.failure))
     return result
 
 
@@ -104,11 +113,11 @@ def peak(setup: Setup) -> Result:
     a = setup.arguments
     work = work_per_token(a.shape, context_of(setup.lengths), a.rank, adapted_linears(a.targets)).total
     result.settings["GFLOP per token"] = round(work / 1e9, 4)
-    shares = [spread([100e-9 * v * work / p for v, p in zip(c.values(), limit.values(), strict=True)]) for c in ours]
-    goals = [("B4 share", f"share of bf16 peak, {ours[0].name}", shares[0])]
-    goals += [("B4", f"share of bf16 peak, {c.name}", share) for c, share in list(zip(ours, shares, strict=True))[1:]]
-    goals += [("B4 share, second goal", "share of bf16 peak, second goal", shares[0])]
-    result.rows = [row(key, what, "calibrated GEMM", share, "%") for key, what, share in goals]
+    shares = {c.name: [100e-9 * v * work / p for v, p in zip(c.values(), limit.values(), strict=True)] for c in ours}
+    for i, (name, share) in enumerate(shares.items()):
+        result.rows.append(row("B4" if i else "B4 share", f"share of bf16 peak, {name}", "calibrated GEMM", share, "%"))
+    goal = "share of bf16 peak, second goal"
+    result.rows.append(row("B4 share, second goal", goal, "calibrated GEMM", shares["peftune"], "%"))
     return result
 
 
@@ -122,7 +131,7 @@ def gpu(setup: Setup) -> Result:
     """
     what = "train small on a GPU, ragged documents"
     if setup.arguments.device != "cuda" or not torch.cuda.is_available():
-        absent = row("B11 tuned", what, "TRL, tuned", None, reason="no CUDA device")
+        absent = row("B11 tuned", what, "TRL, tuned", [], reason="no CUDA device")
         return Result("B11", what, {"shape": str(setup.arguments.shape)}, rows=[absent])
     ours, *slow = ours_both_ways(setup)
     result, peers, _ = measured(setup, "B11", what, [ours, *slow])
@@ -130,11 +139,11 @@ def gpu(setup: Setup) -> Result:
         result.rows = [compare("B11 tuned", what, ours, best)]
     else:
         reason = "no peer ran: " + "; ".join(peer.failure or "" for peer in peers)
-        result.rows = [row("B11 tuned", what, "TRL, tuned", None, reason=reason)]
+        result.rows = [row("B11 tuned", what, "TRL, tuned", [], reason=reason)]
     name = torch.cuda.get_device_name()
     kind = "H100" if "H100" in name else name  # the goal is for an H100; other devices get a row without one
-    rate = spread([value / 1000 for value in ours.values()])
-    result.rows.append(row(f"B11 {kind}", what, kind, rate, "thousand tok/s"))
+    rates = [value / 1000 for value in ours.values()]
+    result.rows.append(row(f"B11 {kind}", what, kind, rates, "thousand tok/s"))
     return result
 
 
@@ -143,16 +152,14 @@ def quantized(setup: Setup) -> Result:
 
     python -m benchmarks.train quantized [--shape medium] [--batch 2]
     """
-    precision = ("run.precision=bf16",)
-    bf16 = setup.ours("bf16", precision)
-    packed = [setup.ours(kind, precision, must_run=False, quantize=kind) for kind in ("int8", "nf4")]
+    bf16 = setup.ours("bf16", "run.precision=bf16")
+    packed = [setup.ours(kind, "run.precision=bf16", must_run=False, quantize=kind) for kind in ("int8", "nf4")]
     result, _, _ = measured(setup, "B12", "quantised base, medium", [bf16, *packed])
     for c in packed:
-        share = c.facts["base_bytes"] / bf16.facts["base_bytes"] if c.rounds else None
-        held = None if share is None else Spread(share, share, share)
+        share = [c.facts["base_bytes"] / bf16.facts["base_bytes"]] if c.rounds else []
         result.rows += [
             compare(f"B12 speed {c.name}", f"speed on a base in {c.name}", c, bf16, "our bf16"),
-            row(f"B12 memory {c.name}", f"memory of a base in {c.name}", "our bf16", held, reason=c.failure),
+            row(f"B12 memory {c.name}", f"memory of a base in {c.name}", "our bf16", share, reason=c.failure),
         ]
     return result
 
@@ -169,8 +176,7 @@ def compiled(setup: Setup) -> Result:
     setup.arguments.ours = [*setup.arguments.ours, "run.compile=true"]
     fused = setup.ours("peftune run.compile=true")
     result, _, _ = measured(setup, "compile", "steps with and without run.compile", [plain, fused])
-    reason = str(fused.facts["settings"]["function"])
-    result.rows = [row("compile", "a step, compiled", "as it comes", ratio(fused, plain), reason=reason)]
+    result.rows = [compare("compile", "a step, compiled", fused, plain, "as it comes")]
     return result
 
 
@@ -181,37 +187,98 @@ def right_gradients(setup: Setup) -> Result:
 
     It is also the gate of the other training targets: they time nothing before it is passed.
     """
-    judge = gradients.contestant(setup)
-    setup.interleave([judge])
-    result = Result("B5", "gradients, packed against document by document", setup.settings()).add([judge])
+    judge = gradient_contestant(setup)
+    result = setup.measure("B5", "gradients, packed against document by document", [judge])
     for precision, worst in judge.rounds[0]["worst"].items():
-        what, found = f"gradients in {precision}, worst matrix", Spread(worst, worst, worst)
-        result.rows.append(row(f"B5 {precision}", what, "PEFT fp32, per document", found, "rel."))
+        what = f"gradients in {precision}, worst matrix"
+        result.rows.append(row(f"B5 {precision}", what, "PEFT fp32, per document", [worst], "rel."))
     return result
 
 
-_MEDIUM: dict[str, Any] = {"shape": PRESETS["medium"], "batch": 2, "documents": 60, "tokens": 2000, "gate_blocks": 1}
-_RAGGED_PEERS = (
-    "trl-default,trl-tuned,trl-tuned-wrapped,trl-tuned-by-length,trainer-default,trainer-tuned,trainer-tuned-by-length"
-)
-_MEMORY: dict[str, Any] = {
-    "peers": "peft-bf16,peft-fp32", "rounds": 3, "warmup": 0, "batch": 4, "documents": 40,
-}  # fmt: skip
-_CUDA_PEERS = "trl-cuda-flash,trl-cuda-sdpa,trl-cuda-compiled"
-_CUDA: dict[str, Any] = {"warmup": 2, "documents": 4000, "tokens": 200_000, "batch": 32, "block": 1024}
+def startup_worker(job: dict[str, Any], channel: Channel) -> None:
+    """One round starts the command once; the value is seconds until its first step, or its end where none is due."""
+    command, log = " ".join(Path(part).name if part[:1] == "/" else part for part in job["command"]), Path(job["log"])
+    for _ in channel.rounds(command=command):
+        shutil.rmtree(job["out"], ignore_errors=True)
+        start = time.perf_counter()
+        with log.open("wb") as output:
+            child = subprocess.Popen(job["command"], stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            _wait(child, Path(job["watched"]), job["sign"], log)
+            seconds = time.perf_counter() - start
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)  # the group that this process started
+                child.wait()
+        channel.send(value=seconds)
+
+
+def _wait(child: subprocess.Popen[bytes], watched: Path, sign: str | None, log: Path) -> None:
+    """Until the command has written `sign`; without one, until it ends."""
+    until, parent = time.monotonic() + _PATIENCE, os.getppid()
+    while time.monotonic() < until and os.getppid() == parent:  # an interrupted benchmark leaves nobody training
+        ended = child.poll() is not None  # before reading, so that the last words are read
+        if sign and watched.is_file() and sign in watched.read_text(encoding="utf-8", errors="replace"):
+            return
+        if ended and not sign and not child.returncode:
+            return
+        if ended:
+            lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            reason = next((line for line in lines if "Error: " in line), " ".join(lines[-1:]))
+            raise SystemExit(f"ended with {child.returncode}: {reason[:300]}")
+        time.sleep(0.01)
+    raise SystemExit(f"no step within {_PATIENCE:.0f} s, or interrupted")
+
+
+def startup(setup: Setup) -> Result:
+    """B13: how soon something happens: `peftune --help`, and the end of the first step of `train` and `trl sft`.
+
+    python -m benchmarks.train startup [--shape small] [--documents 8]
+
+    Both commands learn the same few documents, all of them in one step, with the same adapter on the same base; the
+    clock runs from the start of the process until the step is reported (a line in metrics.jsonl, a line with the loss
+    on TRL's output). The first start of a command, which fills caches, is a warm-up round.
+    """
+    a, root = setup.arguments, setup.root
+    recipe, data = root / "recipe.yaml", root / "data"
+    recipe.write_text(yaml.safe_dump(setup.recipe("peftune", batch={"global_size": a.documents})), encoding="utf-8")
+    data.mkdir(exist_ok=True)
+    shutil.copy(setup.documents, data / "train.jsonl")
+    modules = target_modules(a.targets)
+    if len(modules) == 1:  # a single name is a regular expression over full paths on TRL's command line
+        modules = [rf".*\.{modules[0]}"]
+    trl = [
+        str(Path(sys.executable).with_name("trl")), "sft", "--model_name_or_path", str(setup.base),
+        "--dataset_name", str(data), "--output_dir", str(root / "out-trl"), "--use_peft", "--lora_r", str(a.rank),
+        "--lora_target_modules", *modules, "--per_device_train_batch_size", str(a.documents),
+        *(["--use_cpu", "true"] if a.device == "cpu" else []), *shlex.split(a.trl),
+    ]  # fmt: skip
+    peftune = [sys.executable, "-m", "peftune"]
+    commands: dict[str, tuple[list[str], str, str | None]] = {
+        "peftune --help": ([*peftune, "--help"], "log-peftune", None),
+        "peftune train, first step": (
+            [*peftune, "train", str(recipe), *a.ours], "out-peftune/metrics.jsonl", '"event": "train"',
+        ),
+        "trl sft, first step": (trl, "log-trl", "'loss'"),
+    }  # fmt: skip
+    everyone = []
+    for name, (command, watched, sign) in commands.items():
+        whose = name.split()[0]
+        job = {"command": command, "watched": str(root / watched), "sign": sign}
+        job |= {"log": str(root / f"log-{whose}"), "out": str(root / f"out-{whose}")}
+        everyone.append(Contestant(name, "benchmarks.train:startup_worker", job, "s", must_run=whose == "peftune"))
+    result = setup.measure("B13", "start-up", everyone)
+    help_, ours, theirs = everyone
+    result.rows = [
+        row("B13 help", "peftune --help", "the clock", help_.values(), "s"),
+        compare("B13 train", "first step of train", ours, theirs, "trl sft"),
+    ]
+    return result
+
+
 BENCHMARKS = {
-    "ragged": Benchmark(ragged, TRAINING, {"peers": _RAGGED_PEERS}),
-    "full": Benchmark(full, TRAINING, FULL_BLOCKS | _MEDIUM | {"peers": "peft-bf16,trainer-tuned-2"}),
-    "memory": Benchmark(
-        memory, TRAINING, FULL_BLOCKS | _MEMORY
-    ),
-    "peak": Benchmark(peak, TRAINING, FULL_BLOCKS | {"documents": 80}),
-    "gradients": Benchmark(right_gradients, TRAINING, {"rounds": 1, "warmup": 0, "documents": 60, "gate_blocks": 4}),
-    "gpu": Benchmark(gpu, TRAINING, _CUDA | {"peers": _CUDA_PEERS}),
-    "quantized": Benchmark(quantized, TRAINING, FULL_BLOCKS | _MEDIUM | {"rounds": 3}),
-    "compiled": Benchmark(compiled, TRAINING),
-    "startup": Benchmark(startup.first_step, TRAINING | startup.OPTIONS, {"documents": 8}),
-    "curves": Benchmark(curves.cost_of_a_token, TRAINING | curves.OPTIONS, FULL_BLOCKS | curves.DEFAULTS),
+    "ragged": ragged, "full": full, "memory": memory, "peak": peak, "gradients": right_gradients, "gpu": gpu,
+    "quantized": quantized, "compiled": compiled, "startup": startup, "curves": cost_of_a_token,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Documents of a wanted length distribution, cut from real text: the same file for every contestant.
+"""What contestants work on: documents cut from real text, bases and adapters of random weights.
 
 A document is text whose tokens were counted after it was cut, so that whoever tokenises it again finds as many.
 peftune adds `<|endoftext|>` at both ends and scores all but the first; the peers add one at the end. A document of n
@@ -9,32 +9,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import random
-from collections.abc import Iterator
+import shutil
+import sys
+from bisect import bisect
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from statistics import NormalDist
+from statistics import fmean
 from typing import Any
 
+from benchmarks.harness.shapes import POSITIONS, Shape
 from peftune.config.recipe import Source
 from peftune.data.sources.read import read_documents
+from peftune.model.base import BUILTIN
 
-BUILTIN = ("builtin:docs/train", "builtin:code/train")
+CORPORA = ("builtin:docs/train", "builtin:code/train")
 SPREAD = 0.75
 """Standard deviation of the logarithm of lengths, before they are cut at the longest."""
 _SHORTEST = 4
 
 
 def write_documents(
-    path: Path,
-    tokenizer: Any,
-    count: int,
-    mean: float,
-    longest: int,
-    data: str | None = None,
-    seed: int = 0,
-    prompted: float = 0.0,
+    out: Path, tokenizer: Any, count: int, mean: float, longest: int, data: str = "", seed: int = 0, prompted: float = 0
 ) -> list[int]:
     """Write `count` documents as JSON lines; returns real tokens of each (at most `longest` - 1).
 
@@ -43,21 +40,37 @@ def write_documents(
     source is used up. `prompted` is the share of a document's tokens that become a prompt, unsupervised.
     """
     chance = random.Random(seed)
-    source = _endless(corpus_texts(data), tokenizer, chance)
-    median = _median(mean, longest)
-    lengths: list[int] = []
-    with open(path, "w", encoding="utf-8") as file:
+    texts = corpus_texts(data)
+    text, at, lengths = "\n\n".join(chance.sample(texts, len(texts))), 0, list[int]()
+    wanted = _lengths(count, mean, longest, chance)
+    with open(out, "w", encoding="utf-8") as file:
         while len(lengths) < count:
-            wanted = _length(median * chance.lognormvariate(0, SPREAD), longest)
-            text, found = _cut(source, tokenizer, wanted - 2)
-            if not text.strip() or found > longest - 2 or (mean >= longest and found != longest - 2):
-                continue  # cutting moved a token boundary
-            row = _parted(text, tokenizer, round(prompted * found)) if prompted else {"text": text}
-            if row is None:
+            tokens = wanted[len(lengths)] - 2
+            ahead = text[at : at + 8 * tokens + 64]
+            offsets = tokenizer(ahead, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+            if len(offsets) <= tokens:  # the end of the text, or tokens of unusual length
+                text, at = (text, at + len(ahead)) if at + len(ahead) < len(text) else (text + text, 0)
                 continue
-            file.write(json.dumps(row) + "\n")
-            lengths.append(found + 1)
+            first, end = round(prompted * tokens), offsets[tokens - 1][1]
+            split, at = offsets[first][0], at + end
+            row = {"prompt": ahead[:split], "completion": ahead[split:end]} if first else {"text": ahead[:end]}
+            sizes = [len(ids) for ids in tokenizer(list(row.values()), verbose=False)["input_ids"]]
+            if sizes in ([tokens], [first, tokens - first]) and all(part.strip() for part in row.values()):
+                file.write(json.dumps(row) + "\n")  # else cutting moved the border of a token
+                lengths.append(tokens + 1)
     return lengths
+
+
+def _lengths(count: int, mean: float, longest: int, chance: random.Random) -> list[int]:
+    """Tokens of each document in a block: scaled until their mean, after they are cut, is the wanted one."""
+    drawn = [chance.lognormvariate(0, SPREAD) for _ in range(count)]
+
+    def scaled(median: int) -> list[int]:
+        return [max(_SHORTEST, round(min(longest, median * factor))) for factor in drawn]
+
+    if mean >= longest:
+        return [longest] * count
+    return scaled(bisect(range(100 * longest), mean, key=lambda median: fmean(scaled(median))))
 
 
 def supervised_share(longest: int, prompted: float) -> float:
@@ -65,30 +78,25 @@ def supervised_share(longest: int, prompted: float) -> float:
     return 1 - round(prompted * (longest - 2)) / (longest - 1)
 
 
-def statistics_of(lengths: list[int]) -> dict[str, float]:
-    """What a reader needs to know of these documents."""
+def statistics_of(lengths: list[int], path: Path) -> dict[str, Any]:
+    """What a reader needs to know of these documents; the hash says whether two runs had the same."""
+    batches = (lengths[i : i + 8] for i in range(0, len(lengths), 8))
+    padded = sum(max(batch) * len(batch) for batch in batches)
     return {
-        "documents": len(lengths),
-        "real_tokens": sum(lengths),
-        "mean": round(sum(lengths) / len(lengths), 1),
-        "longest": max(lengths),
-        "padded_in_batches_of_8": round(1 - sum(lengths) / _padded(lengths, 8), 3),
-    }
+        "documents": len(lengths), "real_tokens": sum(lengths), "mean": round(fmean(lengths), 1),
+        "longest": max(lengths), "padded_in_batches_of_8": round(1 - sum(lengths) / padded, 3),
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:12],
+    }  # fmt: skip
 
 
-def digest(path: Path) -> str:
-    """Of the documents, so that two runs can be told to have had the same."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-
-
-def write_corpus(path: Path, megabytes: float, characters: int | None = None, data: str | None = None) -> int:
+def write_corpus(path: Path, megabytes: float, characters: int = 0, data: str = "") -> int:
     """Write JSON lines until their text is this large, repeating the corpus if need be; the number of documents.
 
     Documents are those of the corpus, or of so many characters each. Each ends with its number, so that no two are
     alike and no tokenizer's cache of whole texts helps anyone.
     """
     texts, written, documents = corpus_texts(data), 0, 0
-    if characters is not None:
+    if characters:
         text = "\n".join(texts)
         texts = [text[start : start + characters] for start in range(0, len(text) - characters, characters)]
     with open(path, "w", encoding="utf-8") as file:
@@ -101,59 +109,44 @@ def write_corpus(path: Path, megabytes: float, characters: int | None = None, da
     return documents
 
 
-def corpus_texts(data: str | None = None) -> list[str]:
+def corpus_texts(data: str = "") -> list[str]:
     """All documents of a file, or of the built-in corpora."""
-    sources = BUILTIN if data is None else (data,)
+    sources = (data,) if data else CORPORA
     return [document.text for name in sources for document in read_documents(Source(path=name), "auto")]
 
 
-def _endless(texts: list[str], tokenizer: Any, chance: random.Random) -> Iterator[tuple[str, list[tuple[int, int]]]]:
-    """Texts in random order with the offsets of their tokens, again and again."""
-    while True:
-        for i in chance.sample(range(len(texts)), len(texts)):
-            yield texts[i], tokenizer(texts[i], return_offsets_mapping=True, verbose=False)["offset_mapping"]
+def base_of_shape(root: Path, shape: Shape, tokenizer: str, seed: int) -> Path:
+    """A checkpoint of random weights (float32) with this tokenizer, made unless it is there."""
+    import torch
+    from transformers import AutoTokenizer, GPT2LMHeadModel
+
+    source = BUILTIN.get(tokenizer, Path(tokenizer))
+    directory = root / f"base-{shape.layers}-{shape.width}-{shape.heads}-{shape.vocabulary}-{source.name}-{seed}"
+    if (directory / "tokenizer.json").is_file():  # written last
+        return directory
+    loaded = AutoTokenizer.from_pretrained(source)
+    if len(loaded) > shape.vocabulary:
+        raise SystemExit(f"the tokenizer has {len(loaded):,} tokens, the shape only {shape.vocabulary:,} rows")
+    print(f"making a base: {shape}", file=sys.stderr)
+    torch.manual_seed(seed)
+    loaded.model_max_length = POSITIONS
+    GPT2LMHeadModel(shape.config(loaded.eos_token_id)).save_pretrained(directory)
+    loaded.save_pretrained(directory)
+    return directory
 
 
-def _median(mean: float, longest: int) -> float:
-    """Of lengths before they are cut, such that their mean after it is the wanted one; infinite for equal lengths."""
-    if mean >= longest:
-        return math.inf
-    quantiles = [math.exp(SPREAD * NormalDist().inv_cdf((i + 0.5) / 400)) for i in range(400)]
-    low, high = 0.0, 100.0 * longest
-    for _ in range(60):
-        middle = (low + high) / 2
-        found = sum(_length(middle * q, longest) for q in quantiles) / len(quantiles)
-        low, high = (middle, high) if found < mean else (low, middle)
-    return low
+def make_adapter(directory: Path, base: Path, rank: int, targets: Sequence[str]) -> None:
+    """A random adapter of a base, made anew."""
+    import torch
+    from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+    from safetensors.torch import save_file
+    from transformers import GPT2Config, GPT2LMHeadModel
 
-
-def _length(drawn: float, longest: int) -> int:
-    return longest if drawn >= longest else max(_SHORTEST, round(drawn))
-
-
-def _cut(texts: Iterator[tuple[str, list[tuple[int, int]]]], tokenizer: Any, wanted: int) -> tuple[str, int]:
-    """Text of about this many tokens, and how many it has when it is tokenised by itself."""
-    text, tokens = "", 0
-    while tokens < wanted:
-        source, offsets = next(texts)
-        take = min(wanted - tokens, len(offsets))
-        text += source[: offsets[take - 1][1]] if take else ""
-        tokens += take
-        if tokens < wanted:
-            text += "\n\n"
-            tokens += 1
-    return text, len(tokenizer(text, verbose=False)["input_ids"])
-
-
-def _parted(text: str, tokenizer: Any, tokens: int) -> dict[str, str] | None:
-    """Prompt of so many tokens and the rest; None where cutting moved a token boundary."""
-    offsets = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    cut = offsets[tokens][0]
-    row = {"prompt": text[:cut], "completion": text[cut:]}
-    sizes = [len(ids) for ids in tokenizer(list(row.values()), verbose=False)["input_ids"]]
-    return row if sizes == [tokens, len(offsets) - tokens] and text[cut:].strip() else None
-
-
-def _padded(lengths: list[int], batch: int) -> int:
-    groups = [lengths[i : i + batch] for i in range(0, len(lengths), batch)]
-    return sum(max(group) * len(group) for group in groups)
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets), fan_in_fan_out=True)
+    with torch.device("meta"):
+        model = inject_adapter_in_model(lora, GPT2LMHeadModel(GPT2Config.from_pretrained(base)))
+        shapes = get_peft_model_state_dict(model, save_embedding_layers=False)
+    shutil.rmtree(directory, ignore_errors=True)
+    lora.save_pretrained(directory)
+    tensors = {f"base_model.model.{name}": torch.randn(tensor.shape) * 0.01 for name, tensor in shapes.items()}
+    save_file(tensors, directory / "adapter_model.safetensors")

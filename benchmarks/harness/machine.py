@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import platform
-import statistics
-import time
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+import torch
+from torch.utils.benchmark import Timer
 
 from benchmarks.harness.workers import Channel, Contestant
 
@@ -17,56 +16,33 @@ if TYPE_CHECKING:
     from benchmarks.harness.options import Setup
     from benchmarks.harness.shapes import Shape
 
-_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
+_FLAGS = ("avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "neon", "bf16", "sve")
 _PACKAGES = (
     "torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers", "safetensors", "bitsandbytes",
     "litgpt", "peftune",
 )  # fmt: skip
-LITGPT = (
-    "not applicable: litgpt 0.5 has rotary positions only (no learned position embedding in litgpt/model.py, no GPT-2 "
-    "among its configurations), so it can neither load a GPT-2 nor compute one's function"
-)
 
 
 def describe() -> dict[str, Any]:
     """CPU, cores, instruction sets, memory, GPU, system and versions; nothing that names the machine or its user."""
-    import torch
-
-    fields = _cpu_fields()
-    flags = set(fields.get("flags", fields.get("Features", "")).split())
-    found = {
-        "cpu": fields.get("model name", platform.processor() or platform.machine()),
-        "cores": len(psutil.Process().cpu_affinity())
-        if hasattr(psutil.Process, "cpu_affinity")
-        else psutil.cpu_count(),
-        "instructions": [flag for flag in _FLAGS if flag in flags],
+    cpu: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    on_linux = hasattr(psutil.Process, "cpu_affinity")
+    return {
+        "cpu": cpu.get("cpu_name") or platform.processor() or platform.machine(),
+        "cores": len(psutil.Process().cpu_affinity()) if on_linux else psutil.cpu_count(),
+        "instructions": [flag for flag in _FLAGS if cpu.get(flag)],
         "memory_GB": round(psutil.virtual_memory().total / 1e9, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": versions(),
     }
-    return found
 
 
 def versions() -> dict[str, str]:
     """Installed versions of what is measured and what it stands on."""
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue  # an absent peer is reported where it would have run
-    return found
-
-
-def _cpu_fields() -> dict[str, str]:
-    path = Path("/proc/cpuinfo")
-    if not path.is_file():
-        return {}
-    lines = path.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
-    pairs = (line.partition(":") for line in lines)
-    return {key.strip(): value.strip() for key, _, value in pairs}
+    installed = {distribution.name: distribution.version for distribution in metadata.distributions()}
+    return {name: installed[name] for name in _PACKAGES if name in installed}
 
 
 def products(shape: Shape, rows: int) -> list[tuple[int, int, int]]:
@@ -78,37 +54,26 @@ def products(shape: Shape, rows: int) -> list[tuple[int, int, int]]:
     return [(rows, d, 3 * d), (rows, d, d), (rows, d, 4 * d), (rows, 4 * d, d), (2048, 2048, 2048)]
 
 
-def gemm_peak(sizes: list[tuple[int, int, int]], dtype: str, device: str, repeats: int = 5) -> dict[str, float]:
-    """GFLOP/s of each product (median of `repeats`), and `peak`, the best of them."""
-    import torch
-
+def gemm_peak(sizes: list[tuple[int, int, int]], dtype: torch.dtype, device: str) -> dict[str, float]:
+    """GFLOP/s of each product (median), and `peak`, the best of them."""
     rates = {}
     for rows, inner, columns in sizes:
-        x = torch.randn(rows, inner, device=device, dtype=getattr(torch, dtype))
-        w = torch.randn(inner, columns, device=device, dtype=getattr(torch, dtype))
-        seconds = [_timed(lambda x=x, w=w: x @ w, device) for _ in range(repeats + 2)][2:]
-        rates[f"{rows}x{inner}x{columns}"] = 2e-9 * rows * inner * columns / statistics.median(seconds)
+        x = torch.randn(rows, inner, device=device, dtype=dtype)
+        w = torch.randn(inner, columns, device=device, dtype=dtype)
+        rates[f"{rows}x{inner}x{columns}"] = 2e-9 * rows * inner * columns / _seconds("x @ w", x=x, w=w)
     return {**rates, "peak": max(rates.values())}
 
 
-def bandwidth(device: str, megabytes: int = 256, repeats: int = 5) -> float:
+def bandwidth(device: str) -> float:
     """GB/s of copying a tensor far larger than the caches: bytes read plus bytes written (median)."""
-    import torch
-
-    source = torch.ones(megabytes * 2**20, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    seconds = [_timed(lambda: target.copy_(source), device) for _ in range(repeats + 2)][2:]
-    return 2e-9 * source.numel() / statistics.median(seconds)
+    source = torch.ones(2**28, dtype=torch.uint8, device=device)
+    return 2e-9 * source.numel() / _seconds("target.copy_(source)", source=source, target=torch.empty_like(source))
 
 
-def _timed(work: Any, device: str) -> float:
-    import torch
-
-    start = time.perf_counter()
-    work()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def _seconds(work: str, **names: torch.Tensor) -> float:
+    """Median time, warm, CUDA's own included, on as many threads as this process has."""
+    timer = Timer(work, globals=names, num_threads=torch.get_num_threads())
+    return float(timer.blocked_autorange(min_run_time=0.2).median)
 
 
 def calibration(setup: Setup) -> Contestant:
@@ -120,8 +85,7 @@ def calibration(setup: Setup) -> Contestant:
 def worker(job: dict[str, Any], channel: Channel) -> None:
     """A contestant that calibrates: one round measures the GEMM peak in bf16 and fp32 and the bandwidth."""
     sizes = [tuple(size) for size in job["sizes"]]
-    channel.ready(settings={"sizes": job["sizes"], "device": job["device"]})
-    for _ in channel.rounds():
-        bf16 = gemm_peak(sizes, "bfloat16", job["device"])
-        fp32 = gemm_peak(sizes, "float32", job["device"])
-        channel.answer(value=bf16["peak"], bf16=bf16, fp32=fp32, bandwidth=bandwidth(job["device"]))
+    for _ in channel.rounds(sizes=job["sizes"], device=job["device"]):
+        bf16 = gemm_peak(sizes, torch.bfloat16, job["device"])
+        fp32 = gemm_peak(sizes, torch.float32, job["device"])
+        channel.send(value=bf16["peak"], bf16=bf16, fp32=fp32, bandwidth=bandwidth(job["device"]))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,6 @@ from benchmarks.harness.machine import describe
 from benchmarks.harness.workers import ROOT, Contestant
 
 Sense = Literal["at least", "at most", "information"]
-_SMALLEST, _LARGEST = 0.01, 1000.0
 
 
 @dataclass(frozen=True)
@@ -90,16 +90,18 @@ def targets() -> dict[str, Any]:
 
 
 def row(
-    key: str, what: str, against: str, measured: Spread | None, unit: str = "times", reason: str | None = None
+    key: str, what: str, against: str, values: Sequence[float], unit: str = "times", reason: str | None = None
 ) -> Row:
     """A row whose goal stands under `key` in targets.yaml, or that has none; the key's first word is the target."""
     sense, _, wanted = targets()["goals"].get(key, "information 0").rpartition(" ")
+    measured = spread(values) if values else None
     return Row(key.split()[0], what, against, measured, float(wanted), sense, unit, reason or "")
 
 
 def compare(key: str, what: str, over: Contestant, under: Contestant, against: str | None = None) -> Row:
     """A row of the ratio of two contestants, named after the second unless `against` is given."""
-    return row(key, what, against or under.name, ratio(over, under), reason=under.failure or over.failure)
+    found = row(key, what, against or under.name, [], reason=under.failure or over.failure)
+    return replace(found, measured=ratio(over, under))
 
 
 @dataclass
@@ -129,20 +131,35 @@ class Result:
 
     def values(self) -> dict[str, Any]:
         """As JSON keeps it."""
-        values = asdict(self)
-        for row, kept in zip(self.rows, values["rows"], strict=True):
-            kept["status"] = row.status
-        return values
+        return asdict(self) | {"rows": [asdict(row) | {"status": row.status} for row in self.rows]}
 
     def description(self) -> str:
         """The result as lines of text."""
-        lines = [f"{self.target}: {self.title}", *(f"  {key}: {value}" for key, value in self.settings.items())]
-        if self.gate:
-            lines.append("  gate: " + ", ".join(f"{key} {value}" for key, value in self.gate.items()))
-        for c in self.contestants:
-            lines.append(f"  {c['name']}: {figure(c)}")
-        lines += [f"  → {row.what} against {row.against}: {row.verdict()}" for row in self.rows]
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+        verdicts = [f"→ {row.what} against {row.against}: {row.verdict()}" for row in self.rows]
+        return "\n".join([*details(self.values()), "", *verdicts])
+
+
+def table_row(cells: Sequence[str]) -> str:
+    """Of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def details(result: dict[str, Any]) -> list[str]:
+    """Settings, gate, contestants and notes of a result, as lines of Markdown."""
+    lines = ["", f"### {result['target']}: {result['title']}", ""]
+    lines += [f"- {key}: {_flat(value)}" for key, value in result["settings"].items()]
+    if result["gate"]:
+        lines.append(f"- gate, before any timing: {_flat(result['gate'])}")
+    if result["contestants"]:
+        lines += ["", "| contestant | median (lowest to highest) | settings |", "|---|---|---|"]
+    lines += [table_row([c["name"], figure(c), _flat(c.get("settings", {}))]) for c in result["contestants"]]
+    return [*lines, *(f"\n{note}" for note in result["notes"])]
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_flat(inner)}" for key, inner in value.items() if inner not in (None, {}, []))
+    return ", ".join(map(_flat, value)) if isinstance(value, list) else str(value)
 
 
 def figure(contestant: dict[str, Any]) -> str:
@@ -151,11 +168,11 @@ def figure(contestant: dict[str, Any]) -> str:
     return f"{Spread(**figures)} {contestant['unit']}" if figures else f"not run: {contestant['failure']}"
 
 
-def finish(result: Result, path: Path | None) -> None:
+def finish(result: Result, path: str | None) -> None:
     """Print the result for people; with a path also write it for machines."""
     print(result.description())
     if path is not None:
-        write_json(path, result.values())
+        write_json(Path(path), result.values())
         print(f"written: {path}", file=sys.stderr)
 
 
@@ -166,6 +183,22 @@ def write_json(path: Path, found: Any) -> None:
 
 def number(value: float) -> str:
     """Three significant digits, without an exponent where a person would not write one."""
-    if abs(value) < _SMALLEST:
+    if abs(value) < 0.01:
         return f"{value:.2g}"
-    return f"{value:,.0f}" if abs(value) >= _LARGEST / 10 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+@contextmanager
+def drawn(path: Path, size: tuple[float, float], rows: int = 1, columns: int = 1) -> Iterator[list[Any]]:
+    """The axes of a picture, which is written to `path` (png, svg) at the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    yield list(axes.flat)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -6,7 +6,8 @@ V: vocabulary, T: tokens that a token may look back on, a: elements of the adapt
 
 from __future__ import annotations
 
-import argparse
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,11 +28,13 @@ class Shape:
     heads: int
     vocabulary: int = 50257
 
-    def config(self) -> GPT2Config:
-        """The configuration, dropouts as GPT-2 ships them (0.1), so that a peer's default is what users get."""
+    def config(self, end: int = 0) -> GPT2Config:
+        """The configuration, dropouts as GPT-2 ships them (0.1), so that a peer's default is what users get.
+
+        `end` is the id of `<|endoftext|>`: GPT-2's own is not in every vocabulary.
+        """
         from transformers import GPT2Config
 
-        end = self.vocabulary - 1  # else GPT-2's own, which a smaller vocabulary does not have
         return GPT2Config(
             n_layer=self.layers, n_embd=self.width, n_head=self.heads, vocab_size=self.vocabulary,
             n_positions=POSITIONS, bos_token_id=end, eos_token_id=end,
@@ -54,23 +57,18 @@ def parse_shape(text: str) -> Shape:
     """A preset, or LAYERS,WIDTH,HEADS[,VOCABULARY]; ValueError tells what was expected."""
     if text in PRESETS:
         return PRESETS[text]
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (3, 4) or min(numbers) < 1 or numbers[1] % numbers[2]:
-        raise ValueError(
-            f"shape {text!r}: expected {', '.join(PRESETS)}, or LAYERS,WIDTH,HEADS[,VOCABULARY] with heads | width"
-        )
-    return Shape(*numbers)
+    if re.fullmatch(r"[1-9]\d*(,[1-9]\d*){2,3}", text):
+        shape = Shape(*map(int, text.split(",")))
+        if shape.width % shape.heads == 0:
+            return shape
+    expected = f"{', '.join(PRESETS)}, or LAYERS,WIDTH,HEADS[,VOCABULARY] with heads | width"
+    raise ValueError(f"shape {text!r}: expected {expected}")
 
 
-def shape_argument(text: str) -> Shape:
-    """`parse_shape` for argparse."""
-    try:
-        return parse_shape(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def target_modules(text: str) -> list[str]:
+    """Module names for PEFT."""
+    everything = {"all": ["c_attn", "c_proj", "c_fc"], "attention": ["attn.c_attn", "attn.c_proj"]}
+    return everything.get(text) or text.split(",")
 
 
 @dataclass(frozen=True)
@@ -88,20 +86,15 @@ class Work:
 
 
 def work_per_token(
-    shape: Shape,
-    context: float,
-    rank: int,
-    targets: tuple[str, ...] = ("c_attn",),
-    supervised: float = 1.0,
-    lowest: int = 0,
+    shape: Shape, context: float, rank: int, targets: Sequence[str] = ("c_attn",), supervised: float = 1, first: int = 0
 ) -> Work:
     """4N + 6TdL + 6a for frozen weights: one product forward and one for the hidden state's gradient, none for weights.
 
     `context`: T; for documents of unequal length Σn²/Σn (a token sees half its document on average, which the 6
-    contains). `supervised`: share of tokens that need the head. `lowest`: first adapted block; below it there is no
+    contains). `supervised`: share of tokens that need the head. `first`: the lowest adapted block; below it there is no
     backward. `targets`: names of the adapted linear layers (keys of LINEARS).
     """
-    backward = (shape.layers - lowest) / shape.layers
+    backward = (shape.layers - first) / shape.layers
     matrices = 12 * shape.layers * shape.width**2
     attention = context * shape.width * shape.layers
     a_layer = sum(rank * shape.width * sum(LINEARS[name]) for name in targets)
@@ -109,17 +102,13 @@ def work_per_token(
         blocks=2 * matrices * (1 + backward),
         head=4 * supervised * shape.vocabulary * shape.width,
         attention=2 * attention * (1 + 2 * backward),
-        adapter=6 * a_layer * (shape.layers - lowest),
+        adapter=6 * a_layer * (shape.layers - first),
     )
 
 
 def adapted_linears(targets: str) -> tuple[str, ...]:
     """Keys of LINEARS that `lora.targets` of a recipe, or a list of module names with commas, means."""
-    if targets == "all":
-        return tuple(LINEARS)
-    if targets == "attention":
-        return "c_attn", "attn.c_proj"
-    names = [name.strip() for name in targets.split(",")]
+    names = target_modules(targets)
     return tuple(key for key in LINEARS if any(key.endswith(n) or n.endswith(key) for n in names))
 
 

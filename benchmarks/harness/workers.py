@@ -17,52 +17,44 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
 
 class Channel:
-    """The contestant's end: `ready` once, then an answer for every round."""
+    """The contestant's end: it sends `settings` once, then a `value` for every round, and whatever is worth keeping."""
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)  # whatever a library prints goes to stderr
 
-    def ready(self, **facts: Any) -> None:
-        """Loaded; `settings` are printed."""
-        self._say(facts)
-
-    def wait(self) -> bool:
-        """Sleep until the next round, without the memory that is free; False when there is none."""
-        _give_back_free_memory()
-        return sys.stdin.readline().strip() == "round"
-
-    def rounds(self) -> Iterator[None]:
-        """One turn for each round that is asked for."""
-        while self.wait():
-            yield
-
-    def answer(self, value: float, **facts: Any) -> None:
-        """The figure of this round, and what else is worth keeping."""
-        self._say({"value": value, **facts})
-
-    def _say(self, facts: dict[str, Any]) -> None:
+    def send(self, **facts: Any) -> None:
+        """Say that it is loaded, or what a round brought."""
         self._out.write(json.dumps(facts) + "\n")
         self._out.flush()
 
+    def rounds(self, **settings: Any) -> Iterator[None]:
+        """Loaded; one turn for each round that is asked for."""
+        self.send(settings=settings)
+        while self.wait():
+            yield
 
-def _give_back_free_memory() -> None:
-    """A sleeper that keeps gigabytes it does not use would make another run out (CUDA's cache; glibc's heap)."""
-    gc.collect()
-    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    def wait(self) -> bool:
+        """Sleep until the next round; False when there is none.
+
+        A sleeper that keeps gigabytes it does not use (CUDA's cache; glibc's heap) would make another run out.
+        """
+        gc.collect()
+        if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+        return sys.stdin.readline().strip() == "round"
 
 
 @dataclass
@@ -96,87 +88,66 @@ def interleave(
     before: for memory, where a sleeping neighbour would take some.
     """
     if not at_once:
-        for _ in range(rounds):
-            for contestant in contestants:
-                if contestant.failure is None:
-                    interleave([contestant], 1, warmup, environment)
+        for contestant in rounds * contestants:
+            if contestant.failure is None:
+                interleave([contestant], 1, warmup, environment)
         return
     with ExitStack() as stack:
         logs, running = Path(stack.enter_context(tempfile.TemporaryDirectory())), {}
-        for i, contestant in enumerate(contestants):
-            with _failures_noted(contestant):
-                running[contestant.name] = process = _Process(contestant, environment, logs / f"{i}.log")
-                stack.callback(process.end)
-                contestant.facts = process.read()
-                print(f"  {contestant.name}: {json.dumps(contestant.facts)}", file=sys.stderr)
-                for _ in range(warmup):
-                    process.round()
-        for number in range(rounds):
-            for contestant in (c for c in contestants if c.failure is None):
-                with _failures_noted(contestant):
-                    contestant.rounds.append(running[contestant.name].round())
-                    figure = f"{contestant.name} {contestant.rounds[-1]['value']:,.4g} {contestant.unit}"
-                    print(f"  round {number + 1} of {rounds}: {figure}", file=sys.stderr, flush=True)
+        for turn in range(rounds + 1):  # before the first round: start and warm up
+            for number, c in enumerate(contestants):
+                if c.failure is not None:
+                    continue
+                try:
+                    if turn:
+                        c.rounds.append(running[number].round())
+                        said = f"round {turn} of {rounds}: {c.name} {c.rounds[-1]['value']:,.4g} {c.unit}"
+                    else:
+                        running[number] = stack.enter_context(_Process(c, environment, logs / f"{number}.log"))
+                        c.facts = running[number].answer()
+                        said = f"{c.name}: {json.dumps(c.facts)}"
+                        for _ in range(warmup):
+                            running[number].round()
+                except Failed as error:
+                    if c.must_run:
+                        raise
+                    c.failure = str(error)
+                    said = f"{c.name}: not run: {error}"
+                print(f"  {said}", file=sys.stderr, flush=True)
 
 
-@contextmanager
-def _failures_noted(contestant: Contestant) -> Iterator[None]:
-    try:
-        yield
-    except Failed as error:
-        if contestant.must_run:
-            raise
-        contestant.failure = str(error)
-        print(f"  {contestant.name}: not run: {error}", file=sys.stderr)
-
-
-class _Process:
-    """One contestant at work."""
+class _Process(subprocess.Popen[str]):
+    """One contestant at work; left as a context, its input is closed, which ends it between rounds."""
 
     def __init__(self, contestant: Contestant, environment: dict[str, str], log: Path) -> None:
         self.name, self.log = contestant.name, log
         command = [sys.executable, "-m", "benchmarks.harness.workers", contestant.module, json.dumps(contestant.job)]
         with open(log, "wb") as stderr:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT,
+            super().__init__(
+                command, bufsize=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT,
                 env={**os.environ, **environment},
             )  # fmt: skip
 
-    def read(self) -> dict[str, Any]:
-        line = _pipe(self.process.stdout).readline()
-        if not line:
-            self.process.wait()
-            if self.process.returncode == -signal.SIGKILL:
-                raise Failed(f"{self.name} was killed, most likely because memory ran out")
-            lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-            raise Failed(f"{self.name} ended with {self.process.returncode}: {' '.join(lines[-1:])[:400]}")
-        found: dict[str, Any] = json.loads(line)
-        return found
+    def answer(self) -> dict[str, Any]:
+        assert self.stdout is not None
+        line = self.stdout.readline()
+        if line:
+            return json.loads(line)  # type: ignore[no-any-return]
+        if self.wait() == -signal.SIGKILL:
+            raise Failed(f"{self.name} was killed, most likely because memory ran out")
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        raise Failed(f"{self.name} ended with {self.returncode}: {' '.join(lines[-1:])[:400]}")
 
     def round(self) -> dict[str, Any]:
-        try:
-            _pipe(self.process.stdin).write("round\n")
-            _pipe(self.process.stdin).flush()
-        except BrokenPipeError:
-            pass  # `read` says why it ended
-        return self.read()
+        assert self.stdin is not None
+        with suppress(BrokenPipeError):  # `answer` says why it ended
+            self.stdin.write("round\n")
+        return self.answer()
 
-    def end(self) -> None:
-        """Close its input, which ends it between rounds; what goes on regardless is stopped."""
-        stdin, stdout = _pipe(self.process.stdin), _pipe(self.process.stdout)
-        try:
-            stdin.close()
-            self.process.wait(timeout=10)
-        except (subprocess.TimeoutExpired, BrokenPipeError):
-            self.process.kill()
-            self.process.wait()
-        finally:
-            stdout.close()
-
-
-def _pipe(pipe: IO[str] | None) -> IO[str]:
-    assert pipe is not None
-    return pipe
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is not None:
+            self.send_signal(signal.SIGINT)  # no round is waited for; it may have children to end
+        super().__exit__(*error)
 
 
 def main() -> None:

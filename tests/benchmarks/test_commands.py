@@ -11,7 +11,8 @@ import pytest
 
 from benchmarks import all as everything
 from benchmarks import train
-from benchmarks.harness import gradients
+from benchmarks.harness.options import DECLARED
+from benchmarks.harness.ours import gate
 from benchmarks.harness.peers import chosen
 from benchmarks.harness.workers import Contestant, Failed, interleave
 
@@ -57,23 +58,18 @@ def test_a_quick_run_passes_the_gate_and_measures_ours_and_a_peer(
     assert "peft-bf16" in capsys.readouterr().out
 
 
-def test_nothing_is_timed_behind_a_closed_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_timed_behind_a_closed_gate() -> None:
     class Wrong:
         arguments = type("Arguments", (), {"gate_blocks": 1, "ours": []})
-        root = Path("nowhere")
 
-        def recipe(self, **_: object) -> dict[str, dict[str, str]]:
+        def recipe(self, *_: object, **__: object) -> dict[str, dict[str, str]]:
             return {"run": {}}
 
-        def environment(self) -> dict[str, str]:
-            return {}
+        def interleave(self, judges: list[Contestant], **_: object) -> None:
+            judges[0].rounds.append({"value": 1.5, "worst": {"fp32": 1.5e-5, "bf16": 1e-3}})
 
-    def wrong_gradients(judges: list[Contestant], *_: object) -> None:
-        judges[0].rounds.append({"value": 1.5, "worst": {"fp32": 1.5e-5, "bf16": 1e-3}})
-
-    monkeypatch.setattr(gradients, "interleave", wrong_gradients)
     with pytest.raises(SystemExit, match="the gate is closed"):
-        gradients.passed(Wrong())  # type: ignore[arg-type]
+        gate(Wrong())  # type: ignore[arg-type]
 
 
 def test_a_peer_that_cannot_run_is_told_with_its_reason_and_ours_must_run() -> None:
@@ -93,3 +89,9 @@ def test_a_peer_is_tuned_and_added_by_options() -> None:
         chosen("trl-tunned", [], [])
     with pytest.raises(ValueError, match="expected NAME:KEY=VALUE"):
         chosen("trl-tuned", ["packing=true"], [])
+
+
+def test_every_option_has_a_help_and_quick_knows_none_besides() -> None:
+    used = {option for command in DECLARED["commands"].values() for option in command}
+    assert set(DECLARED["commands"]) == set(COMMANDS)
+    assert used == set(DECLARED["help"]) and set(DECLARED["quick"]) <= used

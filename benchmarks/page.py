@@ -1,4 +1,4 @@
-"""docs/performance.md and its chart, from the JSON that each command wrote."""
+"""docs/performance.md and its pictures, from the JSON that each command wrote."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.report import Row, Spread, figure, number, targets
+from pydantic import TypeAdapter
+
+from benchmarks.harness.report import Row, Spread, details, drawn, number, table_row, targets
 
 BEGIN, END = "<!-- written by: python -m benchmarks.all --write docs/performance.md -->", "<!-- end -->"
 _BETTER, _WORSE = "#2a7f62", "#b5482e"
@@ -15,12 +17,7 @@ _BETTER, _WORSE = "#2a7f62", "#b5482e"
 
 def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
     """The rows of several results."""
-    kept = (row for result in results for row in result["rows"])
-    return [
-        Row(**{k: v for k, v in row.items() if k not in ("status", "measured")},
-            measured=Spread(**row["measured"]) if row["measured"] else None)
-        for row in kept
-    ]  # fmt: skip
+    return TypeAdapter(list[Row]).validate_python([row for result in results for row in result["rows"]])
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
@@ -30,9 +27,9 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
         wanted = "" if row.sense == "information" else f"{row.sense} {number(row.wanted)} {row.unit}"
         measured = f"{row.measured} {row.unit}" if row.measured else "–"  # noqa: RUF001  a dash for nothing
         status = row.status + (f": {row.reason}" if row.reason else "")
-        lines.append(_line([row.target, row.what, row.against, measured, wanted, status]))
+        lines.append(table_row([row.target, row.what, row.against, measured, wanted, status]))
     machine = machine_description(results)
-    return "\n".join([*lines, "", machine, *(line for result in results for line in _details(result))])
+    return "\n".join([*lines, "", machine, *(line for result in results for line in details(result))])
 
 
 def machine_description(results: Sequence[dict[str, Any]]) -> str:
@@ -45,27 +42,6 @@ def machine_description(results: Sequence[dict[str, Any]]) -> str:
         f"Machine: {m['cpu']}, {m['cores']} cores ({', '.join(m['instructions'])}), {m['memory_GB']} GB, "
         f"{m['gpu'] or 'no GPU'}; {m['system']}, Python {m['python']}; {packages}."
     )
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-
-def _details(result: dict[str, Any]) -> list[str]:
-    lines = ["", f"### {result['target']}: {result['title']}", ""]
-    lines += [f"- {key}: {_flat(value)}" for key, value in result["settings"].items()]
-    if result["gate"]:
-        lines.append(f"- gate, before any timing: {_flat(result['gate'])}")
-    if result["contestants"]:
-        lines += ["", "| contestant | median (lowest to highest) | settings |", "|---|---|---|"]
-    lines += [_line([c["name"], figure(c), _flat(c.get("settings", {}))]) for c in result["contestants"]]
-    return [*lines, *(f"\n{note}" for note in result["notes"])]
-
-
-def _flat(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_flat(inner)}" for key, inner in value.items() if inner not in (None, {}, []))
-    return ", ".join(map(_flat, value)) if isinstance(value, list) else str(value)
 
 
 def rewritten(page: str, table: str) -> str:
@@ -90,25 +66,18 @@ def gains(results: Sequence[dict[str, Any]]) -> list[tuple[str, Spread]]:
 
 def chart(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Horizontal bars from 1, «as good»: to the right peftune is better, to the left worse; whiskers are rounds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     found = gains(results)[::-1]
-    figure, axis = plt.subplots(figsize=(9.5, 1.3 + 0.4 * max(1, len(found))), layout="constrained")
-    for y, (_, gain) in enumerate(found):
-        axis.barh(y, gain.median - 1, left=1, color=_BETTER if gain.median >= 1 else _WORSE, height=0.6)
-        axis.plot([gain.low, gain.high], [y, y], color="#222222", linewidth=1)
-        axis.text(max(gain.high, 1) * 1.06, y, f"{gain.median:.2g} times", va="center", fontsize=9)
-    axis.set_yticks(range(len(found)), [label for label, _ in found], fontsize=9)
-    axis.set_xscale("log")
-    ticks = [0.25, 0.5, 1, 2, 4, 8, 16]
-    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axis.minorticks_off()
-    axis.set_xlim(0.17, 40)
-    axis.axvline(1, color="#222222", linewidth=1.2)
-    axis.set_xlabel("times as good as what is named (1: the same; black lines: lowest and highest round)", fontsize=9)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with drawn(path, (9.5, 1.3 + 0.4 * max(1, len(found)))) as (axis,):
+        for y, (_, gain) in enumerate(found):
+            axis.barh(y, gain.median - 1, left=1, color=_BETTER if gain.median >= 1 else _WORSE, height=0.6)
+            axis.plot([gain.low, gain.high], [y, y], color="#222222", linewidth=1)
+            axis.text(max(gain.high, 1) * 1.06, y, f"{gain.median:.2g} times", va="center", fontsize=9)
+        axis.set_yticks(range(len(found)), [label for label, _ in found], fontsize=9)
+        axis.set_xscale("log")
+        ticks = [0.25, 0.5, 1, 2, 4, 8, 16]
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+        axis.set_xlim(0.17, 40)
+        axis.axvline(1, color="#222222", linewidth=1.2)
+        label = "times as good as what is named (1: the same; black lines: lowest and highest round)"
+        axis.set_xlabel(label, fontsize=9)
