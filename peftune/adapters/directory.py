@@ -236,7 +236,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     if not path.is_file():
         hints = {
-            "config.json": "it is a complete model",
+            "config.json": "it is a complete model; pass it as the base",
             "checkpoints": "its training has not finished",
         }
         hint = "".join(f"; {hint}" for name, hint in hints.items() if (directory / name).exists())

@@ -61,11 +61,12 @@ def first_micro_size(config: GPT2Config, block: int, per_rank: int, dtype: torch
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for an allocation that failed, on a GPU or a CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    """True for an allocation that failed, on a GPU or a CPU, in the words of CUDA, XPU, MPS, Linux and Windows."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+    return isinstance(error, Exception) and bool(should_reduce_batch_size(error))
 
 
 def peak_memory(device: torch.device) -> int:
