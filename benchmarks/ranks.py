@@ -298,17 +298,12 @@ def bytes_sent() -> int:
     return int(psutil.net_io_counters(pernic=True, nowrap=False)["lo"].bytes_sent)
 
 
-def switch_on_loopback() -> None:
-    """A new network begins with its only device off."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        fcntl.ioctl(any_socket, _SET_FLAGS, struct.pack("16sh14x", b"lo", _UP))
-
-
 BENCHMARKS = {"traffic": traffic, "memory": memory}
 
 if __name__ == "__main__":
-    if sys.argv[1] == "in-network":
-        switch_on_loopback()
+    if sys.argv[1] == "in-network":  # which begins with its only device off
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+            fcntl.ioctl(any_socket, _SET_FLAGS, struct.pack("16sh14x", b"lo", _UP))
         os.execvp(sys.argv[2], sys.argv[2:])
     elif sys.argv[1] == "rank":
         worker(Path(sys.argv[2]))

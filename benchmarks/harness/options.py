@@ -112,9 +112,8 @@ class Setup:
         a = self.arguments
         job = {key: getattr(a, key) for key in ("rank", "tokens", "batch", "device", "seed")}
         job |= {"peer": asdict(peer), "base": str(self.base), "documents": str(self.documents)}
-        return Contestant(
-            peer.name, "benchmarks.harness.peer_loop", job | {"targets": target_modules(a.targets)}, "tok/s"
-        )
+        job |= {"targets": target_modules(a.targets)}
+        return Contestant(peer.name, "benchmarks.harness.peer_loop", job, "tok/s")
 
     def adapters(self, count: int) -> list[str]:
         """Directories of so many random adapters of this base."""

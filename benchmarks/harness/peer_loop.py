@@ -16,14 +16,8 @@ import torch
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorForLanguageModeling,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)  # fmt: skip
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, Trainer, TrainerCallback
+from transformers.training_args import TrainingArguments
 
 from benchmarks.harness.memory import Clock
 from benchmarks.harness.peers import Peer
