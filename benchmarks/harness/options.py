@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from benchmarks.harness import corpus
@@ -25,6 +26,7 @@ from benchmarks.harness.peers import Peer, chosen
 from benchmarks.harness.report import Result, finish
 from benchmarks.harness.shapes import parse_shape, target_modules
 from benchmarks.harness.workers import ROOT, Contestant, interleave
+from peftune.model.base import Base, open_base
 
 DECLARED: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "benchmarks" / "options.yaml").read_text())
 
@@ -142,10 +144,6 @@ class Setup:
 @contextmanager
 def prepared(arguments: argparse.Namespace) -> Iterator[Setup]:
     """Base and documents of a command, in `--work` or in a temporary directory."""
-    import torch
-
-    from peftune.model.base import Base, open_base
-
     a, load = arguments, os.getloadavg()[0]
     if a.device == "auto":
         a.device = "cuda" if torch.cuda.is_available() else "cpu"
