@@ -19,6 +19,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
 from benchmarks.harness.shapes import POSITIONS, Shape
 from peftune.config.recipe import Source
 from peftune.data.sources.read import read_documents
@@ -117,9 +122,6 @@ def corpus_texts(data: str = "") -> list[str]:
 
 def base_of_shape(root: Path, shape: Shape, tokenizer: str, seed: int) -> Path:
     """A checkpoint of random weights (float32) with this tokenizer, made unless it is there."""
-    import torch
-    from transformers import AutoTokenizer, GPT2LMHeadModel
-
     source = BUILTIN.get(tokenizer, Path(tokenizer))
     directory = root / f"base-{shape.layers}-{shape.width}-{shape.heads}-{shape.vocabulary}-{source.name}-{seed}"
     if (directory / "tokenizer.json").is_file():  # written last
@@ -137,11 +139,6 @@ def base_of_shape(root: Path, shape: Shape, tokenizer: str, seed: int) -> Path:
 
 def make_adapter(directory: Path, base: Path, rank: int, targets: Sequence[str]) -> None:
     """A random adapter of a base, made anew."""
-    import torch
-    from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-    from safetensors.torch import save_file
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets), fan_in_fan_out=True)
     with torch.device("meta"):
         model = inject_adapter_in_model(lora, GPT2LMHeadModel(GPT2Config.from_pretrained(base)))

@@ -1,12 +1,16 @@
 """The command line of benchmarks, and what it leads to: a base of random weights, documents, jobs for contestants.
 
-Options, their defaults for each command, and their help stand in `benchmarks/options.yaml`.
+Options, their defaults for each command, and their help stand in `benchmarks/options.yaml`, other trainers with their
+settings in `benchmarks/peers.yaml`. `--tune NAME:KEY=VALUE` changes any of those, `--peer JSON` adds one; all settings
+are printed with the figures. KEY is a field of TrainingArguments (of SFTConfig for TRL), or of `Peer`: `weights`,
+`dropout`, `attention`.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import math
 import os
 import shutil
@@ -14,19 +18,62 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 import yaml
 
 from benchmarks.harness import corpus
-from benchmarks.harness.peers import Peer, chosen
-from benchmarks.harness.report import Result, finish
+from benchmarks.harness.report import Result, write_json
 from benchmarks.harness.shapes import parse_shape, target_modules
 from benchmarks.harness.workers import ROOT, Contestant, interleave
+from peftune.model.base import Base, open_base
 
 DECLARED: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "benchmarks" / "options.yaml").read_text())
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One trainer with its settings; what is not named stays at its own default."""
+
+    name: str
+    trainer: Literal["trl", "trainer", "loop"]
+    """TRL's SFTTrainer, Transformers' Trainer with PEFT, or a bare loop around a PEFT model (no trainer's overhead)."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """How the frozen base is held; adapter matrices are float32 in the loop, PEFT's own choice in the others."""
+    dropout: float | None = None
+    """The base's dropouts; None leaves GPT-2's 0.1."""
+    attention: str | None = None
+    """Transformers' `attn_implementation`; None lets it choose (sdpa)."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def settings(self) -> dict[str, Any]:
+        """Settings as they are printed."""
+        return {key: value for key, value in asdict(self).items() if value is not None and key != "name"}
+
+
+PEERS: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "benchmarks" / "peers.yaml").read_text())["peers"]
+
+
+def chosen(names: str, tunes: list[str], added: list[str]) -> list[Peer]:
+    """Peers by name (with commas), tuned, and those described in JSON; ValueError names what is not known."""
+    asked = list(filter(None, names.split(",")))
+    if unknown := [name for name in asked if name not in PEERS]:
+        raise ValueError(f"--peers {', '.join(unknown)}: known are {', '.join(PEERS)}")
+    found = {name: {"name": name, "arguments": {}, **PEERS[name]} for name in asked}
+    found |= {peer["name"]: {"arguments": {}, **peer} for peer in map(json.loads, added)}
+    own = {each.name for each in fields(Peer)} - {"name", "trainer", "arguments"}
+    for tune in tunes:
+        name, _, setting = tune.partition(":")
+        key, separator, value = setting.partition("=")
+        if name not in found or not separator:
+            raise ValueError(f"--tune {tune}: expected NAME:KEY=VALUE with NAME one of {', '.join(found)}")
+        peer = found[name]
+        found[name] = peer | ({key: yaml.safe_load(value)} if key in own else
+                              {"arguments": {**peer["arguments"], key: yaml.safe_load(value)}})  # fmt: skip
+    return [Peer(**peer) for peer in found.values()]
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -55,7 +102,10 @@ def main(module: str, benchmarks: dict[str, Callable[[Setup], Result]], argv: li
     except (ValueError, TypeError) as error:
         parser.error(str(error))
     with prepared(arguments) as setup:
-        finish(benchmarks[arguments.name](setup), arguments.json)
+        result = benchmarks[arguments.name](setup)
+    print(result.description())
+    if arguments.json:
+        write_json(Path(arguments.json), result.values())
 
 
 @dataclass
@@ -142,10 +192,6 @@ class Setup:
 @contextmanager
 def prepared(arguments: argparse.Namespace) -> Iterator[Setup]:
     """Base and documents of a command, in `--work` or in a temporary directory."""
-    import torch
-
-    from peftune.model.base import Base, open_base
-
     a, load = arguments, os.getloadavg()[0]
     if a.device == "auto":
         a.device = "cuda" if torch.cuda.is_available() else "cpu"

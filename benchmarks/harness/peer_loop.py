@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLan
 from transformers.training_args import TrainingArguments
 
 from benchmarks.harness.memory import Clock
-from benchmarks.harness.peers import Peer
+from benchmarks.harness.options import Peer
 from benchmarks.harness.workers import Channel
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -166,14 +165,6 @@ def figure(contestant: dict[str, Any]) -> str:
     """Median and spread with the unit, or why there is none."""
     figures = contestant["figures"]
     return f"{Spread(**figures)} {contestant['unit']}" if figures else f"not run: {contestant['failure']}"
-
-
-def finish(result: Result, path: str | None) -> None:
-    """Print the result for people; with a path also write it for machines."""
-    print(result.description())
-    if path is not None:
-        write_json(Path(path), result.values())
-        print(f"written: {path}", file=sys.stderr)
 
 
 def write_json(path: Path, found: Any) -> None:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from transformers import GPT2Config
+from transformers import GPT2Config
 
 POSITIONS = 1024
 LINEARS = {"c_attn": (1, 3), "attn.c_proj": (1, 1), "c_fc": (1, 4), "mlp.c_proj": (4, 1)}
@@ -33,8 +31,6 @@ class Shape:
 
         `end` is the id of `<|endoftext|>`: GPT-2's own is not in every vocabulary.
         """
-        from transformers import GPT2Config
-
         return GPT2Config(
             n_layer=self.layers, n_embd=self.width, n_head=self.heads, vocab_size=self.vocabulary,
             n_positions=POSITIONS, bos_token_id=end, eos_token_id=end,

@@ -11,9 +11,8 @@ import pytest
 
 from benchmarks import all as everything
 from benchmarks import train
-from benchmarks.harness.options import DECLARED
+from benchmarks.harness.options import DECLARED, chosen
 from benchmarks.harness.ours import gate
-from benchmarks.harness.peers import chosen
 from benchmarks.harness.workers import Contestant, Failed, interleave
 
 MODULES = ("train", "decode", "serve", "merge", "data", "ranks")

@@ -11,9 +11,9 @@ import pytest
 
 from benchmarks import all as everything
 from benchmarks import curves
+from benchmarks.all import BEGIN, END, chart, gains, markdown, rewritten
 from benchmarks.harness.report import Result, Row, Spread, number, ratio, spread, targets
 from benchmarks.harness.workers import Contestant
-from benchmarks.page import BEGIN, END, chart, gains, markdown, rewritten
 
 MACHINE = {
     "cpu": "A CPU", "cores": 2, "instructions": ["avx2"], "memory_GB": 8.0, "gpu": None, "system": "Linux",
