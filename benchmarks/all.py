@@ -24,8 +24,9 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from benchmarks.harness.options import DECLARED
-from benchmarks.harness.report import Result, Row, Spread, details, drawn, number, row, table_row, targets, write_json
+from benchmarks.harness.report import Result, Row, Spread, details, drawn, number, row, table_row, targets
 from benchmarks.harness.workers import ROOT
+from peftune.files import write_json
 
 COMMANDS: dict[str, str] = DECLARED["targets"]
 BEGIN, END = "<!-- written by: python -m benchmarks.all --write docs/performance.md -->", "<!-- end -->"
@@ -67,8 +68,6 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
 
 def machine_description(results: Sequence[dict[str, Any]]) -> str:
     """One paragraph on the machine and the versions."""
-    if not results:
-        return "Nothing was measured."
     m = results[0]["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
     return (

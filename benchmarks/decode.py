@@ -58,12 +58,10 @@ def _bank(job: dict[str, Any], numbers: Sequence[int]) -> Any:
 def _peft(job: dict[str, Any], numbers: Sequence[int]) -> Any:
     """Transformers' model, with these adapters on it by PEFT."""
     model = AutoModelForCausalLM.from_pretrained(job["base"], dtype=DTYPES[job["precision"]])
-    for i, number in enumerate(numbers):
-        name = f"a{number}"
-        if i == 0:
-            model = PeftModel.from_pretrained(model, job["adapters"][number], name)
-        else:
-            model.load_adapter(job["adapters"][number], name)
+    for number in numbers[:1]:
+        model = PeftModel.from_pretrained(model, job["adapters"][number], f"a{number}")
+    for number in numbers[1:]:
+        model.load_adapter(job["adapters"][number], f"a{number}")
     return model.eval().to(job["device"])
 
 

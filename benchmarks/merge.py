@@ -70,7 +70,7 @@ def _by_peft(base: Path, adapter: Path, out: Path, _: dict[str, Any]) -> None:
     AutoTokenizer.from_pretrained(base).save_pretrained(out)
 
 
-def _by_cp(base: Path, adapter: Path, out: Path, _: dict[str, Any]) -> None:
+def _by_cp(base: Path, _: Path, out: Path, __: dict[str, Any]) -> None:
     subprocess.run(["cp", "-r", str(base), str(out)], check=True)
 
 
@@ -178,7 +178,7 @@ def error(setup: Setup) -> Result:
     Scores the built-in held-out documents with each way of holding a trained base: loss in nats per token, mean KL of
     its predictions from those of float32, and seconds to load it.
     """
-    base, ranks = Base(setup.base), [int(rank) for rank in setup.arguments.ranks.split(",")]
+    base, ranks = Base(setup.base, setup.base.name), [int(rank) for rank in setup.arguments.ranks.split(",")]
     end = base.tokenizer.eos_token_id
     texts = [d.text for part in ("docs", "code") for d in documents(part, "heldout")[:12]]
     inputs = [torch.tensor([[end, *base.tokenizer(text)["input_ids"]]])[:, :256] for text in texts]
@@ -187,10 +187,7 @@ def error(setup: Setup) -> Result:
     def predictions(model: torch.nn.Module) -> list[torch.Tensor]:
         return [model(ids).logits[0].log_softmax(dim=1) for ids in inputs]
 
-    full, result = (
-        predictions(load_model(base)),
-        Result("error", "error of a quantised base", {"base": setup.base.name}),
-    )
+    full, result = predictions(load_model(base)), Result("error", "error of a quantised base", {"base": base.name})
     for kind, rank in [(None, 0), *((kind, rank) for kind in ("int8", "nf4") for rank in (0, *ranks))]:
         start, model = time.perf_counter(), load_model(base, quantize=kind)
         if rank:

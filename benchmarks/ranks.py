@@ -24,12 +24,9 @@ Where a reduce-scatter is one (NCCL), ZeRO-3 sends 4a less. Linux only; exit cod
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-import socket
-import struct
 import subprocess
 import sys
 import time
@@ -54,14 +51,11 @@ from peftune.training.distributed.watchdog import watch_peers
 from peftune.training.memory_model import ZeroSettings, bytes_per_rank, shapes_of, shared_out
 
 CONFIGS = {"ddp": "cpu-2", "zero1": "cpu-2-zero1", "zero2": "cpu-2-zero2", "zero3": "cpu-2-zero3"}
-_OWN_NETWORK = ["unshare", "--user", "--map-root-user", "--net"]
-_UP = 0x1 | 0x8 | 0x40  # IFF_UP, IFF_LOOPBACK, IFF_RUNNING
-_SET_FLAGS = 0x8914  # SIOCSIFFLAGS
+_OWN_NETWORK = ["unshare", "--user", "--map-root-user", "--net"]  # begins with its only device off
 MICRO_BATCHES = (1, 4)  # of each rank in a step
 BLOCKS = 8  # of a step, on both ranks
 IDLE_SECONDS = 12.0
 GATHERS = {"zero3": 1, "zero3-large": 2}  # of the base in a micro-batch
-PRECISIONS, QUANTIZED = ("fp32", "bf16"), ("int8", "nf4")
 TOLERANCE = 0.05
 
 
@@ -184,8 +178,8 @@ def memory_of(setup: Setup, way: str) -> list[dict[str, Any]]:
     """A row for each way of holding the base; ZeRO-3 refuses quantised ones."""
     rank, folder = setup.arguments.rank, fresh(setup.root / way)
     shapes = shapes_of(setup.arguments.shape.config(), LoraSection(rank=rank))
-    kinds: list[tuple[Any, Any]] = [(precision, None) for precision in PRECISIONS]
-    kinds += [("bf16", kind) for kind in QUANTIZED if way != "zero3"]
+    packed = () if way == "zero3" else ("int8", "nf4")
+    kinds: list[tuple[Any, Any]] = [("fp32", None), ("bf16", None), *(("bf16", kind) for kind in packed)]
     fixed = {"base": str(setup.base), "data.block_size": 128, "lora.rank": rank, "optim.steps": 3}
     fixed |= {"batch.global_size": 4, "batch.micro_size": 1}
     recipes = [fixed | {"run.precision": precision, "quantize": kind} for precision, kind in kinds]
@@ -272,7 +266,7 @@ def launch(config: Path, folder: Path, recipes: list[dict[str, Any]], own_networ
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     settings |= {"PEFTUNE_CACHE": str(folder / "cache"), "GLOO_SOCKET_IFNAME": "lo"}
     if own_network:  # where nothing but one loopback device is, unused so far
-        command = [*_OWN_NETWORK, sys.executable, __file__, "in-network", *command]
+        command = [*_OWN_NETWORK, "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{done.stderr[-4000:]}\n{config.name}: the ranks ended with {done.returncode}")
@@ -301,11 +295,7 @@ def bytes_sent() -> int:
 BENCHMARKS = {"traffic": traffic, "memory": memory}
 
 if __name__ == "__main__":
-    if sys.argv[1] == "in-network":  # which begins with its only device off
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-            fcntl.ioctl(any_socket, _SET_FLAGS, struct.pack("16sh14x", b"lo", _UP))
-        os.execvp(sys.argv[2], sys.argv[2:])
-    elif sys.argv[1] == "rank":
+    if sys.argv[1] == "rank":
         worker(Path(sys.argv[2]))
     else:
         main("ranks", BENCHMARKS)

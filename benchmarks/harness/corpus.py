@@ -32,7 +32,6 @@ from peftune.model.base import BUILTIN
 CORPORA = ("builtin:docs/train", "builtin:code/train")
 SPREAD = 0.75
 """Standard deviation of the logarithm of lengths, before they are cut at the longest."""
-_SHORTEST = 4
 
 
 def write_documents(
@@ -67,11 +66,11 @@ def write_documents(
 
 
 def _lengths(count: int, mean: float, longest: int, chance: random.Random) -> list[int]:
-    """Tokens of each document in a block: scaled until their mean, after they are cut, is the wanted one."""
+    """Tokens (at least four) of each document in a block: scaled until their mean, after they are cut, is the wanted one."""
     drawn = [chance.lognormvariate(0, SPREAD) for _ in range(count)]
 
     def scaled(median: int) -> list[int]:
-        return [max(_SHORTEST, round(min(longest, median * factor))) for factor in drawn]
+        return [max(4, round(min(longest, median * factor))) for factor in drawn]
 
     if mean >= longest:
         return [longest] * count

@@ -26,10 +26,9 @@ _PACKAGES = (
 def describe() -> dict[str, Any]:
     """CPU, cores, instruction sets, memory, GPU, system and versions; nothing that names the machine or its user."""
     cpu: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    on_linux = hasattr(psutil.Process, "cpu_affinity")
     return {
         "cpu": cpu.get("cpu_name") or platform.processor() or platform.machine(),
-        "cores": len(psutil.Process().cpu_affinity()) if on_linux else psutil.cpu_count(),
+        "cores": len(psutil.Process().cpu_affinity()) if platform.system() == "Linux" else psutil.cpu_count(),
         "instructions": [flag for flag in _FLAGS if cpu.get(flag)],
         "memory_GB": round(psutil.virtual_memory().total / 1e9, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

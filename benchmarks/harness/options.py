@@ -26,9 +26,10 @@ import torch
 import yaml
 
 from benchmarks.harness import corpus
-from benchmarks.harness.report import Result, write_json
+from benchmarks.harness.report import Result
 from benchmarks.harness.shapes import parse_shape, target_modules
 from benchmarks.harness.workers import ROOT, Contestant, interleave
+from peftune.files import write_json
 from peftune.model.base import Base, open_base
 
 DECLARED: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "benchmarks" / "options.yaml").read_text())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,8 +14,6 @@ import yaml
 
 from benchmarks.harness.machine import describe
 from benchmarks.harness.workers import ROOT, Contestant
-
-Sense = Literal["at least", "at most", "information"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class Row:
     against: str
     measured: Spread | None
     wanted: float
-    sense: Sense
+    sense: Literal["at least", "at most", "information"]
     unit: str = "times"
     reason: str = ""
 
@@ -165,11 +162,6 @@ def figure(contestant: dict[str, Any]) -> str:
     """Median and spread with the unit, or why there is none."""
     figures = contestant["figures"]
     return f"{Spread(**figures)} {contestant['unit']}" if figures else f"not run: {contestant['failure']}"
-
-
-def write_json(path: Path, found: Any) -> None:
-    """Indented, readable."""
-    path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def number(value: float) -> str:

@@ -130,8 +130,7 @@ class _Process(subprocess.Popen[str]):
 
     def answer(self) -> dict[str, Any]:
         assert self.stdout is not None
-        line = self.stdout.readline()
-        if line:
+        if line := self.stdout.readline():
             return json.loads(line)  # type: ignore[no-any-return]
         if self.wait() == -signal.SIGKILL:
             raise Failed(f"{self.name} was killed, most likely because memory ran out")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import all as everything
-from benchmarks import curves
+from benchmarks import train
 from benchmarks.all import BEGIN, END, chart, gains, markdown, rewritten
 from benchmarks.harness.report import Result, Row, Spread, number, ratio, spread, targets
 from benchmarks.harness.workers import Contestant
@@ -81,8 +81,8 @@ def test_curves_are_drawn_and_told_against_the_formula(tmp_path: Path) -> None:
         for x in (1.0, 2.0, 16.0)
     ]
     curve = {"name": "rank", "label": "rank", "calibration": 200.0, "points": points}
-    assert "  2: 0.002 ms a token, 0.0002 GFLOP, 50.0% of peak" in curves.description(curve)
-    curves.chart([curve, curve], tmp_path / "curves.png")
+    assert "  2: 0.002 ms a token, 0.0002 GFLOP, 50.0% of peak" in train.curve_description(curve)
+    train.curves_chart([curve, curve], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
