@@ -66,7 +66,7 @@ def write_documents(
 
 
 def _lengths(count: int, mean: float, longest: int, chance: random.Random) -> list[int]:
-    """Tokens (at least four) of each document in a block: scaled until their mean, after they are cut, is the wanted one."""
+    """Tokens of each document in a block, at least four: scaled until their mean, after the cut, is the wanted one."""
     drawn = [chance.lognormvariate(0, SPREAD) for _ in range(count)]
 
     def scaled(median: int) -> list[int]:
