@@ -41,7 +41,8 @@ class Loader(yaml.SafeLoader):
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
         text = str(super().construct_scalar(node))
-        text.encode()  # ValueError for half a character, such as "\ud800"
+        if not text.isascii() and re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"half a character (surrogate) in {text!r}")
         return text
 
     def construct_number(self, node: yaml.ScalarNode) -> float:
