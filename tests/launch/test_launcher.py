@@ -108,7 +108,7 @@ def test_a_configuration_of_ones_own_names_its_deepspeed_file_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configs(tmp_path)
-    for name in ("CUDA_VISIBLE_DEVICES", "TORCH_CPP_LOG_LEVEL", "LOGLEVEL"):
+    for name in ("CUDA_VISIBLE_DEVICES", "TORCH_CPP_LOG_LEVEL", "LOGLEVEL", "OMP_NUM_THREADS"):  # it would set them
         monkeypatch.setenv(name, "")
     found = configuration.read(str(tmp_path / "accelerate_configs" / "cpu-2-zero3.yaml"), None, 1)
     assert found.arguments["deepspeed_config_file"] == tmp_path / "ds_configs" / "zero3.json"

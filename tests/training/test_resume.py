@@ -75,8 +75,7 @@ def command_line(made: Recipe, tmp_path: Path) -> list[str]:
 @pytest.mark.slow
 def test_sigkill_at_random_moments_changes_no_bit(recipe: Make, tmp_path: Path) -> None:
     settings = (*TRAINED_WITH_NOISE, f"optim.steps={15 * KILLS}")
-    # In a process of its own, as the killed ones: what other tests of this process have set may change a sum's order.
-    subprocess.run(command_line(recipe(*settings, f"run.out={tmp_path / 'undisturbed'}"), tmp_path), check=True)
+    train(recipe(*settings, f"run.out={tmp_path / 'undisturbed'}"))
     out = tmp_path / "killed"
     command = command_line(recipe(*settings, f"run.out={out}"), tmp_path)
     chance, kills = random.Random(7), 0
