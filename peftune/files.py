@@ -8,16 +8,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from peftune.errors import UserError
 
 _CHUNK = 1 << 20  # bytes hashed at a time
+_JSON_BYTES = 256 << 20  # of a file; the largest tokenizers take 30 MB
+_JSON_DEPTH = 64  # nested lists and objects; what walks a value later recurses
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+_UMASK = os.umask(0o077)  # asked once, while there is one thread: asking sets it
+os.umask(_UMASK)
 
 
 def cache_directory() -> Path:
@@ -34,14 +43,57 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def hashes_of(directory: Path, names: Iterable[str]) -> dict[str, str]:
+    """sha256 by file name, to be kept beside the files and given to `check_hashes` when they are read."""
+    return {name: sha256_of(directory / name) for name in sorted(names)}
+
+
+def check_hashes(directory: Path, hashes: Mapping[str, str], what: str) -> None:
+    """UserError, in which the directory is called `what`, where a file is not what was recorded of it."""
+    for name, digest in hashes.items():
+        try:
+            same = Path(name).name == name and sha256_of(directory / name) == digest
+        except OSError as error:
+            raise UserError(f"{what}: {name}: cannot be read: {error.strerror or error}") from None
+        if not same:
+            raise UserError(
+                f"{what}: {name} is not the file that was written (its SHA-256 differs): "
+                "it was changed or damaged; copy it again, or make it again"
+            )
+
+
+def apply_umask(path: Path) -> None:
+    """Give a file the permissions of any new file; libraries that write through a temporary file leave 0600."""
+    path.chmod(0o666 & ~_UMASK)
+
+
 def beside(path: Path) -> Path:
     """A name next to `path` that nothing has: where it is written before it gets its own."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+    return path.with_name(f"{_prefix(path)}{_HOST}-{os.getpid()}.{uuid.uuid4().hex[:8]}")
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove what killed processes of this machine left beside `target`; what still runs keeps its own."""
+    pattern = re.compile(re.escape(f"{_prefix(target)}{_HOST}-") + r"(\d+)\.[0-9a-f]{8}")
+    for path in target.parent.iterdir() if target.parent.is_dir() else ():
+        match = pattern.fullmatch(path.name)
+        if match and not psutil.pid_exists(int(match[1])):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _prefix(path: Path) -> str:
+    """How names beside `path` begin; short enough for every file system, whatever the name."""
+    name = path.name if len(path.name.encode()) <= 160 else hashlib.sha256(path.name.encode()).hexdigest()[:32]
+    return f".{name}."
 
 
 @contextmanager
 def staging_directory(target: Path) -> Iterator[Path]:
     """A new directory next to `target`, to be filled and renamed; removed at the end unless it was."""
+    remove_leftovers(target)
     directory = beside(target)
     try:
         directory.mkdir(parents=True)
@@ -50,23 +102,44 @@ def staging_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+def publish(staging: Path, target: Path) -> None:
+    """Flush a complete directory to the disk and give it its name; a crash leaves all of it or nothing."""
+    flush_to_disk(staging)
+    staging.rename(target)
+    flush_directory(target.parent)
+
+
+def flush_directory(path: Path) -> None:
+    """Wait until the names in a directory are on the disk; Windows has no such call."""
+    if os.name != "nt":
+        _flush(path, os.O_RDONLY)
+
+
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or a directory with every file in it, is on the disk; OSError where it cannot be."""
-    for each in (*path.iterdir(), path) if path.is_dir() else (path,):
-        if os.name == "nt" and each.is_dir():  # Windows flushes files alone, and those opened for writing
-            continue
-        handle = os.open(each, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    """Wait until a file, or a directory with everything in it, is on the disk; OSError where it cannot be."""
+    if path.is_dir():
+        for each in path.iterdir():
+            flush_to_disk(each)
+        flush_directory(path)
+    else:
+        _flush(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows flushes what is open for writing
+
+
+def _flush(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its name, then rename it; OSError where that cannot be done, and nothing is left."""
+    """Write a file beside its name, flush it and rename it; OSError where it cannot be, and nothing is left."""
+    remove_leftovers(path)
     staged = beside(path)
     try:
         staged.write_bytes(content)
+        flush_to_disk(staged)
         staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
@@ -82,9 +155,14 @@ def check_writable(path: Path) -> None:
         raise UserError(f"{str(path)[:200]}: cannot be written; expected a JSON file in a directory that exists")
 
 
+def json_text(value: Any) -> str:
+    """A value as strict JSON for people to read; ValueError where it holds a number that is not finite."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON, whole or not at all; into a pipe (`/dev/stdout`) as it is."""
-    text = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    text = json_text(value).encode()
     try:
         if path.exists() and not path.is_file():
             path.write_bytes(text)
@@ -108,9 +186,45 @@ def read_object_if_present(path: Path, name: str | None = None) -> dict[str, Any
 def read_object(path: Path, name: str | None = None) -> dict[str, Any]:
     """The JSON object in a file; UserError, in which the file is called `name`, where there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a file")  # a pipe would be waited for
+        if path.stat().st_size > _JSON_BYTES:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes; expected at most {_JSON_BYTES:,}")
+        value = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise UserError(f"{name or path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{name or path}: holds {type(value).__name__}, expected an object")
+    return value
+
+
+def parse_json(content: str | bytes) -> Any:
+    """The value of a JSON text in UTF-8: finite numbers, no name twice, nested at most 64 deep; else ValueError."""
+    text = content if isinstance(content, str) else content.decode("utf-8-sig")
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_names)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    level = [value]
+    for _ in range(_JSON_DEPTH + 1):
+        level = [
+            child
+            for each in level
+            for child in (each.values() if isinstance(each, dict) else each if isinstance(each, list) else ())
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return value
+    raise ValueError(f"it is nested more than {_JSON_DEPTH} deep")
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)[:40]!r} stands twice in one object")
     return value

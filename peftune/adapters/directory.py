@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftune.adapters import peft_config
@@ -27,7 +27,7 @@ from peftune.errors import CheckFailed, UserError, first_line
 from peftune.files import flush_to_disk, read_object, staging_directory
 from peftune.model.fingerprint import bytes_of
 from peftune.model.lora import quiet_peft
-from peftune.model.weights import all_finite, load_pickle
+from peftune.model.weights import all_finite, load_pickle, save_tensors
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -178,8 +178,6 @@ def write_adapter(
     target = out / _COMMIT if existed else out
     try:
         _finish_commit(out)
-        for leftover in target.parent.glob(f".{target.name}.[0-9]*.????????"):
-            shutil.rmtree(leftover)  # of a write that was killed
         with staging_directory(target) as staging:
             texts = {CONFIG: json.dumps(config, indent=2, sort_keys=True), PROVENANCE: json.dumps(provenance, indent=2)}
             _write_files(staging, tensors, {**files, **texts})
@@ -194,11 +192,7 @@ def write_adapter(
 
 
 def _write_files(directory: Path, tensors: Tensors, files: Mapping[str, bytes | str]) -> None:
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(stored, directory / TENSORS, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(str(error)) from error  # how safetensors reports a full disk
+    save_tensors(tensors, directory / TENSORS)
     for name, content in files.items():
         (directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
     flush_to_disk(directory)

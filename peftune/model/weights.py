@@ -12,16 +12,17 @@ import math
 import pickle
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from peftune.errors import UserError
-from peftune.files import read_object
+from peftune.files import apply_umask, read_object
 from peftune.model.fingerprint import bytes_of, remembered
 
 if TYPE_CHECKING:
@@ -96,6 +97,15 @@ def row_chunks(shape: tuple[int, ...], elements: int = CHUNK_ELEMENTS) -> list[t
     width = max(1, torch.Size(shape).numel() // shape[0])
     step = max(1, elements // width)
     return [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file with the permissions of any new file; OSError where the disk is full."""
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error  # how safetensors reports a full disk
+    apply_umask(path)
 
 
 def all_finite(values: torch.Tensor) -> bool:

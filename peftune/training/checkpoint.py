@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from peftune.config.recipe import Recipe
 from peftune.errors import UserError
-from peftune.files import flush_to_disk, staging_directory
+from peftune.files import flush_directory, flush_to_disk, json_text, staging_directory
+from peftune.model.weights import save_tensors
 from peftune.training.optimizer import Tensors
 
 _NAME = re.compile(r"step-\d+")
@@ -77,18 +78,16 @@ def save(folder: Path, saved: Checkpoint) -> None:
     target = folder / f"step-{state.step}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".step-*"):  # of a run that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
         with staging_directory(target) as staged:
             for file, tensors in ((_ADAPTER, saved.values), (_MOMENTS, saved.moments)):
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staged / file)
-            (staged / _STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+                save_tensors(tensors, staged / file)
+            (staged / _STATE).write_text(json_text(asdict(state)), encoding="utf-8")
             flush_to_disk(staged)
             if target.exists():
                 shutil.rmtree(target)
             staged.rename(target)
-        flush_to_disk(folder)
-    except (OSError, SafetensorError) as error:
+        flush_directory(folder)
+    except OSError as error:
         is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         reason = "the disk is full" if is_full else str(error)
         raise UserError(f"cannot save a checkpoint to {target}: {reason}; earlier checkpoints are intact") from error

@@ -249,12 +249,12 @@ def test_a_write_that_reads_back_differently_is_not_delivered(
     make_adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = read_adapter(make_adapter())
-    honest = directory.save_file
+    honest = directory.save_tensors
 
-    def corrupt(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-        honest({name: tensor + 1e-3 for name, tensor in tensors.items()}, path, metadata=metadata)
+    def corrupt(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        honest({name: tensor + 1e-3 for name, tensor in tensors.items()}, path)
 
-    monkeypatch.setattr(directory, "save_file", corrupt)
+    monkeypatch.setattr(directory, "save_tensors", corrupt)
     with pytest.raises(CheckFailed, match="read back differs"):
         write(tmp_path / "out", adapter)
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}

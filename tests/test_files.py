@@ -1,0 +1,85 @@
+"""Files: strict JSON, permissions, hashes, and what killed writers leave."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from peftune import files
+from peftune.errors import UserError
+from peftune.model.weights import save_tensors
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b'{"a": NaN}', "NaN is not JSON"),
+        (b'{"a": -Infinity}', "-Infinity is not JSON"),
+        (b'{"a": 1, "a": 2}', "the name 'a' stands twice"),
+        (b'{"a": ' + b"[" * 80 + b"]" * 80 + b"}", "nested more than 64 deep"),
+        (b"[" * 100_000, "nested too deep"),
+        (b'{"a": "\xff"}', "can't decode"),
+        (b"[1]", "holds list, expected an object"),
+        (b"", "Expecting value"),
+    ],
+)
+def test_only_strict_json_is_read(tmp_path: Path, text: bytes, words: str) -> None:
+    (tmp_path / "x.json").write_bytes(text)
+    with pytest.raises(UserError, match=words):
+        files.read_object(tmp_path / "x.json")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.json")
+    with pytest.raises(UserError, match="not a file"):
+        files.read_object(tmp_path / "x.json")
+
+
+def test_what_is_written_can_be_read_by_any_parser(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.write_json(tmp_path / "x.json", {"a": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    save_tensors({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_only_leftovers_of_the_dead_are_removed(tmp_path: Path) -> None:
+    """Of a killed process of this machine, and of this very name: not those of a name that begins alike."""
+    program = (
+        "import pathlib, sys; from peftune.files import beside\n"
+        "for name in sys.argv[1:]: path = pathlib.Path(name); beside(path).mkdir(); beside(path).write_text('')"
+    )
+    names = [str(tmp_path / name) for name in ("a", "a-b", "x" * 250)]
+    subprocess.run([sys.executable, "-c", program, *names], check=True)
+    alive = files.beside(tmp_path / "a")
+    alive.mkdir()
+    assert len(list(tmp_path.iterdir())) == 7
+    with files.staging_directory(tmp_path / "a"):
+        assert len(list(tmp_path.iterdir())) == 6
+    files.remove_leftovers(tmp_path / ("x" * 250))
+    left = {path.name.split(".")[1] for path in tmp_path.iterdir()}
+    assert left == {"a-b", "a"}
+    assert alive.exists()
+
+
+def test_a_changed_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"1")
+    (tmp_path / "b").write_bytes(b"2")
+    hashes = files.hashes_of(tmp_path, ["a", "b"])
+    files.check_hashes(tmp_path, hashes, "here")
+    (tmp_path / "b").write_bytes(b"3")
+    with pytest.raises(UserError, match="here: b is not the file that was written"):
+        files.check_hashes(tmp_path, hashes, "here")
+    with pytest.raises(UserError, match="is not the file"):
+        files.check_hashes(tmp_path, {"../a": hashes["a"]}, "here")
