@@ -94,19 +94,30 @@ install_pinned() {
   pip_install --requirement <(sed -n '/^pip==/,/[^\\]$/p' "$pins")
   # The build backend is next; isolated builds would take whatever is newest.
   pip_install hatchling editables setuptools
-  if [[ -n ${PEFTUNE_TORCH_INDEX:-} ]]; then
-    pip_install --no-deps --index-url "$PEFTUNE_TORCH_INDEX" torch  # one index for torch alone, the usual one for the rest
-  elif [[ $(uname -s) == Linux ]] && ! command -v nvidia-smi >/dev/null; then
-    say "no NVIDIA GPU here, yet torch may bring gigabytes of CUDA libraries; PEFTUNE_TORCH_INDEX avoids that (README.md)"
-  fi
+  install_torch
   # This repository has no hash, so it comes alone, and then what it needs.
-  run_pip --no-index --no-deps --no-build-isolation --editable "$root"
+  run_pip --no-index --no-deps --no-build-isolation --editable "$root" >&2 || installation_failed
   pip_install --no-build-isolation "peftune[$extras]"
 }
 
-pip_install() { run_pip --require-hashes --constraint "$pins" "$@"; }
+# PEFTUNE_TORCH_INDEX serves torch and nothing else. Otherwise, without a GPU, a build for CPUs, if pip's settings know one.
+install_torch() {
+  local version
+  version=$(sed -n 's/^torch==\([^ ]*\).*/\1/p' "$pins")
+  if [[ -n ${PEFTUNE_TORCH_INDEX:-} ]]; then
+    pip_install --no-deps --index-url "$PEFTUNE_TORCH_INDEX" torch
+  elif [[ $(uname -s) == Linux ]] && ! command -v nvidia-smi >/dev/null; then
+    hashed_pip --no-deps "torch==$version+cpu" >&2 2>/dev/null ||
+      say "no NVIDIA GPU here, yet torch brings gigabytes of CUDA libraries; PEFTUNE_TORCH_INDEX avoids that (README.md)"
+  fi
+}
 
-run_pip() {
-  "$venv/bin/python" -m pip install --disable-pip-version-check "$@" >&2 ||
-    fail "the installation failed, see above; without a network it cannot work, otherwise start the same command again"
+pip_install() { hashed_pip "$@" >&2 || installation_failed; }
+
+hashed_pip() { run_pip --require-hashes --constraint "$pins" "$@"; }
+
+run_pip() { "$venv/bin/python" -m pip install --disable-pip-version-check "$@"; }
+
+installation_failed() {
+  fail "the installation failed, see above; without a network it cannot work, otherwise start the same command again"
 }
