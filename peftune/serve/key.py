@@ -16,6 +16,10 @@ VARIABLE = "PEFTUNE_API_KEY"
 _LONGEST = 4096  # bytes of a file with a key
 
 
+class NoKeyError(UserError):
+    """Others than this machine would reach a server that has no key."""
+
+
 def find_key(given: str | None, file: Path | None) -> str | None:
     """The key of the command line, of a file, or of PEFTUNE_API_KEY, the first that is there; None where none is set.
 
@@ -32,16 +36,13 @@ def find_key(given: str | None, file: Path | None) -> str | None:
 
 
 def check_reach(listener: socket.socket, settings: ServeSettings) -> None:
-    """UserError where others than this machine reach a bound socket, no key is set and nobody said `no_auth`.
+    """NoKeyError where others than this machine reach a bound socket, no key is set and nobody said `no_auth`.
 
     It is the address that counts, not the name: `localhost` may mean any.
     """
     address = listener.getsockname()[0]
     if settings.api_key is None and not settings.no_auth and not ipaddress.ip_address(address).is_loopback:
-        raise UserError(
-            f"{settings.host} is reached from other machines ({address}) and no API key is set; "
-            f"set one (a file with a key, or {VARIABLE}), or say that anybody may use the server (no-auth)"
-        )
+        raise NoKeyError(f"{settings.host} is reached from other machines ({address}) and no API key is set")
 
 
 def _read_key(path: Path) -> str:
