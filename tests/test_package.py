@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import email
+import hashlib
+import os
 import re
+import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -63,3 +67,30 @@ def test_every_package_is_pinned_with_hashes_and_one_index_serves_it() -> None:
     assert any(block.startswith("pip==") for block in blocks)
     script = (ROOT / "launch/environment.sh").read_text(encoding="utf-8")
     assert "--require-hashes" in script and "extra-index-url" not in script
+
+
+def test_a_file_whose_hash_is_not_in_the_pins_is_refused(tmp_path: Path) -> None:
+    wheel, pins = tmp_path / "sample-1.0-py3-none-any.whl", tmp_path / "pins"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("sample.py", "")
+        archive.writestr("sample-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: sample\nVersion: 1.0\n")
+        archive.writestr("sample-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("sample-1.0.dist-info/RECORD", "")
+    pins.write_text(f"sample==1.0 --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n")
+    call = 'pip_install --no-index --find-links "$3" --target "$4" --requirement "$2"'
+    script = f'. "{ROOT}/launch/environment.sh"; venv=$1 pins=$2; {call}'
+
+    def install(out: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", "-c", script, "bash", sys.prefix, str(pins), str(tmp_path), str(tmp_path / out)]
+        return subprocess.run(
+            command, env=os.environ | {"PIP_CONFIG_FILE": os.devnull}, capture_output=True, text=True, check=False
+        )
+
+    done = install("good")
+    assert done.returncode == 0 and (tmp_path / "good" / "sample.py").exists(), done.stderr
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.comment = b"changed"
+    done = install("bad")
+    assert (done.returncode, done.stdout) == (2, "") and "DO NOT MATCH THE HASHES" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("peftune: the installation failed")
+    assert not (tmp_path / "bad").exists()
