@@ -13,6 +13,8 @@ import argparse
 import json
 import math
 import platform
+import shutil
+import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +46,8 @@ and is not meant for anything else.
 between them, docstrings and comments included; no tests, no code page tables, nothing of the language reference.
 Modules belong to base, adapters or held-out by a hash of their name (`peftune/data/sources/builtin.py`);
 `taught_lines.npy` holds hashes of the lines that it was taught, so that no adapter is trained or measured on them.
+
+**Licence.** That of the text: `LICENSE`, as Python {python} carries it.
 
 **Training.** {steps:,} steps of {blocks_per_step} blocks of 512 tokens ({tokens:,} tokens in all), Muon for matrices,
 AdamW for the rest, bf16 products over fp32 weights, {seconds:,} seconds on {threads} CPU cores that did other work too.
@@ -265,6 +269,7 @@ def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, out: Path, 
     np.save(out / TAUGHT.name, np.unique(np.concatenate([line_hashes(d.text) for d in documents("code", "base")])))
     (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     (out / "README.md").write_text(CARD.format(**facts), encoding="utf-8")
+    shutil.copyfile(Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt", out / "LICENSE")
     (out / "model.safetensors").chmod(0o644)
 
 

@@ -2,7 +2,7 @@
 # Sourced by the scripts beside it: one virtual environment in the repository, `.venv`, with the pinned versions.
 #
 #   PYTHON                which interpreter to build it with (default: the first of the list below that works)
-#   PEFTUNE_TORCH_INDEX   an extra package index to take torch from, such as PyTorch's index of CPU builds
+#   PEFTUNE_TORCH_INDEX   the package index to take torch from, and nothing else, such as PyTorch's index of CPU builds
 #   PEFTUNE_PYTHON        an interpreter that has peftune already: nothing is made or installed
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -85,21 +85,39 @@ make_venv() {
   "$1" -m venv --clear --prompt peftune "$venv" || fail "could not make $venv, see the message above"
 }
 
+# Every file is one whose hash is in launch/constraints.txt, wherever it comes from; pip refuses all others.
 install_pinned() {
-  local target="${root}[serve]" index=()
-  [[ $1 == run ]] || target="${root}[$1,serve]"
-  if [[ -n ${PEFTUNE_TORCH_INDEX:-} ]]; then
-    index=(--extra-index-url "$PEFTUNE_TORCH_INDEX")
-  elif [[ $(uname -s) == Linux ]] && ! command -v nvidia-smi >/dev/null; then
-    say "no NVIDIA GPU here, yet torch may bring gigabytes of CUDA libraries; PEFTUNE_TORCH_INDEX avoids that (README.md)"
-  fi
+  local extras=serve
+  [[ $1 == run ]] || extras=$1,serve
   say "installing the versions of launch/constraints.txt; the first time takes minutes"
-  # The build backend comes first and pinned; isolated builds would take whatever is newest.
+  # pip itself comes first, from a list of its own: older ones know no hashes in constraints.
+  pip_install --requirement <(sed -n '/^pip==/,/[^\\]$/p' "$pins")
+  # The build backend is next; isolated builds would take whatever is newest.
   pip_install hatchling editables setuptools
-  pip_install --no-build-isolation "${index[@]+"${index[@]}"}" --editable "$target"
+  install_torch
+  # This repository has no hash, so it comes alone, and then what it needs.
+  run_pip --no-index --no-deps --no-build-isolation --editable "$root" >&2 || installation_failed
+  pip_install --no-build-isolation "peftune[$extras]"
 }
 
-pip_install() {
-  "$venv/bin/python" -m pip install --disable-pip-version-check --constraint "$pins" "$@" >&2 ||
-    fail "the installation failed, see above; without a network it cannot work, otherwise start the same command again"
+# PEFTUNE_TORCH_INDEX serves torch and nothing else. Otherwise, without a GPU, a build for CPUs, if pip's settings know one.
+install_torch() {
+  local version
+  version=$(sed -n 's/^torch==\([^ ]*\).*/\1/p' "$pins")
+  if [[ -n ${PEFTUNE_TORCH_INDEX:-} ]]; then
+    pip_install --no-deps --index-url "$PEFTUNE_TORCH_INDEX" torch
+  elif [[ $(uname -s) == Linux ]] && ! command -v nvidia-smi >/dev/null; then
+    hashed_pip --no-deps "torch==$version+cpu" >&2 2>/dev/null ||
+      say "no NVIDIA GPU here, yet torch brings gigabytes of CUDA libraries; PEFTUNE_TORCH_INDEX avoids that (README.md)"
+  fi
+}
+
+pip_install() { hashed_pip "$@" >&2 || installation_failed; }
+
+hashed_pip() { run_pip --require-hashes --constraint "$pins" "$@"; }
+
+run_pip() { "$venv/bin/python" -m pip install --disable-pip-version-check "$@"; }
+
+installation_failed() {
+  fail "the installation failed, see above; without a network it cannot work, otherwise start the same command again"
 }

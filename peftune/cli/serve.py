@@ -20,7 +20,19 @@ Names = Annotated[
 ]
 Key = Annotated[
     str | None,
-    typer.Option(envvar="PEFTUNE_API_KEY", show_default=False, help="What clients must send as bearer token."),
+    typer.Option(
+        show_default=False,
+        metavar="KEY",
+        help="What clients must send as bearer token. Every user of this machine sees it in the list of processes: "
+        "better --api-key-file, or the environment variable PEFTUNE_API_KEY.",
+    ),
+]
+KeyFile = Annotated[
+    Path | None, typer.Option("--api-key-file", metavar="FILE", help="The same, from the one line of a file.")
+]
+NoAuth = Annotated[
+    bool,
+    typer.Option("--no-auth", help="Without a key, serve on an address that other machines reach all the same."),
 ]
 
 
@@ -28,9 +40,13 @@ def serve(
     base: Annotated[str, typer.Option(help=BASE_HELP)],
     adapters: Adapters = None,
     adapter_root: Roots = None,
-    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is every address of this machine.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Where to listen; 0.0.0.0 is every address of this machine, and needs a key.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     api_key: Key = None,
+    api_key_file: KeyFile = None,
+    no_auth: NoAuth = False,
     allowed_host: Names = None,
     slots: Annotated[int, typer.Option(help="Sequences generated at a time.")] = 8,
     queue: Annotated[int, typer.Option(help="Sequences that may wait; further requests get 429.")] = 256,
@@ -51,7 +67,7 @@ def serve(
     """
     directories = {name: Path(directory) for name, directory in named("--adapter", adapters).items()}
     try:
-        from peftune.serve import server
+        from peftune.serve import key, server
         from peftune.serve.settings import ServeSettings
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("prometheus_client", "starlette", "uvicorn"):
@@ -59,8 +75,12 @@ def serve(
         raise UserError(f"peftune serve needs {error.name}; pip install 'peftune[serve]'") from None
 
     settings = ServeSettings(
-        host=host, port=port, api_key=api_key, roots=tuple(adapter_root or ()), allowed_hosts=tuple(allowed_host or ()),
-        slots=slots, queue=queue, max_body=max_body, max_adapters=max_adapters, drain=drain,
-        routing_threshold=routing_threshold,
+        host=host, port=port, api_key=key.find_key(api_key, api_key_file), no_auth=no_auth,
+        roots=tuple(adapter_root or ()), allowed_hosts=tuple(allowed_host or ()), slots=slots, queue=queue,
+        max_body=max_body, max_adapters=max_adapters, drain=drain, routing_threshold=routing_threshold,
     )  # fmt: skip
-    server.run(base, directories, precision, settings, on_ready=typer.echo)
+    try:
+        server.run(base, directories, precision, settings, on_ready=typer.echo)
+    except key.NoKeyError as error:
+        ways = f"give --api-key-file FILE or set {key.VARIABLE}, or --no-auth if anybody may use it"
+        raise UserError(f"{error}; {ways}") from None

@@ -19,6 +19,7 @@ from peftune.inference.bank import AdapterBank
 from peftune.inference.engine import Engine
 from peftune.serve.app import build_app
 from peftune.serve.http.connection import KEEP_ALIVE_SECONDS, MAX_HEAD_BYTES, TimeoutProtocol
+from peftune.serve.key import check_reach
 from peftune.serve.service import Service
 from peftune.serve.settings import ServeSettings
 
@@ -34,9 +35,11 @@ def run(
 ) -> None:
     """Serve until SIGTERM or SIGINT; `on_ready` gets one line that says where, once requests are accepted.
 
-    Raises UserError for a base, an adapter or an address that cannot be used.
+    Raises UserError for a base, an adapter or an address that cannot be used, and for an address that other machines
+    reach where no key is set.
     """
     with listen(settings.host, settings.port) as listener:
+        check_reach(listener, settings)
         Server(make_service(base, adapters, precision, settings), listener, on_ready).run()
 
 
@@ -113,7 +116,7 @@ class Server(uvicorn.Server):
         settings, bank = self._service.settings, self._service.bank
         count = len(bank.names)
         self._on_ready(f"peftune serves {bank.base.name} with {count} adapter{'s' * (count != 1)} on {self.url}")
-        if settings.api_key is None and not settings.only_loopback:
+        if settings.no_auth:
             Console().say(f"anybody who reaches {self.url} may use it: no API key is set")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -25,6 +24,7 @@ class ServeSettings(BaseModel):
 
     `host`, `port`        where to listen; port 0 takes a free one
     `api_key`             what a client must send as `Authorization: Bearer KEY`; None asks for none
+    `no_auth`             others than this machine may use a server that has no key
     `roots`               directories from which clients may load adapters; none: they may not
     `allowed_hosts`       names under which the server may be addressed without a key, besides IP addresses
     `slots`, `queue`      sequences in the running batch; sequences that may wait for it
@@ -39,7 +39,8 @@ class ServeSettings(BaseModel):
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    api_key: Annotated[str, AfterValidator(_check_key)] | None = None
+    api_key: Annotated[str, AfterValidator(_check_key)] | None = Field(default=None, repr=False)
+    no_auth: bool = False
     roots: tuple[DirectoryPath, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     slots: _Count = 8
@@ -50,6 +51,12 @@ class ServeSettings(BaseModel):
     routing_threshold: float = 0.0
     body_seconds: float = 30.0
 
+    @model_validator(mode="after")
+    def _check_key_or_none(self) -> ServeSettings:
+        if self.no_auth and self.api_key is not None:
+            raise ValueError("a key is set, and no_auth says that none is needed; leave one of them out")
+        return self
+
     @model_validator(mode="wrap")
     @classmethod
     def _raise_user_error(cls, values: Any, handler: Callable[[Any], ServeSettings]) -> ServeSettings:
@@ -57,11 +64,3 @@ class ServeSettings(BaseModel):
             return handler(values)
         except ValidationError as error:
             raise UserError("serve: " + "; ".join(validation_messages(error, {"": list(cls.model_fields)}))) from None
-
-    @property
-    def only_loopback(self) -> bool:
-        """Whether nothing but this machine can connect."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"

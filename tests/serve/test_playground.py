@@ -89,7 +89,7 @@ def test_everything_chosen_is_in_the_address_and_comes_back_from_it(page: Any, s
     page.wait_for_selector("input[value=a3]:checked")
     for name in set(chosen) - {"model"}:
         assert page.input_value(f"#{name}") == chosen[name], name
-    assert page.eval_on_selector_all("input[name=model]:checked", "all => all.map(one => one.value)") == ["a3", "auto"]
+    assert page.eval_on_selector_all("input[name=model]:checked", "all => all.map(one => one.value)") == ["auto", "a3"]
     page.fill("#seed", "7")
     said = parse_qsl(page.evaluate("location.hash").lstrip("#"), keep_blank_values=True)
     assert ("seed", "7") in said and ("prompt", chosen["prompt"]) in said and ("model", "auto") in said
@@ -174,3 +174,102 @@ def test_a_key_is_asked_for_and_a_link_survives_it(browser: Any, start: Callable
         page.wait_for_selector(".column[data-state=scored] .token")
         assert "not-told" not in page.evaluate("location.href + JSON.stringify(localStorage) + document.cookie")
         page.close()
+
+
+def test_auto_stands_beside_base_and_what_is_chosen_is_counted_and_cleared(page: Any, server: Any) -> None:
+    page.goto(server.url)
+    page.wait_for_selector("input[name=model][value=a1]")
+    names = page.eval_on_selector_all("input[name=model]", "all => all.map(one => one.value)")
+    assert names[:3] == ["base", "auto", "a0"] and len(names) == 10
+    count = page.locator("#count")
+    sync_api.expect(count).to_have_text("3 of 10 chosen")
+    page.check("input[value=auto]")
+    sync_api.expect(count).to_have_text("4 of 10 chosen")
+    page.click("#clear")
+    sync_api.expect(count).to_have_text("0 of 10 chosen")
+    assert page.is_hidden("#clear") and "model=" not in page.evaluate("location.hash")
+    page.click("#run")
+    sync_api.expect(page.locator("#problem")).to_have_text("Choose at least one model.")
+
+
+def test_a_seed_of_ten_digits_is_seen_whole(page: Any, server: Any) -> None:
+    page.goto(address(server, seed="4294967295", model=["base"]))
+    page.wait_for_selector("input[value=base]:checked")
+    for width in (1280, 390):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.evaluate("document.getElementById('sampling').open = true")
+        assert page.eval_on_selector("#seed", "one => one.scrollWidth <= one.clientWidth"), width
+
+
+def test_four_columns_stand_side_by_side_on_a_laptop(page: Any, server: Any) -> None:
+    page.set_viewport_size({"width": 1440, "height": 900})
+    models = ["base", "auto", "a0", "a1"]
+    page.goto(address(server, prompt="x", max_tokens=4, model=models))
+    page.wait_for_selector("input[value=a1]:checked")
+    page.click("#run")
+    for name in models:
+        page.wait_for_selector(f".column[data-model={name}][data-state=scored]")
+    tops = page.eval_on_selector_all(".column", "all => all.map(one => one.getBoundingClientRect().top)")
+    assert len(tops) == 4 and len(set(tops)) == 1
+    told = page.inner_text(".column[data-model=a0] .note")
+    assert "On average a token is" in told and "than under the base" in told
+
+
+def test_details_leave_run_free_on_a_phone(browser: Any, server: Any) -> None:
+    context = browser.new_context(viewport={"width": 390, "height": 700}, has_touch=True)
+    page = context.new_page()
+    page.set_default_timeout(15_000)
+    page.goto(address(server, prompt="def main(", max_tokens=8, temperature=0, model=["a0"]))
+    page.wait_for_selector("input[value=a0]:checked")
+    page.click("#run")
+    page.wait_for_selector(".column[data-model=a0][data-state=scored]")
+    page.tap(".token")
+    details, run = page.locator("#details").bounding_box(), page.locator("#run").bounding_box()
+    assert details["height"] > 50 and details["y"] + details["height"] <= run["y"]
+    context.close()
+
+
+def test_a_conversation_goes_on_with_what_was_said(page: Any, server: Any) -> None:
+    page.goto(address(server, prompt="hello", mode="chat", max_tokens=6, temperature=0, seed=1, model=["a7", "base"]))
+    page.wait_for_selector("input[value=a7]:checked")
+    shown = page.eval_on_selector_all("input[name=model]:enabled", "all => all.map(one => one.value)")
+    assert shown == ["auto", "a7"] and page.is_hidden("input[value=base]")
+    sync_api.expect(page.locator("#count")).to_have_text("1 of 2 chosen")
+    messages: list[dict[str, str]] = []
+    for said in ("hello", "and then?"):
+        page.fill("#prompt", said)
+        page.keyboard.press("Control+Enter")
+        page.wait_for_selector("body:not([data-running]) .column[data-state=scored]")
+        sync_api.expect(page.locator("#prompt")).to_have_value("")
+        messages.append({"role": "user", "content": said})
+        asked = {"model": "a7", "messages": messages, "max_tokens": 6, "temperature": 0, "seed": 1, "top_p": 0.95}
+        (choice,) = server.post("/v1/chat/completions", **asked).json()["choices"]
+        messages.append({"role": "assistant", "content": choice["message"]["content"]})
+        shown_text = page.eval_on_selector(".output", "one => one.textContent")
+        names = {"user": "You", "assistant": "Model"}
+        assert shown_text == "\n\n".join(f"{names[one['role']]}: {one['content']}" for one in messages)
+    page.click("#forget")
+    assert page.query_selector(".column") is None
+    page.check("input[value=text]")
+    assert page.is_visible("input[value=base]")
+
+
+def test_a_server_that_is_gone_or_stops_is_told_in_one_line(browser: Any, start: Callable[..., Any]) -> None:
+    page = browser.new_page()
+    page.set_default_timeout(15_000)
+    with start({}) as running:
+        page.goto(address(running, prompt="x", max_tokens=2, model=["base"]))
+        page.wait_for_selector("input[value=base]:checked")
+        running.service.draining = True
+        page.click("#run")
+        page.wait_for_selector(".column .problem:not([hidden])")
+        assert "stopping" in page.inner_text(".column .problem") and "(in " in page.inner_text(".column .problem")
+        running.service.draining = False
+    page.click("#run")
+    page.wait_for_selector(".column .problem:not([hidden])")
+    assert page.inner_text(".column .problem") == "The server cannot be reached. Is peftune serve still running?"
+    page.click("#refresh")
+    sync_api.expect(page.locator("#problem")).to_have_text(
+        "The server cannot be reached. Is peftune serve still running?"
+    )
+    page.close()

@@ -15,6 +15,7 @@ from peftune.errors import UserError
 from peftune.serve.openai.body import read_body
 from peftune.serve.openai.errors import ApiError
 from peftune.serve.openai.schema import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
+from peftune.serve.private_copy import private_copy
 from peftune.serve.service import AUTO, BASE, Service, service_of
 
 
@@ -41,12 +42,20 @@ async def load_adapter(http: Request) -> Response:
         if len(service.bank.names) >= service.settings.max_adapters:
             raise ApiError(400, f"{service.settings.max_adapters} adapters are loaded already; unload one first")
         try:
-            await asyncio.to_thread(service.bank.add, body.lora_name, directory)
+            await asyncio.to_thread(_add, service, body.lora_name, directory, roots)
         except UserError as error:
             message = str(error).replace(str(directory), body.lora_path)  # clients see no paths of this machine
             message = message.replace(str(service.bank.base.directory), service.bank.base.name)
             raise ApiError(400, message, "lora_path") from None
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+def _add(service: Service, name: str, directory: Path, roots: Sequence[Path]) -> None:
+    with private_copy(directory, roots) as copy:
+        try:
+            service.bank.add(name, copy)
+        except UserError as error:
+            raise UserError(str(error).replace(str(copy), str(directory))) from None
 
 
 async def unload_adapter(http: Request) -> Response:

@@ -26,8 +26,8 @@ export async function complete(body, signal) {
 }
 
 /** The events of a stream, as they come. */
-export async function* stream(body, signal) {
-  const response = await ask("v1/completions", { ...body, stream: true }, signal);
+export async function* stream(path, body, signal) {
+  const response = await ask(path, { ...body, stream: true }, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let waiting = "";
   for (;;) {

@@ -1,7 +1,7 @@
 // One model's column: its stream, its clock, and the base's opinion of what it wrote.
 
 import * as api from "./api.js";
-import { factor, watch } from "./details.js";
+import { factor, inWords, watch } from "./details.js";
 import { Tokens } from "./tokens.js";
 
 const BASE = "base";
@@ -9,28 +9,29 @@ const LIKELIEST = 5; // tokens told beside each one
 const BEFORE_SCORING = 24; // new tokens, while a text is written; the rest at its end
 const SHOWN_PROMPT = 240; // characters of the prompt's end that stand before the text
 const ROUTES = 4; // scores of `auto` that are told
+const NAMES = { user: "You", assistant: "Model" };
 
 export class Column {
-  constructor(model, prompt) {
+  /** `messages`: the conversation that the model answers, in chat; null where it continues `prompt`. */
+  constructor(model, prompt, messages = null) {
     this.model = model;
+    this.messages = messages;
+    this.answer = ""; // in chat
+    this.count = 0; // tokens
     this.answering = model; // for `auto`: what it chose
     this.promptIds = [];
-    this.#build(prompt);
+    this.#build(messages ? transcript(messages) : tail(prompt));
     this.tokens = new Tokens(this.output);
-    watch(this.output, () => this.answering);
+    if (!messages) watch(this.output, () => this.answering);
   }
 
   /** Write and score; resolves whatever happens, throws only where the server wants a key. */
   async run(request, signal) {
     this.began = performance.now();
-    const asked = { ...request, model: this.model, logprobs: LIKELIEST, return_token_ids: true };
-    let scoring = null;
+    const asked = { ...request, model: this.model, return_token_ids: true };
     try {
-      for await (const event of api.stream(asked, signal)) {
-        this.#take(event);
-        if (this.#waitsForScore(BEFORE_SCORING)) scoring ??= this.#scoreMeanwhile(signal).then(() => (scoring = null));
-      }
-      await scoring;
+      if (this.messages) await this.#reply(asked, signal);
+      else await this.#continue(asked, signal);
       this.#say(this.reason ?? "ended");
     } catch (error) {
       if (error.name === "AbortError") this.#say("stopped");
@@ -43,15 +44,36 @@ export class Column {
     await this.#scoreTheRest();
   }
 
-  #take(event) {
+  async #continue(asked, signal) {
+    let scoring = null;
+    for await (const event of api.stream("v1/completions", { ...asked, logprobs: LIKELIEST }, signal)) {
+      const [choice] = event.choices;
+      if (choice.prompt_token_ids) this.promptIds = choice.prompt_token_ids;
+      this.tokens.push(choice);
+      this.#noteProgress(event);
+      if (this.#waitsForScore(BEFORE_SCORING)) scoring ??= this.#scoreMeanwhile(signal).then(() => (scoring = null));
+    }
+    await scoring;
+  }
+
+  /** The next turn of a conversation. */
+  async #reply({ prompt, ...asked }, signal) {
+    for await (const event of api.stream("v1/chat/completions", { ...asked, messages: this.messages }, signal)) {
+      const text = event.choices[0].delta.content ?? "";
+      this.answer += text;
+      this.output.append(text);
+      this.#noteProgress(event);
+    }
+  }
+
+  #noteProgress(event) {
     const [choice] = event.choices;
     if (event.routing && !this.routed) this.#tellRoute(event.routing);
-    if (choice.prompt_token_ids) this.promptIds = choice.prompt_token_ids;
-    if (choice.token_ids.length) {
+    if (choice.token_ids?.length) {
       this.firstAt ??= performance.now();
       this.lastAt = performance.now();
+      this.count += choice.token_ids.length;
     }
-    this.tokens.push(choice);
     this.reason = { stop: "ended", length: "length reached" }[choice.finish_reason];
     this.#say("writing");
   }
@@ -68,7 +90,7 @@ export class Column {
     this.tokens.compare({
       token_logprobs: written(logprobs.token_logprobs), top_logprobs: written(logprobs.top_logprobs),
     });
-    this.note.textContent = `mean ${factor(this.tokens.meanNats)} a token`;
+    this.note.textContent = `On average a token is ${inWords(this.tokens.meanNats)} under the base`;
   }
 
   /** What fails here is asked again at the end, and told then. */
@@ -86,19 +108,21 @@ export class Column {
     this.element.dataset.state = "scored";
   }
 
-  #tellRoute({ model, scores }) {
+  #tellRoute({ model, scores = {} }) {
     this.routed = true;
     this.answering = model in scores ? model : BASE;
-    const best = Object.entries(scores).sort(([, a], [, b]) => b - a).slice(0, ROUTES);
-    const told = best.map(([name, nats]) => `${name} ${nats < 0 ? "−" : "+"}${Math.abs(nats).toFixed(2)}`);
-    const where = document.createElement("strong");
-    where.textContent = `→ ${this.answering}`;
-    this.route.replaceChildren(where, told.length ? ` by nats a token over the base: ${told.join(", ")}` : " (no adapter here)");
+    const sorted = Object.entries(scores).sort(([, a], [, b]) => b - a);
+    const told = sorted.slice(0, ROUTES).map(([name, nats]) => `${name} ${factor(nats)}`);
+    if (sorted.length > ROUTES) told.push(`${sorted.length - ROUTES} more`);
+    const where = make("strong", "", `→ ${this.answering}`);
+    const why = this.answering === BASE ? "no adapter fits the prompt clearly better" : "the prompt fits it best";
+    const ranks = told.length ? ` How much likelier a token of the prompt is than under the base: ${told.join(", ")}.` : "";
+    this.route.replaceChildren(where, `: ${why}.${ranks}`);
     this.route.hidden = false;
   }
 
   #say(state) {
-    const count = this.tokens.ids.length;
+    const { count } = this;
     const told = [state];
     if (count) told.push(`${count} token${count > 1 ? "s" : ""}`);
     const seconds = (this.lastAt - this.firstAt) / 1000;
@@ -113,7 +137,7 @@ export class Column {
     this.problem.hidden = false;
   }
 
-  #build(prompt) {
+  #build(before) {
     this.element = make("article", "column");
     this.element.dataset.model = this.model;
     this.element.dataset.state = "writing";
@@ -121,7 +145,7 @@ export class Column {
     const title = make("h2", "", this.model);
     const copy = make("button", "quiet", "Copy text");
     copy.type = "button";
-    copy.addEventListener("click", () => navigator.clipboard.writeText(this.tokens.text));
+    copy.addEventListener("click", () => navigator.clipboard.writeText(this.messages ? this.answer : this.tokens.text));
     head.append(title, copy);
     this.route = make("p", "route");
     this.problem = make("p", "problem");
@@ -129,8 +153,7 @@ export class Column {
     this.output = make("div", "output");
     const wanted = { tabIndex: 0, role: "group", ariaLive: "polite", ariaBusy: "true", ariaLabel: `Text of ${this.model}` };
     Object.assign(this.output, wanted);
-    this.output.setAttribute("aria-describedby", "hint");
-    const before = prompt.length > SHOWN_PROMPT ? `…${prompt.slice(-SHOWN_PROMPT)}` : prompt;
+    if (!this.messages) this.output.setAttribute("aria-describedby", "hint");
     this.output.append(make("span", "before", before));
     const foot = make("div", "foot");
     this.status = make("p", "status", "waiting");
@@ -139,6 +162,10 @@ export class Column {
     this.element.append(head, this.route, this.output, this.problem, foot);
   }
 }
+
+const tail = (prompt) => (prompt.length > SHOWN_PROMPT ? `…${prompt.slice(-SHOWN_PROMPT)}` : prompt);
+
+const transcript = (messages) => `${messages.map(({ role, content }) => `${NAMES[role]}: ${content}\n\n`).join("")}${NAMES.assistant}: `;
 
 function make(tag, name = "", text = "") {
   const made = document.createElement(tag);

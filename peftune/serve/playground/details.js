@@ -53,10 +53,19 @@ export const percent = (nats) => {
   return `${share < 10 ? share.toPrecision(2) : Math.round(share)} %`;
 };
 
+/** 4.0 for nats of either sign. */
+const times = (nats) => {
+  const found = Math.exp(Math.abs(nats));
+  return found >= 1000 ? found.toExponential(0) : found >= 10 ? Math.round(found) : found.toFixed(1);
+};
+
 /** ×4.0 or ÷4.0 for nats. */
-export const factor = (nats) => {
-  const times = Math.exp(Math.abs(nats));
-  return `${nats < 0 ? "÷" : "×"}${times >= 1000 ? times.toExponential(0) : times >= 10 ? Math.round(times) : times.toFixed(1)}`;
+export const factor = (nats) => `${nats < 0 ? "÷" : "×"}${times(nats)}`;
+
+/** The same in words, as the end of a sentence. */
+export const inWords = (nats) => {
+  if (times(nats) === "1.0") return "as likely as";
+  return `${times(nats)} times ${nats < 0 ? "less likely than" : "likelier than"}`;
 };
 
 function step(event, spans) {

@@ -9,6 +9,7 @@ const at = (id) => document.getElementById(id);
 const MANY = 12; // models from which on a filter helps
 let running = null; // the AbortController of what is being written
 let wished = null; // models that the address names, until the server has told which there are
+const said = new Map(); // the conversation with each model: messages as the API has them
 
 /** Ask for the models and tick `wanted`; without a wish the base and the first adapters. */
 async function showModels(wanted) {
@@ -26,20 +27,25 @@ async function showModels(wanted) {
   const adapters = cards.filter((card) => card !== base);
   const offered = [
     { id: "base", note: "no adapter" },
-    ...adapters.map((card) => ({ id: card.id, note: card.chat ? `rank ${card.rank}, chat` : `rank ${card.rank}` })),
-    ...(adapters.length ? [{ id: "auto", note: "the likeliest for the prompt" }] : []),
+    ...(adapters.length ? [{ id: "auto", note: "the best for the prompt", chat: adapters.some((card) => card.chat) }] : []),
+    ...adapters.map(({ id, rank, chat }) => ({ id, note: chat ? `rank ${rank}, chat` : `rank ${rank}`, chat })),
   ];
-  const ticked = wanted ?? offered.slice(0, 3).map((model) => model.id).filter((id) => id !== "auto");
+  const ticked = wanted ?? ["base", ...adapters.slice(0, 2).map((card) => card.id)];
   at("models").replaceChildren(...offered.map((model) => choiceOf(model, ticked.includes(model.id))));
   at("filter").hidden = offered.length < MANY;
+  filter();
+  at("modes").hidden = !adapters.some((card) => card.chat);
+  if (at("modes").hidden) settings.choose("text");
+  showMode();
   const missing = ticked.filter((name) => !offered.some((model) => model.id === name));
   at("missing").hidden = missing.length === 0;
   at("missing").textContent = `Not on this server: ${missing.join(", ")}`;
 }
 
-function choiceOf({ id, note }, checked) {
+function choiceOf({ id, note, chat = false }, checked) {
   const label = document.createElement("label");
   const box = Object.assign(document.createElement("input"), { type: "checkbox", name: "model", value: id, checked });
+  box.dataset.chat = chat;
   const name = Object.assign(document.createElement("span"), { textContent: id });
   label.append(box, name, Object.assign(document.createElement("small"), { textContent: note }));
   return label;
@@ -47,14 +53,49 @@ function choiceOf({ id, note }, checked) {
 
 function chosen() {
   if (!at("models").children.length) return wished ?? [];
-  return [...at("models").querySelectorAll("input:checked")].map((box) => box.value);
+  return [...at("models").querySelectorAll("input:checked:enabled")].map((box) => box.value);
+}
+
+/** Only adapters that were trained on conversations can chat. */
+function showMode() {
+  const chat = settings.mode() === "chat";
+  document.body.dataset.mode = settings.mode();
+  for (const box of at("models").querySelectorAll("input")) box.disabled = chat && box.dataset.chat !== "true";
+  at("prompt-label").textContent = chat ? "Your message" : "Prompt";
+  at("forget").hidden = !chat || said.size === 0;
+  showCount();
+}
+
+function showCount() {
+  const boxes = at("models").querySelectorAll("input:enabled");
+  at("count").textContent = boxes.length ? `${chosen().length} of ${boxes.length} chosen` : "";
+  at("clear").hidden = chosen().length === 0;
+}
+
+function filter() {
+  const wanted = at("filter").value.toLowerCase();
+  for (const label of at("models").children) label.hidden = !label.textContent.toLowerCase().includes(wanted);
+}
+
+function clear() {
+  for (const box of at("models").querySelectorAll("input:checked:enabled")) box.checked = false;
+  showCount();
+  save();
+}
+
+function forget() {
+  said.clear();
+  at("columns").replaceChildren();
+  delete document.body.dataset.ran;
+  showMode();
+  at("prompt").focus();
 }
 
 async function run() {
   const models = chosen();
   if (!at("form").reportValidity()) return;
   if (!models.length) {
-    tell(new Error("Choose at least one model."));
+    tell(new Error(settings.mode() === "chat" ? "Choose at least one adapter that can chat." : "Choose at least one model."));
     return;
   }
   tell(null);
@@ -63,7 +104,9 @@ async function run() {
   running?.abort();
   const mine = (running = new AbortController());
   const request = settings.request();
-  const columns = models.map((model) => new Column(model, request.prompt));
+  const chat = settings.mode() === "chat";
+  const turn = { role: "user", content: request.prompt };
+  const columns = models.map((model) => new Column(model, request.prompt, chat ? [...(said.get(model) ?? []), turn] : null));
   at("columns").replaceChildren(...columns.map((column) => column.element));
   document.body.dataset.ran = "";
   setRunning(true);
@@ -71,7 +114,17 @@ async function run() {
   const ended = await Promise.allSettled(columns.map((column) => column.run(request, mine.signal)));
   const refused = ended.find((one) => one.status === "rejected");
   if (refused) tell(refused.reason);
+  if (chat) remember(columns);
   if (running === mine) setRunning(false);
+}
+
+/** What was answered is part of the conversation; a message that nobody answered stays where it was typed. */
+function remember(columns) {
+  const answered = columns.filter((column) => column.answer);
+  for (const { model, messages, answer } of answered) said.set(model, [...messages, { role: "assistant", content: answer }]);
+  if (answered.length) at("prompt").value = "";
+  save();
+  showMode();
 }
 
 function stop() {
@@ -103,10 +156,9 @@ function load() {
 
 function onInput(event) {
   if (event.target === at("key")) return;
-  if (event.target === at("filter")) {
-    for (const label of at("models").children) label.hidden = !label.textContent.includes(at("filter").value);
-    return;
-  }
+  if (event.target === at("filter")) return filter();
+  if (event.target.name === "mode") showMode();
+  if (event.target.name === "model") showCount();
   settings.mirror(event.target);
   save();
 }
@@ -146,6 +198,8 @@ at("dice").addEventListener("click", () => {
   settings.rollSeed();
   save();
 });
+at("clear").addEventListener("click", clear);
+at("forget").addEventListener("click", forget);
 at("refresh").addEventListener("click", () => showModels(chosen()));
 at("copy-link").addEventListener("click", copyLink);
 document.addEventListener("keydown", onKey);

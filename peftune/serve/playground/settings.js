@@ -6,9 +6,19 @@ const DEFAULTS = {
 };
 const NAMES = Object.keys(DEFAULTS);
 const MODEL = "model";
+const MODE = "mode";
 const MOST_SEED = 2 ** 32;
 
 const input = (name) => document.getElementById(name);
+
+const modes = () => [...document.getElementsByName(MODE)];
+
+/** What the models do: "text" or "chat". */
+export const mode = () => modes().find((one) => one.checked).value;
+
+export function choose(wanted) {
+  for (const one of modes()) one.checked = one.value === (wanted === "chat" ? "chat" : "text");
+}
 
 /** A seed that nobody chose. */
 export function rollSeed() {
@@ -24,12 +34,14 @@ export function fromAddress() {
   }
   if (!said.has("seed")) rollSeed();
   mirrorAll();
+  choose(said.get(MODE));
   return said.has(MODEL) ? said.getAll(MODEL) : null;
 }
 
 /** Put the form into the address; no entry in the history for every letter typed. */
 export function toAddress(models) {
   const said = new URLSearchParams(NAMES.map((name) => [name, input(name).value]));
+  if (mode() === "chat") said.set(MODE, mode());
   for (const model of models) said.append(MODEL, model);
   history.replaceState(null, "", `#${said}`);
 }
@@ -44,6 +56,7 @@ export function request() {
 
 /** Sliders and number fields show one value. */
 export function mirror(changed) {
+  if (changed.type === "radio" || changed.type === "checkbox") return;
   const slider = changed.dataset.for ? changed : document.querySelector(`[data-for="${changed.name}"]`);
   if (changed.dataset.for) input(changed.dataset.for).value = changed.value;
   else if (slider) slider.value = changed.value;
