@@ -22,6 +22,7 @@ from peftune.training import checkpoint
 from peftune.training.checkpoint import Checkpoint, State
 from peftune.training.device import FIRST_LOSS_SCALE, choose_precision, first_micro_size, peak_memory
 from peftune.training.distributed import start, zero
+from peftune.training.distributed.agreement import refuse_different_ranks
 from peftune.training.distributed.collectives import all_gather, broadcast, raise_on_all_ranks
 from peftune.training.distributed.signals import StopRequest
 from peftune.training.export.adapter import Delivery, already_delivered, deliver
@@ -61,7 +62,10 @@ def train(recipe: Recipe) -> Delivery:
         idle = torch.cuda.device_count() - 1
         if accelerator.num_processes == 1 and accelerator.device.type == "cuda" and idle:
             console.say(f"{idle} more GPUs here are not used: one process takes one; accelerate launch starts more")
-        dtype = DTYPES[choose_precision(recipe.run.precision, accelerator.device.type == "cuda")]
+        with raise_on_all_ranks(accelerator):
+            precision = choose_precision(recipe.run.precision, accelerator.device.type == "cuda")
+        refuse_different_ranks(accelerator, {"precision": precision})
+        dtype = DTYPES[precision]
         inputs = read_inputs_on_all_ranks(recipe, accelerator)
         with sole_writer(Path(recipe.run.out), accelerator):
             found = broadcast(accelerator, lambda: _earlier_run(inputs))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -14,7 +14,10 @@ from accelerate.tracking import get_available_trackers
 
 from peftune.config.recipe import Recipe
 from peftune.errors import Interrupted, PeftuneError, UserError, report_once_per_machine
+from peftune.model import quantized
+from peftune.training.checkpoint import flatten
 from peftune.training.distributed import zero
+from peftune.training.distributed.agreement import refuse_different_ranks, versions
 from peftune.training.distributed.collectives import report_clearly
 from peftune.training.distributed.watchdog import rendezvous_deadline, watch_peers
 
@@ -23,12 +26,20 @@ _TIMEOUT = timedelta(hours=6)  # one rank may tokenise for long; the watchdog no
 
 @contextmanager
 def watched_ranks(recipe: Recipe) -> Iterator[Accelerator]:
-    """Join the other ranks, where there are any, and watch them to the end of the run."""
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    with report_once_per_machine(), nullcontext() if alone else rendezvous_deadline():
+    """Join the other ranks, where there are any, and watch them to the end of the run.
+
+    UserError, on all ranks, where another has another recipe, layout or version; `run.out` may differ, as the first
+    rank alone writes and reads it.
+    """
+    with report_once_per_machine(), rendezvous_deadline():
         accelerator = start(list(recipe.run.track), recipe.run.out)
-    watch = nullcontext() if accelerator.num_processes == 1 else watch_peers(accelerator)
-    with report_clearly(accelerator), watch:
+    with report_clearly(accelerator), watch_peers(accelerator):
+        values = {k: v for k, v in flatten(recipe.model_dump(mode="json")).items() if k != "run.out"}
+        libraries = [
+            *quantized.LIBRARIES * (recipe.quantize is not None),
+            *["deepspeed"] * bool(zero_stage(accelerator)),
+        ]
+        refuse_different_ranks(accelerator, values | versions(libraries) | _engine_settings(accelerator))
         yield accelerator
 
 
@@ -86,3 +97,8 @@ def layout(accelerator: Accelerator) -> str:
     if ranks == 1 and not stage:
         return "1 process"
     return f"{ranks} ranks, {f'ZeRO-{stage}' if stage else 'DDP'}"
+
+
+def _engine_settings(accelerator: Accelerator) -> dict[str, object]:
+    engine = zero.settings_of(accelerator) if zero_stage(accelerator) else {}
+    return {"layout": layout(accelerator)} | {f"DeepSpeed's {key}": value for key, value in engine.items()}
