@@ -1,6 +1,6 @@
 """Runs of `peftune train`'s function on ranks whose files, recipe or versions differ:  launcher unequal_ranks.py FOLDER
 
-FOLDER/cases.json lists cases; rank R of a case runs in FOLDER/CASE/R, on the recipe there, with FOLDER/CASE/R/patch.json
+FOLDER/cases.json lists cases; rank R of a case runs in FOLDER/CASE/R, on the recipe there, with patch.json there
 ({name of `agreement.versions`: value}, or {"precision": …}) applied. How it ended goes to FOLDER/CASE/R/ended.json.
 """
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os.path
 import platform
 import socket
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from itertools import takewhile
 
 from accelerate import Accelerator
 
@@ -47,7 +47,8 @@ def _differences(first: Mapping[str, str], other: Mapping[str, str]) -> str:
     texts = []
     for name in names[:_NAMED]:
         pair = [facts.get(name, "nothing") for facts in (other, first)]
-        begin = max(0, len(os.path.commonprefix(pair)) - 12)
+        same = takewhile(lambda letters: letters[0] == letters[1], zip(*pair, strict=False))
+        begin = max(0, len([*same]) - 12)
         there, here = (("…" if begin else "") + text[begin : begin + 40] for text in pair)
         texts.append(f"{name} {there} where rank 0 has {here}")
     return ", ".join(texts + [f"{len(names) - _NAMED} more"] * (len(names) > _NAMED))
