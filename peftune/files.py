@@ -18,6 +18,7 @@ from typing import Any
 from peftune.errors import UserError
 
 _CHUNK = 1 << 20  # bytes hashed at a time
+_staged: set[Path] = set()  # names that `beside` gave
 
 
 def cache_directory() -> Path:
@@ -36,7 +37,18 @@ def sha256_of(path: Path) -> str:
 
 def beside(path: Path) -> Path:
     """A name next to `path` that nothing has: where it is written before it gets its own."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+    name = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+    _staged.add(name)
+    return name
+
+
+def remove_staged() -> None:
+    """Remove what this process is writing beside its names; it ends at once afterwards, from any thread."""
+    for path in _staged:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from peftune.cli import adapters
 from peftune.cli.launcher.launch import configs, launch
 from peftune.cli.options import BASE_HELP, Adapters, Json, named, save_json, source_of
 from peftune.cli.serve import serve
+from peftune.cli.stop import end_with
 from peftune.errors import PeftuneError, UserError, report_once_per_machine
 from peftune.model.quantized import quiet
 from peftune.version import __version__
@@ -221,7 +222,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     quiet()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    end_with(run(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(arguments: list[str]) -> int:
