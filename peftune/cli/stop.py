@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+from peftune.errors import record_for_launcher
+
 NUMBERS = [signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 _PATIENCE = 2.5  # seconds for the main thread to leave in order
 _came: list[int] = []
@@ -90,11 +92,12 @@ def _leave(number: int) -> None:
     """Say it, unless it was said, and end; of the ranks that a launcher started here, the first says it."""
     if not _said.acquire(blocking=False):
         return time.sleep(_PATIENCE)  # the other thread is just doing it
+    name = signal.Signals(number).name
+    line = f"peftune: stopped by {name}; nothing unfinished was kept, the same command starts again"
+    record_for_launcher(line)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         clear = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""  # a progress bar, and the cursor that it hides
-        name = signal.Signals(number).name
-        text = f"{clear}peftune: stopped by {name}; nothing unfinished was kept, the same command starts again\n"
-        os.write(2, text.encode())
+        os.write(2, f"{clear}{line}\n".encode())
     os._exit(128 + number)
 
 

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from peftune.config.recipe import Recipe
 from peftune.console import Console
 from peftune.errors import Interrupted, UserError
-from peftune.inference.generate import Generation, generate_with_transformers
+from peftune.inference.generate import generate_with_transformers
+from peftune.inference.request import Generation
 from peftune.inference.settings import GenerationSettings
 from peftune.model.load import DTYPES, NAME_OF, footprint, load_adapted
 from peftune.model.lora import Adapted

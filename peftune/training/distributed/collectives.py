@@ -63,7 +63,7 @@ def raise_on_all_ranks(accelerator: Accelerator) -> Iterator[None]:
     if not failures:
         return
     if not accelerator.is_main_process:
-        raise ReportedElsewhere(failures[0].exit_code)
+        raise ReportedElsewhere(failures[0].exit_code, str(failures[0]))
     if error is not None:
         raise error
     raise type(failures[0])(f"{failures[0]} (on another rank than the first)")
@@ -80,7 +80,7 @@ def report_clearly(accelerator: Accelerator) -> Iterator[None]:
     except (Interrupted, CheckFailed) as error:
         if accelerator.is_main_process:
             raise
-        raise ReportedElsewhere(error.exit_code) from None
+        raise ReportedElsewhere(error.exit_code, str(error)) from None
     except RuntimeError as error:
         if accelerator.num_processes == 1 or not _is_peer_gone(error):
             raise

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import psutil
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
@@ -53,6 +54,7 @@ def start(trackers: list[str], folder: str) -> Accelerator:
     wants_zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     if wants_zero:
         zero.prepare_import(on_gpu)
+    _stay_on_loopback()
     AcceleratorState._reset_state()  # an earlier run of this process may have had other settings
     # Without a backend by name, ZeRO on CPU ranks sees one process on every rank, and all write the same files.
     group = InitProcessGroupKwargs(backend="gloo" if wants_zero and not on_gpu else None, timeout=_TIMEOUT)
@@ -70,6 +72,14 @@ def start(trackers: list[str], folder: str) -> Accelerator:
             "take a file of accelerate_configs/"
         )
     return accelerator
+
+
+def _stay_on_loopback() -> None:
+    """Where all ranks are on this machine, gloo connects them through loopback: its own choice may listen outside."""
+    ranks, here = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE")
+    if ranks != "1" and ranks == here:
+        names = [name for name, found in psutil.net_if_addrs().items() for a in found if a.address == "127.0.0.1"]
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # PyTorch lists it nowhere
 
-from peftune.errors import RankLost, UserError
+from peftune.errors import RankLost, UserError, record_for_launcher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -150,7 +150,9 @@ def _key(rank: int) -> str:
 
 def _leave(reason: str) -> None:
     text = (
-        f"peftune: {reason}: a process, a machine or the network is gone; the job ends here, the same command goes on"
+        f"peftune: {reason}: a process, a machine or the network is gone; the job ends here, the same command goes on "
+        "from the last checkpoint"
     )
-    print(f"{text} from the last checkpoint", file=sys.stderr, flush=True)
+    record_for_launcher(text)
+    print(text, file=sys.stderr, flush=True)
     os._exit(RankLost.exit_code)
