@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,6 @@ from accelerate import Accelerator
 from peftune.config.recipe import Recipe
 from peftune.console import Console
 from peftune.errors import Interrupted, UserError
-from peftune.inference.generate import generate_with_transformers
-from peftune.inference.request import Generation
-from peftune.inference.settings import GenerationSettings
 from peftune.model.load import DTYPES, NAME_OF, footprint, load_adapted
 from peftune.model.lora import Adapted
 from peftune.model.loss import LossModel
@@ -27,7 +23,6 @@ from peftune.training.distributed import start, zero
 from peftune.training.distributed.agreement import refuse_different_ranks
 from peftune.training.distributed.collectives import (
     all_gather,
-    all_reduce_sum,
     broadcast,
     raise_on_all_ranks,
     report_after_a_signal,
@@ -37,9 +32,8 @@ from peftune.training.export.adapter import Delivery, already_delivered, deliver
 from peftune.training.inputs import RunInputs, read_inputs_on_all_ranks, sole_writer
 from peftune.training.metrics import MetricsLog
 from peftune.training.optimizer import Gradient, ReplicatedStrategy, UpdateStrategy, build_adamw
+from peftune.training.samples import continue_prompts
 from peftune.training.step import ForwardFn, choose_forward, evaluate_domain, train_step
-
-SAMPLE_TOKENS = 80
 
 
 @dataclass(frozen=True)
@@ -232,7 +226,8 @@ def _evaluate_if_due(run: Run, stop: StopRequest) -> bool:
         name: evaluate_domain(name, blocks, run.forward, run.accelerator, stop, run.console)
         for name, blocks in inputs.corpus.domains.items()
     }
-    samples = _samples(run, stop)
+    prompts, model = inputs.recipe.run.samples, run.adapted.model
+    samples = continue_prompts(prompts, model, inputs.base.tokenizer, run.forward, run.accelerator, stop)
     for domain, score in scores.items():
         run.metrics.write("eval", step=state.step, domain=domain, **score.figures(), tokens=score.tokens)
     if scores:
@@ -245,23 +240,6 @@ def _evaluate_if_due(run: Run, stop: StopRequest) -> bool:
     if not scores:
         return False
     return state.is_improved_by(sum(s.nats for s in scores.values()) / sum(s.tokens for s in scores.values()))
-
-
-def _samples(run: Run, stop: StopRequest) -> list[Generation]:
-    """The recipe's prompts, continued greedily by the first rank; StopNow, on all ranks, where a signal came."""
-    prompts, made = run.inputs.recipe.run.samples, []
-    if not prompts:
-        return []
-    if run.accelerator.is_main_process:
-        settings = GenerationSettings(max_new_tokens=SAMPLE_TOKENS, temperature=0.0)
-        run.forward.module.eval()
-        with suppress(StopNow), stop.at_once(), run.forward.autocast():
-            made = generate_with_transformers(run.adapted.model, run.inputs.base.tokenizer, prompts, settings)
-        run.forward.module.train()
-    (stopped,) = all_reduce_sum(run.accelerator, float(stop.name is not None))
-    if stopped:
-        raise StopNow
-    return made
 
 
 def _has_stopped_improving(run: Run) -> bool:

@@ -28,6 +28,7 @@ STAGES: dict[str, tuple[str, str, str, int]] = {
     "evaluate": ("peftune.training.run:evaluate_domain", "soon", "SIGTERM", 3),
     "score": ("peftune.training.step:ForwardFn.__call__", "python", "SIGTERM", 3),
     "train": ("peftune.training.step:Gradient.add", "python", "SIGINT", 3),
+    "sample": ("peftune.training.samples:generate_with_transformers", "python", "SIGTERM", 3),
     "save": ("peftune.training.checkpoint:save_file", "soon", "SIGTERM", 3),
     "deliver": ("peftune.adapters.directory:read_adapter", "python", "SIGTERM", 3),
 }
@@ -51,7 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(case: str, folder: Path, base: Path, adapters: dict[str, Path]) -> list[str]:
     if case in STAGES:
-        return ["train", str(folder / "recipe.yaml"), f"run.out={folder / case}", f"data.train={folder / case}.txt"]
+        own = [f"run.out={folder / case}", f"data.train={folder / case}.txt"]
+        return ["train", str(folder / "recipe.yaml"), *own, *["run.samples=[the]"] * (case == "sample")]
     out, attention = str(folder / case), str(adapters["attention"])
     on = ["--base", str(base)]
     return {
@@ -112,10 +114,10 @@ def test_a_signal_is_answered_at_once_in_one_line(results: dict[str, Any], folde
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_nothing_half_written_is_left(results: dict[str, Any], folder: Path) -> None:
-    staged = [path for path in folder.rglob(".*") if path.name not in (".lock",)]
+    staged = [path for path in folder.rglob(".*") if path.name != ".lock"]
     assert staged == []
     assert not any((folder / case).exists() for case in ("merge", "merge-hung", "combine", "extract"))
-    for case in ("evaluate", "score", "train", "save", "deliver"):
+    for case in ("evaluate", "score", "train", "sample", "save", "deliver"):
         assert any((folder / case / "checkpoints").glob("step-*/state.json")), case
 
 
