@@ -10,9 +10,11 @@ PeftuneError
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 class PeftuneError(Exception):
@@ -46,9 +48,9 @@ class RankLost(PeftuneError):
 class ReportedElsewhere(PeftuneError):
     """The error of another rank, which says it; this one leaves with the same code, in silence."""
 
-    def __init__(self, exit_code: int) -> None:
+    def __init__(self, exit_code: int, reason: str = "") -> None:
         super().__init__()
-        self.exit_code = exit_code
+        self.exit_code, self.reason = exit_code, reason
 
 
 @contextmanager
@@ -59,7 +61,18 @@ def report_once_per_machine() -> Iterator[None]:
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
-        raise ReportedElsewhere(error.exit_code) from None
+        raise ReportedElsewhere(error.exit_code, str(error)) from None
+
+
+def record_for_launcher(line: str) -> None:
+    """Have torch's launcher, which calls Accelerate's as well, end its traceback with this line.
+
+    It names the file to each rank: https://pytorch.org/docs/stable/elastic/errors.html.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": line, "timestamp": int(time.time())}, file)
 
 
 def first_line(error: BaseException) -> str:

@@ -27,6 +27,7 @@ _JSON_DEPTH = 64  # nested lists and objects; what walks a value later recurses
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 _UMASK = os.umask(0o077)  # asked once, while there is one thread: asking sets it
 os.umask(_UMASK)
+_staged: set[Path] = set()  # names that `beside` gave
 
 
 def cache_directory() -> Path:
@@ -69,7 +70,9 @@ def apply_umask(path: Path) -> None:
 
 def beside(path: Path) -> Path:
     """A name next to `path` that nothing has: where it is written before it gets its own."""
-    return path.with_name(f"{_prefix(path)}{_HOST}-{os.getpid()}.{uuid.uuid4().hex[:8]}")
+    name = path.with_name(f"{_prefix(path)}{_HOST}-{os.getpid()}.{uuid.uuid4().hex[:8]}")
+    _staged.add(name)
+    return name
 
 
 def remove_leftovers(target: Path) -> None:
@@ -88,6 +91,15 @@ def _prefix(path: Path) -> str:
     """How names beside `path` begin; short enough for every file system, whatever the name."""
     name = path.name if len(path.name.encode()) <= 160 else hashlib.sha256(path.name.encode()).hexdigest()[:32]
     return f".{name}."
+
+
+def remove_staged() -> None:
+    """Remove what this process is writing beside its names; it ends at once afterwards, from any thread."""
+    for path in _staged:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from peftune.cli import adapters
 from peftune.cli.launcher.launch import configs, launch
 from peftune.cli.options import BASE_HELP, Adapters, Json, named, save_json, source_of
 from peftune.cli.serve import serve
-from peftune.errors import PeftuneError, UserError, report_once_per_machine
+from peftune.cli.stop import end_with
+from peftune.errors import PeftuneError, ReportedElsewhere, UserError, record_for_launcher, report_once_per_machine
 from peftune.model.quantized import quiet
 from peftune.version import __version__
 
@@ -221,13 +222,16 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     quiet()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    end_with(run(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(arguments: list[str]) -> int:
     """The exit code of one call (errors.py lists them); anything not raised on purpose is a bug and passes through."""
     try:
         code = int(app(arguments, prog_name="peftune", standalone_mode=False) or 0)
+    except ReportedElsewhere as error:
+        record_for_launcher(f"peftune: {error.reason}")
+        return error.exit_code
     except PeftuneError as error:
         return _complain(str(error), error.exit_code)
     except typer.TyperException as error:
@@ -247,8 +251,9 @@ _STOPPED = 130  # what a shell reports for Ctrl-C
 
 
 def _complain(message: str, exit_code: int) -> int:
-    if message:  # empty where another rank says it
-        typer.echo(f"peftune: {' '.join(message.split())}", err=True)
+    line = f"peftune: {' '.join(message.split())}"
+    record_for_launcher(line)
+    typer.echo(line, err=True)
     return exit_code
 
 

@@ -7,6 +7,7 @@ what the user says, and the conversation goes on.
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +39,7 @@ def start_repl(
     bank = AdapterBank(base or base_of(*([adapters[name]] if name else adapters.values())), precision)
     for other, directory in adapters.items():
         bank.add(other, directory)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on Ctrl-C ends a text, not the program
     ReplSession(bank, name, settings).run()
 
 

@@ -25,6 +25,10 @@ Kind = Literal["int8", "nf4"]
 MISSING = "bitsandbytes is not installed; pip install 'peftune[quant]'"
 
 
+LIBRARIES = ("bitsandbytes",)
+"""Distributions that compute with a quantised base."""
+
+
 def is_available() -> bool:
     """Whether bitsandbytes is installed."""
     return importlib.util.find_spec("bitsandbytes") is not None

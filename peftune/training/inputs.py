@@ -23,7 +23,8 @@ from peftune.data.tokens.store import TokenStore, prepare
 from peftune.errors import UserError
 from peftune.model import lora, quantized
 from peftune.model.base import Base, open_base
-from peftune.training.checkpoint import identity_of
+from peftune.training.checkpoint import flatten, identity_of
+from peftune.training.distributed.agreement import refuse_different_ranks
 from peftune.training.distributed.collectives import broadcast, raise_on_all_ranks
 
 
@@ -72,12 +73,29 @@ def read_inputs(recipe: Recipe) -> RunInputs:
 
 
 def read_inputs_on_all_ranks(recipe: Recipe, accelerator: Accelerator) -> RunInputs:
-    """`read_inputs` on every rank: the first of each machine fills the cache, the others find it there."""
+    """`read_inputs` on every rank: the first of each machine fills the cache, the others find it there.
+
+    UserError, on all ranks, where another has read another base, tokenizer or text.
+    """
     with raise_on_all_ranks(accelerator):
         inputs = read_inputs(recipe) if accelerator.is_local_main_process else None
     with raise_on_all_ranks(accelerator):
         inputs = inputs or read_inputs(recipe)
+    refuse_different_ranks(accelerator, _what_was_read(inputs))
     return inputs
+
+
+def _what_was_read(inputs: RunInputs) -> dict[str, object]:
+    """Fingerprints of base, tokenizer and texts, the base's configuration, and what follows for the steps."""
+    fingerprints = {k: v for k, v in inputs.identity.items() if k.startswith("fingerprint of ")}
+    config = flatten(inputs.base.stored_config)
+    ignored = ("_name_or_path", "transformers_version")  # who saved it, and where
+    return {
+        **fingerprints,
+        **{f"the base's {key}": value for key, value in config.items() if key not in ignored},
+        "blocks": len(inputs.corpus.train),
+        "steps": inputs.total_steps,
+    }
 
 
 def _load_corpus(recipe: Recipe, base: Base, block: int) -> Corpus:

@@ -13,8 +13,6 @@ from accelerate import Accelerator
 from peftune.config.recipe import Recipe
 from peftune.console import Console
 from peftune.errors import Interrupted, UserError
-from peftune.inference.generate import generate_with_transformers
-from peftune.inference.settings import GenerationSettings
 from peftune.model.load import DTYPES, NAME_OF, footprint, load_adapted
 from peftune.model.lora import Adapted
 from peftune.model.loss import LossModel
@@ -22,15 +20,20 @@ from peftune.training import checkpoint
 from peftune.training.checkpoint import Checkpoint, State
 from peftune.training.device import FIRST_LOSS_SCALE, choose_precision, first_micro_size, peak_memory
 from peftune.training.distributed import start, zero
-from peftune.training.distributed.collectives import all_gather, broadcast, raise_on_all_ranks
-from peftune.training.distributed.signals import StopRequest
+from peftune.training.distributed.agreement import refuse_different_ranks
+from peftune.training.distributed.collectives import (
+    all_gather,
+    broadcast,
+    raise_on_all_ranks,
+    report_after_a_signal,
+)
+from peftune.training.distributed.signals import StopNow, StopRequest
 from peftune.training.export.adapter import Delivery, already_delivered, deliver
 from peftune.training.inputs import RunInputs, read_inputs_on_all_ranks, sole_writer
 from peftune.training.metrics import MetricsLog
 from peftune.training.optimizer import Gradient, ReplicatedStrategy, UpdateStrategy, build_adamw
-from peftune.training.step import ForwardFn, StopNow, choose_forward, evaluate_domain, train_step
-
-SAMPLE_TOKENS = 80
+from peftune.training.samples import continue_prompts
+from peftune.training.step import ForwardFn, choose_forward, evaluate_domain, train_step
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Run:
     strategy: UpdateStrategy
     state: State
     metrics: MetricsLog
+    stop: StopRequest
 
 
 def train(recipe: Recipe) -> Delivery:
@@ -54,14 +58,17 @@ def train(recipe: Recipe) -> Delivery:
     Raises UserError for input that cannot work, Interrupted after a signal (a checkpoint is saved first), CheckFailed
     for numbers that are not finite or an adapter that did not learn, RankLost where another rank is gone.
     """
-    with start.watched_ranks(recipe) as accelerator, StopRequest() as stop:
+    with start.watched_ranks(recipe) as accelerator:
         console = Console(accelerator.is_main_process)
         if start.zero_stage(accelerator):
             zero.configure(accelerator, recipe)
         idle = torch.cuda.device_count() - 1
         if accelerator.num_processes == 1 and accelerator.device.type == "cuda" and idle:
             console.say(f"{idle} more GPUs here are not used: one process takes one; accelerate launch starts more")
-        dtype = DTYPES[choose_precision(recipe.run.precision, accelerator.device.type == "cuda")]
+        with raise_on_all_ranks(accelerator):
+            precision = choose_precision(recipe.run.precision, accelerator.device.type == "cuda")
+        refuse_different_ranks(accelerator, {"precision": precision})
+        dtype = DTYPES[precision]
         inputs = read_inputs_on_all_ranks(recipe, accelerator)
         with sole_writer(Path(recipe.run.out), accelerator):
             found = broadcast(accelerator, lambda: _earlier_run(inputs))
@@ -70,10 +77,11 @@ def train(recipe: Recipe) -> Delivery:
                 return found
             run = load_run(inputs, accelerator, dtype, console, found)
             try:
-                _begin(run, found)
-                with console.progress:
-                    _loop(run, stop)
-                delivery = export(run)
+                with run.stop as stop, report_after_a_signal(stop):
+                    _begin(run, found)
+                    with console.progress:
+                        _loop(run, stop)
+                    delivery = export(run)
             finally:
                 run.metrics.close()
             console.say(delivery.summary())
@@ -130,7 +138,7 @@ def load_run(
     forward = ForwardFn(strategy.module, fast, description, dtype, accelerator.device, is_collective, size, may_shrink)
     path = Path(recipe.run.out) / "metrics.jsonl"
     metrics = MetricsLog(path, accelerator, recipe.model_dump(mode="json"), state.records_bytes)
-    return Run(inputs, accelerator, console, adapted, forward, gradient, strategy, state, metrics)
+    return Run(inputs, accelerator, console, adapted, forward, gradient, strategy, state, metrics, StopRequest())
 
 
 def _begin(run: Run, found: Checkpoint | None) -> None:
@@ -218,30 +226,20 @@ def _evaluate_if_due(run: Run, stop: StopRequest) -> bool:
         name: evaluate_domain(name, blocks, run.forward, run.accelerator, stop, run.console)
         for name, blocks in inputs.corpus.domains.items()
     }
+    prompts, model = inputs.recipe.run.samples, run.adapted.model
+    samples = continue_prompts(prompts, model, inputs.base.tokenizer, run.forward, run.accelerator, stop)
     for domain, score in scores.items():
         run.metrics.write("eval", step=state.step, domain=domain, **score.figures(), tokens=score.tokens)
     if scores:
         texts = [f"{d}: loss {s.loss:.4f}, perplexity {s.figures()['perplexity']:.2f}" for d, s in scores.items()]
         run.console.say(f"step {state.step}/{total}  {'  '.join(texts)}")
-    if inputs.recipe.run.samples and run.accelerator.is_main_process:
-        _write_samples(run)
+    for made in samples:
+        run.metrics.write("sample", step=state.step, prompt=made.prompt, text=made.text)
+        run.console.say(f"  sample {made.prompt!r} → {made.text!r}")
     state.evaluated_step = state.step
     if not scores:
         return False
     return state.is_improved_by(sum(s.nats for s in scores.values()) / sum(s.tokens for s in scores.values()))
-
-
-def _write_samples(run: Run) -> None:
-    """Continue the recipe's prompts greedily; into the metrics and onto the screen."""
-    settings = GenerationSettings(max_new_tokens=SAMPLE_TOKENS, temperature=0.0)
-    model, tokenizer = run.adapted.model, run.inputs.base.tokenizer
-    run.forward.module.eval()
-    with run.forward.autocast():
-        generations = generate_with_transformers(model, tokenizer, run.inputs.recipe.run.samples, settings)
-    run.forward.module.train()
-    for made in generations:
-        run.metrics.write("sample", step=run.state.step, prompt=made.prompt, text=made.text)
-        run.console.say(f"  sample {made.prompt!r} → {made.text!r}")
 
 
 def _has_stopped_improving(run: Run) -> bool:
@@ -269,6 +267,18 @@ def _log_memory(run: Run) -> None:
 
 
 def export(run: Run) -> Delivery:
+    """Have the first rank write the adapter; Interrupted, on all ranks, where a signal came to it."""
     values, _ = run.strategy.state_dict()
     facts = _facts(run)
-    return broadcast(run.accelerator, lambda: deliver(run.inputs, run.adapted, values, run.state, run.metrics, facts))
+
+    def write() -> Delivery:
+        try:
+            with run.stop.at_once():
+                return deliver(run.inputs, run.adapted, values, run.state, run.metrics, facts)
+        except StopNow:
+            raise Interrupted(
+                f"{run.stop.name} before the adapter was written: training is complete and its checkpoint saved in "
+                f"{run.inputs.recipe.run.out}/checkpoints; the same command writes the adapter"
+            ) from None
+
+    return broadcast(run.accelerator, write)

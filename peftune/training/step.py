@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,17 +27,13 @@ from peftune.model.train.forward import TrainGPT2, reason_against, train_forward
 from peftune.training.checkpoint import State
 from peftune.training.device import is_out_of_memory, next_loss_scale
 from peftune.training.distributed.collectives import all_gather, all_reduce_sum, lockstep_batches
-from peftune.training.distributed.signals import StopRequest
+from peftune.training.distributed.signals import StopNow, StopRequest
 from peftune.training.inputs import RunInputs
 from peftune.training.optimizer import Gradient, UpdateStrategy, lr_at
 
 Result = TypeVar("Result")
 
 _WORTH_COMPILING = {"cpu": 2e14, "cuda": 2e16}  # FLOP in ten minutes or so
-
-
-class StopNow(Exception):
-    """A signal asked to stop; nothing of the step in progress counts."""
 
 
 @dataclass(frozen=True)
@@ -133,10 +130,11 @@ def train_step(
         gradient.flat.zero_()
         nats = torch.zeros((), dtype=torch.float64, device=forward.device)
         batches = train.batches(mine, forward.micro_size, recipe.data.packing)
-        for batch in lockstep_batches(accelerator, forward.is_collective, batches, stop):
-            loss = forward(batch)
-            gradient.add(loss * state.loss_scale)
-            nats += loss.detach()
+        with suppress(StopNow), stop.at_once(not forward.is_collective):
+            for batch in lockstep_batches(accelerator, forward.is_collective, batches, stop):
+                loss = forward(batch)
+                gradient.add(loss * state.loss_scale)
+                nats += loss.detach()
         return float(nats)  # host sync here
 
     while True:
@@ -186,9 +184,10 @@ def evaluate_domain(
         console.progress.reset(task)
         nats = 0.0
         batches = blocks.batches(mine, forward.micro_size)
-        for batch in lockstep_batches(accelerator, forward.is_collective, batches, stop):
-            nats += float(forward(batch))
-            console.progress.advance(task, len(batch.ids))
+        with suppress(StopNow), stop.at_once(not forward.is_collective):
+            for batch in lockstep_batches(accelerator, forward.is_collective, batches, stop):
+                nats += float(forward(batch))
+                console.progress.advance(task, len(batch.ids))
         return nats
 
     forward.module.eval()

@@ -47,6 +47,15 @@ def torchrun(rendezvous: str, recipe: Path) -> list[str]:
     return [*start, "-m", "peftune", "train", str(recipe)]
 
 
+def listening(job: subprocess.Popen[bytes]) -> dict[int, set[str]]:
+    """Addresses on which a launcher and its ranks listen, by process."""
+    processes = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+    return {
+        process.pid: {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+        for process in processes
+    }
+
+
 @contextmanager
 def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A job in a session of its own; nothing of it is left behind."""
@@ -150,6 +159,7 @@ def test_sigterm_to_the_launcher_saves_on_all_ranks_and_exits_with_3(
     log = tmp_path / "log"
     with running(launcher("cpu-2-zero2", path), log) as job:
         wait_for_step(job, out, 4, log)
+        assert set().union(*listening(job).values()) == {"127.0.0.1"}, "DeepSpeed, gloo or the store listens outside"
         job.send_signal(signal.SIGTERM)
         code = job.wait(timeout=60)
     told = log.read_text()
@@ -226,7 +236,59 @@ def test_a_rank_killed_under_plain_torchrun_ends_the_job_with_one_line_of_ours(
     log = tmp_path / "log"
     with running(torchrun("static", path), log) as job:
         wait_for_step(job, out, 3, log)
+        addresses = listening(job)
+        addresses.pop(job.pid)  # torch's store is on all addresses, as the guide says
+        assert set().union(*addresses.values()) == {"127.0.0.1"}
         rank_process(job, 1).send_signal(signal.SIGKILL)
         assert job.wait(timeout=60) == 1
     ours = [line for line in log.read_text().splitlines() if line.startswith("peftune: ")]
     assert len(ours) == 1 and "from the last checkpoint" in ours[0]
+
+
+@pytest.mark.slow
+def test_plain_accelerate_shows_our_line_last_under_its_own_traceback(
+    recipe: tuple[Path, Path], tmp_path: Path
+) -> None:
+    path, _ = recipe
+    config = ROOT / "accelerate_configs" / "cpu-2.yaml"
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "-m", "peftune", "train"]
+    log = tmp_path / "log"
+    with running([*start, str(path), "data.train=absent.txt"], log) as job:
+        assert job.wait(timeout=120) == 1
+    *_, last, line = log.read_text().strip().splitlines()
+    assert "peftune: absent.txt" in last and set(line) == {"="}, log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("told", "code", "line"),
+    [
+        (
+            {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"},
+            1,
+            "3 ranks have not found each other at 127.0.0.1",
+        ),
+        ({}, 2, "WORLD_SIZE=3 RANK= LOCAL_RANK= MASTER_ADDR= MASTER_PORT="),
+        ({"RANK": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}, 2, "expected a RANK below WORLD_SIZE"),
+        ({"PEFTUNE_LOST_AFTER": "soon", "WORLD_SIZE": "1"}, 2, "PEFTUNE_LOST_AFTER is 'soon'; expected seconds"),
+    ],
+)
+def test_ranks_that_are_not_there_are_told_of_in_one_line(
+    recipe: tuple[Path, Path], told: dict[str, str], code: int, line: str
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    given = os.environ | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": "3", "PEFTUNE_LOST_AFTER": "2"} | told
+    given |= {"MASTER_PORT": port} if "RANK" in told else {}
+    started = launcher("one", recipe[0])
+    done = subprocess.run(started, env=given, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert [line in said for said in done.stderr.splitlines()] == [True], done.stderr
+
+
+def test_by_default_a_lost_rank_is_told_of_within_a_minute() -> None:
+    """Silence, and a heartbeat and a look that may have come just before."""
+    from peftune.training.distributed.watchdog import lost_after
+
+    assert lost_after() * (1 + 2 / 12) < 60

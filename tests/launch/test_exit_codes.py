@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 LOCAL = ["bash", str(Path(__file__).parents[2] / "launch" / "local.sh")]
@@ -28,11 +29,9 @@ def wait_for_ranks(process: subprocess.Popen[str], count: int) -> None:
         assert re.match(r"rank \d of \d", process.stdout.readline())
 
 
-def catches_sigterm(process: subprocess.Popen[str]) -> bool:
-    """Whether the launcher has come so far; until then a signal ends it as any other program."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
-    return "python" in status.split()[1] and bool(int(mask, 16) & 1 << (signal.SIGTERM - 1))
+def imports_torch(process: subprocess.Popen[str]) -> bool:
+    """Whether the launcher has come so far; its own answer to signals is ready then."""
+    return "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
 
 
 @pytest.mark.slow
@@ -84,8 +83,30 @@ def test_a_deepspeed_layout_is_found_from_another_directory(start: Start) -> Non
 
 def test_a_signal_before_the_ranks_exist_ends_with_3(start: Start) -> None:
     process = start([*LOCAL, "cpu-2", "recipe"])
-    while not catches_sigterm(process):
+    while not imports_torch(process):
         time.sleep(0.01)
     process.terminate()  # while the launcher imports torch
     code, line = finish(process)
     assert code == 3 and "before any rank had started" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_ranks_import_is_one_line(
+    start: Start, environment: dict[str, str], tmp_path: Path, number: int
+) -> None:
+    """Ranks of `peftune train` itself; the first of them says it, and the launcher's code is that of a stop."""
+    (tmp_path / "recipe.yaml").write_text("{base: builtin:small, data: {train: absent.txt}, run: {out: out}}")
+    environment.pop("PEFTUNE_RANK_PROGRAM")
+    process = start([*LOCAL, "cpu-2", "recipe.yaml"])
+    launcher = psutil.Process(process.pid)
+    while len(ranks := [rank for rank in launcher.children() if rank.is_running()]) < 2 or not all(
+        "libtorch" in Path(f"/proc/{rank.pid}/maps").read_text() for rank in ranks
+    ):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    began = time.monotonic()
+    code, line = finish(process)
+    assert time.monotonic() - began < 8  # two levels of five seconds at most, on a busy machine
+    assert code == 3 and line.startswith("peftune: stopped by SIGTERM") and "\n" not in line

@@ -45,6 +45,14 @@ def test_the_pods_find_the_first_one_by_a_name_that_the_service_gives() -> None:
     assert {"containerPort": int(VARIABLES["MASTER_PORT"])} in CONTAINER["ports"]
 
 
+def test_only_the_pods_of_the_job_can_connect_to_each_other() -> None:
+    """The Job gives its pods the label, as the headless service uses it."""
+    policy = DOCUMENTS["NetworkPolicy"]["spec"]
+    own = {"matchLabels": DOCUMENTS["Service"]["spec"]["selector"]}
+    assert policy["podSelector"] == own and policy["policyTypes"] == ["Ingress"]
+    assert policy["ingress"] == [{"from": [{"podSelector": own}]}]
+
+
 def test_exit_codes_decide_whether_the_job_goes_on() -> None:
     rules = JOB["podFailurePolicy"]["rules"]
     by_code = {c: r["action"] for r in rules if "onExitCodes" in r for c in r["onExitCodes"]["values"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import socket
 import subprocess
 import sys
@@ -78,6 +79,8 @@ def test_the_store_listens_where_other_machines_can_reach_it(address: str, port:
         ({0: 3, 1: -9}, None, 1, "rank 1 on HOST was killed by SIGKILL (often for want of memory)"),
         ({0: 3, 1: -9}, "SIGTERM", 3, ""),
         ({0: -15, 1: -15}, "SIGINT", 3, "SIGINT came before training had begun or after its end"),
+        ({0: 143, 1: 143}, "SIGTERM", 3, ""),  # while they were importing; the first has said so
+        ({0: 143, 1: 1}, "SIGTERM", 3, ""),  # the other found it gone
         ({0: 1, 1: 1}, None, 1, "ranks 0, 1 on HOST failed, see above"),
         ({1: 77}, None, 1, "rank 1 on HOST ended with [77]"),
     ],
@@ -104,14 +107,20 @@ def test_configurations_are_written_out_and_nothing_is_overwritten(tmp_path: Pat
         configs(tmp_path / "my")
 
 
-def test_a_configuration_of_ones_own_names_its_deepspeed_file_beside_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_configuration_of_ones_own_names_its_deepspeed_file_beside_it(tmp_path: Path) -> None:
     configs(tmp_path)
-    for name in ("CUDA_VISIBLE_DEVICES", "TORCH_CPP_LOG_LEVEL", "LOGLEVEL", "OMP_NUM_THREADS"):  # it would set them
-        monkeypatch.setenv(name, "")
     found = configuration.read(str(tmp_path / "accelerate_configs" / "cpu-2-zero3.yaml"), None, 1)
     assert found.arguments["deepspeed_config_file"] == tmp_path / "ds_configs" / "zero3.json"
+
+
+def test_reading_a_configuration_changes_nothing_and_tells_what_the_ranks_shall_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = dict(os.environ)
+    found = configuration.read("cpu-2", None, 1)
+    assert dict(os.environ) == before
+    assert found.environment["CUDA_VISIBLE_DEVICES"] == "" and int(found.environment["OMP_NUM_THREADS"]) >= 1
 
 
 @pytest.mark.slow

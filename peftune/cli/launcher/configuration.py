@@ -18,35 +18,41 @@ from peftune.errors import UserError
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """`arguments` of `accelerate launch`; `one_process` where a configuration starts no more than that."""
+    """`arguments` of `accelerate launch`; `one_process` where a configuration starts no more than that.
+
+    `environment` is what the ranks get beside this process's: visible GPUs, a share of the cores for each.
+    """
 
     arguments: dict[str, object]
     one_process: bool
+    environment: dict[str, str]
+
+    def apply(self) -> None:
+        """Set the environment, and silence what libraries log of a failed rank or a lost peer: peftune says it."""
+        os.environ.update(self.environment)
+        if "LOGLEVEL" not in os.environ:
+            logging.disable(logging.ERROR)
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def read(config: str, processes: int | None, nodes: int) -> LaunchOptions:
-    """The configuration of that name, or in that file; UserError where this machine cannot run it.
-
-    Sets the environment of the ranks: visible GPUs, a share of the cores for each, and what libraries may log. What
-    they say about a failed rank, or a peer that has gone, is said by peftune in one line.
-    """
-    if "LOGLEVEL" not in os.environ:
-        logging.disable(logging.ERROR)
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    """The configuration of that name, or in that file; UserError where this machine cannot run it."""
     path = _find(config, nodes)
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     one_process = settings.get("distributed_type") in ("NO", False)  # unquoted, YAML reads NO as false
-    gpus = _gpus(path.name, bool(settings.get("use_cpu")))
+    gpus = 0 if settings.get("use_cpu") else _gpus(path.name)
     ranks = processes or gpus or max(1, int(settings.get("num_processes") or 1) // nodes)
     if one_process and (total := (processes or 1) * nodes) > 1:
         other = "cpu-2.yaml and ddp.yaml start as many as you say"
         raise UserError(f"{path.name} starts one process, so not {total}; {other}")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // (1 if one_process else ranks))))
+    environment = {"CUDA_VISIBLE_DEVICES": ""} if settings.get("use_cpu") else {}
+    if "OMP_NUM_THREADS" not in os.environ:
+        environment["OMP_NUM_THREADS"] = str(max(1, _cores() // (1 if one_process else ranks)))
     arguments = {"config_file": path, "num_processes": ranks * nodes, "num_machines": nodes}
     if file := (settings.get("deepspeed_config") or {}).get("deepspeed_config_file"):
         arguments["deepspeed_config_file"] = _find_deepspeed_file(file, path)
         arguments["deepspeed_multinode_launcher"] = "standard"  # else DeepSpeed starts the other machines over ssh
-    return LaunchOptions(arguments, one_process)
+    return LaunchOptions(arguments, one_process, environment)
 
 
 def become_the_rank(target: list[str]) -> NoReturn:
@@ -75,11 +81,8 @@ def _find_deepspeed_file(name: str, config: Path) -> Path:
     raise UserError(f"{config} names {name}, which is neither here nor in {config.resolve().parents[1]}")
 
 
-def _gpus(name: str, on_cpu: bool) -> int:
-    """GPUs of this machine, 0 for a configuration for CPUs; UserError where one for GPUs finds none."""
-    if on_cpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        return 0
+def _gpus(name: str) -> int:
+    """GPUs of this machine; UserError where there are none."""
     import torch
 
     if not torch.cuda.is_available():

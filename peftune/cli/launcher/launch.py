@@ -62,6 +62,7 @@ def launch(
     if nodes > 1 and (not master_addr or node_rank >= nodes):
         raise UserError(f"{nodes} machines need --master-addr, and a --node-rank from 0 to {nodes - 1} on each")
     options = configuration.read(config, processes, nodes)
+    options.apply()
     target = [*([str(program)] if program else ["-m", "peftune", "train"]), recipe, *(overrides or [])]
     if options.one_process:
         configuration.become_the_rank(target)

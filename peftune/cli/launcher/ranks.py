@@ -31,6 +31,7 @@ from peftune.cli.launcher.stop_signals import AGAIN, NUMBERS, StopSignals, say
 from peftune.errors import CheckFailed, Interrupted, PeftuneError, RankLost, UserError, first_line
 
 # Codes whose reason a rank has printed; where several occur, the first of these is the launcher's own.
+_BY_SIGTERM = 128 + signal.SIGTERM
 _EXPLAINED = (UserError.exit_code, CheckFailed.exit_code, Interrupted.exit_code)
 
 
@@ -136,7 +137,7 @@ def _exit_codes(argv: list[str]) -> dict[int, int]:
             if failure.exitcode in _EXPLAINED or failure.timestamp <= first + 5
         }
         # Without those that torch has ended because another had failed.
-        return {rank: code for rank, code in codes.items() if code != -signal.SIGTERM} or codes
+        return {rank: code for rank, code in codes.items() if code not in (-signal.SIGTERM, _BY_SIGTERM)} or codes
     except DistError as error:
         raise RankLost(f"the rendezvous of the machines failed: {first_line(error)}; {AGAIN}") from None
     except (AssertionError, ConnectionError, FileNotFoundError, ImportError, ValueError) as error:
@@ -148,12 +149,18 @@ def verdict(codes: dict[int, int], stop: StopSignals) -> tuple[int, str]:
     """The exit code that says most about ranks that ended with `codes`, and the reason where no rank has printed it."""
     killed = {rank: -code for rank, code in codes.items() if code < 0 and -code not in NUMBERS}
     failed = [rank for rank, code in codes.items() if code == PeftuneError.exit_code]
+    has_said = any(
+        code - 128 in NUMBERS for code in codes.values()
+    )  # stopped before training, and the first rank said so
     for code in _EXPLAINED:
         # Without a signal to the launcher, a rank that stopped may have done so because of another one's failure.
         if code in codes.values() and (code != Interrupted.exit_code or stop.first or not (killed or failed)):
             return code, ""
-    if codes and stop.first and not (killed or failed):
-        return Interrupted.exit_code, f"{stop.first} came before training had begun or after its end"
+    if codes and stop.first and not killed and (has_said or not failed):
+        return (
+            Interrupted.exit_code,
+            "" if has_said else f"{stop.first} came before training had begun or after its end",
+        )
     how, which = "", killed or failed or list(codes)
     if killed and stop.first:
         how = f"had not ended {stop.grace} s after {stop.first} (PEFTUNE_GRACE=SECONDS gives more time)"

@@ -63,7 +63,7 @@ def raise_on_all_ranks(accelerator: Accelerator) -> Iterator[None]:
     if not failures:
         return
     if not accelerator.is_main_process:
-        raise ReportedElsewhere(failures[0].exit_code)
+        raise ReportedElsewhere(failures[0].exit_code, str(failures[0]))
     if error is not None:
         raise error
     raise type(failures[0])(f"{failures[0]} (on another rank than the first)")
@@ -80,14 +80,29 @@ def report_clearly(accelerator: Accelerator) -> Iterator[None]:
     except (Interrupted, CheckFailed) as error:
         if accelerator.is_main_process:
             raise
-        raise ReportedElsewhere(error.exit_code) from None
+        raise ReportedElsewhere(error.exit_code, str(error)) from None
     except RuntimeError as error:
-        if accelerator.num_processes == 1 or not any(sign in str(error) for sign in _PEER_GONE):
+        if accelerator.num_processes == 1 or not _is_peer_gone(error):
             raise
         raise RankLost(
             f"rank {accelerator.process_index} lost another rank ({first_line(error)}); the job ends here, "
             "the same command goes on from the last checkpoint"
         ) from error
+
+
+@contextmanager
+def report_after_a_signal(stop: StopRequest) -> Iterator[None]:
+    """Other ranks that end by the same signal a moment earlier are no failure."""
+    try:
+        yield
+    except RuntimeError as error:
+        if stop.name is None or not _is_peer_gone(error):
+            raise
+        raise Interrupted(f"{stop.name}: other ranks had ended first; the same command goes on") from error
+
+
+def _is_peer_gone(error: RuntimeError) -> bool:
+    return any(sign in str(error) for sign in _PEER_GONE)
 
 
 def lockstep_batches(

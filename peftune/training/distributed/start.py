@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 
+import psutil
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
@@ -14,7 +15,10 @@ from accelerate.tracking import get_available_trackers
 
 from peftune.config.recipe import Recipe
 from peftune.errors import Interrupted, PeftuneError, UserError, report_once_per_machine
+from peftune.model import quantized
+from peftune.training.checkpoint import flatten
 from peftune.training.distributed import zero
+from peftune.training.distributed.agreement import refuse_different_ranks, versions
 from peftune.training.distributed.collectives import report_clearly
 from peftune.training.distributed.watchdog import rendezvous_deadline, watch_peers
 
@@ -23,12 +27,20 @@ _TIMEOUT = timedelta(hours=6)  # one rank may tokenise for long; the watchdog no
 
 @contextmanager
 def watched_ranks(recipe: Recipe) -> Iterator[Accelerator]:
-    """Join the other ranks, where there are any, and watch them to the end of the run."""
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    with report_once_per_machine(), nullcontext() if alone else rendezvous_deadline():
+    """Join the other ranks, where there are any, and watch them to the end of the run.
+
+    UserError, on all ranks, where another has another recipe, layout or version; `run.out` may differ, as the first
+    rank alone writes and reads it.
+    """
+    with report_once_per_machine(), rendezvous_deadline():
         accelerator = start(list(recipe.run.track), recipe.run.out)
-    watch = nullcontext() if accelerator.num_processes == 1 else watch_peers(accelerator)
-    with report_clearly(accelerator), watch:
+    with report_clearly(accelerator), watch_peers(accelerator):
+        values = {k: v for k, v in flatten(recipe.model_dump(mode="json")).items() if k != "run.out"}
+        libraries = [
+            *quantized.LIBRARIES * (recipe.quantize is not None),
+            *["deepspeed"] * bool(zero_stage(accelerator)),
+        ]
+        refuse_different_ranks(accelerator, values | versions(libraries) | _engine_settings(accelerator))
         yield accelerator
 
 
@@ -42,6 +54,7 @@ def start(trackers: list[str], folder: str) -> Accelerator:
     wants_zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     if wants_zero:
         zero.prepare_import(on_gpu)
+    _stay_on_loopback()
     AcceleratorState._reset_state()  # an earlier run of this process may have had other settings
     # Without a backend by name, ZeRO on CPU ranks sees one process on every rank, and all write the same files.
     group = InitProcessGroupKwargs(backend="gloo" if wants_zero and not on_gpu else None, timeout=_TIMEOUT)
@@ -59,6 +72,14 @@ def start(trackers: list[str], folder: str) -> Accelerator:
             "take a file of accelerate_configs/"
         )
     return accelerator
+
+
+def _stay_on_loopback() -> None:
+    """Where all ranks are on this machine, gloo connects them through loopback: its own choice may listen outside."""
+    ranks, here = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE")
+    if ranks != "1" and ranks == here:
+        names = [name for name, found in psutil.net_if_addrs().items() for a in found if a.address == "127.0.0.1"]
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
 
 
 @contextmanager
@@ -86,3 +107,8 @@ def layout(accelerator: Accelerator) -> str:
     if ranks == 1 and not stage:
         return "1 process"
     return f"{ranks} ranks, {f'ZeRO-{stage}' if stage else 'DDP'}"
+
+
+def _engine_settings(accelerator: Accelerator) -> dict[str, object]:
+    engine = zero.settings_of(accelerator) if zero_stage(accelerator) else {}
+    return {"layout": layout(accelerator)} | {f"DeepSpeed's {key}": value for key, value in engine.items()}

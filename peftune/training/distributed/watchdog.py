@@ -6,6 +6,7 @@ not: its peers would wait in a collective for as long as the network library let
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -17,20 +18,52 @@ from typing import TYPE_CHECKING
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # PyTorch lists it nowhere
 
-from peftune.errors import RankLost
+from peftune.errors import RankLost, UserError, record_for_launcher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_LOST_AFTER = 60.0  # seconds; PEFTUNE_LOST_AFTER says otherwise
-_RENDEZVOUS_TIMEOUT = 300.0  # seconds from the start of a rank, imports excluded
+_LOST_AFTER = 45.0  # seconds; with two beats more the others know it within a minute
+_RANKS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def lost_after() -> float:
+    """Seconds of silence after which a rank counts as lost; UserError where PEFTUNE_LOST_AFTER is no such number."""
+    text = os.environ.get("PEFTUNE_LOST_AFTER", str(_LOST_AFTER))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 1 <= seconds <= 86_400:
+        raise UserError(f"PEFTUNE_LOST_AFTER is {text!r}; expected seconds, from 1 to 86400")
+    return seconds
+
+
+def ranks_started() -> int:
+    """How many ranks the launcher says there are; UserError where what it says cannot be."""
+    told = {name: os.environ.get(name, "") for name in _RANKS}
+    if told["WORLD_SIZE"] in ("", "1"):
+        return 1
+    described = " ".join(f"{name}={value}" for name, value in told.items())
+    numbers = [told[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")]
+    if not told["MASTER_ADDR"] or not all(number.isdecimal() for number in numbers):
+        raise UserError(
+            f"{described}: a launcher sets all five; start ranks by one, or unset WORLD_SIZE for one process"
+        )
+    if int(told["RANK"]) >= int(told["WORLD_SIZE"]):
+        raise UserError(f"{described}: expected a RANK below WORLD_SIZE")
+    return int(told["WORLD_SIZE"])
 
 
 @contextmanager
 def rendezvous_deadline() -> Iterator[None]:
     """End this process if the rendezvous hangs; some launchers leave restarted ranks waiting for dead ones."""
-    reason = f"the ranks have not found each other within {_RENDEZVOUS_TIMEOUT:.0f} s"
-    timer = threading.Timer(_RENDEZVOUS_TIMEOUT, _leave, [reason])
+    ranks, seconds = ranks_started(), lost_after()
+    if ranks == 1:
+        yield
+        return
+    reason = f"{ranks} ranks have not found each other at {_address()} within {seconds:.0f} s"
+    timer = threading.Timer(seconds, _leave, [f"{reason} (PEFTUNE_LOST_AFTER=SECONDS waits longer)"])
     timer.daemon = True
     timer.start()
     try:
@@ -41,15 +74,14 @@ def rendezvous_deadline() -> Iterator[None]:
 
 @contextmanager
 def watch_peers(accelerator: Accelerator) -> Iterator[None]:
-    """Watch the other ranks meanwhile; if one is silent for a minute, say so and end this process.
+    """Watch the other ranks meanwhile, where there are any; if one is silent for too long, say so and end this process.
 
     The main thread may be waiting for that very rank, so the process ends at once, with exit code 1.
     """
     if accelerator.num_processes == 1:
         yield
         return
-    timeout = float(os.environ.get("PEFTUNE_LOST_AFTER", _LOST_AFTER))
-    watch = _Watch(accelerator.process_index, accelerator.num_processes, timeout)
+    watch = _Watch(accelerator.process_index, accelerator.num_processes, lost_after())
     threads = [threading.Thread(target=work, daemon=True) for work in (watch.beat, lambda: watch.guard(_leave))]
     for thread in threads:
         thread.start()
@@ -118,7 +150,9 @@ def _key(rank: int) -> str:
 
 def _leave(reason: str) -> None:
     text = (
-        f"peftune: {reason}: a process, a machine or the network is gone; the job ends here, the same command goes on"
+        f"peftune: {reason}: a process, a machine or the network is gone; the job ends here, the same command goes on "
+        "from the last checkpoint"
     )
-    print(f"{text} from the last checkpoint", file=sys.stderr, flush=True)
+    record_for_launcher(text)
+    print(text, file=sys.stderr, flush=True)
     os._exit(RankLost.exit_code)

@@ -25,6 +25,7 @@ from peftune.model.base import Base
 from peftune.model.load import recompute_activations, with_dropout
 from peftune.model.lora import Adapted, inject
 from peftune.model.loss import LossModel
+from peftune.training.checkpoint import flatten
 from peftune.training.distributed.collectives import raise_on_all_ranks
 from peftune.training.optimizer import MOMENTS, Gradient, Parameters, Tensors, set_rate, state_bytes
 
@@ -38,6 +39,11 @@ _BUCKETS = {  # elements, for "auto"; Accelerate would look for a hidden size, w
 def stage_of(accelerator: Accelerator) -> int:
     """1, 2 or 3 as the launcher's configuration says."""
     return int(accelerator.state.deepspeed_plugin.zero_stage)
+
+
+def settings_of(accelerator: Accelerator) -> dict[str, object]:
+    """What the launcher's DeepSpeed file says, flat."""
+    return flatten(accelerator.state.deepspeed_plugin.deepspeed_config)
 
 
 def configure(accelerator: Accelerator, recipe: Recipe) -> None:
