@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from peftune.inference.detokenize import Detokenizer
-from peftune.inference.penalties import LogitAdjuster
 from peftune.inference.request import RequestHandle, RequestOutput, TokenLogprob, slide
-from peftune.inference.sampling import next_tokens
+from peftune.inference.sampling.next_token import next_tokens
+from peftune.inference.sampling.penalties import LogitAdjuster
 from peftune.inference.settings import FinishReason
 from peftune.model.decode.batch import ModelVariant
 

@@ -13,8 +13,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from peftune.inference.penalties import LogitAdjuster, penalise_presence, penalise_repetition
-from peftune.inference.sampling import (
+from peftune.inference.sampling.next_token import (
     draw,
     keep_min_p,
     keep_top_k,
@@ -22,6 +21,7 @@ from peftune.inference.sampling import (
     next_tokens,
     scale_by_temperature,
 )
+from peftune.inference.sampling.penalties import LogitAdjuster, penalise_presence, penalise_repetition
 from peftune.inference.settings import GenerationSettings
 
 NO_IDS = torch.zeros(5, 0, dtype=torch.long)
