@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from peftune.config.messages import validation_messages
 from peftune.serve.openai.errors import ApiError
-from peftune.serve.openai.neutral import OpenAIBaseModel, StreamOptions
+from peftune.serve.openai.neutral import NeutralChatFields, OpenAIBaseModel, StreamOptions
 from peftune.serve.openai.schema import ChatMessage
 from peftune.serve.service import service_of
 
@@ -65,7 +65,8 @@ def _known_fields(schema: type[OpenAIBaseModel], error: ValidationError) -> dict
 
 
 def _fields(schema: type[OpenAIBaseModel]) -> list[str]:
-    return [name for name, field in schema.model_fields.items() if field.annotation is not Any]
+    neutral = NeutralChatFields.model_fields
+    return [n for n, field in schema.model_fields.items() if field.annotation is not Any and n not in neutral]
 
 
 async def _read(http: Request, limit: int) -> bytes:
