@@ -91,7 +91,7 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 if __name__ == "__main__":
     model = LocalCompletionsAPI(
         base_url=sys.argv[1] + "/v1/completions", model="a1", tokenizer_backend="huggingface", tokenizer=sys.argv[2],
-        max_length=512, batch_size=2,
+        max_length=512,
     )
     pairs = [("def main(", "self):"), ("import", " os"), ("", "class Reader")]
     scores = model.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs])
