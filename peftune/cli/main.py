@@ -175,6 +175,10 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Choose among the k likeliest; 0 is all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Choose among the likeliest that hold this share.")] = 0.95,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 repeats less; 1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Choose among those this many times the likeliest; 0 is all.")] = 0.0,
+    presence_penalty: Annotated[float, typer.Option(help="Off the logit of what the text holds; 0 is off.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, each time that it does; 0 is off.")] = 0.0,
+    min_new_tokens: Annotated[int, typer.Option(help="At least so many tokens.")] = 0,
     beams: Annotated[int, typer.Option(help="Beam search with so many beams; 1 is off.")] = 1,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string. May be repeated.")] = None,
@@ -190,8 +194,9 @@ def generate(
     from peftune.inference.settings import GenerationSettings
 
     settings = GenerationSettings(
-        max_new_tokens, temperature, top_k, top_p, repetition_penalty, beams, seed, tuple(stop or ())
-    )
+        max_new_tokens, temperature, top_k, top_p, repetition_penalty, beams, seed, tuple(stop or ()), min_new_tokens,
+        min_p, presence_penalty, frequency_penalty,
+    )  # fmt: skip
     folders = {name: Path(folder) for name, folder in named("--adapter", adapters).items()}
     if not interactive:
         generate_texts(base, folders, use, prompt or [], prompts, settings, json_path, precision)

@@ -147,6 +147,12 @@ def _value(key: str, typed: str, kind: str) -> Any:
         return () if typed in ("", "none") else (typed,)
     if typed == "none" and "None" in kind:
         return None
+    if kind == "bool":
+        if typed not in ("true", "false"):
+            raise UserError(f"/set {key} {typed!r}: expected true or false")
+        return typed == "true"
+    if kind.startswith("tuple"):
+        raise UserError(f"/set {key}: cannot be set here; in Python it can")
     try:
         return float(typed) if "float" in kind else int(typed)
     except ValueError:

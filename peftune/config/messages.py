@@ -33,10 +33,13 @@ def validation_messages(error: ValidationError, keys: Mapping[str, Sequence[str]
     """One line of plain words for each problem; `keys` are those known in each section, "" for the top."""
     found: dict[str, str] = {}
     for item in error.errors():
-        location = [str(part) for part in item["loc"] if not str(part).startswith("(")]
+        parts = [str(part) for part in item["loc"]]
+        somebodys_key = len(parts) - 1 if item["type"] == "extra_forbidden" else None
+        # pydantic's own begin with a parenthesis: which of a union it tried
+        location = [part for at, part in enumerate(parts) if at == somebodys_key or not part.startswith("(")]
         where, field = ".".join(location), ".".join(location[:2])
         if item["type"] == "extra_forbidden":
-            message = f"unknown key {where}, {_nearest(location, keys)}"
+            message = f"unknown key {where or repr(where)}, {_nearest(location, keys)}"
         elif item["type"] == "missing":
             message = f"{where} is missing"
         elif field in _EITHER and (field != "data.validation" or where == field):

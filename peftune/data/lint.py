@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from peftune.data.documents import Document
+from peftune.data.sources.chat_template import names_a_turn
 from peftune.data.sources.plain_text import END_OF_TEXT
 
 
@@ -44,6 +45,11 @@ _RULES: tuple[tuple[str, Callable[[Document], object], str], ...] = (
         f"{END_OF_TEXT} inside a text",
         lambda document: END_OF_TEXT in document.content(),
         "it is read as plain text there; split the documents at it (split_on: endoftext) or remove it",
+    ),
+    (
+        "a message of a chat names a turn (such as User: after a blank line)",
+        lambda document: document.turns is not None and names_a_turn(document.content()),
+        "a space is put before the name, so that it begins no turn; if it should be one, make it a message of its own",
     ),
     ("replacement character U+FFFD", lambda document: "\ufffd" in document.content(), _DAMAGED),
     ("UTF-8 that was read as Latin-1 (such as Ã© for é)", lambda d: _MOJIBAKE.search(d.content()), _DAMAGED),

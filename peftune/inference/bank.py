@@ -89,8 +89,11 @@ class AdapterBank:
         """The adapters that are here, in the order of their loading."""
         return tuple(self._loaded)
 
-    def add(self, name: str, directory: Path | str) -> LoadedAdapter:
+    def add(self, name: str, directory: Path | str, replace: bool = False) -> LoadedAdapter:
         """Load an adapter from disk under `name`.
+
+        With `replace` one that has this name already serves until the new one is read, and texts being generated end
+        with it.
 
         Raises UserError for a name that is taken, empty or reserved, for an adapter that is broken, and for one that
         was trained on another base.
@@ -99,7 +102,7 @@ class AdapterBank:
             raise UserError(f"adapter name {name!r}: {' and '.join(RESERVED)} mean something else; choose another name")
         directory = Path(directory)
         with self._lock:  # PEFT's own construction is not made for several threads
-            if name in self._loaded:
+            if name in self._loaded and not replace:
                 raise UserError(f"adapter {name}: there is one of this name already ({self._loaded[name].directory})")
             check_base(directory, self.base)
             adapter, layout = check_fits(directory, self.config)

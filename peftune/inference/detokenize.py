@@ -47,28 +47,37 @@ class StopFilter:
 class Detokenizer:
     """The text of one prompt as it grows: its token `ids`, and `finish_reason` once it has ended.
 
-    The texts that are returned join to `decode_plain` of all ids, up to a stop string. Bytes of a character that is not
-    complete yet wait for the tokens that complete it.
+    The texts that are returned join to `decode_plain` of all ids, up to a stop string, without `<|endoftext|>` where it
+    is ignored. Bytes of a character that is not complete yet wait for the tokens that complete it.
+    Raises UserError for settings that name a token which the tokenizer does not have.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, settings: GenerationSettings) -> None:
+        settings.check_ids(len(tokenizer))
         self.ids: list[int] = []
+        self._shown: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._tokenizer, self._stream = tokenizer, DecodeStream(skip_special_tokens=False)
         self._decoded = 0  # characters that the stream has given
-        self._stops, self._max_new_tokens = StopFilter(settings.stop), settings.max_new_tokens
+        self._stops, self._settings = StopFilter(settings.stop), settings
 
     def push(self, token: int, end: int) -> str:
-        """Add the next token; returns what may be shown now. `end` ends the text and is not part of it."""
-        if token == end:
+        """Add the next token; returns what may be shown now. `end` is the id of `<|endoftext|>`.
+
+        A token that ends the text is not part of it.
+        """
+        if token in self._settings.end_ids(end):
             return self.finish("end")
         self.ids.append(token)
-        decoded = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
-        self._decoded += len(decoded)
-        text = self._stops.push(decoded)
+        decoded = ""
+        if token != end:
+            self._shown.append(token)
+            decoded = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+            self._decoded += len(decoded)
+        text = decoded if len(self.ids) <= self._settings.min_new_tokens else self._stops.push(decoded)
         if self._stops.stopped:
             self.finish_reason = "stop"
-        elif len(self.ids) == self._max_new_tokens:
+        elif len(self.ids) == self._settings.max_new_tokens:
             text += self.finish("length")
         return text
 
@@ -77,6 +86,6 @@ class Detokenizer:
 
         An incomplete character, which the stream keeps back, shows as U+FFFD.
         """
-        text = self._stops.push(decode_plain(self._tokenizer, self.ids)[self._decoded :]) + self._stops.flush()
+        text = self._stops.push(decode_plain(self._tokenizer, self._shown)[self._decoded :]) + self._stops.flush()
         self.finish_reason = "stop" if self._stops.stopped else reason
         return text

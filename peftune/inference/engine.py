@@ -252,7 +252,8 @@ class Engine:
         rows, hidden = [row for row, _ in complete], torch.stack([states for _, states in complete])
         logits = self._batch.logits([row.variant for row in rows], hidden)
         finite = logits.sum(-1).isfinite().tolist()  # host sync, as reading the tokens is
-        tokens = sample(rows, (logits if all(finite) else logits.nan_to_num())[:, : len(self._models.tokenizer)])
+        possible = (logits if all(finite) else logits.nan_to_num())[:, : len(self._models.tokenizer)]
+        tokens = sample(rows, possible, self._models.end)
         for row, token, row_logits, good in zip(rows, tokens, logits, finite, strict=True):
             if good:
                 self._tokens_written += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -46,12 +47,13 @@ class TokenLogprob:
     """One token with its log-probability (nats) under the unmodified softmax, before temperature and penalties.
 
     `logprob` is None for the first token of a context, which nothing predicts. `top` holds the likeliest tokens as
-    (id, logprob), best first.
+    (id, logprob), best first; `rank` 1 means that nothing is likelier.
     """
 
     id: int
     logprob: float | None
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ OnText = Callable[[int, str], None]
 class RequestHandle:
     """A request that was accepted; `seed` gives the same text again.
 
+    `submitted` and `started` are when it was accepted and when it got a slot, on the monotonic clock.
     `cancel` may be called from any thread: the slot is free after the current step.
     """
 
@@ -113,6 +116,8 @@ class RequestHandle:
     on_output: OnOutput
     seed: int
     cancelled: bool = field(default=False)
+    submitted: float = field(default_factory=time.monotonic)
+    started: float | None = None
 
     def cancel(self) -> None:
         """Give the request up; its last output says "cancelled", unless it had ended already."""

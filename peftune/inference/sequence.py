@@ -9,7 +9,8 @@ import torch
 
 from peftune.inference.detokenize import Detokenizer
 from peftune.inference.request import RequestHandle, RequestOutput, TokenLogprob, slide
-from peftune.inference.sampling import next_tokens
+from peftune.inference.sampling.next_token import next_tokens
+from peftune.inference.sampling.penalties import LogitAdjuster
 from peftune.inference.settings import FinishReason
 from peftune.model.decode.batch import ModelVariant
 
@@ -22,7 +23,7 @@ class RunningSequence:
     """One row of the batch.
 
     `window` is what the model sees of prompt and output, `computed` of its tokens are in the cache; padding reached up
-    to `cache_length`. `started` is when it got its slot, on the monotonic clock.
+    to `cache_length`.
     """
 
     handle: RequestHandle
@@ -31,13 +32,22 @@ class RunningSequence:
     window: list[int]
     computed: int = 0
     cache_length: int = 0
-    started: float = 0.0
     finish_reason: FinishReason | None = None
     prompt: list[TokenLogprob] = field(default_factory=list)
-    seen: torch.Tensor | None = None
+    adjuster: LogitAdjuster | None = None
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.handle.seed)
+
+    @property
+    def started(self) -> float:
+        """When it got its slot, on the monotonic clock; the request's own client may see it too."""
+        assert self.handle.started is not None, "only a sequence with a slot is asked"
+        return self.handle.started
+
+    @started.setter
+    def started(self, now: float) -> None:
+        self.handle.started = now
 
     @property
     def is_decoding(self) -> bool:
@@ -71,8 +81,8 @@ class RunningSequence:
     def accept(self, token: int, logits: torch.Tensor, end: int, positions: int) -> None:
         """Append the token that was chosen, and hand it to the request's listener."""
         request, output = self.handle.request, self.output
-        text = output.push(token, end)
-        ids = () if token == end else (token,)
+        before, text = len(output.ids), output.push(token, end)
+        ids = tuple(output.ids[before:])
         self.window += ids
         if output.finish_reason is None and len(self.window) > positions:
             if request.slide:
@@ -82,8 +92,8 @@ class RunningSequence:
         logprobs: tuple[TokenLogprob, ...] = ()
         if request.logprobs is not None and ids:
             logprobs = (logprob(logits.log_softmax(-1), token, request.logprobs),)
-        if self.seen is not None:
-            self.seen[token] = True
+        if self.adjuster is not None and ids:
+            self.adjuster.add(token)
         prompt, self.prompt = tuple(self.prompt), []
         self.finish_reason = output.finish_reason
         self.handle.on_output(RequestOutput(text, ids, logprobs, prompt, self.finish_reason))
@@ -95,30 +105,32 @@ class RunningSequence:
 
 
 def logprob(nats_V: torch.Tensor, token: int, count: int) -> TokenLogprob:
-    """A token's log-probability with the `count` likeliest beside it."""
+    """A token's log-probability and rank with the `count` likeliest beside it."""
     values, ids = nats_V.topk(min(count, len(nats_V)))
-    return TokenLogprob(token, float(nats_V[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+    rank = int((nats_V > nats_V[token]).sum()) + 1
+    return TokenLogprob(token, float(nats_V[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)), rank)
 
 
-def sample(rows: Sequence[RunningSequence], logits_RV: torch.Tensor) -> list[int]:
-    """The next token of every row, each by its own settings and from its own random stream."""
+def sample(rows: Sequence[RunningSequence], logits_RV: torch.Tensor, end: int) -> list[int]:
+    """The next token of every row, each by its own settings and from its own random stream.
+
+    `end` is the id of `<|endoftext|>`.
+    """
     groups: dict[tuple[float, int, float, float], list[int]] = {}
+    adjusted: list[torch.Tensor] | None = None
     for i, row in enumerate(rows):
         s = row.handle.request.settings
-        groups.setdefault((s.sampling_temperature, s.top_k, s.top_p, s.repetition_penalty), []).append(i)
+        groups.setdefault((s.sampling_temperature, s.top_k, s.top_p, s.min_p), []).append(i)
+        if row.adjuster is None:
+            row.adjuster = LogitAdjuster(s, row.handle.request.ids, end)
+        if row.adjuster.is_needed:
+            adjusted = adjusted or list(logits_RV.float())
+            adjusted[i] = row.adjuster.adjust(logits_RV[i])
+    logits_RV = logits_RV if adjusted is None else torch.stack(adjusted)
     chosen = [0] * len(rows)
     for filters, members in groups.items():
         part = logits_RV if len(members) == len(rows) else logits_RV[members]
-        seen = torch.stack([_seen(rows[i], logits_RV) for i in members]) if filters[-1] != 1 else None
-        tokens = next_tokens(part, [rows[i].generator for i in members], *filters, seen)
+        tokens = next_tokens(part, [rows[i].generator for i in members], *filters)
         for i, token in zip(members, tokens.tolist(), strict=True):
             chosen[i] = token
     return chosen
-
-
-def _seen(row: RunningSequence, logits_RV: torch.Tensor) -> torch.Tensor:
-    """Which tokens (V,) the row holds, prompt included: what a repetition penalty looks at."""
-    if row.seen is None:
-        row.seen = torch.zeros(logits_RV.shape[1], dtype=torch.bool, device=logits_RV.device)
-        row.seen[list(row.handle.request.ids)] = True
-    return row.seen

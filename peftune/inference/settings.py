@@ -9,10 +9,14 @@ from typing import Literal
 from peftune.errors import UserError
 
 FinishReason = Literal["stop", "length", "end", "cancelled", "error"]
-"""A stop string came, as many tokens as asked for, `<|endoftext|>`; or the request was given up, or failed."""
+"""A stop string came, as many tokens as asked for, a token that ends texts; or the request was given up, or failed."""
 
 DEFAULT_TEMPERATURE = 0.8
 _SEEDS = 2**63
+_SAMPLED = (  # what beam search does not have
+    *("temperature", "top_k", "min_p", "min_new_tokens", "presence_penalty", "frequency_penalty", "logit_bias"),
+    *("stop_token_ids", "ignore_eos"),
+)
 
 
 @dataclass(frozen=True)
@@ -20,13 +24,20 @@ class GenerationSettings:
     """How much to generate and how tokens are chosen; an instance is valid, or UserError names every problem.
 
     `max_new_tokens`       at most so many tokens a prompt
+    `min_new_tokens`       the text does not end before it has so many: not by a token, and by no stop string in them
     `temperature`          0 = greedy; None = 0.8, or 0 with beams
     `top_k`                sample among the k likeliest tokens; 0 = all
     `top_p`                sample among the fewest tokens that hold this much probability, in (0, 1]; 1 = all
+    `min_p`                sample among the tokens at least this many times as likely as the likeliest; 0 = all
     `repetition_penalty`   > 0; above 1 makes what the prompt or the text holds already less likely; 1 = off
+    `presence_penalty`     subtracted from the logit of each token that the text (not the prompt) holds already; 0 = off
+    `frequency_penalty`    the same, as many times as the text holds the token; 0 = off
+    `logit_bias`           (token id, what is added to its logit), each id once
     `beams`                beam search with so many beams, without sampling; 1 = off
     `seed`                 of every prompt's own random stream; None = another text each time
     `stop`                 the text ends before the first of these strings, which is not part of it
+    `stop_token_ids`       tokens that end the text as `<|endoftext|>` does
+    `ignore_eos`           `<|endoftext|>` does not end the text; it is among its tokens, and not shown
     """
 
     max_new_tokens: int = 128
@@ -37,13 +48,27 @@ class GenerationSettings:
     beams: int = 1
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    min_new_tokens: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         expected = {
             "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
+            "min_new_tokens": (
+                0 <= self.min_new_tokens <= self.max_new_tokens,
+                f"0 to {self.max_new_tokens}, the most",
+            ),
             "temperature": (self.temperature is None or 0 <= self.temperature < math.inf, "0 (greedy) or more"),
             "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
             "top_p": (0 < self.top_p <= 1, "more than 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "0 (all tokens) to 1"),
+            "presence_penalty": (math.isfinite(self.presence_penalty), "a finite number (0 = off)"),
+            "frequency_penalty": (math.isfinite(self.frequency_penalty), "a finite number (0 = off)"),
             "repetition_penalty": (0 < self.repetition_penalty < math.inf, "more than 0 (1 = off)"),
             "seed": (self.seed is None or 0 <= self.seed < _SEEDS, f"0 to {_SEEDS - 1}"),
             "beams": (self.beams >= 1, "1 (off) or more"),
@@ -51,8 +76,12 @@ class GenerationSettings:
         problems = [f"{k} is {getattr(self, k)}, expected {what}" for k, (valid, what) in expected.items() if not valid]
         if "" in self.stop:
             problems.append("a stop string is empty, expected at least one character")
-        for key in ("temperature", "top_k"):
-            if self.beams > 1 and getattr(self, key):
+        if not all(math.isfinite(bias) for _, bias in self.logit_bias):
+            problems.append("logit_bias: expected finite numbers")
+        if len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
+            problems.append("logit_bias names a token twice, expected each once")
+        for key in _SAMPLED if self.beams > 1 else ():
+            if getattr(self, key):
                 found = f"beams is {self.beams} with {key} {getattr(self, key)}"
                 problems.append(f"{found}: beam search does not sample; drop one")
         if problems:
@@ -64,3 +93,14 @@ class GenerationSettings:
         if self.temperature is not None:
             return self.temperature
         return 0.0 if self.beams > 1 else DEFAULT_TEMPERATURE
+
+    def end_ids(self, end: int) -> frozenset[int]:
+        """The tokens that end a text; `end` is the id of `<|endoftext|>`."""
+        return frozenset(self.stop_token_ids if self.ignore_eos else (end, *self.stop_token_ids))
+
+    def check_ids(self, vocabulary: int) -> None:
+        """UserError for a token id that a tokenizer of so many tokens does not have."""
+        for key, ids in (("logit_bias", [id for id, _ in self.logit_bias]), ("stop_token_ids", self.stop_token_ids)):
+            unknown = next((id for id in ids if not 0 <= id < vocabulary), None)
+            if unknown is not None:
+                raise UserError(f"{key}: token id {str(unknown)[:40]}, expected 0 to {vocabulary - 1}")

@@ -12,9 +12,10 @@ from starlette.routing import Route
 
 from peftune.serve.http.middleware import GatewayMiddleware, on_http_exception
 from peftune.serve.http.static import PREFIX, playground_files
-from peftune.serve.openai import chat, completions, models
+from peftune.serve.openai import chat, completions, models, tokenize
 from peftune.serve.openai.errors import draining
 from peftune.serve.service import Service, service_of
+from peftune.version import __version__
 
 
 def build_app(service: Service) -> Starlette:
@@ -27,7 +28,11 @@ def build_app(service: Service) -> Starlette:
         Route("/v1/models/{model:path}", models.show_model),
         Route("/v1/load_lora_adapter", models.load_adapter, methods=["POST"]),
         Route("/v1/unload_lora_adapter", models.unload_adapter, methods=["POST"]),
+        Route("/tokenize", tokenize.tokenize, methods=["POST"]),
+        Route("/detokenize", tokenize.detokenize, methods=["POST"]),
         Route("/health", _health),
+        Route("/ping", _health, methods=["GET", "POST"]),
+        Route("/version", _version),
         Route("/metrics", _metrics),
         Route("/", files["index.html"], methods=["GET"]),
         *(Route(PREFIX + name, response, methods=["GET"]) for name, response in files.items()),
@@ -46,6 +51,10 @@ async def _health(http: Request) -> Response:
     if service_of(http).draining:
         raise draining()
     return JSONResponse({"status": "ok"})
+
+
+async def _version(http: Request) -> Response:
+    return JSONResponse({"version": __version__})
 
 
 async def _metrics(http: Request) -> Response:

@@ -16,6 +16,7 @@ from peftune.inference.bank import AdapterBank
 from peftune.inference.engine import Engine
 
 _FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_INTER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _DURATION = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
 
@@ -35,18 +36,29 @@ class Metrics(Collector):
         self.cancelled = self._per_model("peftune_cancelled_total", "Choices cancelled before they were complete.")
         self.prompt_tokens = self._per_model("peftune_prompt_tokens_total", "Tokens of accepted prompts.")
         self.generation_tokens = self._per_model("peftune_generation_tokens_total", "Tokens generated.")
+        self.queue_time = self._seconds(
+            "peftune_request_queue_time_seconds", "From a choice's acceptance to its slot.", _FIRST_TOKEN, "model"
+        )
         self.first_token = self._seconds(
-            "peftune_time_to_first_token_seconds", "From a request's arrival to its first token.", _FIRST_TOKEN
+            "peftune_time_to_first_token_seconds", "From a request's arrival to its first token.", _FIRST_TOKEN,
+            "endpoint", "model",
+        )  # fmt: skip
+        self.inter_token = self._seconds(
+            "peftune_inter_token_latency_seconds", "From a choice's token to its next one.", _INTER_TOKEN, "model"
         )
         self.duration = self._seconds(
-            "peftune_request_duration_seconds", "From a request's arrival to the end of its response.", _DURATION
+            "peftune_request_duration_seconds",
+            "From a request's arrival to the end of its response.",
+            _DURATION,
+            "endpoint",
         )
         self.registry.register(self)
 
     def remove_model(self, model: str) -> None:
         """Drop the series of an adapter that was unloaded."""
-        for counter in (self.requests, self.cancelled, self.prompt_tokens, self.generation_tokens):
-            counter.remove_by_labels({"model": model})
+        counters = (self.requests, self.cancelled, self.prompt_tokens, self.generation_tokens)
+        for series in (*counters, self.queue_time, self.first_token, self.inter_token):
+            series.remove_by_labels({"model": model})
 
     def collect(self) -> Iterator[Metric]:
         """The engine's load when Prometheus asks."""
@@ -60,5 +72,5 @@ class Metrics(Collector):
     def _per_model(self, name: str, description: str) -> Counter:
         return Counter(name, description, ["model"], registry=self.registry)
 
-    def _seconds(self, name: str, description: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, description, ["endpoint"], buckets=buckets, registry=self.registry)
+    def _seconds(self, name: str, description: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(name, description, labels, buckets=buckets, registry=self.registry)

@@ -21,7 +21,7 @@ from peftune.serve.app import build_app
 from peftune.serve.http.connection import KEEP_ALIVE_SECONDS, MAX_HEAD_BYTES, TimeoutProtocol
 from peftune.serve.key import check_reach
 from peftune.serve.service import Service
-from peftune.serve.settings import ServeSettings
+from peftune.serve.settings import ServeSettings, check_adapter_name
 
 _SHUTDOWN_SECONDS = 5  # for complete responses to reach their clients
 
@@ -44,7 +44,15 @@ def run(
 
 
 def make_service(base: str, adapters: Mapping[str, Path], precision: str, settings: ServeSettings) -> Service:
-    """The base with its adapters, and an engine that was not started yet."""
+    """The base with its adapters, and an engine that was not started yet.
+
+    Raises UserError for adapter names that no model can have.
+    """
+    for name in adapters:
+        try:
+            check_adapter_name(name)
+        except ValueError as error:
+            raise UserError(f"adapter name {name!a}: {error}") from None
     bank = AdapterBank(base, precision)
     for name, directory in adapters.items():
         if name == bank.base.name:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, DirectoryPath, Field
 
 from peftune.config.messages import validation_messages
 from peftune.errors import UserError
+from peftune.inference.bank import RESERVED
 
 _Count = Annotated[int, Field(ge=1)]
 
@@ -17,6 +19,15 @@ def _check_key(key: str) -> str:
     if not key.strip() or not key.isascii() or not key.isprintable():
         raise ValueError("expected printable ASCII characters, which a header can carry, or no key at all")
     return key
+
+
+def check_adapter_name(name: str) -> str:
+    """The name, which is a model's in the API and a label in metrics; ValueError for one that cannot be."""
+    if re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) is None:
+        raise ValueError("expected up to 64 letters, digits, dots, dashes and underscores, the first no sign")
+    if name in RESERVED:
+        raise ValueError(f"{' and '.join(RESERVED)} mean something else; choose another name")
+    return name
 
 
 class ServeSettings(BaseModel):

@@ -78,6 +78,8 @@ def test_commands_tell_and_change(bank: AdapterBank, capsys: pytest.CaptureFixtu
         ("/set warmth 3", "known: max_new_tokens, temperature"),
         ("/set temperature hot", "expected a number"),
         ("/set top_k 1.5", "expected a whole number"),
+        ("/set ignore_eos 1", "expected true or false"),
+        ("/set logit_bias 5", "cannot be set here"),
         ("/set top_p 3", "top_p is 3.0, expected more than 0"),
         ("/set beams 4", "no beam search"),
         ("/jump", "no such command"),

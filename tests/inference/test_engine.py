@@ -53,6 +53,10 @@ def test_a_text_does_not_depend_on_what_comes_and_goes_beside_it(bank: AdapterBa
             top_p=chance.choice([1.0, 0.9]),
             repetition_penalty=chance.choice([1.0, 1.4]),
             stop=chance.choice([(), ("a",), ("th", "on")]),
+            min_p=chance.choice([0.0, 0.1]),
+            presence_penalty=chance.choice([0.0, 1.5]),
+            logit_bias=chance.choice([(), ((5, 4.0), (9, -50.0))]),
+            ignore_eos=chance.choice([False, True]),
         )
         for _ in range(200)
     ]
@@ -254,3 +258,52 @@ def test_logits_that_are_not_finite_end_the_text_with_an_error(
     assert bad[-1].finish_reason == "error"
     assert "not finite" in bad[-1].error
     assert good == alone(bank, request)
+
+
+def ids_of(outputs: list[RequestOutput]) -> list[int]:
+    return [id for output in outputs for id in output.ids]
+
+
+def test_a_stop_token_ends_the_text_as_endoftext_does(bank: AdapterBank) -> None:
+    request = ask(bank, "the cat", temperature=0.0)
+    whole = ids_of(alone(bank, request))
+    third = next(i for i, id in enumerate(whole) if i >= 2 and id not in whole[:i])
+    outputs = alone(bank, replace(request, settings=replace(request.settings, stop_token_ids=(whole[third],))))
+    assert ids_of(outputs) == whole[:third] and outputs[-1].finish_reason == "end"
+
+
+def test_endoftext_ends_a_text_not_before_its_least_length_and_never_where_it_is_ignored(bank: AdapterBank) -> None:
+    likely = {"temperature": 0.0, "logit_bias": ((bank.end, 1e4),)}
+    assert [output.finish_reason for output in alone(bank, ask(bank, "the", **likely))] == ["end"]
+    outputs = alone(bank, ask(bank, "the", min_new_tokens=4, **likely))
+    assert len(ids_of(outputs)) == 4 and outputs[-1].finish_reason == "end"
+    outputs = alone(bank, ask(bank, "the", ignore_eos=True, **likely))
+    assert ids_of(outputs) == [bank.end] * 10 and outputs[-1].finish_reason == "length"
+    assert "".join(output.text for output in outputs) == ""
+
+
+def test_a_stop_string_counts_only_after_the_least_length(bank: AdapterBank) -> None:
+    request = ask(bank, "the cat", temperature=0.0, ignore_eos=True, max_new_tokens=30)
+    outputs = alone(bank, request)
+    first = next(number for number, output in enumerate(outputs) if output.text)
+    text, early = "".join(output.text for output in outputs), outputs[first].text
+    for least in (0, first + 1):
+        changed = replace(request.settings, stop=(early,), min_new_tokens=least)
+        again = text.find(early, len(early)) if least else 0
+        written = "".join(output.text for output in alone(bank, replace(request, settings=changed)))
+        assert written == (text if again < 0 else text[:again])
+
+
+@pytest.mark.parametrize("wrong", [{"logit_bias": ((10**9, 1.0),)}, {"stop_token_ids": (-1,)}], ids=str)
+def test_settings_that_name_no_token_are_refused(bank: AdapterBank, wrong: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(wrong))}: token id .*, expected 0 to"):
+        alone(bank, ask(bank, "the", **wrong))
+
+
+def test_a_penalty_counts_the_text_and_not_the_prompt(bank: AdapterBank) -> None:
+    """Presence so strong that no token comes twice, though the prompt's may come once."""
+    request = ask(bank, "the cat", temperature=0.0, presence_penalty=1e4, max_new_tokens=30, ignore_eos=True)
+    favoured = replace(request.settings, logit_bias=((request.ids[-1], 1e3),))
+    written = ids_of(alone(bank, replace(request, settings=favoured)))
+    assert len(set(written)) == len(written) == 30
+    assert written[0] == request.ids[-1]

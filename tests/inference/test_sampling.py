@@ -5,20 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers.generation.logits_process import (
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from peftune.inference.sampling import (
+from peftune.inference.sampling.next_token import (
     draw,
+    keep_min_p,
     keep_top_k,
     keep_top_p,
     next_tokens,
-    penalise_repetition,
     scale_by_temperature,
 )
+from peftune.inference.sampling.penalties import LogitAdjuster, penalise_presence, penalise_repetition
+from peftune.inference.settings import GenerationSettings
 
 NO_IDS = torch.zeros(5, 0, dtype=torch.long)
 
@@ -110,3 +114,68 @@ def test_the_filters_together_are_those_of_transformers(logits: torch.Tensor) ->
         drawn |= set(enumerate(tokens.tolist()))
     assert drawn <= possible
     assert len(drawn) > 0.6 * len(possible)
+
+
+@pytest.mark.parametrize("min_p", [0.0, 1e-4, 0.05, 0.5, 1.0])
+def test_min_p_is_that_of_transformers(logits: torch.Tensor, min_p: float) -> None:
+    assert torch.equal(keep_min_p(logits, min_p), MinPLogitsWarper(min_p)(NO_IDS, logits))
+
+
+def test_min_p_filters_before_top_p_sees_the_rest(logits: torch.Tensor) -> None:
+    warped = TopPLogitsWarper(0.6)(NO_IDS, MinPLogitsWarper(0.2)(NO_IDS, logits))
+    possible = {(row, token) for row, token in torch.isfinite(warped).nonzero().tolist()}
+    drawn = set()
+    for seed in range(200):
+        drawn |= set(enumerate(next_tokens(logits, generators(5, seed), 1.0, top_p=0.6, min_p=0.2).tolist()))
+    assert drawn == possible
+
+
+def test_presence_and_frequency_penalty_are_openais(logits: torch.Tensor) -> None:
+    """mu[j] - c[j] * alpha_frequency - float(c[j] > 0) * alpha_presence, in float64, one token after the other."""
+    counts = torch.randint(4, (200,), generator=torch.Generator().manual_seed(4)).float()
+    expected = [
+        mu - count * 0.7 - float(count > 0) * -0.4
+        for mu, count in zip(logits[0].tolist(), counts.tolist(), strict=True)
+    ]
+    found = penalise_presence(logits[0], counts, presence=-0.4, frequency=0.7)
+    assert found.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_text_is_adjusted_as_it_grows_as_vllm_would(logits: torch.Tensor) -> None:
+    """Bias, repetition (prompt and text), frequency and presence (text alone), forbidden ends: a plain loop."""
+    settings = GenerationSettings(
+        min_new_tokens=3, repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=-0.25,
+        logit_bias=((7, 3.0), (8, -100.0)), stop_token_ids=(9,),
+    )  # fmt: skip
+    prompt, written, end = [7, 11, 11], [11, 12, 12, 12, 8], 0
+    adjuster = LogitAdjuster(settings, prompt, end)
+    for length in range(len(written) + 1):
+        expected = logits[0].double().tolist()
+        for token, bias in settings.logit_bias:
+            expected[token] += bias
+        for token in {*prompt, *written[:length]}:
+            expected[token] *= 1.4 if expected[token] < 0 else 1 / 1.4
+        for token in written[:length]:
+            expected[token] += 0.25
+        for token in set(written[:length]):
+            expected[token] -= 0.5
+        for token in (end, 9) if length < 3 else ():
+            expected[token] = -float("inf")
+        assert adjuster.is_needed
+        assert adjuster.adjust(logits[0]).tolist() == pytest.approx(expected, abs=1e-5)
+        if length < len(written):
+            adjuster.add(written[length])
+
+
+def test_a_bias_is_that_of_transformers(logits: torch.Tensor) -> None:
+    settings = GenerationSettings(logit_bias=((3, 2.5), (4, -7.0)))
+    expected = SequenceBiasLogitsProcessor([[[3], 2.5], [[4], -7.0]])(torch.zeros(5, 1, dtype=torch.long), logits)
+    assert torch.equal(LogitAdjuster(settings, (), 0).adjust(logits[0]), expected[0])
+
+
+def test_without_a_setting_that_changes_logits_nothing_is_computed() -> None:
+    assert not LogitAdjuster(GenerationSettings(), (1, 2), 0).is_needed
+    late = LogitAdjuster(GenerationSettings(min_new_tokens=1), (), 0)
+    assert late.is_needed
+    late.add(5)
+    assert not late.is_needed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,13 @@ from peftune.inference.settings import GenerationSettings
         ("repetition_penalty", 0.0),
         ("repetition_penalty", math.nan),
         ("beams", 0),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("min_p", math.nan),
+        ("min_new_tokens", -1),
+        ("min_new_tokens", 129),
+        ("presence_penalty", math.nan),
+        ("frequency_penalty", math.inf),
         ("seed", -1),
         ("seed", 2**63),
     ],
@@ -41,8 +49,20 @@ def test_every_problem_is_in_the_one_message() -> None:
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0.8}, {"top_k": 5}])
-def test_beams_do_not_sample(sampling: dict[str, float]) -> None:
+SAMPLED: list[dict[str, Any]] = [
+    {"temperature": 0.8}, {"top_k": 5}, {"min_p": 0.1}, {"min_new_tokens": 2}, {"presence_penalty": 1.0},
+    {"frequency_penalty": -1.0}, {"logit_bias": ((1, 1.0),)}, {"stop_token_ids": (1,)}, {"ignore_eos": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [((1, math.inf),), ((1, 1.0), (1, 2.0))])
+def test_a_bias_is_finite_and_given_once(bias: tuple[tuple[int, float], ...]) -> None:
+    with pytest.raises(UserError, match="logit_bias"):
+        GenerationSettings(logit_bias=bias)
+
+
+@pytest.mark.parametrize("sampling", SAMPLED)
+def test_beams_do_not_sample(sampling: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="beam search does not sample"):
         GenerationSettings(beams=2, **sampling)
 

@@ -44,7 +44,13 @@ def asked(**fields: Any) -> bytes:
         (asked(max_tokens=2.5), "max_tokens: expected a whole number"),
         (asked(max_tokens="2"), "max_tokens: expected a whole number"),
         (asked(max_tokens=-1), "max_tokens: expected a number greater"),
-        (asked(max_tokens=0), "echo: true"),
+        (asked(min_tokens=3), "min_tokens is 3, expected 0 to 2"),
+        (asked(min_p=1.5), "min_p: expected"),
+        (asked(prompt_logprobs=21), "prompt_logprobs: expected"),
+        (asked(prompt_logprobs=1, stream=True), "prompt_logprobs goes without stream"),
+        (asked(stop_token_ids=[4096]), "stop_token_ids: token id 4096, expected 0 to 4095"),
+        (asked(stop_token_ids=[1.0]), "stop_token_ids.0: expected a whole number"),
+        (asked(stop_token_ids=[1] * 65), "stop_token_ids: list should have at most 64 items"),
         (asked(temperature=True), "temperature: expected a number, found True"),
         (asked(temperature=-1), "temperature"),
         (asked(top_p=0), "top_p"),
@@ -52,7 +58,7 @@ def asked(**fields: Any) -> bytes:
         (asked(seed=2**63), "seed: expected"),
         (asked(logprobs=21), "logprobs: expected"),
         (asked(stop=""), "stop.0: expected some text"),
-        (asked(stop=["a"] * 5), "stop: list should have at most 4 items"),
+        (asked(stop=["a"] * 65), "stop: list should have at most 64 items"),
         (asked(stop=[1]), "stop.0: expected text"),
         (asked(prompt=[]), "prompt: expected"),
         (asked(prompt=[[]]), "prompt: expected"),
@@ -66,10 +72,21 @@ def asked(**fields: Any) -> bytes:
         (asked(max_tokens=511), "512 positions: 2 for the prompt (a context token stands before it) and 511"),
         (asked(prompt=["x"] * 100, n=2), "100 prompts with n 2"),
         (asked(best_of=2), "best_of is 2 with n 1"),
-        (asked(logit_bias={"5": 1}), "logit_bias: is not supported"),
+        (asked(logit_bias={"5": 101}), "expected a number less than or equal to 100"),
+        (asked(logit_bias={"x": 1}), "logit_bias: expected token ids as names, found 'x'"),
+        (asked(logit_bias={"-1": 1}), "logit_bias: expected token ids"),
+        (asked(logit_bias={"4096": 1}), "logit_bias: token id 4096, expected 0 to 4095"),
+        (asked(logit_bias=[]), "logit_bias: expected an object"),
+        (asked(logit_bias={str(n): 1 for n in range(1025)}), "of at most 1024 tokens"),
         (asked(suffix="y"), "suffix: is not supported"),
-        (asked(presence_penalty=0.1), "presence_penalty: is not supported"),
-        (asked(frequency_penalty=-1), "frequency_penalty: is not supported"),
+        (asked(presence_penalty=2.1), "presence_penalty: expected a number less than or equal to 2"),
+        (asked(frequency_penalty=-2.1), "frequency_penalty: expected"),
+        (asked(messages=[]), "messages: belongs to /v1/chat/completions"),
+        (asked(stream_options=[]), "stream_options: expected an object"),
+        (asked(stream=True, stream_options={"x": 1}), "unknown key stream_options.x, known here: include_usage"),
+        (asked(**{"(": 1}), "unknown key (, known here: model, "),
+        (asked(**{"": 1}), "unknown key"),
+        (asked(**{"\x1b[31m": 1}), "unknown key \\x1b[31m, known here"),
         (asked(max_token=1), "unknown key max_token, did you mean max_tokens?"),
         (asked(stream_options={"include_usage": True}), "stream_options goes with stream"),
         (asked(stream=True, stream_options={"include_usage": 1}), "stream_options.include_usage"),
@@ -158,6 +175,35 @@ def raw(server: Any, request: bytes, seconds: float = 5.0) -> bytes:
         while chunk := connection.recv(65536):
             answer += chunk
     return answer
+
+
+def test_an_unknown_field_of_a_message_names_the_fields_of_messages(server: Any) -> None:
+    messages = [{"role": "user", "content": "x", "weight": 1}]
+    error = server.post("/v1/chat/completions", model="a7", messages=messages).json()["error"]
+    assert error["message"] == "unknown key messages.0.weight, known here: role, content, name"
+    error = server.post("/v1/chat/completions", model="a7", messages=messages[:1], prompt="x").json()["error"]
+    assert "prompt: belongs to /v1/completions" in error["message"]
+
+
+def test_a_head_is_bounded_however_it_arrives(server: Any) -> None:
+    head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 20_000 + b"\r\n"
+    path = b"GET /health?" + b"x" * 20_000 + b" HTTP/1.1\r\nHost: localhost\r\n"
+    for request in (head + b"\r\n", path + b"\r\n", head, path, b"GET /" + b"x" * 20_000):
+        answer = raw(server, request)
+        assert answer.startswith(b"HTTP/1.1 431 "), answer[:100]
+        assert json.loads(answer.rpartition(b"\r\n\r\n")[2])["error"]["message"].startswith("the request line and head")
+    below = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX: " + b"x" * 15_000 + b"\r\n\r\n"
+    assert raw(server, below).startswith(b"HTTP/1.1 200 ")
+
+
+def test_only_http_1_1_needs_a_host(server: Any) -> None:
+    assert raw(server, b"GET /health HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+    assert raw(server, b"GET /health HTTP/1.0\r\nHost: evil.example\r\n\r\n").startswith(b"HTTP/1.1 403 ")
+    missing = raw(server, b"GET /health HTTP/1.1\r\n\r\n")
+    assert missing.startswith(b"HTTP/1.1 400 ") and b"Missing mandatory Host: header" in missing
+    streamed = json.dumps({"model": "a1", "prompt": "x", "max_tokens": 2, "stream": True}).encode()
+    head = f"POST {PATH} HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {len(streamed)}\r\n\r\n"
+    assert raw(server, head.encode() + streamed).endswith(b"data: [DONE]\n\n")
 
 
 def test_a_body_that_is_too_large_is_refused_with_and_without_its_length(start: Any) -> None:

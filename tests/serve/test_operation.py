@@ -22,7 +22,8 @@ import pytest
 
 from peftune.errors import UserError
 from peftune.serve.http.static import FOLDER
-from peftune.serve.server import listen
+from peftune.serve.openai.models import without_paths
+from peftune.serve.server import listen, make_service
 from peftune.serve.settings import ServeSettings
 
 COMPLETIONS, LOAD, UNLOAD = "/v1/completions", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -128,6 +129,85 @@ def test_only_what_lies_under_a_root_is_loaded_and_nothing_tells_what_lies_elsew
         assert server.post(UNLOAD, lora_name="x").status_code == 403
 
 
+def test_an_adapter_is_replaced_in_place_without_a_gap(server: Any, root: Path) -> None:
+    """Requests without a pause while the name changes hands: each is the old adapter's or the new one's, none fails."""
+    asked = {"prompt": "def main(", "max_tokens": 8, "temperature": 0}
+    old, new = (server.post(COMPLETIONS, model=name, **asked).json()["choices"][0]["text"] for name in ("a1", "a2"))
+    assert old != new
+    assert server.post(LOAD, lora_name="live", lora_path="a1", load_inplace=True).is_success  # nothing to replace yet
+    stream = server.client.completions.create(model="live", prompt="x", max_tokens=100, temperature=0, stream=True)
+    first = next(stream).choices[0].text
+    answers, done = [], threading.Event()
+
+    def ask() -> None:
+        with httpx.Client(base_url=server.url, timeout=30) as client:
+            while not done.is_set():
+                answers.append(client.post(COMPLETIONS, json={"model": "live"} | asked))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        server.wait(lambda: len(answers) > 1, 30)
+        assert server.post(LOAD, lora_name="live", lora_path="a2").status_code == 400  # not without being told
+        answer = server.post(LOAD, lora_name="live", lora_path="a2", load_inplace=True)
+        assert answer.text == "Success: LoRA adapter 'live' replaced successfully."
+        so_far = len(answers)
+        server.wait(lambda: len(answers) > so_far + 2, 30)
+    finally:
+        done.set()
+        asking.join(30)
+    assert {answer.status_code for answer in answers} == {200}
+    texts = [answer.json()["choices"][0]["text"] for answer in answers]
+    assert texts == sorted(texts, key=(old, new).index) and texts[0] == old and texts[-1] == new
+    whole = server.client.completions.create(model="a1", prompt="x", max_tokens=100, temperature=0).choices[0].text
+    assert first + "".join(event.choices[0].text for event in stream) == whole  # written to its end with the old one
+    assert server.post(LOAD, lora_name="live", lora_path="a9", load_inplace=True).status_code == 404
+    assert server.post(COMPLETIONS, model="live", **asked).json()["choices"][0]["text"] == new  # it stays
+    assert server.post(UNLOAD, lora_name="live").is_success
+
+
+def test_no_error_of_loading_shows_a_path_of_this_machine(start: Any, make: Any, tmp_path: Path) -> None:
+    root = tmp_path / "some where"
+    good = make(root / "good", 1)
+    for name, file, content in (
+        ("no-weights", "adapter_model.safetensors", None), ("no-config", "adapter_config.json", None),
+        ("bad-weights", "adapter_model.safetensors", b"x"), ("bad-config", "adapter_config.json", b"{"),
+        ("bad-base", "adapter_config.json", b'{"peft_type": "LORA", "r": 2, "base_model_name_or_path": "/srv/x"}'),
+        ("bad-provenance", "peftune.json", b"["), ("folder", "peftune.json", "folder"),
+    ):  # fmt: skip
+        shutil.copytree(good, root / name)
+        (root / name / file).unlink(missing_ok=True)
+        if content == "folder":
+            (root / name / file).mkdir()
+        elif content is not None:
+            (root / name / file).write_bytes(content)
+    with start({"live": good}, roots=(root,)) as server:
+        for name in sorted(path.name for path in root.iterdir() if path.name != "good"):
+            for given in (name, str(root / name)):
+                answer = server.post(LOAD, lora_name="x", lora_path=given)
+                message = answer.json()["error"]["message"]
+                assert answer.status_code == 400, (name, message)
+                assert str(tmp_path) not in message.replace(given, ""), message
+        answer = server.post(LOAD, lora_name="live", lora_path="good")
+        assert "/" not in answer.json()["error"]["message"]
+
+
+def test_paths_become_what_the_client_knows_or_their_last_part() -> None:
+    told = {"/srv/adapters/a b": "a b", "/srv/base": "gpt2"}
+    message = "/srv/adapters/a b/x.json: as in /srv/base, not /home/me/.cache/y.bin (see https://a.b/c, and 1/2)"
+    shown = "a b/x.json: as in gpt2, not …/y.bin (see https://a.b/c, and 1/2)"
+    assert without_paths(message, told) == shown
+
+
+@pytest.mark.parametrize(
+    "name", ["auto", "base", "a/b", "a\nb", "a\n", "", ".", "-x", "é", "a" * 65, "a b", "\x1b[31m"]
+)
+def test_a_name_that_no_model_can_have_is_refused_before_anything_is_loaded(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="adapter name") as caught:
+        make_service("no/such/base", {name: tmp_path}, "fp32", ServeSettings())
+    assert str(caught.value).isprintable()
+
+
 def test_every_problem_of_the_settings_is_listed_and_no_key_is_shown(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         ServeSettings(port=70000, slots=0, drain=math.inf, routing_threshold=math.nan, api_key="sécret", host="",
@@ -179,12 +259,29 @@ def test_metrics_are_in_the_text_format_and_count(server: Any) -> None:
     answer = server.client.completions.create(model="a5", prompt="x y", max_tokens=7, temperature=0)
     server.wait(lambda: server.metric(series) == before[0] + 1)
     assert server.metric('peftune_generation_tokens_total{model="a5"}') == before[1] + answer.usage.completion_tokens
+    answer_tokens = answer.usage.completion_tokens
     answer = server.http.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     line = re.compile(r'# (HELP|TYPE) \w+ .+|\w+(\{\w+="[^"\n]*"(,\w+="[^"\n]*")*\})? [0-9.e+-]+')
     assert [text for text in answer.text.splitlines() if not line.fullmatch(text)] == []
     assert server.metric("peftune_adapters_loaded") == 8 and server.metric("peftune_requests_running") == 0
-    assert server.metric("peftune_time_to_first_token_seconds_count") > 0
+    for name, labels, count in (
+        ("peftune_time_to_first_token_seconds", 'endpoint="/v1/completions",model="a5"', 1),
+        ("peftune_request_queue_time_seconds", 'model="a5"', 1),
+        ("peftune_inter_token_latency_seconds", 'model="a5"', answer_tokens - 1),
+    ):
+        assert server.metric(f"{name}_count{{{labels}}}") >= count > 0, name
+        assert 0 <= server.metric(f"{name}_sum{{{labels}}}") < 60
+
+
+def test_the_series_of_an_adapter_go_with_it(server: Any) -> None:
+    assert server.post(LOAD, lora_name="passing", lora_path="a1").is_success
+    assert server.post(COMPLETIONS, **(SHORT | {"model": "passing", "max_tokens": 5, "ignore_eos": True})).is_success
+    server.wait(lambda: server.metric('peftune_requests_total{endpoint="/v1/completions",model="passing"') == 1)
+    named = {line.partition("{")[0] for line in server.http.get("/metrics").text.splitlines() if '"passing"' in line}
+    assert {"peftune_inter_token_latency_seconds_sum", "peftune_request_queue_time_seconds_sum"} <= named
+    assert server.post(UNLOAD, lora_name="passing").is_success
+    assert '"passing"' not in server.http.get("/metrics").text
 
 
 def test_what_fails_in_the_server_tells_the_client_nothing_of_it(

@@ -15,11 +15,15 @@ Scored is what the assistant decides: its text (with the space before it), and h
 generation is therefore complete at `<|endoftext|>` or at any of `STOPS`. White space around a message is removed, and
 messages after the assistant's last are left out: nothing in them is scored.
 
+No message can begin a turn: where its text has one of `STOPS`, a space is put before the name (`\\n\\n User:`), in
+training as in serving. A special token written in a message is text, as everywhere (`data.tokens.encode`).
+
 The cuts between parts are where GPT-2's own pre-tokenizer cuts, so the ids are those of the rendered text in one call.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,8 +31,12 @@ from peftune.data.sources.plain_text import unix_line_ends
 from peftune.data.sources.records import kind_of
 from peftune.errors import UserError
 
-NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
-STOPS = ("\n\nUser:", "\n\nSystem:", "\n\nAssistant:")
+NAMES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
+_BETWEEN = "\n\n"
+STOPS = tuple(dict.fromkeys(f"{_BETWEEN}{name}:" for name in NAMES.values()))
+_ANY_NAME = "|".join(map(re.escape, dict.fromkeys(NAMES.values())))
+_FORGED = re.compile(f"(?<={_BETWEEN})(?=(?:{_ANY_NAME}):)")
+_DISARMED = re.compile(f"{_BETWEEN} (?:{_ANY_NAME}):")
 
 Turns = tuple[tuple[str, bool], ...]
 
@@ -36,7 +44,7 @@ Turns = tuple[tuple[str, bool], ...]
 def render_chat(messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> str:
     """The messages as text, ready to be continued by the assistant; UserError for a role or content we do not know."""
     turns = [_header(role) + _body(content) for role, content in _checked(messages, "messages")]
-    return "\n\n".join([*turns, _header("assistant")] if add_generation_prompt else turns)
+    return _BETWEEN.join([*turns, _header("assistant")] if add_generation_prompt else turns)
 
 
 def turns_of(messages: Any, location: str) -> Turns:
@@ -52,12 +60,17 @@ def turns_of(messages: Any, location: str) -> Turns:
     parts: list[tuple[str, bool]] = []
     scored, text = False, ""
     for number, (role, content) in enumerate(conversation):
-        text += ("\n\n" if number else "") + _header(role)
+        text += (_BETWEEN if number else "") + _header(role)
         if scored != (role == "assistant"):
             parts.append((text, scored))
             scored, text = not scored, ""
         text += _body(content)
     return (*parts, (text, scored))
+
+
+def names_a_turn(text: str) -> bool:
+    """Whether a message of the rendered `text` has what would begin a turn, but for the space that was put there."""
+    return _DISARMED.search(text) is not None
 
 
 def _header(role: str) -> str:
@@ -69,7 +82,7 @@ def _body(content: str) -> str:
 
 
 def _checked(messages: Any, location: str) -> list[tuple[str, str]]:
-    """(role, content) of each message, with white space around the content removed."""
+    """(role, content) of each message, without white space around the content, which begins no turn."""
     if not isinstance(messages, list | tuple):
         raise UserError(f"{location}: expected a list of messages, found {kind_of(messages)}")
     found = []
@@ -82,5 +95,5 @@ def _checked(messages: Any, location: str) -> list[tuple[str, str]]:
             raise UserError(f"{location}: message {number}: role {role!r}; expected {', '.join(NAMES)}")
         if not isinstance(content, str):
             raise UserError(f"{location}: message {number}: content is {kind_of(content)}; expected a string")
-        found.append((role, unix_line_ends(content).strip()))
+        found.append((role, _FORGED.sub(" ", unix_line_ends(content).strip())))
     return found

@@ -12,13 +12,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from peftune.serve.http.connection import MAX_HEAD_BYTES, head_too_large
 from peftune.serve.http.static import PREFIX
 from peftune.serve.openai.errors import ApiError, draining, internal_error
 from peftune.serve.service import Service
 
 _log = logging.getLogger("peftune.serve")
 _PREFIXES = ("/v1/models/", PREFIX)  # all paths below are one endpoint in the metrics
-_PUBLIC = ("/", "/health")  # without a key: a page without secrets, and what a load balancer asks
+_PUBLIC = ("/", "/health", "/ping")  # without a key: a page without secrets, and what a load balancer asks
 
 
 class GatewayMiddleware:
@@ -42,6 +43,7 @@ class GatewayMiddleware:
         request = Request(scope, receive)
         request.state.arrived = time.monotonic()
         try:
+            check_head(scope)
             self._authorise(request)
             await self._app(scope, receive, send_and_note_status)
         except ClientDisconnect:
@@ -58,7 +60,9 @@ class GatewayMiddleware:
     def _authorise(self, request: Request) -> None:
         settings = self._service.settings
         if settings.api_key is None:
-            check_host(request.headers.get("host", ""), (settings.host, *settings.allowed_hosts))
+            host = request.headers.get("host")
+            if host is not None:  # HTTP/1.0 may have none; a browser, whose page could be hostile, always sends it
+                check_host(host, (settings.host, *settings.allowed_hosts))
         elif request.url.path not in _PUBLIC and not request.url.path.startswith(PREFIX):
             check_key(request.headers.get("authorization", ""), settings.api_key)
         if self._service.draining and request.method == "POST":
@@ -71,6 +75,13 @@ class GatewayMiddleware:
         model = self._service.metrics_label(getattr(request.state, "model", None))
         metrics.requests.labels(endpoint, model, status).inc()
         metrics.duration.labels(endpoint).observe(time.monotonic() - request.state.arrived)
+
+
+def check_head(scope: Scope) -> None:
+    """ApiError 431 for a head that came at once and is larger than one that came in parts may be."""
+    fields = sum(len(name) + len(value) + 4 for name, value in scope["headers"])  # with colon, space, line end
+    if len(scope["raw_path"]) + len(scope["query_string"]) + fields > MAX_HEAD_BYTES:
+        raise ApiError(431, head_too_large(), headers={"Connection": "close"})
 
 
 def check_key(header: str, key: str) -> None:

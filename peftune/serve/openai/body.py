@@ -12,11 +12,14 @@ from starlette.requests import Request
 
 from peftune.config.messages import validation_messages
 from peftune.serve.openai.errors import ApiError
-from peftune.serve.openai.schema import OpenAIBaseModel
+from peftune.serve.openai.neutral import NeutralChatFields, OpenAIBaseModel, StreamOptions
+from peftune.serve.openai.schema import ChatMessage
 from peftune.serve.service import service_of
 
 _CLOSE = {"Connection": "close"}  # the rest of the body is not read, so no request can follow it
 _LINGER_BYTES = 8 << 20
+
+_OBJECTS: dict[str, type[OpenAIBaseModel]] = {"messages": ChatMessage, "stream_options": StreamOptions}
 
 Body = TypeVar("Body", bound=OpenAIBaseModel)
 
@@ -41,10 +44,29 @@ async def read_body(http: Request, schema: type[Body]) -> Body:
         body = schema.model_validate(value)
     except ValidationError as error:
         loc = error.errors(include_url=False)[0]["loc"]
-        messages = validation_messages(error, {"": list(schema.model_fields)})[:10]
-        raise ApiError(400, "; ".join(messages), str(loc[0])[:100] if loc else None) from None
+        messages = "; ".join(validation_messages(error, _known_fields(schema, error))[:10])
+        messages = messages.replace("a section with keys of its own", "an object")
+        raise ApiError(400, messages, str(loc[0])[:100] if loc else None) from None
     http.state.model = getattr(body, "model", None)
     return body
+
+
+def _known_fields(schema: type[OpenAIBaseModel], error: ValidationError) -> dict[str, list[str]]:
+    """The fields that have an effect, of the body and of each object in it that has an unknown one."""
+    known = {"": _fields(schema)}
+    for item in error.errors(include_url=False, include_input=False):
+        path, model = (
+            [str(part) for part in item["loc"][:-1]],
+            _OBJECTS.get(str(item["loc"][0])) if item["loc"] else None,
+        )
+        if path and model is not None and item["type"] == "extra_forbidden":
+            known[".".join(path[:2])] = _fields(model)
+    return known
+
+
+def _fields(schema: type[OpenAIBaseModel]) -> list[str]:
+    neutral = NeutralChatFields.model_fields
+    return [n for n, field in schema.model_fields.items() if field.annotation is not Any and n not in neutral]
 
 
 async def _read(http: Request, limit: int) -> bytes:

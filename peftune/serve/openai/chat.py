@@ -8,7 +8,6 @@ from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from peftune.data.sources.chat_template import STOPS, render_chat
-from peftune.errors import UserError
 from peftune.serve.openai.body import read_body
 from peftune.serve.openai.chunks import Chunk, TokenEntry
 from peftune.serve.openai.errors import ApiError
@@ -25,15 +24,10 @@ async def create_chat_completion(http: Request) -> ASGIApp:
     service = service_of(http)
     body = await read_body(http, ChatCompletionRequest)
     candidates = _chat_adapters(service, body.model)
-    try:
-        text = render_chat([message.model_dump() for message in body.messages])
-    except UserError as error:
-        raise ApiError(400, str(error), "messages") from None
-    prompts = await encode_prompts(service.bank, [text])
-    max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    prompts = await encode_prompts(service.bank, [render_chat([m.model_dump() for m in body.messages])])
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     response = PendingResponse(
-        http, body, prompts, _format(body), max_tokens, logprobs=logprobs, stop=STOPS, candidates=candidates
+        http, body, prompts, _format(body), body.most_tokens, logprobs=logprobs, stop=STOPS, candidates=candidates
     )
     return await response.generate()
 
@@ -60,12 +54,17 @@ def _format(body: ChatCompletionRequest) -> ResponseFormat:
     def choice(index: int, chunk: Chunk) -> dict[str, Any]:
         return common(index, chunk) | {"message": {"role": "assistant", "content": chunk.text, "refusal": None}}
 
+    def prompt_logprobs(first: Chunk) -> dict[str, Any]:
+        return {} if first.prompt_logprobs is None else {"prompt_logprobs": first.prompt_logprobs}
+
     def stream_choice(index: int, chunk: Chunk) -> dict[str, Any]:
         role = {"role": "assistant"} if chunk.prompt_ids is not None else {}
         content = {"content": chunk.text} if chunk.text or role else {}
         return common(index, chunk) | {"delta": role | content}
 
-    return ResponseFormat("chat.completion", "chat.completion.chunk", "chatcmpl", choice, stream_choice, lead=" ")
+    return ResponseFormat(
+        "chat.completion", "chat.completion.chunk", "chatcmpl", choice, stream_choice, prompt_logprobs, lead=" "
+    )
 
 
 def _logprobs(chunk: Chunk) -> dict[str, Any]:

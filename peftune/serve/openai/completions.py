@@ -10,7 +10,7 @@ from starlette.types import ASGIApp
 from peftune.serve.openai.body import read_body
 from peftune.serve.openai.chunks import Chunk, ScoredToken
 from peftune.serve.openai.errors import ApiError
-from peftune.serve.openai.prompts import encode_prompts
+from peftune.serve.openai.prompts import encode_prompts, special_tokens_in
 from peftune.serve.openai.respond import PendingResponse, ResponseFormat
 from peftune.serve.openai.schema import CompletionRequest
 from peftune.serve.service import service_of
@@ -28,10 +28,11 @@ async def create_completion(http: Request) -> ASGIApp:
     if len(body.prompt) * body.n > limit:
         found = f"{len(body.prompt)} prompts with n {body.n}"
         raise ApiError(400, f"{found} are more than the {limit} texts that one request may ask for", "prompt")
-    prompts = await encode_prompts(service.bank, body.prompt)
+    prompts = await encode_prompts(service.bank, body.prompt, body.split_special_tokens)
     response = PendingResponse(
-        http, body, prompts, _format(body), body.max_tokens, _MAX_TOKENS, body.logprobs, body.echo
-    )
+        http, body, prompts, _format(body), body.max_tokens, _MAX_TOKENS, body.logprobs, body.echo,
+        warnings=special_tokens_in(service.bank, body.prompt) if body.split_special_tokens else (),
+    )  # fmt: skip
     return await response.generate()
 
 
@@ -41,8 +42,9 @@ def _format(body: CompletionRequest) -> ResponseFormat:
         token_ids = {"token_ids": chunk.ids} if body.return_token_ids else {}
         if body.return_token_ids and chunk.prompt_ids is not None:
             token_ids["prompt_token_ids"] = chunk.prompt_ids
+        prompt = {} if chunk.prompt_logprobs is None else {"prompt_logprobs": chunk.prompt_logprobs}
         choice = {"index": index, "text": chunk.text, "logprobs": logprobs, "finish_reason": chunk.finish_reason}
-        return choice | token_ids
+        return choice | token_ids | prompt
 
     return ResponseFormat("text_completion", "text_completion", "cmpl", choice, choice)
 

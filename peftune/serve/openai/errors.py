@@ -23,7 +23,7 @@ _TYPES = {
 
 @dataclass(eq=False)
 class ApiError(PeftuneError):
-    """A status code with one line for the client; `param` names the field at fault."""
+    """A status code with one line for the client, all of it printable; `param` names the field at fault."""
 
     status: int
     message: str
@@ -35,7 +35,7 @@ class ApiError(PeftuneError):
     def body(self) -> dict[str, Any]:
         """OpenAI's error object."""
         kind = _TYPES.get(self.status, "invalid_request_error")
-        message = " ".join(self.message.split())
+        message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(self.message.split()))
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:

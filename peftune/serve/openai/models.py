@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from peftune.serve.openai.body import read_body
 from peftune.serve.openai.errors import ApiError
 from peftune.serve.openai.schema import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 from peftune.serve.private_copy import private_copy
-from peftune.serve.service import AUTO, BASE, Service, service_of
+from peftune.serve.service import Service, service_of
 
 
 async def list_models(http: Request) -> Response:
@@ -32,28 +33,45 @@ async def show_model(http: Request) -> Response:
 
 
 async def load_adapter(http: Request) -> Response:
-    """`{"lora_name": …, "lora_path": …}`: from now on the name is a model."""
+    """`{"lora_name": …, "lora_path": …}`: from now on the name is a model.
+
+    With `load_inplace` the name goes on meaning the adapter that it has until the new one is read.
+    """
     service, roots = service_of(http), _roots(http)
     body = await read_body(http, LoadLoRAAdapterRequest)
-    if body.lora_name in (AUTO, BASE, service.bank.base.name):
-        raise ApiError(400, f"lora_name: {body.lora_name} means something else; choose another name", "lora_name")
+    if body.lora_name == service.bank.base.name:
+        raise ApiError(400, f"lora_name: {body.lora_name} is the base's name; choose another name", "lora_name")
     directory = await asyncio.to_thread(allowed_directory, body.lora_path, roots)
     async with service.loading:  # one at a time: reading is slow, and more threads would not read faster
-        if len(service.bank.names) >= service.settings.max_adapters:
+        known = body.lora_name in service.bank.names
+        if known and not body.load_inplace:
+            message = f"lora_name: {body.lora_name} is loaded; unload it, or replace it with load_inplace: true"
+            raise ApiError(400, message, "lora_name")
+        if not known and len(service.bank.names) >= service.settings.max_adapters:
             raise ApiError(400, f"{service.settings.max_adapters} adapters are loaded already; unload one first")
         try:
-            await asyncio.to_thread(_add, service, body.lora_name, directory, roots)
+            await asyncio.to_thread(_add, service, body, directory, roots)
         except UserError as error:
-            message = str(error).replace(str(directory), body.lora_path)  # clients see no paths of this machine
-            message = message.replace(str(service.bank.base.directory), service.bank.base.name)
-            raise ApiError(400, message, "lora_path") from None
-    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+            told = {str(directory): body.lora_path, str(service.bank.base.directory): service.bank.base.name}
+            raise ApiError(400, without_paths(str(error), told), "lora_path") from None
+    done = "replaced" if known else "added"
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' {done} successfully.")
 
 
-def _add(service: Service, name: str, directory: Path, roots: Sequence[Path]) -> None:
+def without_paths(message: str, told: Mapping[str, str]) -> str:
+    """The message as a client may read it: paths of this machine become what they are `told` as, or their last part."""
+    for path in sorted(told, key=len, reverse=True):
+        message = message.replace(path, told[path])
+    keep = "|".join(map(re.escape, sorted(told.values(), key=len, reverse=True)))
+    return re.sub(
+        rf"({keep})|(?<![\w.:/-])(?:/[^\s/:;,'\"()]+)+", lambda m: m[1] or f"…/{m[0].rpartition('/')[2]}", message
+    )
+
+
+def _add(service: Service, body: LoadLoRAAdapterRequest, directory: Path, roots: Sequence[Path]) -> None:
     with private_copy(directory, roots) as copy:
         try:
-            service.bank.add(name, copy)
+            service.bank.add(body.lora_name, copy, replace=body.load_inplace)
         except UserError as error:
             raise UserError(str(error).replace(str(copy), str(directory))) from None
 

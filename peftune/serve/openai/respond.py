@@ -33,7 +33,8 @@ _KEEP_ALIVE_SECONDS = 15.0  # of silence, after which a stream sends a comment s
 class ResponseFormat:
     """How an endpoint's response looks: the object's name, in full and in a stream, and a choice in each.
 
-    A choice gets its index and its chunk. A text that begins with `lead` loses it.
+    A choice gets its index and its chunk; `more` is what the object of a full response has besides, from its first
+    choice. A text that begins with `lead` loses it.
     """
 
     object: str
@@ -41,6 +42,7 @@ class ResponseFormat:
     id_prefix: str
     choice: Callable[[int, Chunk], dict[str, Any]]
     stream_choice: Callable[[int, Chunk], dict[str, Any]]
+    more: Callable[[Chunk], dict[str, Any]] = lambda _: {}
     lead: str = ""
 
 
@@ -50,6 +52,7 @@ class PendingResponse:
 
     `max_tokens` None leaves it to `default_max_tokens`, or to what fits into the model's positions. `logprobs` is how
     many of the likeliest tokens to name. `candidates` are the adapters among which the model `auto` chooses.
+    `warnings` are lines for the client.
     """
 
     http: Request
@@ -62,11 +65,13 @@ class PendingResponse:
     echo: bool = False
     stop: tuple[str, ...] = ()
     candidates: Sequence[str] | None = None
+    warnings: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self._service = service_of(self.http)
         self._outputs: asyncio.Queue[tuple[int, list[RequestOutput]]] = asyncio.Queue()
         self._unfinished: dict[int, RequestHandle] = {}
+        self._metadata: dict[str, Any] = {"warnings": list(self.warnings)} if self.warnings else {}
         self._first_token: float | None = None  # when the first token of all was generated, on the monotonic clock
         self._prompt_tokens = sum(len(prompt.ids) for prompt in self.prompts)  # each prompt once, whatever `n` is
 
@@ -77,18 +82,24 @@ class PendingResponse:
         """
         n_positions, token_text = self._service.bank.config.n_positions, self._service.token_text
         limits = [max_new_tokens(p, self.max_tokens, self.default_max_tokens, n_positions) for p in self.prompts]
+        try:
+            settings = [self.body.settings(limit, n, self.stop) for limit in limits for n in range(self.body.n)]
+        except UserError as error:
+            raise _refused(error) from None
         input_ids = [prompt.input_ids for prompt in self.prompts]
-        adapter, self._routing = await self._service.resolve(self.body.model, input_ids, self.candidates)
+        adapter, routing = await self._service.resolve(self.body.model, input_ids, self.candidates)
+        self._metadata |= routing
         self._model = self.http.state.model = adapter or self._service.bank.base.name
+        asked = [count for count in (self.logprobs, self.body.prompt_logprobs) if count is not None]
+        scores_prompt = self.echo or self.body.prompt_logprobs is not None
         requests: list[EngineRequest] = []
         self._formatters: list[ChoiceFormatter] = []
-        for prompt, limit in zip(self.prompts, limits, strict=True):
-            for n in range(self.body.n):
-                settings = self.body.settings(limit, n, self.stop)
-                choice = prompt.input_ids, adapter, settings, self.logprobs, self.echo
-                requests.append(EngineRequest(*choice, only_score=limit == 0))
-                formatter = ChoiceFormatter(token_text, prompt.text, prompt.ids, self.echo, self.format.lead)
-                self._formatters.append(formatter)
+        for number, chosen in enumerate(settings):
+            prompt, limit = self.prompts[number // self.body.n], limits[number // self.body.n]
+            choice = prompt.input_ids, adapter, chosen, max(asked, default=None), scores_prompt
+            requests.append(EngineRequest(*choice, only_score=limit == 0))
+            wanted = self.format.lead, self.logprobs, self.body.prompt_logprobs
+            self._formatters.append(ChoiceFormatter(token_text, prompt.text, prompt.ids, self.echo, *wanted))
         self._submit(requests)
         return self._stream if self.body.stream else await self._full()
 
@@ -105,7 +116,7 @@ class PendingResponse:
                 handle.cancel()
             if isinstance(error, Busy):
                 raise queue_full("the server's queue is full; try again later", error.retry_after) from None
-            raise ApiError(400, str(error)) from None
+            raise _refused(error) from None
         self._service.metrics.prompt_tokens.labels(self._label).inc(self._prompt_tokens)
 
     def _forward(self, index: int) -> OnOutput:
@@ -115,11 +126,18 @@ class PendingResponse:
         engine. However slowly they are taken, no more outputs wait than tokens were asked for.
         """
         loop = asyncio.get_running_loop()
+        inter_token = self._service.metrics.inter_token.labels(self._label)
         pending: list[RequestOutput] = []
+        last: float | None = None
 
         def on_output(output: RequestOutput) -> None:
-            if output.ids and self._first_token is None:
-                self._first_token = time.monotonic()
+            nonlocal last
+            if output.ids:
+                now = time.monotonic()
+                self._first_token = self._first_token or now
+                if last is not None:
+                    inter_token.observe(now - last)
+                last = now
             pending.append(output)
             if output.finish_reason is not None or self.body.stream:
                 loop.call_soon_threadsafe(self._outputs.put_nowait, (index, pending.copy()))
@@ -135,7 +153,8 @@ class PendingResponse:
             metrics.cancelled.labels(self._label).inc()
         self._unfinished.clear()
         if self._first_token is not None:
-            metrics.first_token.labels(self.http.url.path).observe(self._first_token - self.http.state.arrived)
+            seconds = self._first_token - self.http.state.arrived
+            metrics.first_token.labels(self.http.url.path, self._label).observe(seconds)
 
     async def _chunks(self, timeout: float | None) -> AsyncIterator[tuple[int, Chunk]]:
         """(index of the choice, chunk) until all have finished; an empty chunk after `timeout` seconds of silence.
@@ -148,8 +167,9 @@ class PendingResponse:
             except asyncio.TimeoutError:
                 yield 0, Chunk()
                 continue
-            if outputs[-1].finish_reason is not None:
-                self._unfinished.pop(index, None)
+            if outputs[-1].finish_reason is not None and (handle := self._unfinished.pop(index, None)) is not None:
+                waited = (handle.started or time.monotonic()) - handle.submitted
+                self._service.metrics.queue_time.labels(self._label).observe(waited)
             for output in outputs:
                 self._service.metrics.generation_tokens.labels(self._label).inc(len(output.ids))
                 if output.finish_reason == "error":
@@ -174,7 +194,8 @@ class PendingResponse:
             self._close()
         choices = [self.format.choice(index, chunk) for index, chunk in enumerate(joined)]
         usage = self._usage(sum(len(chunk.ids) for chunk in joined))
-        return JSONResponse(self._object(self.format.object, choices) | self._routing | {"usage": usage})
+        more = self.format.more(joined[0]) | self._metadata
+        return JSONResponse(self._object(self.format.object, choices) | more | {"usage": usage})
 
     async def _joined(self) -> list[Chunk]:
         chunks: list[list[Chunk]] = [[] for _ in self._formatters]
@@ -199,15 +220,15 @@ class PendingResponse:
         event = self._object(self.format.chunk_object, [])
         include_usage = self.body.stream_options is not None and self.body.stream_options.include_usage
         usage: dict[str, Any] = {"usage": None} if include_usage else {}
-        routing, completion_tokens = self._routing, 0
+        metadata, completion_tokens = self._metadata, 0
         try:
             async for index, chunk in self._chunks(_KEEP_ALIVE_SECONDS):
                 completion_tokens += len(chunk.ids)
                 if chunk.is_empty:
                     yield b": waiting\n\n"
                     continue
-                yield _encode(event | {"choices": [self.format.stream_choice(index, chunk)]} | usage | routing)
-                routing = {}  # only in the first event
+                yield _encode(event | {"choices": [self.format.stream_choice(index, chunk)]} | usage | metadata)
+                metadata = {}  # only in the first event
         except ApiError as error:
             yield _encode(error.body)
             return
@@ -226,6 +247,13 @@ class PendingResponse:
     def _usage(self, completion_tokens: int) -> dict[str, int]:
         total = self._prompt_tokens + completion_tokens
         return {"prompt_tokens": self._prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+
+
+def _refused(error: UserError) -> ApiError:
+    """400 for settings that do not go together, or that the engine refuses."""
+    message = str(error).removeprefix("generation settings: ").replace("min_new_tokens", "min_tokens")
+    field = message.split()[0].rstrip(":")
+    return ApiError(400, message, field if field in SamplingRequest.model_fields else None)
 
 
 def _encode(value: dict[str, Any]) -> bytes:

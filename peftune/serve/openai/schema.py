@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field, PlainValidator, model_validator
 
 from peftune.inference.settings import GenerationSettings
+from peftune.serve.openai.neutral import (
+    NeutralChatFields,
+    NeutralFields,
+    OpenAIBaseModel,
+    StreamOptions,
+    belongs_to,
+    only,
+)
+from peftune.serve.settings import check_adapter_name
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 16
-_MAX_FIELDS, _MAX_MESSAGES, _MAX_PROMPTS, _MAX_STOPS = 64, 1024, 1024, 4
+_MAX_MESSAGES, _MAX_PROMPTS, _MAX_STOPS, _MAX_BIASES = 1024, 1024, 64, 1024
 _SEEDS = 2**63
 _TEXT_PART = {"type": "text", "text": ""}
+_TokenId = Annotated[int, Field(ge=0, le=1 << 31)]
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-
-
-class OpenAIBaseModel(BaseModel):
-    """A request's body: unknown fields are refused, nothing is converted; null is the same as leaving a field out."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        if len(value) > _MAX_FIELDS:
-            raise ValueError(f"{len(value)} fields, expected at most {_MAX_FIELDS}")  # each is a line of the error
-        return {key: item for key, item in value.items() if item is not None}
 
 
 def _prompts(value: Any) -> Any:
@@ -66,23 +62,21 @@ def _join_parts(value: Any) -> Any:
     return "".join(part["text"] for part in value)
 
 
-def _refuse(value: Any) -> Any:
-    """For a field that is not supported: only the value that has no effect passes, and has its type checked later."""
-    if value:
-        raise ValueError("is not supported by this server")
-    return value
+def _biases(value: Any) -> Any:
+    """OpenAI's {"token id": bias} as pairs."""
+    if not isinstance(value, dict) or len(value) > _MAX_BIASES:
+        raise ValueError(f'expected an object such as {{"50256": -100}} of at most {_MAX_BIASES} tokens')
+    wrong = next((key for key in value if not re.fullmatch(r"0|[1-9][0-9]{0,9}", key)), None)
+    if wrong is not None:
+        raise ValueError(f"expected token ids as names, found {wrong[:40]!a}")
+    return tuple((int(key), bias) for key, bias in value.items())
 
 
-_UNSUPPORTED = BeforeValidator(_refuse)
+_Bias = Annotated[float, Field(ge=-100, le=100)]
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-class StreamOptions(OpenAIBaseModel):
-    """`include_usage`: a last event with the token counts."""
-
-    include_usage: bool = False
-
-
-class SamplingRequest(OpenAIBaseModel):
+class SamplingRequest(NeutralFields):
     """The fields that completions and chat share."""
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
@@ -92,23 +86,34 @@ class SamplingRequest(OpenAIBaseModel):
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     seed: Annotated[int, Field(ge=-_SEEDS, lt=_SEEDS)] | None = None
-    stop: Annotated[list[_Stop], FailFast(), Field(max_length=_MAX_STOPS), BeforeValidator(_listed)] = []
+    stop: Annotated[list[_Stop], FailFast(), Field(max_length=_MAX_STOPS), BeforeValidator(_listed)] = Field(
+        default_factory=list
+    )
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: Annotated[str, Field(max_length=1024)] = ""
     return_token_ids: bool = False
-    logit_bias: Annotated[dict[str, Any], _UNSUPPORTED] = {}
-    presence_penalty: Annotated[float, _UNSUPPORTED] = 0.0
-    frequency_penalty: Annotated[float, _UNSUPPORTED] = 0.0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    presence_penalty: _Penalty = 0.0
+    frequency_penalty: _Penalty = 0.0
+    logit_bias: Annotated[tuple[tuple[int, _Bias], ...], FailFast(), BeforeValidator(_biases)] = ()
+    min_tokens: Annotated[int, Field(ge=0, le=1 << 31)] = 0
+    ignore_eos: bool = False
+    stop_token_ids: Annotated[list[_TokenId], FailFast(), Field(max_length=_MAX_STOPS)] = Field(default_factory=list)
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
-    def _check_stream_options(self) -> SamplingRequest:
-        if self.stream_options is not None and not self.stream:
+    def _check_streaming(self) -> SamplingRequest:
+        if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
             raise ValueError("stream_options goes with stream: true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs goes without stream")
         return self
 
     def settings(self, max_tokens: int, choice: int, stops: Sequence[str] = ()) -> GenerationSettings:
-        """The settings of choice 0, 1, … of `n`, which samples with seed `seed` + choice."""
+        """The settings of choice 0, 1, … of `n`, which samples with seed `seed` + choice.
+
+        Raises UserError where they do not go together.
+        """
         return GenerationSettings(
             max_new_tokens=max(1, max_tokens),
             temperature=self.temperature,
@@ -117,61 +122,118 @@ class SamplingRequest(OpenAIBaseModel):
             repetition_penalty=self.repetition_penalty,
             seed=None if self.seed is None else (self.seed + choice) % _SEEDS,
             stop=(*stops, *self.stop),
+            min_new_tokens=self.min_tokens,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias,
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
         )
 
 
 class CompletionRequest(SamplingRequest):
-    """`/v1/completions`; without a prompt a new document begins."""
+    """`/v1/completions`; without a prompt a new document begins.
+
+    `split_special_tokens` (the word of Transformers) false reads `<|endoftext|>` in a text as the token.
+    """
 
     prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts)] = Field(default_factory=lambda: [""])
     max_tokens: Annotated[int, Field(ge=0, le=1 << 31)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool = False
     best_of: Annotated[int, Field(ge=1)] | None = None
-    suffix: Annotated[str, _UNSUPPORTED] = ""
+    split_special_tokens: bool = True
+    suffix: Annotated[Any, only("")] = None
+    add_special_tokens: Annotated[Any, only(True)] = None
+    messages: Annotated[Any, belongs_to("/v1/chat/completions")] = None
 
     @model_validator(mode="after")
     def _check_combination(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != self.n:
             raise ValueError(f"best_of is {self.best_of} with n {self.n}: choosing among more is not supported")
-        if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens is 0, expected 1 or more, or echo: true to score the prompt")
         return self
 
 
 class ChatMessage(OpenAIBaseModel):
     """One turn of a conversation; `content` is text, or OpenAI's list of text parts."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_join_parts)]
+    name: Annotated[str, Field(max_length=1024)] = ""  # the template has no place for it
+    refusal: Annotated[Any, only("")] = None
+    annotations: Annotated[Any, only([])] = None
+    tool_calls: Annotated[Any, only([])] = None
+    function_call: Annotated[Any, only()] = None
+    audio: Annotated[Any, only()] = None
+    reasoning: Annotated[Any, only("")] = None
+    reasoning_content: Annotated[Any, only("")] = None
 
 
-class ChatCompletionRequest(SamplingRequest):
+class ChatCompletionRequest(SamplingRequest, NeutralChatFields):
     """`/v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1, max_length=_MAX_MESSAGES)]
-    max_tokens: Annotated[int, Field(ge=1, le=1 << 31)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=1 << 31)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=1 << 31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0, le=1 << 31)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
     def _check_combination(self) -> ChatCompletionRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs goes with logprobs: true")
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
+        if len({self.max_tokens, self.max_completion_tokens} - {None}) > 1:
             raise ValueError("max_tokens and max_completion_tokens mean the same; give one of them")
         return self
 
+    @property
+    def most_tokens(self) -> int | None:
+        """At most so many tokens, under either of the two names."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
 
 class LoadLoRAAdapterRequest(OpenAIBaseModel):
-    """`/v1/load_lora_adapter`; `lora_name` becomes the name of a model."""
+    """`/v1/load_lora_adapter`; `lora_name` becomes the name of a model.
 
-    lora_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    `load_inplace` (vLLM's word) replaces the adapter of this name.
+    """
+
+    lora_name: Annotated[str, AfterValidator(check_adapter_name)]
     lora_path: Annotated[str, Field(pattern=r"^[^\x00]+$", max_length=4096)]
+    load_inplace: bool = False
 
 
 class UnloadLoRAAdapterRequest(OpenAIBaseModel):
     """`/v1/unload_lora_adapter`."""
 
     lora_name: Annotated[str, Field(min_length=1, max_length=512)]
+
+
+class TokenizeRequest(OpenAIBaseModel):
+    """`/tokenize`: the ids of a prompt, or of a conversation as it is rendered; without a model the base's."""
+
+    model: Annotated[str, Field(min_length=1, max_length=512)] = "base"
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], FailFast(), Field(max_length=_MAX_MESSAGES)] = Field(default_factory=list)
+    split_special_tokens: bool = True
+    return_token_strs: bool = False
+    add_generation_prompt: bool = True
+    add_special_tokens: Annotated[Any, only(True, False)] = None  # the context token is never listed
+    continue_final_message: Annotated[Any, only(False)] = None
+    chat_template: Annotated[Any, only()] = None
+    chat_template_kwargs: Annotated[Any, only({})] = None
+    tools: Annotated[Any, only([])] = None
+
+    @model_validator(mode="after")
+    def _check_one(self) -> TokenizeRequest:
+        if (self.prompt is None) != bool(self.messages):
+            raise ValueError("expected prompt or messages, one of them")
+        return self
+
+
+class DetokenizeRequest(OpenAIBaseModel):
+    """`/detokenize`: the text of `tokens`."""
+
+    model: Annotated[str, Field(min_length=1, max_length=512)] = "base"
+    tokens: Annotated[list[_TokenId], FailFast()]

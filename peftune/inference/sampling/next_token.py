@@ -11,16 +11,6 @@ _COLDEST = 1e-6  # a smaller temperature overflows float32 and chooses nothing e
 _TRIES = (64, 2048)  # the nucleus is sought among so many tokens first; sorting all 50,257 takes 5 ms a row
 
 
-def penalise_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
-    """Make the tokens marked in `seen_BV` (bool) less likely: positive logits divided, negative ones multiplied.
-
-    `penalty` 1 changes nothing. Source: CTRL (https://arxiv.org/abs/1909.05858), eq. in section 4.1; Transformers'
-    `RepetitionPenaltyLogitsProcessor` computes the same.
-    """
-    penalised = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
-    return torch.where(seen_BV, penalised, logits_BV)
-
-
 def scale_by_temperature(logits_BV: Tensor, temperature: float) -> Tensor:
     """Logits divided by `temperature` > 0 (less than 1e-6 counts as 1e-6)."""
     return logits_BV / max(temperature, _COLDEST)
@@ -52,6 +42,17 @@ def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
     return logits_BV.masked_fill(~keep_BV, -torch.inf)
 
 
+def keep_min_p(logits_BV: Tensor, min_p: float) -> Tensor:
+    """Only tokens at least `min_p` in [0, 1] times as likely as the likeliest of their row, the rest -inf; 0 keeps all.
+
+    Source: https://arxiv.org/abs/2407.01082, section 3.
+    """
+    if min_p == 0:
+        return logits_BV
+    probability_BV = logits_BV.softmax(-1)
+    return logits_BV.masked_fill(probability_BV < min_p * probability_BV.amax(-1, keepdim=True), -torch.inf)
+
+
 def _nucleus(probability_BV: Tensor, p: float, among: int) -> tuple[Tensor, Tensor]:
     """Which tokens hold `p` of a row, sought in its `among` likeliest; and whether these were enough (B,)."""
     probability, order = probability_BV.topk(min(among, probability_BV.shape[-1]))
@@ -77,20 +78,17 @@ def next_tokens(
     temperature: float,
     top_k: int = 0,
     top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
-    seen_BV: Tensor | None = None,
+    min_p: float = 0.0,
 ) -> Tensor:
     """The next token id of every row (B,); `temperature` 0 is greedy and uses no random number.
 
-    Row i draws from `generators[i]` (on the CPU) alone, so its text does not depend on its neighbours. Penalty,
-    temperature, top-k and top-p apply in this order, as in Transformers; `seen_BV` is needed for a penalty.
+    Row i draws from `generators[i]` (on the CPU) alone, so its text does not depend on its neighbours. Temperature,
+    min-p, top-k and top-p apply in this order, as in vLLM (Transformers has min-p last).
     """
     logits_BV = logits_BV.float()
-    if repetition_penalty != 1:
-        assert seen_BV is not None, "a repetition penalty needs the tokens seen so far"
-        logits_BV = penalise_repetition(logits_BV, seen_BV, repetition_penalty)
     if temperature == 0:
         return logits_BV.argmax(-1)
-    logits_BV = keep_top_p(keep_top_k(scale_by_temperature(logits_BV, temperature), top_k), top_p)
+    logits_BV = keep_min_p(scale_by_temperature(logits_BV, temperature), min_p)
+    logits_BV = keep_top_p(keep_top_k(logits_BV, top_k), top_p)
     uniforms = torch.stack([torch.rand((), generator=one, dtype=torch.float64) for one in generators])
     return draw(logits_BV, uniforms.to(logits_BV.device))

@@ -1,0 +1,83 @@
+"""What a text's own tokens, and its settings, change in its logits before a token is chosen. V vocabulary entries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peftune.inference.settings import GenerationSettings
+
+
+def penalise_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
+    """Make the tokens marked in `seen_BV` (bool) less likely: positive logits divided, negative ones multiplied.
+
+    `penalty` 1 changes nothing. Source: CTRL (https://arxiv.org/abs/1909.05858), eq. in section 4.1; Transformers'
+    `RepetitionPenaltyLogitsProcessor` computes the same.
+    """
+    penalised = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
+    return torch.where(seen_BV, penalised, logits_BV)
+
+
+def penalise_presence(logits_V: Tensor, counts_V: Tensor, presence: float, frequency: float) -> Tensor:
+    """Subtract `frequency` for each time that the text holds a token, and `presence` once if it does.
+
+    `counts_V` is how often. Source: https://platform.openai.com/docs/api-reference, under both names.
+    """
+    return logits_V - frequency * counts_V - presence * (counts_V > 0)
+
+
+class LogitAdjuster:
+    """Adjusts the logits of one text as it grows.
+
+    Bias, repetition, presence and frequency penalty, and the tokens that may not end the text yet, in this order.
+    `prompt` are the ids before the text: only the repetition penalty counts them. `end` is the id of `<|endoftext|>`.
+    """
+
+    def __init__(self, settings: GenerationSettings, prompt: Sequence[int], end: int) -> None:
+        self._settings, self._prompt = settings, prompt
+        self._ends = sorted(settings.end_ids(end))
+        self._counted = settings.presence_penalty != 0 or settings.frequency_penalty != 0
+        self._written: list[int] = []
+        self._seen: Tensor | None = None
+        self._counts: Tensor | None = None
+
+    def add(self, token: int) -> None:
+        """The text holds one more token."""
+        self._written.append(token)
+        if self._seen is not None:
+            self._seen[token] = True
+        if self._counts is not None:
+            self._counts[token] += 1
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether anything would change now."""
+        chosen = self._settings
+        return self._must_go_on or chosen.repetition_penalty != 1 or self._counted or bool(chosen.logit_bias)
+
+    @property
+    def _must_go_on(self) -> bool:
+        return len(self._written) < self._settings.min_new_tokens
+
+    def adjust(self, logits_V: Tensor) -> Tensor:
+        """The logits, as float32, by which the next token is chosen."""
+        chosen, logits_V = self._settings, logits_V.float()
+        if chosen.logit_bias:
+            ids, values = zip(*chosen.logit_bias, strict=True)
+            at = torch.tensor(ids, device=logits_V.device)
+            logits_V = logits_V.index_add(0, at, torch.tensor(values, device=logits_V.device, dtype=torch.float32))
+        if chosen.repetition_penalty != 1:
+            if self._seen is None:
+                self._seen = torch.zeros(len(logits_V), dtype=torch.bool, device=logits_V.device)
+                self._seen[[*self._prompt, *self._written]] = True
+            logits_V = penalise_repetition(logits_V, self._seen, chosen.repetition_penalty)
+        if self._counted:
+            if self._counts is None:
+                written = torch.tensor(self._written, dtype=torch.int64, device=logits_V.device)
+                self._counts = written.bincount(minlength=len(logits_V)).float()
+            logits_V = penalise_presence(logits_V, self._counts, chosen.presence_penalty, chosen.frequency_penalty)
+        if self._must_go_on and self._ends:
+            logits_V = logits_V.index_fill(0, torch.tensor(self._ends, device=logits_V.device), -torch.inf)
+        return logits_V

@@ -1,0 +1,38 @@
+"""`/tokenize` and `/detokenize` as vLLM has them: how the model sees a text."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from peftune.data.sources.chat_template import render_chat
+from peftune.inference.detokenize import decode_plain
+from peftune.serve.openai.body import read_body
+from peftune.serve.openai.prompts import check_ids, text_ids
+from peftune.serve.openai.schema import DetokenizeRequest, TokenizeRequest
+from peftune.serve.service import service_of
+
+
+async def tokenize(http: Request) -> Response:
+    """The ids of a prompt or a conversation, without the context token, as `usage` counts them."""
+    service = service_of(http)
+    body = await read_body(http, TokenizeRequest)
+    service.adapter_named(body.model)
+    text = body.prompt
+    if text is None:
+        text = render_chat([message.model_dump() for message in body.messages], body.add_generation_prompt)
+    ids = await asyncio.to_thread(text_ids, service.bank, text, body.split_special_tokens)
+    texts = [service.token_text.text_of(id) for id in ids] if body.return_token_strs else None
+    most = service.bank.config.n_positions
+    return JSONResponse({"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": texts})
+
+
+async def detokenize(http: Request) -> Response:
+    """The text of tokens; bytes that are no complete character become U+FFFD."""
+    service = service_of(http)
+    body = await read_body(http, DetokenizeRequest)
+    service.adapter_named(body.model)
+    check_ids(body.tokens, len(service.bank.tokenizer), "tokens")
+    return JSONResponse({"prompt": await asyncio.to_thread(decode_plain, service.bank.tokenizer, body.tokens)})
