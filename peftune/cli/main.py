@@ -117,7 +117,7 @@ def evaluate(
     folders, columns, paths = named("--adapter", adapters), _columns(column), named("--data", data)
     from peftune.cli.evaluate import matrix_table, print_tables, routing_table
     from peftune.inference.perplexity import evaluate
-    from peftune.inference.routing_accuracy import measure_routing
+    from peftune.inference.routing.accuracy import measure_routing
 
     domains = {name: source_of(path, columns) for name, path in paths.items()}
     if routing:

@@ -35,6 +35,13 @@ class Metrics(Collector):
         self.cancelled = self._per_model("peftune_cancelled_total", "Choices cancelled before they were complete.")
         self.prompt_tokens = self._per_model("peftune_prompt_tokens_total", "Tokens of accepted prompts.")
         self.generation_tokens = self._per_model("peftune_generation_tokens_total", "Tokens generated.")
+        self.routed = self._per_model("peftune_routed_total", "Prompts that the model auto sent to this model.")
+        self.routing = Histogram(
+            "peftune_routing_seconds",
+            "In which the model auto chose, the wait for its turn included.",
+            buckets=_FIRST_TOKEN,
+            registry=self.registry,
+        )
         self.first_token = self._seconds(
             "peftune_time_to_first_token_seconds", "From a request's arrival to its first token.", _FIRST_TOKEN
         )
@@ -45,14 +52,15 @@ class Metrics(Collector):
 
     def remove_model(self, model: str) -> None:
         """Drop the series of an adapter that was unloaded."""
-        for counter in (self.requests, self.cancelled, self.prompt_tokens, self.generation_tokens):
+        for counter in (self.requests, self.cancelled, self.prompt_tokens, self.generation_tokens, self.routed):
             counter.remove_by_labels({"model": model})
 
     def collect(self) -> Iterator[Metric]:
         """The engine's load when Prometheus asks."""
         load = self._engine.load
         yield GaugeMetricFamily("peftune_requests_running", "Sequences in the batch.", load.running)
-        yield GaugeMetricFamily("peftune_requests_waiting", "Sequences in the queue.", load.waiting)
+        yield GaugeMetricFamily("peftune_requests_waiting", "Sequences without a slot yet.", load.waiting)
+        yield GaugeMetricFamily("peftune_requests_routing", "Of those waiting, prompts that auto routes.", load.routing)
         yield GaugeMetricFamily("peftune_slots", "Slots of the batch.", load.slots)
         yield GaugeMetricFamily("peftune_adapters_loaded", "Adapters in memory.", len(self._bank.names))
         yield CounterMetricFamily("peftune_engine_steps", "Forward passes of the batch.", load.steps)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peftune.cli.quickstart import quickstart
 from peftune.config.recipe import Source
 from peftune.errors import UserError
-from peftune.inference.routing_accuracy import measure_routing
+from peftune.inference.routing.accuracy import measure_routing
 
 
 @pytest.fixture(scope="module")

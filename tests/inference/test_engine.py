@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from peftune.errors import UserError
-from peftune.inference import sequence
 from peftune.inference.bank import AdapterBank
 from peftune.inference.engine import Busy, Engine
 from peftune.inference.fair_queue import FairQueue
@@ -72,17 +71,14 @@ def test_a_prompt_longer_than_a_chunk_is_prefilled_in_chunks_while_others_decode
     long, short = ask(bank, "the cat sat on the mat " * 8, "wide", max_new_tokens=5), ask(bank, "a", "attention")
     complete = alone(bank, long)
     assert len(long.ids) > 40
-    before, sequence.PREFILL_CHUNK = sequence.PREFILL_CHUNK, 16
-    try:
-        engine, first, second = Engine(bank, slots=2), list[RequestOutput](), list[RequestOutput]()
-        engine.submit(short, second.append)
-        engine.step()
-        engine.submit(long, first.append)
-        engine.step()
-        assert (len(first), len(second)) == (0, 2)  # the other text went on
-        finish(engine)
-    finally:
-        sequence.PREFILL_CHUNK = before
+    engine, first, second = Engine(bank, slots=2), list[RequestOutput](), list[RequestOutput]()
+    engine._chunk = 16
+    engine.submit(short, second.append)
+    engine.step()
+    engine.submit(long, first.append)
+    engine.step()
+    assert (len(first), len(second)) == (0, 2)  # the other text went on
+    finish(engine)
     assert [u.ids for u in first] == [u.ids for u in complete]
     assert second == alone(bank, short)
 

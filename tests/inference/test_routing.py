@@ -15,8 +15,8 @@ from peftune.config.recipe import Source
 from peftune.data.tokens.store import prepare
 from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank
-from peftune.inference.routing import nats_per_token, route
-from peftune.inference.routing_accuracy import measure_routing, prompts_of
+from peftune.inference.routing.route import JUDGED_TOKENS, route
+from peftune.inference.routing.accuracy import measure_routing, prompts_of
 
 
 def test_scores_are_the_gain_over_the_base_in_nats_per_token(bank: AdapterBank) -> None:
@@ -28,7 +28,8 @@ def test_scores_are_the_gain_over_the_base_in_nats_per_token(bank: AdapterBank) 
         gain = sum(float(base[i, ids[i + 1]] - own[i, ids[i + 1]]) for i in positions) / len(positions)
         assert found.scores[name] == pytest.approx(gain, abs=1e-4)
     best = max(found.scores, key=lambda name: found.scores[name])
-    assert found.name == (best if found.scores[best] > 0 else None)
+    assert found.margin is not None and found.margin < found.scores[best]
+    assert found.name == (best if found.margin > 0 else None)
 
 
 def test_the_base_answers_where_no_adapter_reaches_the_threshold(bank: AdapterBank) -> None:
@@ -41,9 +42,11 @@ def test_a_prompt_of_no_tokens_says_nothing(bank: AdapterBank) -> None:
     assert route(bank, bank.encode("")).name is None
 
 
-def test_a_text_longer_than_the_context_is_judged_by_its_beginning(bank: AdapterBank) -> None:
-    ids = list(range(100, 200))
-    assert nats_per_token(bank, ids, ["wide"]) == nats_per_token(bank, ids[:64], ["wide"])
+def test_of_a_long_prompt_the_end_is_judged(bank: AdapterBank) -> None:
+    ids = list(range(100, 250))
+    found = route(bank, ids)
+    assert found.tokens == JUDGED_TOKENS == 64
+    assert found == route(bank, [ids[0], *ids[-64:]]) != route(bank, ids[:65])
 
 
 def texts(path: Path, lines: list[str]) -> list[Source]:

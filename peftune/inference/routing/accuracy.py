@@ -15,7 +15,7 @@ from peftune.data.tokens.store import TokenStore
 from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank
 from peftune.inference.perplexity import Documents, read_blocks
-from peftune.inference.routing import THRESHOLD, route
+from peftune.inference.routing.route import THRESHOLD, route
 from peftune.model.base import Base
 
 
