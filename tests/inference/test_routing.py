@@ -15,8 +15,8 @@ from peftune.config.recipe import Source
 from peftune.data.tokens.store import prepare
 from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank
-from peftune.inference.routing.route import JUDGED_TOKENS, route
 from peftune.inference.routing.accuracy import measure_routing, prompts_of
+from peftune.inference.routing.route import JUDGED_TOKENS, route
 
 
 def test_scores_are_the_gain_over_the_base_in_nats_per_token(bank: AdapterBank) -> None:
