@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from pathlib import Path
@@ -36,26 +37,15 @@ def endless(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_routing_is_counted_and_bounded_and_ends_with_its_client(start: Any, root: Path, stream: bool) -> None:
     with start({"a0": root / "a0"}, slots=1, queue=2) as server:
         body = json.dumps(AUTO | {"stream": stream}).encode()
-        connections = [httpx.Client(base_url=server.url) for _ in range(2)]
-        threads = []
+        connections = [socket.create_connection(server.address) for _ in range(2)]
         for connection in connections:
-
-            def post(connection: httpx.Client = connection) -> None:
-                with pytest.raises(httpx.TimeoutException):
-                    connection.post(
-                        COMPLETIONS, content=body, headers={"Content-Type": "application/json"}, timeout=2.0
-                    )
-
-            threads.append(threading.Thread(target=post))
-            threads[-1].start()
+            connection.sendall(server.request(body))
         server.wait(lambda: server.engine.load.routing == 2, 10)
         assert server.metric("peftune_requests_routing ") == server.metric("peftune_requests_waiting ") == 2
         assert server.metric("peftune_requests_running ") == 0
         refused = server.post(COMPLETIONS, **AUTO)
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
         assert int(refused.headers["retry-after"]) >= 1
-        for thread in threads:
-            thread.join(30)
         for connection in connections:
             connection.close()
         server.wait(lambda: server.engine.load.routing == 0, 10)
