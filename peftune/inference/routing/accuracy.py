@@ -54,10 +54,9 @@ def measure_routing(
                 routes[domain].append(route(bank, ids, threshold=None))
                 progress.advance(task)
     domains: dict[str, dict[str, Any]] = {}
-    for domain, found in routes.items():
-        to = Counter(_sent(one, threshold) for one in found)
-        share = to[domain] / len(found)
-        domains[domain] = {"prompts": len(found), "right": to[domain], "accuracy": share, "to": dict(to)}
+    for domain, of_domain in routes.items():
+        to, count = Counter(_sent(one, threshold) for one in of_domain), len(of_domain)
+        domains[domain] = {"prompts": count, "right": to[domain], "accuracy": to[domain] / count, "to": dict(to)}
     right, total = (sum(facts[key] for facts in domains.values()) for key in ("right", "prompts"))
     results = {"routing": domains, "accuracy": right / total, "prompt_tokens": prompt_tokens, "threshold": threshold}
     results["errors"] = _errors(routes, threshold)
