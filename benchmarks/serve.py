@@ -1,4 +1,4 @@
-"""`peftune serve` under load: concurrent requests over many adapters; memory over loads and unloads."""
+"""`peftune serve` under load: many adapters at once; memory over loads and unloads; how long a stream stands still."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PROMPTS = ("def main(", "The ", "import os\n", "LATIN SMALL LETTER", "class A",
 @contextmanager
 def server(arguments: Namespace, adapters: dict[str, str], root: Path) -> Iterator[tuple[str, int]]:
     """URL and process id of a server with these adapters, loadable from `root` as well."""
-    command = [sys.executable, "-m", "peftune", "serve", "--base", arguments.base, "--port", "0"]
+    command = [sys.executable, "-m", "peftune", "serve", "--base", str(arguments.base), "--port", "0"]
     command += ["--slots", str(arguments.slots), "--queue", "4096", "--adapter-root", str(root)]
     command += [part for name, path in adapters.items() for part in ("--adapter", f"{name}={path}")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -119,7 +119,66 @@ def load_test(setup: Setup) -> Result:
     return Result("serve", "concurrent requests over adapters", settings, gate, rows=rows)
 
 
-BENCHMARKS = {"load": load_test}
+async def gaps(arguments: Namespace, url: str, names: list[str], prompt: list[int]) -> dict[str, list[float]]:
+    """Longest time in ms between two events of a stream: streams alone, and in every kind of company."""
+    from openai import AsyncOpenAI
+
+    found: dict[str, list[float]] = {}
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client:
+
+        async def stream(model: str) -> list[float]:
+            events: list[float] = []
+            options: dict[str, Any] = {"max_tokens": arguments.length, "stream": True, "temperature": 0}
+            async for _ in await client.completions.create(model=model, prompt="The ", **options):
+                events.append(time.perf_counter())
+            return [1e3 * (after - before) for before, after in pairwise(events)]
+
+        async def keep_asking(model: str) -> None:
+            while True:
+                await client.completions.create(model=model, prompt=prompt, max_tokens=1)
+
+        async def streams_beside(what: str, models: list[str]) -> None:
+            company = [asyncio.create_task(keep_asking(model)) for model in models]
+            each = await asyncio.gather(*(stream(name) for name in names[: arguments.streams]))
+            for task in company:
+                task.cancel()
+            await asyncio.gather(*company, return_exceptions=True)
+            found.setdefault(f"{what}, longest", []).append(max(map(max, each)))
+            found.setdefault(f"{what}, median", []).append(statistics.median(gap for gaps in each for gap in gaps))
+
+        await streams_beside("warm", ["auto", names[0]])
+        found.clear()
+        many = arguments.requests
+        for _ in range(arguments.rounds):
+            await streams_beside("streams alone", [])
+            await streams_beside(f"beside {many} long named prompts", [names[i % len(names)] for i in range(many)])
+            await streams_beside(f"beside {many} auto prompts", ["auto"] * many)
+            await streams_beside(f"beside {many} of each", ["auto", names[0]] * many)
+    return found
+
+
+def gaps_test(setup: Setup) -> Result:
+    """How long a stream of `peftune serve` stands still while prompts are read and routed beside it.
+
+    python -m benchmarks.serve gaps [--shape small] [--adapters 10] [--streams 4] [--requests 4] [--prompt 500]
+
+    `--streams` greedy texts of `--length` tokens stream; meanwhile `--requests` clients send prompts of `--prompt`
+    tokens, one after the other: to named adapters, to the model auto, and both. The figures are times between two
+    events of one stream, as its client sees them. Needs the extra `serve` and `openai`.
+    """
+    a = setup.arguments
+    a.base = setup.base
+    adapters = {f"a{number}": directory for number, directory in enumerate(setup.adapters(a.adapters))}
+    prompt = [(7 * i) % 4000 for i in range(a.prompt)]
+    with server(a, adapters, setup.root) as (url, _):
+        found = asyncio.run(gaps(a, url, list(adapters), prompt))
+    keys = ("streams", "requests", "prompt", "length", "adapters", "slots")
+    settings = setup.settings(**{key: vars(a)[key] for key in keys})
+    rows = [row("serve gaps", what, "the clock", values, "ms") for what, values in found.items()]
+    return Result("serve gaps", "the time between two tokens of a stream", settings, rows=rows)
+
+
+BENCHMARKS = {"load": load_test, "gaps": gaps_test}
 
 if __name__ == "__main__":
     main("serve", BENCHMARKS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
@@ -45,6 +46,21 @@ def routing_table(domains: Mapping[str, Mapping[str, Any]], names: Sequence[str]
         cells = [Text(str(facts["to"].get(name, 0)), "green" if name == domain else "") for name in names]
         table.add_row(domain, *cells, f"{facts['accuracy']:.1%}")
     return table
+
+
+def print_routing(found: Mapping[str, Any], names: Sequence[str]) -> None:
+    """What `measure_routing` found: the table, and below it both errors here and at the calibrated threshold."""
+    print_tables(routing_table(found["routing"], names))
+    says = {
+        "false_accept": "of the prompts of no domain go to an adapter",
+        "false_reject": "of the prompts of a domain go to the base",
+    }
+    for which, errors in (("threshold", found), ("calibrated: threshold", found.get("calibrated"))):
+        if errors is not None:
+            shares = [
+                f"{share:.1%} {says[name]}" for name, share in errors.get("errors", errors).items() if name in says
+            ]
+            typer.echo(f"{which} {errors['threshold']:g}: {', '.join(shares)}")
 
 
 def _table(title: str, first: str, others: Sequence[str]) -> Table:

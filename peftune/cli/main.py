@@ -108,7 +108,9 @@ def evaluate(
     ] = False,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Of --routing: tokens of a document to judge by.")] = 32,
     prompts: Annotated[int, typer.Option(min=1, help="Of --routing: at most so many prompts a domain.")] = 500,
-    threshold: Annotated[float, typer.Option(help="Of --routing: nats per token that the base must lose by.")] = 0.0,
+    threshold: Annotated[
+        float, typer.Option(help="Of --routing: what the margin of an adapter must exceed, in nats per token.")
+    ] = 0.0,
     json_path: Json = None,
 ) -> None:
     """Print the perplexity matrix: the base and each adapter, on each domain. With --routing, where prompts are sent.
@@ -116,14 +118,14 @@ def evaluate(
     Example:  peftune eval --base gpt2 --adapter poems=adapters/poems --data poems=held.txt --data code=code.jsonl
     """
     folders, columns, paths = named("--adapter", adapters), _columns(column), named("--data", data)
-    from peftune.cli.evaluate import matrix_table, print_tables, routing_table
+    from peftune.cli.evaluate import matrix_table, print_routing, print_tables
     from peftune.inference.perplexity import evaluate
-    from peftune.inference.routing_accuracy import measure_routing
+    from peftune.inference.routing.accuracy import measure_routing
 
     domains = {name: source_of(path, columns) for name, path in paths.items()}
     if routing:
         found = measure_routing(base, domains, folders, prompt_tokens, prompts, threshold)
-        print_tables(routing_table(found["routing"], [*folders, "base"]))
+        print_routing(found, [*folders, "base"])
     else:
         found = evaluate(base, domains, folders, batch, precision, block_size)
         print_tables(*(matrix_table(found["rows"], key) for key in ("perplexity", "bits_per_byte")))

@@ -58,7 +58,7 @@ def serve(
     ] = 30.0,
     routing_threshold: Annotated[
         float,
-        typer.Option(metavar="X", help="Nats per token by which an adapter must beat the base before `auto` takes it."),
+        typer.Option(metavar="X", help="What an adapter's margin over the base must exceed before `auto` takes it."),
     ] = 0.0,
 ) -> None:
     """Serve one base and many adapters with OpenAI's protocol: the model of a request is an adapter's name.

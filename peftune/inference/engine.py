@@ -1,8 +1,8 @@
 """Continuous batching: between two steps texts join the batch, get one token each, and leave it.
 
-One step prefills new prompts (a bounded number of tokens), then decodes one token of every other text in one forward,
-whatever their adapters. Row i of the batch is slot i of the cache; when a text ends, the last row moves into its slot.
-`Engine.step` is plain and synchronous; `start` runs it in a thread of its own.
+One step computes a part of the prompts that are to be read or routed, as much as fits into a pause of a twentieth of a
+second, then one token of every other text. `Engine.step` is plain and synchronous; `start` runs it in a thread of its
+own.
 """
 
 from __future__ import annotations
@@ -11,25 +11,24 @@ import logging
 import secrets
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-
-import torch
+from functools import partial
 
 from peftune.errors import PeftuneError, UserError
 from peftune.inference.detokenize import Detokenizer
 from peftune.inference.fair_queue import FairQueue
+from peftune.inference.pace import Pace, chunk_tokens
 from peftune.inference.request import ModelProvider, OnOutput, Request, RequestHandle, slide
-from peftune.inference.routing import THRESHOLD, Route, route
-from peftune.inference.sequence import RunningSequence, sample
-from peftune.model.decode.batch import DecodeBatch
+from peftune.inference.routing.route import THRESHOLD, Route, Routing, advance
+from peftune.inference.running_batch import RunningBatch
+from peftune.inference.sequence import RunningSequence
+from peftune.inference.settings import FinishReason
 
-_PREFILL_TOKENS = 512  # of prompts in a step, so that texts being generated wait little
 _log = logging.getLogger(__name__)
-_Hidden = list[tuple[RunningSequence, torch.Tensor]]
-"""Rows that need their next token, each with its last hidden state (D,)."""
 
 
 class Busy(PeftuneError):
@@ -40,12 +39,20 @@ class Busy(PeftuneError):
         self.retry_after = retry_after
 
 
+class Stopping(Busy):
+    """The engine takes nothing more: it is stopping, or it has failed."""
+
+
 @dataclass(frozen=True)
 class EngineLoad:
-    """What an engine does now, and what it has done since it was made."""
+    """What an engine does now, and what it has done since it was made.
+
+    `waiting` have no slot yet; those of them whose prompt is being routed first count as `routing` too.
+    """
 
     running: int
     waiting: int
+    routing: int
     slots: int
     prompt_tokens: int
     tokens_written: int
@@ -63,18 +70,17 @@ class Engine:
         if slots < 1 or queue < 1:
             raise UserError(f"slots is {slots} and queue is {queue}, expected 1 or more of each")
         self._models, self._spec = models, models.spec
-        self._positions = models.spec.config.n_positions
-        self._slots, self._queue = slots, queue
-        self._cache = models.spec.kv_cache(slots)
-        self._batch = DecodeBatch(slots, self._cache)
-        self._rows: list[RunningSequence] = []
+        self._positions, self._chunk = models.spec.config.n_positions, chunk_tokens(models.spec.device)
+        self._queue = queue
+        self._batch = RunningBatch(models, slots)
         self._waiting: FairQueue[RunningSequence] = FairQueue()
-        self._jobs: deque[tuple[Future[Route], Callable[[], Route]]] = deque()
+        self._routings: deque[tuple[Future[Route], Routing]] = deque()
+        self._routing_pace, self._routes_next = Pace(self._chunk), True
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = self._stopped = False
-        self._prompt_tokens = self._tokens_written = self._steps = 0
-        self._seconds_a_text = 1.0  # moving average
+        self._prompt_tokens = self._steps = 0
+        self.failed = False
 
     def submit(self, request: Request, on_output: OnOutput) -> RequestHandle:
         """Put a request into the queue; `on_output` is called in the engine's thread.
@@ -94,44 +100,49 @@ class Engine:
             raise UserError(f"{found} exceed the model's {self._positions} positions")
         handle = RequestHandle(request, on_output, secrets.randbelow(2**32) if seed is None else seed)
         output = Detokenizer(self._models.tokenizer, request.settings)
-        row = RunningSequence(handle, variant, output, slide(ids, self._positions) if request.slide else ids)
+        window = slide(ids, self._positions) if request.slide else ids
+        row = RunningSequence(handle, variant, output, window, self._chunk)
         with self._changed:
-            self._refuse_when_closing()
-            if len(self._waiting) >= self._queue:
-                turns = len(self._waiting) / self._slots / 4  # until the queue will be shorter by a few
-                raise Busy(f"{len(self._waiting)} requests are waiting already", max(1.0, turns * self._seconds_a_text))
+            self._refuse_when_full()
             self._waiting.push(request.adapter, row)
             self._changed.notify_all()
         return handle
 
     def route(
-        self, ids: Sequence[int], names: Sequence[str] | None = None, threshold: float = THRESHOLD
+        self, ids: Sequence[int], names: Sequence[str] | None = None, threshold: float | None = THRESHOLD
     ) -> Future[Route]:
-        """Which adapter a prompt is likeliest under; computed between two steps. Raises Busy once the engine stops."""
+        """Which adapter a prompt is likeliest under; computed in parts, between the tokens of the texts that run.
+
+        Cancelling the future drops it. Raises Busy as `submit` does, UserError as `routing.route.route` does; once the
+        engine stops, what is not routed yet ends with Stopping.
+        """
         future: Future[Route] = Future()
+        routing = Routing(self._models, ids, names, threshold)
         with self._changed:
-            self._refuse_when_closing()
-            self._jobs.append((future, lambda: route(self._models, ids, names, threshold)))
+            self._refuse_when_full()
+            self._routings.append((future, routing))
             self._changed.notify_all()
         return future
 
     @property
     def load(self) -> EngineLoad:
         """Running and waiting requests now; tokens and steps so far."""
-        so_far = self._prompt_tokens, self._tokens_written, self._steps
-        return EngineLoad(len(self._rows), len(self._waiting), self._slots, *so_far)
+        batch, routing = self._batch, len(self._routings)
+        so_far = self._prompt_tokens, batch.tokens_written, self._steps
+        return EngineLoad(len(batch.rows), len(self._waiting) + routing, routing, batch.slots, *so_far)
 
     def step(self) -> bool:
         """Bring every running text one token further; False where nothing is left to do."""
-        self._do_jobs()
         self._schedule()
-        if not self._rows:
+        if not (self._batch.rows or self._routings):
             return False
-        decoding = [slot for slot, row in enumerate(self._rows) if row.is_decoding]  # before prefilling makes it more
-        self._choose([*self._prefill(), *self._decode(decoding)])
-        self._release()
+        routes = bool(self._routings) and (self._routes_next or not self._batch.is_prefilling)
+        self._routes_next = not routes  # prompts to be routed and prompts to be read take turns
+        if routes:
+            self._route_some()
+        self._batch.step(prefill=not routes)
         self._steps += 1
-        return self._has_rows
+        return self._has_work
 
     def start(self) -> None:
         """Step in a thread of its own until `stop`."""
@@ -145,7 +156,7 @@ class Engine:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        while time.monotonic() < until and (self._has_rows or self._jobs):
+        while time.monotonic() < until and self._has_work:
             time.sleep(0.02)
         with self._changed:
             self._stopped = True
@@ -153,123 +164,102 @@ class Engine:
         self._thread.join()
 
     @property
-    def _has_rows(self) -> bool:
-        return bool(self._rows or len(self._waiting))
+    def _has_work(self) -> bool:
+        return bool(self._batch.rows or len(self._waiting) or self._routings)
 
-    def _refuse_when_closing(self) -> None:
+    def _refuse_when_full(self) -> None:
         if self._closing:
-            raise Busy("the engine is stopping", 5.0)
+            raise Stopping("the engine has failed; start it again" if self.failed else "the engine is stopping", 5.0)
+        waiting = len(self._waiting) + len(self._routings)
+        if waiting >= self._queue:
+            turns = waiting / self._batch.slots / 4  # until the queue will be shorter by a few
+            raise Busy(f"{waiting} requests are waiting already", max(1.0, turns * self._batch.seconds_a_text))
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._stopped or self._has_rows or self._jobs):
-                    self._changed.wait()
-                if self._stopped:
-                    break
-            try:
-                self.step()
-            except Exception as error:  # a bug or no memory: requests in the batch fail, the others go on
-                _log.exception("a step of the engine failed")
-                for row in self._rows:
-                    row.finish("error", f"{type(error).__name__} in the engine")
-                self._rows.clear()
-                self._cache = self._spec.kv_cache(self._slots)
-                self._batch = DecodeBatch(self._slots, self._cache)
-        for row in [*self._rows, *self._waiting.take(lambda _: True)]:
-            row.finish("cancelled")
-        self._rows.clear()
-        for future, _ in self._jobs:
-            future.set_exception(Busy("the engine is stopping", 5.0))
+        """Step while there is work, until `stop`, or until after an error there is no new cache to go on with."""
+        while self._wait_for_work():
+            error = _attempt(self.step)
+            if error is None:
+                continue
+            self._end(self._batch.rows, "error", f"{error} in the engine")  # a bug or no memory; others go on
+            if _attempt(self._batch.reset):
+                self.failed = True
+                break
+        with self._changed:
+            self._closing = True
+            left = [*self._batch.rows, *self._waiting.take(lambda _: True)]
+            self._batch.rows.clear()
+        self._end(left, "cancelled")
+        self._drop_routings()
 
-    def _do_jobs(self) -> None:
-        while self._jobs:
-            future, job = self._jobs.popleft()
-            try:
-                future.set_result(job())
-            except Exception as error:  # raised again where the result is awaited
-                future.set_exception(error)
+    def _wait_for_work(self) -> bool:
+        """False once the engine is to stop."""
+        with self._changed:
+            while not (self._stopped or self._has_work):
+                self._changed.wait()
+            return not self._stopped
+
+    def _end(self, rows: Sequence[RunningSequence], reason: FinishReason, error: str = "") -> None:
+        """End texts, also where the listener of one fails."""
+        for row in rows:
+            if row.finish_reason is None:
+                _attempt(partial(row.finish, reason, error))
 
     def _schedule(self) -> None:
         """Cancelled requests leave, waiting ones get the free slots."""
         with self._changed:
             dropped = self._waiting.take(lambda row: row.handle.cancelled)
-        for row in [*dropped, *(row for row in self._rows if row.handle.cancelled)]:
+            for routing in [routing for routing in self._routings if routing[0].cancelled()]:
+                self._routings.remove(routing)
+        for row in dropped:
             row.finish("cancelled")
-        self._release()
+        if self._closing:
+            self._drop_routings()
+        self._batch.drop_cancelled()
         with self._changed:
-            while len(self._rows) < self._slots and len(self._waiting):
+            while len(self._batch.rows) < self._batch.slots and len(self._waiting):
                 row = self._waiting.pop()
-                row.started = time.monotonic()
                 self._prompt_tokens += len(row.handle.request.ids)
-                self._rows.append(row)
+                self._batch.admit(row)
 
-    def _prefill(self) -> _Hidden:
-        """The next chunk of prompts, rows of one width and position together; returns those that are complete."""
-        groups: dict[tuple[int, int], list[int]] = {}
-        for slot, row in enumerate(self._rows):
-            if not row.is_decoding:
-                groups.setdefault((row.computed, row.width(self._positions)), []).append(slot)
-        complete: _Hidden = []
-        budget = _PREFILL_TOKENS
-        for (start, width), slots in groups.items():
-            if budget <= 0:
-                break
-            slots = slots[: max(1, budget // width)]
-            budget -= len(slots) * width
-            rows = [self._rows[slot] for slot in slots]
-            chunks = [row.chunk() for row in rows]
-            ids = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=self._spec.device)
-            hidden = self._batch.prefill([row.variant for row in rows], slots, ids, start)
-            for row, chunk, states in zip(rows, chunks, hidden, strict=True):
-                request = row.handle.request
-                if request.echo and request.logprobs is not None and not row.output.ids:  # the prompt's are missing
-                    row.score_prompt(self._batch.logits([row.variant] * len(chunk), states[: len(chunk)]))
-                row.add_computed(len(chunk), width)
-                if row.computed == len(row.window):
-                    complete.append((row, states[len(chunk) - 1]))
-        return complete
+    def _drop_routings(self) -> None:
+        """Nothing could be generated any more with what they would tell."""
+        while self._routings:
+            future, _ = self._routings.popleft()
+            if future.set_running_or_notify_cancel():
+                future.set_exception(Stopping("the engine is stopping", 5.0))
 
-    def _decode(self, slots: list[int]) -> _Hidden:
-        """One token of each row in these slots, which hold what comes before it."""
-        if not slots:
-            return []
-        rows = [self._rows[slot] for slot in slots]
-        ids = torch.tensor([row.window[-1] for row in rows], device=self._spec.device)
-        hidden = self._batch.decode([row.variant for row in rows], slots, ids, [row.computed for row in rows])
-        for row in rows:
-            row.add_computed(1, 1)
-        return list(zip(rows, hidden, strict=True))
-
-    def _choose(self, complete: _Hidden) -> None:
-        """One more token for each row whose window is in the cache."""
-        for row, _ in complete:
-            if row.handle.request.only_score:
-                row.finish("length", prompt=tuple(row.prompt))
-        complete = [(row, states) for row, states in complete if row.finish_reason is None]
-        if not complete:
-            return
-        rows, hidden = [row for row, _ in complete], torch.stack([states for _, states in complete])
-        logits = self._batch.logits([row.variant for row in rows], hidden)
-        finite = logits.sum(-1).isfinite().tolist()  # host sync, as reading the tokens is
-        possible = (logits if all(finite) else logits.nan_to_num())[:, : len(self._models.tokenizer)]
-        tokens = sample(rows, possible, self._models.end)
-        for row, token, row_logits, good in zip(rows, tokens, logits, finite, strict=True):
-            if good:
-                self._tokens_written += 1
-                row.accept(token, row_logits, self._models.end, self._positions)
-            else:
-                row.finish("error", f"the model's logits are not finite in {self._spec.dtype}; try fp32")
-
-    def _release(self) -> None:
-        """Free the slots of what has ended; the last rows move into them."""
-        for slot in reversed(range(len(self._rows))):
-            row = self._rows[slot]
-            if row.finish_reason is None:
+    def _route_some(self) -> None:
+        """Some forwards of the prompts that are routed, in turns."""
+        left = most = self._routing_pace.tokens
+        while self._routings and (left == most or self._routings[0][1].width <= left):
+            future, routing = self._routings[0]
+            error: Exception | None = None
+            try:
+                left -= advance(routing, self._routing_pace, left) if not routing.is_done else 1
+            except Exception as raised:  # raised again where the result is awaited
+                error = raised
+            with self._changed:
+                self._routings.popleft()
+                if error is None and not routing.is_done:
+                    self._routings.append((future, routing))
+                    continue
+            if not future.set_running_or_notify_cancel():
                 continue
-            self._seconds_a_text += 0.1 * (time.monotonic() - row.started - self._seconds_a_text)
-            self._cache.free(slot, row.cache_length)
-            last = self._rows.pop()
-            if slot < len(self._rows):
-                self._cache.move(len(self._rows), slot, last.cache_length)
-                self._rows[slot] = last
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(routing.result())
+
+
+def _attempt(what: Callable[[], object]) -> str | None:
+    """Do it; where it fails, log that and return the error's name.
+
+    Neither the log nor the caller gets the traceback itself: it would keep all tensors of the step alive.
+    """
+    try:
+        what()
+    except Exception as error:
+        _log.error("a step of the engine failed\n%s", traceback.format_exc())
+        return type(error).__name__
+    return None

@@ -14,7 +14,6 @@ from peftune.inference.sampling.penalties import LogitAdjuster
 from peftune.inference.settings import FinishReason
 from peftune.model.decode.batch import ModelVariant
 
-PREFILL_CHUNK = 256  # tokens of a prompt in one forward: others wait no longer than that takes
 _FINE, _COARSE = 16, 64  # widths that prompts are padded to, up to _COARSE and beyond
 
 
@@ -23,15 +22,18 @@ class RunningSequence:
     """One row of the batch.
 
     `window` is what the model sees of prompt and output, `computed` of its tokens are in the cache; padding reached up
-    to `cache_length`.
+    to `cache_length`. `started` is when it got its slot, on the monotonic clock. `chunk_tokens` of a prompt are read in
+    one forward, and `turn` counts the forwards of the batch before this row's last one, or before it came.
     """
 
     handle: RequestHandle
     variant: ModelVariant
     output: Detokenizer
     window: list[int]
+    chunk_tokens: int
     computed: int = 0
     cache_length: int = 0
+    turn: int = 0
     finish_reason: FinishReason | None = None
     prompt: list[TokenLogprob] = field(default_factory=list)
     adjuster: LogitAdjuster | None = None
@@ -56,7 +58,7 @@ class RunningSequence:
 
     def chunk(self) -> list[int]:
         """The next tokens to prefill."""
-        return self.window[self.computed : self.computed + PREFILL_CHUNK]
+        return self.window[self.computed : self.computed + self.chunk_tokens]
 
     def width(self, positions: int) -> int:
         """What the next chunk is padded to: it depends on this row alone, so that its numbers do."""

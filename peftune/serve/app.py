@@ -13,7 +13,6 @@ from starlette.routing import Route
 from peftune.serve.http.middleware import GatewayMiddleware, on_http_exception
 from peftune.serve.http.static import PREFIX, playground_files
 from peftune.serve.openai import chat, completions, models, tokenize
-from peftune.serve.openai.errors import draining
 from peftune.serve.service import Service, service_of
 from peftune.version import __version__
 
@@ -48,8 +47,7 @@ def build_app(service: Service) -> Starlette:
 
 
 async def _health(http: Request) -> Response:
-    if service_of(http).draining:
-        raise draining()
+    service_of(http).refuse_when_down()
     return JSONResponse({"status": "ok"})
 
 

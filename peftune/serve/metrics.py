@@ -39,6 +39,13 @@ class Metrics(Collector):
         self.queue_time = self._seconds(
             "peftune_request_queue_time_seconds", "From a choice's acceptance to its slot.", _FIRST_TOKEN, "model"
         )
+        self.routed = self._per_model("peftune_routed_total", "Prompts that the model auto sent to this model.")
+        self.routing = Histogram(
+            "peftune_routing_seconds",
+            "In which the model auto chose, the wait for its turn included.",
+            buckets=_FIRST_TOKEN,
+            registry=self.registry,
+        )
         self.first_token = self._seconds(
             "peftune_time_to_first_token_seconds", "From a request's arrival to its first token.", _FIRST_TOKEN,
             "endpoint", "model",
@@ -56,7 +63,7 @@ class Metrics(Collector):
 
     def remove_model(self, model: str) -> None:
         """Drop the series of an adapter that was unloaded."""
-        counters = (self.requests, self.cancelled, self.prompt_tokens, self.generation_tokens)
+        counters = (self.requests, self.cancelled, self.prompt_tokens, self.generation_tokens, self.routed)
         for series in (*counters, self.queue_time, self.first_token, self.inter_token):
             series.remove_by_labels({"model": model})
 
@@ -64,7 +71,8 @@ class Metrics(Collector):
         """The engine's load when Prometheus asks."""
         load = self._engine.load
         yield GaugeMetricFamily("peftune_requests_running", "Sequences in the batch.", load.running)
-        yield GaugeMetricFamily("peftune_requests_waiting", "Sequences in the queue.", load.waiting)
+        yield GaugeMetricFamily("peftune_requests_waiting", "Sequences without a slot yet.", load.waiting)
+        yield GaugeMetricFamily("peftune_requests_routing", "Of those waiting, prompts that auto routes.", load.routing)
         yield GaugeMetricFamily("peftune_slots", "Slots of the batch.", load.slots)
         yield GaugeMetricFamily("peftune_adapters_loaded", "Adapters in memory.", len(self._bank.names))
         yield CounterMetricFamily("peftune_engine_steps", "Forward passes of the batch.", load.steps)

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank
-from peftune.inference.engine import Busy, Engine
+from peftune.inference.engine import Busy, Engine, Stopping
 from peftune.serve.metrics import Metrics
-from peftune.serve.openai.errors import ApiError, draining, queue_full
+from peftune.serve.openai.errors import ApiError, draining, engine_failed, queue_full
 from peftune.serve.openai.token_text import TokenText
 from peftune.serve.settings import ServeSettings
 
 AUTO = "auto"
 BASE = "base"
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -37,7 +37,13 @@ class Service:
     def __post_init__(self) -> None:
         self.token_text = TokenText(self.bank.tokenizer)
         self.metrics = Metrics(self.bank, self.engine)
-        self._routing = 0  # prompts that are being routed
+
+    def refuse_when_down(self) -> None:
+        """ApiError 503 where nothing would be answered any more: the server is stopping, or its engine has failed."""
+        if self.draining:
+            raise draining()
+        if self.engine.failed:
+            raise engine_failed()
 
     def metrics_label(self, model: str | None) -> str:
         """The model as a label of metrics: the base or an adapter that is loaded, else empty."""
@@ -48,7 +54,7 @@ class Service:
     ) -> tuple[str | None, dict[str, Any]]:
         """The adapter that answers a request (None: the base), and what `auto` adds to the response.
 
-        `ids` are the request's prompts, for `auto`, which chooses among the `candidates`.
+        `ids` are the request's prompts, for `auto`, which chooses among the `candidates`. Cancelling drops its work.
         Raises ApiError 404 for an unknown name: the base never stands in for it.
         """
         if model == AUTO:
@@ -67,23 +73,42 @@ class Service:
 
     async def _route(self, ids: Sequence[int], candidates: Sequence[str] | None) -> tuple[str | None, dict[str, Any]]:
         """`auto`; with `candidates` the best of them answers, without a threshold: the base may not."""
-        if self._routing >= self.settings.queue:
-            raise queue_full("too many prompts wait to be routed", 1)
         names = tuple(self.bank.names if candidates is None else candidates)
         threshold = self.settings.routing_threshold if candidates is None else None
-        self._routing += 1
+        began = time.monotonic()
         try:
-            route = await asyncio.wrap_future(
-                self.engine.route(tuple(ids), names, -math.inf if threshold is None else threshold)
-            )
-        except Busy:
+            route = await asyncio.wrap_future(self.engine.route(tuple(ids), names, threshold))
+        except Stopping:
             raise draining() from None
+        except Busy as error:
+            raise queue_full("the server's queue is full; try again later", error.retry_after) from None
         except UserError as error:  # an adapter that was unloaded meanwhile
             raise ApiError(409, str(error), "model") from None
-        finally:
-            self._routing -= 1
-        routing = {"model": route.name or self.bank.base.name, "scores": route.scores, "threshold": threshold}
-        return route.name, {"routing": routing}
+        model = route.name or self.bank.base.name
+        self.metrics.routed.labels(model).inc()
+        self.metrics.routing.observe(time.monotonic() - began)
+        routing = {"model": model, "adapter": route.name, "margin": route.margin, "threshold": threshold}
+        reason = "the likeliest adapter" if route.name is not None else "none of the adapters"
+        return route.name, {"routing": routing | {"reason": reason, "scores": route.scores, "tokens": route.tokens}}
+
+
+async def while_connected(http: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """What `work` returns; it is cancelled, and ClientDisconnect raised, once the client has left."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(http))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _disconnected(http: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
 
 
 def service_of(request: Request) -> Service:

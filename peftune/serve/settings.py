@@ -42,7 +42,7 @@ class ServeSettings(BaseModel):
     `max_body`            bytes of a request's body
     `max_adapters`        adapters in memory at a time
     `drain`               seconds that requests in flight get to finish once the server stops
-    `routing_threshold`   nats per token by which an adapter must beat the base before `auto` takes it
+    `routing_threshold`   what an adapter's margin over the base must exceed before `auto` takes it, in nats per token
     `body_seconds`        in which a body must arrive
     """
 

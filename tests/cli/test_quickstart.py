@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peftune.cli.quickstart import quickstart
 from peftune.config.recipe import Source
 from peftune.errors import UserError
-from peftune.inference.routing_accuracy import measure_routing
+from peftune.inference.bank import AdapterBank
+from peftune.inference.routing.accuracy import measure_routing
+from peftune.inference.routing.route import route
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +79,15 @@ def test_prompts_of_the_three_built_in_domains_find_their_adapter(
     adapters = {name: made[0] / "adapters" / name for name in ("docs", "unicode")}
     domains = {"base": "code", "docs": "docs", "unicode": "unicode"}
     data = {name: [Source(path=f"builtin:{domain}/heldout")] for name, domain in domains.items()}
-    found = measure_routing("builtin:small", data, adapters, prompt_tokens=16, max_prompts=60)
+    found = measure_routing("builtin:small", data, adapters, prompt_tokens=64, max_prompts=60)
     for domain, facts in found["routing"].items():
-        assert facts["right"] > 0.95 * facts["prompts"], (domain, facts)
+        assert facts["right"] > 0.85 * facts["prompts"], (domain, facts)
+    assert max(found["errors"].values()) < 0.1
+    bank = AdapterBank("builtin:small")
+    for name, directory in adapters.items():
+        bank.add(name, directory)
+    for prompt in ("", " ", "Hello", "I love pizza"):
+        assert route(bank, bank.encode(prompt)).name is None, prompt
 
 
 def test_another_directory_is_never_overwritten(tmp_path: Path) -> None:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import random
 import threading
+import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from peftune.errors import UserError
-from peftune.inference import sequence
 from peftune.inference.bank import AdapterBank
-from peftune.inference.engine import Busy, Engine
+from peftune.inference.engine import Busy, Engine, Stopping
 from peftune.inference.fair_queue import FairQueue
+from peftune.inference.pace import Pace
 from peftune.inference.request import Request, RequestOutput
+from peftune.inference.routing.route import route
 from peftune.inference.settings import GenerationSettings
+from peftune.model.decode.batch import DecodeBatch
 
 SETTINGS = GenerationSettings(max_new_tokens=10, temperature=1.0, seed=5)
 
@@ -76,17 +81,14 @@ def test_a_prompt_longer_than_a_chunk_is_prefilled_in_chunks_while_others_decode
     long, short = ask(bank, "the cat sat on the mat " * 8, "wide", max_new_tokens=5), ask(bank, "a", "attention")
     complete = alone(bank, long)
     assert len(long.ids) > 40
-    before, sequence.PREFILL_CHUNK = sequence.PREFILL_CHUNK, 16
-    try:
-        engine, first, second = Engine(bank, slots=2), list[RequestOutput](), list[RequestOutput]()
-        engine.submit(short, second.append)
-        engine.step()
-        engine.submit(long, first.append)
-        engine.step()
-        assert (len(first), len(second)) == (0, 2)  # the other text went on
-        finish(engine)
-    finally:
-        sequence.PREFILL_CHUNK = before
+    engine, first, second = Engine(bank, slots=2), list[RequestOutput](), list[RequestOutput]()
+    engine._chunk = 16
+    engine.submit(short, second.append)
+    engine.step()
+    engine.submit(long, first.append)
+    engine.step()
+    assert (len(first), len(second)) == (0, 2)  # the other text went on
+    finish(engine)
     assert [u.ids for u in first] == [u.ids for u in complete]
     assert second == alone(bank, short)
 
@@ -213,8 +215,8 @@ def test_an_engine_of_its_own_thread_answers_routes_drains_and_stops(bank: Adapt
 
     engine.start()
     engine.submit(request, listen)
-    route = engine.route(request.ids).result(timeout=30)
-    assert set(route.scores) == set(bank.names)
+    found = engine.route(request.ids).result(timeout=30)
+    assert set(found.scores) == set(bank.names)
     with pytest.raises(UserError, match="nobody"):
         engine.route(request.ids, ("nobody",)).result(timeout=30)  # raised where it was asked, and nowhere else
     engine.stop(drain_seconds=30)
@@ -224,6 +226,148 @@ def test_an_engine_of_its_own_thread_answers_routes_drains_and_stops(bank: Adapt
         engine.submit(request, listen)
     with pytest.raises(Busy):
         engine.route(request.ids)
+
+
+def test_routing_in_parts_finds_the_same_to_the_bit_while_others_write(bank: AdapterBank) -> None:
+    prompts = [bank.encode("the cat sat on the mat " * count) for count in (1, 4, 9)]
+    whole = [route(bank, ids) for ids in prompts]
+    engine, outputs = Engine(bank, slots=2), list[RequestOutput]()
+    for tokens in (1, 32, 70):  # at most so many in a step, at least one forward of one row
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Pace, "tokens", tokens)
+            engine.submit(ask(bank, "the", "wide", max_new_tokens=40, stop=()), outputs.append)
+            futures = [engine.route(ids) for ids in prompts]
+            finish(engine)
+        assert [future.result() for future in futures] == whole
+    assert [output for output in outputs if output.finish_reason] and outputs[:40] == outputs[40:80]
+
+
+def test_a_step_routes_one_forward_and_every_text_gets_its_token(
+    bank: AdapterBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pace, "tokens", 32)
+    computed: list[int] = []
+    prefill = DecodeBatch.prefill
+
+    def count(self: DecodeBatch, variants: Any, slots: Any, ids: torch.Tensor, start: int) -> torch.Tensor:
+        computed.append(ids.numel())
+        return prefill(self, variants, slots, ids, start)
+
+    engine, outputs = Engine(bank, slots=2), list[RequestOutput]()
+    engine.submit(ask(bank, "the", "wide", max_new_tokens=50, stop=(), temperature=0), outputs.append)
+    engine.step()
+    monkeypatch.setattr(DecodeBatch, "prefill", count)
+    futures = [engine.route(bank.encode("the cat sat on the mat " * 9)) for _ in range(3)]
+    reading = list[RequestOutput]()
+    engine.submit(ask(bank, "the cat sat on the mat " * 6, "attention", max_new_tokens=2), reading.append)
+    for step in range(12):  # a prompt that is read takes turns with those that are routed
+        computed.clear()
+        engine.step()
+        assert len(outputs) == step + 2 and len(computed) == 1 and computed[0] <= 32
+    assert reading
+    assert not any(future.done() for future in futures)
+    finish(engine)
+    assert all(future.done() for future in futures)
+
+
+def test_prompts_that_are_routed_take_turns_and_wait_in_the_queue(
+    bank: AdapterBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pace, "tokens", 32)
+    engine = Engine(bank, queue=3)
+    long, short = bank.encode("the cat sat on the mat " * 9), bank.encode("the cat")
+    first, second, third = (engine.route(ids) for ids in (long, long, short))
+    assert (engine.load.waiting, engine.load.routing, engine.load.running) == (3, 3, 0)
+    for call in (lambda: engine.route(short), lambda: engine.submit(ask(bank, "the"), lambda output: None)):
+        with pytest.raises(Busy, match="3 requests are waiting"):
+            call()
+    while not third.done():
+        engine.step()
+    assert not first.done() and not second.done()  # the last to come was the first to end: it is short
+    assert second.cancel()
+    engine.step()
+    assert engine.load.routing == 1
+    finish(engine)
+    assert first.done() and engine.load.waiting == 0
+
+
+def test_a_prompt_that_is_not_routed_yet_is_given_up_when_the_engine_stops(bank: AdapterBank) -> None:
+    engine = Engine(bank)
+    futures = [engine.route(bank.encode("the cat sat on the mat " * 9)) for _ in range(50)]
+    engine.start()
+    began = time.monotonic()
+    engine.stop(drain_seconds=60)
+    assert time.monotonic() - began < 30
+    assert isinstance(futures[-1].exception(timeout=0), Stopping)
+
+
+def failing_engine(bank: AdapterBank, monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, list[str]]:
+    """An engine whose next forwards fail as a GPU's do, and the reasons for which its three requests end."""
+    engine, reasons = Engine(bank, slots=1), list[str]()
+
+    def fail(*_: object) -> None:
+        monkeypatch.undo()  # the first time only
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(DecodeBatch, "prefill", fail)
+    for _ in range(3):
+        request = ask(bank, "the cat", "wide", max_new_tokens=3, stop=())
+        engine.submit(request, lambda output: reasons.append(output.finish_reason) if output.finish_reason else None)
+    return engine, reasons
+
+
+def test_after_an_error_the_old_cache_goes_before_the_new_one_comes(
+    bank: AdapterBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, reasons = failing_engine(bank, monkeypatch)
+    old = weakref.ref(engine._batch._cache.keys[0])
+    left: list[object] = []
+    allocate = type(bank.spec).kv_cache
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(bank.spec), "kv_cache", lambda *arguments: left.append(old()) or allocate(*arguments))
+        engine.start()
+        engine.stop(drain_seconds=30)
+    assert left == [None]
+    assert reasons == ["error", "length", "length"]
+    assert not engine.failed
+
+
+def test_an_engine_that_cannot_begin_anew_ends_all_requests_and_takes_no_more(
+    bank: AdapterBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, reasons = failing_engine(bank, monkeypatch)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def full(*_: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        patch.setattr(type(bank.spec), "kv_cache", full)
+        engine.start()
+        assert engine._thread is not None
+        engine._thread.join(30)
+    assert not engine._thread.is_alive() and engine.failed
+    assert reasons == ["error", "cancelled", "cancelled"]
+    for call in (lambda: engine.submit(ask(bank, "the"), print), lambda: engine.route(bank.encode("the"))):
+        with pytest.raises(Stopping, match="has failed"):
+            call()
+
+
+def test_a_listener_that_fails_takes_nobody_else_down(bank: AdapterBank) -> None:
+    engine, outputs, ended = Engine(bank, slots=2), list[RequestOutput](), threading.Event()
+
+    def broken(output: RequestOutput) -> None:
+        raise RuntimeError("the event loop is closed")
+
+    engine.submit(ask(bank, "the"), broken)
+    engine.start()
+    request = ask(bank, "the cat")
+    until = time.monotonic() + 30
+    while engine.load.running + engine.load.waiting and time.monotonic() < until:
+        time.sleep(0.01)
+    engine.submit(request, lambda output: (outputs.append(output), output.finish_reason and ended.set()))
+    assert ended.wait(30)
+    engine.stop(drain_seconds=30)
+    assert outputs == alone(bank, request) and not engine.failed
 
 
 def test_what_is_left_after_the_drain_is_cancelled(bank: AdapterBank) -> None:

@@ -15,8 +15,8 @@ from peftune.config.recipe import Source
 from peftune.data.tokens.store import prepare
 from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank
-from peftune.inference.routing import nats_per_token, route
-from peftune.inference.routing_accuracy import measure_routing, prompts_of
+from peftune.inference.routing.accuracy import measure_routing, prompts_of
+from peftune.inference.routing.route import JUDGED_TOKENS, _margin, route
 
 
 def test_scores_are_the_gain_over_the_base_in_nats_per_token(bank: AdapterBank) -> None:
@@ -28,7 +28,8 @@ def test_scores_are_the_gain_over_the_base_in_nats_per_token(bank: AdapterBank) 
         gain = sum(float(base[i, ids[i + 1]] - own[i, ids[i + 1]]) for i in positions) / len(positions)
         assert found.scores[name] == pytest.approx(gain, abs=1e-4)
     best = max(found.scores, key=lambda name: found.scores[name])
-    assert found.name == (best if found.scores[best] > 0 else None)
+    assert found.margin is not None and found.margin < found.scores[best]
+    assert found.name == (best if found.margin > 0 else None)
 
 
 def test_the_base_answers_where_no_adapter_reaches_the_threshold(bank: AdapterBank) -> None:
@@ -41,9 +42,38 @@ def test_a_prompt_of_no_tokens_says_nothing(bank: AdapterBank) -> None:
     assert route(bank, bank.encode("")).name is None
 
 
-def test_a_text_longer_than_the_context_is_judged_by_its_beginning(bank: AdapterBank) -> None:
-    ids = list(range(100, 200))
-    assert nats_per_token(bank, ids, ["wide"]) == nats_per_token(bank, ids[:64], ["wide"])
+def test_the_margin_is_the_mean_gain_less_two_standard_errors() -> None:
+    assert _margin([]) is None
+    assert _margin([3.0]) == pytest.approx(3 - 2 * 2)  # of one token nothing is known but the usual deviation
+    many = [1.0, 3.0] * 5000
+    assert _margin(many) == pytest.approx(2 - 2 * 1 / 100, abs=1e-3)
+    assert _margin([0.5] * 4) < 0 < _margin([0.5] * 400)  # type: ignore[operator]
+
+
+def test_one_token_is_never_enough(bank: AdapterBank) -> None:
+    """The token after the context tells how documents begin; each adapter here finds some of them far likelier."""
+    for token in range(0, 300, 30):
+        found = route(bank, [bank.end, token], threshold=-1e9)
+        assert (found.name, found.margin) == (None, None)
+        assert max(found.scores.values()) != 0
+
+
+def test_an_adapter_whose_numbers_are_not_finite_is_left_out(base_directory: Path, adapters: dict[str, Path]) -> None:
+    own = AdapterBank(str(base_directory), device="cpu")
+    for name in ("attention", "wide"):
+        own.add(name, adapters[name])
+    lora = own.get("wide").variant.lora
+    assert lora is not None
+    next(iter(lora.factors.values()))[1].fill_(torch.nan)
+    ids = own.encode("the cat sat on the mat")
+    assert route(own, ids, threshold=None) == route(own, ids, ["attention"], threshold=None)
+
+
+def test_of_a_long_prompt_the_end_is_judged(bank: AdapterBank) -> None:
+    ids = list(range(100, 250))
+    found = route(bank, ids)
+    assert found.tokens == JUDGED_TOKENS == 64
+    assert found == route(bank, [ids[0], *ids[-64:]]) != route(bank, ids[:65])
 
 
 def texts(path: Path, lines: list[str]) -> list[Source]:
@@ -72,8 +102,18 @@ def test_every_prompt_is_counted_where_it_was_sent(
     assert results["routing"]["base"]["to"] == Counter(sent[:2])
     written = json.loads(report.read_text())
     assert written == results | {"prompt_tokens": 4, "threshold": 0.0}
+    assert results["errors"] == {
+        "false_accept": sum(name != "base" for name in sent[:2]) / 2,
+        "false_reject": sent.count("base") / 5,
+    }
     assert written["accuracy"] == (sent.count("wide") + sent[:2].count("base")) / 7
-    assert "prompts of" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "prompts of" in out
+    assert f"threshold 0: {results['errors']['false_accept']:.1%} of the prompts of no domain go to an adapter" in out
+    calibrated = results["calibrated"]
+    again = measure_routing(str(base_directory), data, own, 4, 100, calibrated["threshold"])
+    assert again["errors"] == {key: calibrated[key] for key in ("false_accept", "false_reject")}
+    assert max(again["errors"].values()) <= max(results["errors"].values())
 
 
 def test_a_domain_without_an_adapter_of_its_name_is_refused(adapters: dict[str, Path], tmp_path: Path) -> None:

@@ -139,7 +139,16 @@ def test_auto_asks_the_likeliest_adapter_and_below_the_threshold_the_base(
         assert set(routing["scores"]) == set(NAMES) and routing["threshold"] == threshold
         best = max(routing["scores"], key=routing["scores"].__getitem__)
         assert answer.model == routing["model"] == (best if threshold < 0 else "builtin:small")
+        assert routing["adapter"] == (best if threshold < 0 else None)
+        assert routing["reason"] == ("the likeliest adapter" if threshold < 0 else "none of the adapters")
+        assert -100 < routing["margin"] < routing["scores"][best] and routing["tokens"] > 2
         assert answer.choices[0].text == greedy(server, best if threshold < 0 else "base", prompt, 4)
+    assert server.metric('peftune_routed_total{model="builtin:small"}') >= 1
+    nothing = server.client.completions.create(model="auto", prompt=" ", max_tokens=1)
+    assert nothing.model_extra["routing"] | {"scores": {}} == {
+        "model": "builtin:small", "adapter": None, "margin": None, "threshold": 100.0,
+        "reason": "none of the adapters", "scores": {}, "tokens": 1,
+    }  # fmt: skip
     with pytest.raises(openai.BadRequestError, match="chooses for one prompt"):
         server.client.completions.create(model="auto", prompt=PROMPTS)
 

@@ -31,9 +31,13 @@ class ModelSpec:
     dtype: torch.dtype
     device: torch.device
 
-    def kv_cache(self, slots: int) -> KVCache:
-        """A cache for so many texts; float32 on a CPU, where narrower keys are slower to read."""
-        return KVCache(self.config, slots, torch.float32 if self.device.type == "cpu" else self.dtype, self.device)
+    def kv_cache(self, slots: int, positions: int | None = None) -> KVCache:
+        """A cache for so many texts of so many `positions` (None: as many as the model has).
+
+        In float32 on a CPU, where narrower keys are slower to read.
+        """
+        dtype = torch.float32 if self.device.type == "cpu" else self.dtype
+        return KVCache(self.config, slots, dtype, self.device, positions)
 
 
 def build(

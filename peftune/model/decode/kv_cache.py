@@ -30,8 +30,10 @@ class KVCache:
     Positions that nothing has written hold zeros: what is masked must still be finite.
     """
 
-    def __init__(self, config: GPT2Config, slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.positions = config.n_positions
+    def __init__(
+        self, config: GPT2Config, slots: int, dtype: torch.dtype, device: torch.device, positions: int | None = None
+    ) -> None:
+        self.positions = positions or config.n_positions
         shape = (slots, config.n_head, self.positions, config.n_embd // config.n_head)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.values = [torch.zeros_like(keys) for keys in self.keys]

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from peftune.serve.http.connection import MAX_HEAD_BYTES, head_too_large
 from peftune.serve.http.static import PREFIX
-from peftune.serve.openai.errors import ApiError, draining, internal_error
+from peftune.serve.openai.errors import ApiError, internal_error
 from peftune.serve.service import Service
 
 _log = logging.getLogger("peftune.serve")
@@ -65,8 +65,8 @@ class GatewayMiddleware:
                 check_host(host, (settings.host, *settings.allowed_hosts))
         elif request.url.path not in _PUBLIC and not request.url.path.startswith(PREFIX):
             check_key(request.headers.get("authorization", ""), settings.api_key)
-        if self._service.draining and request.method == "POST":
-            raise draining()
+        if request.method == "POST":
+            self._service.refuse_when_down()
 
     def _count(self, request: Request, status: int) -> None:
         path, metrics = request.url.path, self._service.metrics

@@ -53,6 +53,11 @@ def draining() -> ApiError:
     return ApiError(503, "the server is stopping; try again later", code="draining", headers={"Retry-After": "5"})
 
 
+def engine_failed() -> ApiError:
+    """503: after an error there was no memory to go on with; only a new process helps."""
+    return ApiError(503, "the engine has failed; the server must be started again", code="engine_failed")
+
+
 def internal_error() -> ApiError:
     """500: a bug of ours; the log has the traceback, the client nothing of it."""
     return ApiError(500, "the server failed on this request; its log says why", code="internal_error")

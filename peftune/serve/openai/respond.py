@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -23,7 +23,7 @@ from peftune.serve.openai.chunks import ChoiceFormatter, Chunk, join
 from peftune.serve.openai.errors import ApiError, draining, internal_error, queue_full
 from peftune.serve.openai.prompts import Prompt, max_new_tokens
 from peftune.serve.openai.schema import SamplingRequest
-from peftune.serve.service import service_of
+from peftune.serve.service import service_of, while_connected
 
 _log = logging.getLogger("peftune.serve")
 _KEEP_ALIVE_SECONDS = 15.0  # of silence, after which a stream sends a comment so that no proxy closes it
@@ -87,7 +87,8 @@ class PendingResponse:
         except UserError as error:
             raise _refused(error) from None
         input_ids = [prompt.input_ids for prompt in self.prompts]
-        adapter, routing = await self._service.resolve(self.body.model, input_ids, self.candidates)
+        resolving = self._service.resolve(self.body.model, input_ids, self.candidates)
+        adapter, routing = await while_connected(self.http, resolving)
         self._metadata |= routing
         self._model = self.http.state.model = adapter or self._service.bank.base.name
         asked = [count for count in (self.logprobs, self.body.prompt_logprobs) if count is not None]
@@ -105,8 +106,7 @@ class PendingResponse:
 
     def _submit(self, requests: Sequence[EngineRequest]) -> None:
         """All or none: ApiError 429 where the queue has no room for all, 400 for what the engine refuses."""
-        if self._service.draining:
-            raise draining()
+        self._service.refuse_when_down()
         self._service.adapter_named(self._model)  # it may have been unloaded since it was resolved
         try:
             for index, request in enumerate(requests):
@@ -181,16 +181,9 @@ class PendingResponse:
 
     async def _full(self) -> Response:
         """One JSON object; generation stops once the client has disconnected."""
-        generating = asyncio.ensure_future(self._joined())
-        leaving = asyncio.ensure_future(_disconnected(self.http))
         try:
-            await asyncio.wait((generating, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if not generating.done():
-                raise ClientDisconnect
-            joined = generating.result()
+            joined = await while_connected(self.http, self._joined())
         finally:
-            generating.cancel()
-            leaving.cancel()
             self._close()
         choices = [self.format.choice(index, chunk) for index, chunk in enumerate(joined)]
         usage = self._usage(sum(len(chunk.ids) for chunk in joined))
@@ -258,8 +251,3 @@ def _refused(error: UserError) -> ApiError:
 
 def _encode(value: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
-
-
-async def _disconnected(http: Request) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
-        pass

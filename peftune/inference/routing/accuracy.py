@@ -1,9 +1,9 @@
-"""How often a prompt finds its own domain: each domain's held-out documents, cut to prompts, are routed."""
+"""How often a prompt finds its own domain, and one of no domain finds the base: held-out documents are routed."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from peftune.data.tokens.store import TokenStore
 from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank
 from peftune.inference.perplexity import Documents, read_blocks
-from peftune.inference.routing import THRESHOLD, route
+from peftune.inference.routing.route import THRESHOLD, Route, route
 from peftune.model.base import Base
 
 
@@ -29,9 +29,11 @@ def measure_routing(
 ) -> dict[str, Any]:
     """Where the prompts of each domain are sent: `prompt_tokens` of at most `max_prompts` documents each.
 
-    `base` None is the one that the first adapter names. Returned as it is written as JSON: for each domain how many
-    prompts there were, `to` whom they were sent, and how many of them were `right`: sent to the adapter of the domain's
-    own name (or `base`). Raises UserError where a domain has no such adapter, or no prompt.
+    `base` None is the one that the first adapter names. The domain `base` is text that belongs to no adapter. Returned
+    as it is written as JSON: for each domain how many prompts there were, `to` whom they were sent, and how many of
+    them were `right`: sent to the adapter of the domain's own name (or `base`). `errors` at this threshold, and where
+    there is a domain `base` `calibrated`, the threshold at which the larger error is least, with its errors. Raises
+    UserError where a domain has no such adapter, or no prompt.
     """
     if len(adapters) < 2 or not data or not data.keys() <= {*adapters, "base"}:
         found = f"the adapters are {', '.join(adapters) or 'none'}, the domains {', '.join(data) or 'none'}"
@@ -44,18 +46,38 @@ def measure_routing(
         prompts[domain] = prompts_of(read_blocks(bank.base, documents).store, prompt_tokens, max_prompts)
         if not prompts[domain]:
             raise UserError(f"routing: no document of {domain} has a token to judge it by")
-    domains: dict[str, dict[str, Any]] = {}
+    routes: dict[str, list[Route]] = {domain: [] for domain in prompts}
     with Console().progress as progress:
         task = progress.add_task("routing", total=sum(map(len, prompts.values())), note="")
         for domain, group in prompts.items():
-            to: Counter[str] = Counter()
             for ids in group:
-                to[route(bank, ids, threshold=threshold).name or "base"] += 1
+                routes[domain].append(route(bank, ids, threshold=None))
                 progress.advance(task)
-            share = to[domain] / len(group)
-            domains[domain] = {"prompts": len(group), "right": to[domain], "accuracy": share, "to": dict(to)}
+    domains: dict[str, dict[str, Any]] = {}
+    for domain, of_domain in routes.items():
+        to, count = Counter(_sent(one, threshold) for one in of_domain), len(of_domain)
+        domains[domain] = {"prompts": count, "right": to[domain], "accuracy": to[domain] / count, "to": dict(to)}
     right, total = (sum(facts[key] for facts in domains.values()) for key in ("right", "prompts"))
-    return {"routing": domains, "accuracy": right / total, "prompt_tokens": prompt_tokens, "threshold": threshold}
+    results = {"routing": domains, "accuracy": right / total, "prompt_tokens": prompt_tokens, "threshold": threshold}
+    results["errors"] = _errors(routes, threshold)
+    if "base" in routes and len(routes) > 1:
+        tried = [step / 20 for step in range(-100, 101)]
+        best = min(tried, key=lambda t: (*sorted(_errors(routes, t).values(), reverse=True), abs(t)))
+        results["calibrated"] = {"threshold": best, **_errors(routes, best)}
+    return results
+
+
+def _sent(found: Route, threshold: float) -> str:
+    """Whom a route names at this threshold."""
+    return found.name if found.name and found.margin is not None and found.margin > threshold else "base"
+
+
+def _errors(routes: Mapping[str, Sequence[Route]], threshold: float) -> dict[str, float]:
+    """Shares of prompts: `false_accept`, of no domain, sent to an adapter; `false_reject`, of one, sent to the base."""
+    none = [_sent(one, threshold) for one in routes.get("base", ())]
+    own = [_sent(one, threshold) for domain, found in routes.items() if domain != "base" for one in found]
+    errors = {"false_accept": sum(to != "base" for to in none) / len(none)} if none else {}
+    return errors | ({"false_reject": own.count("base") / len(own)} if own else {})
 
 
 def prompts_of(store: TokenStore, tokens: int, at_most: int) -> list[list[int]]:

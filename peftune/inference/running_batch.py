@@ -1,0 +1,149 @@
+"""The texts that are being generated: one forward gives each its next token, whatever their adapters.
+
+Row i of the batch is slot i of the cache; when a text ends, the last row moves into its slot.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from peftune.inference.pace import Pace, chunk_tokens
+from peftune.inference.request import ModelProvider
+from peftune.inference.sequence import RunningSequence, sample
+from peftune.model.decode.batch import DecodeBatch
+
+_Hidden = list[tuple[RunningSequence, torch.Tensor]]
+"""Rows that need their next token, each with its last hidden state (D,)."""
+
+
+class RunningBatch:
+    """Up to `slots` texts, each in a slot of the cache; memory is `slots` times the cache of a full context."""
+
+    def __init__(self, models: ModelProvider, slots: int) -> None:
+        self._models, self._spec = models, models.spec
+        self._positions = models.spec.config.n_positions
+        self._pace, self._turn = Pace(chunk_tokens(models.spec.device)), 0
+        self.slots = slots
+        self.rows: list[RunningSequence] = []
+        self._allocate()
+        self.tokens_written = 0
+        self.seconds_a_text = 1.0  # moving average
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether a prompt waits to be read."""
+        return any(not row.is_decoding for row in self.rows)
+
+    def admit(self, row: RunningSequence) -> None:
+        """Give a text the next slot."""
+        assert len(self.rows) < self.slots, "there is a free slot"
+        row.started, row.turn = time.monotonic(), self._turn
+        self.rows.append(row)
+
+    def reset(self) -> None:
+        """Forget all texts and begin with an empty cache; the old one goes first, since memory may be short."""
+        self.rows.clear()
+        del self._batch, self._cache
+        self._allocate()
+
+    def _allocate(self) -> None:
+        self._cache = self._spec.kv_cache(self.slots)
+        self._batch = DecodeBatch(self.slots, self._cache)
+
+    def drop_cancelled(self) -> None:
+        """Texts that nobody wants any more leave."""
+        for row in self.rows:
+            if row.handle.cancelled:
+                row.finish("cancelled")
+        self._release()
+
+    def step(self, prefill: bool) -> None:
+        """One token of every text whose prompt is read; with `prefill` also a part of the prompts that are not."""
+        decoding = [slot for slot, row in enumerate(self.rows) if row.is_decoding]  # before prefilling makes it more
+        self._choose([*(self._prefill() if prefill else ()), *self._decode(decoding)])
+        self._release()
+
+    def _prefill(self) -> _Hidden:
+        """The next chunks of prompts, those first that waited longest; returns the rows whose prompt is complete.
+
+        Rows of one width and position go together.
+        """
+        groups: dict[tuple[int, int], list[int]] = {}
+        for slot in sorted(range(len(self.rows)), key=lambda slot: self.rows[slot].turn):
+            row = self.rows[slot]
+            if not row.is_decoding:
+                groups.setdefault((row.computed, row.width(self._positions)), []).append(slot)
+        complete: _Hidden = []
+        left = self._pace.tokens
+        for number, ((start, width), slots) in enumerate(groups.items()):
+            if number and left < width:
+                break
+            slots = sorted(slots[: max(1, left // width)])
+            left -= len(slots) * width
+            began = time.perf_counter()
+            complete += self._prefill_rows(slots, start, width)
+            self._pace.took(len(slots) * width, time.perf_counter() - began)
+        return complete
+
+    def _prefill_rows(self, slots: list[int], start: int, width: int) -> _Hidden:
+        rows = [self.rows[slot] for slot in slots]
+        chunks = [row.chunk() for row in rows]
+        ids = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=self._spec.device)
+        hidden = self._batch.prefill([row.variant for row in rows], slots, ids, start)
+        complete: _Hidden = []
+        self._turn += 1
+        for row, chunk, states in zip(rows, chunks, hidden, strict=True):
+            row.turn = self._turn
+            request = row.handle.request
+            if request.echo and request.logprobs is not None and not row.output.ids:  # the prompt's are missing
+                row.score_prompt(self._batch.logits([row.variant] * len(chunk), states[: len(chunk)]))
+            row.add_computed(len(chunk), width)
+            if row.computed == len(row.window):
+                complete.append((row, states[len(chunk) - 1]))
+        return complete
+
+    def _decode(self, slots: list[int]) -> _Hidden:
+        """One token of each row in these slots, which hold what comes before it."""
+        if not slots:
+            return []
+        rows = [self.rows[slot] for slot in slots]
+        ids = torch.tensor([row.window[-1] for row in rows], device=self._spec.device)
+        hidden = self._batch.decode([row.variant for row in rows], slots, ids, [row.computed for row in rows])
+        for row in rows:
+            row.add_computed(1, 1)
+        return list(zip(rows, hidden, strict=True))
+
+    def _choose(self, complete: _Hidden) -> None:
+        """One more token for each row whose window is in the cache."""
+        for row, _ in complete:
+            if row.handle.request.only_score:
+                row.finish("length", prompt=tuple(row.prompt))
+        complete = [(row, states) for row, states in complete if row.finish_reason is None]
+        if not complete:
+            return
+        rows, hidden = [row for row, _ in complete], torch.stack([states for _, states in complete])
+        logits = self._batch.logits([row.variant for row in rows], hidden)
+        finite = logits.sum(-1).isfinite().tolist()  # host sync, as reading the tokens is
+        possible = (logits if all(finite) else logits.nan_to_num())[:, : len(self._models.tokenizer)]
+        tokens = sample(rows, possible, self._models.end)
+        for row, token, row_logits, good in zip(rows, tokens, logits, finite, strict=True):
+            if good:
+                self.tokens_written += 1
+                row.accept(token, row_logits, self._models.end, self._positions)
+            else:
+                row.finish("error", f"the model's logits are not finite in {self._spec.dtype}; try fp32")
+
+    def _release(self) -> None:
+        """Free the slots of what has ended; the last rows move into them."""
+        for slot in reversed(range(len(self.rows))):
+            row = self.rows[slot]
+            if row.finish_reason is None:
+                continue
+            self.seconds_a_text += 0.1 * (time.monotonic() - row.started - self.seconds_a_text)
+            self._cache.free(slot, row.cache_length)
+            last = self.rows.pop()
+            if slot < len(self.rows):
+                self._cache.move(len(self.rows), slot, last.cache_length)
+                self.rows[slot] = last
