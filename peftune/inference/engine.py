@@ -224,7 +224,7 @@ class Engine:
             for row, chunk, states in zip(rows, chunks, hidden, strict=True):
                 request = row.handle.request
                 if request.echo and request.logprobs is not None and not row.output.ids:  # the prompt's are missing
-                    row.score_prompt(self._batch.logits([row.variant] * len(chunk), states[: len(chunk)]))
+                    row.score_prompt(self._batch.logits([row.variant], states[None, : len(chunk)])[0])
                 row.add_computed(len(chunk), width)
                 if row.computed == len(row.window):
                     complete.append((row, states[len(chunk) - 1]))

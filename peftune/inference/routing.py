@@ -64,7 +64,7 @@ def nats_per_token(models: ModelProvider, ids: Sequence[int], names: Sequence[st
         for variant, states in zip(variants, hidden, strict=True):
             total = 0.0
             for part, targets in zip(torch.split(states, _TOKENS), torch.split(tokens[1:], _TOKENS), strict=True):
-                logits = batch.logits([variant] * len(part), part)
+                logits = batch.logits([variant], part[None])[0]
                 total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
             found.append(total / len(states))
     return found
