@@ -194,7 +194,7 @@ def swap_of(way: str, job: dict[str, Any]) -> Callable[[int], object]:
 
     @torch.inference_mode()
     def slot(number: int) -> object:
-        return slots.factors([0, 1], [both[number], both[1 - number]])
+        return slots.factors([0, 1], [both[number], both[1 - number]], one_token=True)
 
     return {"use": use, "add": add, "slot": slot}[way]
 

@@ -147,7 +147,7 @@ class AdapterBank:
         variants = [self.variant(name) for name in self._one_each(len(ids), adapters)]
         batch = DecodeBatch(len(ids))
         hidden = batch.prefill(variants, range(len(ids)), ids.to(self.spec.device), 0)
-        return torch.stack([batch.logits([v] * len(h), h) for v, h in zip(variants, hidden, strict=True)])
+        return torch.stack([batch.logits([v], h[None])[0] for v, h in zip(variants, hidden, strict=True)])
 
     def generate(
         self,

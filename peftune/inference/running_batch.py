@@ -98,7 +98,7 @@ class RunningBatch:
             row.turn = self._turn
             request = row.handle.request
             if request.echo and request.logprobs is not None and not row.output.ids:  # the prompt's are missing
-                row.score_prompt(self._batch.logits([row.variant] * len(chunk), states[: len(chunk)]))
+                row.score_prompt(self._batch.logits([row.variant], states[None, : len(chunk)])[0])
             row.add_computed(len(chunk), width)
             if row.computed == len(row.window):
                 complete.append((row, states[len(chunk) - 1]))

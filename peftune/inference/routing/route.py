@@ -94,7 +94,7 @@ class Routing:
         ids, targets = (self._ids[start + shift : start + width + shift] for shift in (0, 1))
         hidden = self._batch.prefill(variants, range(len(variants)), ids.expand(len(variants), -1), start)
         for number, variant, states in zip(self._group, variants, hidden, strict=True):
-            logits = self._batch.logits([variant] * width, states)
+            logits = self._batch.logits([variant], states[None])[0]
             self._nats[number] += torch.nn.functional.cross_entropy(logits, targets, reduction="none").tolist()
         if self.is_done:
             self._batch = None

@@ -59,7 +59,7 @@ class DecodeBatch:
 
     @torch.inference_mode()
     def logits(self, variants: Sequence[ModelVariant], hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (N, V), float32, of hidden states (N, D); row i is of `variants[i]`."""
+        """Logits (R, …, V), float32, of hidden states (R, …, D); row i is of `variants[i]`."""
         return _by_model(variants, lambda model, rows: model.logits(hidden[rows]))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
+from peftune.model.decode.batch_invariance import by_row
 from peftune.model.decode.forward import Activation, DecodeBlock, DecodeGPT2, Norm
 from peftune.model.decode.kv_cache import KVCache
 from peftune.model.decode.packed_linear import PackedLinear
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 WPE = "transformer.wpe.weight"
 MODULES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 _TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # three spellings of one function
+_ACTIVATION_DRAWS = 16  # the ends of a vectorised loop use other code, whose bits differ for one number in some tens
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,16 @@ def _block(spec: ModelSpec, tensor: Callable[[str], torch.Tensor], number: int, 
 def _norm(spec: ModelSpec, tensor: Callable[[str], torch.Tensor], name: str) -> Norm:
     weight, bias = (tensor(f"{name}.{part}").to(spec.device, torch.float32) for part in ("weight", "bias"))
     eps = spec.config.layer_norm_epsilon
-    return partial(F.layer_norm, normalized_shape=weight.shape, weight=weight, bias=bias, eps=eps)
+    norm = partial(F.layer_norm, normalized_shape=weight.shape, weight=weight, bias=bias, eps=eps)
+    return partial(by_row, "norm", norm)
 
 
 def _activation(name: str) -> Activation:
+    function: Activation
     if name in _TANH_GELU:
-        return partial(F.gelu, approximate="tanh")
-    from transformers.activations import ACT2FN
+        function = partial(F.gelu, approximate="tanh")
+    else:
+        from transformers.activations import ACT2FN
 
-    return ACT2FN[name]  # type: ignore[no-any-return]
+        function = ACT2FN[name]
+    return partial(by_row, f"activation {name}", function, draws=_ACTIVATION_DRAWS)

@@ -1,8 +1,8 @@
 """GPT-2 as it is served: the rows of a batch have their own texts, lengths, positions and adapters.
 
-Packed weights, a cache of keys and values by slot, and no autograd. A row's numbers do not depend, to the last bit, on
-the rows beside it where `PackedLinear` packs (tests/model/decode/test_forward.py): every product is row by row, or a
-batch whose shapes depend on the row alone.
+Packed weights, a cache of keys and values by slot, and no autograd. On a CPU a row's numbers do not depend, to the last
+bit, on the rows beside it: what sums goes through `by_row`, or is computed row by row. Sums of two numbers, products
+of two and roundings are exact in this sense already.
 
 Legend: R rows, T tokens of each, D width, H heads, W width of a head, V vocabulary.
 """
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from peftune.model.decode.kv_cache import KVCache, select_slots
+from peftune.model.decode.batch_invariance import by_row, holds
+from peftune.model.decode.kv_cache import KVCache, runs_of
 from peftune.model.decode.lora_slots import LoraFactors, add_lora
 from peftune.model.decode.packed_linear import PackedLinear
 
@@ -102,23 +103,29 @@ class DecodeGPT2:
     ) -> torch.Tensor:
         """Hidden states (R, D) after `ln_f` of one token a row, `ids` (R,), each at its own position."""
         at, rows = (torch.tensor(numbers, device=self.wte.device) for numbers in (positions, slots))
-        length = cache.padded_length(max(positions) + 1)
-        columns = torch.arange(length, device=at.device)
+        lengths = [cache.padded_length(position + 1) for position in positions]
+        if all(self._equal_lengths(cache, length, max(lengths)) for length in set(lengths)):
+            lengths = [max(lengths)] * len(lengths)  # one product for all
+        columns = torch.arange(max(lengths), device=at.device)
         mask = torch.where(columns > at[:, None, None, None], -torch.inf, 0.0)
+        runs = runs_of(slots, lengths)
 
         def attend(block: int, qkv: torch.Tensor) -> torch.Tensor:
             q, k, v = self._split(qkv)
             keys, values = cache.keys[block], cache.values[block]
             keys[rows, :, at] = k[:, :, 0].to(keys.dtype)
             values[rows, :, at] = v[:, :, 0].to(values.dtype)
-            keys, values = (select_slots(tensor[:, :, :length], slots) for tensor in (keys, values))
-            scores = torch.matmul((q * self.scales[block]).to(keys.dtype), keys.mT).float().add_(mask)
-            return torch.matmul(scores.softmax(-1).to(values.dtype), values).float().transpose(1, 2).flatten(2)
+            q = (q * self.scales[block]).to(keys.dtype)
+            parts = []
+            for run, used, length in runs:
+                keys_here, values_here = keys[used, :, :length], values[used, :, :length]
+                parts.append(by_row("attention", _attention, q[run], keys_here, values_here, mask[run, ..., :length]))
+            return torch.cat(parts).reshape(len(q), 1, -1)
 
         return self._forward((F.embedding(ids, self.wte) + self.wpe[at])[:, None], lora, attend)[:, 0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (N, V) in float32 of hidden states (N, D)."""
+        """Logits (R, …, V) in float32 of hidden states (R, …, D); row i is one text."""
         return self.head(hidden)
 
     def _forward(self, x: torch.Tensor, lora: LoraFactors, attend: Attend) -> torch.Tensor:
@@ -127,8 +134,32 @@ class DecodeGPT2:
             x = block(x, lora, attend, self.activation)
         return self.ln_f(x)
 
+    def _equal_lengths(self, cache: KVCache, own: int, length: int) -> bool:
+        """Whether a row gets the same bits over `own` positions and over `length` of which the rest is masked."""
+        keys = cache.keys[0]
+        if own == length or keys.device.type != "cpu":
+            return True
+
+        def check() -> bool:
+            random = torch.Generator().manual_seed(0)
+            q, k, v = (torch.randn(1, *keys.shape[1:], generator=random) for _ in range(3))
+            mask = torch.zeros(length)
+            mask[own:] = -torch.inf
+            short, long = (
+                _attention(q[:, :, :1], k[:, :, :count], v[:, :, :count], mask[:count]) for count in (own, length)
+            )
+            return torch.equal(short, long)
+
+        return holds(("length", keys.shape[1:], own, length), check)
+
     def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k and v as (R, H, T, W)."""
         rows, tokens, _ = qkv.shape
         q, k, v = qkv.view(rows, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         return q, k, v
+
+
+def _attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What one token a row, `q` (R, H, 1, W), attends to, float32: keys and values (R, H, L, W), mask (R, 1, 1, L)."""
+    scores = torch.matmul(q, keys.mT).float().add_(mask)
+    return torch.matmul(scores.softmax(-1).to(values.dtype), values).float()

@@ -24,6 +24,19 @@ def select_slots(tensor: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
     return tensor.index_select(0, torch.tensor(slots, device=tensor.device))
 
 
+def runs_of(slots: Sequence[int], lengths: Sequence[int]) -> list[tuple[slice, slice, int]]:
+    """Rows in slots that follow each other and of one length: which rows, which slots, and the length."""
+    first = [
+        row
+        for row in range(len(slots))
+        if row == 0 or slots[row] != slots[row - 1] + 1 or lengths[row] != lengths[row - 1]
+    ]
+    return [
+        (slice(start, end), slice(slots[start], slots[start] + end - start), lengths[start])
+        for start, end in zip(first, [*first[1:], len(slots)], strict=True)
+    ]
+
+
 class KVCache:
     """For each block keys and values (slots, H, positions, W) of H heads of width W.
 

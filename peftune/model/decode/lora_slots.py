@@ -1,27 +1,32 @@
-"""LoRA for a batch whose rows have different adapters: A and B of slot s are row s of two stacked tensors.
+"""LoRA for a batch whose rows have different adapters.
 
-So one batched product computes all rows. Legend: R rows, T tokens of each, r rank. A module path is (block, module),
-such as (3, "attn.c_attn").
+For several tokens of each row, a row is multiplied with its own A and B. For one token A and B of slot s are row s of
+two stacked tensors, so that one batched product computes all rows; where a row would not get the bits that its own A
+and B give it (`batch_invariance`), it is multiplied with those. Legend: R rows, T tokens of each, r rank. A module path
+is (block, module), such as (3, "attn.c_attn").
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+from torch.nn import functional as F
 
+from peftune.model.decode.batch_invariance import holds, row_of, rows_as_alone
 from peftune.model.decode.kv_cache import select_slots
 
 ModulePath = tuple[int, str]
 Factors = tuple[torch.Tensor, torch.Tensor]
-LoraFactors = Mapping[ModulePath, Factors]
-"""A (R, in, r) and B (R, r, out), its scale in it, of every module that one of the rows adapts."""
+OwnFactors = Sequence[Factors | None]
+"""A (in, r) and B (r, out) of each row, None where it does not adapt the module."""
+LoraFactors = Mapping[ModulePath, Factors | OwnFactors]
+"""For every module that a row adapts: A (R, in, r) and B (R, r, out), or each row's own. B has the scale in it."""
 
-# A row's last bits must not change with the zeros that a neighbour of a higher rank adds. So ranks are padded:
-_MANY_TOKENS_RANK = 16  # for several tokens, because MKL multiplies by narrower matrices in another order,
-_MKL_PRODUCTS = 400  # and for one so that torch takes MKL at all: below so many products it has a loop of its own
+_RANKS = 8  # ranks are padded to multiples: most kernels then give a rank and a higher one the same bits
 
 _ids = itertools.count(1)
 
@@ -30,27 +35,32 @@ _ids = itertools.count(1)
 class LoraWeights:
     """An adapter of plain LoRA in memory: for each module A (r, in) and B (r, out), float32; B holds the scale.
 
-    `rank` is the largest of any module; zeros pad it to at least 16. `id` is its own: another adapter, or the same one
-    loaded again, has another.
+    Zeros pad ranks to multiples of 8. `id` is its own: another adapter, or the same one loaded again, has another.
     """
 
     factors: Mapping[ModulePath, Factors]
-    rank: int
     id: int = field(default_factory=lambda: next(_ids))
 
 
 def lora_weights(factors: Mapping[ModulePath, tuple[torch.Tensor, torch.Tensor, float]]) -> LoraWeights:
     """An adapter out of PEFT's A (r, in), B (out, r) and scale of each module."""
-    padded = {}
-    for path, (a, b, scale) in factors.items():
-        rank = max(_MANY_TOKENS_RANK, _one_token_rank(len(a), min(a.shape[1], len(b))))
-        padded[path] = _padded(a, rank), _padded(scale * b.T, rank)
-    return LoraWeights(padded, max(len(a) for a, _, _ in factors.values()))
+    return LoraWeights({path: (_padded(a), _padded(scale * b.T)) for path, (a, b, scale) in factors.items()})
 
 
-def add_lora(y: torch.Tensor, x: torch.Tensor, factors: Factors | None) -> torch.Tensor:
-    """y (R, T, out) + x (R, T, in)·A·B, in place."""
-    return y if factors is None else y.baddbmm_(torch.bmm(x, factors[0]), factors[1])
+def add_lora(y: torch.Tensor, x: torch.Tensor, factors: Factors | OwnFactors | None) -> torch.Tensor:
+    """y (R, T, out) + x (R, T, in)·A·B; y may be written to."""
+    if factors is None:
+        return y
+    if isinstance(factors, tuple):
+        return _batched(y, x, *factors)
+    for row, own in enumerate(factors):
+        if own is not None:
+            y[row] = _batched(row_of(y, row), row_of(x, row), own[0][None], own[1][None])[0]
+    return y
+
+
+def _batched(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.baddbmm(y, torch.bmm(x, a), b)
 
 
 class AdapterSlots:
@@ -76,23 +86,31 @@ class AdapterSlots:
         """
         key = one_token, list(slots), [adapter.id if adapter is not None else 0 for adapter in adapters]
         if self._last[0] != key:
-            rank = max((adapter.rank for adapter in adapters if adapter is not None), default=0)
-            found = self._stored_factors(slots, adapters)
-            self._last = key, {path: _as_used(a, b, rank if one_token else None) for path, (a, b) in found.items()}
+            paths = {path: None for adapter in adapters if adapter is not None for path in adapter.factors}
+            own = {path: [_own(adapter, path) for adapter in adapters] for path in paths}
+            self._last = key, self._stacked_where_equal(slots, adapters, own) if one_token else own
         return self._last[1]
 
-    def _stored_factors(self, slots: Sequence[int], adapters: Sequence[LoraWeights | None]) -> LoraFactors:
-        """A (R, r, in) and B (R, r, out) of the rows, as wide as they are in memory."""
-        first = adapters[0]
-        if all(adapter is first for adapter in adapters):  # the short way: views of one A and B
-            rows, factors = len(slots), first.factors if first is not None else {}
-            return {path: (a.expand(rows, -1, -1), b.expand(rows, -1, -1)) for path, (a, b) in factors.items()}
-        present = [adapter for adapter in adapters if adapter is not None]
-        self._allocate(present)
-        for slot, adapter in zip(slots, adapters, strict=True):
-            self._load(slot, adapter)
-        paths = {path for adapter in present for path in adapter.factors}
-        return {path: tuple(select_slots(stacked, slots) for stacked in self._stacked[path]) for path in paths}  # type: ignore[misc]
+    def _stacked_where_equal(
+        self, slots: Sequence[int], adapters: Sequence[LoraWeights | None], own: Mapping[ModulePath, OwnFactors]
+    ) -> LoraFactors:
+        """Stacks in the place of the rows' `own` factors, where each row gets the same bits from them."""
+        alike = all(adapter is adapters[0] for adapter in adapters)
+        if not alike:
+            self._allocate([adapter for adapter in adapters if adapter is not None])
+            for slot, adapter in zip(slots, adapters, strict=True):
+                self._load(slot, adapter)
+        found: dict[ModulePath, Factors | OwnFactors] = {}
+        for path, each in own.items():
+            present = [factors for factors in each if factors is not None]
+            ranks = {len(b) for _, b in present}
+            if alike:  # the short way: views of one A and B
+                a, b = (factor.expand(len(slots), -1, -1) for factor in present[0])
+            else:
+                a, b = (select_slots(stacked, slots)[:, : max(ranks)] for stacked in self._stacked[path])
+                a = a.mT
+            found[path] = (a, b) if _equal(a, b, ranks) else each
+        return found
 
     def _load(self, slot: int, adapter: LoraWeights | None) -> None:
         wanted, factors = (adapter.id, adapter.factors) if adapter is not None else (0, {})
@@ -119,22 +137,40 @@ class AdapterSlots:
                     self._stacked[path] = a.new_zeros(shape_a), b.new_zeros(shape_b)
 
 
-def _as_used(a: torch.Tensor, b: torch.Tensor, rank: int | None) -> Factors:
-    """A (R, in, r) and B (R, r, out) as one token needs them, whose highest rank is `rank`; None: several tokens."""
-    if rank is None:
-        return a.mT, b
-    rank = _one_token_rank(rank, min(a.shape[2], b.shape[2]))
-    return a[:, :rank].mT, b[:, :rank]
+def _own(adapter: LoraWeights | None, path: ModulePath) -> Factors | None:
+    """A (in, r) and B (r, out) of an adapter, None where it does not adapt this module."""
+    if adapter is None or path not in adapter.factors:
+        return None
+    a, b = adapter.factors[path]
+    return a.mT, b
 
 
-def _one_token_rank(rank: int, width: int) -> int:
-    """What `rank` is padded to for one token; the narrower side of A and B has this width."""
-    enough = max(rank, -(-_MKL_PRODUCTS // width))
-    return -(-enough // 8) * 8  # MKL's kernels take 8 columns at once
+def _equal(a: torch.Tensor, b: torch.Tensor, ranks: Collection[int]) -> bool:
+    """Whether A (R, in, r) and B (R, r, out) give rows of one token, of such ranks, the bits of their own A and B."""
+    if a.device.type != "cpu":
+        return True
+    (rows, width_in, rank), width_out = a.shape, b.shape[2]
+    x, y = torch.empty(rows, 1, width_in), torch.empty(rows, 1, width_out)
+    return rows_as_alone("lora", _batched, y, x, a, b) and all(
+        own == rank
+        or holds(("rank", own, rank, width_in, width_out), partial(_equal_ranks, own, rank, width_in, width_out))
+        for own in ranks
+    )
 
 
-def _padded(matrix: torch.Tensor, rank: int) -> torch.Tensor:
-    """(r, n) in float32 with zeros up to `rank`; contiguous, because the layout decides the last bits of a product."""
-    padded = matrix.new_zeros(rank, matrix.shape[1], dtype=torch.float32)
+def _equal_ranks(own: int, rank: int, width_in: int, width_out: int) -> bool:
+    """Whether one row gets the same bits from A and B of the rank `own` and from the same with zeros up to `rank`."""
+    random = torch.Generator().manual_seed(0)
+    x, y, a, b = (
+        torch.randn(1, rows, width, generator=random)
+        for rows, width in ((1, width_in), (1, width_out), (own, width_in), (own, width_out))
+    )
+    wide_a, wide_b = (F.pad(factor, (0, 0, 0, rank - own)) for factor in (a, b))
+    return torch.equal(_batched(y, x, a.mT, b), _batched(y, x, wide_a.mT, wide_b))
+
+
+def _padded(matrix: torch.Tensor) -> torch.Tensor:
+    """(r, n) in float32 with zeros up to a multiple of 8; contiguous, because the layout decides the last bits."""
+    padded = matrix.new_zeros(-(-len(matrix) // _RANKS) * _RANKS, matrix.shape[1], dtype=torch.float32)
     padded[: len(matrix)] = matrix
     return padded

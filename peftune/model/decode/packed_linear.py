@@ -1,8 +1,8 @@
 """A frozen matrix, laid out once for the few rows that decoding multiplies it with.
 
 On CPUs the matrix is packed for oneDNN. With 8 rows of GPT-2's matrices that is 2 to 5 times as fast as MKL on the
-plain matrix, in fp32 as in bf16 (`python -m benchmarks.decode speed` prints both), and, other than MKL's, a row's
-result does not depend on how many rows are beside it: a text does not depend on what else is in the batch.
+plain matrix, in fp32 as in bf16 (`python -m benchmarks.decode speed` prints both). Its kernels mostly give a row the
+same bits whatever the number of rows; `by_row` makes sure of it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from functools import cache
 import torch
 from torch.nn import functional as F
 
+from peftune.model.decode.batch_invariance import by_row
+
 _ROWS = 8  # packed for about so many; the layout is the same for all
 
 
 class PackedLinear:
-    """x (…, in) to x·W + b (…, out), float32 in and out; products in the dtype of `weight`, sums in float32.
+    """x (R, …, in) to x·W + b (R, …, out), float32 in and out; products in the dtype of `weight`, sums in float32.
 
-    `weight` is (out, in), as in `torch.nn.Linear`; `bias` (out,) or None. Neither is changed.
+    Row i has the same bits in any company. `weight` is (out, in), as in `torch.nn.Linear`; `bias` (out,) or None.
+    Neither is changed.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -26,15 +29,18 @@ class PackedLinear:
         self._bias = bias.to(weight.dtype) if bias is not None else None
         self._packed = weight.device.type == "cpu" and _can_pack(weight.dtype)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS) if self._packed else weight
+        self._name = f"linear of {len(weight)} {weight.dtype} {bias is not None} {self._packed}"
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return by_row(self._name, self._multiply, x)
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(self._dtype)
-        if not self._packed:
-            y = F.linear(rows, self._weight, self._bias)
-        elif len(rows) > 1:
-            y = _product(rows, self._weight, self._bias)
-        else:  # one row alone takes another kernel, whose last bits differ
-            y = _product(rows.expand(2, -1), self._weight, self._bias)[:1]
+        product = _product if self._packed else F.linear
+        if len(rows) > 1:
+            y = product(rows, self._weight, self._bias)
+        else:  # one alone takes another kernel, whose last bits differ
+            y = product(rows.expand(2, -1), self._weight, self._bias)[:1]
         return y.view(*x.shape[:-1], -1).float()
 
 

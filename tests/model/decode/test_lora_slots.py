@@ -11,7 +11,7 @@ from peftune.model.decode.lora_slots import AdapterSlots, LoraWeights, add_lora,
 
 AT = (0, "attn.c_attn")
 RANKS = (1, 3, 8, 13, 16, 20, 64)
-WIDTHS = [(768, 2304), (3072, 768), (64, 192), (32, 96), (24, 24)]
+WIDTHS = [(768, 2304), (3072, 768), (64, 192), (24, 24)]
 
 
 def _lora(width_in: int, width_out: int, rank: int, seed: int) -> tuple[LoraWeights, torch.Tensor]:
@@ -22,8 +22,10 @@ def _lora(width_in: int, width_out: int, rank: int, seed: int) -> tuple[LoraWeig
 
 
 @pytest.mark.parametrize(("width_in", "width_out"), WIDTHS)
-@pytest.mark.parametrize("tokens", [1, 2, 16, 33])
-def test_a_row_gets_what_it_gets_alone_whatever_the_ranks_beside_it(width_in: int, width_out: int, tokens: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 16, 33])
+def test_a_row_gets_what_it_gets_alone_whatever_the_ranks_beside_it(
+    width_in: int, width_out: int, tokens: int, threads: int
+) -> None:
     made = [_lora(width_in, width_out, rank, seed) for seed, rank in enumerate(RANKS)]
     random = torch.Generator().manual_seed(99)
     x, y = (torch.randn(len(RANKS) + 1, tokens, width, generator=random) for width in (width_in, width_out))
@@ -32,7 +34,7 @@ def test_a_row_gets_what_it_gets_alone_whatever_the_ranks_beside_it(width_in: in
     for row, (adapter, change) in enumerate(zip(adapters, exact, strict=True)):
         one = slice(row, row + 1)
         factors = AdapterSlots(1).factors([0], [adapter], one_token=tokens == 1).get(AT)
-        alone.append(add_lora(y[one].clone(), x[one], factors)[0])
+        alone.append(add_lora(y[one].clone(), x[one].clone(), factors)[0])
         expected = y[row].double() + (x[row].double() @ change.T if change is not None else 0)
         # x·A of rank 1 is one sum of up to 3,072 terms that cancel: 2e-6 was seen
         assert float((alone[row] - expected).norm() / expected.norm()) < 1e-5, row
