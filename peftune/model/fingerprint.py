@@ -1,6 +1,6 @@
-"""Content hashes that take long, remembered by the identity of the files: path, size, modification time, inode.
+"""Content hashes that take long, remembered by the identity of the files: path, size, times, inode.
 
-They lie in `fingerprints.json` under `files.cache_directory`.
+They lie in `fingerprints.json` under `cache.cache_directory`.
 """
 
 from __future__ import annotations
@@ -15,26 +15,31 @@ from typing import Any
 
 import torch
 
-from peftune.errors import UserError
-from peftune.files import cache_directory, read_object, write_whole
+from peftune.cache import cache_directory, check_private, open_private, private_directory
+from peftune.files import parse_json, write_whole
 
 _REMEMBERED = 512
+_BYTES = 1 << 20
 
 
 def remembered(kind: str, files: list[Path], compute: Callable[[], str]) -> str:
-    """`compute()`, or what it gave for these very files; a cache that cannot be read or written changes nothing."""
+    """`compute()`, or what it gave for these very files; a cache that cannot be read or written changes nothing.
+
+    Raises UserError where others may write to the cache.
+    """
     identity = _identity(files)
-    key = hashlib.sha256(json.dumps([kind, 1, identity]).encode()).hexdigest()
-    path = cache_directory() / "fingerprints.json"
+    key = hashlib.sha256(json.dumps([kind, 2, identity]).encode()).hexdigest()
+    path = check_private(cache_directory()) / "fingerprints.json"
     known = _load(path).get(key)
     if known is not None:
         return known
     value = compute()
     if _identity(files) == identity:  # nobody wrote to the files meanwhile
         with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            private_directory(path.parent)
             kept = dict(list(_load(path).items())[-_REMEMBERED:]) | {key: value}
-            write_whole(path, json.dumps(kept, indent=0).encode())
+            content = {"fingerprints": kept, "sha256": _hash(kept)}
+            write_whole(path, json.dumps(content, indent=0).encode(), mode=0o600)
     return value
 
 
@@ -46,11 +51,20 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 def _identity(files: list[Path]) -> list[list[str | int]]:
     stats = [(os.path.realpath(file), file.stat()) for file in files if file.is_file()]
-    return [[path, stat.st_size, stat.st_mtime_ns, stat.st_ino] for path, stat in stats]
+    # the last cannot be set by whoever puts the others back
+    return [[path, stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns] for path, stat in stats]
 
 
 def _load(path: Path) -> dict[str, str]:
+    """What is remembered; nothing where the file is missing or not what was written."""
     try:
-        return {key: value for key, value in read_object(path).items() if isinstance(value, str)}
-    except UserError:
+        with open(open_private(path), "rb") as file:
+            content = parse_json(file.read(_BYTES))
+        kept = content["fingerprints"]
+        return kept if content["sha256"] == _hash(kept) else {}
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def _hash(kept: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()

@@ -87,6 +87,16 @@ def identity(source: Source) -> list[str | None]:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror or error}") from None
 
 
+def state_of(source: Source) -> list[tuple[str, int, int, int, int]]:
+    """What changes when somebody writes to a file of a source, puts another in its place, or adds one."""
+    files = None if source.path.startswith("builtin:") else files_of(source)
+    try:
+        stats = [(str(path), path.stat()) for path in files or ()]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror or error}") from None
+    return [(path, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in stats]
+
+
 def files_of(source: Source) -> list[Path] | None:
     """The files that a source means, or None where it names a hub data set; UserError for a path without files."""
     if not source.path or "\0" in source.path:

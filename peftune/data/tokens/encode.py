@@ -86,6 +86,26 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
     return end
 
 
+def rules_of(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Everything besides vocabulary and merges that decides which ids a text becomes, as text to be compared."""
+    backend = tokenizer.backend_tokenizer
+    parts = [
+        part.__getstate__().decode() if part is not None else "" for part in (backend.normalizer, backend.pre_tokenizer)
+    ]
+    names = (
+        "dropout",
+        "unk_token",
+        "continuing_subword_prefix",
+        "end_of_word_suffix",
+        "fuse_unk",
+        "byte_fallback",
+        "ignore_merges",
+    )
+    options = [type(backend.model).__name__, *(str(getattr(backend.model, name, None)) for name in names)]
+    added = [f"{number} {token!r}" for number, token in sorted(tokenizer.added_tokens_decoder.items())]
+    return "\n".join(parts + options + added)
+
+
 def _sums(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Sums of the slices of `values` that end before `ends` (rising)."""
     return np.diff(np.concatenate([[0], np.cumsum(values)])[ends], prepend=0)
