@@ -248,7 +248,9 @@ _STOPPED = 130  # what a shell reports for Ctrl-C
 
 def _complain(message: str, exit_code: int) -> int:
     if message:  # empty where another rank says it
-        typer.echo(f"peftune: {' '.join(message.split())}", err=True)
+        # what a file says is shown and never sent to the terminal as a command
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
+        typer.echo(f"peftune: {line}", err=True)
     return exit_code
 
 

@@ -10,11 +10,10 @@ import copy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
-from peftune.config.messages import validation_messages
-from peftune.config.yaml_loader import Loader, read_yaml
+from peftune.config.messages import short, validation_messages
+from peftune.config.yaml_loader import parse_yaml, read_yaml
 from peftune.errors import UserError
 
 BLOCK_LINEARS = ("c_attn", "c_proj", "c_fc")
@@ -248,19 +247,25 @@ def known_keys() -> dict[str, list[str]]:
     return {name: list(section.model_fields) for name, section in sections.items() if hasattr(section, "model_fields")}
 
 
+_DEEPEST = 4  # parents of a key, more than any has
+
+
 def _apply(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
+    shown = short(override)
     if not separator or not key:
-        raise UserError(f"override {override!r}: expected key=value, such as optim.lr=1e-4")
+        raise UserError(f"override {shown}: expected key=value, such as optim.lr=1e-4")
     try:
-        value = yaml.load(text, Loader) if text else ""
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise UserError(f"override {override!r}: {text!r} is not a YAML value") from None
+        value = parse_yaml(text) if text else ""
+    except ValueError:
+        raise UserError(f"override {shown}: {short(text)} is not a YAML value") from None
     *parents, last = key.split(".")
+    if len(parents) > _DEEPEST:
+        raise UserError(f"override {shown}: no key of a recipe lies so deep; expected one such as optim.lr")
     for parent in parents:
         inner = {} if values.get(parent) is None else values[parent]
         values[parent] = inner
         if not isinstance(inner, dict):
-            raise UserError(f"override {override!r}: {parent} is not a section")
+            raise UserError(f"override {shown}: {parent[:80]} is not a section")
         values = inner
     values[last] = value
