@@ -4,7 +4,7 @@
 |---------------------|------------------------------------------------------------------------------|
 | `tokens/KEY/`       | tokenised documents (`data.tokens.store`)                                     |
 | `fingerprints.json` | content hashes of bases and tokenizers (`model.fingerprint`)                  |
-| `compiled/`         | kernels that torch compiled (`model.train.compiled`)                          |
+| `torchinductor/`    | kernels that torch compiled (`model.train.compiled`)                          |
 
 Windows knows no owner and mode in this sense: a cache there is as private as the directory that it lies in.
 """

@@ -83,6 +83,12 @@ def remove_all_leftovers(directory: Path, prefix: str = r"\..*\.") -> None:
                 path.unlink(missing_ok=True)
 
 
+def writer_of(name: str) -> tuple[bool, int] | None:
+    """Of a name that `beside` made: whether a process of this machine did, and its number."""
+    match = re.fullmatch(r"\..+\.([0-9a-f]{8})-(\d+)\.[0-9a-f]{8}", name)
+    return (match[1] == _HOST, int(match[2])) if match else None
+
+
 def _prefix(path: Path) -> str:
     """How names beside `path` begin; short enough for every file system, whatever the name."""
     name = path.name if len(path.name.encode()) <= 160 else hashlib.sha256(path.name.encode()).hexdigest()[:32]

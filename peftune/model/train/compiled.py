@@ -35,7 +35,7 @@ def compiled(norm: Norm, inner: int) -> Elementwise:
     try:
         # torch's own default is a name in /tmp that any user can take first
         if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_directory(cache_directory(), "compiled"))
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_directory(cache_directory(), "torchinductor"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's compiler about torch
             operations = Elementwise(torch.compile(normed), torch.compile(added), torch.compile(activated))
