@@ -64,8 +64,7 @@ def tokenize_batch(documents: Sequence[Document], backends: TokenizerBackends, e
 
 def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
     """Ids of each text as it stands: nothing added, nothing cut, no special token recognised, no warning on length."""
-    encodings = backends_of(tokenizer).own.encode_batch_fast(list(texts), add_special_tokens=False)
-    return [encoding.ids for encoding in encodings]
+    return backends_of(tokenizer).own_ids(texts)
 
 
 def parts_of(document: Document, join: str) -> list[tuple[str, bool]]:
