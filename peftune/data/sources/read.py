@@ -27,6 +27,7 @@ from peftune.files import sha256_of
 
 _KINDS = (["text"], ["prompt", "completion"], ["messages"])
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?\Z")
+_PACKED = (".gz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".tar", ".tgz", ".7z")
 _TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 
 
@@ -134,14 +135,32 @@ def _existing_files(path: Path) -> list[Path] | None:
     if path.is_dir():
         below = sorted(p for p in path.rglob("*") if p.is_file())
         shown = [p for p in below if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        _check_links(path, shown)
         return [p for p in shown if _has_rows(p) or plain_text.looks_like_text(p)]
     if path.exists():
         if not path.is_file():
             raise UserError(f"{path}: not a regular file; expected a file or a directory")
+        if path.suffix.lower() in _PACKED:
+            raise UserError(f"{path}: a packed file; unpack it first")
         return [path]
     if glob.has_magic(str(path)):
         return [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
     return None
+
+
+def _check_links(directory: Path, files: list[Path]) -> None:
+    """Refuse links that lead out of a directory: whoever made it would choose which files of this machine are learnt.
+
+    In a snapshot of the hub's cache all files are links to `blobs` two levels up.
+    """
+    inside = directory.resolve()
+    allowed = [inside, inside.parent.parent / "blobs"] if inside.parent.name == "snapshots" else [inside]
+    for file in files:
+        target = file.resolve()
+        if not any(target.is_relative_to(root) for root in allowed):
+            raise UserError(
+                f"{file}: leads out of {directory}, to {target}; copy the file there, or name it as a source"
+            )
 
 
 def _nearest(path: Path) -> str:
