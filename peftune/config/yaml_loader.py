@@ -61,7 +61,7 @@ class _Loader(yaml.SafeLoader):
         self.values_of: dict[str, int] = {}  # of each part that has a name (anchor), once it is complete
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         before = self.values
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in self.anchors and event.anchor not in self.values_of:
