@@ -66,7 +66,7 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in self.anchors and event.anchor not in self.values_of:
                 raise ValueError(f"*{event.anchor} stands inside of what it names")
-            self.values += self.values_of.get(event.anchor, 0)
+            self.values += self.values_of.get(event.anchor or "", 0)
         elif event.tag not in (None, "!", "tag:yaml.org,2002:str"):
             raise ValueError(f"the tag {event.tag[:80]!r} is not known here")
         self.values += 1
