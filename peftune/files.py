@@ -1,4 +1,4 @@
-"""Files: JSON read and written, directories that appear whole or not at all, content hashes, where the cache is.
+"""Files: JSON read and written, directories that appear whole or not at all, content hashes.
 
 What is written goes beside its name first and is renamed when it is complete, so a reader never sees half of it.
 """
@@ -28,11 +28,6 @@ _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 _UMASK = os.umask(0o077)  # asked once, while there is one thread: asking sets it
 os.umask(_UMASK)
 _staged: set[Path] = set()  # names that `beside` gave
-
-
-def cache_directory() -> Path:
-    """Where everything that can be made again is kept: $PEFTUNE_CACHE, else ~/.cache/peftune."""
-    return Path(os.environ.get("PEFTUNE_CACHE") or Path.home() / ".cache" / "peftune")
 
 
 def sha256_of(path: Path) -> str:
@@ -77,14 +72,24 @@ def beside(path: Path) -> Path:
 
 def remove_leftovers(target: Path) -> None:
     """Remove what killed processes of this machine left beside `target`; what still runs keeps its own."""
-    pattern = re.compile(re.escape(f"{_prefix(target)}{_HOST}-") + r"(\d+)\.[0-9a-f]{8}")
-    for path in target.parent.iterdir() if target.parent.is_dir() else ():
-        match = pattern.fullmatch(path.name)
+    remove_all_leftovers(target.parent, re.escape(_prefix(target)))
+
+
+def remove_all_leftovers(directory: Path, prefix: str = r"\..*\.") -> None:
+    """Remove what killed processes of this machine left in a directory, beside any name."""
+    for path in directory.iterdir() if directory.is_dir() else ():
+        match = re.fullmatch(rf"{prefix}{_HOST}-(\d+)\.[0-9a-f]{{8}}", path.name)
         if match and not psutil.pid_exists(int(match[1])):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def writer_of(name: str) -> tuple[bool, int] | None:
+    """Of a name that `beside` made: whether a process of this machine did, and its number."""
+    match = re.fullmatch(r"\..+\.([0-9a-f]{8})-(\d+)\.[0-9a-f]{8}", name)
+    return (match[1] == _HOST, int(match[2])) if match else None
 
 
 def _prefix(path: Path) -> str:
@@ -145,12 +150,17 @@ def _flush(path: Path, flags: int) -> None:
         os.close(handle)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its name, flush it and rename it; OSError where it cannot be, and nothing is left."""
+def write_whole(path: Path, content: bytes, mode: int | None = None) -> None:
+    """Write a file beside its name, flush it and rename it; OSError where it cannot be, and nothing is left.
+
+    `mode` are its permissions (default: those of any new file).
+    """
     remove_leftovers(path)
     staged = beside(path)
     try:
         staged.write_bytes(content)
+        if mode is not None:
+            staged.chmod(mode)
         flush_to_disk(staged)
         staged.replace(path)
     finally:

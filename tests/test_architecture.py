@@ -20,7 +20,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first; a package imports from layers below its own.
 LAYERS = (
     {"version", "errors"},
-    {"files", "console", "config"},
+    {"files", "cache", "console", "config"},
     {"data", "model"},
     {"adapters"},
     {"inference"},

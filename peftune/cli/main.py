@@ -10,7 +10,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from peftune.cli import adapters
+from peftune.cli import adapters, cache
 from peftune.cli.launcher.launch import configs, launch
 from peftune.cli.options import BASE_HELP, Adapters, Json, named, save_json, source_of
 from peftune.cli.serve import serve
@@ -28,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(adapters.app)
+app.add_typer(cache.app)
 
 _COLUMN_HELP = "Column to read: text=, prompt=, completion= or messages=; of a hub data set also split=, subset=."
 
@@ -258,7 +259,8 @@ _STOPPED = 130  # what a shell reports for Ctrl-C
 
 
 def _complain(message: str, exit_code: int) -> int:
-    line = f"peftune: {' '.join(message.split())}"
+    # what a file says is shown and never sent to the terminal as a command
+    line = "peftune: " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
     record_for_launcher(line)
     typer.echo(line, err=True)
     return exit_code

@@ -43,7 +43,7 @@ def validation_messages(error: ValidationError, keys: Mapping[str, Sequence[str]
         elif item["type"] == "missing":
             message = f"{where} is missing"
         elif field in _EITHER and (field != "data.validation" or where == field):
-            where, message = field, f"{field}: expected {_EITHER[field]}, found {_short(item['input'])}"
+            where, message = field, f"{field}: expected {_EITHER[field]}, found {short(item['input'])}"
         else:
             message = f"{where}: {_problem(item)}" if where else _problem(item)
         found.setdefault(where, message)
@@ -55,10 +55,11 @@ def _problem(item: Any) -> str:
         return str(item["ctx"]["error"])
     should_be = "expected a number" if "_than" in item["type"] else "expected"  # "Input should be less than 1"
     expected = _PLAIN.get(item["type"]) or item["msg"].replace("Input should be", should_be)
-    return f"{expected[:1].lower()}{expected[1:]}, found {_short(item['input'])}"
+    return f"{expected[:1].lower()}{expected[1:]}, found {short(item['input'])}"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as a person may have written it, cut to what fits into a message."""
     text = "nothing" if value is None else repr(value)
     return text if len(text) <= 80 else f"{text[:80]}…"
 

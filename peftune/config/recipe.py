@@ -10,16 +10,16 @@ import copy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
-from peftune.config.messages import validation_messages
-from peftune.config.yaml_loader import Loader, read_yaml
+from peftune.config.messages import short, validation_messages
+from peftune.config.yaml_loader import parse_yaml, read_yaml
 from peftune.errors import UserError
 
 BLOCK_LINEARS = ("c_attn", "c_proj", "c_fc")
 """The linear layers of a GPT-2 block by their last name: what `quantize` packs."""
 NonEmpty = Annotated[str, Field(min_length=1)]
+_MOST = 1_000_000_000  # far beyond any use, and products of two fit into single precision
 
 
 class Section(BaseModel):
@@ -106,7 +106,7 @@ class LoraSection(Section):
 
     rank: Annotated[int, Field(ge=1)] = 16
     """Rank of the update of each adapted matrix."""
-    alpha: Annotated[float, Field(gt=0)] = 32
+    alpha: Annotated[float, Field(gt=0, le=_MOST)] = 32
     """Scale: the update is multiplied by alpha / rank (rslora: alpha / sqrt(rank))."""
     dropout: Fraction = 0.0
     """Dropout on the input of each adapter."""
@@ -124,25 +124,25 @@ class LoraSection(Section):
 class OptimSection(Section):
     """AdamW and its schedule; a step is an optimizer step."""
 
-    lr: Annotated[float, Field(gt=0)] = 2.0e-4
+    lr: Annotated[float, Field(gt=0, le=_MOST)] = 2.0e-4
     """Peak learning rate."""
-    lr_b_ratio: Annotated[float, Field(gt=0)] = 1.0
+    lr_b_ratio: Annotated[float, Field(gt=0, le=_MOST)] = 1.0
     """LoRA+ (2402.12354): the rate of the B matrices is lr times this."""
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """Course of the rate after the warm-up: to zero on a line or half a cosine, or constant."""
-    warmup: Annotated[float, Field(ge=0)] = 0.03
+    warmup: Annotated[float, Field(ge=0, le=_MOST)] = 0.03
     """Share of all steps with a rising rate (below 1), or a number of steps (1 and above)."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=_MOST)] = 0.0
     """Decoupled weight decay of the adapter matrices."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
     """Decay of AdamW's moments."""
-    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    clip: Annotated[float, Field(gt=0, le=_MOST)] | None = 1.0
     """Largest global gradient norm; null does not clip."""
-    epochs: Annotated[float, Field(gt=0)] = 3
+    epochs: Annotated[float, Field(gt=0, le=_MOST)] = 3
     """Passes over the training blocks; not used when `steps` is given."""
-    steps: Annotated[int, Field(ge=1)] | None = None
+    steps: Annotated[int, Field(ge=1, le=_MOST)] | None = None
     """Number of optimizer steps, instead of `epochs`."""
-    neftune: Annotated[float, Field(ge=0)] = 0.0
+    neftune: Annotated[float, Field(ge=0, le=_MOST)] = 0.0
     """NEFTune (2310.05914): strength of the uniform noise on embeddings while training; 0 is off."""
     label_smoothing: Fraction = 0.0
     """Share of each target's probability that is spread evenly over the vocabulary while training (1512.00567). The
@@ -248,19 +248,25 @@ def known_keys() -> dict[str, list[str]]:
     return {name: list(section.model_fields) for name, section in sections.items() if hasattr(section, "model_fields")}
 
 
+_DEEPEST = 4  # parents of a key, more than any has
+
+
 def _apply(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
+    shown = short(override)
     if not separator or not key:
-        raise UserError(f"override {override!r}: expected key=value, such as optim.lr=1e-4")
+        raise UserError(f"override {shown}: expected key=value, such as optim.lr=1e-4")
     try:
-        value = yaml.load(text, Loader) if text else ""
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise UserError(f"override {override!r}: {text!r} is not a YAML value") from None
+        value = parse_yaml(text) if text else ""
+    except ValueError:
+        raise UserError(f"override {shown}: {short(text)} is not a YAML value") from None
     *parents, last = key.split(".")
+    if len(parents) > _DEEPEST:
+        raise UserError(f"override {shown}: no key of a recipe lies so deep; expected one such as optim.lr")
     for parent in parents:
         inner = {} if values.get(parent) is None else values[parent]
         values[parent] = inner
         if not isinstance(inner, dict):
-            raise UserError(f"override {override!r}: {parent} is not a section")
+            raise UserError(f"override {shown}: {parent[:80]} is not a section")
         values = inner
     values[last] = value

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftune.errors import UserError, first_line
+from peftune.files import read_object_if_present
 from peftune.model.fingerprint import remembered
+from peftune.model.tokenizer_rules import problem_of
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, PreTrainedTokenizerFast
@@ -18,6 +20,7 @@ _FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "config.json",
 )  # fmt: skip
+_JSON = ("tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def load_tokenizer(directory: Path, config: GPT2Config) -> PreTrainedTokenizerFast:
@@ -29,9 +32,17 @@ def load_tokenizer(directory: Path, config: GPT2Config) -> PreTrainedTokenizerFa
 
     if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise UserError(f"base {directory}: no tokenizer here (tokenizer.json, or vocab.json and merges.txt)")
+    for name in _JSON:  # before Transformers, which takes them for what it expects
+        state = read_object_if_present(directory / name, f"base {directory}: {name}")
+        if name == "tokenizer.json" and state and (problem := problem_of(state)):
+            raise UserError(f"base {directory}: {name}: {problem}; use another tokenizer")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(directory, config=config)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (
+        BaseException
+    ) as error:  # whatever a library that is not ours makes of a broken file, a panic of Rust included
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise UserError(f"base {directory}: the tokenizer cannot be read: {first_line(error)}") from None
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise UserError(
@@ -41,7 +52,7 @@ def load_tokenizer(directory: Path, config: GPT2Config) -> PreTrainedTokenizerFa
     return tokenizer  # type: ignore[no-any-return]
 
 
-def fingerprint(load: Callable[[], PreTrainedTokenizerFast], directory: Path) -> str:
+def fingerprint(load: Callable[[], PreTrainedTokenizerFast], directory: Path, fresh: bool = False) -> str:
     """sha256 of vocabulary, merges and special tokens, whichever files hold them; `load` is called only if need be."""
 
     def compute() -> str:
@@ -59,7 +70,7 @@ def fingerprint(load: Callable[[], PreTrainedTokenizerFast], directory: Path) ->
         }
         return hashlib.sha256(json.dumps(facts, ensure_ascii=True).encode()).hexdigest()
 
-    return remembered("tokenizer", [directory / name for name in _FILES], compute)
+    return remembered("tokenizer", [directory / name for name in _FILES], compute, fresh)
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int, directory: Path) -> None:

@@ -55,6 +55,11 @@ BROKEN = [
     ("data.validation={internet: 3}", "data.validation.internet: expected a list"),
     ("data.validation={path: x, tex: y}", "unknown key data.validation.0.tex, did you mean text?"),
     ("data.validation={poems: {pth: x}}", "poems.0.path is missing; unknown key data.validation.poems.0.pth"),
+    *(
+        (f"{key}=1e38", f"{key}: expected a number less than or equal to 1000000000, found 1e+38")
+        for key in ("lora.alpha", "optim.lr", "optim.lr_b_ratio", "optim.epochs", "optim.clip", "optim.neftune")
+    ),
+    ("optim.steps=1" + "0" * 30, "optim.steps: expected a number less than or equal to 1000000000"),
     ("data.block_size=4", "data.block_size: expected a whole number of at least 8, or auto, found 4"),
     ("data.block_size=1.5", "data.block_size: expected a whole number"),
     ("data.block_size=big", "data.block_size: expected a whole number"),

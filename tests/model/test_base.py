@@ -225,7 +225,7 @@ def test_dropout_is_what_was_asked_whatever_the_checkpoint_says(base: Path) -> N
 
 def test_a_missing_or_broken_tokenizer_is_one_line(base: Path) -> None:
     (base / "tokenizer.json").write_text("{")
-    assert "the tokenizer cannot be read" in refusal(lambda: Base(base).tokenizer)
+    assert "tokenizer.json: cannot be read" in refusal(lambda: Base(base).tokenizer)
     (base / "tokenizer.json").unlink()
     assert "no tokenizer here" in refusal(lambda: Base(base).tokenizer)
 

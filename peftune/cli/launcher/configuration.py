@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import NoReturn
 
 import psutil
-import yaml
 
+from peftune.config.messages import short
 from peftune.config.shipped import shipped
+from peftune.config.yaml_loader import read_yaml
 from peftune.errors import UserError
+
+_MOST_RANKS = 10_000
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,16 @@ class LaunchOptions:
 def read(config: str, processes: int | None, nodes: int) -> LaunchOptions:
     """The configuration of that name, or in that file; UserError where this machine cannot run it."""
     path = _find(config, nodes)
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    settings = read_yaml(path, "the configuration", "the settings of accelerate")
+    asked, deepspeed = settings.get("num_processes") or 1, settings.get("deepspeed_config") or {}
+    file = deepspeed.get("deepspeed_config_file") or "" if isinstance(deepspeed, dict) else None
+    if type(asked) is not int or not 1 <= asked <= _MOST_RANKS:
+        raise UserError(f"{path}: num_processes is {short(asked)}; expected a number of 1 to {_MOST_RANKS:,}")
+    if not isinstance(file, str):
+        raise UserError(f"{path}: deepspeed_config is {short(deepspeed)}; expected deepspeed_config_file with a name")
     one_process = settings.get("distributed_type") in ("NO", False)  # unquoted, YAML reads NO as false
     gpus = 0 if settings.get("use_cpu") else _gpus(path.name)
-    ranks = processes or gpus or max(1, int(settings.get("num_processes") or 1) // nodes)
+    ranks = processes or gpus or max(1, asked // nodes)
     if one_process and (total := (processes or 1) * nodes) > 1:
         other = "cpu-2.yaml and ddp.yaml start as many as you say"
         raise UserError(f"{path.name} starts one process, so not {total}; {other}")
@@ -49,7 +58,7 @@ def read(config: str, processes: int | None, nodes: int) -> LaunchOptions:
     if "OMP_NUM_THREADS" not in os.environ:
         environment["OMP_NUM_THREADS"] = str(max(1, _cores() // (1 if one_process else ranks)))
     arguments = {"config_file": path, "num_processes": ranks * nodes, "num_machines": nodes}
-    if file := (settings.get("deepspeed_config") or {}).get("deepspeed_config_file"):
+    if file:
         arguments["deepspeed_config_file"] = _find_deepspeed_file(file, path)
         arguments["deepspeed_multinode_launcher"] = "standard"  # else DeepSpeed starts the other machines over ssh
     return LaunchOptions(arguments, one_process, environment)

@@ -27,6 +27,7 @@ from peftune.files import sha256_of
 
 _KINDS = (["text"], ["prompt", "completion"], ["messages"])
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?\Z")
+_PACKED = (".gz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".tar", ".tgz", ".7z")
 _TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 
 
@@ -87,6 +88,16 @@ def identity(source: Source) -> list[str | None]:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror or error}") from None
 
 
+def state_of(source: Source) -> list[tuple[str, int, int, int, int]]:
+    """What changes when somebody writes to a file of a source, puts another in its place, or adds one."""
+    files = None if source.path.startswith("builtin:") else files_of(source)
+    try:
+        stats = [(str(path), path.stat()) for path in files or ()]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror or error}") from None
+    return [(path, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in stats]
+
+
 def files_of(source: Source) -> list[Path] | None:
     """The files that a source means, or None where it names a hub data set; UserError for a path without files."""
     if not source.path or "\0" in source.path:
@@ -124,14 +135,32 @@ def _existing_files(path: Path) -> list[Path] | None:
     if path.is_dir():
         below = sorted(p for p in path.rglob("*") if p.is_file())
         shown = [p for p in below if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        _check_links(path, shown)
         return [p for p in shown if _has_rows(p) or plain_text.looks_like_text(p)]
     if path.exists():
         if not path.is_file():
             raise UserError(f"{path}: not a regular file; expected a file or a directory")
+        if path.suffix.lower() in _PACKED:
+            raise UserError(f"{path}: a packed file; unpack it first")
         return [path]
     if glob.has_magic(str(path)):
         return [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
     return None
+
+
+def _check_links(directory: Path, files: list[Path]) -> None:
+    """Refuse links that lead out of a directory: whoever made it would choose which files of this machine are learnt.
+
+    In a snapshot of the hub's cache all files are links to `blobs` two levels up.
+    """
+    inside = directory.resolve()
+    allowed = [inside, inside.parent.parent / "blobs"] if inside.parent.name == "snapshots" else [inside]
+    for file in files:
+        target = file.resolve()
+        if not any(target.is_relative_to(root) for root in allowed):
+            raise UserError(
+                f"{file}: leads out of {directory}, to {target}; copy the file there, or name it as a source"
+            )
 
 
 def _nearest(path: Path) -> str:

@@ -22,6 +22,9 @@ Row = tuple[str, dict[str, Any]]
 Rows = Generator[Row, None, None]  # to be closed where reading stops early: a file is open
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _CHUNK = 1 << 20
+_SLACK = 1 << 30  # bytes that unpacking may take in any case
+_MOST_UNPACKED = 100  # times the packed size; text is packed to a twentieth at best
+_MOST_TEXT = 1_000  # times the size of the file
 _VISIBLE = re.compile(r"[^ \t\n\r]")
 _KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", dict: "an object"}
 _KINDS |= {list: "a list", tuple: "a list"}
@@ -156,17 +159,41 @@ def _parquet(path: Path, choose: Callable[[list[str]], list[str]], stats: ReadSt
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
+    number = text = 0
     try:
         with open(path, "rb") as raw, pq.ParquetFile(raw) as file, stats.reading(raw) if stats else nullcontext():
             columns = choose(file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
+            most = _SLACK + _MOST_TEXT * path.stat().st_size
+            for batch in file.iter_batches(batch_size=_rows_at_a_time(path, file.metadata), columns=columns):
                 for row in batch.to_pylist():
                     number += 1
+                    text += sum(len(value) for value in row.values() if isinstance(value, str))
+                    if text > most:
+                        raise UserError(
+                            f"{path}:{number}: so far {_MOST_TEXT:,} times as much text as the file has bytes"
+                        )
                     yield f"{path}:{number}", row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not a parquet file that can be read (after row {number}): {reason}") from None
+
+
+def _rows_at_a_time(path: Path, metadata: Any) -> int:
+    """Rows to decode at once; UserError for a file that unpacks to far more than any text is packed to.
+
+    A packed column can name one long text any number of times (a dictionary), so a row may be as long as its column.
+    """
+    largest = 1
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    for column in (group.column(number) for group in groups for number in range(group.num_columns)):
+        unpacked, packed = column.total_uncompressed_size, column.total_compressed_size
+        if unpacked > _SLACK // 16 + _MOST_UNPACKED * max(0, packed):
+            raise UserError(
+                f"{path}: column {column.path_in_schema!r} unpacks {packed:,} bytes to {unpacked:,}; expected at most "
+                f"{_MOST_UNPACKED} times as many"
+            )
+        largest = max(largest, unpacked)
+    return min(1024, max(4, (_SLACK // 4) // largest))
 
 
 def kind_of(value: Any) -> str:

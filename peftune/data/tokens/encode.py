@@ -64,8 +64,7 @@ def tokenize_batch(documents: Sequence[Document], backends: TokenizerBackends, e
 
 def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
     """Ids of each text as it stands: nothing added, nothing cut, no special token recognised, no warning on length."""
-    encodings = backends_of(tokenizer).own.encode_batch_fast(list(texts), add_special_tokens=False)
-    return [encoding.ids for encoding in encodings]
+    return backends_of(tokenizer).own_ids(texts)
 
 
 def parts_of(document: Document, join: str) -> list[tuple[str, bool]]:
@@ -84,6 +83,26 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
     if not isinstance(end, int):
         raise UserError("the tokenizer has no end-of-text token; expected <|endoftext|> as eos_token in its config")
     return end
+
+
+def rules_of(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Everything besides vocabulary and merges that decides which ids a text becomes, as text to be compared."""
+    backend = tokenizer.backend_tokenizer
+    parts = [
+        part.__getstate__().decode() if part is not None else "" for part in (backend.normalizer, backend.pre_tokenizer)
+    ]
+    names = (
+        "dropout",
+        "unk_token",
+        "continuing_subword_prefix",
+        "end_of_word_suffix",
+        "fuse_unk",
+        "byte_fallback",
+        "ignore_merges",
+    )
+    options = [type(backend.model).__name__, *(str(getattr(backend.model, name, None)) for name in names)]
+    added = [f"{number} {token!r}" for number, token in sorted(tokenizer.added_tokens_decoder.items())]
+    return "\n".join(parts + options + added)
 
 
 def _sums(values: np.ndarray, ends: np.ndarray) -> np.ndarray:

@@ -24,6 +24,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from peftune.errors import UserError, first_line
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -187,9 +189,18 @@ class TokenizerBackends:
         found = self.fast.encode(texts) if self.fast and texts else None
         if found is not None:
             return found
-        encodings = [encoding.ids for encoding in self.own.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encodings = self.own_ids(texts)
         counts = np.fromiter(map(len, encodings), np.int64, len(encodings))
         return np.fromiter((i for ids in encodings for i in ids), np.uint32, int(counts.sum())), counts
+
+    def own_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text by the tokenizer itself; UserError where its rules give up on one (a panic of Rust)."""
+        try:
+            return [encoding.ids for encoding in self.own.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            raise UserError(f"the tokenizer cannot cut a text into words: {first_line(error)}") from None
 
     def choose(self, texts: Sequence[str]) -> None:
         """Take the fast backend if there is one and it agrees on these texts (the first 100,000 characters)."""

@@ -3,11 +3,12 @@
 A compiled operation reads and writes its tensors once where torch's operators do so three or four times. Each is
 compiled for any number of tokens, so that batches of all shapes share a few graphs: above, at and below the lowest
 adapter, and for evaluation. All are compared with the eager ones before the first step. Torch keeps what its compiler
-wrote for the next run (TORCHINDUCTOR_CACHE_DIR).
+wrote for the next run (TORCHINDUCTOR_CACHE_DIR, by default in peftune's cache) and runs what it finds there.
 """
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from typing import Any, cast
 
 import torch
 
+from peftune.cache import cache_directory, private_directory
 from peftune.model.train.layers import EAGER, Elementwise, Norm, activated, added, normed
 
 _TOKENS = 64  # of the trial; a graph for any number of them comes out
@@ -31,6 +33,9 @@ def compiled(norm: Norm, inner: int) -> Elementwise:
     """
     began = time.perf_counter()
     try:
+        # torch's own default is a name in /tmp that any user can take first
+        if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_directory(cache_directory(), "torchinductor"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's compiler about torch
             operations = Elementwise(torch.compile(normed), torch.compile(added), torch.compile(activated))
