@@ -23,8 +23,8 @@ from peftune.data.tokens.store import TokenStore, prepare
 from peftune.errors import UserError
 from peftune.model import lora, quantized
 from peftune.model.base import Base, open_base
-from peftune.training.checkpoint import identity_of
 from peftune.training.distributed.collectives import broadcast, raise_on_all_ranks
+from peftune.training.identity import identity_of
 
 
 @dataclass(frozen=True)

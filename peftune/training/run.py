@@ -25,6 +25,7 @@ from peftune.training.distributed import start, zero
 from peftune.training.distributed.collectives import all_gather, broadcast, raise_on_all_ranks
 from peftune.training.distributed.signals import StopRequest
 from peftune.training.export.adapter import Delivery, already_delivered, deliver
+from peftune.training.identity import refuse_other_run
 from peftune.training.inputs import RunInputs, read_inputs_on_all_ranks, sole_writer
 from peftune.training.metrics import MetricsLog
 from peftune.training.optimizer import Gradient, ReplicatedStrategy, UpdateStrategy, build_adamw
@@ -64,7 +65,7 @@ def train(recipe: Recipe) -> Delivery:
         dtype = DTYPES[choose_precision(recipe.run.precision, accelerator.device.type == "cuda")]
         inputs = read_inputs_on_all_ranks(recipe, accelerator)
         with sole_writer(Path(recipe.run.out), accelerator):
-            found = broadcast(accelerator, lambda: _earlier_run(inputs))
+            found = broadcast(accelerator, lambda: _earlier_run(inputs, console))
             if isinstance(found, Delivery):
                 console.say(f"{recipe.run.out}: this recipe was trained already, nothing to do")
                 return found
@@ -76,22 +77,28 @@ def train(recipe: Recipe) -> Delivery:
                 delivery = export(run)
             finally:
                 run.metrics.close()
+            if run.metrics.lost:
+                console.say(run.metrics.lost)
             console.say(delivery.summary())
             return delivery
 
 
-def _earlier_run(inputs: RunInputs) -> Delivery | Checkpoint | None:
+def _earlier_run(inputs: RunInputs, console: Console) -> Delivery | Checkpoint | None:
     """What an earlier run of this recipe left: a finished adapter, a checkpoint to go on from, or nothing."""
     out = Path(inputs.recipe.run.out)
     done = already_delivered(out, inputs.identity)
     if done is not None:
         return done
     found = checkpoint.newest(out / "checkpoints")
-    if found is None:
-        return None
-    if inputs.recipe.run.resume == "never":
-        raise UserError(f"{out}/checkpoints: a run is there, and run.resume is never; use auto, or another run.out")
-    checkpoint.refuse_other_run(found.state.identity, inputs.identity, str(out))
+    if found is not None:
+        if inputs.recipe.run.resume == "never":
+            raise UserError(f"{out}/checkpoints: a run is there, and run.resume is never; use auto, or another run.out")
+        refuse_other_run(found.state.identity, inputs.identity, str(out))
+        if found.state.step > inputs.total_steps:
+            raise UserError(f"{out}/checkpoints: has step {found.state.step} of a run of {inputs.total_steps} steps")
+    elif (out / "metrics.jsonl").exists():
+        console.say(f"{out}: an earlier run left no checkpoint; starting from step 0")
+    checkpoint.tidy(out / "checkpoints", found, console.say)
     return found
 
 
@@ -115,6 +122,9 @@ def load_run(
         with raise_on_all_ranks(accelerator):
             adapted = load_adapted(recipe, inputs.base, dtype, accelerator.device)
     parameters = adapted.trainable()
+    with raise_on_all_ranks(accelerator):
+        if found:
+            checkpoint.check_fits(found, parameters, Path(recipe.run.out) / "checkpoints")
     gradient = Gradient(list(parameters.values()), [p.shape for p in parameters.values()], accelerator.device)
     loss_model = LossModel(adapted.model, recipe.optim.neftune, recipe.optim.label_smoothing)
     loss_model.train()
@@ -129,7 +139,8 @@ def load_run(
     size, may_shrink = state.micro_size, batch.micro_size == "auto"
     forward = ForwardFn(strategy.module, fast, description, dtype, accelerator.device, is_collective, size, may_shrink)
     path = Path(recipe.run.out) / "metrics.jsonl"
-    metrics = MetricsLog(path, accelerator, recipe.model_dump(mode="json"), state.records_bytes)
+    with raise_on_all_ranks(accelerator):
+        metrics = MetricsLog(path, accelerator, recipe.model_dump(mode="json"), state)
     return Run(inputs, accelerator, console, adapted, forward, gradient, strategy, state, metrics)
 
 
@@ -149,8 +160,12 @@ def _begin(run: Run, found: Checkpoint | None) -> None:
         run.metrics.write("start", recipe=recipe.model_dump(mode="json"), **numbers)
     else:
         run.strategy.load_state_dict(found.values, found.moments)
-        run.metrics.write("resume", from_step=state.step, layout=facts["layout"])
+        lost = {"lost": run.metrics.lost} if run.metrics.lost else {}
+        run.metrics.write("resume", from_step=state.step, layout=facts["layout"], **lost)
         run.console.say(f"resuming {recipe.run.out} from step {state.step}")
+        if run.metrics.lost:
+            run.console.say(run.metrics.lost)
+            run.metrics.lost = ""
     run.console.say(
         f"{train.tokens():,} tokens to learn in {len(train):,} blocks of {train.packing.block_size} "
         f"({train.packing.fill():.1%} full), {run.inputs.total_steps} steps of {recipe.batch.global_size} blocks "
@@ -218,17 +233,20 @@ def _evaluate_if_due(run: Run, stop: StopRequest) -> bool:
         name: evaluate_domain(name, blocks, run.forward, run.accelerator, stop, run.console)
         for name, blocks in inputs.corpus.domains.items()
     }
-    for domain, score in scores.items():
-        run.metrics.write("eval", step=state.step, domain=domain, **score.figures(), tokens=score.tokens)
+    figures = {name: score.figures() | {"tokens": score.tokens} for name, score in scores.items()}
+    for domain, measured in figures.items():
+        run.metrics.write("eval", step=state.step, domain=domain, **measured)
     if scores:
-        texts = [f"{d}: loss {s.loss:.4f}, perplexity {s.figures()['perplexity']:.2f}" for d, s in scores.items()]
+        texts = [f"{d}: loss {f['loss']:.4f}, perplexity {f['perplexity']:.2f}" for d, f in figures.items()]
         run.console.say(f"step {state.step}/{total}  {'  '.join(texts)}")
     if inputs.recipe.run.samples and run.accelerator.is_main_process:
         _write_samples(run)
     state.evaluated_step = state.step
     if not scores:
         return False
-    return state.is_improved_by(sum(s.nats for s in scores.values()) / sum(s.tokens for s in scores.values()))
+    better = state.is_improved_by(sum(s.nats for s in scores.values()) / sum(s.tokens for s in scores.values()))
+    state.keep_figures(figures)
+    return better
 
 
 def _write_samples(run: Run) -> None:
@@ -253,9 +271,9 @@ def _has_stopped_improving(run: Run) -> bool:
 
 
 def _save(run: Run) -> None:
-    run.state.records_bytes = run.metrics.size()
     values, moments = run.strategy.state_dict()
     with raise_on_all_ranks(run.accelerator):
+        run.metrics.flush(run.state)
         if run.accelerator.is_main_process:
             folder = Path(run.inputs.recipe.run.out) / "checkpoints"
             checkpoint.save(folder, Checkpoint(run.state, values, moments))
