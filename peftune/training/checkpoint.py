@@ -208,7 +208,7 @@ def read(path: Path) -> Checkpoint:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise Damaged(f"{path}: {_STATE}: {where[:80]}: {first['msg']}") from None
+        raise Damaged(f"{path}: {_STATE}: {where[:80]!r}: {first['msg']}") from None
     if path.name != f"step-{state.step}":
         raise Damaged(f"{path}: holds step {state.step}")
     values, moments = (_tensors(path, name, (hashes or {}).get(name)) for name in (_ADAPTER, _MOMENTS))

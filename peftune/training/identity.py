@@ -24,7 +24,9 @@ def identity_of(recipe: Recipe, fingerprints: dict[str, str]) -> dict[str, Any]:
 
 def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
     """UserError listing every difference between the run that is there and the one asked for."""
-    saved, now = _DEFAULTS | saved, _DEFAULTS | now  # a key that the older release did not know had its default
+    # What an older release did not record had its default, or cannot be compared.
+    unrecorded = _DEFAULTS | {key: now[key] for key in now if key == "fingerprint of config"}
+    saved, now = unrecorded | saved, _DEFAULTS | now
     keys = sorted(saved.keys() | now.keys())
     changed = [f"{k} was {_short(saved.get(k))}, is {_short(now.get(k))}" for k in keys if saved.get(k) != now.get(k)]
     if changed:

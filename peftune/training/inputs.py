@@ -51,9 +51,12 @@ class RunInputs:
     total_steps: int
 
 
-def read_inputs(recipe: Recipe) -> RunInputs:
-    """Find base and data and check all that can be checked without weights; UserError for what does not fit."""
-    base = open_base(recipe.base)
+def read_inputs(recipe: Recipe, fresh: bool = False) -> RunInputs:
+    """Find base and data and check all that can be checked without weights; UserError for what does not fit.
+
+    With `fresh` the base's fingerprints are computed from its bytes, not remembered.
+    """
+    base = open_base(recipe.base, fresh)
     if recipe.quantize is not None:
         quantized.require(recipe.quantize)
     asked, positions = recipe.data.block_size, base.config.n_positions
@@ -65,6 +68,7 @@ def read_inputs(recipe: Recipe) -> RunInputs:
         lora.peft_config(GPT2LMHeadModel(base.config), recipe.lora)
     assert base.tokenizer, "read before the weights, so that its errors come first"
     fingerprints = {"base": base.fingerprint, "tokenizer": base.tokenizer_fingerprint}
+    fingerprints["config"] = base.config_fingerprint
     corpus = _load_corpus(recipe, base, positions if asked == "auto" else asked)
     fingerprints |= {f"data {name}": value for name, value in corpus.fingerprints.items()}
     total = total_steps(len(corpus.train), recipe.batch.global_size, recipe.optim.epochs, recipe.optim.steps)
@@ -74,7 +78,7 @@ def read_inputs(recipe: Recipe) -> RunInputs:
 def read_inputs_on_all_ranks(recipe: Recipe, accelerator: Accelerator) -> RunInputs:
     """`read_inputs` on every rank: the first of each machine fills the cache, the others find it there."""
     with raise_on_all_ranks(accelerator):
-        inputs = read_inputs(recipe) if accelerator.is_local_main_process else None
+        inputs = read_inputs(recipe, fresh=True) if accelerator.is_local_main_process else None
     with raise_on_all_ranks(accelerator):
         inputs = inputs or read_inputs(recipe)
     return inputs

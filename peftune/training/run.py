@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from peftune.config.recipe import Recipe
 from peftune.console import Console
-from peftune.errors import Interrupted, UserError
+from peftune.errors import Interrupted
 from peftune.inference.generate import generate_with_transformers
 from peftune.inference.settings import GenerationSettings
 from peftune.model.load import DTYPES, NAME_OF, footprint, load_adapted
@@ -20,15 +20,21 @@ from peftune.model.lora import Adapted
 from peftune.model.loss import LossModel
 from peftune.training import checkpoint
 from peftune.training.checkpoint import Checkpoint, State
-from peftune.training.device import FIRST_LOSS_SCALE, choose_precision, first_micro_size, peak_memory
+from peftune.training.device import (
+    FIRST_LOSS_SCALE,
+    choose_precision,
+    first_micro_size,
+    peak_memory,
+    report_out_of_memory,
+)
 from peftune.training.distributed import start, zero
 from peftune.training.distributed.collectives import all_gather, broadcast, raise_on_all_ranks
 from peftune.training.distributed.signals import StopRequest
-from peftune.training.export.adapter import Delivery, already_delivered, deliver
-from peftune.training.identity import refuse_other_run
+from peftune.training.export.adapter import Delivery, deliver
 from peftune.training.inputs import RunInputs, read_inputs_on_all_ranks, sole_writer
 from peftune.training.metrics import MetricsLog
 from peftune.training.optimizer import Gradient, ReplicatedStrategy, UpdateStrategy, build_adamw
+from peftune.training.resume import earlier_run
 from peftune.training.step import ForwardFn, StopNow, choose_forward, evaluate_domain, train_step
 
 SAMPLE_TOKENS = 80
@@ -55,7 +61,7 @@ def train(recipe: Recipe) -> Delivery:
     Raises UserError for input that cannot work, Interrupted after a signal (a checkpoint is saved first), CheckFailed
     for numbers that are not finite or an adapter that did not learn, RankLost where another rank is gone.
     """
-    with start.watched_ranks(recipe) as accelerator, StopRequest() as stop:
+    with start.watched_ranks(recipe) as accelerator, report_out_of_memory(), StopRequest() as stop:
         console = Console(accelerator.is_main_process)
         if start.zero_stage(accelerator):
             zero.configure(accelerator, recipe)
@@ -65,7 +71,7 @@ def train(recipe: Recipe) -> Delivery:
         dtype = DTYPES[choose_precision(recipe.run.precision, accelerator.device.type == "cuda")]
         inputs = read_inputs_on_all_ranks(recipe, accelerator)
         with sole_writer(Path(recipe.run.out), accelerator):
-            found = broadcast(accelerator, lambda: _earlier_run(inputs, console))
+            found = broadcast(accelerator, lambda: earlier_run(inputs, console))
             if isinstance(found, Delivery):
                 console.say(f"{recipe.run.out}: this recipe was trained already, nothing to do")
                 return found
@@ -81,25 +87,6 @@ def train(recipe: Recipe) -> Delivery:
                 console.say(run.metrics.lost)
             console.say(delivery.summary())
             return delivery
-
-
-def _earlier_run(inputs: RunInputs, console: Console) -> Delivery | Checkpoint | None:
-    """What an earlier run of this recipe left: a finished adapter, a checkpoint to go on from, or nothing."""
-    out = Path(inputs.recipe.run.out)
-    done = already_delivered(out, inputs.identity)
-    if done is not None:
-        return done
-    found = checkpoint.newest(out / "checkpoints")
-    if found is not None:
-        if inputs.recipe.run.resume == "never":
-            raise UserError(f"{out}/checkpoints: a run is there, and run.resume is never; use auto, or another run.out")
-        refuse_other_run(found.state.identity, inputs.identity, str(out))
-        if found.state.step > inputs.total_steps:
-            raise UserError(f"{out}/checkpoints: has step {found.state.step} of a run of {inputs.total_steps} steps")
-    elif (out / "metrics.jsonl").exists():
-        console.say(f"{out}: an earlier run left no checkpoint; starting from step 0")
-    checkpoint.tidy(out / "checkpoints", found, console.say)
-    return found
 
 
 def load_run(
