@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from peftune.errors import UserError
 from peftune.files import parse_json
 from peftune.training.checkpoint import State, free_name
-from peftune.training.identity import flatten
+from peftune.training.inputs import flatten
 
 _NUMBERS = {"train": ("step", "loss"), "eval": ("step", "loss", "perplexity", "bits_per_byte", "tokens")}
 

@@ -30,11 +30,10 @@ from peftune.training.device import (
 from peftune.training.distributed import start, zero
 from peftune.training.distributed.collectives import all_gather, broadcast, raise_on_all_ranks
 from peftune.training.distributed.signals import StopRequest
-from peftune.training.export.adapter import Delivery, deliver
+from peftune.training.export.adapter import Delivery, deliver, earlier_run
 from peftune.training.inputs import RunInputs, read_inputs_on_all_ranks, sole_writer
 from peftune.training.metrics import MetricsLog
 from peftune.training.optimizer import Gradient, ReplicatedStrategy, UpdateStrategy, build_adamw
-from peftune.training.resume import earlier_run
 from peftune.training.step import ForwardFn, StopNow, choose_forward, evaluate_domain, train_step
 
 SAMPLE_TOKENS = 80

@@ -1,4 +1,4 @@
-"""The end of a run: the adapter directory with its provenance, loss plot and model card."""
+"""The directory of a run: what an earlier start left there, and what the end of this one writes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pydantic import TypeAdapter, ValidationError
 from peftune.adapters.directory import read_adapter, write_adapter
 from peftune.adapters.model_card import model_card
 from peftune.adapters.provenance import read_provenance, recorded_dict
+from peftune.console import Console
 from peftune.errors import CheckFailed, UserError
 from peftune.model import quantized
 from peftune.model.lora import Adapted, is_dead, stored_adapter
 from peftune.training import checkpoint
-from peftune.training.checkpoint import Figures, State
-from peftune.training.identity import refuse_other_run
-from peftune.training.inputs import RunInputs
+from peftune.training.checkpoint import Checkpoint, Figures, State
+from peftune.training.inputs import RunInputs, refuse_other_run
 from peftune.training.metrics import MetricsLog
 from peftune.training.optimizer import Tensors
 from peftune.version import __version__
@@ -66,6 +66,29 @@ def already_delivered(out: Path, now: dict[str, Any]) -> Delivery | None:
         raise UserError(
             f"{out}: peftune.json does not hold what a run writes there; give run.out another name"
         ) from None
+
+
+def earlier_run(inputs: RunInputs, console: Console) -> Delivery | Checkpoint | None:
+    """What an earlier run of this recipe left: a finished adapter, a checkpoint to go on from, or nothing.
+
+    Damaged checkpoints are named and set aside. UserError, and nothing is changed, where a run of another recipe is
+    there, and where there are checkpoints but none that can be read.
+    """
+    out = Path(inputs.recipe.run.out)
+    done = already_delivered(out, inputs.identity)
+    if done is not None:
+        return done
+    found = checkpoint.newest(out / "checkpoints")
+    if found is not None:
+        if inputs.recipe.run.resume == "never":
+            raise UserError(f"{out}/checkpoints: a run is there, and run.resume is never; use auto, or another run.out")
+        refuse_other_run(found.state.identity, inputs.identity, str(out))
+        if found.state.step > inputs.total_steps:
+            raise UserError(f"{out}/checkpoints: has step {found.state.step} of a run of {inputs.total_steps} steps")
+    elif (out / "metrics.jsonl").exists():
+        console.say(f"{out}: an earlier run left no checkpoint; starting from step 0")
+    checkpoint.tidy(out / "checkpoints", found, console.say)
+    return found
 
 
 def deliver(
