@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from peftune.errors import UserError
+from peftune.errors import CheckFailed, UserError
 
 _CHUNK = 1 << 20  # bytes hashed at a time
 _JSON_BYTES = 256 << 20  # of a file; the largest tokenizers take 30 MB
@@ -183,8 +183,14 @@ def json_text(value: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, whole or not at all; into a pipe (`/dev/stdout`) as it is."""
-    text = json_text(value).encode()
+    """Write a value as JSON, whole or not at all; into a pipe (`/dev/stdout`) as it is.
+
+    CheckFailed where it holds a number that is not finite, UserError where it cannot be written.
+    """
+    try:
+        text = json_text(value).encode()
+    except ValueError:
+        raise CheckFailed(f"{path}: not written: a result is not a finite number") from None
     try:
         if path.exists() and not path.is_file():
             path.write_bytes(text)

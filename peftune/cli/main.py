@@ -248,6 +248,8 @@ def run(arguments: list[str]) -> int:
         return _complain(f"{error.format_message()} See: {verb} --help", UserError.exit_code)
     except typer.Abort:
         return _complain("stopped", _STOPPED)
+    except MemoryError:
+        return _complain("out of memory; free some, or use a machine with more", UserError.exit_code)
     except BrokenPipeError:  # the reader of our output has gone (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

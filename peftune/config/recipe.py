@@ -7,10 +7,21 @@ A recipe is a YAML file; dotted overrides (`optim.lr=1e-4`) win over it. Field d
 from __future__ import annotations
 
 import copy
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)  # fmt: skip
 
 from peftune.config.messages import short, validation_messages
 from peftune.config.yaml_loader import parse_yaml, read_yaml
@@ -158,10 +169,16 @@ class BatchSection(Section):
     """Blocks per forward on one rank; `auto` starts from the largest sensible and halves when memory runs out."""
 
 
+def _without_control_characters(value: str) -> str:
+    if any(unicodedata.category(character) == "Cc" for character in value):
+        raise ValueError("holds a control character (a line break, a tab); expected a name that can be shown")
+    return value
+
+
 class RunSection(Section):
     """Where results go, and how the run behaves."""
 
-    out: NonEmpty
+    out: Annotated[NonEmpty, AfterValidator(_without_control_characters)]
     """Adapter directory to write."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Seed of the adapter's initial values, the order of samples and dropout."""
@@ -260,6 +277,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
         value = parse_yaml(text) if text else ""
     except ValueError:
         raise UserError(f"override {shown}: {short(text)} is not a YAML value") from None
+    if isinstance(value, str) and text.lstrip()[:1] not in ("'", '"', "|", ">", "!", "&"):
+        value = text  # as it was typed: YAML folds lines and takes what follows a # for a comment
     *parents, last = key.split(".")
     if len(parents) > _DEEPEST:
         raise UserError(f"override {shown}: no key of a recipe lies so deep; expected one such as optim.lr")

@@ -18,7 +18,7 @@ from peftune.config.recipe import Source
 from peftune.console import Console
 from peftune.data.batches import Blocks
 from peftune.data.tokens.store import prepare
-from peftune.errors import UserError
+from peftune.errors import CheckFailed, UserError
 from peftune.model.base import Base, open_base
 from peftune.model.load import dtype_of, load_model
 from peftune.model.loss import LossModel, nats_to_perplexity
@@ -41,9 +41,18 @@ class Score:
         return self.nats / self.tokens
 
     def figures(self) -> Figures:
-        """loss (nats per token), perplexity (its exponential), bits per byte of the scored text."""
+        """loss (nats per token), perplexity (its exponential), bits per byte of the scored text.
+
+        Raises CheckFailed where one is not finite: a perplexity is none from 700 nats per token up.
+        """
+        perplexity = nats_to_perplexity(self.loss)
+        if not math.isfinite(self.loss) or not math.isfinite(perplexity):
+            raise CheckFailed(
+                f"loss {self.loss:.6g} nats per token, perplexity {perplexity:.6g}: not a finite result; "
+                "the weights hold values that are not finite, or are broken"
+            )
         bits = self.nats / math.log(2) / max(1, self.text_bytes)
-        return {"loss": self.loss, "perplexity": nats_to_perplexity(self.loss), "bits_per_byte": bits}
+        return {"loss": self.loss, "perplexity": perplexity, "bits_per_byte": bits}
 
 
 @torch.no_grad()
@@ -109,7 +118,10 @@ def evaluate(
                 every = range(len(blocks))
                 with autocast:
                     nats = summed_nats_over(scorer, blocks, every, batch, device, lambda n: progress.advance(task, n))
-                rows[name][domain] = Score(nats, blocks.tokens(), blocks.text_bytes()).figures()
+                try:
+                    rows[name][domain] = Score(nats, blocks.tokens(), blocks.text_bytes()).figures()
+                except CheckFailed as error:
+                    raise CheckFailed(f"{name} on {domain}: {error}") from None
     facts = {
         name: {"documents": len(blocks.documents), "tokens": blocks.tokens(), "bytes": blocks.text_bytes()}
         for name, blocks in domains.items()

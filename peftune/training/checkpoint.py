@@ -4,52 +4,80 @@
 moments by the same names) and `state.json`. The order of samples and every random draw are functions of the seed
 and the step, so the number of steps done is all that a run needs to go on with them.
 
-A checkpoint is written beside its name, flushed to the disk, and renamed: it is complete or absent. It is continued
-only by the recipe, base and data that made it.
+A checkpoint is written beside its name, flushed to the disk, and renamed: it is complete or absent. `state.json` holds
+the SHA-256 of the other files and of itself, so a checkpoint that changed afterwards is found. It is continued only by
+the recipe, base and data that made it.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import itertools
 import json
+import os
 import re
 import shutil
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 
-from peftune.config.recipe import Recipe
-from peftune.errors import UserError
-from peftune.files import flush_directory, flush_to_disk, json_text, staging_directory
+from peftune.errors import UserError, first_line
+from peftune.files import (
+    beside,
+    flush_directory,
+    flush_to_disk,
+    hashes_of,
+    json_text,
+    parse_json,
+    remove_leftovers,
+    staging_directory,
+)  # fmt: skip
 from peftune.model.weights import save_tensors
-from peftune.training.optimizer import Tensors
+from peftune.training.optimizer import MOMENTS, Parameters, Tensors
 
-_NAME = re.compile(r"step-\d+")
+_NAME = re.compile(r"step-(\d{1,18})")
+_STAGED = re.compile(r"\.(step-\d{1,18})\..+")
 _KEPT = 2  # of the newest
 _ADAPTER, _MOMENTS, _STATE = "adapter.safetensors", "moments.safetensors", "state.json"
+_HASHES = "sha256"  # key of state.json
+_GONE = {"scaler"}  # what the first releases wrote besides
+_LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)  # nothing that a person sets right brings it back
+
+Count = Annotated[int, Field(ge=0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Figures = dict[str, dict[str, int | float]]
 
 
 @dataclass
 class State:
     """Where a run stands after `step` optimizer steps."""
 
-    step: int = 0
-    tokens: int = 0
+    step: Count = 0
+    tokens: Count = 0
     """Scored tokens learnt from so far."""
-    micro_size: int = 0
+    micro_size: Count = 0
     """Blocks per forward, once found; kept so that a resumed run rounds alike."""
-    evaluated_step: int = -1
+    evaluated_step: Annotated[int, Field(ge=-1)] = -1
     """Step of the last evaluation, so that none is missed or repeated across a resumption."""
-    best_step: int | None = None
-    best_loss: float | None = None
-    evaluations_without_gain: int = 0
-    records_bytes: int = 0
+    best_step: Count | None = None
+    best_loss: Finite | None = None
+    evaluations_without_gain: Count = 0
+    figures: dict[str, Figures] = field(default_factory=dict)
+    """What was measured, by step and domain, of those that delivery may need: the first, the best and the last."""
+    records_bytes: Count = 0
     """Length of metrics.jsonl at this point; what a killed run wrote after it is cut off on resuming."""
-    seconds: float = 0.0
-    loss_scale: float = 1.0
+    records_sha256: str | None = None
+    """Of metrics.jsonl up to that length."""
+    records_from: Count = 0
+    """Step with which metrics.jsonl begins: not 0 where the earlier part was lost."""
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    loss_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """What losses are multiplied by before they are differentiated; other than 1 in fp16 only."""
     identity: dict[str, Any] = field(default_factory=dict)
     """Recipe and fingerprints that the run was started with."""
@@ -62,6 +90,15 @@ class State:
         self.evaluations_without_gain += 1
         return False
 
+    def keep_figures(self, measured: Figures) -> None:
+        """Remember what was measured at this step, and forget what no delivery can ask for any more."""
+        self.figures[str(self.step)] = measured
+        wanted = {"0", str(self.best_step), str(self.step)}
+        self.figures = {step: figures for step, figures in self.figures.items() if step in wanted}
+
+
+_STATES = TypeAdapter(State)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -70,10 +107,21 @@ class Checkpoint:
     state: State
     values: Tensors
     moments: Tensors
+    is_checked: bool = True
+    """False for one of an older release, which holds no hashes."""
+    damaged: tuple[tuple[Path, str], ...] = ()
+    """Newer ones that were passed over, and what is wrong with each."""
+
+
+class Damaged(UserError):
+    """A checkpoint that is not what was saved; the files are there, but of no use."""
 
 
 def save(folder: Path, saved: Checkpoint) -> None:
-    """Write `folder/step-N`, then remove all but the newest two and the best; UserError when the disk is full."""
+    """Write `folder/step-N`, then remove all but this, the newest other and the best.
+
+    UserError where it cannot be written; what was there is then as before.
+    """
     state = saved.state
     target = folder / f"step-{state.step}"
     try:
@@ -81,84 +129,161 @@ def save(folder: Path, saved: Checkpoint) -> None:
         with staging_directory(target) as staged:
             for file, tensors in ((_ADAPTER, saved.values), (_MOMENTS, saved.moments)):
                 save_tensors(tensors, staged / file)
-            (staged / _STATE).write_text(json_text(asdict(state)), encoding="utf-8")
+            content = asdict(state) | {_HASHES: hashes_of(staged, (_ADAPTER, _MOMENTS))}
+            content[_HASHES][_STATE] = _digest(content)
+            (staged / _STATE).write_text(json_text(content), encoding="utf-8")
             flush_to_disk(staged)
+            before = beside(target)
             if target.exists():
-                shutil.rmtree(target)
+                target.rename(before)
             staged.rename(target)
         flush_directory(folder)
+        shutil.rmtree(before, ignore_errors=True)
     except OSError as error:
         is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         reason = "the disk is full" if is_full else str(error)
         raise UserError(f"cannot save a checkpoint to {target}: {reason}; earlier checkpoints are intact") from error
-    for path in listed(folder)[:-_KEPT]:
+    others = [path for path in listed(folder) if path != target]
+    for path in others[: 1 - _KEPT]:
         if path.name != f"step-{state.best_step}":
             shutil.rmtree(path, ignore_errors=True)
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that is intact; a damaged one (power loss) is passed over."""
+    """The newest checkpoint that is whole, or None where there is none at all.
+
+    UserError where one cannot be read (permissions, too many open files), and where all are damaged.
+    """
+    damaged: list[tuple[Path, str]] = []
     for path in reversed(listed(folder)):
         try:
-            return read(path)
-        except (OSError, ValueError, TypeError, SafetensorError):
-            continue
+            return replace(read(path), damaged=tuple(damaged))
+        except Damaged as error:
+            damaged.append((path, str(error)))
+    if damaged:
+        raise UserError(
+            f"{'; '.join(reason for _, reason in damaged)}. No checkpoint is whole: restore one from a copy, "
+            f"or remove {folder} to start anew"
+        )
     return None
 
 
+def tidy(folder: Path, found: Checkpoint | None, say: Callable[[str], None]) -> None:
+    """Before a run writes: name and rename what is damaged, which is kept, and remove what killed runs left."""
+    for path, reason in found.damaged if found else ():
+        say(f"{reason}; kept as {_set_aside(path).name}")
+    if found and not found.is_checked:
+        say(f"{folder}/step-{found.state.step}: an older release saved it without hashes, so it could not be checked")
+    for name in {match[1] for path in _entries(folder) if (match := _STAGED.fullmatch(path.name))}:
+        remove_leftovers(folder / name)
+
+
 def listed(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    """Complete checkpoints, oldest first; UserError where the directory cannot be listed."""
+    found = {int(match[1]): path for path in _entries(folder) if (match := _NAME.fullmatch(path.name))}
+    return [found[step] for step in sorted(found)]
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror or error}") from None
 
 
 def read(path: Path) -> Checkpoint:
-    """A checkpoint as it was saved; OSError, ValueError, TypeError or SafetensorError where it is damaged."""
-    values = json.loads((path / _STATE).read_text(encoding="utf-8"))
-    known = {field.name for field in fields(State)}
-    state = State(**{key: value for key, value in values.items() if key in known})
-    return Checkpoint(state, load_file(path / _ADAPTER), load_file(path / _MOMENTS))
+    """A checkpoint as it was saved; Damaged where it is not that any more, UserError where it cannot be read."""
+    content = _parsed(path)
+    hashes = content.pop(_HASHES, None)
+    if hashes is not None:
+        own = hashes.pop(_STATE, None) if isinstance(hashes, dict) else None
+        if own != _digest(content | {_HASHES: hashes}) or not hashes.keys() == {_ADAPTER, _MOMENTS}:
+            raise _changed(path, _STATE)
+    elif unknown := sorted(content.keys() - {field.name for field in fields(State)} - _GONE):
+        raise Damaged(f"{path}: {_STATE} holds {unknown[0][:40]!r}, which no checkpoint has")
+    try:
+        state = _STATES.validate_json(json.dumps(content), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise Damaged(f"{path}: {_STATE}: {where[:80]!r}: {first['msg']}") from None
+    if path.name != f"step-{state.step}":
+        raise Damaged(f"{path}: holds step {state.step}")
+    values, moments = (_tensors(path, name, (hashes or {}).get(name)) for name in (_ADAPTER, _MOMENTS))
+    return Checkpoint(state, values, moments, is_checked=hashes is not None)
 
 
-HARMLESS = frozenset(
-    {
-        "run.out", "run.eval_every", "run.save_every", "run.resume", "run.track", "run.samples",
-        "run.early_stopping", "run.checkpointing", "run.fast", "run.compile", "batch.micro_size",
-    }
-)  # fmt: skip
-"""Keys that may change between a run and its resumption: none decides what is learnt (beyond rounding)."""
+def check_fits(saved: Checkpoint, parameters: Parameters, where: Path) -> None:
+    """UserError where a checkpoint does not hold the trainable parameters of this run and their moments."""
+    wanted = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    scalar, about_moments = MOMENTS[0], dict[str, tuple[int, ...]]()
+    if saved.moments or saved.state.step:
+        about_moments = {f"{n}/{key}": () if key == scalar else s for n, s in wanted.items() for key in MOMENTS}
+    for name, expected, found in ((_ADAPTER, wanted, saved.values), (_MOMENTS, about_moments, saved.moments)):
+        for key in sorted(expected.keys() | found.keys()):
+            shape = tuple(found[key].shape) if key in found else None
+            if shape != expected.get(key):
+                raise UserError(
+                    f"{where}/step-{saved.state.step}: {name}: {key} has shape {shape or 'none'}, expected "
+                    f"{expected.get(key) or 'none'}; move that directory away to go on from the checkpoint before"
+                )
 
 
-def identity_of(recipe: Recipe, fingerprints: dict[str, str]) -> dict[str, Any]:
-    """Flat mapping of every recipe value that decides what is learnt, and the fingerprints of base and data."""
-    kept = {k: v for k, v in flatten(recipe.model_dump(mode="json")).items() if k not in HARMLESS}
-    return kept | {f"fingerprint of {k}": v for k, v in fingerprints.items()}
+def _parsed(path: Path) -> dict[str, Any]:
+    try:
+        content = parse_json(_bytes(path, _STATE))
+    except ValueError as error:
+        raise Damaged(f"{path}: {_STATE}: {first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise Damaged(f"{path}: {_STATE} holds {type(content).__name__}, expected an object")
+    return content
 
 
-def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
-    """UserError listing every difference between the run that is there and the one asked for."""
-    saved, now = _DEFAULTS | saved, _DEFAULTS | now  # a key that the older release did not know had its default
-    keys = sorted(saved.keys() | now.keys())
-    changed = [f"{k} was {_short(saved.get(k))}, is {_short(now.get(k))}" for k in keys if saved.get(k) != now.get(k)]
-    if changed:
+def _tensors(path: Path, name: str, digest: str | None) -> Tensors:
+    content = _bytes(path, name)
+    if digest is not None and hashlib.sha256(content).hexdigest() != digest:
+        raise _changed(path, name)
+    try:
+        return load(content)
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise Damaged(f"{path}: {name}: {first_line(error)}") from None
+
+
+def _bytes(path: Path, name: str) -> bytes:
+    file = path / name
+    try:
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise OSError(errno.EISDIR, "it is not a file")
+        return file.read_bytes()
+    except OSError as error:
+        text = f"{path}: {name} cannot be read: {error.strerror or error}"
+        if error.errno in _LOST:
+            raise Damaged(text) from None
         raise UserError(
-            f"{where} holds a run of another recipe: {'; '.join(changed)}. "
-            "Give run.out another name, or remove that directory"
-        )
+            f"{text}; make it readable, or move that directory away to go on from the checkpoint before"
+        ) from None
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+def _changed(path: Path, name: str) -> Damaged:
+    return Damaged(f"{path}: {name} is not what was saved (its SHA-256 differs)")
 
 
-def _short(value: Any) -> str:
-    text = "not there" if value is None else str(value)
-    return text if len(text) <= 40 else text[:37] + "…"
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-_EMPTY = Recipe.model_validate({"base": "-", "data": {"train": "-"}, "run": {"out": "-"}})
-_DEFAULTS = {k: v for k, v in identity_of(_EMPTY, {}).items() if k not in ("base", "data.train")}
+def free_name(path: Path, suffix: str) -> Path:
+    """`NAME.suffix`, or `NAME.suffix-2` and so on: the first that nothing has."""
+    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    names = (path.with_name(f"{path.name}.{suffix}{number}") for number in numbers)
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is neither continued nor counted nor removed."""
+    try:
+        return path.rename(free_name(path, "damaged"))
+    except OSError as error:
+        raise UserError(f"{path}: is damaged and cannot be renamed: {error.strerror or error}") from None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import psutil
@@ -67,6 +69,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error):
         return True
     return isinstance(error, Exception) and bool(should_reduce_batch_size(error))
+
+
+@contextmanager
+def report_out_of_memory() -> Iterator[None]:
+    """UserError, one line, for an allocation that fails where nothing can be made smaller: the base does not fit."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            "out of memory before the first step or between steps; use a smaller base, data.block_size or lora.rank, "
+            "or a machine with more memory; what was saved is intact"
+        ) from None
 
 
 def peak_memory(device: torch.device) -> int:

@@ -1,4 +1,7 @@
-"""What a run starts from, read and checked before any weight is loaded; and the lock on the directory it writes."""
+"""What a run starts from, read and checked before any weight is loaded, and what of it makes another run another one.
+
+Also the lock on the directory that it writes.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,7 @@ from peftune.data.tokens.store import TokenStore, prepare
 from peftune.errors import UserError
 from peftune.model import lora, quantized
 from peftune.model.base import Base, open_base
-from peftune.training.checkpoint import flatten, identity_of
-from peftune.training.distributed.agreement import refuse_different_ranks
+from peftune.training.distributed.agreement import flatten, refuse_different_ranks
 from peftune.training.distributed.collectives import broadcast, raise_on_all_ranks
 
 
@@ -52,9 +54,12 @@ class RunInputs:
     total_steps: int
 
 
-def read_inputs(recipe: Recipe) -> RunInputs:
-    """Find base and data and check all that can be checked without weights; UserError for what does not fit."""
-    base = open_base(recipe.base)
+def read_inputs(recipe: Recipe, fresh: bool = False) -> RunInputs:
+    """Find base and data and check all that can be checked without weights; UserError for what does not fit.
+
+    With `fresh` the base's fingerprints are computed from its bytes, not remembered.
+    """
+    base = open_base(recipe.base, fresh)
     if recipe.quantize is not None:
         quantized.require(recipe.quantize)
     asked, positions = recipe.data.block_size, base.config.n_positions
@@ -66,6 +71,7 @@ def read_inputs(recipe: Recipe) -> RunInputs:
         lora.peft_config(GPT2LMHeadModel(base.config), recipe.lora)
     assert base.tokenizer, "read before the weights, so that its errors come first"
     fingerprints = {"base": base.fingerprint, "tokenizer": base.tokenizer_fingerprint}
+    fingerprints["config"] = base.config_fingerprint
     corpus = _load_corpus(recipe, base, positions if asked == "auto" else asked)
     fingerprints |= {f"data {name}": value for name, value in corpus.fingerprints.items()}
     total = total_steps(len(corpus.train), recipe.batch.global_size, recipe.optim.epochs, recipe.optim.steps)
@@ -78,7 +84,7 @@ def read_inputs_on_all_ranks(recipe: Recipe, accelerator: Accelerator) -> RunInp
     UserError, on all ranks, where another has read another base, tokenizer or text.
     """
     with raise_on_all_ranks(accelerator):
-        inputs = read_inputs(recipe) if accelerator.is_local_main_process else None
+        inputs = read_inputs(recipe, fresh=True) if accelerator.is_local_main_process else None
     with raise_on_all_ranks(accelerator):
         inputs = inputs or read_inputs(recipe)
     refuse_different_ranks(accelerator, _what_was_read(inputs))
@@ -144,3 +150,41 @@ def _acquire(lock: FileLock, out: Path) -> None:
         raise UserError(f"run.out {out}: another run is writing there; wait for it, or choose another name") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(f"run.out {str(out)[:200]!r}: cannot be written: {getattr(error, 'strerror', error)}") from None
+
+
+HARMLESS = frozenset(
+    {
+        "run.out", "run.eval_every", "run.save_every", "run.resume", "run.track", "run.samples",
+        "run.early_stopping", "run.checkpointing", "run.fast", "run.compile", "batch.micro_size",
+    }
+)  # fmt: skip
+"""Keys that may change between a run and its resumption: none decides what is learnt (beyond rounding)."""
+
+
+def identity_of(recipe: Recipe, fingerprints: dict[str, str]) -> dict[str, Any]:
+    """Flat mapping of every recipe value that decides what is learnt, and the fingerprints of base and data."""
+    kept = {k: v for k, v in flatten(recipe.model_dump(mode="json")).items() if k not in HARMLESS}
+    return kept | {f"fingerprint of {k}": v for k, v in fingerprints.items()}
+
+
+def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
+    """UserError listing every difference between the run that is there and the one asked for."""
+    # What an older release did not record had its default, or cannot be compared.
+    unrecorded = _DEFAULTS | {key: now[key] for key in now if key == "fingerprint of config"}
+    saved, now = unrecorded | saved, _DEFAULTS | now
+    keys = sorted(saved.keys() | now.keys())
+    changed = [f"{k} was {_short(saved.get(k))}, is {_short(now.get(k))}" for k in keys if saved.get(k) != now.get(k)]
+    if changed:
+        raise UserError(
+            f"{where} holds a run of another recipe: {'; '.join(changed)}. "
+            "Give run.out another name, or remove that directory"
+        )
+
+
+def _short(value: Any) -> str:
+    text = "not there" if value is None else str(value)
+    return text if len(text) <= 40 else text[:37] + "…"
+
+
+_EMPTY = Recipe.model_validate({"base": "-", "data": {"train": "-"}, "run": {"out": "-"}})
+_DEFAULTS = {k: v for k, v in identity_of(_EMPTY, {}).items() if k not in ("base", "data.train")}

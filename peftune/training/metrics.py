@@ -2,71 +2,137 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from peftune.errors import UserError
-from peftune.training.checkpoint import flatten
+from peftune.files import parse_json
+from peftune.training.checkpoint import State, free_name
+from peftune.training.distributed.agreement import flatten
+
+_NUMBERS = {"train": ("step", "loss"), "eval": ("step", "loss", "perplexity", "bits_per_byte", "tokens")}
 
 
 class MetricsLog:
     """Appends events on the main process; other ranks call the same methods and write nothing.
 
-    `keep_bytes` truncates the file to what the checkpoint knew, so that a resumed run does not repeat itself.
+    A resumed run cuts off what the checkpoint did not know, so that it does not repeat itself. Where the file is not
+    what the checkpoint knew, it is kept under another name, a new one begins, and `lost` says so. UserError where it
+    cannot be read or written.
     """
 
-    def __init__(self, path: Path, accelerator: Accelerator, recipe: dict[str, Any], keep_bytes: int = 0) -> None:
+    def __init__(self, path: Path, accelerator: Accelerator, recipe: dict[str, Any], state: State) -> None:
         self.accelerator = accelerator
         self.path = path
-        self.file = None
+        self.file: FileIO | None = None
+        self.lost = ""
+        self.digest = hashlib.sha256()
         if accelerator.is_main_process:
-            mode = "r+b" if path.exists() else "w+b"
-            self.file = open(path, mode, buffering=0)  # noqa: SIM115  closed in close()
-            self.file.truncate(min(keep_bytes, path.stat().st_size))
-            self.file.seek(0, os.SEEK_END)
+            try:
+                self._open(state)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
         if recipe["run"]["track"]:
             accelerator.init_trackers("peftune", config={key: str(value) for key, value in flatten(recipe).items()})
+
+    def _open(self, state: State) -> None:
+        exists = os.path.lexists(self.path)
+        if exists and (self.path.is_symlink() or not self.path.is_file()):
+            raise OSError("it is not a file")
+        kept = b""
+        if exists and state.records_bytes:
+            with self.path.open("rb") as file:
+                kept = file.read(state.records_bytes)
+        digest = hashlib.sha256(kept)
+        same = len(kept) == state.records_bytes and state.records_sha256 in (None, digest.hexdigest())
+        if not same:
+            self.lost = f"{self.path} is not what the checkpoint of step {state.step} knew"
+            if exists:
+                self.path.rename(aside := free_name(self.path, "damaged"))
+                self.lost += f" and is kept as {aside.name}"
+            state.records_from = state.step
+            self.lost += f": the metrics begin anew at step {state.step}"
+            kept, digest, exists = b"", hashlib.sha256(), False
+        self.file = open(self.path, "r+b" if exists else "x+b", buffering=0)  # noqa: SIM115  closed in close()
+        self.file.truncate(len(kept))
+        self.file.seek(0, os.SEEK_END)
+        self.digest = digest
 
     def write(self, event: str, **values: Any) -> None:
         """Append one event; numbers that JSON cannot hold become null."""
         if self.file is not None:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-            line = json.dumps({"event": event, **finite}, ensure_ascii=False).encode() + b"\n"
+            line = json.dumps({"event": event, **finite}, ensure_ascii=False, allow_nan=False).encode() + b"\n"
             try:
                 written = self.file.write(line)
             except OSError as error:
                 raise UserError(f"{self.path}: cannot be written: {error.strerror}; checkpoints are intact") from None
             if written != len(line):
                 raise UserError(f"{self.path}: the disk is full; checkpoints are intact")
+            self.digest.update(line)
         if self.accelerator.log_with and "step" in values:
             prefix = f"{event}/{values['domain']}" if "domain" in values else event
             logged = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
             self.accelerator.log(logged, step=values["step"])
 
-    def size(self) -> int:
-        """Bytes written so far."""
-        return self.file.tell() if self.file is not None else 0
+    def flush(self, state: State) -> None:
+        """Wait until all is on the disk, and note in the state how much and what that is; UserError where it fails."""
+        if self.file is None:
+            return
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}; checkpoints are intact") from None
+        state.records_bytes, state.records_sha256 = self.file.tell(), self.digest.hexdigest()
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events so far; where somebody changed the file meanwhile, what is left of them, and `lost` says so."""
+        try:
+            content = self.path.read_bytes()
+        except OSError as error:
+            self.lost = f"{self.path}: cannot be read: {error.strerror or error}: the plot is empty"
+            return []
+        if hashlib.sha256(content).digest() != self.digest.digest():
+            self.lost = f"{self.path} was changed while the run wrote it: the plot shows what is left"
+        return _events(content)
 
     def close(self) -> None:
-        """Flush to the disk and end the trackers."""
+        """End the file and the trackers."""
         if self.file is not None:
-            os.fsync(self.file.fileno())
             self.file.close()
         if self.accelerator.log_with:
             self.accelerator.end_training()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All events of a metrics file; a last line cut short by a crash is passed over."""
+    """All events of a metrics file, up to a line that is none: the last may have been cut short by a crash."""
+    return _events(path.read_bytes())
+
+
+def _events(content: bytes) -> list[dict[str, Any]]:
     events = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in content.split(b"\n"):  # not at U+2028 and its like, which a text may hold
         try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
+            event = parse_json(line)
+        except ValueError:
             break
+        if not _is_event(event):
+            break
+        events.append(event)
     return events
+
+
+def _is_event(value: Any) -> bool:
+    """Whether a line holds what plots and tables read of it."""
+    if not isinstance(value, dict) or not isinstance(value.get("event"), str):
+        return False
+    numbers = [value.get(key, "") for key in _NUMBERS.get(value["event"], ())]
+    named = value["event"] != "eval" or isinstance(value.get("domain"), str)
+    return named and all(number is None or type(number) in (int, float) for number in numbers)

@@ -12,13 +12,19 @@ from accelerate import Accelerator
 
 from peftune.config.recipe import Recipe
 from peftune.console import Console
-from peftune.errors import Interrupted, UserError
+from peftune.errors import Interrupted
 from peftune.model.load import DTYPES, NAME_OF, footprint, load_adapted
 from peftune.model.lora import Adapted
 from peftune.model.loss import LossModel
 from peftune.training import checkpoint
 from peftune.training.checkpoint import Checkpoint, State
-from peftune.training.device import FIRST_LOSS_SCALE, choose_precision, first_micro_size, peak_memory
+from peftune.training.device import (
+    FIRST_LOSS_SCALE,
+    choose_precision,
+    first_micro_size,
+    peak_memory,
+    report_out_of_memory,
+)
 from peftune.training.distributed import start, zero
 from peftune.training.distributed.agreement import refuse_different_ranks
 from peftune.training.distributed.collectives import (
@@ -28,7 +34,7 @@ from peftune.training.distributed.collectives import (
     report_after_a_signal,
 )
 from peftune.training.distributed.signals import StopNow, StopRequest
-from peftune.training.export.adapter import Delivery, already_delivered, deliver
+from peftune.training.export.adapter import Delivery, deliver, earlier_run
 from peftune.training.inputs import RunInputs, read_inputs_on_all_ranks, sole_writer
 from peftune.training.metrics import MetricsLog
 from peftune.training.optimizer import Gradient, ReplicatedStrategy, UpdateStrategy, build_adamw
@@ -58,7 +64,7 @@ def train(recipe: Recipe) -> Delivery:
     Raises UserError for input that cannot work, Interrupted after a signal (a checkpoint is saved first), CheckFailed
     for numbers that are not finite or an adapter that did not learn, RankLost where another rank is gone.
     """
-    with start.watched_ranks(recipe) as accelerator:
+    with start.watched_ranks(recipe) as accelerator, report_out_of_memory():
         console = Console(accelerator.is_main_process)
         if start.zero_stage(accelerator):
             zero.configure(accelerator, recipe)
@@ -71,7 +77,7 @@ def train(recipe: Recipe) -> Delivery:
         dtype = DTYPES[precision]
         inputs = read_inputs_on_all_ranks(recipe, accelerator)
         with sole_writer(Path(recipe.run.out), accelerator):
-            found = broadcast(accelerator, lambda: _earlier_run(inputs))
+            found = broadcast(accelerator, lambda: earlier_run(inputs, console))
             if isinstance(found, Delivery):
                 console.say(f"{recipe.run.out}: this recipe was trained already, nothing to do")
                 return found
@@ -84,23 +90,10 @@ def train(recipe: Recipe) -> Delivery:
                     delivery = export(run)
             finally:
                 run.metrics.close()
+            if run.metrics.lost:
+                console.say(run.metrics.lost)
             console.say(delivery.summary())
             return delivery
-
-
-def _earlier_run(inputs: RunInputs) -> Delivery | Checkpoint | None:
-    """What an earlier run of this recipe left: a finished adapter, a checkpoint to go on from, or nothing."""
-    out = Path(inputs.recipe.run.out)
-    done = already_delivered(out, inputs.identity)
-    if done is not None:
-        return done
-    found = checkpoint.newest(out / "checkpoints")
-    if found is None:
-        return None
-    if inputs.recipe.run.resume == "never":
-        raise UserError(f"{out}/checkpoints: a run is there, and run.resume is never; use auto, or another run.out")
-    checkpoint.refuse_other_run(found.state.identity, inputs.identity, str(out))
-    return found
 
 
 def load_run(
@@ -123,6 +116,9 @@ def load_run(
         with raise_on_all_ranks(accelerator):
             adapted = load_adapted(recipe, inputs.base, dtype, accelerator.device)
     parameters = adapted.trainable()
+    with raise_on_all_ranks(accelerator):
+        if found:
+            checkpoint.check_fits(found, parameters, Path(recipe.run.out) / "checkpoints")
     gradient = Gradient(list(parameters.values()), [p.shape for p in parameters.values()], accelerator.device)
     loss_model = LossModel(adapted.model, recipe.optim.neftune, recipe.optim.label_smoothing)
     loss_model.train()
@@ -137,7 +133,8 @@ def load_run(
     size, may_shrink = state.micro_size, batch.micro_size == "auto"
     forward = ForwardFn(strategy.module, fast, description, dtype, accelerator.device, is_collective, size, may_shrink)
     path = Path(recipe.run.out) / "metrics.jsonl"
-    metrics = MetricsLog(path, accelerator, recipe.model_dump(mode="json"), state.records_bytes)
+    with raise_on_all_ranks(accelerator):
+        metrics = MetricsLog(path, accelerator, recipe.model_dump(mode="json"), state)
     return Run(inputs, accelerator, console, adapted, forward, gradient, strategy, state, metrics, StopRequest())
 
 
@@ -157,8 +154,12 @@ def _begin(run: Run, found: Checkpoint | None) -> None:
         run.metrics.write("start", recipe=recipe.model_dump(mode="json"), **numbers)
     else:
         run.strategy.load_state_dict(found.values, found.moments)
-        run.metrics.write("resume", from_step=state.step, layout=facts["layout"])
+        lost = {"lost": run.metrics.lost} if run.metrics.lost else {}
+        run.metrics.write("resume", from_step=state.step, layout=facts["layout"], **lost)
         run.console.say(f"resuming {recipe.run.out} from step {state.step}")
+        if run.metrics.lost:
+            run.console.say(run.metrics.lost)
+            run.metrics.lost = ""
     run.console.say(
         f"{train.tokens():,} tokens to learn in {len(train):,} blocks of {train.packing.block_size} "
         f"({train.packing.fill():.1%} full), {run.inputs.total_steps} steps of {recipe.batch.global_size} blocks "
@@ -228,10 +229,11 @@ def _evaluate_if_due(run: Run, stop: StopRequest) -> bool:
     }
     prompts, model = inputs.recipe.run.samples, run.adapted.model
     samples = continue_prompts(prompts, model, inputs.base.tokenizer, run.forward, run.accelerator, stop)
-    for domain, score in scores.items():
-        run.metrics.write("eval", step=state.step, domain=domain, **score.figures(), tokens=score.tokens)
+    figures = {name: score.figures() | {"tokens": score.tokens} for name, score in scores.items()}
+    for domain, measured in figures.items():
+        run.metrics.write("eval", step=state.step, domain=domain, **measured)
     if scores:
-        texts = [f"{d}: loss {s.loss:.4f}, perplexity {s.figures()['perplexity']:.2f}" for d, s in scores.items()]
+        texts = [f"{d}: loss {f['loss']:.4f}, perplexity {f['perplexity']:.2f}" for d, f in figures.items()]
         run.console.say(f"step {state.step}/{total}  {'  '.join(texts)}")
     for made in samples:
         run.metrics.write("sample", step=state.step, prompt=made.prompt, text=made.text)
@@ -239,7 +241,9 @@ def _evaluate_if_due(run: Run, stop: StopRequest) -> bool:
     state.evaluated_step = state.step
     if not scores:
         return False
-    return state.is_improved_by(sum(s.nats for s in scores.values()) / sum(s.tokens for s in scores.values()))
+    better = state.is_improved_by(sum(s.nats for s in scores.values()) / sum(s.tokens for s in scores.values()))
+    state.keep_figures(figures)
+    return better
 
 
 def _has_stopped_improving(run: Run) -> bool:
@@ -251,9 +255,9 @@ def _has_stopped_improving(run: Run) -> bool:
 
 
 def _save(run: Run) -> None:
-    run.state.records_bytes = run.metrics.size()
     values, moments = run.strategy.state_dict()
     with raise_on_all_ranks(run.accelerator):
+        run.metrics.flush(run.state)
         if run.accelerator.is_main_process:
             folder = Path(run.inputs.recipe.run.out) / "checkpoints"
             checkpoint.save(folder, Checkpoint(run.state, values, moments))

@@ -36,9 +36,13 @@ def fingerprint(out: Path) -> str:
 def test_a_run_resumed_after_every_possible_stop_equals_one_without_stops(
     recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undisturbed = recipe(*TRAINED_WITH_NOISE, "data.validation=0.2", "run.eval_every=3", f"run.out={tmp_path / 'a'}")
+    undisturbed = recipe(
+        *TRAINED_WITH_NOISE, "data.validation=0.2", "run.eval_every=3", f"run.out={tmp_path / 'a' / 'x'}"
+    )
     train(undisturbed)
-    disturbed = recipe(*TRAINED_WITH_NOISE, "data.validation=0.2", "run.eval_every=3", f"run.out={tmp_path / 'b'}")
+    disturbed = recipe(
+        *TRAINED_WITH_NOISE, "data.validation=0.2", "run.eval_every=3", f"run.out={tmp_path / 'b' / 'x'}"
+    )
 
     def stop_after_one_step(*given: Any) -> step.StepResult:
         monkeypatch.setattr(run, "train_step", refuse)
@@ -47,23 +51,28 @@ def test_a_run_resumed_after_every_possible_stop_equals_one_without_stops(
     def refuse(*_: object) -> object:
         raise step.StopNow
 
+    promised: list[int] = []
     for _ in range(12):
         monkeypatch.setattr(run, "train_step", stop_after_one_step)
-        if (tmp_path / "b" / "adapter_config.json").exists():
+        if (tmp_path / "b" / "x" / "adapter_config.json").exists():
             break
         try:
             train(disturbed)
         except Interrupted as error:
             assert "the same command goes on" in str(error)
+            promised.append(int(str(error).split("after step ")[1].split()[0]))
     monkeypatch.undo()
     train(disturbed)
-    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
+    a, b = tmp_path / "a" / "x", tmp_path / "b" / "x"
+    assert fingerprint(a) == fingerprint(b)
+    assert (a / "loss.png").read_bytes() == (b / "loss.png").read_bytes()
+    assert [e["from_step"] for e in read_metrics(b / "metrics.jsonl") if e["event"] == "resume"] == promised
 
     def recorded(out: Path) -> list[tuple[object, ...]]:
         events = read_metrics(out / "metrics.jsonl")
         return [(e["event"], e["step"], e["loss"]) for e in events if e["event"] in ("train", "eval")]
 
-    assert recorded(tmp_path / "a") == recorded(tmp_path / "b")
+    assert recorded(a) == recorded(b)
 
 
 def command_line(made: Recipe, tmp_path: Path) -> list[str]:

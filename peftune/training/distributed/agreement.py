@@ -52,3 +52,11 @@ def _differences(first: Mapping[str, str], other: Mapping[str, str]) -> str:
         there, here = (("…" if begin else "") + text[begin : begin + 40] for text in pair)
         texts.append(f"{name} {there} where rank 0 has {here}")
     return ", ".join(texts + [f"{len(names) - _NAMED} more"] * (len(names) > _NAMED))
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

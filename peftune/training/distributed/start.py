@@ -16,9 +16,8 @@ from accelerate.tracking import get_available_trackers
 from peftune.config.recipe import Recipe
 from peftune.errors import Interrupted, PeftuneError, UserError, report_once_per_machine
 from peftune.model import quantized
-from peftune.training.checkpoint import flatten
 from peftune.training.distributed import zero
-from peftune.training.distributed.agreement import refuse_different_ranks, versions
+from peftune.training.distributed.agreement import flatten, refuse_different_ranks, versions
 from peftune.training.distributed.collectives import report_clearly
 from peftune.training.distributed.watchdog import rendezvous_deadline, watch_peers
 

@@ -25,7 +25,7 @@ from peftune.model.base import Base
 from peftune.model.load import recompute_activations, with_dropout
 from peftune.model.lora import Adapted, inject
 from peftune.model.loss import LossModel
-from peftune.training.checkpoint import flatten
+from peftune.training.distributed.agreement import flatten
 from peftune.training.distributed.collectives import raise_on_all_ranks
 from peftune.training.optimizer import MOMENTS, Gradient, Parameters, Tensors, set_rate, state_bytes
 

@@ -1,26 +1,32 @@
-"""The end of a run: the adapter directory with its provenance, loss plot and model card."""
+"""The directory of a run: what an earlier start left there, and what the end of this one writes."""
 
 from __future__ import annotations
 
+import json
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peftune.adapters.directory import write_adapter
+from pydantic import TypeAdapter, ValidationError
+
+from peftune.adapters.directory import read_adapter, write_adapter
 from peftune.adapters.model_card import model_card
-from peftune.adapters.provenance import read_provenance
-from peftune.errors import CheckFailed
+from peftune.adapters.provenance import read_provenance, recorded_dict
+from peftune.console import Console
+from peftune.errors import CheckFailed, UserError
 from peftune.model import quantized
 from peftune.model.lora import Adapted, is_dead, stored_adapter
 from peftune.training import checkpoint
-from peftune.training.checkpoint import State
-from peftune.training.inputs import RunInputs
-from peftune.training.metrics import MetricsLog, read_metrics
+from peftune.training.checkpoint import Checkpoint, Figures, State
+from peftune.training.inputs import RunInputs, refuse_other_run
+from peftune.training.metrics import MetricsLog
 from peftune.training.optimizer import Tensors
 from peftune.version import __version__
 
+ROWS = ("base", "adapter")
+"""Of the figures of a domain: those of step 0, and those of what is delivered."""
 _VERSIONS = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
 
 
@@ -30,7 +36,7 @@ class Delivery:
 
     out: Path
     step: int
-    metrics: dict[str, dict[str, dict[str, float]]]
+    metrics: dict[str, Figures]
     seconds: float
 
     def summary(self) -> str:
@@ -38,18 +44,51 @@ class Delivery:
         changes = [
             f"{domain} perplexity {rows['base']['perplexity']:,.2f} → {rows['adapter']['perplexity']:,.2f}"
             for domain, rows in self.metrics.items()
-            if rows.keys() >= {"base", "adapter"}
+            if rows.keys() >= set(ROWS)
         ]
         return "; ".join([f"{self.out}: adapter of step {self.step}, {self.seconds:,.0f} s", *changes])
 
 
+_DELIVERIES = TypeAdapter(Delivery)
+
+
 def already_delivered(out: Path, now: dict[str, Any]) -> Delivery | None:
     """What an earlier run of the same recipe left in `out`; UserError where another run's adapter is there."""
-    recorded = read_provenance(out)
-    if recorded is None or not (out / "adapter_config.json").is_file():
+    written = read_provenance(out)
+    if written is None or not (out / "adapter_config.json").is_file():
         return None
-    checkpoint.refuse_other_run(recorded.get("identity", {}), now, str(out))
-    return Delivery(out, recorded["step"], recorded["metrics"], recorded["seconds"])
+    refuse_other_run(recorded_dict(written, "identity"), now, str(out))
+    read_adapter(out)
+    try:
+        values = {key: written[key] for key in ("step", "metrics", "seconds")} | {"out": str(out)}
+        return _DELIVERIES.validate_json(json.dumps(values), strict=True)
+    except (KeyError, ValidationError):
+        raise UserError(
+            f"{out}: peftune.json does not hold what a run writes there; give run.out another name"
+        ) from None
+
+
+def earlier_run(inputs: RunInputs, console: Console) -> Delivery | Checkpoint | None:
+    """What an earlier run of this recipe left: a finished adapter, a checkpoint to go on from, or nothing.
+
+    Damaged checkpoints are named and set aside. UserError, and nothing is changed, where a run of another recipe is
+    there, and where there are checkpoints but none that can be read.
+    """
+    out = Path(inputs.recipe.run.out)
+    done = already_delivered(out, inputs.identity)
+    if done is not None:
+        return done
+    found = checkpoint.newest(out / "checkpoints")
+    if found is not None:
+        if inputs.recipe.run.resume == "never":
+            raise UserError(f"{out}/checkpoints: a run is there, and run.resume is never; use auto, or another run.out")
+        refuse_other_run(found.state.identity, inputs.identity, str(out))
+        if found.state.step > inputs.total_steps:
+            raise UserError(f"{out}/checkpoints: has step {found.state.step} of a run of {inputs.total_steps} steps")
+    elif (out / "metrics.jsonl").exists():
+        console.say(f"{out}: an earlier run left no checkpoint; starting from step 0")
+    checkpoint.tidy(out / "checkpoints", found, console.say)
+    return found
 
 
 def deliver(
@@ -67,13 +106,20 @@ def deliver(
     best = state.best_step if recipe.run.early_stopping is not None else None
     step = state.step if best is None else best
     if step != state.step:
-        values = checkpoint.read(out / "checkpoints" / f"step-{step}").values
+        try:
+            values = checkpoint.read(out / "checkpoints" / f"step-{step}").values
+        except UserError as error:
+            raise UserError(f"the best adapter is lost: {error}; run.early_stopping=null delivers the last") from None
     config, tensors = stored_adapter(adapted, values)
     config["base_model_name_or_path"] = recipe.base
     seconds = round(state.seconds, 1)
     metrics.write("end", step=state.step, delivered_step=step, tokens=state.tokens, seconds=seconds)
-    events = read_metrics(out / "metrics.jsonl")
-    delivery = Delivery(out, step, _before_and_after(events, step), seconds)
+    metrics.flush(state)
+    events = metrics.events()
+    figures = _before_and_after(state, events, step)
+    delivery = Delivery(out, step, figures, seconds)
+    if absent := [f"{row} on {d}" for d in inputs.corpus.domains for row in ROWS if row not in figures.get(d, {})]:
+        metrics.lost += f"; peftune.json lacks figures that were lost with the metrics: {', '.join(absent)}"
     from peftune.training.export.plots import draw_loss  # matplotlib: not before the first step
 
     provenance = _provenance(inputs, state, delivery, run_facts)
@@ -83,13 +129,14 @@ def deliver(
     return delivery
 
 
-def _before_and_after(events: list[dict[str, Any]], step: int) -> dict[str, dict[str, dict[str, float]]]:
-    figures: dict[str, dict[str, dict[str, float]]] = {}
-    for event in events:
-        if event["event"] == "eval" and event["step"] in (0, step):
-            row = "base" if event["step"] == 0 else "adapter"
-            numbers = {key: event[key] for key in ("loss", "perplexity", "bits_per_byte", "tokens")}
-            figures.setdefault(event["domain"], {})[row] = numbers
+def _before_and_after(state: State, events: list[dict[str, Any]], step: int) -> dict[str, Figures]:
+    """The figures of the base and of the delivered step, by domain; from the metrics where an older release began."""
+    figures: dict[str, Figures] = {}
+    for row, number in zip(ROWS, (0, step), strict=True):
+        logged = {e["domain"]: e for e in events if e["event"] == "eval" and e["step"] == number}
+        for domain, measured in (state.figures.get(str(number)) or logged).items():
+            numbers = {key: measured[key] for key in ("loss", "perplexity", "bits_per_byte", "tokens")}
+            figures.setdefault(domain, {})[row] = numbers
     return figures
 
 
@@ -108,6 +155,7 @@ def _provenance(inputs: RunInputs, state: State, delivery: Delivery, run_facts: 
         "seconds": delivery.seconds,
         **run_facts,
         "metrics": delivery.metrics,
+        **({"metrics_begin_at_step": state.records_from} if state.records_from else {}),
         "versions": versions | quantized.versions(inputs.recipe.quantize),
     }
 
@@ -126,6 +174,8 @@ one for the full-precision base.
 
 """
     )
+    first = provenance.get("metrics_begin_at_step")
+    since = f" since step {first} (what was before was lost)" if first else ""
     body = f"""\
 A {lora["variant"]} adapter (rank {lora["rank"]}, alpha {lora["alpha"]:g}, targets: {targets}) for `{recipe["base"]}`,
 {provenance["trainable_parameters"]:,} trained parameters, trained with peftune {provenance["peftune"]} on {sources}.
@@ -135,13 +185,13 @@ A {lora["variant"]} adapter (rank {lora["rank"]}, alpha {lora["alpha"]:g}, targe
 Learning: {provenance["step"]} steps of {recipe["batch"]["global_size"]} blocks, {provenance["tokens"]:,} tokens,
 peak rate {optim["lr"]:g} ({optim["schedule"]}), {provenance["precision"]}, seed {recipe["run"]["seed"]},
 {provenance["seconds"]:,.0f} seconds. `peftune.json` holds the full recipe and the fingerprints of base and data,
-`metrics.jsonl` every step.
+`metrics.jsonl` every step{since}.
 
 ![Course of the loss](loss.png)"""
     return model_card(recipe["base"], recipe["run"]["out"], body)
 
 
-def _table(metrics: dict[str, dict[str, dict[str, float]]]) -> str:
+def _table(metrics: dict[str, Figures]) -> str:
     if not metrics:
         return "It was not evaluated: the recipe has no validation data."
     rows = [

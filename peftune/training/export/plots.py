@@ -72,14 +72,20 @@ def loss_axes(axes: Axes, events: list[dict[str, Any]], title: str) -> None:
     for number, domain in enumerate(dict.fromkeys(e["domain"] for e in events if e["event"] == "eval")):
         points = [(e["step"], e["loss"]) for e in events if e["event"] == "eval" and e["domain"] == domain]
         colour = COLOURS[number % len(COLOURS)]
-        axes.plot(*np.array(points, dtype=float).T, "o-", color=colour, markersize=4, linewidth=1.4, label=domain)
-    axes.set_title(title, loc="left", color=INK, fontweight="bold", fontsize=11)
+        axes.plot(
+            *np.array(points, dtype=float).T, "o-", color=colour, markersize=4, linewidth=1.4, label=_cut(domain, 40)
+        )
+    axes.set_title(_cut(title, 90), loc="left", color=INK, fontweight="bold", fontsize=11)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss, nats per token")
     axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9)
+
+
+def _cut(name: str, length: int) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
