@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
+from typing import Any
 
 from accelerate import Accelerator
 
