@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from peftune.config.messages import validation_messages
 from peftune.errors import UserError
 from peftune.files import read_object
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import GPT2Config
 
 Size = Annotated[int, Field(gt=0)]
 
@@ -44,6 +49,29 @@ class Architecture(BaseModel):
         if self.add_cross_attention:
             raise ValueError("add_cross_attention is true; peftune trains language models, not decoders of others")
         return self
+
+
+def tanh_gelu(hidden: Tensor) -> Tensor:
+    """GELU, by its approximation with tanh."""
+    from torch.nn import functional as F
+
+    return F.gelu(hidden, approximate="tanh")
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation function of this name in config.json; torch's own where Transformers writes GELU out."""
+    if name in ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"):  # three spellings of one function
+        return tanh_gelu
+    from transformers.activations import ACT2FN
+
+    return ACT2FN[name]  # type: ignore[no-any-return]
+
+
+def attention_scales(config: GPT2Config) -> list[float]:
+    """What the products of queries and keys are multiplied with, block by block."""
+    scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
+    by_layer = config.scale_attn_by_inverse_layer_idx
+    return [scale / (number + 1) if by_layer else scale for number in range(config.n_layer)]
 
 
 def read_values(directory: Path) -> dict[str, Any]:

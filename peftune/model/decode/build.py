@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from peftune.model.decode.forward import Activation, DecodeBlock, DecodeGPT2, Norm
+from peftune.model.architecture import activation, attention_scales
+from peftune.model.decode.forward import DecodeBlock, DecodeGPT2, Norm
 from peftune.model.decode.kv_cache import KVCache
 from peftune.model.decode.packed_linear import PackedLinear
 from peftune.model.weights import HEAD, WTE
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 WPE = "transformer.wpe.weight"
 MODULES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-_TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # three spellings of one function
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,6 @@ def build(
 
     config, prefixes = spec.config, [f"transformer.h.{number}." for number in range(spec.config.n_layer)]
     wte = kept.wte if (kept := unchanged(WTE)) else stored(WTE)
-    scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
     return DecodeGPT2(
         wte=wte,
         wpe=kept.wpe if (kept := unchanged(WPE)) else stored(WPE),
@@ -67,10 +66,8 @@ def build(
         if (kept := unchanged(WTE if tied else HEAD))
         else PackedLinear(wte if tied else stored(HEAD), None),
         heads=config.n_head,
-        scales=tuple(
-            scale / (number + 1) if config.scale_attn_by_inverse_layer_idx else scale for number in range(len(prefixes))
-        ),
-        activation=_activation(config.activation_function),
+        scales=tuple(attention_scales(config)),
+        activation=activation(config.activation_function),
     )
 
 
@@ -88,11 +85,3 @@ def _norm(spec: ModelSpec, tensor: Callable[[str], torch.Tensor], name: str) -> 
     weight, bias = (tensor(f"{name}.{part}").to(spec.device, torch.float32) for part in ("weight", "bias"))
     eps = spec.config.layer_norm_epsilon
     return partial(F.layer_norm, normalized_shape=weight.shape, weight=weight, bias=bias, eps=eps)
-
-
-def _activation(name: str) -> Activation:
-    if name in _TANH_GELU:
-        return partial(F.gelu, approximate="tanh")
-    from transformers.activations import ACT2FN
-
-    return ACT2FN[name]  # type: ignore[no-any-return]
