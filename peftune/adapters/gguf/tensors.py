@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import GPT2Config
@@ -70,7 +71,7 @@ def base_tensors(base: Base) -> Iterator[GgufTensor]:
         yield GgufTensor(
             f"{gguf_name(module)}.{kind}",
             shape[::-1] if is_conv1d else shape,
-            lambda name=name, is_conv1d=is_conv1d: _values(base, name, is_conv1d),
+            partial(_values, base, name, is_conv1d),
         )
 
 
@@ -114,4 +115,6 @@ def lora_tensors(layout: AdapterLayout, base: Base, where: str) -> Iterator[Gguf
         b = (target.parts["lora_B.weight"].double() * target.scale).float()
         b = _with_query_factor(b, name, base.config)
         for part, tensor in (("lora_a", a), ("lora_b", b)):
-            yield GgufTensor(f"{gguf_name(name)}.weight.{part}", tuple(tensor.shape), lambda tensor=tensor: tensor)
+            yield GgufTensor(
+                f"{gguf_name(name)}.weight.{part}", tuple(tensor.shape), partial(torch.Tensor.float, tensor)
+            )
