@@ -11,6 +11,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from peftune.cli import adapters, cache
+from peftune.cli.export import export
 from peftune.cli.launcher.launch import configs, launch
 from peftune.cli.options import BASE_HELP, Adapters, Json, named, save_json, source_of
 from peftune.cli.serve import serve
@@ -211,7 +212,7 @@ def generate(
     start_repl(base, folders, use, settings, precision)
 
 
-for _verb in (serve, launch, configs):
+for _verb in (serve, launch, configs, export):
     app.command()(_verb)
 
 

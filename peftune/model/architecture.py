@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,8 +16,13 @@ from peftune.errors import UserError
 from peftune.files import read_object
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import GPT2Config
 
+_CLASSES = {
+    "GPT2Model", "GPT2LMHeadModel", "GPT2DoubleHeadsModel", "GPT2ForSequenceClassification",
+    "GPT2ForTokenClassification", "GPT2ForQuestionAnswering",
+}  # fmt: skip
 Size = Annotated[int, Field(gt=0)]
 
 
@@ -61,18 +68,83 @@ def fingerprint(config: GPT2Config) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def read_values(directory: Path) -> dict[str, Any]:
-    """What config.json says, as it is stored; another architecture than GPT-2 is refused by name.
+def tanh_gelu(hidden: Tensor) -> Tensor:
+    """GELU, by its approximation with tanh."""
+    from torch.nn import functional as F
 
-    Raises UserError naming every value that no GPT-2 can have.
+    return F.gelu(hidden, approximate="tanh")
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation function of this name in config.json; torch's own where Transformers writes GELU out."""
+    if name in ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"):  # three spellings of one function
+        return tanh_gelu
+    from transformers.activations import ACT2FN
+
+    return ACT2FN[name]  # type: ignore[no-any-return]
+
+
+def attention_scales(config: GPT2Config) -> list[float]:
+    """What the products of queries and keys are multiplied with, block by block."""
+    scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
+    by_layer = config.scale_attn_by_inverse_layer_idx
+    return [scale / (number + 1) if by_layer else scale for number in range(config.n_layer)]
+
+
+def read_values(directory: Path) -> dict[str, Any]:
+    """What config.json says, numbers in the types that Transformers expects; another architecture is refused by name.
+
+    Uploads of 2019 have no `model_type`; their `architectures` tell. Raises UserError naming every value that no GPT-2
+    can have.
     """
     values = read_object(directory / "config.json", f"base {directory}: config.json")
-    kind = values.get("model_type")
-    if kind != "gpt2":
-        raise UserError(f"base {directory}: model_type is {kind}, peftune trains GPT-2 models only (model_type gpt2)")
+    if reason := _reason_against(values):
+        raise UserError(f"base {directory}: {reason}")
+    values = {key: _as_expected(key, value) for key, value in values.items()} | {"model_type": "gpt2"}
     try:
         Architecture.model_validate(values)
     except ValidationError as error:
         found = "; ".join(validation_messages(error, {"": list(Architecture.model_fields)}))
         raise UserError(f"base {directory}: config.json: {found}") from None
     return values
+
+
+def _reason_against(values: dict[str, Any]) -> str | None:
+    """Why a config.json is not that of a GPT-2 whose weights can be read, or None."""
+    kind, names = values.get("model_type"), values.get("architectures") or []
+    names = names if isinstance(names, list) else [names]
+    known = [name for name in names if str(name).removeprefix("TF").removeprefix("Flax") in _CLASSES]
+    if kind is None and not known:
+        said = (
+            f"architectures is {', '.join(map(str, names))}" if names else "neither model_type nor architectures is set"
+        )
+        return f"config.json: {said}; peftune trains GPT-2 models only (model_type gpt2)"
+    if kind not in (None, "gpt2"):
+        return f"model_type is {kind}, peftune trains GPT-2 models only (model_type gpt2)"
+    if names and not known:
+        return (
+            f"architectures is {', '.join(map(str, names))}, a model of its own that computes with code from its "
+            "repository; peftune runs no such code and trains plain GPT-2 only"
+        )
+    if (quantized := values.get("quantization_config")) is not None:
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "unknown"
+        return (
+            f"its weights are stored quantized ({method}); pass the checkpoint in full precision, and let the recipe's "
+            "quantize pack it"
+        )
+    return None
+
+
+def _as_expected(key: str, value: Any) -> Any:
+    """A whole number where Transformers wants a float, and 0 or 1 where it wants a truth value, in that type."""
+    kind = _kinds().get(key)
+    if type(value) is int and kind is float:
+        return float(value)
+    return bool(value) if type(value) is int and value in (0, 1) and kind is bool else value
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    from transformers import GPT2Config
+
+    return dict(GPT2Config.__annotations__)

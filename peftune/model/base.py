@@ -40,7 +40,10 @@ class Base:
         """Transformers' configuration."""
         from transformers import GPT2Config
 
-        return GPT2Config.from_dict(self.stored_config | {"_name_or_path": str(self.directory)})
+        try:
+            return GPT2Config.from_dict(self.stored_config | {"_name_or_path": str(self.directory)})
+        except (TypeError, ValueError) as error:  # its own checks of types
+            raise UserError(f"base {self.directory}: config.json: {first_line(error)}") from None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
+from peftune.model.architecture import activation, attention_scales
 from peftune.model.decode.batch_invariance import by_row
 from peftune.model.decode.forward import Activation, DecodeBlock, DecodeGPT2, Norm
 from peftune.model.decode.kv_cache import KVCache
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 WPE = "transformer.wpe.weight"
 MODULES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-_TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")  # three spellings of one function
 _ACTIVATION_DRAWS = 16  # the ends of a vectorised loop use other code, whose bits differ for one number in some tens
 
 
@@ -60,7 +60,6 @@ def build(
 
     config, prefixes = spec.config, [f"transformer.h.{number}." for number in range(spec.config.n_layer)]
     wte = kept.wte if (kept := unchanged(WTE)) else stored(WTE)
-    scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
     return DecodeGPT2(
         wte=wte,
         wpe=kept.wpe if (kept := unchanged(WPE)) else stored(WPE),
@@ -73,9 +72,7 @@ def build(
         if (kept := unchanged(WTE if tied else HEAD))
         else PackedLinear(wte if tied else stored(HEAD), None),
         heads=config.n_head,
-        scales=tuple(
-            scale / (number + 1) if config.scale_attn_by_inverse_layer_idx else scale for number in range(len(prefixes))
-        ),
+        scales=tuple(attention_scales(config)),
         activation=_activation(config.activation_function),
     )
 
@@ -98,11 +95,4 @@ def _norm(spec: ModelSpec, tensor: Callable[[str], torch.Tensor], name: str) -> 
 
 
 def _activation(name: str) -> Activation:
-    function: Activation
-    if name in _TANH_GELU:
-        function = partial(F.gelu, approximate="tanh")
-    else:
-        from transformers.activations import ACT2FN
-
-        function = ACT2FN[name]
-    return partial(by_row, f"activation {name}", function, draws=_ACTIVATION_DRAWS)
+    return partial(by_row, f"activation {name}", activation(name), draws=_ACTIVATION_DRAWS)

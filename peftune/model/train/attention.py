@@ -21,8 +21,8 @@ from peftune.model.train import varlen_attention
 FULL = 0.85  # a rectangle takes documents down to this share of its longest: at most 28 % of T² is padding
 QUERY_BLOCK = 128  # queries at a time: their scores fit the cache, and keys after the last of them are left out
 
-Attend = Callable[[torch.Tensor], torch.Tensor]
-"""qkv (N, 3·H·W) to softmax(q·kᵀ / √W)·v within each document, (N, H·W); differentiable."""
+Attend = Callable[[torch.Tensor, float], torch.Tensor]
+"""qkv (N, 3·H·W) and a scale to softmax(scale · q·kᵀ)·v within each document, (N, H·W); differentiable in qkv."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def kernel_for(device: torch.device, dtype: torch.dtype, width: int) -> Kernel:
 
 def _by_query_blocks(lengths: np.ndarray, heads: int, device: torch.device) -> Attend:
     rectangles = rectangles_of(lengths, heads, device)
-    return lambda qkv: _QueryBlocks.apply(qkv, rectangles, heads)  # type: ignore[no-untyped-call]
+    return lambda qkv, scale: _QueryBlocks.apply(qkv, rectangles, heads, scale)  # type: ignore[no-untyped-call]
 
 
 class _QueryBlocks(torch.autograd.Function):
@@ -54,9 +54,8 @@ class _QueryBlocks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: torch.Tensor, rectangles: Rectangles, heads: int) -> torch.Tensor:
+    def forward(ctx: Any, qkv: torch.Tensor, rectangles: Rectangles, heads: int, scale: float) -> torch.Tensor:
         rows = qkv.view(-1, qkv.shape[1] // (3 * heads)).index_select(0, rectangles.to_slots)
-        scale = rows.shape[1] ** -0.5
         output = rows.new_empty(len(rows) // 3, rows.shape[1])
         kept = []
         for (q, k, v), out in zip(_qkv(rows, rectangles, heads), _views(output, rectangles, heads), strict=True):
@@ -65,13 +64,13 @@ class _QueryBlocks(torch.autograd.Function):
                 out[:, queries] = p @ v[:, seen]
                 kept.append(p)
         ctx.save_for_backward(rows, *kept)
-        ctx.rectangles, ctx.heads = rectangles, heads
+        ctx.rectangles, ctx.heads, ctx.scale = rectangles, heads, scale
         return output.index_select(0, rectangles.to_outputs).view(len(qkv), -1)
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         rows, *kept = ctx.saved_tensors
-        rectangles, heads, scale = ctx.rectangles, ctx.heads, rows.shape[1] ** -0.5
+        rectangles, heads, scale = ctx.rectangles, ctx.heads, ctx.scale
         d_output = rows.new_zeros(len(rows) // 3, rows.shape[1])  # padding stays zero
         d_output.index_copy_(0, rectangles.to_outputs, upstream.reshape(-1, rows.shape[1]))
         d_rows = torch.zeros_like(rows)
@@ -84,7 +83,7 @@ class _QueryBlocks(torch.autograd.Function):
                 dv[:, seen].baddbmm_(p.mT, d)
                 dq[:, queries].baddbmm_(ds, k[:, seen], alpha=scale)
                 dk[:, seen].baddbmm_(ds.mT, q[:, queries], alpha=scale)
-        return d_rows.index_select(0, rectangles.to_tokens).view(len(upstream), -1), None, None
+        return d_rows.index_select(0, rectangles.to_tokens).view(len(upstream), -1), None, None, None
 
 
 def _probabilities(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
@@ -119,13 +118,13 @@ def _fused(lengths: np.ndarray, heads: int, device: torch.device) -> Attend:
     """SDPA's causal kernels, rectangle by rectangle."""
     rectangles = rectangles_of(lengths, heads, device)
 
-    def attend(qkv: torch.Tensor) -> torch.Tensor:
+    def attend(qkv: torch.Tensor, scale: float) -> torch.Tensor:
         rows = qkv.view(-1, qkv.shape[1] // (3 * heads))
         rows = _Moved.apply(rows, rectangles.to_slots, rectangles.to_tokens)  # type: ignore[no-untyped-call]
         outputs = []
         for q, k, v in _qkv(rows, rectangles, heads):
             q, k, v = (part.view(-1, heads, *part.shape[1:]) for part in (q, k, v))
-            outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True).flatten(0, 2))
+            outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).flatten(0, 2))
         return torch.cat(outputs).index_select(0, rectangles.to_outputs).view(len(qkv), -1)
 
     return attend

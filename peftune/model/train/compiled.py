@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 
 from peftune.cache import cache_directory, private_directory
-from peftune.model.train.layers import EAGER, Elementwise, Norm, activated, added, normed
+from peftune.model.train.layers import Elementwise, Norm, added, normed
 
 _TOKENS = 64  # of the trial; a graph for any number of them comes out
 _CASES = (((1, 1, 1), True), ((0, 1, 1), True), ((0, 0, 0), True), ((0, 0, 0), False))
@@ -26,10 +26,10 @@ _CASES = (((1, 1, 1), True), ((0, 1, 1), True), ((0, 0, 0), True), ((0, 0, 0), F
 _ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # relative, of values and gradients
 
 
-def compiled(norm: Norm, inner: int) -> Elementwise:
-    """Compiled operations for streams like those that `norm` takes, or the eager ones; `description` says why.
+def compiled(eager: Elementwise, norm: Norm, inner: int) -> Elementwise:
+    """`eager` compiled for streams like those that `norm` takes, or as it is; `description` says why.
 
-    `inner` is the width of what GELU sees.
+    `inner` is the width of what the activation function sees.
     """
     began = time.perf_counter()
     try:
@@ -38,23 +38,25 @@ def compiled(norm: Norm, inner: int) -> Elementwise:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_directory(cache_directory(), "torchinductor"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's compiler about torch
-            operations = Elementwise(torch.compile(normed), torch.compile(added), torch.compile(activated))
-            worst = max(_difference(operations, norm, inner, asking, keeps) for asking, keeps in _CASES)
+            operations = Elementwise(torch.compile(eager.activated), torch.compile(normed), torch.compile(added))
+            worst = max(_difference((operations, eager), norm, inner, asking, keeps) for asking, keeps in _CASES)
     except Exception as error:  # no compiler, or one that fails: a run needs none
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        return Elementwise(description=f"not compiled: {first[:200]}")
+        return replace(eager, description=f"not compiled: {first[:200]}")
     if not worst <= _ERROR[norm.dtype]:
-        return Elementwise(description=f"not compiled: what the compiler made is off by {worst:.1e}")
+        return replace(eager, description=f"not compiled: what the compiler made is off by {worst:.1e}")
     return replace(operations, description=f"elementwise operations compiled in {time.perf_counter() - began:.1f} s")
 
 
-def _difference(operations: Elementwise, norm: Norm, inner: int, asking: tuple[int, ...], keeps: bool) -> float:
-    """The largest relative difference from the eager operations, of values and gradients, as a block calls them."""
+def _difference(
+    both: tuple[Elementwise, Elementwise], norm: Norm, inner: int, asking: tuple[int, ...], keeps: bool
+) -> float:
+    """The largest relative difference between compiled and eager, of values and gradients, as a block calls them."""
     random, dynamo = torch.Generator().manual_seed(0), cast(Any, torch._dynamo)
     widths = len(norm.weight), len(norm.weight), inner
     given = [torch.randn(_TOKENS, width, generator=random).to(norm.weight.device) for width in widths]
     found: list[list[torch.Tensor]] = []
-    for these in (operations, EAGER):
+    for these in both:
         x, more, hidden = (tensor.clone() for tensor in given)
         more, hidden = more.to(norm.dtype), hidden.to(norm.dtype)
         for tensor, asks in zip((x, more, hidden), asking, strict=True):

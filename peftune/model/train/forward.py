@@ -18,11 +18,12 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from peftune.model.architecture import activation, attention_scales
 from peftune.model.lora import Adapted
 from peftune.model.loss import add_neftune_noise, summed_nats
 from peftune.model.train.attention import Attend, Kernel, kernel_for, tokens_of
 from peftune.model.train.compiled import compiled
-from peftune.model.train.layers import EAGER, Elementwise, LoraFactors, LoraLinear, Norm, frozen_weight
+from peftune.model.train.layers import Elementwise, LoraFactors, LoraLinear, Norm, frozen_weight
 
 NAME = "default"  # PEFT's, of a model's only adapter
 
@@ -37,10 +38,15 @@ class Block:
     ln_2: Norm
     c_fc: LoraLinear
     mlp_c_proj: LoraLinear
+    scale: float
+    """Of the products of queries and keys."""
+    upcast: bool
+    """Attend in fp32 whatever the dtype of the run (`reorder_and_upcast_attn`)."""
 
     def __call__(self, x: torch.Tensor, attend: Attend, training: bool, elementwise: Elementwise) -> torch.Tensor:
         """The stream (N, D) after this block."""
-        attended = attend(self.c_attn(elementwise.normed(x, self.ln_1), training))
+        qkv = self.c_attn(elementwise.normed(x, self.ln_1), training)
+        attended = attend(qkv.float() if self.upcast else qkv, self.scale).to(qkv.dtype)
         x, normed = elementwise.added(x, self.attn_c_proj(attended, training), self.ln_2)
         hidden = elementwise.activated(self.c_fc(normed, training))
         return x + self.mlp_c_proj(hidden, training)
@@ -97,13 +103,9 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def reason_against(adapted: Adapted) -> str | None:
     """Why a model cannot be trained by `TrainGPT2`, or None."""
     core: Any = adapted.model.get_base_model()
-    usual: dict[str, Any] = {
-        "activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-        "reorder_and_upcast_attn": False, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
-    }  # fmt: skip
-    unusual = [f"{key} {getattr(core.config, key)}" for key, v in usual.items() if getattr(core.config, key) != v]
-    if unusual:
-        return f"the base has {', '.join(unusual)}"
+    dropouts = {key: getattr(core.config, key) for key in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
+    if any(dropouts.values()):
+        return f"the base has {', '.join(f'{key} {value}' for key, value in dropouts.items() if value)}"
     layers = {name: module for name, module in core.named_modules() if isinstance(module, LoraLayer)}
     if any(".h." not in name for name in layers):
         return "the adapter reaches outside of the blocks"
@@ -124,23 +126,28 @@ def train_forward(
     core: Any = adapted.model.get_base_model()
     body, config = core.transformer, core.config
     ln_f, packed = _norm(body.ln_f, dtype), bool(getattr(core, "is_quantized", False))
+    elementwise, upcast = Elementwise(activation(config.activation_function)), config.reorder_and_upcast_attn
+    attention_dtype = torch.float32 if upcast else dtype
     return TrainGPT2(
         module=adapted.model,
         wte=body.wte.weight,
         wpe=body.wpe.weight,
-        blocks=tuple(_block(layer, dtype, packed) for layer in body.h),
+        blocks=tuple(
+            _block(layer, dtype, packed, scale, upcast)
+            for layer, scale in zip(body.h, attention_scales(config), strict=True)
+        ),
         ln_f=ln_f,
         head=core.lm_head,
         heads=config.n_head,
-        kernel=kernel_for(body.wte.weight.device, dtype, config.n_embd // config.n_head),
-        elementwise=compiled(ln_f, config.n_inner or 4 * config.n_embd) if compiles else EAGER,
+        kernel=kernel_for(body.wte.weight.device, attention_dtype, config.n_embd // config.n_head),
+        elementwise=compiled(elementwise, ln_f, config.n_inner or 4 * config.n_embd) if compiles else elementwise,
         neftune=neftune,
         smoothing=smoothing,
         recompute=recompute,
     )
 
 
-def _block(layer: Any, dtype: torch.dtype, packed: bool) -> Block:
+def _block(layer: Any, dtype: torch.dtype, packed: bool, scale: float, upcast: bool) -> Block:
     return Block(
         ln_1=_norm(layer.ln_1, dtype),
         c_attn=_linear(layer.attn.c_attn, dtype, packed),
@@ -148,6 +155,8 @@ def _block(layer: Any, dtype: torch.dtype, packed: bool) -> Block:
         ln_2=_norm(layer.ln_2, dtype),
         c_fc=_linear(layer.mlp.c_fc, dtype, packed),
         mlp_c_proj=_linear(layer.mlp.c_proj, dtype, packed),
+        scale=scale,
+        upcast=upcast,
     )
 
 

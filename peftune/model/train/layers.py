@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from peftune.model import quantized
 
 Weight = Callable[[], Tensor]
+Activation = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -140,18 +141,13 @@ def added(
     return x, normed(x, weight, bias, epsilon, to)
 
 
-def activated(hidden: Tensor) -> Tensor:
-    """GELU, by its approximation with tanh."""
-    return F.gelu(hidden, approximate="tanh")
-
-
 @dataclass(frozen=True)
 class Elementwise:
-    """The three functions above, or the same compiled; `description` says which, for people."""
+    """The two functions above and the model's activation, or the same compiled; `description` says which."""
 
+    activated: Activation
     _normed: Callable[..., Tensor] = normed
     _added: Callable[..., tuple[Tensor, Tensor]] = added
-    activated: Callable[[Tensor], Tensor] = activated
     description: str = ""
 
     def normed(self, x: Tensor, norm: Norm) -> Tensor:
@@ -161,6 +157,3 @@ class Elementwise:
     def added(self, x: Tensor, more: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
         """x + more, and the LayerNorm of that."""
         return self._added(x, more, norm.weight, norm.bias, norm.epsilon, norm.dtype)
-
-
-EAGER = Elementwise()

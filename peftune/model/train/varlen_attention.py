@@ -11,16 +11,17 @@ from torch.nn import functional as F
 TOLERANCE = 0.05  # of values about 1 in 8 or 11 bits; a kernel that leaks or turns things round is off by about 1
 
 
-def plan(lengths: np.ndarray, heads: int, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Attention for documents of these lengths: qkv (N, 3·H·W) to (N, H·W)."""
+def plan(lengths: np.ndarray, heads: int, device: torch.device) -> Callable[[torch.Tensor, float], torch.Tensor]:
+    """Attention for documents of these lengths: qkv (N, 3·H·W) and a scale of the scores to (N, H·W)."""
     from torch.nn.attention.varlen import varlen_attn
 
     ends = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)])).to(device, torch.int32, non_blocking=True)
     longest = int(lengths.max())
 
-    def attend(qkv: torch.Tensor) -> torch.Tensor:
+    def attend(qkv: torch.Tensor, scale: float) -> torch.Tensor:
         q, k, v = qkv.view(len(qkv), 3, heads, -1).unbind(1)
-        result = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0))  # no key to the right: causal
+        causal = (-1, 0)  # no key to the right
+        result = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale, window_size=causal)
         return result.flatten(1)  # type: ignore[union-attr]
 
     return attend
@@ -35,15 +36,15 @@ def is_right(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     qkv = torch.randn(15, 3 * heads * width, generator=numbers).to(device, dtype).requires_grad_()
     upstream = torch.randn(15, heads * width, generator=numbers).to(device, dtype)
     try:
-        found = plan(lengths, heads, device)(qkv)
+        found = plan(lengths, heads, device)(qkv, 1 / width)
         (d_found,) = torch.autograd.grad(found, qkv, upstream)
     except (ImportError, RuntimeError, TypeError):  # an older torch or GPU
         return False
-    wanted = torch.cat([_by_sdpa(part, heads) for part in torch.split(qkv, lengths.tolist())])
+    wanted = torch.cat([_by_sdpa(part, heads, 1 / width) for part in torch.split(qkv, lengths.tolist())])
     (d_wanted,) = torch.autograd.grad(wanted, qkv, upstream)
     return bool((found - wanted).abs().max() < TOLERANCE and (d_found - d_wanted).abs().max() < TOLERANCE)
 
 
-def _by_sdpa(qkv: torch.Tensor, heads: int) -> torch.Tensor:
+def _by_sdpa(qkv: torch.Tensor, heads: int, scale: float) -> torch.Tensor:
     q, k, v = qkv.view(len(qkv), 3, heads, -1).permute(1, 2, 0, 3)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1).flatten(1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(0, 1).flatten(1)

@@ -11,6 +11,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftune.config.recipe import LoraSection
+from peftune.model.architecture import tanh_gelu
 from peftune.model.lora import Adapted, inject
 from peftune.model.train import layers
 from peftune.model.train.compiled import compiled
@@ -72,16 +73,16 @@ def test_without_a_compiler_the_run_goes_on_and_says_so(monkeypatch: pytest.Monk
         raise RuntimeError("no C++ compiler was found\nand a long story")
 
     monkeypatch.setattr(torch, "compile", refuse)
-    found = compiled(NORM, 4 * WIDTH)
+    found = compiled(layers.Elementwise(tanh_gelu), NORM, 4 * WIDTH)
     assert found.description == "not compiled: no C++ compiler was found"
-    assert found.activated is layers.activated
+    assert found.activated is tanh_gelu
 
 
 def test_a_compiler_that_is_wrong_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(piece: Callable[..., Any]) -> Callable[..., Any]:
-        return (lambda hidden: piece(hidden) * 1.001) if piece is layers.activated else piece
+        return (lambda hidden: piece(hidden) * 1.001) if piece is tanh_gelu else piece
 
     monkeypatch.setattr(torch, "compile", wrong)
-    found = compiled(NORM, 4 * WIDTH)
+    found = compiled(layers.Elementwise(tanh_gelu), NORM, 4 * WIDTH)
     assert found.description.startswith("not compiled: what the compiler made is off by ")
-    assert found.activated is layers.activated
+    assert found.activated is tanh_gelu

@@ -5,7 +5,7 @@ The oracle sees one document at a time, in fp32, with plain cross entropy, and n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -142,6 +142,43 @@ def test_loss_and_every_gradient_equal_those_of_peft_document_by_document(
         assert largest_error(gradients(loss, adapted), wanted_gradients) < limit
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"activation_function": "gelu"},
+        {"activation_function": "relu", "n_inner": 24},
+        {"activation_function": "gelu_fast"},
+        {"scale_attn_weights": False},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True, "activation_function": "quick_gelu"},
+    ],
+    ids=str,
+)
+def test_other_models_of_the_family_equal_the_eager_library(config: dict[str, Any]) -> None:
+    """Transformers' eager attention is the oracle: its fused one ignored two of these keys until release 5.4."""
+    adapted = model_of(LoraSection(rank=2), layers=3, attn_implementation="eager", **config)
+    assert adapted.model.get_base_model().config._attn_implementation == "eager"
+    rows = rows_of([[70, 3], [40]], 97, 0)
+    loss = train_forward(adapted, torch.float32, 0.0, 0.0, recompute=False)(*rows.arguments())
+    wanted, wanted_gradients = by_document(adapted, rows)
+    assert float(loss.detach()) == pytest.approx(wanted, rel=1e-6)
+    assert largest_error(gradients(loss, adapted), wanted_gradients) < 1e-5
+
+
+def test_attention_that_wants_fp32_has_it_in_bf16() -> None:
+    seen = []
+    adapted = model_of(LoraSection(rank=2), reorder_and_upcast_attn=True)
+    adapted.model.to(torch.bfloat16)
+    function = train_forward(adapted, torch.bfloat16, 0.0, 0.0, recompute=False)
+
+    def plan(lengths: np.ndarray, heads: int, device: torch.device) -> Any:
+        attend = function.kernel.plan(lengths, heads, device)
+        return lambda qkv, scale: seen.append(qkv.dtype) or attend(qkv, scale)
+
+    replace(function, kernel=Kernel("seen", plan))(*rows_of([[9]], 97, 0).arguments())
+    assert seen == [torch.float32] * 2
+
+
 @pytest.fixture(scope="module")
 def real() -> tuple[Adapted, Rows]:
     """The base that ships with peftune on real text, packed, adapter on all linear layers."""
@@ -256,13 +293,13 @@ def test_every_kernel_is_causal_attention_within_documents(name: str) -> None:
     torch.manual_seed(0)
     qkv = torch.randn(int(lengths.sum()), 3 * heads * width, requires_grad=True)
     upstream = torch.randn(len(qkv), heads * width)
-    found = Kernel(name, plans[name]).plan(lengths, heads, torch.device("cpu"))(qkv)
+    found = Kernel(name, plans[name]).plan(lengths, heads, torch.device("cpu"))(qkv, 0.3)
     (d_found,) = torch.autograd.grad(found, qkv, upstream)
     exact = qkv.detach().double().requires_grad_()
     parts = []
     for part in torch.split(exact, lengths.tolist()):
         q, k, v = part.view(len(part), 3, heads, width).permute(1, 2, 0, 3)
-        scores = (q @ k.mT / width**0.5).masked_fill(torch.ones(len(part), len(part)).triu(1).bool(), -torch.inf)
+        scores = (q @ k.mT * 0.3).masked_fill(torch.ones(len(part), len(part)).triu(1).bool(), -torch.inf)
         parts.append((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
     wanted = torch.cat(parts)
     (d_wanted,) = torch.autograd.grad(wanted, exact, upstream.double())
@@ -276,9 +313,9 @@ def test_every_kernel_is_causal_attention_within_documents(name: str) -> None:
         (LoraSection(rank=2, variant="dora"), {}, "DoRA"),
         (LoraSection(rank=2, targets=["c_attn", "wte"]), {}, "outside of the blocks"),
         (LoraSection(rank=2, modules_to_save=["ln_f"]), {}, "more is trained"),
-        (LoraSection(rank=2), {"activation_function": "gelu"}, "activation_function gelu"),
         (LoraSection(rank=2), {"resid_pdrop": 0.1}, "resid_pdrop 0.1"),
-        (LoraSection(rank=2), {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
+        (LoraSection(rank=2), {"activation_function": "relu", "scale_attn_weights": False}, None),
+        (LoraSection(rank=2), {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}, None),
         (LoraSection(rank=2, variant="rslora"), {}, None),
         (LoraSection(rank=2, variant="pissa"), {}, None),
     ],
