@@ -14,7 +14,9 @@ from peftune.errors import UserError
 from peftune.files import read_object_if_present
 from peftune.model.base import Base
 
-FINGERPRINTS = {"base_fingerprint": "weights", "tokenizer_fingerprint": "tokenizer"}
+FINGERPRINTS = {
+    "base_fingerprint": "weights", "tokenizer_fingerprint": "tokenizer", "config_fingerprint": "architecture",
+}  # fmt: skip
 """Keys of peftune.json that tell one base from another, and what each is of."""
 
 
@@ -53,7 +55,7 @@ def check_base(adapter_dir: Path, base: Base) -> None:
         expected = provenance.get(key)
         if not isinstance(expected, str):
             continue
-        found = base.fingerprint if key == "base_fingerprint" else base.tokenizer_fingerprint
+        found: str = getattr(base, key.removeprefix("base_"))
         if found != expected:
             raise UserError(
                 f"adapter {adapter_dir} was trained on {trained} ({what} {expected[:12]}), but {base.directory} has "

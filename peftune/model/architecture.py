@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from peftune.config.messages import validation_messages
 from peftune.errors import UserError
 from peftune.files import read_object
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config
 
 Size = Annotated[int, Field(gt=0)]
 
@@ -44,6 +49,16 @@ class Architecture(BaseModel):
         if self.add_cross_attention:
             raise ValueError("add_cross_attention is true; peftune trains language models, not decoders of others")
         return self
+
+
+# Whether the head is tied shows in the weights; upcasting changes rounding only.
+DECISIVE = sorted(set(Architecture.model_fields) - {"tie_word_embeddings", "reorder_and_upcast_attn"})
+
+
+def fingerprint(config: GPT2Config) -> str:
+    """sha256 of the values that decide shapes and arithmetic, however config.json spells them."""
+    values = {name: getattr(config, name) for name in DECISIVE} | {"n_inner": config.n_inner or 4 * config.n_embd}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def read_values(directory: Path) -> dict[str, Any]:

@@ -27,6 +27,8 @@ class Base:
     directory: Path
     name: str = ""
     """What it was asked for by: `gpt2`, a directory, `builtin:small`."""
+    fresh: bool = False
+    """Fingerprints are computed from the bytes on the disk, not remembered: about a second for each GB of weights."""
 
     @cached_property
     def stored_config(self) -> dict[str, Any]:
@@ -55,43 +57,49 @@ class Base:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the weights' names, shapes, dtypes and bytes: equal for every layout of files."""
-        return weights.fingerprint(self.weights)
+        return weights.fingerprint(self.weights, self.fresh)
+
+    @cached_property
+    def config_fingerprint(self) -> str:
+        """sha256 of the values of config.json that decide shapes and arithmetic."""
+        return architecture.fingerprint(self.config)
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
         """sha256 of vocabulary, merges and special tokens."""
-        return tokenizer.fingerprint(lambda: self.tokenizer, self.directory)
+        return tokenizer.fingerprint(lambda: self.tokenizer, self.directory, self.fresh)
 
     def identity(self) -> dict[str, str]:
-        """What peftune.json records of a base: `base`, `base_fingerprint`, `tokenizer_fingerprint`."""
+        """What peftune.json records of a base: its name and three fingerprints."""
         return {
             "base": self.name,
             "base_fingerprint": self.fingerprint,
+            "config_fingerprint": self.config_fingerprint,
             "tokenizer_fingerprint": self.tokenizer_fingerprint,
         }
 
 
-def open_base(name: str) -> Base:
-    """Find a base: `builtin:small`, a directory, or a hub name (downloaded once).
+def open_base(name: str, fresh: bool = False) -> Base:
+    """Find a base: `builtin:small`, a directory, or a hub name (downloaded once); `fresh` is `Base.fresh`.
 
     Raises UserError where it is none of these, or where the hub cannot be reached and holds no copy.
     """
     if name.startswith("builtin:"):
         if name not in BUILTIN:
             raise UserError(f"base {name}: there is no such built-in base; known: {', '.join(BUILTIN)}")
-        return Base(BUILTIN[name], name)
+        return Base(BUILTIN[name], name, fresh)
     try:
         path = Path(name).expanduser()
         is_directory, exists = path.is_dir(), path.exists()
     except (OSError, RuntimeError) as error:  # a name that is too long, ~name without such a user
         raise UserError(f"base {name[:200]}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if is_directory:
-        return Base(_checked(path, name), name)
+        return Base(_checked(path, name), name, fresh)
     if exists or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
         raise UserError(
             f"base {name}: no such directory; expected a GPT-2 checkpoint directory, a hub name or builtin:small"
         )
-    return Base(_from_hub(name), name)
+    return Base(_from_hub(name), name, fresh)
 
 
 def _checked(path: Path, name: str) -> Path:

@@ -41,7 +41,7 @@ def load_tokenizer(directory: Path, config: GPT2Config) -> PreTrainedTokenizerFa
     return tokenizer  # type: ignore[no-any-return]
 
 
-def fingerprint(load: Callable[[], PreTrainedTokenizerFast], directory: Path) -> str:
+def fingerprint(load: Callable[[], PreTrainedTokenizerFast], directory: Path, fresh: bool = False) -> str:
     """sha256 of vocabulary, merges and special tokens, whichever files hold them; `load` is called only if need be."""
 
     def compute() -> str:
@@ -59,7 +59,7 @@ def fingerprint(load: Callable[[], PreTrainedTokenizerFast], directory: Path) ->
         }
         return hashlib.sha256(json.dumps(facts, ensure_ascii=True).encode()).hexdigest()
 
-    return remembered("tokenizer", [directory / name for name in _FILES], compute)
+    return remembered("tokenizer", [directory / name for name in _FILES], compute, fresh)
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int, directory: Path) -> None:

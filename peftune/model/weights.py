@@ -167,8 +167,11 @@ def check_complete(weights: Weights, config: GPT2Config) -> None:
             raise UserError(f"base {weights.directory}: {name} has shape {found}, config.json says {wanted}")
 
 
-def fingerprint(weights: Weights) -> str:
-    """sha256 of each tensor's name, shape, dtype and bytes: equal whatever the files, shards and key prefixes."""
+def fingerprint(weights: Weights, fresh: bool = False) -> str:
+    """sha256 of each tensor's name, shape, dtype and bytes: equal whatever the files, shards and key prefixes.
+
+    With `fresh` the bytes are read again, although the files seem to be those whose fingerprint is remembered.
+    """
 
     def compute() -> str:
         digest = hashlib.sha256()
@@ -178,7 +181,7 @@ def fingerprint(weights: Weights) -> str:
                 digest.update(bytes_of(chunk))
         return digest.hexdigest()
 
-    return remembered("base", [*weights.files, weights.directory / "config.json"], compute)
+    return remembered("base", [*weights.files, weights.directory / "config.json"], compute, fresh)
 
 
 def _equal(weights: Weights, first: str, second: str) -> bool:

@@ -46,6 +46,44 @@ def test_fingerprint_is_read_from_the_cache_the_second_time(tiny_base: Path, tmp
     assert Base(tiny_base).fingerprint == value
 
 
+def flip_a_bit(path: Path) -> None:
+    """In the last byte, with the modification time set back, as no program but a careful one would do it."""
+    times = path.stat()
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 0x40]))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_a_bit_that_changed_is_seen_although_the_time_did_not(tiny_base: Path, tmp_path: Path) -> None:
+    base = copy(tiny_base, tmp_path / "base")
+    value = Base(base).fingerprint
+    flip_a_bit(base / "model.safetensors")
+    assert Base(base).fingerprint != value
+
+
+def test_a_fresh_fingerprint_is_of_the_bytes_on_the_disk(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rotten disk changes no time at all, so here the identity of the files is frozen."""
+    base = copy(tiny_base, tmp_path / "base")
+    monkeypatch.setattr("peftune.model.fingerprint._identity", lambda files: [["frozen"]])
+    value = Base(base).fingerprint
+    flip_a_bit(base / "model.safetensors")
+    assert Base(base).fingerprint == value
+    assert Base(base, fresh=True).fingerprint != value
+    assert Base(base).fingerprint != value  # remembered since
+
+
+def test_a_damaged_entry_of_the_cache_is_computed_again(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PEFTUNE_CACHE", str(tmp_path))
+    value = Base(tiny_base).fingerprint
+    cache = tmp_path / "fingerprints.json"
+    cache.write_text(cache.read_text().replace(value[:8], "01234567"))
+    assert Base(tiny_base).fingerprint == value
+
+
 def test_fingerprint_does_not_depend_on_how_much_is_read_at_a_time(
     tiny_base: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -101,6 +139,9 @@ def test_adapter_is_refused_on_another_base_and_on_another_tokenizer(
     (adapter / "peftune.json").write_text(json.dumps(recorded))
     check_base(adapter, Base(tiny_base))
     weights, tokens = copy(tiny_base, tmp_path / "weights"), copy(tiny_base, tmp_path / "tokens")
+    heads = copy(tiny_base, tmp_path / "heads")
+    config = json.loads((heads / "config.json").read_text())
+    (heads / "config.json").write_text(json.dumps(config | {"n_head": 8}))
     change_one_weight(weights)
     tokenizer = AutoTokenizer.from_pretrained(tokens)
     tokenizer.add_tokens(["<new>"], special_tokens=True)
@@ -108,6 +149,7 @@ def test_adapter_is_refused_on_another_base_and_on_another_tokenizer(
     for other, key, found in (
         (weights, "base_fingerprint", Base(weights).fingerprint),
         (tokens, "tokenizer_fingerprint", Base(tokens).tokenizer_fingerprint),
+        (heads, "config_fingerprint", Base(heads).config_fingerprint),
     ):
         with pytest.raises(UserError, match="was trained on poet") as caught:
             check_base(adapter, Base(other))

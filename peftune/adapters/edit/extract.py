@@ -22,14 +22,13 @@ from peftune.adapters.layout import Kind
 from peftune.adapters.low_rank import LowRankDelta
 from peftune.console import Console
 from peftune.errors import UserError
-from peftune.model.architecture import Architecture
+from peftune.model.architecture import DECISIVE
 from peftune.model.base import open_base
 from peftune.model.lora import ALL, ATTENTION, best_product
 from peftune.model.weights import WTE, Weights
 
 _PRESETS = {"all": ALL, "attention": ATTENTION, "mlp": tuple(name for name in ALL if name.startswith("mlp."))}
 _NEGLIGIBLE = 1e-12  # part of the largest singular value below which a direction is rounding of float64
-_ARCHITECTURE = sorted(set(Architecture.model_fields) - {"tie_word_embeddings", "reorder_and_upcast_attn"})
 _GROUPS = {
     "output head": re.compile(r"^lm_head\."), "embeddings": re.compile(r"\.wte\.|\.wpe\."),
     "norms": re.compile(r"\.ln_"), "biases": re.compile(r"\.bias$"), "other matrices": re.compile(""),
@@ -185,7 +184,7 @@ def strongest(name: str, kind: Kind, delta: torch.Tensor, rank: int) -> LowRankD
 
 def check_same_architecture(base: GPT2Config, tuned: GPT2Config, name: str, other: str) -> None:
     """UserError with the settings that differ between a base and its fine-tune, if any do."""
-    pairs = {key: (getattr(base, key, None), getattr(tuned, key, None)) for key in _ARCHITECTURE}
+    pairs = {key: (getattr(base, key, None), getattr(tuned, key, None)) for key in DECISIVE}
     if pairs["n_inner"] != (None, None):
         pairs["n_inner"] = (base.n_inner or 4 * base.n_embd, tuned.n_inner or 4 * tuned.n_embd)
     differing = [f"{key} {one} and {two}" for key, (one, two) in pairs.items() if one != two]

@@ -64,7 +64,7 @@ def merge(
     if out.resolve() == adapter.resolve():
         raise UserError(f"{out}: is the adapter itself; choose another directory")
     check_free(out, "the merged model")
-    found = open_base(base if base is not None else base_of(adapter))
+    found = open_base(base if base is not None else base_of(adapter), fresh=True)
     read = read_adapter(adapter)
     check_base(adapter, found)
     layout = layout_of(read.config, read.tensors, found.config, str(adapter))
