@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ from peftune.errors import UserError
 _CHUNK = 1 << 20  # bytes hashed at a time
 _JSON_BYTES = 256 << 20  # of a file; the largest tokenizers take 30 MB
 _JSON_DEPTH = 64  # nested lists and objects; what walks a value later recurses
+_CHANGED = (
+    "is not the file that was written (its SHA-256 differs): it was changed or damaged; copy it again, or make it again"
+)
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 _UMASK = os.umask(0o077)  # asked once, while there is one thread: asking sets it
 os.umask(_UMASK)
@@ -56,10 +60,7 @@ def check_hashes(directory: Path, hashes: Mapping[str, str], what: str) -> None:
         except OSError as error:
             raise UserError(f"{what}: {name}: cannot be read: {error.strerror or error}") from None
         if not same:
-            raise UserError(
-                f"{what}: {name} is not the file that was written (its SHA-256 differs): "
-                "it was changed or damaged; copy it again, or make it again"
-            )
+            raise UserError(f"{what}: {name} {_CHANGED}")
 
 
 def apply_umask(path: Path) -> None:
@@ -183,16 +184,37 @@ def read_object_if_present(path: Path, name: str | None = None) -> dict[str, Any
     return read_object(path, name)
 
 
-def read_object(path: Path, name: str | None = None) -> dict[str, Any]:
-    """The JSON object in a file; UserError, in which the file is called `name`, where there is none."""
+def read_bytes(path: Path, name: str, sha256: str | None = None, at_most: int | None = None) -> bytes:
+    """What is in a file, read once; a pipe or a device is not waited for.
+
+    Raises UserError, in which the file is called `name`, where it cannot be read, is longer than `at_most`, or is
+    another one than that with this hash.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is not a file")  # a pipe would be waited for
-        if path.stat().st_size > _JSON_BYTES:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes; expected at most {_JSON_BYTES:,}")
-        value = parse_json(path.read_bytes())
+        with open(path, "rb", opener=lambda file, _: os.open(file, flags)) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise ValueError("it is not a file")
+            if at_most is not None and found.st_size > at_most:
+                raise ValueError(f"it has {found.st_size:,} bytes; expected at most {at_most:,}")
+            content = file.read()
     except (OSError, ValueError) as error:
-        raise UserError(f"{name or path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except MemoryError:
+        raise UserError(f"{name}: cannot be read: its {found.st_size:,} bytes do not fit into memory") from None
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise UserError(f"{name} {_CHANGED}")
+    return content
+
+
+def read_object(path: Path, name: str | None = None, sha256: str | None = None) -> dict[str, Any]:
+    """The JSON object in a file; UserError, in which the file is called `name`, as `read_bytes` and where it is none."""
+    content = read_bytes(path, name or str(path), sha256, _JSON_BYTES)
+    try:
+        value = parse_json(content)
+    except ValueError as error:
+        raise UserError(f"{name or path}: cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{name or path}: holds {type(value).__name__}, expected an object")
     return value
