@@ -209,7 +209,7 @@ def read_bytes(path: Path, name: str, sha256: str | None = None, at_most: int | 
 
 
 def read_object(path: Path, name: str | None = None, sha256: str | None = None) -> dict[str, Any]:
-    """The JSON object in a file; UserError, in which the file is called `name`, as `read_bytes` and where it is none."""
+    """The JSON object in a file; UserError, in which the file is called `name`, where there is none (`read_bytes`)."""
     content = read_bytes(path, name or str(path), sha256, _JSON_BYTES)
     try:
         value = parse_json(content)

@@ -111,8 +111,8 @@ def write_adapter(
 
     peftune.json gets the SHA-256 of every file. An adapter that is there already is replaced; other files (metrics,
     checkpoints) stay. A crash before the commit leaves the old state, a crash after it is finished by the next write;
-    in between there is no `adapter_config.json`, so nobody loads a mixture. Raises UserError where the disk is full or not writable, CheckFailed where what was
-    read back differs.
+    in between there is no `adapter_config.json`, so nobody loads a mixture. Raises UserError where the disk is full or
+    not writable, CheckFailed where what was read back differs.
     """
     existed = out.exists()
     if existed and not out.is_dir():
@@ -149,7 +149,7 @@ def _identical(stored: torch.Tensor, tensor: torch.Tensor) -> bool:
 def _finish_commit(out: Path) -> None:
     """Move the files of a complete write into `out`; `adapter_config.json` is removed first and comes last.
 
-    Only for who writes to `out`. Can be repeated. Raises UserError for what no write of peftune leaves, links above all.
+    Only for who writes to `out`. Can be repeated. Raises UserError for what no write of peftune leaves, such as links.
     """
     commit = out / _COMMIT
     if not os.path.lexists(commit):

@@ -1,4 +1,4 @@
-"""Which modules the patterns of an adapter's settings mean, as lists of full names, so that PEFT gets no pattern at all.
+"""Which modules the patterns of an adapter's settings mean: lists of full names, so that PEFT gets no pattern at all.
 
 A pattern is somebody else's program: Python's `re` can take years over one. Here it runs under a deadline, outside of
 Python's lock, with PEFT's own rules (`check_target_module_exists`, `get_pattern_key` in peft 0.21).

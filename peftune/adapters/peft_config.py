@@ -44,8 +44,8 @@ class PeftLoraSettings(BaseModel):
     modules_to_save: PlainNames | None = None
     layers_to_transform: int | Annotated[list[int], Field(max_length=1_000)] | None = None
     layers_pattern: Plain | PlainNames | None = None
-    rank_pattern: dict[Pattern, PositiveInt] | None = None
-    alpha_pattern: dict[Pattern, PositiveFloat] | None = None
+    rank_pattern: Annotated[dict[Pattern, PositiveInt], Field(max_length=5_000)] | None = None
+    alpha_pattern: Annotated[dict[Pattern, PositiveFloat], Field(max_length=5_000)] | None = None
     lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     bias: Literal["none", "all", "lora_only"] = "none"
     init_lora_weights: Init = True

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from peftune.console import change
+from peftune.console import SafeConsole, change
 
 Matrix = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 def print_tables(*tables: Table) -> None:
     """Show tables on stdout."""
-    console = Console(highlight=False)
+    console = SafeConsole(highlight=False)
     for table in tables:
         console.print(table)
 

@@ -14,6 +14,7 @@ from peftune.cli import adapters
 from peftune.cli.launcher.launch import configs, launch
 from peftune.cli.options import BASE_HELP, Adapters, Json, named, save_json, source_of
 from peftune.cli.serve import serve
+from peftune.cli.text_output import echo
 from peftune.errors import PeftuneError, UserError, report_once_per_machine
 from peftune.model.quantized import quiet
 from peftune.version import __version__
@@ -145,18 +146,18 @@ def merge(
 
     report = merge(adapter, out, base=base, dtype=dtype, verify=verify)
     applied = f"{report.modules_applied} of {report.modules_in_adapter} modules"
-    typer.echo(f"{out}: {applied} folded into {report.base}, stored as {report.dtype}")
+    echo(f"{out}: {applied} folded into {report.base}, stored as {report.dtype}")
     if report.max_abs_logit_difference is None:
-        typer.echo("not verified: merge.json says so too")
+        echo("not verified: merge.json says so too")
     else:
-        typer.echo(
+        echo(
             f"read back, against base + adapter: logits differ by at most {report.max_abs_logit_difference:.1e}, "
             f"mean KL {report.mean_kl:.1e} nats per token, the same likeliest token in {report.argmax_agreement:.2%}"
         )
     if report.trained_on is not None and verify:
-        typer.echo(report.quantized_summary())
+        echo(report.quantized_summary())
     if report.rounding_mean_kl is not None:
-        typer.echo(
+        echo(
             f"rounding to {report.dtype} costs {report.rounding_mean_kl:.1e} nats per token; before it logits differed "
             f"by at most {report.float32_max_abs_logit_difference:.1e}"
         )
@@ -211,9 +212,9 @@ def _root(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False
 ) -> None:
     if version:
-        typer.echo(f"peftune {__version__}")
+        echo(f"peftune {__version__}")
     elif context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        echo(context.get_help())
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -234,6 +235,8 @@ def run(arguments: list[str]) -> int:
         context = getattr(error, "ctx", None)  # of the verb that was called in a wrong way
         verb = context.command_path if context is not None else "peftune"
         return _complain(f"{error.format_message()} See: {verb} --help", UserError.exit_code)
+    except MemoryError:
+        return _complain("there is not enough memory for this; close other programs, or use a larger machine", 1)
     except typer.Abort:
         return _complain("stopped", _STOPPED)
     except BrokenPipeError:  # the reader of our output has gone (`| head`)
@@ -248,7 +251,7 @@ _STOPPED = 130  # what a shell reports for Ctrl-C
 
 def _complain(message: str, exit_code: int) -> int:
     if message:  # empty where another rank says it
-        typer.echo(f"peftune: {' '.join(message.split())}", err=True)
+        echo(f"peftune: {' '.join(message.split())}", err=True)
     return exit_code
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from peftune.cli.options import BASE_HELP, Adapters, named
+from peftune.cli.text_output import echo
 from peftune.errors import UserError
 
 Roots = Annotated[
@@ -63,4 +64,4 @@ def serve(
         slots=slots, queue=queue, max_body=max_body, max_adapters=max_adapters, drain=drain,
         routing_threshold=routing_threshold,
     )  # fmt: skip
-    server.run(base, directories, precision, settings, on_ready=typer.echo)
+    server.run(base, directories, precision, settings, on_ready=echo)

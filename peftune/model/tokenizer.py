@@ -14,10 +14,11 @@ from peftune.model.fingerprint import remembered
 if TYPE_CHECKING:
     from transformers import GPT2Config, PreTrainedTokenizerFast
 
-_FILES = (
+FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "config.json",
 )  # fmt: skip
+"""What a tokenizer is read from, as far as a directory has it."""
 
 
 def load_tokenizer(directory: Path, config: GPT2Config) -> PreTrainedTokenizerFast:
@@ -59,7 +60,7 @@ def fingerprint(load: Callable[[], PreTrainedTokenizerFast], directory: Path, fr
         }
         return hashlib.sha256(json.dumps(facts, ensure_ascii=True).encode()).hexdigest()
 
-    return remembered("tokenizer", [directory / name for name in _FILES], compute, fresh)
+    return remembered("tokenizer", [directory / name for name in FILES], compute, fresh)
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int, directory: Path) -> None:

@@ -33,7 +33,8 @@ HEAD = "lm_head.weight"
 CHUNK_ELEMENTS = 8_000_000  # 32 MB of float32
 _HASHED = 1_000_000  # elements at a time: three of 4 MB are held at once, the mapped one, its copy and the last
 
-_LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+INDEX = "model.safetensors.index.json"
+_LAYOUTS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 _BARE = re.compile(r"(wte|wpe|h|ln_f)\.")
 _BUFFER = re.compile(r"\.(cross)?attn(ention)?\.(masked_)?bias$")
 _DTYPES = {
@@ -201,6 +202,10 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
         index = read_object(path, f"base {directory}: {layout}").get("weight_map")
         if not isinstance(index, dict) or not index:
             raise UserError(f"base {directory}: {layout} holds no weight_map; download the checkpoint again")
+        if strange := [name for name in index.values() if not isinstance(name, str) or Path(name).name != name]:
+            raise UserError(
+                f"base {directory}: {layout} names {str(strange[0])[:80]!r}; expected names of files beside it"
+            )
         files = [directory / name for name in sorted(set(index.values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftune.adapters import directory
-from peftune.adapters.base_of import base_of
 from peftune.adapters.attach import load_onto
+from peftune.adapters.base_of import base_of
 from peftune.adapters.directory import read_adapter, write_adapter
 from peftune.errors import CheckFailed, UserError
 
