@@ -23,7 +23,8 @@ FINGERPRINTS = {
 
 
 PROVENANCE = "peftune.json"
-_HASHES = "sha256"  # of every file that was written with peftune.json, and of the rest of peftune.json itself
+_HASHES = "sha256"  # of every file that was written with peftune.json, by name
+_OWN_HASH = "sha256_of_peftune_json"  # of everything else in it
 
 
 def read_provenance(adapter_dir: Path) -> dict[str, Any] | None:
@@ -33,8 +34,8 @@ def read_provenance(adapter_dir: Path) -> dict[str, Any] | None:
     """
     name = f"adapter {adapter_dir}: {PROVENANCE}"
     provenance = read_object_if_present(adapter_dir / PROVENANCE, name)
-    own = recorded_hashes(provenance).get(PROVENANCE)
-    if provenance is not None and own is not None and own != _hash_of(provenance):
+    hashed = provenance is not None and (_HASHES in provenance or _OWN_HASH in provenance)
+    if provenance is not None and hashed and provenance.get(_OWN_HASH) != _hash_of(provenance):
         raise UserError(
             f"{name} is not as it was written (its SHA-256 differs): it was changed or damaged; copy the adapter again"
         )
@@ -50,13 +51,13 @@ def recorded_hashes(provenance: Mapping[str, Any] | None) -> dict[str, str]:
 def sealed(provenance: Mapping[str, Any], hashes: Mapping[str, str]) -> dict[str, Any]:
     """What peftune.json is to hold beside files with these hashes: `provenance`, the hashes, and its own."""
     values = {**provenance, _HASHES: dict(hashes)}
-    return {**values, _HASHES: {**hashes, PROVENANCE: _hash_of(values)}}
+    return {**values, _OWN_HASH: _hash_of(values)}
 
 
 def _hash_of(provenance: Mapping[str, Any]) -> str:
     """Of its values, however the file spells them, without its own hash."""
-    others = {name: value for name, value in recorded_hashes(provenance).items() if name != PROVENANCE}
-    return hashlib.sha256(json.dumps({**provenance, _HASHES: others}, sort_keys=True).encode()).hexdigest()
+    values = {key: value for key, value in provenance.items() if key != _OWN_HASH}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def recorded(provenance: Any, *keys: str) -> Any:

@@ -64,7 +64,13 @@ class Base:
         """Transformers' configuration."""
         from transformers import GPT2Config
 
-        return GPT2Config.from_dict(self.stored_config | {"_name_or_path": str(self.directory)})
+        values = self.stored_config | {"_name_or_path": str(self.directory)}
+        try:
+            return GPT2Config.from_dict(values)
+        except Exception as error:  # whatever Transformers makes of values that no GPT-2 needs
+            raise UserError(
+                f"base {self.directory}: config.json: Transformers refuses it: {first_line(error)}"
+            ) from None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:

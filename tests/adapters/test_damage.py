@@ -1,4 +1,4 @@
-"""One bit flips in a file that a verb reads, and no time of the file changes with it: it is found, or it is harmless."""
+"""One bit flips in a file that a verb reads, its modification time stays: it is found, or it is harmless."""
 
 from __future__ import annotations
 
@@ -114,12 +114,14 @@ def here(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+_OF_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "peftune.json", "README.md")
+_OF_BASE = ("config.json", "model.safetensors")
+_OF_MERGED = (*_OF_BASE, "tokenizer.json", "tokenizer_config.json", "generation_config.json", "merge.json")
 FILES = {
-    **{f"adapter/{n}": ADAPTER_VERBS for n in ("adapter_config.json", "adapter_model.safetensors", "peftune.json", "README.md")},
-    **{f"base/{n}": ADAPTER_VERBS for n in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")},
-    **{f"merged/{n}": MERGED_VERBS for n in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-                                            "generation_config.json", "merge.json")},
-}  # fmt: skip
+    **{f"adapter/{name}": ADAPTER_VERBS for name in _OF_ADAPTER},
+    **{f"base/{name}": ADAPTER_VERBS for name in _OF_BASE},
+    **{f"merged/{name}": MERGED_VERBS for name in _OF_MERGED},
+}
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +172,7 @@ def test_edited_words_are_nobodys_damage(here: Path, tmp_path: Path) -> None:
     read_adapter(adapter)
 
 
-@pytest.mark.parametrize("change", ["step", "sha256", "indent"])
+@pytest.mark.parametrize("change", ["step", "sha256", "no sha256", "indent"])
 def test_peftune_json_vouches_for_itself(here: Path, tmp_path: Path, change: str) -> None:
     adapter = shutil.copytree(here / "adapter", tmp_path / "adapter")
     recorded = json.loads((adapter / "peftune.json").read_text())
@@ -178,6 +180,8 @@ def test_peftune_json_vouches_for_itself(here: Path, tmp_path: Path, change: str
         recorded["step"] = 4
     elif change == "sha256":
         recorded["sha256"]["adapter_config.json"] = "0" * 64
+    elif change == "no sha256":
+        del recorded["sha256"]
     (adapter / "peftune.json").write_text(json.dumps(recorded))
     if change == "indent":
         read_adapter(adapter)
@@ -189,7 +193,7 @@ def test_peftune_json_vouches_for_itself(here: Path, tmp_path: Path, change: str
 def test_an_adapter_without_hashes_is_read_as_before(here: Path, tmp_path: Path) -> None:
     adapter = shutil.copytree(here / "adapter", tmp_path / "adapter")
     recorded = json.loads((adapter / "peftune.json").read_text())
-    del recorded["sha256"]
+    del recorded["sha256"], recorded["sha256_of_peftune_json"]
     (adapter / "peftune.json").write_text(json.dumps(recorded))
     assert read_adapter(adapter).fingerprint == read_adapter(here / "adapter").fingerprint
     (adapter / "peftune.json").unlink()

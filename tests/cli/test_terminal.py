@@ -41,7 +41,8 @@ def here(adapters: dict[str, Path], base_directory: Path, tmp_path: Path, monkey
         "base": "gpt2", "peftune": "1", "precision": "fp32", "versions": {"torch": "2"}, "step": 3,
         "recipe": {"data": {"train": [{"path": "poems.txt"}]}, "lora": {"variant": "lora"}, "quantize": "int8"},
         "metrics": {EVIL: {"base": figures, "adapter": figures}}, "data_fingerprints": {EVIL: "0" * 64},
-        "combined": {"adapters": [{"weight": EVIL, "adapter": EVIL, "fingerprint": EVIL}]}, "extracted": {"tuned": EVIL},
+        "combined": {"adapters": [{"weight": EVIL, "adapter": EVIL, "fingerprint": EVIL}]},
+        "extracted": {"tuned": EVIL},
     })  # fmt: skip
     write_adapter(Path(name), {**plain.config, "base_model_name_or_path": EVIL}, plain.tensors, recorded, {})
     shutil.copytree(name, "b")
@@ -91,7 +92,7 @@ BROKEN: dict[str, Callable[[Path], Any]] = {
     "an unknown setting": lambda a: edit(a, **{EVIL: [1]}),
     "an initialisation": lambda a: edit(a, init_lora_weights=EVIL),
     "a tensor": lambda a: save_file({f"t{EVIL}": t for t in load_file(a / TENSORS).values()}, a / TENSORS),
-    "a name twice": lambda a: (a / "adapter_config.json").write_text(json.dumps({EVIL: 1})[:-1] + "," + json.dumps({EVIL: 2})[1:]),
+    "a name twice": lambda a: (a / "adapter_config.json").write_text(f"{json.dumps({EVIL: 1})[:-1]}, {json.dumps(EVIL)}: 2}}"),
 }  # fmt: skip
 TENSORS = "adapter_model.safetensors"
 
