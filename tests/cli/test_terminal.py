@@ -92,9 +92,9 @@ BROKEN: dict[str, Callable[[Path], Any]] = {
     "an unknown setting": lambda a: edit(a, **{EVIL: [1]}),
     "an initialisation": lambda a: edit(a, init_lora_weights=EVIL),
     "a tensor": lambda a: save_file({f"t{EVIL}": t for t in load_file(a / TENSORS).values()}, a / TENSORS),
-    "a name twice": lambda a: (a / "adapter_config.json").write_text(f"{json.dumps({EVIL: 1})[:-1]}, {json.dumps(EVIL)}: 2}}"),
+    "a name twice": lambda a: (a / CONFIG).write_text(f"{json.dumps({EVIL: 1})[:-1]}, {json.dumps(EVIL)}: 2}}"),
 }  # fmt: skip
-TENSORS = "adapter_model.safetensors"
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def edit(adapter: Path, **values: Any) -> None:
