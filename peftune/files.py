@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -28,6 +29,7 @@ _JSON_DEPTH = 64  # nested lists and objects; what walks a value later recurses
 _CHANGED = (
     "is not the file that was written (its SHA-256 differs): it was changed or damaged; copy it again, or make it again"
 )
+_DIGITS = 40  # of a whole number; what shows one takes it for a float
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 _UMASK = os.umask(0o077)  # asked once, while there is one thread: asking sets it
 os.umask(_UMASK)
@@ -224,7 +226,13 @@ def parse_json(content: str | bytes) -> Any:
     """The value of a JSON text in UTF-8: finite numbers, no name twice, nested at most 64 deep; else ValueError."""
     text = content if isinstance(content, str) else content.decode("utf-8-sig")
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_names)
+        value = json.loads(
+            text,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_whole,
+            object_pairs_hook=_unique_names,
+        )
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     level = [value]
@@ -242,6 +250,19 @@ def parse_json(content: str | bytes) -> Any:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is larger than any number")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise ValueError(f"a number of {len(text):,} digits; expected at most {_DIGITS}")
+    return int(text)
 
 
 def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -44,8 +44,7 @@ def with_full_names(settings: dict[str, Any], modules: Sequence[str]) -> dict[st
     if excluded := settings.get("exclude_modules"):
         resolved["exclude_modules"] = _named(excluded, modules, matches) or None
     for key in ("rank_pattern", "alpha_pattern"):
-        if settings.get(key):
-            resolved[key] = _by_full_name(settings[key], modules, matches)
+        resolved[key] = _by_full_name(settings.get(key) or {}, modules, matches)
     return resolved
 
 

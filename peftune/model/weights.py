@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from peftune.errors import UserError
+from peftune.errors import UserError, first_line
 from peftune.files import apply_umask, read_object
 from peftune.model.fingerprint import bytes_of, remembered
 
@@ -153,8 +153,13 @@ def check_complete(weights: Weights, config: GPT2Config) -> None:
     from transformers import GPT2LMHeadModel
     from transformers.initialization import no_init_weights
 
-    with torch.device("meta"), no_init_weights():
-        expected = GPT2LMHeadModel(config).state_dict()
+    try:
+        with torch.device("meta"), no_init_weights():
+            expected = GPT2LMHeadModel(config).state_dict()
+    except Exception as error:  # whatever Transformers makes of values that no GPT-2 has
+        raise UserError(
+            f"base {weights.directory}: config.json describes no GPT-2 that Transformers can build: {first_line(error)}"
+        ) from None
     known = set(weights.names()) | ({HEAD} if weights.tied else set())
     missing = [name for name in expected if name not in known]
     if missing:
@@ -202,7 +207,7 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
         index = read_object(path, f"base {directory}: {layout}").get("weight_map")
         if not isinstance(index, dict) or not index:
             raise UserError(f"base {directory}: {layout} holds no weight_map; download the checkpoint again")
-        if strange := [name for name in index.values() if not isinstance(name, str) or Path(name).name != name]:
+        if strange := [name for name in index.values() if not _is_file_name(name)]:
             raise UserError(
                 f"base {directory}: {layout} names {str(strange[0])[:80]!r}; expected names of files beside it"
             )
@@ -212,6 +217,10 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
             raise UserError(f"base {directory}: {len(missing)} of {len(files)} shards are missing: {missing[0]}, …")
         return files, index
     raise UserError(f"base {directory}: no weights here; expected one of {', '.join(_LAYOUTS)}")
+
+
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and 0 < len(name.encode(errors="replace")) < 256 and Path(name).name == name
 
 
 def _list(file: Path) -> list[_Entry]:
