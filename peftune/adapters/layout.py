@@ -146,8 +146,8 @@ def _layout(config: dict[str, Any], stored: dict[str, torch.Tensor], base: GPT2C
         for name in sorted(parts)
     }
     _refuse_pissa_outside_blocks(targets, base)
-    flags = (bool(config.get(flag)) for flag in ("use_dora", "use_rslora", "lora_bias"))
-    return AdapterLayout(targets, _replaced(full, config, base), vocabulary, *flags, skeleton.settings)
+    dora, rslora, bias = (bool(config.get(flag)) for flag in ("use_dora", "use_rslora", "lora_bias"))
+    return AdapterLayout(targets, _replaced(full, config, base), vocabulary, dora, rslora, bias, skeleton.settings)
 
 
 def _refuse_unknown_settings(config: dict[str, Any]) -> None:
