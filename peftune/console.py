@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from rich import progress
 from rich.console import Console as RichConsole
+from rich.console import ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.text import Text
 
+from peftune.errors import printable
+
 _PROGRESS_DELAY = 2.0  # seconds; shorter work shows no bar
+
+
+class SafeConsole(RichConsole):
+    """Rich's console, on which no text of anybody's becomes a command to the terminal (`errors.printable`)."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """What is shown, piece by piece; Rich's own controls are pieces of another kind."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else printable(text), style, control)
 
 
 class Console:
     """Messages and progress on stderr; bars only on a terminal; silent on every rank but the first."""
 
     def __init__(self, speaks: bool = True) -> None:
-        self.console = RichConsole(stderr=True, quiet=not speaks, highlight=False)
+        self.console = SafeConsole(stderr=True, quiet=not speaks, highlight=False)
         self.progress = self._bar(
             progress.SpinnerColumn(),
             progress.TextColumn("{task.description}"),

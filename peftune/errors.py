@@ -75,6 +75,17 @@ def record_for_launcher(line: str) -> None:
             json.dump({"message": line, "timestamp": int(time.time())}, file)
 
 
+# What a terminal would obey instead of showing it: controls (ESC, BEL, the C1 set), line separators, and overrides of
+# the direction of writing, which make a name look like another one.
+_OBEYED = (*range(32), *range(127, 160), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in _OBEYED if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """A text that somebody else may have written, for a terminal: what it would obey becomes U+FFFD."""
+    return text.translate(_CONTROLS)
+
+
 def first_line(error: BaseException) -> str:
     """What an error of another library says, cut to one line of at most 200 characters."""
     lines = str(error).strip().splitlines()

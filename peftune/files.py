@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import socket
+import stat
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +26,10 @@ from peftune.errors import CheckFailed, UserError
 _CHUNK = 1 << 20  # bytes hashed at a time
 _JSON_BYTES = 256 << 20  # of a file; the largest tokenizers take 30 MB
 _JSON_DEPTH = 64  # nested lists and objects; what walks a value later recurses
+_CHANGED = (
+    "is not the file that was written (its SHA-256 differs): it was changed or damaged; copy it again, or make it again"
+)
+_DIGITS = 40  # of a whole number; what shows one takes it for a float
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 _UMASK = os.umask(0o077)  # asked once, while there is one thread: asking sets it
 os.umask(_UMASK)
@@ -52,10 +58,7 @@ def check_hashes(directory: Path, hashes: Mapping[str, str], what: str) -> None:
         except OSError as error:
             raise UserError(f"{what}: {name}: cannot be read: {error.strerror or error}") from None
         if not same:
-            raise UserError(
-                f"{what}: {name} is not the file that was written (its SHA-256 differs): "
-                "it was changed or damaged; copy it again, or make it again"
-            )
+            raise UserError(f"{what}: {name} {_CHANGED}")
 
 
 def apply_umask(path: Path) -> None:
@@ -211,16 +214,37 @@ def read_object_if_present(path: Path, name: str | None = None) -> dict[str, Any
     return read_object(path, name)
 
 
-def read_object(path: Path, name: str | None = None) -> dict[str, Any]:
-    """The JSON object in a file; UserError, in which the file is called `name`, where there is none."""
+def read_bytes(path: Path, name: str, sha256: str | None = None, at_most: int | None = None) -> bytes:
+    """What is in a file, read once; a pipe or a device is not waited for.
+
+    Raises UserError, in which the file is called `name`, where it cannot be read, is longer than `at_most`, or is
+    another one than that with this hash.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is not a file")  # a pipe would be waited for
-        if path.stat().st_size > _JSON_BYTES:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes; expected at most {_JSON_BYTES:,}")
-        value = parse_json(path.read_bytes())
+        with open(path, "rb", opener=lambda file, _: os.open(file, flags)) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise ValueError("it is not a file")
+            if at_most is not None and found.st_size > at_most:
+                raise ValueError(f"it has {found.st_size:,} bytes; expected at most {at_most:,}")
+            content = file.read()
     except (OSError, ValueError) as error:
-        raise UserError(f"{name or path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except MemoryError:
+        raise UserError(f"{name}: cannot be read: its {found.st_size:,} bytes do not fit into memory") from None
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise UserError(f"{name} {_CHANGED}")
+    return content
+
+
+def read_object(path: Path, name: str | None = None, sha256: str | None = None) -> dict[str, Any]:
+    """The JSON object in a file; UserError, in which the file is called `name`, where there is none (`read_bytes`)."""
+    content = read_bytes(path, name or str(path), sha256, _JSON_BYTES)
+    try:
+        value = parse_json(content)
+    except ValueError as error:
+        raise UserError(f"{name or path}: cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{name or path}: holds {type(value).__name__}, expected an object")
     return value
@@ -230,7 +254,13 @@ def parse_json(content: str | bytes) -> Any:
     """The value of a JSON text in UTF-8: finite numbers, no name twice, nested at most 64 deep; else ValueError."""
     text = content if isinstance(content, str) else content.decode("utf-8-sig")
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_names)
+        value = json.loads(
+            text,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_whole,
+            object_pairs_hook=_unique_names,
+        )
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     level = [value]
@@ -248,6 +278,19 @@ def parse_json(content: str | bytes) -> Any:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is larger than any number")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise ValueError(f"a number of {len(text):,} digits; expected at most {_DIGITS}")
+    return int(text)
 
 
 def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def damaged_values(draw: st.DrawFn, valid: Any) -> Any:
         way = places[draw(st.integers(0, len(places) - 1))]
         if not way:
             if draw(st.integers(0, 9)) == 0:
-                value = draw(st.sampled_from(JUNK))
+                value = copy.deepcopy(draw(st.sampled_from(JUNK)))
             continue
         parent = value
         for key in way[:-1]:

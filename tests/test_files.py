@@ -25,6 +25,8 @@ from peftune.model.weights import save_tensors
         (b'{"a": ' + b"[" * 80 + b"]" * 80 + b"}", "nested more than 64 deep"),
         (b"[" * 100_000, "nested too deep"),
         (b'{"a": "\xff"}', "can't decode"),
+        (b'{"a": 1e999}', "larger than any number"),
+        (b'{"a": ' + b"1" * 5_000 + b"}", "a number of 5,000 digits"),
         (b"[1]", "holds list, expected an object"),
         (b"", "Expecting value"),
     ],

@@ -1,6 +1,7 @@
-"""The adapter directory: read it, refuse what is broken, write it atomically, put it on a model.
+"""The adapter directory: read it, refuse what is broken, write it atomically.
 
-`adapter_config.json` and `adapter_model.safetensors` are plain PEFT; `peftune.json` says where the adapter came from.
+`adapter_config.json` and `adapter_model.safetensors` are plain PEFT; `peftune.json` says where the adapter
+came from, and the SHA-256 of each file. Files may be links, as they are in the hub's cache. Readers change nothing.
 """
 
 from __future__ import annotations
@@ -8,30 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from safetensors.torch import load
+from transformers import GPT2Config
 
 from peftune.adapters import peft_config
-from peftune.adapters.layout import AdapterLayout, changes_base, layout_of, plain_name
-from peftune.adapters.provenance import read_provenance, recorded_base
+from peftune.adapters.layout import AdapterLayout, layout_of
+from peftune.adapters.provenance import PROVENANCE, read_provenance, recorded_base, recorded_hashes, sealed
 from peftune.errors import CheckFailed, UserError, first_line
-from peftune.files import flush_to_disk, read_object, staging_directory
+from peftune.files import flush_directory, hashes_of, publish, read_bytes, read_object, staging_directory
 from peftune.model.fingerprint import bytes_of
-from peftune.model.lora import quiet_peft
 from peftune.model.weights import all_finite, load_pickle, save_tensors
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
-PROVENANCE = "peftune.json"
 _COMMIT = ".commit"
 Tensors = dict[str, torch.Tensor]
 
@@ -65,10 +62,11 @@ def read_adapter(directory: Path) -> Adapter:
     """Read an adapter directory, of peftune's or of plain PEFT's making (`.bin` too).
 
     Raises UserError where a file is missing, broken or cut short, where it is not a LoRA, and where a tensor is
-    empty or holds values that are not finite.
+    empty or holds values that are not finite. Where peftune.json records the SHA-256 of the files, they must have it.
     """
     config = read_config(directory)
-    tensors = _read_tensors(directory)
+    provenance = read_provenance(directory)
+    tensors = _read_tensors(directory, recorded_hashes(provenance).get(TENSORS))
     if not tensors:
         raise UserError(f"adapter {directory}: holds no tensors; train it again")
     for name, tensor in tensors.items():
@@ -81,40 +79,7 @@ def read_adapter(directory: Path) -> Adapter:
         else:
             continue
         raise UserError(f"adapter {directory}: {name} {problem}")
-    return Adapter(directory, config, tensors, read_provenance(directory))
-
-
-def load_onto(model: GPT2LMHeadModel | PeftModel, adapter_dir: Path, name: str = "default") -> PeftModel:
-    """Put an adapter on a base (or beside others on a PeftModel) under `name`, frozen, through PEFT's own loading.
-
-    PEFT makes the name a part of parameter names, so names with dots or dashes (`poems-v1.5`) are not valid.
-    Raises UserError where the adapter does not fit: modules, blocks or shapes that the base does not have, tensors
-    that are missing or left over, a name that is taken, or settings that would change the base under other adapters.
-    """
-    core: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    adapter, layout = check_fits(adapter_dir, core.config)
-    if isinstance(model, PeftModel):
-        _check_compatible(model, adapter, name)
-    _check_embedding(adapter, core)
-    # Loading with low memory assigns tensors instead of copying them: tied tensors of the base would become untied.
-    low_memory = not changes_base(adapter.config) and not layout.replaced
-    options: dict[str, Any] = {"low_cpu_mem_usage": low_memory, "torch_device": "cpu"}
-    with quiet_peft():
-        try:
-            if isinstance(model, PeftModel):
-                model.load_adapter(str(adapter_dir), name, **options)
-            else:
-                model = PeftModel.from_pretrained(model, str(adapter_dir), name, **options)
-        except (ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"adapter {adapter_dir}: PEFT cannot load it: {first_line(error)}") from None
-        loaded = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    # PEFT only warns about names that it does not know, so what it holds now is compared with the file
-    tensors = {plain_name(key): tensor for key, tensor in adapter.tensors.items()}
-    for key, tensor in loaded.items():
-        stored = tensors.get(plain_name(key))
-        if stored is None or not torch.equal(stored.to(tensor.dtype), tensor.detach().cpu()):
-            raise CheckFailed(f"adapter {adapter_dir}: {key} did not arrive in the model as it is in the file")
-    return model
+    return Adapter(directory, config, tensors, provenance)
 
 
 def check_fits(adapter_dir: Path, base: GPT2Config) -> tuple[Adapter, AdapterLayout]:
@@ -127,29 +92,6 @@ def check_fits(adapter_dir: Path, base: GPT2Config) -> tuple[Adapter, AdapterLay
             "fold it in with peftune merge first"
         )
     return adapter, layout
-
-
-def _check_compatible(model: PeftModel, adapter: Adapter, name: str) -> None:
-    if name in model.peft_config:
-        raise UserError(f"adapter {adapter.directory}: the name {name} is already taken; give it another")
-    configs = [adapter.config, *(config.to_dict() for config in model.peft_config.values())]
-    if any(changes_base(config) for config in configs):
-        raise UserError(
-            f"adapter {adapter.directory}: one of {', '.join([*model.peft_config, name])} changes the base itself "
-            "(PiSSA, or trained biases), so it cannot share it; fold that one in with peftune merge"
-        )
-
-
-def _check_embedding(adapter: Adapter, core: Any) -> None:
-    """PEFT stores the embedding beside an adapter of lm_head, and writes it into the base on loading."""
-    for name, tensor in adapter.tensors.items():
-        if name.endswith(".base_layer.weight") and not changes_base(adapter.config):
-            embedding = core.get_output_embeddings().weight.detach().cpu()
-            if not torch.equal(embedding, tensor.to(embedding.dtype)):
-                raise UserError(
-                    f"adapter {adapter.directory}: {name} is not the embedding of this base; "
-                    "pass the base that it was trained on, or fold it in with peftune merge"
-                )
 
 
 def check_free(out: Path, what: str) -> None:
@@ -167,10 +109,10 @@ def write_adapter(
 ) -> None:
     """Write an adapter directory atomically: to a staging directory, read back and compared, then renamed.
 
-    An adapter that is there already is replaced; other files (metrics, checkpoints) stay. A crash before the commit
-    leaves the old state, a crash after it is finished by the next reader; in between there is no `adapter_config.json`,
-    so nobody loads a mixture. Raises UserError where the disk is full or not writable, CheckFailed where what was
-    read back differs.
+    peftune.json gets the SHA-256 of every file. An adapter that is there already is replaced; other files (metrics,
+    checkpoints) stay. A crash before the commit leaves the old state, a crash after it is finished by the next write;
+    in between there is no `adapter_config.json`, so nobody loads a mixture. Raises UserError where the disk is full or
+    not writable, CheckFailed where what was read back differs.
     """
     existed = out.exists()
     if existed and not out.is_dir():
@@ -179,23 +121,25 @@ def write_adapter(
     try:
         _finish_commit(out)
         with staging_directory(target) as staging:
-            texts = {CONFIG: json.dumps(config, indent=2, sort_keys=True), PROVENANCE: json.dumps(provenance, indent=2)}
-            _write_files(staging, tensors, {**files, **texts})
+            _write_files(staging, tensors, {**files, CONFIG: json.dumps(config, indent=2, sort_keys=True)}, provenance)
             read = read_adapter(staging)
             same = read.config == json.loads(json.dumps(config)) and read.tensors.keys() == tensors.keys()
             if not same or not all(_identical(stored, tensors[name]) for name, stored in read.tensors.items()):
                 raise CheckFailed(f"{out}: the adapter read back differs from what was written; check the disk")
-            staging.rename(target)
+            publish(staging, target)
         _finish_commit(out)
     except OSError as error:
         raise UserError(f"{out}: cannot write the adapter: {error.strerror or error}") from None
 
 
-def _write_files(directory: Path, tensors: Tensors, files: Mapping[str, bytes | str]) -> None:
+def _write_files(
+    directory: Path, tensors: Tensors, files: Mapping[str, bytes | str], provenance: dict[str, Any]
+) -> None:
     save_tensors(tensors, directory / TENSORS)
     for name, content in files.items():
         (directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    flush_to_disk(directory)
+    hashes = hashes_of(directory, [TENSORS, *files])
+    (directory / PROVENANCE).write_bytes(json.dumps(sealed(provenance, hashes), indent=2).encode())
 
 
 def _identical(stored: torch.Tensor, tensor: torch.Tensor) -> bool:
@@ -205,39 +149,43 @@ def _identical(stored: torch.Tensor, tensor: torch.Tensor) -> bool:
 def _finish_commit(out: Path) -> None:
     """Move the files of a complete write into `out`; `adapter_config.json` is removed first and comes last.
 
-    Can be repeated.
+    Only for who writes to `out`. Can be repeated. Raises UserError for what no write of peftune leaves, such as links.
     """
     commit = out / _COMMIT
-    if not commit.is_dir():
+    if not os.path.lexists(commit):
         return
-    try:
-        if (commit / CONFIG).is_file():  # else only its removal is left to do
-            (out / CONFIG).unlink(missing_ok=True)
-            last = commit / CONFIG
-            for path in [p for p in sorted(commit.iterdir()) if p != last] + [last]:
-                path.replace(out / path.name)
-        shutil.rmtree(commit)
-    except FileNotFoundError:
-        return  # another process finished it at the same moment
-    except OSError as error:
-        raise UserError(f"{out}: an unfinished write cannot be completed: {error.strerror or error}") from None
+    if commit.is_symlink() or not commit.is_dir() or any(p.is_symlink() or not p.is_file() for p in commit.iterdir()):
+        raise UserError(f"{commit}: is not what an interrupted write of peftune leaves; move it away")
+    last = commit / CONFIG
+    if last.exists():  # else only its removal is left to do
+        (out / CONFIG).unlink(missing_ok=True)
+        flush_directory(out)
+        for path in [p for p in sorted(commit.iterdir()) if p != last]:
+            path.replace(out / path.name)
+        flush_directory(out)
+        last.replace(out / CONFIG)
+        flush_directory(out)
+    commit.rmdir()
+    flush_directory(out)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The adapter's configuration, checked; UserError where it is missing, broken or not that of a LoRA."""
     check_directory(directory, f"adapter {directory}", f"; expected a directory with {CONFIG}")
-    _finish_commit(directory)
     path = directory / CONFIG
     if not path.is_file():
         hints = {
+            _COMMIT: "its last write was interrupted; start the same training again, which completes it",
             "config.json": "it is a complete model; pass it as the base",
             "checkpoints": "its training has not finished",
         }
-        hint = "".join(f"; {hint}" for name, hint in hints.items() if (directory / name).exists())
+        hint = next((f"; {hint}" for name, hint in hints.items() if os.path.lexists(directory / name)), "")
         raise UserError(f"adapter {directory}: no {CONFIG} in this directory{hint}")
-    config = read_object(path, f"adapter {directory}: {CONFIG}")
+    hashes = recorded_hashes(read_provenance(directory))
+    config = read_object(path, f"adapter {directory}: {CONFIG}", hashes.get(CONFIG))
     if config.get("peft_type") != "LORA":
-        raise UserError(f"adapter {directory}: peft_type is {config.get('peft_type')}, peftune works with LORA only")
+        found = str(config.get("peft_type"))[:80]
+        raise UserError(f"adapter {directory}: peft_type is {found}, peftune works with LORA only")
     peft_config.check(config, f"adapter {directory}: {CONFIG}")
     return config
 
@@ -250,14 +198,15 @@ def check_directory(directory: Path, name: str, hint: str = "") -> None:
         raise UserError(f"{name[:200]}: {getattr(error, 'strerror', None) or error}{hint}") from None
 
 
-def _read_tensors(directory: Path) -> Tensors:
+def _read_tensors(directory: Path, sha256: str | None) -> Tensors:
     path, pickled = directory / TENSORS, directory / "adapter_model.bin"
-    if not path.is_file():
+    if not os.path.lexists(path):
         if pickled.is_file():
             return load_pickle(pickled)
         raise UserError(f"adapter {directory}: no {TENSORS} in this directory; copy the complete adapter")
+    content = read_bytes(path, f"adapter {directory}: {TENSORS}", sha256)
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        return load(content)
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         cause = first_line(error)
         raise UserError(f"adapter {directory}: {TENSORS} is not a complete safetensors file: {cause}") from None

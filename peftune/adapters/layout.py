@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from peftune.adapters.module_names import with_full_names
 from peftune.adapters.peft_config import UNDERSTOOD
 from peftune.errors import UserError
 from peftune.model.weights import HEAD, WTE
@@ -32,6 +33,7 @@ _LORA_PART = re.compile(
 )
 _PART_OF_SAVED = re.compile(r"\.(modules_to_save|original_module)\.")
 _WRAPPER = re.compile(r"\b(base_layer|original_module|modules_to_save)\.")
+_NOT_PASSED = ("runtime_config", "eva_config", "auto_mapping", "peft_version")
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # these leave the base as it is
 
 
@@ -62,6 +64,8 @@ class AdapterLayout:
     dora: bool = False
     rslora: bool = False
     lora_bias: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+    """PEFT's settings, with full names in place of patterns."""
 
     def tensors(self) -> set[str]:
         """Names of all tensors that the adapter brings, as `module.part`."""
@@ -142,8 +146,8 @@ def _layout(config: dict[str, Any], stored: dict[str, torch.Tensor], base: GPT2C
         for name in sorted(parts)
     }
     _refuse_pissa_outside_blocks(targets, base)
-    flags = (bool(config.get(flag)) for flag in ("use_dora", "use_rslora", "lora_bias"))
-    return AdapterLayout(targets, _replaced(full, config, base), vocabulary, *flags)
+    dora, rslora, bias = (bool(config.get(flag)) for flag in ("use_dora", "use_rslora", "lora_bias"))
+    return AdapterLayout(targets, _replaced(full, config, base), vocabulary, dora, rslora, bias, skeleton.settings)
 
 
 def _refuse_unknown_settings(config: dict[str, Any]) -> None:
@@ -183,16 +187,17 @@ def _without_copies(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @dataclass(frozen=True)
 class _Skeleton:
     """What PEFT makes of a configuration: names and shapes that it expects in the file, the model's own, and for each
-    adapted module its kind, rank, alpha and scale."""
+    adapted module its kind, rank, alpha and scale; the settings with full names in place of patterns."""
 
     expected: dict[str, torch.Size]
     plain: dict[str, torch.Size]
     layers: dict[str, tuple[Kind, int, float, float]]
+    settings: dict[str, Any]
 
 
 def _skeleton_of(config: dict[str, Any], base: GPT2Config, vocabulary: int) -> _Skeleton:
     """The base's architecture with this adapter in it."""
-    known = {key: value for key, value in config.items() if key in UNDERSTOOD and key != "runtime_config"}
+    known = {key: value for key, value in config.items() if key in UNDERSTOOD and key not in _NOT_PASSED}
     resized = {**base.to_dict(), "vocab_size": vocabulary}
     try:
         return _skeleton(*(json.dumps(values, sort_keys=True, default=str) for values in (known, resized)))
@@ -204,15 +209,18 @@ def _skeleton_of(config: dict[str, Any], base: GPT2Config, vocabulary: int) -> _
 @lru_cache(maxsize=32)  # building it takes fifty times as long as reading the adapter; a server loads many of a kind
 def _skeleton(settings: str, architecture: str) -> _Skeleton:
     """Injected on the meta device, without any weights; both arguments are JSON."""
-    lora = LoraConfig(**{**json.loads(settings), "init_lora_weights": False, "inference_mode": False})
     with torch.device("meta"), no_init_weights(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = inject_adapter_in_model(lora, GPT2LMHeadModel(GPT2Config.from_dict(json.loads(architecture))))
+        base = GPT2LMHeadModel(GPT2Config.from_dict(json.loads(architecture)))
+        resolved = with_full_names(json.loads(settings), [name for name, _ in base.named_modules() if name])
+        lora = LoraConfig(**{**resolved, "init_lora_weights": False, "inference_mode": False})
+        model = inject_adapter_in_model(lora, base)
         expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     return _Skeleton(
         {name: tensor.shape for name, tensor in expected.items()},
         {base_name(name): tensor.shape for name, tensor in model.state_dict().items()},
         {name: _facts(module) for name, module in model.named_modules() if isinstance(module, LoraLayer)},
+        resolved,
     )
 
 

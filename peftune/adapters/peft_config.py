@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
+from peftune.adapters.module_names import check_pattern
 from peftune.config.messages import validation_messages
 from peftune.errors import UserError
 
 
-def _regular_expression(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
-    return pattern
-
-
 def _names(value: Any) -> Any:
     if isinstance(value, str):
-        return _regular_expression(value)
+        return check_pattern(value)
     if value is not None and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
-        raise ValueError(f"expected names of modules or a regular expression, found {value!r}")
+        raise ValueError(f"expected names of modules or a regular expression, found {repr(value)[:200]}")
     return value
 
 
@@ -33,7 +25,9 @@ def _init(value: Any) -> Any:
     return value
 
 
-Pattern = Annotated[str, AfterValidator(_regular_expression)]
+Pattern = Annotated[str, AfterValidator(check_pattern)]
+Plain = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$", max_length=200)]  # PEFT reads these as patterns too
+PlainNames = Annotated[list[Plain], Field(max_length=100)]
 Names = Annotated[Any, AfterValidator(_names)]
 Init = Annotated[Any, AfterValidator(_init)]
 
@@ -47,9 +41,11 @@ class PeftLoraSettings(BaseModel):
     lora_alpha: PositiveFloat
     target_modules: Names = None
     exclude_modules: Names = None
-    modules_to_save: list[str] | None = None
-    rank_pattern: dict[Pattern, PositiveInt] | None = None
-    alpha_pattern: dict[Pattern, PositiveFloat] | None = None
+    modules_to_save: PlainNames | None = None
+    layers_to_transform: int | Annotated[list[int], Field(max_length=1_000)] | None = None
+    layers_pattern: Plain | PlainNames | None = None
+    rank_pattern: Annotated[dict[Pattern, PositiveInt], Field(max_length=5_000)] | None = None
+    alpha_pattern: Annotated[dict[Pattern, PositiveFloat], Field(max_length=5_000)] | None = None
     lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     bias: Literal["none", "all", "lora_only"] = "none"
     init_lora_weights: Init = True
@@ -66,8 +62,7 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 """Settings that do not change what a trained adapter computes."""
 UNDERSTOOD = {
-    *PeftLoraSettings.model_fields, *WITHOUT_EFFECT, "peft_type", "layers_to_transform", "layers_pattern",
-    "megatron_core", "eva_config", "qalora_group_size",
+    *PeftLoraSettings.model_fields, *WITHOUT_EFFECT, "peft_type", "megatron_core", "eva_config", "qalora_group_size",
 }  # fmt: skip
 
 

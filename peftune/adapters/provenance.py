@@ -6,6 +6,8 @@ prefixes or file format (`Base.fingerprint`).
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,42 @@ FINGERPRINTS = {
 """Keys of peftune.json that tell one base from another, and what each is of."""
 
 
+PROVENANCE = "peftune.json"
+_HASHES = "sha256"  # of every file that was written with peftune.json, by name
+_OWN_HASH = "sha256_of_peftune_json"  # of everything else in it
+
+
 def read_provenance(adapter_dir: Path) -> dict[str, Any] | None:
-    """What peftune.json says, or None for an adapter that plain PEFT wrote; UserError where it cannot be read."""
-    return read_object_if_present(adapter_dir / "peftune.json", f"adapter {adapter_dir}: peftune.json")
+    """What peftune.json says, or None for an adapter that plain PEFT wrote.
+
+    Raises UserError where it cannot be read, and where it is not as it was written.
+    """
+    name = f"adapter {adapter_dir}: {PROVENANCE}"
+    provenance = read_object_if_present(adapter_dir / PROVENANCE, name)
+    hashed = provenance is not None and (_HASHES in provenance or _OWN_HASH in provenance)
+    if provenance is not None and hashed and provenance.get(_OWN_HASH) != _hash_of(provenance):
+        raise UserError(
+            f"{name} is not as it was written (its SHA-256 differs): it was changed or damaged; copy the adapter again"
+        )
+    return provenance
+
+
+def recorded_hashes(provenance: Mapping[str, Any] | None) -> dict[str, str]:
+    """sha256 by file name, as peftune.json records it; empty for adapters of plain PEFT and of older versions."""
+    hashes = recorded_dict(provenance, _HASHES)
+    return {name: value for name, value in hashes.items() if isinstance(value, str)}
+
+
+def sealed(provenance: Mapping[str, Any], hashes: Mapping[str, str]) -> dict[str, Any]:
+    """What peftune.json is to hold beside files with these hashes: `provenance`, the hashes, and its own."""
+    values = {**provenance, _HASHES: dict(hashes)}
+    return {**values, _OWN_HASH: _hash_of(values)}
+
+
+def _hash_of(provenance: Mapping[str, Any]) -> str:
+    """Of its values, however the file spells them, without its own hash."""
+    values = {key: value for key, value in provenance.items() if key != _OWN_HASH}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def recorded(provenance: Any, *keys: str) -> Any:

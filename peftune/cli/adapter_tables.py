@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -16,7 +15,8 @@ from peftune.adapters.inspect.compare import Comparison
 from peftune.adapters.inspect.describe import AdapterDescription, ModuleDescription
 from peftune.adapters.inspect.scan import ScanEntry, ScanResult
 from peftune.adapters.layout import block_of, suffix_in_block
-from peftune.adapters.provenance import recorded, recorded_dict
+from peftune.adapters.provenance import recorded, recorded_dict, recorded_hashes
+from peftune.console import SafeConsole
 from peftune.model.lora import ALL, ATTENTION
 
 _BAR = 24
@@ -29,7 +29,7 @@ Columns = Mapping[str, tuple[str, Callable[[Any], str]]]
 def lines(*texts: str) -> None:
     """Print lines, which a terminal may wrap; nothing that a user named is taken for markup."""
     for text in texts:
-        _console().print(text, soft_wrap=True)
+        _console().print(" ".join(text.split("\n")), soft_wrap=True)
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], left: int = 1) -> None:
@@ -39,7 +39,7 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], lef
     for number, name in enumerate(columns):
         made.add_column(name, justify="left" if number < left or not name else "right", overflow="fold")
     for row in rows:
-        made.add_row(*(Text(cell) for cell in row))
+        made.add_row(*(Text(" ".join(cell.split("\n"))) for cell in row))
     _console().print(made)
 
 
@@ -49,8 +49,8 @@ def figures(title: str, first: str, columns: Columns, rows: Mapping[str, Mapping
     table(title, (first, *columns), cells)
 
 
-def _console() -> Console:
-    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _PIPE)
+def _console() -> SafeConsole:
+    return SafeConsole(highlight=False, markup=False, width=None if sys.stdout.isatty() else _PIPE)
 
 
 def print_scan(found: ScanResult) -> None:
@@ -246,6 +246,8 @@ def _provenance(found: AdapterDescription) -> Iterator[str]:
         **{f"data {name}": value for name, value in recorded_dict(provenance, "data_fingerprints").items()},
     }  # fmt: skip
     yield "fingerprints: " + ", ".join(f"{name} {str(value)[:12]}" for name, value in fingerprints.items() if value)
+    hashes = "match what was recorded" if recorded_hashes(provenance) else "not recorded, so damage would not show"
+    yield f"SHA-256 of its files: {hashes}"
     versions = {"peftune": provenance.get("peftune"), **recorded_dict(provenance, "versions")}
     if provenance:
         yield "made with: " + ", ".join(f"{name} {value}" for name, value in versions.items() if value)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from peftune.cli.options import save_json
+from peftune.console import SafeConsole
 
 if TYPE_CHECKING:
     from peftune.config.recipe import Source
@@ -29,10 +29,10 @@ def run(
     block_size = block_size or base.config.n_positions
     summary = summarize(sources, base.tokenizer, base.tokenizer_fingerprint, block_size, split_on=split_on)
     save_json(json_path, summary)
-    render(summary, Console())
+    render(summary, SafeConsole())
 
 
-def render(summary: dict[str, Any], console: Console) -> None:
+def render(summary: dict[str, Any], console: SafeConsole) -> None:
     """Print a summary; what is scored is in colour, or between ⟦ and ⟧ where there is none."""
     _render_numbers(summary, console)
     _render_histogram(summary, console)
@@ -43,7 +43,7 @@ def render(summary: dict[str, Any], console: Console) -> None:
     _render_preview(summary["preview"], console)
 
 
-def _render_numbers(summary: dict[str, Any], console: Console) -> None:
+def _render_numbers(summary: dict[str, Any], console: SafeConsole) -> None:
     share = summary["supervised_tokens"] / summary["tokens"]
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in (
@@ -61,7 +61,7 @@ def _render_numbers(summary: dict[str, Any], console: Console) -> None:
     console.print(table, highlight=False)
 
 
-def _render_histogram(summary: dict[str, Any], console: Console) -> None:
+def _render_histogram(summary: dict[str, Any], console: SafeConsole) -> None:
     most = max(bin["documents"] for bin in summary["histogram"])
     console.print("\ndocuments by length in tokens")
     for bin in summary["histogram"]:
@@ -70,7 +70,7 @@ def _render_histogram(summary: dict[str, Any], console: Console) -> None:
     console.print()
 
 
-def _render_preview(preview: dict[str, Any], console: Console) -> None:
+def _render_preview(preview: dict[str, Any], console: SafeConsole) -> None:
     coloured = console.color_system is not None
     console.print(f"block {preview['block']}: scored text {'is green' if coloured else 'stands between ⟦ and ⟧'}")
     for span in preview["spans"][:_SPAN_LIMIT]:

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import typer
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from peftune.console import change
+from peftune.console import SafeConsole, change
 
 Matrix = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 def print_tables(*tables: Table) -> None:
     """Show tables on stdout."""
-    console = Console(highlight=False)
+    console = SafeConsole(highlight=False)
     for table in tables:
         console.print(table)
 
@@ -60,7 +58,7 @@ def print_routing(found: Mapping[str, Any], names: Sequence[str]) -> None:
             shares = [
                 f"{share:.1%} {says[name]}" for name, share in errors.get("errors", errors).items() if name in says
             ]
-            typer.echo(f"{which} {errors['threshold']:g}: {', '.join(shares)}")
+            echo(f"{which} {errors['threshold']:g}: {', '.join(shares)}")
 
 
 def _table(title: str, first: str, others: Sequence[str]) -> Table:

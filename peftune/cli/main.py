@@ -16,6 +16,7 @@ from peftune.cli.launcher.launch import configs, launch
 from peftune.cli.options import BASE_HELP, Adapters, Json, named, save_json, source_of
 from peftune.cli.serve import serve
 from peftune.cli.stop import end_with
+from peftune.cli.text_output import echo
 from peftune.errors import PeftuneError, ReportedElsewhere, UserError, record_for_launcher, report_once_per_machine
 from peftune.model.quantized import quiet
 from peftune.version import __version__
@@ -150,18 +151,18 @@ def merge(
 
     report = merge(adapter, out, base=base, dtype=dtype, verify=verify)
     applied = f"{report.modules_applied} of {report.modules_in_adapter} modules"
-    typer.echo(f"{out}: {applied} folded into {report.base}, stored as {report.dtype}")
+    echo(f"{out}: {applied} folded into {report.base}, stored as {report.dtype}")
     if report.max_abs_logit_difference is None:
-        typer.echo("not verified: merge.json says so too")
+        echo("not verified: merge.json says so too")
     else:
-        typer.echo(
+        echo(
             f"read back, against base + adapter: logits differ by at most {report.max_abs_logit_difference:.1e}, "
             f"mean KL {report.mean_kl:.1e} nats per token, the same likeliest token in {report.argmax_agreement:.2%}"
         )
     if report.trained_on is not None and verify:
-        typer.echo(report.quantized_summary())
+        echo(report.quantized_summary())
     if report.rounding_mean_kl is not None:
-        typer.echo(
+        echo(
             f"rounding to {report.dtype} costs {report.rounding_mean_kl:.1e} nats per token; before it logits differed "
             f"by at most {report.float32_max_abs_logit_difference:.1e}"
         )
@@ -221,9 +222,9 @@ def _root(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False
 ) -> None:
     if version:
-        typer.echo(f"peftune {__version__}")
+        echo(f"peftune {__version__}")
     elif context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        echo(context.get_help())
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -262,10 +263,9 @@ _STOPPED = 130  # what a shell reports for Ctrl-C
 
 
 def _complain(message: str, exit_code: int) -> int:
-    # what a file says is shown and never sent to the terminal as a command
-    line = "peftune: " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
+    line = f"peftune: {' '.join(message.split())}"
     record_for_launcher(line)
-    typer.echo(line, err=True)
+    echo(line, err=True)
     return exit_code
 
 

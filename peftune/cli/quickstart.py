@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console as RichConsole
 from rich.text import Text
 
 from peftune.adapters.merge.merge import merge
 from peftune.cli.evaluate import matrix_table, print_tables
 from peftune.config.recipe import Recipe, recipe_from
-from peftune.console import Console
+from peftune.console import Console, SafeConsole
 from peftune.data.batches import Blocks
 from peftune.data.documents import split_by_digest
 from peftune.errors import Interrupted, UserError
@@ -43,7 +42,7 @@ def quickstart(out: Path, files: list[Path]) -> None:
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / ".quickstart").is_file())):
         raise UserError(f"--out {out}: exists and was not made by quickstart; choose another directory")
     seconds: dict[str, float] = {}
-    display, console = Console(), RichConsole(highlight=False)
+    display, console = Console(), SafeConsole(highlight=False)
     base, merged = open_base(BASE), out / "merged-docs"
 
     @contextmanager
@@ -138,7 +137,7 @@ def _some(blocks: Blocks) -> Blocks:
     return Blocks.of(store, np.sort(order[:enough]), blocks.packing.block_size)
 
 
-def _show_samples(base: Base, adapters: dict[str, Path], console: RichConsole) -> list[dict[str, str]]:
+def _show_samples(base: Base, adapters: dict[str, Path], console: SafeConsole) -> list[dict[str, str]]:
     """What base and adapter make of each adapter's prompt, with one seed."""
     settings = GenerationSettings(max_new_tokens=90, temperature=0.8, repetition_penalty=1.1, seed=1)
     bank, samples = AdapterBank(base), []
@@ -154,7 +153,7 @@ def _show_samples(base: Base, adapters: dict[str, Path], console: RichConsole) -
     return samples
 
 
-def _finish(out: Path, merged: Path, adapters: dict[str, Path], facts: dict[str, Any], console: RichConsole) -> None:
+def _finish(out: Path, merged: Path, adapters: dict[str, Path], facts: dict[str, Any], console: SafeConsole) -> None:
     from peftune.training.export.plots import draw_overview
 
     runs = {name: read_metrics(directory / "metrics.jsonl") for name, directory in adapters.items()}

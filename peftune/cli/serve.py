@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from peftune.cli.options import BASE_HELP, Adapters, named
+from peftune.cli.text_output import echo
 from peftune.errors import UserError
 
 Roots = Annotated[
@@ -80,7 +81,7 @@ def serve(
         max_body=max_body, max_adapters=max_adapters, drain=drain, routing_threshold=routing_threshold,
     )  # fmt: skip
     try:
-        server.run(base, directories, precision, settings, on_ready=typer.echo)
+        server.run(base, directories, precision, settings, on_ready=echo)
     except key.NoKeyError as error:
         ways = f"give --api-key-file FILE or set {key.VARIABLE}, or --no-auth if anybody may use it"
         raise UserError(f"{error}; {ways}") from None

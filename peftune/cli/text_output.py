@@ -5,11 +5,17 @@ from __future__ import annotations
 import os
 import sys
 
-from rich.console import Console
+import typer
+
+from peftune.console import SafeConsole
+from peftune.errors import printable
 
 PROMPT, CONTINUATION, HEADER = "dim", "bold", "cyan"  # styles
-# A model may write what a terminal would obey (ESC, BEL, the C1 set): show U+FFFD instead.
-_CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def echo(text: str, err: bool = False) -> None:
+    """Print a text in which somebody else's words may stand."""
+    typer.echo(printable(text), err=err)
 
 
 class TextPrinter:
@@ -22,7 +28,7 @@ class TextPrinter:
     def __init__(self, outlives_pipe: bool = False) -> None:
         self._out = sys.stdout  # kept: a progress bar puts its own stream in sys.stdout while it lives
         self.is_terminal = self._out.isatty()
-        self._console = Console(file=self._out, highlight=False)
+        self._console = SafeConsole(file=self._out, highlight=False)
         self._outlives_pipe = outlives_pipe
         self._last = "\n"
 
@@ -40,7 +46,7 @@ class TextPrinter:
         text = text.encode(encoding, "replace").decode(encoding)  # a stdout that is not UTF-8 is no reason to stop
         try:
             if self.is_terminal:
-                self._console.out(text.translate(_CONTROLS), style=style, highlight=False, end="")
+                self._console.out(printable(text), style=style, highlight=False, end="")
             else:
                 self._out.write(text)
             self._out.flush()

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from peftune.adapters.attach import load_onto
 from peftune.adapters.base_of import base_of
-from peftune.adapters.directory import load_onto
 from peftune.adapters.provenance import check_base
 from peftune.data.tokens.encode import end_of_text_id
 from peftune.errors import CheckFailed, UserError

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from peftune.adapters.attach import load_onto
 from peftune.adapters.base_of import base_of
-from peftune.adapters.directory import check_fits, load_onto
+from peftune.adapters.directory import check_fits
 from peftune.adapters.provenance import check_base
 from peftune.config.recipe import Source
 from peftune.console import Console

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftune.errors import UserError, first_line
+from peftune.files import read_object_if_present, sha256_of
 from peftune.model import architecture, tokenizer, weights
+from peftune.model.fingerprint import remembered
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, PreTrainedTokenizerFast
 
+MERGE = "merge.json"
+"""What a merge writes beside the model: its figures, and the SHA-256 of every file."""
 BUILTIN = {"builtin:small": Path(__file__).with_name("small")}
 _WANTED = ["*.json", "*.safetensors", "*.bin", "merges.txt", "vocab.json"]
 
@@ -31,8 +36,27 @@ class Base:
     """Fingerprints are computed from the bytes on the disk, not remembered: about a second for each GB of weights."""
 
     @cached_property
+    def _recorded(self) -> dict[str, str]:
+        """sha256 by file name, of a model that peftune merged; empty for any other."""
+        hashes = (read_object_if_present(self.directory / MERGE, f"base {self.directory}: {MERGE}") or {}).get("sha256")
+        return hashes if isinstance(hashes, dict) else {}
+
+    def _check(self, files: Iterable[Path]) -> None:
+        """UserError where a file is not what merge.json says; large ones are hashed once, until they change."""
+        for file in files:
+            expected = self._recorded.get(file.name)
+            if expected is not None and file.is_file():
+                found = remembered("file", [file], partial(sha256_of, file), self.fresh)
+                if found != expected:
+                    raise UserError(
+                        f"base {self.directory}: {file.name} is not the file that was merged (its SHA-256 differs): it "
+                        f"was changed or damaged; merge again, or remove {MERGE} if you changed it yourself"
+                    )
+
+    @cached_property
     def stored_config(self) -> dict[str, Any]:
         """config.json as it is stored, checked to be that of a GPT-2."""
+        self._check([self.directory / "config.json"])
         return architecture.read_values(self.directory)
 
     @cached_property
@@ -40,20 +64,25 @@ class Base:
         """Transformers' configuration."""
         from transformers import GPT2Config
 
+        values = self.stored_config | {"_name_or_path": str(self.directory)}
         try:
-            return GPT2Config.from_dict(self.stored_config | {"_name_or_path": str(self.directory)})
-        except (TypeError, ValueError) as error:  # its own checks of types
-            raise UserError(f"base {self.directory}: config.json: {first_line(error)}") from None
+            return GPT2Config.from_dict(values)
+        except Exception as error:  # whatever Transformers makes of values that no GPT-2 needs
+            raise UserError(
+                f"base {self.directory}: config.json: Transformers refuses it: {first_line(error)}"
+            ) from None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The fast tokenizer, its vocabulary checked against the embedding's rows."""
+        self._check(self.directory / name for name in tokenizer.FILES)
         return tokenizer.load_tokenizer(self.directory, self.config)
 
     @cached_property
     def weights(self) -> weights.Weights:
         """The stored tensors by name, read one at a time; none is missing and all have the shapes of `config`."""
         found = weights.open_weights(self.directory, tied=self.config.tie_word_embeddings)
+        self._check([self.directory / weights.INDEX, *found.files])
         weights.check_complete(found, self.config)
         return found
 

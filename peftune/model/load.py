@@ -63,7 +63,7 @@ def load_model(
     options["dtype"] = dtype if quantize is None else torch.float32
     try:
         model: Any = GPT2LMHeadModel.from_pretrained(base.directory, config=config, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, SafetensorError) as error:
         raise UserError(f"base {base.directory}: the weights cannot be read: {first_line(error)}") from None
     if quantize is None:
         return model.to(device).eval()  # type: ignore[no-any-return]

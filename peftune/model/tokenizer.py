@@ -16,10 +16,11 @@ from peftune.model.tokenizer_rules import problem_of
 if TYPE_CHECKING:
     from transformers import GPT2Config, PreTrainedTokenizerFast
 
-_FILES = (
+FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "config.json",
 )  # fmt: skip
+"""What a tokenizer is read from, as far as a directory has it."""
 _JSON = ("tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -70,7 +71,7 @@ def fingerprint(load: Callable[[], PreTrainedTokenizerFast], directory: Path, fr
         }
         return hashlib.sha256(json.dumps(facts, ensure_ascii=True).encode()).hexdigest()
 
-    return remembered("tokenizer", [directory / name for name in _FILES], compute, fresh)
+    return remembered("tokenizer", [directory / name for name in FILES], compute, fresh)
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int, directory: Path) -> None:

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from peftune.errors import UserError
+from peftune.errors import UserError, first_line
 from peftune.files import apply_umask, read_object
 from peftune.model.fingerprint import bytes_of, remembered
 
@@ -33,7 +33,8 @@ HEAD = "lm_head.weight"
 CHUNK_ELEMENTS = 8_000_000  # 32 MB of float32
 _HASHED = 1_000_000  # elements at a time: three of 4 MB are held at once, the mapped one, its copy and the last
 
-_LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+INDEX = "model.safetensors.index.json"
+_LAYOUTS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 _BARE = re.compile(r"(wte|wpe|h|ln_f)\.")
 _BUFFER = re.compile(r"\.(cross)?attn(ention)?\.(masked_)?bias$")
 _DTYPES = {
@@ -152,8 +153,13 @@ def check_complete(weights: Weights, config: GPT2Config) -> None:
     from transformers import GPT2LMHeadModel
     from transformers.initialization import no_init_weights
 
-    with torch.device("meta"), no_init_weights():
-        expected = GPT2LMHeadModel(config).state_dict()
+    try:
+        with torch.device("meta"), no_init_weights():
+            expected = GPT2LMHeadModel(config).state_dict()
+    except Exception as error:  # whatever Transformers makes of values that no GPT-2 has
+        raise UserError(
+            f"base {weights.directory}: config.json describes no GPT-2 that Transformers can build: {first_line(error)}"
+        ) from None
     known = set(weights.names()) | ({HEAD} if weights.tied else set())
     missing = [name for name in expected if name not in known]
     if missing:
@@ -201,12 +207,20 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
         index = read_object(path, f"base {directory}: {layout}").get("weight_map")
         if not isinstance(index, dict) or not index:
             raise UserError(f"base {directory}: {layout} holds no weight_map; download the checkpoint again")
+        if strange := [name for name in index.values() if not _is_file_name(name)]:
+            raise UserError(
+                f"base {directory}: {layout} names {str(strange[0])[:80]!r}; expected names of files beside it"
+            )
         files = [directory / name for name in sorted(set(index.values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise UserError(f"base {directory}: {len(missing)} of {len(files)} shards are missing: {missing[0]}, …")
         return files, index
     raise UserError(f"base {directory}: no weights here; expected one of {', '.join(_LAYOUTS)}")
+
+
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and 0 < len(name.encode(errors="replace")) < 256 and Path(name).name == name
 
 
 def _list(file: Path) -> list[_Entry]:

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftune.adapters import directory
+from peftune.adapters.attach import load_onto
 from peftune.adapters.base_of import base_of
-from peftune.adapters.directory import load_onto, read_adapter, write_adapter
+from peftune.adapters.directory import read_adapter, write_adapter
 from peftune.errors import CheckFailed, UserError
 
 TENSORS = "adapter_model.safetensors"
@@ -84,7 +85,7 @@ def test_loaded_adapter_computes_what_peft_computes(make_adapter: Any, tools: An
     adapter = make_adapter(use_dora=True)
     ours = load_onto(GPT2LMHeadModel.from_pretrained(tiny_base), adapter, "poems").eval()
     ids = torch.arange(20)[None]
-    with torch.no_grad(), directory.quiet_peft():
+    with torch.no_grad():
         theirs = tools.with_peft(tiny_base, adapter)
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-6)
     assert not any(parameter.requires_grad for parameter in ours.parameters())
@@ -185,7 +186,9 @@ def test_written_directory_is_plain_peft_and_complete(make_adapter: Any, tiny_ba
     write(tmp_path / "out", adapter)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"adapter_config.json", TENSORS, "peftune.json", "README.md", "loss.png"}
-    assert read_adapter(tmp_path / "out").provenance == PROVENANCE
+    found = read_adapter(tmp_path / "out").provenance
+    assert found is not None and found.pop("sha256").keys() == names - {"peftune.json"}
+    assert len(found.pop("sha256_of_peftune_json")) == 64 and found == PROVENANCE
     load_onto(GPT2LMHeadModel.from_pretrained(tiny_base), tmp_path / "out", "a")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "out"}
 
@@ -218,13 +221,13 @@ def crash_after(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
         return call
 
-    for name in ("rename", "replace", "unlink", "mkdir", "write_bytes"):
+    for name in ("rename", "replace", "unlink", "mkdir", "rmdir", "write_bytes"):
         monkeypatch.setattr(Path, name, counted(getattr(Path, name)))
-    monkeypatch.setattr(directory.shutil, "rmtree", counted(shutil.rmtree))
+    monkeypatch.setattr(shutil, "rmtree", counted(shutil.rmtree))
 
 
 @pytest.mark.parametrize("moment", range(16))
-def test_a_crash_at_any_moment_leaves_the_old_adapter_or_the_new_one(
+def test_a_crash_at_any_moment_leaves_the_old_adapter_or_the_new_one_to_be_completed(
     moment: int, make_adapter: Any, tmp_path: Path
 ) -> None:
     adapter, out = read_adapter(make_adapter()), tmp_path / "out"
@@ -239,8 +242,13 @@ def test_a_crash_at_any_moment_leaves_the_old_adapter_or_the_new_one(
     )
     readme = (out / "README.md").read_text()
     assert not seen_by_plain_peft or (readme == "scale 2.0") == new_tensors
-    scale = scale_of(out, adapter)
-    assert (out / "README.md").read_text() == f"scale {scale}"
+    if seen_by_plain_peft:
+        assert readme == f"scale {scale_of(out, adapter)}"
+    else:
+        with pytest.raises(UserError, match="its last write was interrupted; start the same training again"):
+            read_adapter(out)
+        directory._finish_commit(out)
+        assert scale_of(out, adapter) == 2.0
     write(out, adapter, 3.0)
     assert scale_of(out, adapter) == 3.0
 

@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
-from peftune.adapters.directory import load_onto, read_adapter
+from peftune.adapters.attach import load_onto
+from peftune.adapters.directory import read_adapter
 from peftune.adapters.merge.merge import merge
 from peftune.errors import UserError
 from peftune.model.base import Base

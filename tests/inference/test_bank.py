@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from peftune.adapters.directory import load_onto
+from peftune.adapters.attach import load_onto
 from peftune.adapters.merge.merge import merge
 from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank

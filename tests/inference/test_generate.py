@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from peftune.adapters.directory import load_onto
+from peftune.adapters.attach import load_onto
 from peftune.errors import CheckFailed, UserError
 from peftune.inference.bank import AdapterBank
 from peftune.inference.detokenize import decode_plain

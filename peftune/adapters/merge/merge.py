@@ -6,7 +6,6 @@ gets its name. What cannot be merged exactly is refused with the reason.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -29,8 +28,8 @@ from peftune.console import Console
 from peftune.data.sources.builtin import documents
 from peftune.data.tokens.encode import encode_texts, end_of_text_id
 from peftune.errors import CheckFailed, UserError
-from peftune.files import staging_directory
-from peftune.model.base import Base, open_base
+from peftune.files import hashes_of, publish, staging_directory, write_json
+from peftune.model.base import MERGE, Base, open_base
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 5_000_000_000
@@ -91,9 +90,10 @@ def merge(
                 len(layout.modules()), len(layout.modules()), dtype, found.fingerprint, read.fingerprint, found.name,
                 merged.tied, layout.vocabulary, trained_on=base_quantization(read), **figures,
             )  # fmt: skip
-            (staging / "merge.json").write_text(json.dumps(vars(report), indent=2) + "\n", encoding="utf-8")
+            hashes = hashes_of(staging, [path.name for path in staging.iterdir()])  # `model.base` checks them
+            write_json(staging / MERGE, {**vars(report), "sha256": hashes})
             check_free(out, "the merged model")  # nobody has put anything there meanwhile
-            staging.rename(out)
+            publish(staging, out)
     except OSError as error:
         raise UserError(f"{out}: cannot write the merged model: {error.strerror or error}") from None
     return report
@@ -105,7 +105,7 @@ def _write_settings(staging: Path, base: Base, adapter: Adapter, merged: MergedT
         "architectures": ["GPT2LMHeadModel"], "dtype": dtype, "vocab_size": merged.layout.vocabulary,
         "tie_word_embeddings": merged.tied,
     }  # fmt: skip
-    (staging / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(staging / "config.json", dict(sorted(values.items())))
     tokenizer = _tokenizer_directory(base, adapter, merged.layout.vocabulary)
     for file in (*(tokenizer / name for name in _TOKENIZER_FILES), base.directory / _GENERATION):
         if file.is_file():

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from peftune.cli.text_output import echo
 from peftune.config.shipped import FOLDERS, shipped
 from peftune.errors import UserError
 
@@ -22,7 +23,7 @@ def configs(directory: Annotated[Path, typer.Argument(help="Directory to write t
         raise UserError(f"{', '.join(found)}: already there; name another directory")
     for name, path in targets.items():
         shutil.copytree(shipped(name), path)
-        typer.echo(f"{path}: {', '.join(sorted(file.name for file in path.iterdir()))}")
+        echo(f"{path}: {', '.join(sorted(file.name for file in path.iterdir()))}")
 
 
 def launch(

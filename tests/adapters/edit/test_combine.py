@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from peftune.adapters.directory import load_onto
+from peftune.adapters.attach import load_onto
 from peftune.adapters.edit.combine import combine
 from peftune.adapters.merge.merge import merge
 from peftune.adapters.provenance import check_base

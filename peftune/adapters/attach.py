@@ -1,0 +1,76 @@
+"""Put an adapter on a model in memory, through PEFT's own loading, and see that it has arrived."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from transformers import GPT2LMHeadModel
+
+from peftune.adapters.directory import Adapter, check_fits
+from peftune.adapters.layout import changes_base, plain_name
+from peftune.errors import CheckFailed, UserError, first_line
+from peftune.model.lora import quiet_peft
+
+
+def load_onto(model: GPT2LMHeadModel | PeftModel, adapter_dir: Path, name: str = "default") -> PeftModel:
+    """Put an adapter on a base (or beside others on a PeftModel) under `name`, frozen, through PEFT's own loading.
+
+    PEFT makes the name a part of parameter names, so names with dots or dashes (`poems-v1.5`) are not valid.
+    Raises UserError where the adapter does not fit: modules, blocks or shapes that the base does not have, tensors
+    that are missing or left over, a name that is taken, or settings that would change the base under other adapters.
+    """
+    core: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    adapter, layout = check_fits(adapter_dir, core.config)
+    if isinstance(model, PeftModel):
+        _check_compatible(model, adapter, name)
+    _check_embedding(adapter, core)
+    # Loading with low memory assigns tensors instead of copying them: tied tensors of the base would become untied.
+    low_memory = not changes_base(adapter.config) and not layout.replaced
+    options: dict[str, Any] = {"low_cpu_mem_usage": low_memory}
+    weights = {"torch_device": "cpu", **options}
+    # PEFT gets no pattern of the adapter's; how it was started matters only where that altered the base
+    start = "pissa" if adapter.config.get("init_lora_weights") == "pissa" else True
+    settings = LoraConfig(**{**layout.settings, "init_lora_weights": start, "inference_mode": True})
+    with quiet_peft():
+        try:
+            if isinstance(model, PeftModel):
+                model.add_adapter(name, settings, **options)
+                model.load_adapter(str(adapter_dir), name, **weights)
+            else:
+                model = PeftModel.from_pretrained(model, str(adapter_dir), name, config=settings, **weights)
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise UserError(f"adapter {adapter_dir}: PEFT cannot load it: {first_line(error)}") from None
+        loaded = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    # PEFT only warns about names that it does not know, so what it holds now is compared with the file
+    tensors = {plain_name(key): tensor for key, tensor in adapter.tensors.items()}
+    for key, tensor in loaded.items():
+        stored = tensors.get(plain_name(key))
+        if stored is None or not torch.equal(stored.to(tensor.dtype), tensor.detach().cpu()):
+            raise CheckFailed(f"adapter {adapter_dir}: {key} did not arrive in the model as it is in the file")
+    return model
+
+
+def _check_compatible(model: PeftModel, adapter: Adapter, name: str) -> None:
+    if name in model.peft_config:
+        raise UserError(f"adapter {adapter.directory}: the name {name} is already taken; give it another")
+    configs = [adapter.config, *(config.to_dict() for config in model.peft_config.values())]
+    if any(changes_base(config) for config in configs):
+        raise UserError(
+            f"adapter {adapter.directory}: one of {', '.join([*model.peft_config, name])} changes the base itself "
+            "(PiSSA, or trained biases), so it cannot share it; fold that one in with peftune merge"
+        )
+
+
+def _check_embedding(adapter: Adapter, core: Any) -> None:
+    """PEFT stores the embedding beside an adapter of lm_head, and writes it into the base on loading."""
+    for name, tensor in adapter.tensors.items():
+        if name.endswith(".base_layer.weight") and not changes_base(adapter.config):
+            embedding = core.get_output_embeddings().weight.detach().cpu()
+            if not torch.equal(embedding, tensor.to(embedding.dtype)):
+                raise UserError(
+                    f"adapter {adapter.directory}: {name} is not the embedding of this base; "
+                    "pass the base that it was trained on, or fold it in with peftune merge"
+                )
