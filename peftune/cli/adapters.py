@@ -34,7 +34,7 @@ def list_adapters(
     Example:  peftune adapters list adapters
     """
     from peftune.adapters.inspect.scan import scan
-    from peftune.cli.adapter_tables import print_scan
+    from peftune.cli.output.adapter_tables import print_scan
 
     _show(scan(directory), print_scan, json_path)
 
@@ -50,7 +50,7 @@ def show(
     Example:  peftune adapters show adapters/poems --base gpt2
     """
     from peftune.adapters.inspect.describe import describe
-    from peftune.cli.adapter_tables import print_description
+    from peftune.cli.output.adapter_tables import print_description
 
     _show(describe(adapter, base), print_description, json_path)
 
@@ -70,7 +70,7 @@ def combine(
     """
     numbers = _numbers(weights)
     from peftune.adapters.edit.combine import combine
-    from peftune.cli.adapter_tables import print_combination
+    from peftune.cli.output.adapter_tables import print_combination
 
     _show(combine(adapters, numbers, out, rank, base), print_combination, json_path)
 
@@ -89,7 +89,7 @@ def extract(
     Example:  peftune adapters extract --base gpt2 --tuned models/poems --rank 16 --out adapters/poems
     """
     from peftune.adapters.edit.extract import extract
-    from peftune.cli.adapter_tables import print_extraction
+    from peftune.cli.output.adapter_tables import print_extraction
 
     _show(extract(base, tuned, rank, out, targets), print_extraction, json_path)
 
@@ -105,7 +105,7 @@ def compare(
     Example:  peftune adapters compare adapters/poems adapters/code
     """
     from peftune.adapters.inspect.compare import compare
-    from peftune.cli.adapter_tables import print_comparison
+    from peftune.cli.output.adapter_tables import print_comparison
 
     _show(compare(first, second), print_comparison, json_path)
 

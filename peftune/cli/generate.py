@@ -10,7 +10,7 @@ from pathlib import Path
 
 from peftune.adapters.base_of import base_of
 from peftune.cli.options import save_json
-from peftune.cli.text_output import CONTINUATION, HEADER, PROMPT, TextPrinter
+from peftune.cli.output.text_output import CONTINUATION, HEADER, PROMPT, TextPrinter
 from peftune.console import Console
 from peftune.data.sources import records
 from peftune.data.sources.plain_text import open_text

@@ -14,9 +14,9 @@ from peftune.cli import adapters, cache
 from peftune.cli.export import export
 from peftune.cli.launcher.launch import configs, launch
 from peftune.cli.options import BASE_HELP, Adapters, Json, named, save_json, source_of
+from peftune.cli.output.text_output import echo
 from peftune.cli.serve import serve
 from peftune.cli.stop import end_with
-from peftune.cli.text_output import echo
 from peftune.errors import PeftuneError, ReportedElsewhere, UserError, record_for_launcher, report_once_per_machine
 from peftune.model.quantized import quiet
 from peftune.version import __version__
@@ -69,7 +69,7 @@ def data(
     Example:  peftune data answers.jsonl --column prompt=question --column completion=answer --base gpt2
     """
     columns = _columns(column)
-    from peftune.cli.data import run
+    from peftune.cli.output.data import run
     from peftune.model.base import open_base
 
     run([source_of(path, columns) for path in sources], open_base(base), block_size, split_on, json_path)
@@ -121,7 +121,7 @@ def evaluate(
     Example:  peftune eval --base gpt2 --adapter poems=adapters/poems --data poems=held.txt --data code=code.jsonl
     """
     folders, columns, paths = named("--adapter", adapters), _columns(column), named("--data", data)
-    from peftune.cli.evaluate import matrix_table, print_routing, print_tables
+    from peftune.cli.output.evaluate import matrix_table, print_routing, print_tables
     from peftune.inference.perplexity import evaluate
     from peftune.inference.routing.accuracy import measure_routing
 

@@ -14,7 +14,7 @@ import numpy as np
 from rich.text import Text
 
 from peftune.adapters.merge.merge import merge
-from peftune.cli.evaluate import matrix_table, print_tables
+from peftune.cli.output.evaluate import matrix_table, print_tables
 from peftune.config.recipe import Recipe, recipe_from
 from peftune.console import Console, SafeConsole
 from peftune.data.batches import Blocks

@@ -15,7 +15,7 @@ from typing import Any
 
 from peftune.adapters.base_of import base_of
 from peftune.cli.generate import choose_adapter
-from peftune.cli.text_output import CONTINUATION, PROMPT, TextPrinter
+from peftune.cli.output.text_output import CONTINUATION, PROMPT, TextPrinter
 from peftune.data.sources.chat_template import STOPS, render_chat
 from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank

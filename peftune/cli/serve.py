@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from peftune.cli.options import BASE_HELP, Adapters, named
-from peftune.cli.text_output import echo
+from peftune.cli.output.text_output import echo
 from peftune.errors import UserError
 
 Roots = Annotated[

@@ -23,6 +23,8 @@ _CLASSES = {
     "GPT2Model", "GPT2LMHeadModel", "GPT2DoubleHeadsModel", "GPT2ForSequenceClassification",
     "GPT2ForTokenClassification", "GPT2ForQuestionAnswering",
 }  # fmt: skip
+TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
+"""Three spellings of one function: GELU, approximated with tanh."""
 Size = Annotated[int, Field(gt=0)]
 
 
@@ -68,20 +70,11 @@ def fingerprint(config: GPT2Config) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def tanh_gelu(hidden: Tensor) -> Tensor:
-    """GELU, by its approximation with tanh."""
-    from torch.nn import functional as F
-
-    return F.gelu(hidden, approximate="tanh")
-
-
 def activation(name: str) -> Callable[[Tensor], Tensor]:
     """The activation function of this name in config.json; torch's own where Transformers writes GELU out."""
-    if name in ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"):  # three spellings of one function
-        return tanh_gelu
     from transformers.activations import ACT2FN
 
-    return ACT2FN[name]  # type: ignore[no-any-return]
+    return ACT2FN["gelu_pytorch_tanh" if name in TANH_GELU else name]  # type: ignore[no-any-return]
 
 
 def attention_scales(config: GPT2Config) -> list[float]:
@@ -115,10 +108,8 @@ def _reason_against(values: dict[str, Any]) -> str | None:
     names = names if isinstance(names, list) else [names]
     known = [name for name in names if str(name).removeprefix("TF").removeprefix("Flax") in _CLASSES]
     if kind is None and not known:
-        said = (
-            f"architectures is {', '.join(map(str, names))}" if names else "neither model_type nor architectures is set"
-        )
-        return f"config.json: {said}; peftune trains GPT-2 models only (model_type gpt2)"
+        said = f"; architectures is {', '.join(map(str, names))}" if names else ""
+        return f"model_type is None, peftune trains GPT-2 models only (model_type gpt2){said}"
     if kind not in (None, "gpt2"):
         return f"model_type is {kind}, peftune trains GPT-2 models only (model_type gpt2)"
     if names and not known:

@@ -15,7 +15,7 @@ from peftune.errors import UserError
 
 @contextmanager
 def private_copy(directory: Path, roots: Sequence[Path]) -> Iterator[Path]:
-    """A directory of the same name with copies of all files (not folders) that lie in `directory`, removed afterwards.
+    """A directory of the same name with copies of the files in `directory`, its folders empty; removed afterwards.
 
     A file may be a link to one below a root. What is opened is what was checked: no link that is put into the path
     meanwhile is followed. Raises UserError where a file lies outside the roots, is none, or cannot be read.
@@ -28,7 +28,9 @@ def private_copy(directory: Path, roots: Sequence[Path]) -> Iterator[Path]:
                 real = Path(os.path.realpath(entry))
                 if not any(real.is_relative_to(root) for root in roots):
                     raise UserError(f"adapter {directory}: {entry.name} lies outside the directories to load from")
-                if not real.is_dir():
+                if real.is_dir():
+                    (copy / entry.name).mkdir()  # where a file should be, the reader says so
+                else:
                     _copy(real, copy / entry.name)
         except OSError as error:
             raise UserError(f"adapter {directory}: cannot be read: {error.strerror}") from None

@@ -228,7 +228,8 @@ def _evaluate_if_due(run: Run, stop: StopRequest) -> bool:
         for name, blocks in inputs.corpus.domains.items()
     }
     prompts, model = inputs.recipe.run.samples, run.adapted.model
-    samples = continue_prompts(prompts, model, inputs.base.tokenizer, run.forward, run.accelerator, stop)
+    tokenizer = inputs.base.tokenizer
+    samples = continue_prompts(prompts, model, tokenizer, run.forward, run.accelerator, stop) if prompts else []
     figures = {name: score.figures() | {"tokens": score.tokens} for name, score in scores.items()}
     for domain, measured in figures.items():
         run.metrics.write("eval", step=state.step, domain=domain, **measured)

@@ -18,7 +18,7 @@ from peftune.adapters.inspect.compare import compare
 from peftune.adapters.inspect.describe import AdapterDescription, describe
 from peftune.adapters.inspect.scan import scan
 from peftune.adapters.provenance import check_base
-from peftune.cli.adapter_tables import print_comparison, print_description, print_scan
+from peftune.cli.output.adapter_tables import print_comparison, print_description, print_scan
 from peftune.errors import PeftuneError
 from peftune.files import json_text
 from peftune.model.base import Base

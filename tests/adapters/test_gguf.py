@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
-from peftune.adapters.directory import load_onto
+from peftune.adapters.attach import load_onto
 from peftune.adapters.gguf.write_gguf import export_gguf
 from peftune.errors import CheckFailed, UserError
 from peftune.model.base import Base

@@ -68,7 +68,7 @@ def refusal(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("base=" + "x" * 5000, "cannot be read: File name too long"),
         ("base=~nosuchuser/x", "cannot be read"),
         ("run.out=" + "x" * 5000, "cannot be written: File name too long"),
-        ('run.out="a\\0b"', "cannot be written"),
+        ('run.out="a\\0b"', "holds a control character"),
     ],
 )
 def test_a_recipe_that_cannot_work_is_one_line(

@@ -8,8 +8,8 @@ import json
 import pytest
 from rich.console import Console
 
-from peftune.cli.data import render, run
 from peftune.cli.options import source_of
+from peftune.cli.output.data import render, run
 from peftune.config.recipe import Source
 from peftune.data.summary import summarize
 from peftune.errors import UserError

@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from peftune.cli.evaluate import matrix_table
+from peftune.cli.output.evaluate import matrix_table
 
 
 def test_the_matrix_names_every_row_and_compares_with_the_base() -> None:

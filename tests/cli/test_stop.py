@@ -29,7 +29,7 @@ STAGES: dict[str, tuple[str, str, str, int]] = {
     "score": ("peftune.training.step:ForwardFn.__call__", "python", "SIGTERM", 3),
     "train": ("peftune.training.step:Gradient.add", "python", "SIGINT", 3),
     "sample": ("peftune.training.samples:generate_with_transformers", "python", "SIGTERM", 3),
-    "save": ("peftune.training.checkpoint:save_file", "soon", "SIGTERM", 3),
+    "save": ("peftune.training.checkpoint:save_tensors", "soon", "SIGTERM", 3),
     "deliver": ("peftune.adapters.directory:read_adapter", "python", "SIGTERM", 3),
 }
 VERBS = {
@@ -38,8 +38,8 @@ VERBS = {
     "eval": ("peftune.model.base:Base.weights.func", "python", "SIGTERM", 143),
     "generate": ("peftune.inference.bank:AdapterBank.__init__", "python", "SIGINT", 130),
     "data": ("peftune.data.tokens.pipeline:tokenize_batch", "pool", "SIGINT", 130),
-    "combine": ("peftune.adapters.directory:flush_to_disk", "python", "SIGTERM", 143),
-    "extract": ("peftune.adapters.directory:flush_to_disk", "pool", "SIGTERM", 143),
+    "combine": ("peftune.adapters.directory:publish", "python", "SIGTERM", 143),
+    "extract": ("peftune.adapters.directory:publish", "pool", "SIGTERM", 143),
     "serve": ("peftune.serve.server:make_service", "python", "SIGTERM", 143),
 }
 CASES = STAGES | VERBS

@@ -16,7 +16,8 @@ opened: Counter[str] = Counter()
 
 
 def hook(event: str, arguments: tuple[Any, ...]) -> None:
-    if event == "open" and str(arguments[0]) == f"{base}/config.json":
+    # open() with an opener is told twice, the second time by os.open, which has no mode
+    if event == "open" and str(arguments[0]) == f"{base}/config.json" and arguments[1] is not None:
         opened["config.json"] += 1
 
 

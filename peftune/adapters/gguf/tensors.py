@@ -17,7 +17,7 @@ from transformers import GPT2Config
 
 from peftune.adapters.layout import AdapterLayout
 from peftune.errors import UserError
-from peftune.model.architecture import activation, attention_scales, tanh_gelu
+from peftune.model.architecture import TANH_GELU, attention_scales
 from peftune.model.base import Base
 from peftune.model.weights import HEAD
 
@@ -48,7 +48,7 @@ def gguf_name(module: str) -> str:
 
 def check_graph(config: GPT2Config) -> None:
     """UserError where llama.cpp's graph of a GPT-2 does not compute what this model does."""
-    if activation(config.activation_function) is not tanh_gelu:
+    if config.activation_function not in TANH_GELU:
         raise UserError(
             f"activation_function {config.activation_function} cannot be written as GGUF: "
             "llama.cpp computes GPT-2 with gelu_new alone, and would answer with other words"

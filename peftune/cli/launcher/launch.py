@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from peftune.cli.text_output import echo
+from peftune.cli.output.text_output import echo
 from peftune.config.shipped import FOLDERS, shipped
 from peftune.errors import UserError
 

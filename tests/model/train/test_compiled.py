@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftune.config.recipe import LoraSection
-from peftune.model.architecture import tanh_gelu
+from peftune.model.architecture import activation
 from peftune.model.lora import Adapted, inject
 from peftune.model.train import layers
 from peftune.model.train.compiled import compiled
@@ -19,6 +19,7 @@ from peftune.model.train.forward import train_forward
 from peftune.model.train.layers import Norm
 
 WIDTH = 64
+GELU = activation("gelu_new")
 NORM = Norm(torch.rand(WIDTH), torch.rand(WIDTH), 1e-5, torch.float32)
 
 
@@ -73,16 +74,16 @@ def test_without_a_compiler_the_run_goes_on_and_says_so(monkeypatch: pytest.Monk
         raise RuntimeError("no C++ compiler was found\nand a long story")
 
     monkeypatch.setattr(torch, "compile", refuse)
-    found = compiled(layers.Elementwise(tanh_gelu), NORM, 4 * WIDTH)
+    found = compiled(layers.Elementwise(GELU), NORM, 4 * WIDTH)
     assert found.description == "not compiled: no C++ compiler was found"
-    assert found.activated is tanh_gelu
+    assert found.activated is GELU
 
 
 def test_a_compiler_that_is_wrong_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(piece: Callable[..., Any]) -> Callable[..., Any]:
-        return (lambda hidden: piece(hidden) * 1.001) if piece is tanh_gelu else piece
+        return (lambda hidden: piece(hidden) * 1.001) if piece is GELU else piece
 
     monkeypatch.setattr(torch, "compile", wrong)
-    found = compiled(layers.Elementwise(tanh_gelu), NORM, 4 * WIDTH)
+    found = compiled(layers.Elementwise(GELU), NORM, 4 * WIDTH)
     assert found.description.startswith("not compiled: what the compiler made is off by ")
-    assert found.activated is tanh_gelu
+    assert found.activated is GELU

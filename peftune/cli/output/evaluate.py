@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Column, Table
 from rich.text import Text
 
-from peftune.cli.text_output import echo
+from peftune.cli.output.text_output import echo
 from peftune.console import SafeConsole, change
 
 Matrix = Mapping[str, Mapping[str, Mapping[str, float]]]
