@@ -254,9 +254,8 @@ def parse_json(content: str | bytes) -> Any:
     """The value of a JSON text in UTF-8: finite numbers, no name twice, nested at most 64 deep; else ValueError."""
     text = content if isinstance(content, str) else content.decode("utf-8-sig")
     try:
-        value = json.loads(
-            text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole, object_pairs_hook=_unique_names
-        )  # fmt: skip
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole,
+                           object_pairs_hook=_unique_names)  # fmt: skip
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     level = [value]

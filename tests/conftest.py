@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, by name and with the reason, where torch finds no CUDA device."""
+    """Tests that start ranks run one after another, also where pytest-xdist runs others beside them.
+
+    Tests marked `gpu` are skipped, by name and with the reason, where torch finds no CUDA device.
+    """
+    for item in items:
+        if {"distributed", "launch"} & set(item.path.relative_to(Path(__file__).parent).parts):
+            item.add_marker(pytest.mark.xdist_group("ranks"))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         import torch
