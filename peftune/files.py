@@ -15,7 +15,7 @@ import socket
 import stat
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +82,13 @@ def remove_all_leftovers(directory: Path, prefix: str = r"\..*\.") -> None:
     """Remove what killed processes of this machine left in a directory, beside any name."""
     for path in directory.iterdir() if directory.is_dir() else ():
         match = re.fullmatch(rf"{prefix}{_HOST}-(\d+)\.[0-9a-f]{{8}}", path.name)
-        if match and not psutil.pid_exists(int(match[1])):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+        if match and not _is_at_work(path.name, int(match[1])):
+            _remove(path)
+
+
+def _is_at_work(name: str, pid: int) -> bool:
+    """Whether the writer of a name still runs; a container's processes have the numbers of those before it."""
+    return name in {path.name for path in list(_staged)} if pid == os.getpid() else psutil.pid_exists(pid)
 
 
 def writer_of(name: str) -> tuple[bool, int] | None:
@@ -103,8 +105,13 @@ def _prefix(path: Path) -> str:
 
 def remove_staged() -> None:
     """Remove what this process is writing beside its names; it ends at once afterwards, from any thread."""
-    for path in _staged:
-        if path.is_dir():
+    for path in list(_staged):  # the main thread may go on meanwhile
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # another user's, or a disk that has gone
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
@@ -255,12 +262,8 @@ def parse_json(content: str | bytes) -> Any:
     text = content if isinstance(content, str) else content.decode("utf-8-sig")
     try:
         value = json.loads(
-            text,
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
-            parse_int=_whole,
-            object_pairs_hook=_unique_names,
-        )
+            text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole, object_pairs_hook=_unique_names
+        )  # fmt: skip
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     level = [value]
