@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from peftune.files import (
     hashes_of,
     json_text,
     parse_json,
+    remove,
     remove_leftovers,
     staging_directory,
 )  # fmt: skip
@@ -138,7 +138,7 @@ def save(folder: Path, saved: Checkpoint) -> None:
                 target.rename(before)
             staged.rename(target)
         flush_directory(folder)
-        shutil.rmtree(before, ignore_errors=True)
+        remove(before)
     except OSError as error:
         is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         reason = "the disk is full" if is_full else str(error)
@@ -146,7 +146,7 @@ def save(folder: Path, saved: Checkpoint) -> None:
     others = [path for path in listed(folder) if path != target]
     for path in others[: 1 - _KEPT]:
         if path.name != f"step-{state.best_step}":
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
 
 
 def newest(folder: Path) -> Checkpoint | None:
