@@ -15,7 +15,7 @@ import socket
 import stat
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,7 @@ from peftune.errors import CheckFailed, UserError
 _CHUNK = 1 << 20  # bytes hashed at a time
 _JSON_BYTES = 256 << 20  # of a file; the largest tokenizers take 30 MB
 _JSON_DEPTH = 64  # nested lists and objects; what walks a value later recurses
-_CHANGED = (
-    "is not the file that was written (its SHA-256 differs): it was changed or damaged; copy it again, or make it again"
-)
+_CHANGED = "is not the file that was written (its SHA-256 differs): it was changed or damaged; copy or make it again"
 _DIGITS = 40  # of a whole number; what shows one takes it for a float
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 _UMASK = os.umask(0o077)  # asked once, while there is one thread: asking sets it
@@ -75,18 +73,18 @@ def beside(path: Path) -> Path:
 
 def remove_leftovers(target: Path) -> None:
     """Remove what killed processes of this machine left beside `target`; what still runs keeps its own."""
-    remove_all_leftovers(target.parent, re.escape(_prefix(target)))
+    remove_all_leftovers(target.parent, _prefix(target))
 
 
-def remove_all_leftovers(directory: Path, prefix: str = r"\..*\.") -> None:
+def remove_all_leftovers(directory: Path, prefix: str | None = None) -> None:
     """Remove what killed processes of this machine left in a directory, beside any name."""
-    for path in directory.iterdir() if directory.is_dir() else ():
-        match = re.fullmatch(rf"{prefix}{_HOST}-(\d+)\.[0-9a-f]{{8}}", path.name)
-        if match and not psutil.pid_exists(int(match[1])):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+    found = list(directory.iterdir()) if directory.is_dir() else []
+    now = {path.name for path in list(_staged)}  # a container's first process has the number of the one before it
+    for path in found:
+        here, pid = writer_of(path.name) or (False, 0)
+        works = path.name in now if pid == os.getpid() else psutil.pid_exists(pid)
+        if here and not works and prefix in (None, f"{path.name.rsplit('.', 2)[0]}."):
+            remove(path)
 
 
 def writer_of(name: str) -> tuple[bool, int] | None:
@@ -103,8 +101,13 @@ def _prefix(path: Path) -> str:
 
 def remove_staged() -> None:
     """Remove what this process is writing beside its names; it ends at once afterwards, from any thread."""
-    for path in _staged:
-        if path.is_dir():
+    list(map(remove, list(_staged)))  # a copy: the main thread may go on meanwhile
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a directory with all that is in it, as far as that can be done."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
@@ -119,7 +122,7 @@ def staging_directory(target: Path) -> Iterator[Path]:
         directory.mkdir(parents=True)
         yield directory
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        remove(directory)
 
 
 def publish(staging: Path, target: Path) -> None:
@@ -217,8 +220,7 @@ def read_object_if_present(path: Path, name: str | None = None) -> dict[str, Any
 def read_bytes(path: Path, name: str, sha256: str | None = None, at_most: int | None = None) -> bytes:
     """What is in a file, read once; a pipe or a device is not waited for.
 
-    Raises UserError, in which the file is called `name`, where it cannot be read, is longer than `at_most`, or is
-    another one than that with this hash.
+    UserError, in which the file is called `name`, where it cannot be read, is too long or has another hash.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
@@ -253,9 +255,9 @@ def read_object(path: Path, name: str | None = None, sha256: str | None = None) 
 def parse_json(content: str | bytes) -> Any:
     """The value of a JSON text in UTF-8: finite numbers, no name twice, nested at most 64 deep; else ValueError."""
     text = content if isinstance(content, str) else content.decode("utf-8-sig")
+    hooks: Any = {"parse_constant": _refuse_constant, "parse_float": _finite, "parse_int": _whole}
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole,
-                           object_pairs_hook=_unique_names)  # fmt: skip
+        value = json.loads(text, object_pairs_hook=_unique_names, **hooks)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     level = [value]

@@ -85,3 +85,13 @@ def test_a_changed_file_is_named(tmp_path: Path) -> None:
         files.check_hashes(tmp_path, hashes, "here")
     with pytest.raises(UserError, match="is not the file"):
         files.check_hashes(tmp_path, {"../a": hashes["a"]}, "here")
+
+
+def test_a_leftover_with_the_number_of_this_process_is_removed(tmp_path: Path) -> None:
+    """The first process of a container has the same number in every container; what it writes now is kept."""
+    mine = files.beside(tmp_path / "a")
+    earlier = mine.with_name(mine.name[:-8] + "0" * 8)
+    mine.mkdir()
+    earlier.mkdir()
+    files.remove_leftovers(tmp_path / "a")
+    assert mine.exists() and not earlier.exists()

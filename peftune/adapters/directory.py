@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,10 +152,8 @@ def _finish_commit(out: Path) -> None:
     Only for who writes to `out`. Can be repeated. Raises UserError for what no write of peftune leaves, such as links.
     """
     commit = out / _COMMIT
-    if not os.path.lexists(commit):
+    if not _is_interrupted(commit):
         return
-    if commit.is_symlink() or not commit.is_dir() or any(p.is_symlink() or not p.is_file() for p in commit.iterdir()):
-        raise UserError(f"{commit}: is not what an interrupted write of peftune leaves; move it away")
     last = commit / CONFIG
     if last.exists():  # else only its removal is left to do
         (out / CONFIG).unlink(missing_ok=True)
@@ -167,6 +165,29 @@ def _finish_commit(out: Path) -> None:
         flush_directory(out)
     commit.rmdir()
     flush_directory(out)
+
+
+def _is_interrupted(commit: Path) -> bool:
+    """Whether a complete write was interrupted there; UserError for what no write of peftune leaves, such as links."""
+    if not os.path.lexists(commit):
+        return False
+    if not commit.is_symlink() and commit.is_dir():
+        found = list(commit.iterdir())
+        if all(p.is_file() and not p.is_symlink() for p in found) and (not found or commit / CONFIG in found):
+            return True
+    raise UserError(f"{commit}: is not what an interrupted write of peftune leaves; move it away")
+
+
+def refuse_other_files(out: Path, names: Iterable[str]) -> None:
+    """UserError where `out` holds a file of these names, or an adapter, that peftune did not write."""
+    if _is_interrupted(out / _COMMIT) or os.path.lexists(out / PROVENANCE):
+        return
+    for name in (CONFIG, TENSORS, *names):
+        if os.path.lexists(out / name):
+            raise UserError(
+                f"{out}: holds {name}, which no run of peftune wrote there and which this one would replace; give "
+                "another directory, or move that file away"
+            )
 
 
 def read_config(directory: Path) -> dict[str, Any]:

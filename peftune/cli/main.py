@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -239,6 +240,7 @@ def run(arguments: list[str]) -> int:
     """The exit code of one call (errors.py lists them); anything not raised on purpose is a bug and passes through."""
     try:
         code = int(app(arguments, prog_name="peftune", standalone_mode=False) or 0)
+        sys.stdout.flush()  # here, where what fails is told in one line
     except ReportedElsewhere as error:
         record_for_launcher(f"peftune: {error.reason}")
         return error.exit_code
@@ -255,10 +257,20 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of our output has gone (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what it could not take is not tried again
+        where = f"{error.filename}: " if error.filename else ""
+        return _complain(f"{where}{error.strerror}; nothing unfinished was kept", UserError.exit_code)
     return _complain("stopped", code) if code == _STOPPED else code
 
 
 _COLUMN_KEYS = ("text", "prompt", "completion", "messages", "split", "subset")
+_OF_THE_MACHINE = {
+    getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EMFILE", "ENFILE", "ENOMEM")
+} - {None}  # fmt: skip
+"""Errors that the machine's limits cause and no path of ours explains; any other is a bug."""
 _STOPPED = 130  # what a shell reports for Ctrl-C
 
 

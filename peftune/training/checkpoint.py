@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -35,13 +34,14 @@ from peftune.files import (
     hashes_of,
     json_text,
     parse_json,
+    remove,
     remove_leftovers,
     staging_directory,
 )  # fmt: skip
-from peftune.model.weights import save_tensors
+from peftune.model.weights import all_finite, save_tensors
 from peftune.training.optimizer import MOMENTS, Parameters, Tensors
 
-_NAME = re.compile(r"step-(\d{1,18})")
+_NAME = re.compile(r"step-(0|[1-9]\d{0,17})")  # as they are written: step-013 must not hide step-13
 _STAGED = re.compile(r"\.(step-\d{1,18})\..+")
 _KEPT = 2  # of the newest
 _ADAPTER, _MOMENTS, _STATE = "adapter.safetensors", "moments.safetensors", "state.json"
@@ -138,7 +138,7 @@ def save(folder: Path, saved: Checkpoint) -> None:
                 target.rename(before)
             staged.rename(target)
         flush_directory(folder)
-        shutil.rmtree(before, ignore_errors=True)
+        remove(before)
     except OSError as error:
         is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         reason = "the disk is full" if is_full else str(error)
@@ -146,7 +146,7 @@ def save(folder: Path, saved: Checkpoint) -> None:
     others = [path for path in listed(folder) if path != target]
     for path in others[: 1 - _KEPT]:
         if path.name != f"step-{state.best_step}":
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
 
 
 def newest(folder: Path) -> Checkpoint | None:
@@ -212,6 +212,8 @@ def read(path: Path) -> Checkpoint:
     if path.name != f"step-{state.step}":
         raise Damaged(f"{path}: holds step {state.step}")
     values, moments = (_tensors(path, name, (hashes or {}).get(name)) for name in (_ADAPTER, _MOMENTS))
+    if any(float(value) != state.step for key, value in moments.items() if key.endswith(f"/{MOMENTS[0]}")):
+        raise Damaged(f"{path}: {_MOMENTS} is not of step {state.step}")
     return Checkpoint(state, values, moments, is_checked=hashes is not None)
 
 
@@ -246,9 +248,12 @@ def _tensors(path: Path, name: str, digest: str | None) -> Tensors:
     if digest is not None and hashlib.sha256(content).hexdigest() != digest:
         raise _changed(path, name)
     try:
-        return load(content)
+        tensors = load(content)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise Damaged(f"{path}: {name}: {first_line(error)}") from None
+    if broken := [key for key, tensor in tensors.items() if not all_finite(tensor)]:
+        raise Damaged(f"{path}: {name}: {broken[0]} holds values that are not finite")
+    return tensors
 
 
 def _bytes(path: Path, name: str) -> bytes:

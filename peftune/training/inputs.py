@@ -148,7 +148,7 @@ def _acquire(lock: FileLock, out: Path) -> None:
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(f"run.out {out}: another run is writing there; wait for it, or choose another name") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+    except (OSError, ValueError, RecursionError) as error:  # a NUL in the name, a thousand directories
         raise UserError(f"run.out {str(out)[:200]!r}: cannot be written: {getattr(error, 'strerror', error)}") from None
 
 

@@ -17,6 +17,7 @@ from peftune.files import parse_json
 from peftune.training.checkpoint import State, free_name
 from peftune.training.distributed.agreement import flatten
 
+_START = b'{"event": "start"'  # how every file of ours begins
 _NUMBERS = {"train": ("step", "loss"), "eval": ("step", "loss", "perplexity", "bits_per_byte", "tokens")}
 
 
@@ -52,6 +53,9 @@ class MetricsLog:
                 kept = file.read(state.records_bytes)
         digest = hashlib.sha256(kept)
         same = len(kept) == state.records_bytes and state.records_sha256 in (None, digest.hexdigest())
+        if exists and not state.records_bytes:  # nothing of it is gone on with, but it may be of another program
+            with self.path.open("rb") as file:
+                same = _START.startswith(file.read(len(_START)))
         if not same:
             self.lost = f"{self.path} is not what the checkpoint of step {state.step} knew"
             if exists:

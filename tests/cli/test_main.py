@@ -138,6 +138,14 @@ def test_ctrl_c_where_there_is_nothing_to_save_is_one_line(
     assert capsys.readouterr().err == "peftune: stopped\n"
 
 
+def test_a_full_disk_behind_the_output_is_one_line(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    command = [sys.executable, "-m", "peftune", "data", str(tmp_path / "a.txt"), "--base", str(tiny_base)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (2, "peftune: No space left on device; nothing unfinished was kept\n")
+
+
 def test_what_is_not_raised_on_purpose_is_a_bug_with_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError

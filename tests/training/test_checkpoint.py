@@ -19,7 +19,7 @@ import torch
 from fuzzing import damaged_json, deadline, few_examples
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from peftune.errors import UserError
 from peftune.training import checkpoint
@@ -153,6 +153,31 @@ def test_a_checkpoint_under_the_name_of_another_step_is_damaged(tmp_path: Path) 
     (tmp_path / "step-1").rename(tmp_path / "step-10")
     with pytest.raises(Damaged, match="holds step 1"):
         checkpoint.read(tmp_path / "step-10")
+
+
+def test_a_name_with_zeros_before_the_step_hides_no_checkpoint(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, saved := small(13))
+    for name in ("step-013", "step-0013"):  # whichever the file system lists last
+        (tmp_path / name).mkdir()
+    assert same(checkpoint.newest(tmp_path), saved)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "words"),
+    [
+        ("adapter.safetensors", "p", torch.tensor([1.0, torch.nan]), "p holds values that are not finite"),
+        ("moments.safetensors", "p/exp_avg", torch.tensor([torch.inf, 1.0]), "p/exp_avg holds values that are not"),
+        ("moments.safetensors", "p/step", torch.tensor(3.0), "is not of step 4"),
+    ],
+)
+def test_what_no_run_saves_is_damaged_where_no_hash_tells(
+    tmp_path: Path, file: str, key: str, value: torch.Tensor, words: str
+) -> None:
+    checkpoint.save(tmp_path, small(4))
+    make_old(path := tmp_path / "step-4")
+    save_file(load_file(path / file) | {key: value}, path / file)
+    with pytest.raises(Damaged, match=words):
+        checkpoint.read(path)
 
 
 def test_a_directory_that_cannot_be_listed_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

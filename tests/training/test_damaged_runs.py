@@ -278,6 +278,40 @@ def test_metrics_that_are_a_link_are_not_written_through(recipe: Make, tmp_path:
     assert (tmp_path / "precious").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["README.md", "loss.png", "adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_file_that_no_run_wrote_is_not_replaced(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, name: str, begun: bool
+) -> None:
+    out = Path((made := recipe(*SETTINGS, "data.validation=0")).run.out)
+    if begun:
+        cut_before_delivery(made, monkeypatch)
+    out.mkdir(exist_ok=True)
+    (out / name).write_text("precious")
+    before = {path.name for path in out.iterdir()}
+    with pytest.raises(UserError, match=f"holds {name}, which no run of peftune wrote there"):
+        train(made)
+    assert (out / name).read_text() == "precious" and {path.name for path in out.iterdir()} <= before | {".lock"}
+
+
+def test_metrics_of_another_program_are_kept(recipe: Make) -> None:
+    out = Path((made := recipe(*SETTINGS)).run.out)
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"precious": 1}\n')
+    train(made)
+    assert (out / "metrics.jsonl.damaged").read_text() == '{"precious": 1}\n'
+    assert read_metrics(out / "metrics.jsonl")[0]["event"] == "start"
+
+
+def test_what_lies_where_the_adapter_is_completed_is_refused_before_the_first_step(recipe: Make) -> None:
+    out = Path((made := recipe(*SETTINGS)).run.out)
+    (out / ".commit").mkdir(parents=True)
+    (out / ".commit" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"\.commit: is not what an interrupted write"):
+        train(made)
+    assert not (out / "metrics.jsonl").exists() and (out / ".commit" / "notes.txt").exists()
+
+
 def test_an_adapter_that_was_damaged_after_the_run_is_not_called_trained(recipe: Make) -> None:
     out = Path(train(made := recipe(*SETTINGS)).out)
     os.truncate(out / "adapter_model.safetensors", 100)

@@ -5,7 +5,7 @@
 | `ids.bin`        | all token ids, document after document, uint16 (uint32 for a vocabulary above 65,536)   |
 | `supervised.bin` | one bit per token, most significant bit first                                           |
 | `documents.bin`  | per document: tokens, scored tokens, scored bytes (int64 each), digest (uint64)         |
-| `meta.json`      | format, dtype, counts, blank documents skipped, SHA-256 of each file and of all of this |
+| `meta.json`      | format, key, dtype, counts, blank documents, SHA-256 of each file and of all of this     |
 
 Files stay open from the moment they are hashed, so that what is used is what was checked.
 """
@@ -84,8 +84,8 @@ class MappedFile:
             os.close(self._handle)  # a mapping has a handle of its own
 
 
-def read_entry(directory: Path, vocabulary: int) -> Entry | None:
-    """The entry in a directory, or None where there is none, or not one that `vocabulary` tokens can have made.
+def read_entry(directory: Path, key: str, vocabulary: int) -> Entry | None:
+    """The entry in a directory, or None where there is none, or not that of `key`, made of `vocabulary` tokens.
 
     Raises UserError where others may write to it.
     """
@@ -100,7 +100,8 @@ def read_entry(directory: Path, vocabulary: int) -> Entry | None:
         return None
     lengths, tokens = documents["tokens"], len(ids.array)
     fits = (
-        meta["sha256"] == hashes
+        meta.get("key") == key  # else one that was moved here is of another text
+        and meta["sha256"] == hashes
         and meta["dtype"] == dtype.str
         and ids.largest < vocabulary
         and int(lengths.sum()) == tokens
@@ -113,8 +114,8 @@ def read_entry(directory: Path, vocabulary: int) -> Entry | None:
 class Writer:
     """Appends tokenised documents to the files in a directory; `finish` completes them with `meta.json`."""
 
-    def __init__(self, directory: Path, vocabulary: int) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, key: str, vocabulary: int) -> None:
+        self.directory, self.key = directory, key
         self.dtype = _dtype(vocabulary)
         self.hashes = {name: hashlib.sha256() for name in FILES}
         self.partial_byte = np.empty(0, dtype=bool)  # scored bits that do not fill a byte yet
@@ -143,6 +144,7 @@ class Writer:
             self._write(name, np.packbits(self.partial_byte).tobytes() if name == "supervised.bin" else b"")
         meta: dict[str, Any] = {
             "format": FORMAT,
+            "key": self.key,
             "dtype": self.dtype.str,
             "documents": self.documents,
             "tokens": self.tokens,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +24,7 @@ from peftune.data.tokens.encode import end_of_text_id, rules_of
 from peftune.data.tokens.entry import FORMAT, Entry, Writer, read_entry
 from peftune.data.tokens.pipeline import tokenized
 from peftune.errors import CheckFailed, UserError
-from peftune.files import beside, remove_all_leftovers, staging_directory
+from peftune.files import beside, remove, remove_all_leftovers, staging_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -96,14 +95,14 @@ def prepare(
         private_directory(root, "tokens")
         entry = check_private(root, "tokens", key)
         remove_all_leftovers(entry.parent)
-        known = open_store(entry, vocabulary)
+        known = open_store(entry, key, vocabulary)
         if known is not None:
             return known
         stats = ReadStats()
         documents = (document for source in sources for document in read_documents(source, split_on, stats))
         with staging_directory(entry) as directory:
             directory.chmod(0o700)
-            writer = Writer(directory, vocabulary)
+            writer = Writer(directory, key, vocabulary)
             with Console().reading("tokenising", size_of(sources)) as show:
                 for examples in tokenized(documents, tokenizer, join):
                     writer.append(examples)
@@ -112,7 +111,7 @@ def prepare(
             for source, state in zip(sources, before, strict=True):
                 if state_of(source) != state:
                     raise UserError(f"{source.path}: was changed while it was read; start again when it is complete")
-            written = open_store(directory, vocabulary)  # stays mapped when the directory gets its name
+            written = open_store(directory, key, vocabulary)  # stays mapped when the directory gets its name
             if written is None:
                 raise CheckFailed(
                     f"{directory}: the token files differ from what was written; is the disk full or faulty?"
@@ -120,30 +119,30 @@ def prepare(
             if not len(written):
                 names = ", ".join(source.path for source in sources)
                 raise UserError(f"{names}: no document found ({stats.blank} blank); expected at least one with text")
-            _publish(directory, entry, vocabulary)
+            _publish(directory, entry, key, vocabulary)
     except OSError as error:
         reason = f"cannot write the token cache: {error.strerror or error}"
         raise UserError(f"{cache or cache_directory()}: {reason}; set PEFTUNE_CACHE to a directory with room") from None
     return written
 
 
-def open_store(directory: Path, vocabulary: int) -> TokenStore | None:
+def open_store(directory: Path, key: str, vocabulary: int) -> TokenStore | None:
     """The store in a directory, or None where there is none or it is not what its own hashes say."""
-    entry = read_entry(directory, vocabulary)
+    entry = read_entry(directory, key, vocabulary)
     return TokenStore(entry) if entry is not None else None
 
 
-def _publish(directory: Path, entry: Path, vocabulary: int) -> None:
+def _publish(directory: Path, entry: Path, key: str, vocabulary: int) -> None:
     """Give a finished directory its name; a valid entry of another process may stay, a damaged one makes room."""
     for _ in range(100):
         try:
             directory.rename(entry)
             return
         except OSError:
-            if open_store(entry, vocabulary) is not None:
+            if open_store(entry, key, vocabulary) is not None:
                 return
         with suppress(OSError):  # another process may be first
             aside = beside(entry)
             entry.rename(aside)
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
     raise UserError(f"{entry}: cannot be replaced; delete it and start again")

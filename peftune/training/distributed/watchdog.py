@@ -98,6 +98,10 @@ class _Watch:
 
     def __init__(self, rank: int, ranks: int, timeout: float) -> None:
         self.rank, self.timeout = rank, timeout
+        # Here, not in the thread: the first rank, which has the store, may end as soon as all have agreed to.
+        host, _, port = _address().rpartition(":")
+        wait = timedelta(seconds=timeout)
+        self.store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=wait)
         self.neighbours = sorted({(rank + 1) % ranks, (rank - 1) % ranks})
         now = time.monotonic()
         self.heard = dict.fromkeys(self.neighbours, now)
@@ -108,11 +112,10 @@ class _Watch:
     def beat(self) -> None:
         """Increment this rank's counter and read the neighbours'; runs until `done` or until the store is gone."""
         try:
-            store = self._store()
             while not self.done.wait(self.timeout / 12):
-                store.add(_key(self.rank), 1)
+                self.store.add(_key(self.rank), 1)
                 for other in self.neighbours:
-                    self._saw(other, store.add(_key(other), 0))
+                    self._saw(other, self.store.add(_key(other), 0))
                 self.reached_store = time.monotonic()
         except RuntimeError:  # every error of the store is one; the guard notices when it lasts too long
             return
@@ -131,12 +134,6 @@ class _Watch:
         if count != self.beats[other]:
             self.beats[other] = count
             self.heard[other] = time.monotonic()
-
-    def _store(self) -> TCPStore:
-        host, _, port = _address().rpartition(":")
-        return TCPStore(
-            host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=self.timeout)
-        )
 
 
 def _address() -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from peftune.adapters.directory import read_adapter, write_adapter
+from peftune.adapters.directory import read_adapter, refuse_other_files, write_adapter
 from peftune.adapters.model_card import model_card
 from peftune.adapters.provenance import read_provenance, recorded_dict
 from peftune.console import Console
@@ -27,6 +27,7 @@ from peftune.version import __version__
 
 ROWS = ("base", "adapter")
 """Of the figures of a domain: those of step 0, and those of what is delivered."""
+_CARD, _PLOT = "README.md", "loss.png"
 _VERSIONS = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
 
 
@@ -78,6 +79,7 @@ def earlier_run(inputs: RunInputs, console: Console) -> Delivery | Checkpoint | 
     done = already_delivered(out, inputs.identity)
     if done is not None:
         return done
+    refuse_other_files(out, (_CARD, _PLOT))
     found = checkpoint.newest(out / "checkpoints")
     if found is not None:
         if inputs.recipe.run.resume == "never":
@@ -101,6 +103,7 @@ def deliver(
     """
     recipe = inputs.recipe
     out = Path(recipe.run.out)
+    refuse_other_files(out, (_CARD, _PLOT))  # again: they may have come meanwhile
     if is_dead(adapted, values):
         raise CheckFailed("the adapter did not learn: every B matrix is still zero")
     best = state.best_step if recipe.run.early_stopping is not None else None
@@ -124,7 +127,7 @@ def deliver(
 
     provenance = _provenance(inputs, state, delivery, run_facts)
     title = f"{out.name}: {recipe.base} with {recipe.lora.variant}, rank {recipe.lora.rank}"
-    files: dict[str, bytes | str] = {"README.md": _model_card(provenance), "loss.png": draw_loss(events, title)}
+    files: dict[str, bytes | str] = {_CARD: _model_card(provenance), _PLOT: draw_loss(events, title)}
     write_adapter(out, config, tensors, provenance, files)
     return delivery
 

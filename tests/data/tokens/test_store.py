@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -131,10 +133,31 @@ def test_a_damaged_entry_is_built_again(name, damage, rows, tokenizer, tmp_path)
     if damage != "gone":
         changed = {"cut": content[:-3], "flip": bytes([content[0] ^ 1]) + content[1:], "empty": b""}[damage]
         (entry / name).write_bytes(changed)
-    assert open_store(entry, len(tokenizer)) is None
+    assert open_store(entry, entry.name, len(tokenizer)) is None
     assert equal(prepare([rows], tokenizer, "t", " ", "auto", tmp_path), good)
     assert [path.name for path in (tmp_path / "tokens").iterdir()] == [entry.name]
-    assert open_store(entry, len(tokenizer)) is not None
+    assert open_store(entry, entry.name, len(tokenizer)) is not None
+
+
+@pytest.mark.parametrize("there", ["the entry of another text", "an entry without its key", "a file"])
+def test_what_stands_under_the_name_of_an_entry_makes_room(there, rows, pairs, tokenizer, tmp_path):
+    good = prepare([rows], tokenizer, "t", " ", "auto", tmp_path)
+    [entry] = (tmp_path / "tokens").iterdir()
+    shutil.rmtree(entry)
+    if there == "a file":
+        entry.write_text("")
+    else:
+        prepare([pairs], tokenizer, "t", " ", "auto", tmp_path)
+        [other] = (tmp_path / "tokens").iterdir()
+        other.rename(entry)
+    if there == "an entry without its key":  # as older releases wrote them
+        meta = json.loads((entry / "meta.json").read_text())
+        del meta["key"], meta["sha256_of_meta"]
+        meta["sha256_of_meta"] = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+        (entry / "meta.json").unlink()
+        (entry / "meta.json").write_text(json.dumps(meta))
+    assert equal(prepare([rows], tokenizer, "t", " ", "auto", tmp_path), good)
+    assert [path.name for path in (tmp_path / "tokens").iterdir()] == [entry.name]
 
 
 def test_a_failure_leaves_nothing_behind(write, tokenizer, tmp_path):
@@ -161,7 +184,7 @@ def test_processes_that_prepare_the_same_entry_at_once_agree(rows, tokenizer, tm
     for child in children:
         child.join(timeout=60)
     [entry] = (tmp_path / "tokens").iterdir()
-    whole = open_store(entry, len(tokenizer))
+    whole = open_store(entry, entry.name, len(tokenizer))
     assert whole is not None and found == {(whole.fingerprint, int(whole.lengths.sum()))}
 
 
@@ -174,7 +197,7 @@ def test_many_that_find_a_damaged_entry_at_once_mend_it(rows, tokenizer, tmp_pat
             jobs = [pool.submit(prepare, [rows], tokenizer, "t", " ", "auto", tmp_path) for _ in range(4)]
             assert all(equal(job.result(), good) for job in jobs)
         assert [path.name for path in (tmp_path / "tokens").iterdir()] == [entry.name]
-        assert open_store(entry, len(tokenizer)) is not None
+        assert open_store(entry, entry.name, len(tokenizer)) is not None
 
 
 def test_the_cache_follows_the_environment(rows, tokenizer, tmp_path, monkeypatch):
