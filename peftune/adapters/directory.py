@@ -30,6 +30,7 @@ from peftune.model.weights import all_finite, load_pickle, save_tensors
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
 _COMMIT = ".commit"
 Tensors = dict[str, torch.Tensor]
 
@@ -211,7 +212,7 @@ def check_directory(directory: Path, name: str, hint: str = "") -> None:
 
 def read_tensors(directory: Path, sha256: str | None = None) -> Tensors:
     """The tensors of an adapter directory as they are stored; UserError where there are none, or they are cut short."""
-    path, pickled = directory / TENSORS, directory / "adapter_model.bin"
+    path, pickled = directory / TENSORS, directory / PICKLED
     if not os.path.lexists(path):
         if pickled.is_file():
             return load_pickle(pickled)

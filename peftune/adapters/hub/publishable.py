@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported, not listed
 
 from peftune.adapters.base_of import read_layout
 from peftune.adapters.directory import CONFIG, TENSORS, Adapter, read_adapter

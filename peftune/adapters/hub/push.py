@@ -10,6 +10,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from peftune.adapters.hub.publishable import Publishable
 from peftune.errors import UserError
 
+_FAILURES: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__)
+"""What the client raises: its own errors derive from OSError, or from the root of the library that it is built on."""
+
 
 def push(content: Publishable, repository: str, public: bool = False, api: Any = None) -> str:
     """Create the repository where it is not there, private unless `public`, and commit the files; the commit's address.
@@ -30,7 +33,7 @@ def push(content: Publishable, repository: str, public: bool = False, api: Any =
         if not public and not hub.repo_info(repository, repo_type="model").private:
             raise UserError(f"repository {repository}: is public already, and nothing was sent; say that it may be")
         made = hub.create_commit(repository, operations, commit_message=f"Add {content.directory.resolve().name}")
-    except (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__) as error:
+    except _FAILURES as error:
         cause = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"repository {repository}: the hub could not be reached, or refused: {cause}") from None
     return str(made.commit_url)

@@ -11,7 +11,16 @@ from typing import Any
 import torch
 
 from peftune.adapters.base_of import infer_config, read_layout, shared_base
-from peftune.adapters.directory import CONFIG, Adapter, check_free, read_adapter, read_any_config, write_adapter
+from peftune.adapters.directory import (
+    CONFIG,
+    PICKLED,
+    TENSORS,
+    Adapter,
+    check_free,
+    read_adapter,
+    read_any_config,
+    write_adapter,
+)
 from peftune.adapters.edit.computed_adapter import write_computed_adapter
 from peftune.adapters.imported.loralib import Factors, delta_of_factors, rank_of, read_loralib
 from peftune.adapters.imported.other_methods import converted
@@ -20,6 +29,7 @@ from peftune.adapters.model_card import model_card
 from peftune.adapters.provenance import recorded_base
 from peftune.adapters.training_output import adapters_inside
 from peftune.errors import UserError
+from peftune.files import sha256_of
 from peftune.model.base import Base, open_base
 from peftune.version import __version__
 
@@ -104,7 +114,7 @@ def _import_loralib(
             f"{file}: {shape.n_layer} blocks of width {shape.n_embd} are no size of GPT-2 that tells its name; "
             "pass the base"
         )
-    facts = {"source": file.name, "kind": "loralib", "scale": scale}
+    facts = {"source": file.name, "kind": "loralib", "scale": scale, "sha256": sha256_of(file)}
     config = shape if base is None else base.config
     write_computed_adapter(
         out, identity, config, deltas, {"imported": facts}, _card(file, "a loralib adapter", 0.0), scale
@@ -151,7 +161,8 @@ def _convert(source: Path, config: dict[str, Any], out: Path, base: Base | None,
     if not squares[0]:
         raise UserError(f"adapter {source}: changes nothing; it was never trained")
     error = math.sqrt(squares[1] / squares[0])
-    facts = {"source": source.name, "kind": kind, "rank": rank, "relative_error": error}
+    stored = next(path for name in (TENSORS, PICKLED) if (path := source / name).is_file())
+    facts = {"source": source.name, "kind": kind, "rank": rank, "relative_error": error, "sha256": sha256_of(stored)}
     identity = base.identity()
     body = _card(source, f"a PEFT adapter of the method {kind}", error)
     write_computed_adapter(out, identity, base.config, deltas, {"imported": facts}, body)
