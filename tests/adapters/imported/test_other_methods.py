@@ -22,6 +22,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "AdaLoraConfig": {"target_r": 2, "init_r": 5, "total_step": 10, "target_modules": ["c_attn", "mlp.c_proj"]},
     "VBLoRAConfig": {"vector_length": 16, "target_modules": ["c_fc"]},
     "RandLoraConfig": {"r": 4, "target_modules": ["attn.c_proj"]},
+    "GraloraConfig": {"r": 4, "gralora_k": 2, "target_modules": ["c_attn"]},
+    "TinyLoraConfig": {"target_modules": ["c_fc"]},
+    "UniLoraConfig": {"target_modules": ["c_attn"]},
 }
 Captured = pytest.CaptureFixture[str]
 
@@ -36,7 +39,7 @@ def write(name: str, settings: dict[str, Any], base: Path, out: Path) -> Path:
         model = peft.get_peft_model(GPT2LMHeadModel.from_pretrained(base), config)
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.data += 0.3 * torch.randn_like(parameter)
+                parameter.data += 0.1 * torch.randn_like(parameter)
         model.save_pretrained(out)
     return out
 
@@ -83,6 +86,15 @@ def test_what_peft_cannot_convert_is_refused(tiny_base: Path, tmp_path: Path, ca
     assert "peft_type IA3 cannot be converted" in capsys.readouterr().err
     assert main.run(["adapters", "show", str(source)]) == 2
     assert "peftune adapters import converts some" in capsys.readouterr().err
+
+
+def test_an_older_peft_is_told_apart(
+    tiny_base: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write("VeraConfig", METHODS["VeraConfig"], tiny_base, tmp_path / "s")
+    monkeypatch.delattr(peft, "convert_to_lora")
+    assert main.run(["adapters", "import", str(source), "--out", str(tmp_path / "out")]) == 2
+    assert f"PEFT {peft.__version__} does not have; install a newer peft" in capsys.readouterr().err
 
 
 def _without_a_tensor(source: Path) -> None:
