@@ -22,6 +22,7 @@ from transformers import GPT2Config
 from peftune.adapters import peft_config
 from peftune.adapters.layout import AdapterLayout, layout_of
 from peftune.adapters.provenance import PROVENANCE, read_provenance, recorded_base, recorded_hashes, sealed
+from peftune.adapters.training_output import adapters_inside, which_to_use
 from peftune.errors import CheckFailed, UserError, first_line
 from peftune.files import flush_directory, hashes_of, publish, read_bytes, read_object, staging_directory
 from peftune.model.fingerprint import bytes_of
@@ -29,6 +30,7 @@ from peftune.model.weights import all_finite, load_pickle, save_tensors
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
 _COMMIT = ".commit"
 Tensors = dict[str, torch.Tensor]
 
@@ -66,7 +68,7 @@ def read_adapter(directory: Path) -> Adapter:
     """
     config = read_config(directory)
     provenance = read_provenance(directory)
-    tensors = _read_tensors(directory, recorded_hashes(provenance).get(TENSORS))
+    tensors = read_tensors(directory, recorded_hashes(provenance).get(TENSORS))
     if not tensors:
         raise UserError(f"adapter {directory}: holds no tensors; train it again")
     for name, tensor in tensors.items():
@@ -192,6 +194,19 @@ def refuse_other_files(out: Path, names: Iterable[str]) -> None:
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The adapter's configuration, checked; UserError where it is missing, broken or not that of a LoRA."""
+    config = read_any_config(directory)
+    if config.get("peft_type") != "LORA":
+        found = str(config.get("peft_type"))[:80]
+        raise UserError(
+            f"adapter {directory}: peft_type is {found}, peftune works with LORA only; "
+            "peftune adapters import converts some other kinds"
+        )
+    peft_config.check(config, f"adapter {directory}: {CONFIG}")
+    return config
+
+
+def read_any_config(directory: Path) -> dict[str, Any]:
+    """What adapter_config.json of an adapter of any PEFT method says; UserError where it is missing or broken."""
     check_directory(directory, f"adapter {directory}", f"; expected a directory with {CONFIG}")
     path = directory / CONFIG
     if not path.is_file():
@@ -201,14 +216,11 @@ def read_config(directory: Path) -> dict[str, Any]:
             "checkpoints": "its training has not finished",
         }
         hint = next((f"; {hint}" for name, hint in hints.items() if os.path.lexists(directory / name)), "")
+        if not hint and (inside := adapters_inside(directory, CONFIG)):
+            hint = f"; {which_to_use(inside)}"
         raise UserError(f"adapter {directory}: no {CONFIG} in this directory{hint}")
     hashes = recorded_hashes(read_provenance(directory))
-    config = read_object(path, f"adapter {directory}: {CONFIG}", hashes.get(CONFIG))
-    if config.get("peft_type") != "LORA":
-        found = str(config.get("peft_type"))[:80]
-        raise UserError(f"adapter {directory}: peft_type is {found}, peftune works with LORA only")
-    peft_config.check(config, f"adapter {directory}: {CONFIG}")
-    return config
+    return read_object(path, f"adapter {directory}: {CONFIG}", hashes.get(CONFIG))
 
 
 def check_directory(directory: Path, name: str, hint: str = "") -> None:
@@ -219,8 +231,9 @@ def check_directory(directory: Path, name: str, hint: str = "") -> None:
         raise UserError(f"{name[:200]}: {getattr(error, 'strerror', None) or error}{hint}") from None
 
 
-def _read_tensors(directory: Path, sha256: str | None) -> Tensors:
-    path, pickled = directory / TENSORS, directory / "adapter_model.bin"
+def read_tensors(directory: Path, sha256: str | None = None) -> Tensors:
+    """The tensors of an adapter directory as they are stored; UserError where there are none, or they are cut short."""
+    path, pickled = directory / TENSORS, directory / PICKLED
     if not os.path.lexists(path):
         if pickled.is_file():
             return load_pickle(pickled)

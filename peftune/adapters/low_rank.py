@@ -48,10 +48,6 @@ class LowRankDelta:
         """The same after rounding to float32."""
         return LowRankDelta(self.name, self.kind, self.left.float().double(), self.right.float().double())
 
-    def equals(self, other: LowRankDelta) -> bool:
-        """Whether both factors are the same, bit for bit."""
-        return torch.equal(self.left, other.left) and torch.equal(self.right, other.right)
-
 
 def delta_of(target: LoraTarget, weight: float = 1.0) -> LowRankDelta:
     """`weight` times what the factors of an adapted module add to its matrix; scale and weight are folded into B."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 
-def model_card(base: str, out: str, body: str) -> str:
-    """Markdown with the front matter that hubs read; `out` is the adapter's directory, `body` tells what it is."""
+def model_card(base: str, out: str, body: str, repository: str = "") -> str:
+    """Markdown with the front matter that hubs read; `out` is the adapter's directory, `body` tells what it is.
+
+    `repository` is the hub's, where it is to be downloaded from.
+    """
     directory = out.rstrip("/")
+    download = f"hf download {repository} --local-dir {out}\n" if repository else ""
     return f"""---
 base_model: {base}
 library_name: peft
@@ -19,9 +23,26 @@ tags: [gpt2, lora, peftune]
 ## Use
 
 ```
-peftune generate --base {base} --adapter {out} --prompt "…"
+{download}peftune generate --base {base} --adapter {out} --prompt "…"
 peftune merge {out} --out {directory}-merged
 ```
 
 It is an ordinary PEFT adapter: `PeftModel.from_pretrained(base, "{out}")` loads it without peftune.
+"""
+
+
+def merged_card(repository: str, base: str | None) -> str:
+    """The card of a merged model on the hub; `base` is the hub's name of what it was merged from, if it has one."""
+    named = f"base_model: {base}\n" if base else ""
+    merged = f"A LoRA adapter merged into `{base}`" if base else "A GPT-2"
+    return f"""---
+{named}library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2, peftune]
+---
+
+# {repository.split("/")[-1]}
+
+{merged}, written by peftune. It is an ordinary checkpoint:
+`AutoModelForCausalLM.from_pretrained("{repository}")` loads it.
 """

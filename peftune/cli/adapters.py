@@ -13,7 +13,7 @@ from peftune.errors import UserError
 
 app = typer.Typer(
     name="adapters",
-    help="List, show, compare and combine adapters; extract one from a full fine-tune.",
+    help="List, show, compare and combine adapters; extract one from a full fine-tune; import what others made.",
     rich_markup_mode="rich",
 )
 
@@ -92,6 +92,29 @@ def extract(
     from peftune.cli.output.adapter_tables import print_extraction
 
     _show(extract(base, tuned, rank, out, targets), print_extraction, json_path)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="FILE_OR_DIR", help="loralib's .pt, or a directory of PEFT's.")],
+    out: Out,
+    base: Annotated[str | None, typer.Option(help="What it was trained on, where it does not say so itself.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of a converted PEFT method: cut each module to it.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Of loralib, which does not store it. Default: 32.")] = None,
+    parts: Annotated[str | None, typer.Option(help="Of loralib: the adapted parts of c_attn, such as q,v.")] = None,
+    json_path: Json = None,
+) -> None:
+    """Take over an adapter of loralib, of another PEFT method, or out of a trainer's output directory.
+
+    Example:  peftune adapters import gpt2_md_lora_e2e.pt --base gpt2-medium --out adapters/e2e
+    """
+    if alpha is not None and not 0 < alpha < float("inf"):
+        raise UserError(f"--alpha {alpha:g}: expected a number above 0")
+    from peftune.adapters.imported.import_adapter import import_adapter
+    from peftune.adapters.imported.loralib import parts_of
+    from peftune.cli.adapter_tables import print_import
+
+    _show(import_adapter(source, out, base, rank, alpha, parts_of(parts)), print_import, json_path)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`peftune export`: its options, no logic."""
+"""`peftune export` and `peftune push`: their options, no logic."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from peftune.cli.text_output import echo
 
 Kind = Literal["f32", "f16", "q8_0"]
 
@@ -30,3 +32,33 @@ def export(
 
     for path in export_gguf(open_base(model), out, adapter or [], kind):
         typer.echo(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
+
+
+def push(
+    directory: Annotated[Path, typer.Argument(metavar="ADAPTER_OR_MODEL", help="Adapter or merged model.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="Its name on the hub, such as me/poems.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Send it. Without, what would be sent is listed.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see it. Default: private.")] = False,
+    with_metrics: Annotated[bool, typer.Option("--with-metrics", help="Figures and plot too.")] = False,
+    with_recipe: Annotated[
+        bool, typer.Option("--with-recipe", help="The recipe too: it names data sources and sample prompts.")
+    ] = False,
+    base: Annotated[str | None, typer.Option(help="The base's name on the hub, where it is a directory here.")] = None,
+) -> None:
+    """Send an adapter or a merged model to the Hugging Face hub, with a card; lists the files unless --yes is given.
+
+    Example:  peftune push adapters/poems me/poems --yes
+    """
+    from peftune.adapters.hub.publishable import publishable
+    from peftune.adapters.hub.push import push
+
+    content = publishable(directory, repository, base, with_metrics, with_recipe)
+    for name, size in content.sizes().items():
+        echo(f"{name}  {size:,} bytes")
+    for name, reason in content.left_out.items():
+        echo(f"left out: {name}, {reason}")
+    seen_by = "public" if public else "private"
+    if yes:
+        echo(f"sent: {push(content, repository, public)}")
+    else:
+        echo(f"nothing was sent; --yes sends these {len(content.files)} files to {repository} ({seen_by})")

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from peftune.cli import adapters, cache
-from peftune.cli.export import export
+from peftune.cli.export import export, push
 from peftune.cli.launcher.launch import configs, launch
 from peftune.cli.options import BASE_HELP, Adapters, Json, named, save_json, source_of
 from peftune.cli.output.text_output import echo
@@ -214,7 +214,7 @@ def generate(
     start_repl(base, folders, use, settings, precision)
 
 
-for _verb in (serve, launch, configs, export):
+for _verb in (serve, launch, configs, export, push):
     app.command()(_verb)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
+from gguf_forward import logits_of, read
 from transformers import GPT2LMHeadModel
 
 from peftune.adapters.attach import load_onto
@@ -51,46 +51,6 @@ def base_like(base: Path, tmp_path: Path) -> Callable[..., Base]:
     return make
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    reader = gguf.GGUFReader(path)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    tensors = {}
-    for tensor in reader.tensors:
-        values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        tensors[tensor.name] = values.reshape([int(size) for size in reversed(tensor.shape)])
-    return fields, tensors
-
-
-def logits_of(fields: dict[str, Any], tensors: dict[str, np.ndarray], lora: dict[str, np.ndarray]) -> torch.Tensor:
-    """llama.cpp's graph of a GPT-2 in float64: every matrix is (out, in), scores are scaled by 1/√head width."""
-
-    def get(name: str) -> torch.Tensor:
-        return torch.from_numpy(tensors[name].astype(np.float64))
-
-    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
-        y = x @ get(f"{name}.weight").T + get(f"{name}.bias")
-        if f"{name}.weight.lora_a" in lora:
-            a, b = (torch.from_numpy(lora[f"{name}.weight.lora_{part}"].astype(np.float64)) for part in "ab")
-            y = y + (x @ a.T) @ b.T
-        return y
-
-    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-        return F.layer_norm(
-            x, x.shape[-1:], get(f"{name}.weight"), get(f"{name}.bias"), fields["gpt2.attention.layer_norm_epsilon"]
-        )
-
-    heads, blocks = fields["gpt2.attention.head_count"], fields["gpt2.block_count"]
-    x = get("token_embd.weight")[IDS[0]] + get("position_embd.weight")[: IDS.shape[1]]
-    for block in range(blocks):
-        qkv = linear(norm(x, f"blk.{block}.attn_norm"), f"blk.{block}.attn_qkv")
-        q, k, v = (part.unflatten(1, (heads, -1)).transpose(0, 1) for part in qkv.chunk(3, dim=1))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1).flatten(1)
-        x = x + linear(attended, f"blk.{block}.attn_output")
-        hidden = F.gelu(linear(norm(x, f"blk.{block}.ffn_norm"), f"blk.{block}.ffn_up"), approximate="tanh")
-        x = x + linear(hidden, f"blk.{block}.ffn_down")
-    return norm(x, "output_norm") @ get("output.weight" if "output.weight" in tensors else "token_embd.weight").T
-
-
 def expected(base: Base, adapter: Path | None = None) -> torch.Tensor:
     model: Any = GPT2LMHeadModel.from_pretrained(base.directory, attn_implementation="eager")
     if adapter is not None:
@@ -106,7 +66,7 @@ def test_a_base_in_gguf_has_the_logits_of_transformers(
     base = base_like(**values)
     export_gguf(base, tmp_path / "out")
     fields, tensors = read(tmp_path / "out" / "model.gguf")
-    torch.testing.assert_close(logits_of(fields, tensors, {}), expected(base), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_of(IDS[0], fields, tensors, {}), expected(base), rtol=0, atol=1e-5)
     assert ("output.weight" in tensors) == (values.get("tie_word_embeddings") is False)
 
 
@@ -119,7 +79,7 @@ def test_an_adapter_in_gguf_has_the_logits_of_peft(
     export_gguf(base, tmp_path / "out", [adapters[kind]])
     fields, tensors = read(tmp_path / "out" / "model.gguf")
     about, lora = read(tmp_path / "out" / f"{kind}.gguf")
-    found, wanted = logits_of(fields, tensors, lora), expected(base, adapters[kind])
+    found, wanted = logits_of(IDS[0], fields, tensors, lora), expected(base, adapters[kind])
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
     assert (about["general.type"], about["adapter.type"], about["adapter.lora.alpha"]) == ("adapter", "lora", 0)
     assert f"ADAPTER ./{kind}.gguf" in (tmp_path / "out" / f"Modelfile.{kind}").read_text().splitlines()

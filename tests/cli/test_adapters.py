@@ -18,7 +18,7 @@ from peftune.model.base import Base
 from peftune.model.lora import quiet_peft
 
 Captured = pytest.CaptureFixture[str]
-VERBS = ["list", "show", "combine", "extract", "compare"]
+VERBS = ["list", "show", "combine", "extract", "import", "compare"]
 
 
 @pytest.fixture

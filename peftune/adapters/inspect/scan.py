@@ -12,6 +12,7 @@ from peftune.adapters.directory import Adapter, check_directory, read_adapter
 from peftune.adapters.inspect.describe import lora_variant, size_in_megabytes
 from peftune.adapters.layout import base_name, block_of, module_of, suffix_in_block
 from peftune.adapters.provenance import recorded, recorded_dict
+from peftune.adapters.training_output import remarks
 from peftune.errors import UserError
 from peftune.model.lora import ALL
 
@@ -42,13 +43,17 @@ class ScanResult:
     entries: list[ScanEntry]
     cut: bool
 
+    def notes(self) -> list[str]:
+        """Which adapters to use of a trainer's run that left several."""
+        return remarks(entry.directory for entry in self.entries)
+
     def as_json(self) -> dict[str, Any]:
         """What `peftune adapters list` writes as JSON; its keys are a contract."""
         rows = [
             {"name": e.name, "directory": str(e.directory), **e.facts, "problem": e.problem or None}
             for e in self.entries
         ]
-        return {"directory": str(self.directory), "adapters": rows, "cut": self.cut}
+        return {"directory": str(self.directory), "adapters": rows, "cut": self.cut, "notes": self.notes()}
 
 
 def scan(directory: Path) -> ScanResult:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from peftune.adapters.edit.combine import CombineResult
 from peftune.adapters.edit.extract import ExtractResult
+from peftune.adapters.imported.import_adapter import ImportResult
 from peftune.adapters.inspect.compare import Comparison
 from peftune.adapters.inspect.describe import AdapterDescription, ModuleDescription
 from peftune.adapters.inspect.scan import ScanEntry, ScanResult
@@ -64,6 +65,7 @@ def print_scan(found: ScanResult) -> None:
         table(f"{len(usable)} adapters in {found.directory}", columns, map(_row, usable), left=4)
     if broken:
         lines(f"{len(broken)} that cannot be used:", *broken)
+    lines(*found.notes())
     if found.cut:
         lines("There may be more: the search ended at its bounds; name a directory further down.")
 
@@ -107,6 +109,20 @@ def print_extraction(result: ExtractResult) -> None:
     )
 
 
+def print_import(result: ImportResult) -> None:
+    """`peftune adapters import`."""
+    if result.relative_error:
+        figures("How near each module is", "module", _IMPORTED, result.modules)
+    ranks = sorted({module["rank"] for module in result.modules.values()})
+    span = " to ".join(dict.fromkeys(str(rank) for rank in (ranks[0], ranks[-1])))
+    nearness = f"relative error {share(result.relative_error)}" if result.relative_error else "the same update"
+    lines(
+        *(f"note: {note}" for note in result.notes),
+        f"{result.out}: {result.source} ({result.kind}) for {result.base}, {len(result.modules)} modules, rank {span}, "
+        f"{nearness}",
+    )
+
+
 def print_comparison(found: Comparison) -> None:
     """`peftune adapters compare`."""
     mismatch = found.base_mismatch
@@ -141,6 +157,7 @@ def share(value: float | None) -> str:
 _COMBINED: Columns = {
     "rank": ("rank", str), "norm of the sum": ("norm", figure), "relative error": ("relative_error", share),
 }  # fmt: skip
+_IMPORTED: Columns = {"rank": ("rank", str), "relative error": ("relative_error", share)}
 _CHANGE: Columns = {"norm of the change": ("norm", figure), "of the weight": ("relative_change", share)}
 _EXTRACTED: Columns = {"rank": ("rank", str), **_CHANGE, "missing": ("relative_error", share)}
 _NOT_HELD: Columns = {"tensors": ("tensors", str), **_CHANGE}

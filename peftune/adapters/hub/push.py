@@ -1,0 +1,39 @@
+"""Send an adapter or a merged model to a repository of the Hugging Face hub, as one commit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_token, is_offline_mode
+from huggingface_hub.errors import HfHubHTTPError
+
+from peftune.adapters.hub.publishable import Publishable
+from peftune.errors import UserError
+
+_FAILURES: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__)
+"""What the client raises: its own errors derive from OSError, or from the root of the library that it is built on."""
+
+
+def push(content: Publishable, repository: str, public: bool = False, api: Any = None) -> str:
+    """Create the repository where it is not there, private unless `public`, and commit the files; the commit's address.
+
+    The token is what Hugging Face's own login or environment says. `api` is an HfApi. Raises UserError where there is
+    no token, the hub cannot be reached or refuses, and for a repository that is public though it was not to be.
+    """
+    if api is None and is_offline_mode():
+        raise UserError("HF_HUB_OFFLINE is set, so nothing can be sent; unset it, or send from another machine")
+    if api is None and not get_token():
+        raise UserError("no Hugging Face token is here; run hf auth login, or set HF_TOKEN")
+    hub = api or HfApi()
+    operations = [
+        CommitOperationAdd(name, str(f) if not isinstance(f, bytes) else f) for name, f in content.files.items()
+    ]
+    try:
+        hub.create_repo(repository, private=not public, repo_type="model", exist_ok=True)
+        if not public and not hub.repo_info(repository, repo_type="model").private:
+            raise UserError(f"repository {repository}: is public already, and nothing was sent; say that it may be")
+        made = hub.create_commit(repository, operations, commit_message=f"Add {content.directory.resolve().name}")
+    except _FAILURES as error:
+        cause = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"repository {repository}: the hub could not be reached, or refused: {cause}") from None
+    return str(made.commit_url)
