@@ -97,6 +97,8 @@ class MergeReport:
     max_abs_logit_difference_to_trained: float | None = None
     mean_kl_to_trained: float | None = None
     argmax_agreement_to_trained: float | None = None
+    left_out: tuple[str, ...] = ()
+    """Tensors of the base that belong to heads of other tasks: the merged model is a language model without them."""
 
     def quantized_summary(self) -> str:
         """One line on how far the merged model is from the function that was trained on a quantised base."""
