@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +27,7 @@ _CLASSES = {
 }  # fmt: skip
 TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 """Three spellings of one function: GELU, approximated with tanh."""
+_TRANSFORMERS = (5, 4)
 Size = Annotated[int, Field(gt=0)]
 
 
@@ -62,6 +65,17 @@ class Architecture(BaseModel):
 
 # Whether the head is tied shows in the weights; upcasting changes rounding only.
 DECISIVE = sorted(set(Architecture.model_fields) - {"tie_word_embeddings", "reorder_and_upcast_attn"})
+
+
+@cache
+def require_transformers() -> None:
+    """UserError where Transformers is one that computes some GPT-2s wrongly without a word (transformers#44397)."""
+    found = metadata.version("transformers")
+    if tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < _TRANSFORMERS:
+        raise UserError(
+            f"transformers {found} is installed, expected 5.4 or newer: before it, attention ignores two keys of "
+            'GPT-2\'s configuration; run pip install "transformers>=5.4"'
+        )
 
 
 def fingerprint(config: GPT2Config) -> str:

@@ -62,6 +62,7 @@ class Base:
     @cached_property
     def config(self) -> GPT2Config:
         """Transformers' configuration."""
+        architecture.require_transformers()
         from transformers import GPT2Config
 
         values = self.stored_config | {"_name_or_path": str(self.directory)}
@@ -162,4 +163,6 @@ def _from_hub(name: str) -> Path:
         raise UserError(f"base {name}: no such directory here, and the hub could not be reached ({cause})") from None
     if any(directory.glob("*.safetensors")) or any(directory.glob("*.bin")):
         return _checked(directory, name)
-    raise UserError(f"base {name}: the hub's copy holds no weights in safetensors or .bin form")
+    raise UserError(
+        f"base {name}: the hub's copy holds no weights in safetensors or .bin form (TensorFlow's are not read)"
+    )

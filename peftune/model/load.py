@@ -59,12 +59,16 @@ def load_model(
     config = with_dropout(base.config, dropout)
     assert base.weights, "read first: it tells what is missing more clearly than Transformers does"
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its table of mask buffers and copies; what is missing `base.weights` has told
     options = {} if quantize is None else quantized.loading_options(quantize, device)
     options["dtype"] = dtype if quantize is None else torch.float32
     try:
         model: Any = GPT2LMHeadModel.from_pretrained(base.directory, config=config, **options)
     except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, SafetensorError) as error:
         raise UserError(f"base {base.directory}: the weights cannot be read: {first_line(error)}") from None
+    finally:
+        logging.set_verbosity(verbosity)
     if quantize is None:
         return model.to(device).eval()  # type: ignore[no-any-return]
     quantized.multiply_unpacked(model)

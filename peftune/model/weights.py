@@ -1,7 +1,8 @@
 """Base weights on disk, one tensor at a time, under one set of names whatever the file layout.
 
 Names are those of `GPT2LMHeadModel`: hub checkpoints without the `transformer.` prefix get it, mask buffers
-(`attn.bias`, `attn.masked_bias`) are left out, and so is an `lm_head.weight` that is only a copy of the tied `wte`.
+(`attn.bias`, `attn.masked_bias`) are left out, and so are an `lm_head.weight` that is only a copy of the tied `wte` and
+the heads of other tasks (`score.weight` of a classifier).
 Every file is opened anew for each tensor: pages of a memory-mapped file count as resident while it stays open.
 """
 
@@ -34,7 +35,9 @@ _HASHED = 1_000_000  # elements at a time: three of 4 MB are held at once, the m
 
 INDEX = "model.safetensors.index.json"
 _LAYOUTS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+FOREIGN = ("tf_model.h5", "flax_model.msgpack", "model.ckpt.index")
 _BARE = re.compile(r"(wte|wpe|h|ln_f)\.")
+_OF_ANOTHER_TASK = re.compile(r"(score|classifier|qa_outputs|multiple_choice_head|v_head)\.")
 _BUFFER = re.compile(r"\.(cross)?attn(ention)?\.(masked_)?bias$")
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -58,6 +61,8 @@ class Weights:
     files: tuple[Path, ...]
     tied: bool
     _entries: dict[str, _Entry]
+    left_out: tuple[str, ...] = ()
+    """Names of stored tensors that belong to heads of other tasks, which a language model has no use for."""
 
     def names(self) -> list[str]:
         """Normalised tensor names, sorted."""
@@ -127,12 +132,15 @@ def open_weights(directory: Path, tied: bool = True) -> Weights:
     files, index = _files(directory)
     entries: dict[str, _Entry] = {}
     stored: set[str] = set()
+    left_out = []
     for file in files:
         for entry in _list(file):
             if entry.key in stored:
                 raise UserError(f"base {directory}: tensor {entry.key} is stored twice; download the checkpoint again")
             stored.add(entry.key)
-            if not _BUFFER.search(entry.key):
+            if _OF_ANOTHER_TASK.match(entry.key):
+                left_out.append(entry.key)
+            elif not _BUFFER.search(entry.key):
                 entries[f"transformer.{entry.key}" if _BARE.match(entry.key) else entry.key] = entry
     absent = sorted(set(index) - stored)
     if absent:
@@ -141,7 +149,7 @@ def open_weights(directory: Path, tied: bool = True) -> Weights:
         raise UserError(f"base {directory}: no tensor wte.weight in {files[0].name}; expected a GPT-2 checkpoint")
     if not tied and HEAD not in entries:
         raise UserError(f"base {directory}: config.json says tie_word_embeddings false, but lm_head.weight is missing")
-    untied = Weights(directory, tuple(files), False, entries)
+    untied = Weights(directory, tuple(files), False, entries, tuple(sorted(left_out)))
     if tied and HEAD in entries and not _equal(untied, WTE, HEAD):
         return untied
     return replace(untied, tied=tied, _entries={k: v for k, v in entries.items() if not (tied and k == HEAD)})
@@ -166,8 +174,13 @@ def check_complete(weights: Weights, config: GPT2Config) -> None:
             f"base {weights.directory}: {len(missing)} tensors are missing from the weights, such as {missing[0]}; "
             "download the checkpoint again"
         )
+    if strange := [name for name in weights.names() if name not in expected]:
+        raise UserError(
+            f"base {weights.directory}: the weights hold {strange[0]}, which no GPT-2 has; what it does in the model "
+            "that it belongs to would be left out without a word"
+        )
     for name in weights.names():
-        if name in expected and weights.shape(name) != (wanted := tuple(expected[name].shape)):
+        if weights.shape(name) != (wanted := tuple(expected[name].shape)):
             found = weights.shape(name)
             raise UserError(f"base {weights.directory}: {name} has shape {found}, config.json says {wanted}")
 
@@ -215,6 +228,11 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
         if missing:
             raise UserError(f"base {directory}: {len(missing)} of {len(files)} shards are missing: {missing[0]}, …")
         return files, index
+    if foreign := [name for name in FOREIGN if (directory / name).is_file()]:
+        raise UserError(
+            f"base {directory}: its weights are TensorFlow's or Flax's only ({foreign[0]}); expected one of "
+            f"{', '.join(_LAYOUTS)}: Transformers before version 5 converts them (from_tf, from_flax, save_pretrained)"
+        )
     raise UserError(f"base {directory}: no weights here; expected one of {', '.join(_LAYOUTS)}")
 
 

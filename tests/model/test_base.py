@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peftune.errors import UserError
+from peftune.model import architecture
 from peftune.model.base import BUILTIN, Base, open_base
 from peftune.model.load import load_model
 
@@ -260,3 +261,16 @@ def test_a_tokenizer_of_another_model_is_refused_and_an_added_pad_is_not(base: P
     tokenizer.add_tokens(["domain"])
     tokenizer.save_pretrained(base)
     assert "its tokenizer knows token 301, but the embedding has 300 rows" in refusal(lambda: Base(base).tokenizer)
+
+
+def test_a_transformers_that_computes_wrongly_is_refused(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture.require_transformers.cache_clear()
+    for version, refused in (("5.3.0", True), ("4.57.1", True), ("5.4.0rc1", False), ("5.23.0", False), ("6.0", False)):
+        monkeypatch.setattr(architecture.metadata, "version", lambda name, found=version: found)
+        if refused:
+            with pytest.raises(UserError, match=rf"transformers {version} is installed, expected 5\.4") as caught:
+                assert Base(tiny_base).config
+            assert "\n" not in str(caught.value)
+        else:
+            assert Base(tiny_base).config.n_layer == 2
+            architecture.require_transformers.cache_clear()

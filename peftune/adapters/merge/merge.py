@@ -88,7 +88,8 @@ def merge(
             figures = verify_merge(written, read, merged, dtype, sequences, advance) if verify else {}
             report = MergeReport(
                 len(layout.modules()), len(layout.modules()), dtype, found.fingerprint, read.fingerprint, found.name,
-                merged.tied, layout.vocabulary, trained_on=base_quantization(read), **figures,
+                merged.tied, layout.vocabulary, trained_on=base_quantization(read), left_out=found.weights.left_out,
+                **figures,
             )  # fmt: skip
             hashes = hashes_of(staging, [path.name for path in staging.iterdir()])  # `model.base` checks them
             write_json(staging / MERGE, {**vars(report), "sha256": hashes})

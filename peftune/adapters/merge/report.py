@@ -12,6 +12,7 @@ from peftune.model.quantized import MISSING
 
 POSITIONS = 128  # positions whose logits are in memory at a time
 _EXACT = 1e-4  # largest logit difference of a float32 merge, for logits up to 32
+_ROUNDINGS = 10  # of the measured effect of one rounding of all weights: the merge rounds a few times
 _FIGURES = ("max_abs_logit_difference", "mean_kl", "argmax_agreement")
 _ROUNDED_KL = {"bfloat16": 0.05, "float16": 0.005}  # nats per token that rounding the weights may cost
 
@@ -96,6 +97,8 @@ class MergeReport:
     max_abs_logit_difference_to_trained: float | None = None
     mean_kl_to_trained: float | None = None
     argmax_agreement_to_trained: float | None = None
+    left_out: tuple[str, ...] = ()
+    """Tensors of the base that belong to heads of other tasks: the merged model is a language model without them."""
 
     def quantized_summary(self) -> str:
         """One line on how far the merged model is from the function that was trained on a quantised base."""
@@ -109,15 +112,26 @@ class MergeReport:
         )
 
 
+def allowed(difference: Difference) -> float:
+    """The largest difference of logits in float32 that rounding alone makes in a well-conditioned model."""
+    return _EXACT * max(1.0, difference.largest_logit / 32)
+
+
 def judged(
-    dtype: str, stored: Difference, exact: Difference, rounding: Difference | None, to_trained: Difference | None
+    dtype: str,
+    stored: Difference,
+    exact: Difference,
+    rounding: Difference | None,
+    to_trained: Difference | None,
+    weight_rounding: float = 0.0,
 ) -> dict[str, Any]:
     """What was measured, by the report's names; CheckFailed where the merged model is not the one that was trained.
 
     `exact` is of the merge before it was rounded to `dtype`. The distance `to_trained`, which is that to quantised
-    base + adapter, is reported and never refused.
+    base + adapter, is reported and never refused. `weight_rounding` is what logits move by, in float64, when every
+    weight moves by the half unit in the last place that storing it as float32 may cost.
     """
-    tolerance = _EXACT * max(1.0, exact.largest_logit / 32)
+    tolerance = max(allowed(exact), _ROUNDINGS * weight_rounding)
     if not exact.max_abs_logit_difference <= tolerance:
         raise CheckFailed(
             f"merge: logits differ by {exact.max_abs_logit_difference:.2g} from base + adapter (allowed "
