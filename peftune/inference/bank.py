@@ -23,7 +23,7 @@ from peftune.adapters.directory import check_fits
 from peftune.adapters.fold import MergedTensors
 from peftune.adapters.layout import AdapterLayout, refuse_biased_head
 from peftune.adapters.provenance import check_base
-from peftune.data.tokens.encode import end_of_text_id
+from peftune.data.tokens.encode import begin_of_text_id, end_of_text_id
 from peftune.errors import CheckFailed, UserError
 from peftune.inference.engine import Engine
 from peftune.inference.request import Generation, OnText, Request, RequestOutput, context_ids
@@ -68,15 +68,15 @@ class LoadedAdapter:
 class AdapterBank:
     """A GPT-2 base, loaded once, and its adapters by name.
 
-    `base` is a hub name, a directory or builtin:small, or a `Base`; `precision` fp32, bf16 or fp16; `end` is the id of
-    `<|endoftext|>`. Methods may be called from several threads; an adapter that is removed while texts are generated
+    `base` is a hub name, a directory or builtin:small, or a `Base`; `precision` fp32, bf16 or fp16; `begin` and `end`
+    are the ids of the tokens that begin and end texts, for GPT-2 both `<|endoftext|>`. Methods may be called from several threads; an adapter that is removed while texts are generated
     with it stays in memory until they end. Raises UserError for a base that cannot be used.
     """
 
     def __init__(self, base: str | Base, precision: str = "fp32", device: str | None = None) -> None:
         self.base = open_base(base) if isinstance(base, str) else base
         self.config, self.tokenizer = self.base.config, self.base.tokenizer
-        self.end = end_of_text_id(self.tokenizer)
+        self.begin, self.end = begin_of_text_id(self.tokenizer), end_of_text_id(self.tokenizer)
         used = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.spec = ModelSpec(self.config, dtype_of(precision), used)
         self._base_variant = ModelVariant(build(self.spec, self.base.weights.tensor, self.base.weights.tied))
@@ -139,7 +139,7 @@ class AdapterBank:
         return self._base_variant if name is None else self.get(name).variant
 
     def encode(self, prompt: str) -> list[int]:
-        """The token ids of a prompt: the context `<|endoftext|>`, then the prompt as plain text."""
+        """The token ids of a prompt: the context token (begin of text), then the prompt as plain text."""
         return context_ids(self.tokenizer, prompt)
 
     def logits(self, ids: torch.Tensor, adapters: AdapterNames = ()) -> torch.Tensor:
@@ -159,7 +159,7 @@ class AdapterBank:
     ) -> list[Generation]:
         """Continue every prompt, up to `slots` at a time in one batch; each gets the text that it would get alone.
 
-        **Context.** As in training, a document begins with `<|endoftext|>`: its id stands before the prompt at position
+        **Context.** As in training, a document begins with `<|endoftext|>`, or what begins texts of this base: its id stands before the prompt at position
         0. The prompt is plain text (`<|endoftext|>` written in it is 13 characters), so it never stands there already;
         an empty prompt begins a new document.
 

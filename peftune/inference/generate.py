@@ -11,7 +11,7 @@ import torch
 from peftune.adapters.attach import load_onto
 from peftune.adapters.base_of import base_of
 from peftune.adapters.provenance import check_base
-from peftune.data.tokens.encode import end_of_text_id
+from peftune.data.tokens.encode import begin_of_text_id, end_of_text_id
 from peftune.errors import CheckFailed, UserError
 from peftune.inference.bank import AdapterBank
 from peftune.inference.detokenize import Detokenizer
@@ -120,12 +120,13 @@ def _continue(
         early_stopping=False,
         suppress_tokens=list(range(len(tokenizer), model.config.vocab_size)) or None,  # rows without a token
         eos_token_id=end,
-        bos_token_id=end,
+        bos_token_id=begin_of_text_id(tokenizer),
         pad_token_id=end,
         output_logits=True,
         return_dict_in_generate=True,
     )
-    output, text, context = Detokenizer(tokenizer, settings), "", context_ids(tokenizer, prompt)
+    context = context_ids(tokenizer, prompt)
+    output, text = Detokenizer(tokenizer, settings, context), ""
     window = slide(context, positions)
     while output.finish_reason is None:
         room = positions + 1 - len(window)  # the last token is chosen, and needs no position

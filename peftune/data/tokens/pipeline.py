@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from peftune.data.documents import Document
-from peftune.data.tokens.encode import Examples, end_of_text_id, parts_of, tokenize_batch
+from peftune.data.tokens.encode import Examples, begin_of_text_id, end_of_text_id, parts_of, tokenize_batch
 from peftune.data.tokens.tiktoken_encoder import backends_of
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def tokenized(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast,
     tiktoken replaces the tokenizer's own backend once the corpus is long enough to pay for the proof. Both release
     the GIL.
     """
-    backends, end = backends_of(tokenizer), end_of_text_id(tokenizer)
+    backends, begin, end = backends_of(tokenizer), begin_of_text_id(tokenizer), end_of_text_id(tokenizer)
     characters = 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = min(_MOST_THREADS, cores)
@@ -36,7 +36,7 @@ def tokenized(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast,
             if characters <= _WORTH_A_PROOF < characters + size:
                 backends.choose([text for document in batch for text, _ in parts_of(document, join)])
             characters += size
-            waiting.append(pool.submit(tokenize_batch, batch, backends, end, join))
+            waiting.append(pool.submit(tokenize_batch, batch, backends, begin, end, join))
             if len(waiting) > threads:
                 yield waiting.popleft().result()
         while waiting:

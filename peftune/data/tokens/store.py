@@ -21,7 +21,7 @@ from peftune.config.recipe import Source
 from peftune.console import Console
 from peftune.data.documents import ReadStats
 from peftune.data.sources.read import identity, read_documents, size_of, state_of
-from peftune.data.tokens.encode import end_of_text_id, rules_of
+from peftune.data.tokens.encode import begin_of_text_id, end_of_text_id, rules_of
 from peftune.data.tokens.entry import FORMAT, Entry, Writer, read_entry
 from peftune.data.tokens.pipeline import tokenized
 from peftune.errors import CheckFailed, UserError
@@ -89,7 +89,8 @@ def prepare(
     """
     vocabulary, before = len(tokenizer), [state_of(source) for source in sources]
     identities = [identity(source) for source in sources]
-    rules = [tokenizer_fingerprint, rules_of(tokenizer), end_of_text_id(tokenizer)]
+    begin, end = begin_of_text_id(tokenizer), end_of_text_id(tokenizer)
+    rules = [tokenizer_fingerprint, rules_of(tokenizer), end, *([begin] if begin != end else [])]
     key = hashlib.sha256(json.dumps([FORMAT, rules, join, split_on, identities]).encode()).hexdigest()[:40]
     try:
         root = cache or cache_directory()

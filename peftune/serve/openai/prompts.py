@@ -83,7 +83,7 @@ def _encode(bank: AdapterBank, given: str | list[int], split_special_tokens: boo
     check_ids(ids, vocab_size, "prompt")
     text = given if isinstance(given, str) else decode_plain(bank.tokenizer, ids)
     own = isinstance(given, list) or not split_special_tokens
-    context = () if own and ids[:1] == [bank.end] else (bank.end,)
+    context = () if own and ids[:1] == [bank.begin] else (bank.begin,)
     return Prompt(text, tuple(ids), (*context, *ids))
 
 
