@@ -69,8 +69,8 @@ class AdapterBank:
     """A GPT-2 base, loaded once, and its adapters by name.
 
     `base` is a hub name, a directory or builtin:small, or a `Base`; `precision` fp32, bf16 or fp16; `begin` and `end`
-    are the ids of the tokens that begin and end texts, for GPT-2 both `<|endoftext|>`. Methods may be called from several threads; an adapter that is removed while texts are generated
-    with it stays in memory until they end. Raises UserError for a base that cannot be used.
+    are the ids of the tokens that begin and end texts, for GPT-2 both `<|endoftext|>`. Methods may be called from
+    several threads; an adapter that is removed while texts are generated with it stays in memory until they end. Raises UserError for a base that cannot be used.
     """
 
     def __init__(self, base: str | Base, precision: str = "fp32", device: str | None = None) -> None:
@@ -159,9 +159,9 @@ class AdapterBank:
     ) -> list[Generation]:
         """Continue every prompt, up to `slots` at a time in one batch; each gets the text that it would get alone.
 
-        **Context.** As in training, a document begins with `<|endoftext|>`, or what begins texts of this base: its id stands before the prompt at position
-        0. The prompt is plain text (`<|endoftext|>` written in it is 13 characters), so it never stands there already;
-        an empty prompt begins a new document.
+        **Context.** As in training, a document begins with `<|endoftext|>`, or with what begins texts of this base: its
+        id stands before the prompt at position 0. The prompt is plain text (`<|endoftext|>` written in it is 13
+        characters) unless the adapter was trained to parse special tokens; an empty prompt begins a new document.
 
         **Sliding window.** Whenever the model would see more than n_positions tokens (context token, prompt and what it
         has generated), it sees only the last n_positions - n_positions // 4 of them: the oldest quarter is dropped,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tokenizers.decoders import DecodeStream
 
 from peftune.inference.settings import FinishReason, GenerationSettings
-from peftune.model.special_tokens import is_byte_level
+from peftune.model.tokenizer_rules import is_byte_level
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -52,7 +52,7 @@ class Detokenizer:
 
     The texts that are returned join to `decode_plain` of all ids, up to a stop string, without `<|endoftext|>` where it
     is ignored. Where a token's text depends on those before it (a space between words), `prompt` is what stands there:
-    the texts continue what it decodes to. Bytes of a character that is not complete yet wait for the tokens that complete it.
+    the texts continue what it decodes to. Bytes of a character that is not complete yet wait for those that do.
     Raises UserError for settings that name a token which the tokenizer does not have.
     """
 

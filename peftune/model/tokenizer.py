@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from peftune.errors import UserError, first_line
 from peftune.files import read_object_if_present
 from peftune.model.fingerprint import remembered
-from peftune.model.special_tokens import cuts_as, is_byte_level, name_ends, repair_unknown
-from peftune.model.tokenizer_rules import problem_of
+from peftune.model.tokenizer_rules import cuts_as, is_byte_level, name_ends, problem_of, repair_unknown
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, PreTrainedTokenizerFast
@@ -42,11 +41,13 @@ def load_tokenizer(directory: Path, config: GPT2Config) -> PreTrainedTokenizerFa
     found = [name for name in VOCABULARIES if (directory / name).is_file()]
     if not found:
         raise UserError(
-            f"base {directory}: no tokenizer here (tokenizer.json, vocab.json and merges.txt, vocab.txt or spiece.model)"
+            f"base {directory}: no tokenizer here (tokenizer.json, "
+            "vocab.json and merges.txt, vocab.txt or spiece.model)"
         )
     if found[0].endswith(".model") and not all(_is_installed(name) for name in ("sentencepiece", "google.protobuf")):
         raise UserError(
-            f"base {directory}: {found[0]} is read with sentencepiece; install it with: pip install sentencepiece protobuf"
+            f"base {directory}: {found[0]} is read with sentencepiece; "
+            "install it with: pip install sentencepiece protobuf"
         )
     stored = {name: read_object_if_present(directory / name, f"base {directory}: {name}") or {} for name in _JSON}
     state = stored["tokenizer.json"]  # all are read before Transformers, which takes them for what it expects

@@ -36,7 +36,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SHARD_BYTES = 5_000_000_000
 _COPIED_VALUES = 1_000_000  # read and written at a time of tensors that are not adapted
 _TOKENIZER_FILES = (
-    "tokenizer_config.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", *VOCABULARIES,
+    "tokenizer_config.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    *VOCABULARIES,
 )  # fmt: skip
 _GENERATION = "generation_config.json"
 _SEQUENCES, _LENGTH = 8, 64

@@ -20,13 +20,15 @@ _WORTH_A_PROOF = 4_000_000  # characters; to prove tiktoken equal costs GPT-2's 
 _MOST_THREADS = 8  # one thread reads 40 MB/s or so, and no more of them would be busy
 
 
-def tokenized(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, join: str) -> Iterator[Examples]:
+def tokenized(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, join: str, parse: bool = False
+) -> Iterator[Examples]:
     """Batches of tokenised documents, in the order of the documents.
 
     tiktoken replaces the tokenizer's own backend once the corpus is long enough to pay for the proof. Both release
     the GIL.
     """
-    backends, begin, end = backends_of(tokenizer), begin_of_text_id(tokenizer), end_of_text_id(tokenizer)
+    backends, begin, end = backends_of(tokenizer, parse), begin_of_text_id(tokenizer), end_of_text_id(tokenizer)
     characters = 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = min(_MOST_THREADS, cores)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
+
+from peftune.data.documents import Document
+from peftune.data.lint import Finding
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
 
 
 def without_special(backend: Tokenizer) -> str:
@@ -31,3 +37,40 @@ def without_special(backend: Tokenizer) -> str:
     for token in tokens:
         token["content"] = renamed.get(token["content"], token["content"])
     return json.dumps(state)
+
+
+class SpecialTextCounter:
+    """In how many of the documents that pass each special token is spelt out, and where the first of them stands."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        tokens = sorted(special_texts(tokenizer), key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+        self.found: dict[str, tuple[int, str]] = {}
+
+    def watch(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """The documents as they come."""
+        for document in documents:
+            for token in set(self._pattern.findall(document.content())):
+                count, first = self.found.get(token, (0, document.source))
+                self.found[token] = count + 1, first
+            yield document
+
+
+def special_texts(tokenizer: PreTrainedTokenizerFast) -> set[str]:
+    """The texts of the tokenizer's special tokens."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return {text for text in added | set(tokenizer.all_special_tokens) if text}
+
+
+def findings(found: Mapping[str, tuple[int, str]], tokenizer: PreTrainedTokenizerFast, parse: bool) -> list[Finding]:
+    """What to know about special tokens in a corpus: that they were read as text, or that a token that ends was not."""
+    ends = {tokenizer.bos_token, tokenizer.eos_token}
+    return [
+        Finding(f"the special token {token} inside a text", count, first, _ENDS if parse else _TEXT)
+        for token, (count, first) in sorted(found.items())
+        if not parse or token in ends
+    ]
+
+
+_TEXT = "it is read as plain text, not as the token; to read the token set data.special_tokens: parse, else remove it"
+_ENDS = "it is read as the token that begins or ends a text (data.special_tokens: parse); remove it unless it should be"

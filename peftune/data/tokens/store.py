@@ -24,6 +24,7 @@ from peftune.data.sources.read import identity, read_documents, size_of, state_o
 from peftune.data.tokens.encode import begin_of_text_id, end_of_text_id, rules_of
 from peftune.data.tokens.entry import FORMAT, Entry, Writer, read_entry
 from peftune.data.tokens.pipeline import tokenized
+from peftune.data.tokens.special_text import SpecialTextCounter
 from peftune.errors import CheckFailed, UserError
 from peftune.files import beside, remove_all_leftovers, staging_directory
 
@@ -35,7 +36,8 @@ class TokenStore:
     """Tokenised documents; tokens are memory-mapped, arrays over documents are in reading order.
 
     `lengths`, `supervised_counts`, `supervised_bytes` (n,) int64, `digests` (n,) uint64. `fingerprint` is a SHA-256
-    of the tokens and what is scored, whatever files they came from. `blank` documents were skipped in the sources.
+    of the tokens and what is scored, whatever files they came from. `blank` documents were skipped in the sources;
+    `special_tokens` are those that a text spells out, with how many documents do, and the first.
     """
 
     def __init__(self, entry: Entry) -> None:
@@ -45,6 +47,7 @@ class TokenStore:
         self.digests = np.ascontiguousarray(entry.documents["digest"])
         self.fingerprint = entry.fingerprint
         self.blank = entry.blank
+        self.special_tokens = entry.special
         self._entry = entry
         self._first = np.zeros(len(self.lengths) + 1, dtype=np.int64)
         np.cumsum(self.lengths, out=self._first[1:])
@@ -81,6 +84,7 @@ def prepare(
     join: str,
     split_on: str,
     cache: Path | None = None,
+    special_tokens: str = "text",
 ) -> TokenStore:
     """The tokenised documents of all sources, from the cache if their content was tokenised before.
 
@@ -91,7 +95,9 @@ def prepare(
     identities = [identity(source) for source in sources]
     begin, end = begin_of_text_id(tokenizer), end_of_text_id(tokenizer)
     rules = [tokenizer_fingerprint, rules_of(tokenizer), end, *([begin] if begin != end else [])]
-    key = hashlib.sha256(json.dumps([FORMAT, rules, join, split_on, identities]).encode()).hexdigest()[:40]
+    parse = special_tokens == "parse"
+    decisive = [FORMAT, rules, join, split_on, identities, *(["parse special tokens"] if parse else [])]
+    key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:40]
     try:
         root = cache or cache_directory()
         private_directory(root, "tokens")
@@ -100,16 +106,16 @@ def prepare(
         known = open_store(entry, vocabulary)
         if known is not None:
             return known
-        stats = ReadStats()
+        stats, special = ReadStats(), SpecialTextCounter(tokenizer)
         documents = (document for source in sources for document in read_documents(source, split_on, stats))
         with staging_directory(entry) as directory:
             directory.chmod(0o700)
             writer = Writer(directory, vocabulary)
             with Console().reading("tokenising", size_of(sources)) as show:
-                for examples in tokenized(documents, tokenizer, join):
+                for examples in tokenized(special.watch(documents), tokenizer, join, parse):
                     writer.append(examples)
                     show(stats.bytes_read(), f"{writer.documents:,} documents, {writer.tokens:,} tokens")
-            writer.finish(stats.blank)
+            writer.finish(stats.blank, special.found)
             for source, state in zip(sources, before, strict=True):
                 if state_of(source) != state:
                     raise UserError(f"{source.path}: was changed while it was read; start again when it is complete")

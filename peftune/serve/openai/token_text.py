@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING
 
 from peftune.data.tokens.tiktoken_encoder import byte_letters
-from peftune.model.special_tokens import is_byte_level
+from peftune.model.tokenizer_rules import is_byte_level
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
