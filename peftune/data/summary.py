@@ -38,7 +38,8 @@ def summarize(
     store = prepare(sources, tokenizer, tokenizer_fingerprint, join, split_on, cache, special_tokens)
     packing = Blocks.of(store, np.arange(len(store)), block_size).packing
     findings = lint(chain.from_iterable(read_documents(source, split_on) for source in sources))
-    findings += special_findings(store.special_tokens, tokenizer, special_tokens == "parse")
+    special = special_findings(store.special_tokens, tokenizer, special_tokens == "parse")
+    findings = special + [finding for finding in findings if finding.what not in {one.what for one in special}]
     if len(store) < _FEW:
         advice = "a fraction for validation is coarse; if documents were joined, choose split_on"
         findings.append(Finding("very few documents", len(store), sources[0].path, advice))

@@ -23,7 +23,7 @@ from peftune.adapters.layout import layout_of, refuse_biased_head
 from peftune.adapters.merge.report import MergeReport
 from peftune.adapters.merge.shards import write_weights
 from peftune.adapters.merge.verify import base_quantization, verify_merge
-from peftune.adapters.provenance import check_base
+from peftune.adapters.provenance import check_base, parses_special_tokens
 from peftune.console import Console
 from peftune.data.sources.builtin import documents
 from peftune.data.tokens.encode import begin_of_text_id, encode_texts
@@ -89,7 +89,8 @@ def merge(
             figures = verify_merge(written, read, merged, dtype, sequences, advance) if verify else {}
             report = MergeReport(
                 len(layout.modules()), len(layout.modules()), dtype, found.fingerprint, read.fingerprint, found.name,
-                merged.tied, layout.vocabulary, trained_on=base_quantization(read), **figures,
+                merged.tied, layout.vocabulary, trained_on=base_quantization(read),
+                special_tokens="parse" if parses_special_tokens(read.provenance) else "text", **figures,
             )  # fmt: skip
             hashes = hashes_of(staging, [path.name for path in staging.iterdir()])  # `model.base` checks them
             write_json(staging / MERGE, {**vars(report), "sha256": hashes})

@@ -74,6 +74,7 @@ class MergeReport:
 
     `trained_on` is `int8` or `nf4` for an adapter that was trained on a quantised base; the three figures
     `…_to_trained` then compare with the function that was trained, None where that was not measured.
+    `special_tokens` says how they were read where a text spelt them out, `parse` or `text`: so are prompts.
     """
 
     modules_in_adapter: int
@@ -96,6 +97,7 @@ class MergeReport:
     max_abs_logit_difference_to_trained: float | None = None
     mean_kl_to_trained: float | None = None
     argmax_agreement_to_trained: float | None = None
+    special_tokens: str = "text"
 
     def quantized_summary(self) -> str:
         """One line on how far the merged model is from the function that was trained on a quantised base."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from peftune.data.documents import Document
 from peftune.data.lint import Finding
+from peftune.data.sources.plain_text import END_OF_TEXT
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -66,11 +67,12 @@ def findings(found: Mapping[str, tuple[int, str]], tokenizer: PreTrainedTokenize
     """What to know about special tokens in a corpus: that they were read as text, or that a token that ends was not."""
     ends = {tokenizer.bos_token, tokenizer.eos_token}
     return [
-        Finding(f"the special token {token} inside a text", count, first, _ENDS if parse else _TEXT)
+        Finding(f"{token} inside a text", count, first, _ENDS if parse else _SPLIT if token == END_OF_TEXT else _TEXT)
         for token, (count, first) in sorted(found.items())
         if not parse or token in ends
     ]
 
 
 _TEXT = "it is read as plain text, not as the token; to read the token set data.special_tokens: parse, else remove it"
+_SPLIT = "it is read as plain text there; split the documents at it (split_on: endoftext) or remove it"
 _ENDS = "it is read as the token that begins or ends a text (data.special_tokens: parse); remove it unless it should be"
