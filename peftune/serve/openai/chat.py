@@ -24,8 +24,8 @@ async def create_chat_completion(http: Request) -> ASGIApp:
     service = service_of(http)
     body = await read_body(http, ChatCompletionRequest)
     candidates = _chat_adapters(service, body.model)
-    parse = parses_special(service.bank, candidates, None)
-    prompts = await encode_prompts(service.bank, [render_chat([m.model_dump() for m in body.messages])], parse)
+    texts = [render_chat([m.model_dump() for m in body.messages])]
+    prompts = await encode_prompts(service.bank, texts, parses_special(service.bank, candidates, texts))
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     response = PendingResponse(
         http, body, prompts, _format(body), body.most_tokens, logprobs=logprobs, stop=STOPS, candidates=candidates

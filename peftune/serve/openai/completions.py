@@ -29,8 +29,8 @@ async def create_completion(http: Request) -> ASGIApp:
         found = f"{len(body.prompt)} prompts with n {body.n}"
         raise ApiError(400, f"{found} are more than the {limit} texts that one request may ask for", "prompt")
     names = service.bank.names if body.model == AUTO else [service.adapter_named(body.model)]
-    parse = parses_special(service.bank, names, body.split_special_tokens)
-    prompts = await encode_prompts(service.bank, body.prompt, parse)
+    parse = parses_special(service.bank, names, body.prompt, body.split_special_tokens)
+    prompts = await encode_prompts(service.bank, body.prompt, parse, body.split_special_tokens is False)
     response = PendingResponse(
         http, body, prompts, _format(body), body.max_tokens, _MAX_TOKENS, body.logprobs, body.echo,
         warnings=() if parse else special_tokens_in(service.bank, body.prompt),

@@ -24,23 +24,31 @@ class Prompt:
     input_ids: tuple[int, ...]
 
 
-async def encode_prompts(bank: AdapterBank, given: Sequence[str | list[int]], parse: bool = False) -> list[Prompt]:
+async def encode_prompts(
+    bank: AdapterBank, given: Sequence[str | list[int]], parse: bool = False, own_context: bool = False
+) -> list[Prompt]:
     """Every prompt encoded, in a thread: long texts take a while. ApiError 400 for ids that the model does not know.
 
-    `<|endoftext|>` and other special tokens in a text are text; with `parse` they are tokens.
+    `<|endoftext|>` and other special tokens in a text are text; with `parse` they are tokens, and with
+    `own_context` one that begins texts is the context token where a prompt begins with it.
     """
-    return await asyncio.to_thread(lambda: [_encode(bank, prompt, parse) for prompt in given])
+    return await asyncio.to_thread(lambda: [_encode(bank, prompt, parse, own_context) for prompt in given])
 
 
-def parses_special(bank: AdapterBank, names: Sequence[str | None], split_special_tokens: bool | None) -> bool:
-    """Whether special tokens in a prompt are tokens: as the request says, else as the models it may go to say.
+def parses_special(
+    bank: AdapterBank,
+    names: Sequence[str | None],
+    given: Sequence[str | list[int]],
+    split_special_tokens: bool | None = None,
+) -> bool:
+    """Whether special tokens in prompts are tokens: as the request says, else as the models it may go to say.
 
-    ApiError 400 where these differ: the prompt would have to be read before one is chosen.
+    ApiError 400 where these differ and a prompt has one: it is read before a model is chosen.
     """
     if split_special_tokens is not None:
         return not split_special_tokens
     ways = {bank.parses(name) for name in names}
-    if len(ways) > 1:
+    if len(ways) > 1 and special_tokens_in(bank, given):
         reason = "the adapters here were trained with different data.special_tokens; say how to read the prompt"
         raise ApiError(400, f"{reason}: split_special_tokens true or false", "split_special_tokens")
     return ways == {True}
@@ -78,7 +86,7 @@ def text_ids(bank: AdapterBank, text: str, parse: bool) -> list[int]:
     return encode_texts([text], bank.tokenizer, parse)[0]
 
 
-def _encode(bank: AdapterBank, given: str | list[int], parse: bool) -> Prompt:
+def _encode(bank: AdapterBank, given: str | list[int], parse: bool, own_context: bool) -> Prompt:
     n_positions, vocab_size = bank.config.n_positions, bank.config.vocab_size
     if isinstance(given, str):
         size = len(given.encode())
@@ -91,7 +99,7 @@ def _encode(bank: AdapterBank, given: str | list[int], parse: bool) -> Prompt:
         ids = given
     check_ids(ids, vocab_size, "prompt")
     text = given if isinstance(given, str) else decode_plain(bank.tokenizer, ids)
-    own = isinstance(given, list) or parse
+    own = isinstance(given, list) or own_context
     context = () if own and ids[:1] == [bank.begin] else (bank.begin,)
     return Prompt(text, tuple(ids), (*context, *ids))
 

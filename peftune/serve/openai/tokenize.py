@@ -19,7 +19,7 @@ async def tokenize(http: Request) -> Response:
     """The ids of a prompt or a conversation, without the context token, as `usage` counts them."""
     service = service_of(http)
     body = await read_body(http, TokenizeRequest)
-    parse = parses_special(service.bank, [service.adapter_named(body.model)], body.split_special_tokens)
+    parse = parses_special(service.bank, [service.adapter_named(body.model)], [], body.split_special_tokens)
     text = body.prompt
     if text is None:
         text = render_chat([message.model_dump() for message in body.messages], body.add_generation_prompt)
