@@ -15,6 +15,7 @@ from peftune.data.batches import Blocks
 from peftune.data.lint import Finding, lint
 from peftune.data.packing import Packing
 from peftune.data.sources.read import read_documents
+from peftune.data.tokens.round_trip import lossy
 from peftune.data.tokens.special_text import findings as special_findings
 from peftune.data.tokens.store import TokenStore, prepare
 
@@ -40,6 +41,8 @@ def summarize(
     findings = lint(chain.from_iterable(read_documents(source, split_on) for source in sources))
     special = special_findings(store.special_tokens, tokenizer, special_tokens == "parse")
     findings = special + [finding for finding in findings if finding.what not in {one.what for one in special}]
+    every = chain.from_iterable(read_documents(source, split_on) for source in sources)
+    findings += lossy(every, tokenizer, special_tokens == "parse")
     if len(store) < _FEW:
         advice = "a fraction for validation is coarse; if documents were joined, choose split_on"
         findings.append(Finding("very few documents", len(store), sources[0].path, advice))

@@ -73,7 +73,7 @@ def load_tokenizer(directory: Path, config: GPT2Config) -> PreTrainedTokenizerFa
             "set eos_token in tokenizer_config.json"
         )
     _check_vocabulary(tokenizer, config.vocab_size, directory)
-    return tokenizer
+    return tokenizer  # type: ignore[no-any-return]
 
 
 def _from_files(directory: Path, config: GPT2Config, state: dict[str, Any]) -> Any:
