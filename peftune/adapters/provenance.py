@@ -73,6 +73,12 @@ def recorded_dict(provenance: Any, key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def parses_special_tokens(provenance: Any) -> bool:
+    """Whether special tokens that a text spells out were tokens in training; prompts are read the same."""
+    said = recorded(provenance, "special_tokens") or recorded(provenance, "recipe", "data", "special_tokens")
+    return bool(said == "parse")
+
+
 def recorded_base(config: Mapping[str, Any], provenance: Mapping[str, Any] | None) -> str | None:
     """The name of the base that an adapter's two files record, or None."""
     name = (provenance or {}).get("base") or config.get("base_model_name_or_path")

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from peftune.adapters.base_of import base_of
+from peftune.adapters.provenance import parses_special_tokens, read_provenance
 from peftune.cli.options import save_json
 from peftune.cli.output.text_output import CONTINUATION, HEADER, PROMPT, TextPrinter
 from peftune.console import Console
@@ -44,7 +45,9 @@ def generate_texts(
     name = choose_adapter(adapters, use)
     found = open_base(base or base_of(*([adapters[name]] if name else adapters.values())))
     generator = text_generator(found, adapters[name] if name else None, settings, precision)
-    _warn_of_cut_prompts(texts, found)
+    chosen = adapters[name] if name else None
+    parse = parses_special_tokens(read_provenance(chosen)) if chosen else found.parses_special_tokens
+    _warn_of_cut_prompts(texts, found, parse)
     printer = TextPrinter(outlives_pipe=json_path is not None)
     with suppress(BrokenPipeError):  # nobody reads any more: done
         generations = [_one(generator, texts[0], printer)] if len(texts) == 1 else _several(generator, texts, printer)
@@ -66,10 +69,10 @@ def choose_adapter(adapters: Mapping[str, Path], use: str | None) -> str | None:
     return None if name == "base" else name
 
 
-def _warn_of_cut_prompts(prompts: list[str], base: Base) -> None:
+def _warn_of_cut_prompts(prompts: list[str], base: Base, parse: bool) -> None:
     positions = base.config.n_positions
     for number, prompt in enumerate(prompts, 1):
-        ids = context_ids(base.tokenizer, prompt)
+        ids = context_ids(base.tokenizer, prompt, parse)
         if (kept := len(slide(ids, positions))) < len(ids):
             has = f"{len(ids)} tokens, the model has {positions} positions"
             Console().say(f"prompt {number}: {has}: it reads the last {kept}")

@@ -39,6 +39,7 @@ Columns = Annotated[list[str] | None, typer.Option("--column", metavar="KEY=COLU
 SplitOn = Annotated[
     Literal["auto", "blank-line", "endoftext", "file", "line"], typer.Option(help="How a txt file becomes documents.")
 ]
+SpecialTokens = Annotated[Literal["parse", "text"], typer.Option(help="How a token that a text spells out is read.")]
 BlockSize = Annotated[int | None, typer.Option(min=8, help="Tokens per block. Default: the base's context.")]
 
 
@@ -62,6 +63,7 @@ def data(
     base: Annotated[str, typer.Option(help=f"Whose tokenizer counts. {BASE_HELP}")] = "builtin:small",
     column: Columns = None,
     split_on: SplitOn = "auto",
+    special_tokens: SpecialTokens = "text",
     block_size: BlockSize = None,
     json_path: Json = None,
 ) -> None:
@@ -73,7 +75,9 @@ def data(
     from peftune.cli.output.data import run
     from peftune.model.base import open_base
 
-    run([source_of(path, columns) for path in sources], open_base(base), block_size, split_on, json_path)
+    run(
+        [source_of(path, columns) for path in sources], open_base(base), block_size, split_on, json_path, special_tokens
+    )
 
 
 @app.command()

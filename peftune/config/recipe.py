@@ -107,6 +107,9 @@ class DataSection(Section):
     """Lay several documents in one row; `false` gives each a row of its own, sorted by length. Same result."""
     join: Literal[" ", ""] = " "
     """Put between prompt and completion where neither has white space at the seam."""
+    special_tokens: Literal["parse", "text"] = "text"
+    """How `<|title|>` and other special tokens of the base's tokenizer are read where a text spells them out: as the
+    `text` that it is, or as the token (`parse`), in training and in the prompts of the adapter that comes out."""
     split_on: Literal["auto", "blank-line", "endoftext", "file", "line"] = "auto"
     """How a txt file becomes documents; `auto`: at `<|endoftext|>` if the file has one, else at two or more blank lines
     if at least one gap in 20 is that wide, else at every blank line."""

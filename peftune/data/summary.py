@@ -15,6 +15,8 @@ from peftune.data.batches import Blocks
 from peftune.data.lint import Finding, lint
 from peftune.data.packing import Packing
 from peftune.data.sources.read import read_documents
+from peftune.data.tokens.round_trip import lossy
+from peftune.data.tokens.special_text import findings as special_findings
 from peftune.data.tokens.store import TokenStore, prepare
 
 if TYPE_CHECKING:
@@ -31,11 +33,16 @@ def summarize(
     join: str = " ",
     split_on: str = "auto",
     cache: Path | None = None,
+    special_tokens: str = "text",
 ) -> dict[str, Any]:
     """The summary as plain values; token counts include both `<|endoftext|>`, bytes are of the scored text."""
-    store = prepare(sources, tokenizer, tokenizer_fingerprint, join, split_on, cache)
+    store = prepare(sources, tokenizer, tokenizer_fingerprint, join, split_on, cache, special_tokens)
     packing = Blocks.of(store, np.arange(len(store)), block_size).packing
     findings = lint(chain.from_iterable(read_documents(source, split_on) for source in sources))
+    special = special_findings(store.special_tokens, tokenizer, special_tokens == "parse")
+    findings = special + [finding for finding in findings if finding.what not in {one.what for one in special}]
+    every = chain.from_iterable(read_documents(source, split_on) for source in sources)
+    findings += lossy(every, tokenizer, special_tokens == "parse")
     if len(store) < _FEW:
         advice = "a fraction for validation is coarse; if documents were joined, choose split_on"
         findings.append(Finding("very few documents", len(store), sources[0].path, advice))

@@ -22,8 +22,8 @@ import torch
 from peftune.adapters.directory import check_fits
 from peftune.adapters.fold import MergedTensors
 from peftune.adapters.layout import AdapterLayout, refuse_biased_head
-from peftune.adapters.provenance import check_base
-from peftune.data.tokens.encode import end_of_text_id
+from peftune.adapters.provenance import check_base, parses_special_tokens
+from peftune.data.tokens.encode import begin_of_text_id, end_of_text_id
 from peftune.errors import CheckFailed, UserError
 from peftune.inference.engine import Engine
 from peftune.inference.request import Generation, OnText, Request, RequestOutput, context_ids
@@ -50,6 +50,11 @@ class LoadedAdapter:
     variant: ModelVariant
 
     @property
+    def parses_special_tokens(self) -> bool:
+        """Whether special tokens that a prompt spells out are tokens, as in its training."""
+        return parses_special_tokens(self.provenance)
+
+    @property
     def is_chat(self) -> bool:
         """Whether it was trained on conversations, as far as its provenance says.
 
@@ -68,15 +73,16 @@ class LoadedAdapter:
 class AdapterBank:
     """A GPT-2 base, loaded once, and its adapters by name.
 
-    `base` is a hub name, a directory or builtin:small, or a `Base`; `precision` fp32, bf16 or fp16; `end` is the id of
-    `<|endoftext|>`. Methods may be called from several threads; an adapter that is removed while texts are generated
-    with it stays in memory until they end. Raises UserError for a base that cannot be used.
+    `base` is a hub name, a directory or builtin:small, or a `Base`; `precision` fp32, bf16 or fp16; `begin` and `end`
+    are the ids of the tokens that begin and end texts, for GPT-2 both `<|endoftext|>`. Methods may be called from
+    several threads; an adapter that is removed while texts are generated with it stays in memory until they end. Raises
+    UserError for a base that cannot be used.
     """
 
     def __init__(self, base: str | Base, precision: str = "fp32", device: str | None = None) -> None:
         self.base = open_base(base) if isinstance(base, str) else base
         self.config, self.tokenizer = self.base.config, self.base.tokenizer
-        self.end = end_of_text_id(self.tokenizer)
+        self.begin, self.end = begin_of_text_id(self.tokenizer), end_of_text_id(self.tokenizer)
         used = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.spec = ModelSpec(self.config, dtype_of(precision), used)
         self._base_variant = ModelVariant(build(self.spec, self.base.weights.tensor, self.base.weights.tied))
@@ -138,9 +144,13 @@ class AdapterBank:
         """What a row with this adapter computes; None is the base alone."""
         return self._base_variant if name is None else self.get(name).variant
 
-    def encode(self, prompt: str) -> list[int]:
-        """The token ids of a prompt: the context `<|endoftext|>`, then the prompt as plain text."""
-        return context_ids(self.tokenizer, prompt)
+    def parses(self, name: str | None) -> bool:
+        """Whether special tokens that a prompt for this adapter (None: the base) spells out are tokens."""
+        return self.base.parses_special_tokens if name is None else self.get(name).parses_special_tokens
+
+    def encode(self, prompt: str, adapter: str | None = None) -> list[int]:
+        """The token ids of a prompt for an adapter: the context token (begin of text), then the prompt."""
+        return context_ids(self.tokenizer, prompt, self.parses(adapter))
 
     def logits(self, ids: torch.Tensor, adapters: AdapterNames = ()) -> torch.Tensor:
         """Logits (R, T, V), float32, of texts `ids` (R, T) int64."""
@@ -159,9 +169,9 @@ class AdapterBank:
     ) -> list[Generation]:
         """Continue every prompt, up to `slots` at a time in one batch; each gets the text that it would get alone.
 
-        **Context.** As in training, a document begins with `<|endoftext|>`: its id stands before the prompt at position
-        0. The prompt is plain text (`<|endoftext|>` written in it is 13 characters), so it never stands there already;
-        an empty prompt begins a new document.
+        **Context.** As in training, a document begins with `<|endoftext|>`, or with what begins texts of this base: its
+        id stands before the prompt at position 0. The prompt is plain text (`<|endoftext|>` written in it is 13
+        characters) unless the adapter was trained to parse special tokens; an empty prompt begins a new document.
 
         **Sliding window.** Whenever the model would see more than n_positions tokens (context token, prompt and what it
         has generated), it sees only the last n_positions - n_positions // 4 of them: the oldest quarter is dropped,
@@ -184,7 +194,7 @@ class AdapterBank:
 
         handles = []
         for index, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
-            request = Request(tuple(self.encode(prompt)), name, settings, slide=True)
+            request = Request(tuple(self.encode(prompt, name)), name, settings, slide=True)
             handles.append(engine.submit(request, partial(listen, index)))
         while engine.step():
             pass

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 from tokenizers.decoders import DecodeStream
 
 from peftune.inference.settings import FinishReason, GenerationSettings
+from peftune.model.tokenizer_rules import is_byte_level
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+_BEFORE = 8  # tokens of the prompt, more than a character or a word's beginning needs
 
 
 def decode_plain(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
@@ -48,16 +51,22 @@ class Detokenizer:
     """The text of one prompt as it grows: its token `ids`, and `finish_reason` once it has ended.
 
     The texts that are returned join to `decode_plain` of all ids, up to a stop string, without `<|endoftext|>` where it
-    is ignored. Bytes of a character that is not complete yet wait for the tokens that complete it.
+    is ignored. Where a token's text depends on those before it (a space between words), `prompt` is what stands there:
+    the texts continue what it decodes to. Bytes of a character that is not complete yet wait for those that do.
     Raises UserError for settings that name a token which the tokenizer does not have.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, settings: GenerationSettings) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, settings: GenerationSettings, prompt: Sequence[int] = ()
+    ) -> None:
         settings.check_ids(len(tokenizer))
+        begin = tokenizer.bos_token_id
+        before = [] if is_byte_level(tokenizer.backend_tokenizer) else [i for i in prompt if i != begin][-_BEFORE:]
+        self._before, self._length_before = before, len(decode_plain(tokenizer, before))
         self.ids: list[int] = []
         self._shown: list[int] = []
         self.finish_reason: FinishReason | None = None
-        self._tokenizer, self._stream = tokenizer, DecodeStream(skip_special_tokens=False)
+        self._tokenizer, self._stream = tokenizer, DecodeStream(before, skip_special_tokens=False)
         self._decoded = 0  # characters that the stream has given
         self._stops, self._settings = StopFilter(settings.stop), settings
 
@@ -86,6 +95,7 @@ class Detokenizer:
 
         An incomplete character, which the stream keeps back, shows as U+FFFD.
         """
-        text = self._stops.push(decode_plain(self._tokenizer, self._shown)[self._decoded :]) + self._stops.flush()
+        whole = decode_plain(self._tokenizer, [*self._before, *self._shown])
+        text = self._stops.push(whole[self._length_before + self._decoded :]) + self._stops.flush()
         self.finish_reason = "stop" if self._stops.stopped else reason
         return text

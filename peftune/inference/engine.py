@@ -99,7 +99,7 @@ class Engine:
             found = f"{len(ids)} tokens of the prompt and {new} to write"
             raise UserError(f"{found} exceed the model's {self._positions} positions")
         handle = RequestHandle(request, on_output, secrets.randbelow(2**32) if seed is None else seed)
-        output = Detokenizer(self._models.tokenizer, request.settings)
+        output = Detokenizer(self._models.tokenizer, request.settings, request.ids)
         window = slide(ids, self._positions) if request.slide else ids
         row = RunningSequence(handle, variant, output, window, self._chunk)
         with self._changed:

@@ -10,8 +10,8 @@ import torch
 
 from peftune.adapters.attach import load_onto
 from peftune.adapters.base_of import base_of
-from peftune.adapters.provenance import check_base
-from peftune.data.tokens.encode import end_of_text_id
+from peftune.adapters.provenance import check_base, parses_special_tokens, read_provenance
+from peftune.data.tokens.encode import begin_of_text_id, end_of_text_id
 from peftune.errors import CheckFailed, UserError
 from peftune.inference.bank import AdapterBank
 from peftune.inference.detokenize import Detokenizer
@@ -59,11 +59,15 @@ def text_generator(
     base, chosen = open_base(base) if isinstance(base, str) else base, settings or GenerationSettings()
     if chosen.beams > 1:
         model: Model = load_model(base)
+        parse = base.parses_special_tokens
         if adapter is not None:  # in full precision, so that one which changes the base (PiSSA) is rounded once
             check_base(Path(adapter), base)
+            parse = parses_special_tokens(read_provenance(Path(adapter)))
             model = load_onto(model, Path(adapter))
         model.to("cuda" if torch.cuda.is_available() else "cpu", dtype_of(precision))  # type: ignore[arg-type]
-        return lambda prompts, on_text: generate_with_transformers(model, base.tokenizer, prompts, chosen, on_text)
+        return lambda prompts, on_text: generate_with_transformers(
+            model, base.tokenizer, prompts, chosen, on_text, parse
+        )
     bank, name = AdapterBank(base, precision), "adapter" if adapter is not None else None
     if adapter is not None:
         bank.add("adapter", adapter)
@@ -76,17 +80,19 @@ def generate_with_transformers(
     prompts: Sequence[str],
     settings: GenerationSettings,
     on_text: OnText | None = None,
+    parse: bool = False,
 ) -> list[Generation]:
     """Greedy or beam search with a model of Transformers or PEFT, such as one that is being trained.
 
     One prompt after the other, and `on_text` gets a text at once. Beam search has no sliding window, and a repetition
-    penalty counts what is in the window. A model in training mode is put into evaluation mode meanwhile.
-    Raises UserError where prompt and beams do not fit the model, CheckFailed where the logits are not finite.
+    penalty counts what is in the window. With `parse` special tokens in prompts are tokens. A model in training mode is
+    put into evaluation mode meanwhile. Raises UserError where prompt and beams do not fit the model, CheckFailed where
+    the logits are not finite.
     """
     assert settings.sampling_temperature == 0, "sampling is AdapterBank's"
     positions, new = model.config.n_positions, settings.max_new_tokens
     for number, prompt in enumerate(prompts if settings.beams > 1 else (), 1):
-        length = len(context_ids(tokenizer, prompt))
+        length = len(context_ids(tokenizer, prompt, parse))
         if length + new > positions:
             raise UserError(
                 f"prompt {number}: {length} tokens and max_new_tokens {new} exceed the model's {positions} positions, "
@@ -97,7 +103,7 @@ def generate_with_transformers(
     try:
         results = []
         for index, prompt in enumerate(prompts):
-            results.append(_continue(model, tokenizer, prompt, settings))
+            results.append(_continue(model, tokenizer, prompt, settings, parse))
             if on_text is not None and results[-1].text:
                 on_text(index, results[-1].text)
         return results
@@ -106,7 +112,7 @@ def generate_with_transformers(
 
 
 def _continue(
-    model: Model, tokenizer: PreTrainedTokenizerFast, prompt: str, settings: GenerationSettings
+    model: Model, tokenizer: PreTrainedTokenizerFast, prompt: str, settings: GenerationSettings, parse: bool
 ) -> Generation:
     from transformers import GenerationConfig
 
@@ -120,12 +126,13 @@ def _continue(
         early_stopping=False,
         suppress_tokens=list(range(len(tokenizer), model.config.vocab_size)) or None,  # rows without a token
         eos_token_id=end,
-        bos_token_id=end,
+        bos_token_id=begin_of_text_id(tokenizer),
         pad_token_id=end,
         output_logits=True,
         return_dict_in_generate=True,
     )
-    output, text, context = Detokenizer(tokenizer, settings), "", context_ids(tokenizer, prompt)
+    context = context_ids(tokenizer, prompt, parse)
+    output, text = Detokenizer(tokenizer, settings, context), ""
     window = slide(context, positions)
     while output.finish_reason is None:
         room = positions + 1 - len(window)  # the last token is chosen, and needs no position

@@ -14,7 +14,7 @@ import torch
 from peftune.adapters.attach import load_onto
 from peftune.adapters.base_of import base_of
 from peftune.adapters.directory import check_fits
-from peftune.adapters.provenance import check_base
+from peftune.adapters.provenance import check_base, parses_special_tokens, read_provenance
 from peftune.config.recipe import Source
 from peftune.console import Console
 from peftune.data.batches import Blocks
@@ -101,7 +101,8 @@ def evaluate(
     if "base" in folders:
         raise UserError("an adapter cannot be called base: that row is the base itself; name the adapter otherwise")
     base = base if isinstance(base, Base) else open_base(base or base_of(*folders.values()))
-    domains = {name: read_blocks(base, documents, block_size) for name, documents in data.items()}
+    read = special_tokens_of(base, folders)
+    domains = {name: read_blocks(base, documents, block_size, read) for name, documents in data.items()}
     for directory in folders.values():
         check_base(directory, base)
         check_fits(directory, base.config)
@@ -130,7 +131,21 @@ def evaluate(
     return {"domains": facts, "rows": rows}
 
 
-def read_blocks(base: Base, documents: Documents | Blocks, block_size: int | None = None) -> Blocks:
+def special_tokens_of(base: Base, adapters: Mapping[str, Path]) -> str:
+    """How a text's special tokens are read, `parse` or `text`: as the adapters were trained, without any as the base.
+
+    UserError where adapters differ in it: their figures would be of different tokens.
+    """
+    parse = {name: parses_special_tokens(read_provenance(directory)) for name, directory in adapters.items()}
+    if len(set(parse.values())) > 1:
+        names = ", ".join(name for name in parse if parse[name])
+        raise UserError(f"{names}: trained with data.special_tokens: parse, the others not; evaluate them separately")
+    return "parse" if next(iter(parse.values()), base.parses_special_tokens) else "text"
+
+
+def read_blocks(
+    base: Base, documents: Documents | Blocks, block_size: int | None = None, special_tokens: str = "text"
+) -> Blocks:
     """Tokenise and pack a domain for a base; what is packed already stays as it is."""
     if isinstance(documents, Blocks):
         return documents
@@ -139,5 +154,5 @@ def read_blocks(base: Base, documents: Documents | Blocks, block_size: int | Non
         raise UserError(f"block size {block_size}: expected 8 to {positions}, the positions of the base")
     several = [documents] if isinstance(documents, str | Path | Source) else documents
     sources = [one if isinstance(one, Source) else Source(path=str(one)) for one in several]
-    store = prepare(sources, base.tokenizer, base.tokenizer_fingerprint, " ", "auto")
+    store = prepare(sources, base.tokenizer, base.tokenizer_fingerprint, " ", "auto", None, special_tokens)
     return Blocks.of(store, np.arange(len(store)), block_size or positions)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from peftune.data.tokens.encode import encode_texts, end_of_text_id
+from peftune.data.tokens.encode import begin_of_text_id, encode_texts
 from peftune.inference.settings import FinishReason, GenerationSettings
 from peftune.model.decode.batch import ModelVariant
 from peftune.model.decode.build import ModelSpec
@@ -32,9 +32,12 @@ class ModelProvider(Protocol):
         """The base with the adapter `name`, None for the base alone; UserError where none has this name."""
 
 
-def context_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
-    """The token ids of a prompt: the context `<|endoftext|>`, then the prompt as plain text."""
-    return [end_of_text_id(tokenizer), *encode_texts([prompt], tokenizer)[0]]
+def context_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, parse: bool = False) -> list[int]:
+    """The token ids of a prompt: the context token (begin of text), then the prompt.
+
+    Special tokens in it are plain text, or with `parse` the tokens.
+    """
+    return [begin_of_text_id(tokenizer), *encode_texts([prompt], tokenizer, parse)[0]]
 
 
 def slide(ids: list[int], n_positions: int) -> list[int]:
@@ -60,7 +63,7 @@ class TokenLogprob:
 class Request:
     """A prompt to continue.
 
-    `ids`        the prompt's tokens, context `<|endoftext|>` included (`AdapterBank.encode` makes them)
+    `ids`        the prompt's tokens, context token included (`AdapterBank.encode` makes them)
     `adapter`    a name in the bank, None for the base alone
     `settings`   length, sampling, seed and stop strings; `beams` must be 1
     `logprobs`   None, or how many of the likeliest tokens to name beside each token generated

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 MERGE = "merge.json"
 """What a merge writes beside the model: its figures, and the SHA-256 of every file."""
 BUILTIN = {"builtin:small": Path(__file__).with_name("small")}
-_WANTED = ["*.json", "*.safetensors", "*.bin", "merges.txt", "vocab.json"]
+_WANTED = ["*.json", "merges.txt", "vocab.txt", "*.model"]
+_FORMATS = (("model.safetensors", "model-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*.bin"))
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,12 @@ class Base:
     """What it was asked for by: `gpt2`, a directory, `builtin:small`."""
     fresh: bool = False
     """Fingerprints are computed from the bytes on the disk, not remembered: about a second for each GB of weights."""
+
+    @cached_property
+    def parses_special_tokens(self) -> bool:
+        """Whether special tokens in prompts are tokens: so for a merge of an adapter that was trained with them."""
+        merged = read_object_if_present(self.directory / MERGE, f"base {self.directory}: {MERGE}") or {}
+        return bool(merged.get("special_tokens") == "parse")
 
     @cached_property
     def _recorded(self) -> dict[str, str]:
@@ -149,11 +157,24 @@ def _checked(path: Path, name: str) -> Path:
     return path
 
 
+def _weights_on_hub(name: str) -> list[str]:
+    """Patterns of the weights in one format, the safer that the repository has; in any where that is not known."""
+    from huggingface_hub import HfApi
+
+    any_format = [pattern for patterns in _FORMATS for pattern in patterns]
+    try:
+        files = HfApi().list_repo_files(name)
+    except Exception:  # no such repository, no network: the download says it, or finds the copy that is here
+        return any_format
+    held = ([p for p in patterns if any(fnmatch(file, p) for file in files)] for patterns in _FORMATS)
+    return next(filter(None, held), any_format)
+
+
 def _from_hub(name: str) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     try:
-        directory = Path(snapshot_download(name, allow_patterns=_WANTED))
+        directory = Path(snapshot_download(name, allow_patterns=[*_WANTED, *_weights_on_hub(name)]))
     except errors.HFValidationError:
         raise UserError(f"base {name!r}: neither a directory nor a valid hub name") from None
     except errors.RepositoryNotFoundError:

@@ -5,52 +5,88 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftune.errors import UserError, first_line
 from peftune.files import read_object_if_present
 from peftune.model.fingerprint import remembered
-from peftune.model.tokenizer_rules import problem_of
+from peftune.model.tokenizer_rules import cuts_as, is_byte_level, name_ends, problem_of, repair_unknown
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, PreTrainedTokenizerFast
 
+VOCABULARIES = (
+    "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+"""Where a vocabulary stands: one of them is needed."""
 FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "config.json",
+    "added_tokens.json", "config.json", *VOCABULARIES[2:],
 )  # fmt: skip
 """What a tokenizer is read from, as far as a directory has it."""
-_JSON = ("tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_GENERATION = "generation_config.json"  # may name the end of text too
+_JSON = (
+    "tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    _GENERATION,
+)  # fmt: skip
 
 
 def load_tokenizer(directory: Path, config: GPT2Config) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a checkpoint directory, with `<|endoftext|>` as its end token.
+    """The fast tokenizer of a checkpoint directory, with an end token (GPT-2's is `<|endoftext|>`).
 
     Raises UserError where there is none, and where a text could become a token that the embedding has no row for.
     """
-    from transformers import AutoTokenizer
-
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise UserError(f"base {directory}: no tokenizer here (tokenizer.json, or vocab.json and merges.txt)")
-    for name in _JSON:  # before Transformers, which takes them for what it expects
-        state = read_object_if_present(directory / name, f"base {directory}: {name}")
-        if name == "tokenizer.json" and state and (problem := problem_of(state)):
-            raise UserError(f"base {directory}: {name}: {problem}; use another tokenizer")
+    found = [name for name in VOCABULARIES if (directory / name).is_file()]
+    if not found:
+        raise UserError(
+            f"base {directory}: no tokenizer here (tokenizer.json, "
+            "vocab.json and merges.txt, vocab.txt or spiece.model)"
+        )
+    if found[0].endswith(".model") and not all(_is_installed(name) for name in ("sentencepiece", "google.protobuf")):
+        raise UserError(
+            f"base {directory}: {found[0]} is read with sentencepiece; "
+            "install it with: pip install sentencepiece protobuf"
+        )
+    stored = {name: read_object_if_present(directory / name, f"base {directory}: {name}") or {} for name in _JSON}
+    state = stored["tokenizer.json"]  # all are read before Transformers, which takes them for what it expects
+    if problem := problem_of(state):
+        raise UserError(f"base {directory}: tokenizer.json: {problem}; use another tokenizer")
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(directory, config=config)
+        tokenizer = _from_files(directory, config, state)
+        if tokenizer.is_fast:
+            repair_unknown(tokenizer)
+            read = [read_object_if_present(directory / "config.json", f"base {directory}: config.json") or {}]
+            name_ends(tokenizer, [*read, stored[_GENERATION]], config.vocab_size)
     except (
         BaseException
     ) as error:  # whatever a library that is not ours makes of a broken file, a panic of Rust included
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"base {directory}: the tokenizer cannot be read: {first_line(error)}") from None
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+    if not tokenizer.is_fast:
+        raise UserError(f"base {directory}: expected a fast tokenizer, found {type(tokenizer).__name__}")
+    if tokenizer.eos_token_id is None:
         raise UserError(
-            f"base {directory}: expected a fast tokenizer with an end token, found {type(tokenizer).__name__}"
+            f"base {directory}: neither the tokenizer nor config.json names a token that ends a text; "
+            "set eos_token in tokenizer_config.json"
         )
     _check_vocabulary(tokenizer, config.vocab_size, directory)
     return tokenizer  # type: ignore[no-any-return]
+
+
+def _from_files(directory: Path, config: GPT2Config, state: dict[str, Any]) -> Any:
+    """By the class that the directory names; as tokenizer.json stands where that class would cut texts otherwise."""
+    from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
+
+    plain = not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json"))
+    if plain and (directory / "vocab.txt").is_file() and getattr(config, "tokenizer_class", None) is None:
+        return BertTokenizer.from_pretrained(directory)  # the only kind that is kept so
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory, config=config)
+    if state and tokenizer.is_fast and not cuts_as(tokenizer.backend_tokenizer, state):
+        return PreTrainedTokenizerFast.from_pretrained(directory)
+    return tokenizer
 
 
 def fingerprint(load: Callable[[], PreTrainedTokenizerFast], directory: Path, fresh: bool = False) -> str:
@@ -69,15 +105,25 @@ def fingerprint(load: Callable[[], PreTrainedTokenizerFast], directory: Path, fr
             "eos": tokenizer.eos_token_id,
             "add_prefix_space": any(part.get("add_prefix_space", False) for part in splitters),
         }
+        if inner["model"]["type"] != "BPE":  # there, more than merges decides
+            rules = {key: value for key, value in inner["model"].items() if key != "vocab"}
+            scored = inner["model"]["vocab"] if isinstance(inner["model"]["vocab"], list) else None
+            facts["model"] = [rules, scored, inner["normalizer"], splitter]
         return hashlib.sha256(json.dumps(facts, ensure_ascii=True).encode()).hexdigest()
 
-    return remembered("tokenizer", [directory / name for name in FILES], compute, fresh)
+    return remembered("tokenizer", [directory / name for name in (*FILES, _GENERATION)], compute, fresh)
+
+
+def _is_installed(name: str) -> bool:
+    parent = name.rpartition(".")[0]
+    return (not parent or find_spec(parent) is not None) and find_spec(name) is not None
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int, directory: Path) -> None:
     """Every token that a text can become has a row; special ones beyond (a `[PAD]` added later) are never made."""
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    texts = [number for number in tokenizer.get_vocab().values() if number not in added]
+    unknown = None if is_byte_level(tokenizer.backend_tokenizer) else tokenizer.unk_token_id
+    texts = [number for number in tokenizer.get_vocab().values() if number not in added or number == unknown]
     if len(texts) < 2:
         raise UserError(f"base {directory}: the tokenizer knows {len(texts)} tokens; expected its full vocabulary")
     largest = max(*texts, tokenizer.eos_token_id)

@@ -20,8 +20,10 @@ from transformers import GPT2LMHeadModel
 from peftune.config.recipe import Recipe, Source
 from peftune.data.batches import Blocks
 from peftune.data.documents import split_by_digest
+from peftune.data.lint import Finding
 from peftune.data.sampler import total_steps
 from peftune.data.sources.read import holds_chat
+from peftune.data.tokens.special_text import findings
 from peftune.data.tokens.store import TokenStore, prepare
 from peftune.errors import UserError
 from peftune.model import lora, quantized
@@ -41,6 +43,8 @@ class Corpus:
     domains: dict[str, Blocks]
     fingerprints: dict[str, str]
     chat: bool
+    findings: tuple[Finding, ...] = ()
+    """What to know about special tokens in the training text."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,10 @@ def _load_corpus(recipe: Recipe, base: Base, block: int) -> Corpus:
     """Tokenise (or find in the cache) and pack all sources of a recipe."""
 
     def store_of(sources: Sequence[Source]) -> TokenStore:
-        return prepare(sources, base.tokenizer, base.tokenizer_fingerprint, recipe.data.join, recipe.data.split_on)
+        how = recipe.data
+        return prepare(
+            sources, base.tokenizer, base.tokenizer_fingerprint, how.join, how.split_on, None, how.special_tokens
+        )
 
     store = store_of(recipe.data.train)
     chat = all(holds_chat(source, recipe.data.split_on) for source in recipe.data.train)
@@ -123,7 +130,8 @@ def _load_corpus(recipe: Recipe, base: Base, block: int) -> Corpus:
         stores = {name: store_of(sources) for name, sources in named.items()}
         domains = {name: Blocks.of(s, np.arange(len(s)), block) for name, s in stores.items()}
         prints |= {f"validation/{name}": s.fingerprint for name, s in stores.items()}
-    return Corpus(Blocks.of(store, train, block), domains, prints, chat)
+    found = findings(store.special_tokens, base.tokenizer, recipe.data.special_tokens == "parse")
+    return Corpus(Blocks.of(store, train, block), domains, prints, chat, tuple(found))
 
 
 @contextmanager

@@ -160,6 +160,8 @@ def _begin(run: Run, found: Checkpoint | None) -> None:
         if run.metrics.lost:
             run.console.say(run.metrics.lost)
             run.metrics.lost = ""
+    for finding in run.inputs.corpus.findings:
+        run.console.say(f"{finding.what}: {finding.documents:,} documents, first {finding.first}: {finding.advice}")
     run.console.say(
         f"{train.tokens():,} tokens to learn in {len(train):,} blocks of {train.packing.block_size} "
         f"({train.packing.fill():.1%} full), {run.inputs.total_steps} steps of {recipe.batch.global_size} blocks "
@@ -228,8 +230,8 @@ def _evaluate_if_due(run: Run, stop: StopRequest) -> bool:
         for name, blocks in inputs.corpus.domains.items()
     }
     prompts, model = inputs.recipe.run.samples, run.adapted.model
-    tokenizer = inputs.base.tokenizer
-    samples = continue_prompts(prompts, model, tokenizer, run.forward, run.accelerator, stop) if prompts else []
+    parse, tokenizer = inputs.recipe.data.special_tokens == "parse", inputs.base.tokenizer
+    samples = continue_prompts(prompts, model, tokenizer, parse, run.forward, run.accelerator, stop) if prompts else []
     figures = {name: score.figures() | {"tokens": score.tokens} for name, score in scores.items()}
     for domain, measured in figures.items():
         run.metrics.write("eval", step=state.step, domain=domain, **measured)

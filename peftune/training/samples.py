@@ -23,11 +23,15 @@ def continue_prompts(
     prompts: Sequence[str],
     model: PeftModel,
     tokenizer: PreTrainedTokenizerFast,
+    parse: bool,
     forward: ForwardFn,
     accelerator: Accelerator,
     stop: StopRequest,
 ) -> list[Generation]:
-    """Greedy continuations, on the first rank; StopNow, on all ranks, where a signal came to one."""
+    """Greedy continuations, with `parse` of prompts whose special tokens are tokens.
+
+    On the first rank; StopNow, on all ranks, where a signal came to one.
+    """
     made: list[Generation] = []
     if not prompts:
         return made
@@ -35,7 +39,7 @@ def continue_prompts(
         settings = GenerationSettings(max_new_tokens=SAMPLE_TOKENS, temperature=0.0)
         forward.module.eval()
         with suppress(StopNow), stop.at_once(), forward.autocast():
-            made = generate_with_transformers(model, tokenizer, prompts, settings)
+            made = generate_with_transformers(model, tokenizer, prompts, settings, parse=parse)
         forward.module.train()
     (stopped,) = all_reduce_sum(accelerator, float(stop.name is not None))
     if stopped:

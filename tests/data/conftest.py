@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from peftune.data.documents import Document
-from peftune.data.tokens.encode import end_of_text_id, tokenize_batch
+from peftune.data.tokens.encode import begin_of_text_id, end_of_text_id, tokenize_batch
 from peftune.data.tokens.tiktoken_encoder import backends_of
 
 
@@ -61,7 +61,8 @@ def tokenize_documents() -> Callable[[Sequence[Document], PreTrainedTokenizerFas
     """Tokenises documents in one batch and cuts the result into one `Example` per document."""
 
     def tokenize(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast, join: str) -> list[Example]:
-        found = tokenize_batch(documents, backends_of(tokenizer), end_of_text_id(tokenizer), join)
+        begin, end = begin_of_text_id(tokenizer), end_of_text_id(tokenizer)
+        found = tokenize_batch(documents, backends_of(tokenizer), begin, end, join)
         cuts = np.cumsum(found.lengths)[:-1]
         ids, supervised = np.split(found.ids.astype(np.int64), cuts), np.split(found.supervised, cuts)
         return list(map(Example, ids, supervised, found.supervised_bytes.tolist())) if documents else []

@@ -78,6 +78,44 @@ def test_the_builtin_base_a_directory_and_a_hub_name_are_found(tiny_base: Path, 
     assert open_base("someone/tiny").directory.samefile(hub)
 
 
+@pytest.mark.parametrize(
+    ("held", "wanted", "left"),
+    [
+        (["model.safetensors", "pytorch_model.bin", "onnx/model.safetensors"],
+         ["model.safetensors"], ["pytorch_model.bin"]),
+        (["model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin"],
+         ["model-00001-of-00002.safetensors", "model.safetensors.index.json"], ["pytorch_model.bin"]),
+        (["pytorch_model.bin", "training_args.bin", "tf_model.h5"],
+         ["pytorch_model.bin"], ["training_args.bin", "tf_model.h5"]),
+        (["pytorch_model-00001-of-00001.bin", "vocab.txt", "spiece.model"],
+         ["pytorch_model-00001-of-00001.bin", "vocab.txt", "spiece.model"], ["rust_model.ot"]),
+        (None, ["model.safetensors", "pytorch_model.bin"], []),
+    ],
+)  # fmt: skip
+def test_the_hub_is_asked_for_one_weight_format(
+    hub: Path, monkeypatch: pytest.MonkeyPatch, held: list[str] | None, wanted: list[str], left: list[str]
+) -> None:
+    """A repository whose files cannot be listed (no network) is asked for any; the copy that is here is found."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked: list[str] = []
+
+    def snapshot(name: str, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(hub)
+
+    def listing(api: object, name: str) -> list[str]:
+        if held is None:
+            raise ConnectionError("no network")
+        return held
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", listing)
+    assert open_base("someone/tiny").directory == hub
+    assert list(filter_repo_objects([*wanted, *left], allow_patterns=asked)) == wanted
+
+
 def test_a_base_from_the_hub_loads_and_computes_the_same(tiny_base: Path, hub: Path) -> None:
     found = open_base("someone/tiny").directory
     assert same_model(found, tiny_base)

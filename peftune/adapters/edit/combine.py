@@ -20,6 +20,7 @@ from peftune.adapters.directory import Adapter, check_free, read_adapter
 from peftune.adapters.edit.computed_adapter import write_computed_adapter
 from peftune.adapters.layout import AdapterLayout, model_order
 from peftune.adapters.low_rank import LowRankDelta, added, best_of_rank, delta_of, distance, norm
+from peftune.adapters.provenance import parses_special_tokens
 from peftune.errors import UserError
 from peftune.model.base import open_base
 from peftune.model.weights import Weights
@@ -99,7 +100,9 @@ def combine(
         {"adapter": str(adapter.directory), "weight": weight, "fingerprint": adapter.fingerprint}
         for adapter, weight in zip(adapters, weights, strict=True)
     ]
-    source = {"combined": {"adapters": sources, "rank": rank, "relative_error": result.relative_error}}
+    source: dict[str, Any] = {"combined": {"adapters": sources, "rank": rank, "relative_error": result.relative_error}}
+    if any(parses_special_tokens(adapter.provenance) for adapter in adapters):  # the others saw none
+        source["special_tokens"] = "parse"
     write_computed_adapter(out, identity, config, stored, source, _card(result))
     return result
 

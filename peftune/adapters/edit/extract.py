@@ -142,6 +142,8 @@ def extract(base: str, tuned: str, rank: int, out: Path, targets: str = "all") -
     )  # fmt: skip
     source = {key: getattr(result, key) for key in ("tuned", "rank", "relative_error", "held")}
     source = {"extracted": source | {"tuned_fingerprint": after.fingerprint}}
+    if after.parses_special_tokens:
+        source["special_tokens"] = "parse"
     write_computed_adapter(out, identity, before.config, updates, source, _card(result))
     return result
 

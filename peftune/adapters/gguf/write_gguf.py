@@ -15,7 +15,7 @@ from peftune.adapters.gguf.vocabulary import gguf_vocabulary
 from peftune.adapters.layout import layout_of
 from peftune.adapters.provenance import check_base
 from peftune.console import Console
-from peftune.data.tokens.encode import end_of_text_id
+from peftune.data.tokens.encode import begin_of_text_id, end_of_text_id
 from peftune.errors import CheckFailed, UserError
 from peftune.files import publish, staging_directory
 from peftune.model.base import Base
@@ -85,10 +85,9 @@ def _write_model(path: Path, base: Base, tensors: list[GgufTensor], kind: str, d
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.kinds)
     writer.add_token_merges(vocabulary.merges)
-    end = end_of_text_id(base.tokenizer)
-    writer.add_bos_token_id(end)
-    writer.add_eos_token_id(end)
-    writer.add_add_bos_token(True)  # a text is continued as training saw it: behind an end of text
+    writer.add_bos_token_id(begin_of_text_id(base.tokenizer))
+    writer.add_eos_token_id(end_of_text_id(base.tokenizer))
+    writer.add_add_bos_token(True)  # a text is continued as training saw it: behind the begin of text
     _write(writer, path, tensors, kind, done)
 
 

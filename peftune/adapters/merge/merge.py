@@ -23,20 +23,21 @@ from peftune.adapters.layout import layout_of, refuse_biased_head
 from peftune.adapters.merge.report import MergeReport
 from peftune.adapters.merge.shards import write_weights
 from peftune.adapters.merge.verify import base_quantization, verify_merge
-from peftune.adapters.provenance import check_base
+from peftune.adapters.provenance import check_base, parses_special_tokens
 from peftune.console import Console
 from peftune.data.sources.builtin import documents
-from peftune.data.tokens.encode import encode_texts, end_of_text_id
+from peftune.data.tokens.encode import begin_of_text_id, encode_texts
 from peftune.errors import CheckFailed, UserError
 from peftune.files import hashes_of, publish, staging_directory, write_json
 from peftune.model.base import MERGE, Base, open_base
+from peftune.model.tokenizer import VOCABULARIES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 5_000_000_000
 _COPIED_VALUES = 1_000_000  # read and written at a time of tensors that are not adapted
 _TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja",
+    "tokenizer_config.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    *VOCABULARIES,
 )  # fmt: skip
 _GENERATION = "generation_config.json"
 _SEQUENCES, _LENGTH = 8, 64
@@ -89,7 +90,7 @@ def merge(
             report = MergeReport(
                 len(layout.modules()), len(layout.modules()), dtype, found.fingerprint, read.fingerprint, found.name,
                 merged.tied, layout.vocabulary, trained_on=base_quantization(read), left_out=found.weights.left_out,
-                **figures,
+                special_tokens="parse" if parses_special_tokens(read.provenance) else "text", **figures,
             )  # fmt: skip
             hashes = hashes_of(staging, [path.name for path in staging.iterdir()])  # `model.base` checks them
             write_json(staging / MERGE, {**vars(report), "sha256": hashes})
@@ -120,7 +121,7 @@ def _tokenizer_directory(base: Base, adapter: Adapter, vocabulary: int) -> Path:
     if vocabulary == base.config.vocab_size:
         return base.directory
     own = adapter.directory
-    if not any((own / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+    if not any((own / name).is_file() for name in VOCABULARIES):
         raise UserError(
             f"adapter {own}: has {vocabulary} tokens, the base has {base.config.vocab_size}, "
             "and the adapter holds no tokenizer; copy the tokenizer that it was trained with into its directory"
@@ -136,7 +137,7 @@ def _sequences(merged: Base, texts: Sequence[str] | None) -> list[torch.Tensor]:
     if not chosen:
         raise UserError("merge: no text to compare logits on; give some, or none at all for the default")
     encoded = encode_texts(chosen[:_SEQUENCES], merged.tokenizer)
-    start, length = end_of_text_id(merged.tokenizer), min(_LENGTH, merged.config.n_positions)
+    start, length = begin_of_text_id(merged.tokenizer), min(_LENGTH, merged.config.n_positions)
     return [torch.tensor([start, *ids][:length]) for ids in encoded]
 
 

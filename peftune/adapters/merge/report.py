@@ -75,6 +75,7 @@ class MergeReport:
 
     `trained_on` is `int8` or `nf4` for an adapter that was trained on a quantised base; the three figures
     `…_to_trained` then compare with the function that was trained, None where that was not measured.
+    `special_tokens` says how they were read where a text spelt them out, `parse` or `text`: so are prompts.
     """
 
     modules_in_adapter: int
@@ -99,6 +100,7 @@ class MergeReport:
     argmax_agreement_to_trained: float | None = None
     left_out: tuple[str, ...] = ()
     """Tensors of the base that belong to heads of other tasks: the merged model is a language model without them."""
+    special_tokens: str = "text"
 
     def quantized_summary(self) -> str:
         """One line on how far the merged model is from the function that was trained on a quantised base."""

@@ -21,13 +21,19 @@ _SPAN_LIMIT = 6  # documents shown of the preview
 
 
 def run(
-    sources: list[Source], base: Base, block_size: int | None, split_on: str = "auto", json_path: Path | None = None
+    sources: list[Source],
+    base: Base,
+    block_size: int | None,
+    split_on: str = "auto",
+    json_path: Path | None = None,
+    special_tokens: str = "text",
 ) -> None:
     """Print the summary on stdout and, if asked for, write it as JSON; blocks are as long as the context by default."""
     from peftune.data.summary import summarize
 
     block_size = block_size or base.config.n_positions
-    summary = summarize(sources, base.tokenizer, base.tokenizer_fingerprint, block_size, split_on=split_on)
+    tokenizer, fingerprint = base.tokenizer, base.tokenizer_fingerprint
+    summary = summarize(sources, tokenizer, fingerprint, block_size, split_on=split_on, special_tokens=special_tokens)
     save_json(json_path, summary)
     render(summary, SafeConsole())
 

@@ -1,8 +1,9 @@
 """From `Document` to `Examples`: which tokens a document becomes, and which of them are scored.
 
-`<|endoftext|>` + ids + `<|endoftext|>`: the first is context only, the last is always scored, so a model learns to
-begin and to stop. Prompt and completion (and the parts of a chat) are tokenised separately and joined as ids.
-Special tokens written out in a text are text: no document can end itself or another.
+Begin of text + ids + end of text, for GPT-2 both `<|endoftext|>`: the first is context only, the last is always scored,
+so a model learns to begin and to stop. Prompt and completion (and the parts of a chat) are tokenised separately and
+joined as ids. Special tokens written out in a text are text: no document can end itself or another. With
+`data.special_tokens: parse` they are the tokens.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ class Examples:
     """Tokenised documents one after another; flat arrays, since a Python value per token costs more than its id.
 
     `ids` (t,) uint32 and `supervised` (t,) bool over all tokens, `lengths` and `supervised_bytes` (n,) int64 over
-    documents. Of each document the first token is the context `<|endoftext|>`, never supervised; the last always is.
+    documents. Of each document the first token is the context (begin of text), never supervised; the last always is.
     `supervised_bytes` is the UTF-8 length of the scored text with the space that `join` put before it, without
-    `<|endoftext|>`. `digests` (n,) uint64 are the first 8 bytes, big-endian, of the SHA-256 of what a reader of each
+    the end of text. `digests` (n,) uint64 are the first 8 bytes, big-endian, of the SHA-256 of what a reader of each
     document would see.
     """
 
@@ -40,8 +41,10 @@ class Examples:
     digests: np.ndarray
 
 
-def tokenize_batch(documents: Sequence[Document], backends: TokenizerBackends, end: int, join: str) -> Examples:
-    """Tokenised documents as flat arrays; `end` begins and ends each."""
+def tokenize_batch(
+    documents: Sequence[Document], backends: TokenizerBackends, begin: int, end: int, join: str
+) -> Examples:
+    """Tokenised documents as flat arrays, each between the tokens `begin` and `end`."""
     parts = [parts_of(document, join) for document in documents]
     texts = [text for document in parts for text, _ in document]
     scored = np.array([scored for document in parts for _, scored in document], dtype=bool)
@@ -52,7 +55,7 @@ def tokenize_batch(documents: Sequence[Document], backends: TokenizerBackends, e
     text = np.ones(int(lengths.sum()), dtype=bool)  # positions of `found`
     text[after - lengths] = text[after - 1] = False
     ids = np.full(len(text), end, dtype=np.uint32)
-    ids[text] = found
+    ids[text], ids[after - lengths] = found, begin
     supervised = np.ones(len(text), dtype=bool)
     supervised[text] = np.repeat(scored, counts)
     supervised[after - lengths] = False
@@ -62,9 +65,9 @@ def tokenize_batch(documents: Sequence[Document], backends: TokenizerBackends, e
     return Examples(ids, supervised, lengths, _sums(in_bytes * scored, last_part), digests)
 
 
-def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """Ids of each text as it stands: nothing added, nothing cut, no special token recognised, no warning on length."""
-    return backends_of(tokenizer).own_ids(texts)
+def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, parse: bool = False) -> list[list[int]]:
+    """Ids of each text as it stands: nothing added, nothing cut, special tokens as `backends_of` reads them."""
+    return backends_of(tokenizer, parse).own_ids(texts)
 
 
 def parts_of(document: Document, join: str) -> list[tuple[str, bool]]:
@@ -77,8 +80,14 @@ def parts_of(document: Document, join: str) -> list[tuple[str, bool]]:
     return [(document.prompt, False), (gap + document.text, True)]
 
 
+def begin_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Id of the token that begins documents and prompts: the end of text where the tokenizer has no other."""
+    begin = tokenizer.bos_token_id
+    return begin if isinstance(begin, int) else end_of_text_id(tokenizer)
+
+
 def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Id of the token that begins and ends documents; UserError for a tokenizer without one."""
+    """Id of the token that ends documents; UserError for a tokenizer without one."""
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
         raise UserError("the tokenizer has no end-of-text token; expected <|endoftext|> as eos_token in its config")

@@ -5,7 +5,7 @@
 | `ids.bin`        | all token ids, document after document, uint16 (uint32 for a vocabulary above 65,536)   |
 | `supervised.bin` | one bit per token, most significant bit first                                           |
 | `documents.bin`  | per document: tokens, scored tokens, scored bytes (int64 each), digest (uint64)         |
-| `meta.json`      | format, key, dtype, counts, blank documents, SHA-256 of each file and of all of this     |
+| `meta.json`      | format, key, dtype, counts, blank documents, special tokens met, all SHA-256             |
 
 Files stay open from the moment they are hashed, so that what is used is what was checked.
 """
@@ -16,7 +16,8 @@ import hashlib
 import json
 import mmap
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ class Entry:
     documents: np.ndarray
     fingerprint: str
     blank: int
+    special: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Documents that spell out each special token, and the first of them."""
 
     def check_unchanged(self) -> None:
         """UserError where a file was written to or cut since it was read: its pages would be others, or none."""
@@ -108,7 +111,8 @@ def read_entry(directory: Path, key: str, vocabulary: int) -> Entry | None:
         and -(-tokens // 8) == len(bits.array)
         and bool((lengths >= 2).all())  # the token that begins a document and the one that ends it
     )
-    return Entry(ids, bits, documents, _fingerprint(dtype, hashes), meta["blank"]) if fits else None
+    special = {token: (count, first) for token, (count, first) in meta.get("special_tokens", {}).items()}
+    return Entry(ids, bits, documents, _fingerprint(dtype, hashes), meta["blank"], special) if fits else None
 
 
 class Writer:
@@ -138,7 +142,7 @@ class Writer:
         self.documents += len(table)
         self.tokens += int(table["tokens"].sum())
 
-    def finish(self, blank: int) -> None:
+    def finish(self, blank: int, special: Mapping[str, tuple[int, str]]) -> None:
         """Write what is left and `meta.json` with the hashes of all files; the directory is then an entry."""
         for name in FILES:
             self._write(name, np.packbits(self.partial_byte).tobytes() if name == "supervised.bin" else b"")
@@ -150,6 +154,7 @@ class Writer:
             "tokens": self.tokens,
             "blank": blank,
             "sha256": {name: digest.hexdigest() for name, digest in self.hashes.items()},
+            **({"special_tokens": dict(special)} if special else {}),
         }
         text = json.dumps(meta | {"sha256_of_meta": _hash_of_meta(meta)}, indent=1) + "\n"
         (self.directory / "meta.json").write_text(text, encoding="utf-8")

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from peftune.data.documents import Document
-from peftune.data.tokens.encode import Examples, end_of_text_id, parts_of, tokenize_batch
+from peftune.data.tokens.encode import Examples, begin_of_text_id, end_of_text_id, parts_of, tokenize_batch
 from peftune.data.tokens.tiktoken_encoder import backends_of
 
 if TYPE_CHECKING:
@@ -20,13 +20,15 @@ _WORTH_A_PROOF = 4_000_000  # characters; to prove tiktoken equal costs GPT-2's 
 _MOST_THREADS = 8  # one thread reads 40 MB/s or so, and no more of them would be busy
 
 
-def tokenized(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, join: str) -> Iterator[Examples]:
+def tokenized(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, join: str, parse: bool = False
+) -> Iterator[Examples]:
     """Batches of tokenised documents, in the order of the documents.
 
     tiktoken replaces the tokenizer's own backend once the corpus is long enough to pay for the proof. Both release
     the GIL.
     """
-    backends, end = backends_of(tokenizer), end_of_text_id(tokenizer)
+    backends, begin, end = backends_of(tokenizer, parse), begin_of_text_id(tokenizer), end_of_text_id(tokenizer)
     characters = 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = min(_MOST_THREADS, cores)
@@ -36,7 +38,7 @@ def tokenized(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast,
             if characters <= _WORTH_A_PROOF < characters + size:
                 backends.choose([text for document in batch for text, _ in parts_of(document, join)])
             characters += size
-            waiting.append(pool.submit(tokenize_batch, batch, backends, end, join))
+            waiting.append(pool.submit(tokenize_batch, batch, backends, begin, end, join))
             if len(waiting) > threads:
                 yield waiting.popleft().result()
         while waiting:

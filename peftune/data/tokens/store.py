@@ -20,9 +20,10 @@ from peftune.config.recipe import Source
 from peftune.console import Console
 from peftune.data.documents import ReadStats
 from peftune.data.sources.read import identity, read_documents, size_of, state_of
-from peftune.data.tokens.encode import end_of_text_id, rules_of
+from peftune.data.tokens.encode import begin_of_text_id, end_of_text_id, rules_of
 from peftune.data.tokens.entry import FORMAT, Entry, Writer, read_entry
 from peftune.data.tokens.pipeline import tokenized
+from peftune.data.tokens.special_text import SpecialTextCounter
 from peftune.errors import CheckFailed, UserError
 from peftune.files import beside, remove, remove_all_leftovers, staging_directory
 
@@ -34,7 +35,8 @@ class TokenStore:
     """Tokenised documents; tokens are memory-mapped, arrays over documents are in reading order.
 
     `lengths`, `supervised_counts`, `supervised_bytes` (n,) int64, `digests` (n,) uint64. `fingerprint` is a SHA-256
-    of the tokens and what is scored, whatever files they came from. `blank` documents were skipped in the sources.
+    of the tokens and what is scored, whatever files they came from. `blank` documents were skipped in the sources;
+    `special_tokens` are those that a text spells out, with how many documents do, and the first.
     """
 
     def __init__(self, entry: Entry) -> None:
@@ -44,6 +46,7 @@ class TokenStore:
         self.digests = np.ascontiguousarray(entry.documents["digest"])
         self.fingerprint = entry.fingerprint
         self.blank = entry.blank
+        self.special_tokens = entry.special
         self._entry = entry
         self._first = np.zeros(len(self.lengths) + 1, dtype=np.int64)
         np.cumsum(self.lengths, out=self._first[1:])
@@ -80,6 +83,7 @@ def prepare(
     join: str,
     split_on: str,
     cache: Path | None = None,
+    special_tokens: str = "text",
 ) -> TokenStore:
     """The tokenised documents of all sources, from the cache if their content was tokenised before.
 
@@ -88,8 +92,11 @@ def prepare(
     """
     vocabulary, before = len(tokenizer), [state_of(source) for source in sources]
     identities = [identity(source) for source in sources]
-    rules = [tokenizer_fingerprint, rules_of(tokenizer), end_of_text_id(tokenizer)]
-    key = hashlib.sha256(json.dumps([FORMAT, rules, join, split_on, identities]).encode()).hexdigest()[:40]
+    begin, end = begin_of_text_id(tokenizer), end_of_text_id(tokenizer)
+    rules = [tokenizer_fingerprint, rules_of(tokenizer), end, *([begin] if begin != end else [])]
+    parse = special_tokens == "parse"
+    decisive = [FORMAT, rules, join, split_on, identities, *(["parse special tokens"] if parse else [])]
+    key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:40]
     try:
         root = cache or cache_directory()
         private_directory(root, "tokens")
@@ -98,16 +105,16 @@ def prepare(
         known = open_store(entry, key, vocabulary)
         if known is not None:
             return known
-        stats = ReadStats()
+        stats, special = ReadStats(), SpecialTextCounter(tokenizer)
         documents = (document for source in sources for document in read_documents(source, split_on, stats))
         with staging_directory(entry) as directory:
             directory.chmod(0o700)
             writer = Writer(directory, key, vocabulary)
             with Console().reading("tokenising", size_of(sources)) as show:
-                for examples in tokenized(documents, tokenizer, join):
+                for examples in tokenized(special.watch(documents), tokenizer, join, parse):
                     writer.append(examples)
                     show(stats.bytes_read(), f"{writer.documents:,} documents, {writer.tokens:,} tokens")
-            writer.finish(stats.blank)
+            writer.finish(stats.blank, special.found)
             for source, state in zip(sources, before, strict=True):
                 if state_of(source) != state:
                     raise UserError(f"{source.path}: was changed while it was read; start again when it is complete")

@@ -24,6 +24,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from peftune.data.tokens.special_text import without_special
 from peftune.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -215,19 +216,26 @@ class TokenizerBackends:
             self.fast, self.reason = None, "its ids differ from those of tiktoken on this corpus"
 
 
-# A copy of each tokenizer's backend with special tokens off, made again when the vocabulary has grown.
-_backends: WeakKeyDictionary[PreTrainedTokenizerFast, TokenizerBackends] = WeakKeyDictionary()
+# Copies of each tokenizer's backend, with special tokens off and on, made again when the vocabulary has grown.
+_backends: WeakKeyDictionary[PreTrainedTokenizerFast, dict[bool, TokenizerBackends]] = WeakKeyDictionary()
 
 
-def backends_of(tokenizer: PreTrainedTokenizerFast) -> TokenizerBackends:
-    """The backends for a tokenizer as it is now: nothing added, nothing cut, no special token recognised."""
-    known = _backends.get(tokenizer)
+def backends_of(tokenizer: PreTrainedTokenizerFast, parse: bool = False) -> TokenizerBackends:
+    """The backends for a tokenizer as it is now: nothing added, nothing cut.
+
+    A special token that a text spells out is text; with `parse` it is the token.
+    """
+    backends = _backends.setdefault(tokenizer, {})
+    known = backends.get(parse)
     if known is None or known.vocabulary != len(tokenizer):
         from tokenizers import Tokenizer
 
-        own = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        own.encode_special_tokens = True
+        backend = tokenizer.backend_tokenizer
+        own = Tokenizer.from_str(backend.to_str() if parse else without_special(backend))
+        own.encode_special_tokens = not parse
         own.no_truncation()
         own.no_padding()
-        known = _backends[tokenizer] = TokenizerBackends(len(tokenizer), own)
+        known = backends[parse] = TokenizerBackends(len(tokenizer), own)
+        if parse:
+            known.tried, known.reason = True, "tiktoken is not used where special tokens are parsed"
     return known

@@ -11,7 +11,7 @@ from peftune.data.sources.chat_template import STOPS, render_chat
 from peftune.serve.openai.body import read_body
 from peftune.serve.openai.chunks import Chunk, TokenEntry
 from peftune.serve.openai.errors import ApiError
-from peftune.serve.openai.prompts import encode_prompts
+from peftune.serve.openai.prompts import encode_prompts, parses_special
 from peftune.serve.openai.respond import PendingResponse, ResponseFormat
 from peftune.serve.openai.schema import ChatCompletionRequest
 from peftune.serve.service import AUTO, Service, service_of
@@ -24,7 +24,8 @@ async def create_chat_completion(http: Request) -> ASGIApp:
     service = service_of(http)
     body = await read_body(http, ChatCompletionRequest)
     candidates = _chat_adapters(service, body.model)
-    prompts = await encode_prompts(service.bank, [render_chat([m.model_dump() for m in body.messages])])
+    texts = [render_chat([m.model_dump() for m in body.messages])]
+    prompts = await encode_prompts(service.bank, texts, parses_special(service.bank, candidates, texts))
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     response = PendingResponse(
         http, body, prompts, _format(body), body.most_tokens, logprobs=logprobs, stop=STOPS, candidates=candidates

@@ -10,10 +10,10 @@ from starlette.types import ASGIApp
 from peftune.serve.openai.body import read_body
 from peftune.serve.openai.chunks import Chunk, ScoredToken
 from peftune.serve.openai.errors import ApiError
-from peftune.serve.openai.prompts import encode_prompts, special_tokens_in
+from peftune.serve.openai.prompts import encode_prompts, parses_special, special_tokens_in
 from peftune.serve.openai.respond import PendingResponse, ResponseFormat
 from peftune.serve.openai.schema import CompletionRequest
-from peftune.serve.service import service_of
+from peftune.serve.service import AUTO, service_of
 
 PATH = "/v1/completions"
 _MAX_TOKENS = 16  # OpenAI's default
@@ -28,10 +28,12 @@ async def create_completion(http: Request) -> ASGIApp:
     if len(body.prompt) * body.n > limit:
         found = f"{len(body.prompt)} prompts with n {body.n}"
         raise ApiError(400, f"{found} are more than the {limit} texts that one request may ask for", "prompt")
-    prompts = await encode_prompts(service.bank, body.prompt, body.split_special_tokens)
+    names = service.bank.names if body.model == AUTO else [service.adapter_named(body.model)]
+    parse = parses_special(service.bank, names, body.prompt, body.split_special_tokens)
+    prompts = await encode_prompts(service.bank, body.prompt, parse, body.split_special_tokens is False)
     response = PendingResponse(
         http, body, prompts, _format(body), body.max_tokens, _MAX_TOKENS, body.logprobs, body.echo,
-        warnings=special_tokens_in(service.bank, body.prompt) if body.split_special_tokens else (),
+        warnings=() if parse else special_tokens_in(service.bank, body.prompt),
     )  # fmt: skip
     return await response.generate()
 

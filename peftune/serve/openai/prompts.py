@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from peftune.data.tokens.encode import encode_texts
+from peftune.data.tokens.special_text import special_texts
 from peftune.inference.bank import AdapterBank
 from peftune.inference.detokenize import decode_plain
 from peftune.serve.openai.errors import ApiError
@@ -24,19 +25,39 @@ class Prompt:
 
 
 async def encode_prompts(
-    bank: AdapterBank, given: Sequence[str | list[int]], split_special_tokens: bool = True
+    bank: AdapterBank, given: Sequence[str | list[int]], parse: bool = False, own_context: bool = False
 ) -> list[Prompt]:
     """Every prompt encoded, in a thread: long texts take a while. ApiError 400 for ids that the model does not know.
 
-    `split_special_tokens` as in Transformers: `<|endoftext|>` in a text is text; false makes it the token.
+    `<|endoftext|>` and other special tokens in a text are text; with `parse` they are tokens, and with
+    `own_context` one that begins texts is the context token where a prompt begins with it.
     """
-    return await asyncio.to_thread(lambda: [_encode(bank, prompt, split_special_tokens) for prompt in given])
+    return await asyncio.to_thread(lambda: [_encode(bank, prompt, parse, own_context) for prompt in given])
+
+
+def parses_special(
+    bank: AdapterBank,
+    names: Sequence[str | None],
+    given: Sequence[str | list[int]],
+    split_special_tokens: bool | None = None,
+) -> bool:
+    """Whether special tokens in prompts are tokens: as the request says, else as the models it may go to say.
+
+    ApiError 400 where these differ and a prompt has one: it is read before a model is chosen.
+    """
+    if split_special_tokens is not None:
+        return not split_special_tokens
+    ways = {bank.parses(name) for name in names}
+    if len(ways) > 1 and special_tokens_in(bank, given):
+        reason = "the adapters here were trained with different data.special_tokens; say how to read the prompt"
+        raise ApiError(400, f"{reason}: split_special_tokens true or false", "split_special_tokens")
+    return ways == {True}
 
 
 def special_tokens_in(bank: AdapterBank, given: Sequence[str | list[int]]) -> list[str]:
     """A line for each special token that a prompt spells out: there it is text, which somebody may not expect."""
     texts = [prompt for prompt in given if isinstance(prompt, str)]
-    found = [token for token in bank.tokenizer.all_special_tokens if any(token in text for text in texts)]
+    found = [token for token in sorted(special_texts(bank.tokenizer)) if any(token in text for text in texts)]
     return [f"{token} in a prompt was read as text; split_special_tokens: false reads the token" for token in found]
 
 
@@ -60,30 +81,26 @@ def check_ids(ids: Sequence[int], vocabulary: int, param: str) -> None:
         raise ApiError(400, f"token id {str(unknown)[:40]}: the model knows ids 0 to {vocabulary - 1}", param)
 
 
-def text_ids(bank: AdapterBank, text: str, split_special_tokens: bool) -> list[int]:
+def text_ids(bank: AdapterBank, text: str, parse: bool) -> list[int]:
     """The ids of a text, without the context token."""
-    if split_special_tokens:
-        return bank.encode(text)[1:]
-    special = dict(zip(bank.tokenizer.all_special_tokens, bank.tokenizer.all_special_ids, strict=True))
-    parts = re.split("(" + "|".join(map(re.escape, special)) + ")", text)
-    return [id for part in parts for id in ([special[part]] if part in special else bank.encode(part)[1:])]
+    return encode_texts([text], bank.tokenizer, parse)[0]
 
 
-def _encode(bank: AdapterBank, given: str | list[int], split_special_tokens: bool) -> Prompt:
+def _encode(bank: AdapterBank, given: str | list[int], parse: bool, own_context: bool) -> Prompt:
     n_positions, vocab_size = bank.config.n_positions, bank.config.vocab_size
     if isinstance(given, str):
         size = len(given.encode())
         if size > n_positions * _MAX_TOKEN_BYTES:  # too long in any case: it is not even encoded
             raise _too_long(n_positions, f"a prompt of {size} bytes has more tokens; shorten it")
-        ids = text_ids(bank, given, split_special_tokens)
+        ids = text_ids(bank, given, parse)
     elif len(given) > n_positions:
         raise _too_long(n_positions, f"the prompt has {len(given)} tokens; shorten it")
     else:
         ids = given
     check_ids(ids, vocab_size, "prompt")
     text = given if isinstance(given, str) else decode_plain(bank.tokenizer, ids)
-    own = isinstance(given, list) or not split_special_tokens
-    context = () if own and ids[:1] == [bank.end] else (bank.end,)
+    own = isinstance(given, list) or own_context
+    context = () if own and ids[:1] == [bank.begin] else (bank.begin,)
     return Prompt(text, tuple(ids), (*context, *ids))
 
 

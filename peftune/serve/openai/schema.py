@@ -135,7 +135,8 @@ class SamplingRequest(NeutralFields):
 class CompletionRequest(SamplingRequest):
     """`/v1/completions`; without a prompt a new document begins.
 
-    `split_special_tokens` (the word of Transformers) false reads `<|endoftext|>` in a text as the token.
+    `split_special_tokens` (the word of Transformers) false reads `<|endoftext|>` in a text as the token, true as text;
+    without it the model's adapter says, by how it was trained.
     """
 
     prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts)] = Field(default_factory=lambda: [""])
@@ -143,7 +144,7 @@ class CompletionRequest(SamplingRequest):
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool = False
     best_of: Annotated[int, Field(ge=1)] | None = None
-    split_special_tokens: bool = True
+    split_special_tokens: bool | None = None
     suffix: Annotated[Any, only("")] = None
     add_special_tokens: Annotated[Any, only(True)] = None
     messages: Annotated[Any, belongs_to("/v1/chat/completions")] = None
@@ -216,7 +217,7 @@ class TokenizeRequest(OpenAIBaseModel):
     model: Annotated[str, Field(min_length=1, max_length=512)] = "base"
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], FailFast(), Field(max_length=_MAX_MESSAGES)] = Field(default_factory=list)
-    split_special_tokens: bool = True
+    split_special_tokens: bool | None = None
     return_token_strs: bool = False
     add_generation_prompt: bool = True
     add_special_tokens: Annotated[Any, only(True, False)] = None  # the context token is never listed

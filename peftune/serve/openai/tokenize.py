@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from peftune.data.sources.chat_template import render_chat
 from peftune.inference.detokenize import decode_plain
 from peftune.serve.openai.body import read_body
-from peftune.serve.openai.prompts import check_ids, text_ids
+from peftune.serve.openai.prompts import check_ids, parses_special, text_ids
 from peftune.serve.openai.schema import DetokenizeRequest, TokenizeRequest
 from peftune.serve.service import service_of
 
@@ -19,11 +19,11 @@ async def tokenize(http: Request) -> Response:
     """The ids of a prompt or a conversation, without the context token, as `usage` counts them."""
     service = service_of(http)
     body = await read_body(http, TokenizeRequest)
-    service.adapter_named(body.model)
+    parse = parses_special(service.bank, [service.adapter_named(body.model)], [], body.split_special_tokens)
     text = body.prompt
     if text is None:
         text = render_chat([message.model_dump() for message in body.messages], body.add_generation_prompt)
-    ids = await asyncio.to_thread(text_ids, service.bank, text, body.split_special_tokens)
+    ids = await asyncio.to_thread(text_ids, service.bank, text, parse)
     texts = [service.token_text.text_of(id) for id in ids] if body.return_token_strs else None
     most = service.bank.config.n_positions
     return JSONResponse({"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": texts})

@@ -1,0 +1,212 @@
+"""GPT-2s with tokenizers of their own: vocab.txt, sentencepiece, begin and end of text apart or only in config.json.
+
+Transformers' own tokenizer is the oracle for ids, decoding prompt and answer together for texts.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, BertTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from peftune.data.tokens.encode import begin_of_text_id, encode_texts, end_of_text_id
+from peftune.errors import UserError
+from peftune.inference.bank import AdapterBank
+from peftune.inference.generate import generate
+from peftune.inference.settings import GenerationSettings
+from peftune.model.base import Base, open_base
+from peftune.model.tokenizer import VOCABULARIES
+
+CHARACTERS = [*"abcdefghijklmnopqrstuvwxyz.,[]你好世界<>/|"]
+WORDPIECE = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *CHARACTERS, *(f"##{c}" for c in CHARACTERS), "the", "##at"]
+TEXTS = ["the cat. 你好 世界", "a cat, sat", "", "x [SEP] y", "the Ω </s> cat<s>"]
+
+
+def bert(directory: Path) -> int:
+    (directory / "vocab.txt").write_text("\n".join(WORDPIECE) + "\n", encoding="utf-8")
+    return len(WORDPIECE)
+
+
+def korean(directory: Path) -> int:
+    """tokenizer.json with cuts that are not GPT-2's, and nothing beside it."""
+    tokens = ["<s>", "</s>", "<unk>", "▁", *CHARACTERS, "▁t", "at"]
+    merges = [("▁", "t"), ("a", "t")]
+    engine = Tokenizer(models.BPE({t: n for n, t in enumerate(tokens)}, merges, unk_token="<unk>"))
+    engine.pre_tokenizer, engine.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    engine.add_special_tokens(["<s>", "</s>", "<unk>"])
+    engine.save(str(directory / "tokenizer.json"))
+    return len(tokens)
+
+
+def unigram(directory: Path) -> int:
+    """As rinna's after conversion: the unknown piece is 0, the end of text 2."""
+    pieces = ["<unk>", "<s>", "</s>", "[PAD]", "▁", *CHARACTERS, "▁the", "▁cat"]
+    engine = Tokenizer(models.Unigram([(p, -float(n > 2) * (3 + n / 50)) for n, p in enumerate(pieces)], unk_id=0))
+    engine.normalizer = normalizers.Replace("  ", " ")
+    engine.pre_tokenizer, engine.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=engine, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="[PAD]"
+    ).save_pretrained(directory)
+    return len(pieces)
+
+
+def russian(directory: Path) -> int:
+    """GPT-2's own kind, with <s> and </s>."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<pad>", "<s>", "</s>", *letters]
+    (directory / "vocab.json").write_text(json.dumps({t: n for n, t in enumerate(tokens)}))
+    (directory / "merges.txt").write_text("#version: 0.2\n")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<s>", "pad_token": "<pad>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", **special}))
+    return len(tokens)
+
+
+KINDS: dict[str, tuple[Callable[[Path], int], dict[str, Any], tuple[str, str]]] = {
+    "BertTokenizer": (bert, {"tokenizer_class": "BertTokenizer", "eos_token_id": 50256}, ("[CLS]", "[SEP]")),
+    "vocab.txt alone": (bert, {}, ("[CLS]", "[SEP]")),
+    "config names them": (bert, {"bos_token_id": 0, "eos_token_id": [4, 3]}, ("[PAD]", "[MASK]")),
+    "tokenizer.json alone": (korean, {"bos_token_id": 0, "eos_token_id": 1}, ("<s>", "</s>")),
+    "end of text alone": (korean, {"bos_token_id": None, "eos_token_id": 1}, ("</s>", "</s>")),
+    "Unigram": (unigram, {}, ("<s>", "</s>")),
+    "<s> and </s>": (russian, {}, ("<s>", "</s>")),
+}
+
+
+def checkpoint(directory: Path, kind: str) -> Base:
+    write, values, _ = KINDS[kind]
+    directory.mkdir(exist_ok=True)
+    config = GPT2Config(vocab_size=write(directory), n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(directory)
+    (directory / "generation_config.json").unlink()
+    stored = json.loads((directory / "config.json").read_text())
+    stored = {key: value for key, value in stored.items() if key not in ("bos_token_id", "eos_token_id")}
+    (directory / "config.json").write_text(json.dumps(stored | values))
+    return open_base(str(directory))
+
+
+def reference(directory: Path) -> Any:
+    if (directory / "vocab.txt").is_file():
+        return BertTokenizer.from_pretrained(directory)
+    if (directory / "vocab.json").is_file():
+        return AutoTokenizer.from_pretrained(directory)
+    return PreTrainedTokenizerFast.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_those_of_transformers_and_documents_have_their_own_ends(kind: str, tmp_path: Path) -> None:
+    base, expected = checkpoint(tmp_path / "base", kind), KINDS[kind][2]
+    begin, end = begin_of_text_id(base.tokenizer), end_of_text_id(base.tokenizer)
+    assert tuple(base.tokenizer.convert_ids_to_tokens([begin, end])) == expected
+    theirs = reference(base.directory)
+    parsed = [theirs(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+    assert encode_texts(TEXTS, base.tokenizer, parse=True) == parsed
+    plain = encode_texts(TEXTS, base.tokenizer)
+    assert plain[:3] == parsed[:3]
+    ends = {begin, end} if kind != "config names them" else {2, 3}
+    assert not ends & {number for ids in plain for number in ids}, "a text makes no token that ends it"
+
+
+@pytest.mark.parametrize("kind", ["BertTokenizer", "tokenizer.json alone", "Unigram", "<s> and </s>"])
+@pytest.mark.parametrize("prompt", ["the cat", ""])
+def test_a_text_continues_what_decoding_prompt_and_answer_together_gives(
+    kind: str, prompt: str, tmp_path: Path
+) -> None:
+    base = checkpoint(tmp_path / "base", kind)
+    settings = GenerationSettings(max_new_tokens=12, temperature=1.0, seed=3, ignore_eos=True)
+    shown: list[str] = []
+    (found,) = generate(prompt, base, settings=settings, on_text=lambda _, text: shown.append(text))
+    ids = encode_texts([prompt], base.tokenizer)[0]
+    answer = [number for number in found.ids if number != end_of_text_id(base.tokenizer)]
+    before, whole = (base.tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in (ids, ids + answer))
+    assert before + found.text == whole and "".join(shown) == found.text
+    assert AdapterBank(base).encode(prompt)[0] == begin_of_text_id(base.tokenizer)
+
+
+def test_a_recipe_on_such_a_base_trains_evaluates_and_merges(tmp_path: Path) -> None:
+    from peftune.adapters.merge.merge import merge
+    from peftune.config.recipe import recipe_from
+    from peftune.training.run import train
+
+    base = checkpoint(tmp_path / "base", "vocab.txt alone")
+    (tmp_path / "t.txt").write_text("你好 世界 the cat\n\na cat, sat.\n" * 3, encoding="utf-8")
+    values = {
+        "base": str(base.directory), "data": {"train": str(tmp_path / "t.txt"), "validation": 0.5},
+        "lora": {"rank": 2}, "optim": {"steps": 1}, "batch": {"global_size": 1},
+        "run": {"out": str(tmp_path / "out"), "precision": "fp32", "samples": ["the"]},
+    }  # fmt: skip
+    train(recipe_from(values, []))
+    merge(tmp_path / "out", tmp_path / "merged")
+    settings = GenerationSettings(max_new_tokens=8, temperature=0.0)
+    (one,), (other,) = (
+        generate("the cat", **chosen, settings=settings)  # type: ignore[arg-type]
+        for chosen in ({"adapter": tmp_path / "out"}, {"base": str(tmp_path / "merged")})
+    )
+    assert one.ids == other.ids and one.text == other.text
+
+
+def test_the_summary_says_what_a_tokenizer_does_not_give_back(tmp_path: Path) -> None:
+    from peftune.config.recipe import Source
+    from peftune.data.summary import summarize
+
+    (tmp_path / "t.txt").write_text("The cat\n\na Ω\n\nthe cat")
+    found = {}
+    for kind in ("vocab.txt alone", "<s> and </s>"):
+        base = checkpoint(tmp_path / kind, kind)
+        summary = summarize([Source(path=str(tmp_path / "t.txt"))], base.tokenizer, kind, 32)
+        found[kind] = [(one["what"][:25], one["documents"]) for one in summary["findings"][:-1]]
+    assert found["vocab.txt alone"] == [("text that the tokenizer h", 1), ("text that its tokens do n", 2)]
+    assert found["<s> and </s>"] == []
+
+
+def test_a_sentencepiece_model_is_read_or_says_what_to_install(tmp_path: Path) -> None:
+    """Its unknown piece is 0 as in rinna's; `T5Tokenizer` takes 2, the end of text, for it."""
+    base = checkpoint(tmp_path / "base", "Unigram")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base.directory / name).unlink()
+    (base.directory / "spiece.model").write_bytes(spiece())
+    (base.directory / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "T5Tokenizer", "bos_token": "<s>", "eos_token": "</s>", "extra_ids": 0})
+    )
+    if not (find_spec("sentencepiece") and find_spec("google")):
+        with pytest.raises(UserError, match="install it with: pip install sentencepiece protobuf"):
+            assert Base(base.directory).tokenizer
+        return
+    import sentencepiece
+
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=spiece())
+    texts = ["the cat", " the  cat", "Ω the", "a </s> b"]
+    assert encode_texts(texts, Base(base.directory).tokenizer) == [theirs.encode(text) for text in texts]
+
+
+def spiece() -> bytes:
+    """A sentencepiece model (protocol buffers): pieces with score and kind, and a trainer of unigrams."""
+    import struct
+
+    def field(number: int, data: bytes) -> bytes:
+        return bytes([number << 3 | 2, len(data)]) + data
+
+    kinds = {"<unk>": 2, "<s>": 3, "</s>": 3}
+    names = ["<unk>", "<s>", "</s>", "▁", *CHARACTERS, "▁the", "▁cat"]
+    pieces = b"".join(
+        field(1, field(1, name.encode()) + b"\x15" + struct.pack("<f", 0.0 if name in kinds else -3 - n / 50)
+              + bytes([3 << 3, kinds.get(name, 1)]))
+        for n, name in enumerate(names)
+    )  # fmt: skip
+    trainer = bytes([3 << 3, 1, 0xC0, 0x02, 0, 0xC8, 0x02, 1, 0xD0, 0x02, 2])  # unigrams; unk, bos and eos: 0, 1 and 2
+    return pieces + field(2, trainer) + field(3, field(1, b"identity"))
+
+
+def test_a_directory_without_any_vocabulary_is_one_line(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", "BertTokenizer")
+    for name in VOCABULARIES:
+        (base.directory / name).unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"no tokenizer here \(tokenizer.json, .*vocab.txt or spiece.model\)"):
+        assert Base(base.directory).tokenizer
+    shutil.rmtree(base.directory)
