@@ -228,7 +228,7 @@ def _evaluate_if_due(run: Run, stop: StopRequest) -> bool:
         for name, blocks in inputs.corpus.domains.items()
     }
     prompts, model = inputs.recipe.run.samples, run.adapted.model
-    samples = continue_prompts(prompts, model, inputs.base.tokenizer, run.forward, run.accelerator, stop)
+    samples = continue_prompts(prompts, model, inputs.tokenizer, run.forward, run.accelerator, stop)
     figures = {name: score.figures() | {"tokens": score.tokens} for name, score in scores.items()}
     for domain, measured in figures.items():
         run.metrics.write("eval", step=state.step, domain=domain, **measured)
