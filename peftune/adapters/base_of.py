@@ -16,6 +16,7 @@ from transformers import GPT2Config
 from peftune.adapters.directory import Adapter, read_config
 from peftune.adapters.layout import AdapterLayout, base_name, layout_of, module_of
 from peftune.adapters.provenance import FINGERPRINTS, check_base, read_provenance, recorded_base
+from peftune.adapters.token_rows import named_tokens
 from peftune.errors import UserError
 from peftune.model.base import Base
 
@@ -31,7 +32,7 @@ _IMPLIED = [  # the tensors whose shape shows a size of the base, by the dimensi
         (r"wte\.lora_embedding_A", 1, "vocab_size"),
         (r"wpe\.weight", 0, "n_positions"),
         (r"wpe\.lora_embedding_A", 1, "n_positions"),
-        (r"(lm_head|wte|wpe)\.weight", 1, "n_embd"),
+        (r"(lm_head|wte|wpe)\.(weight|token_adapter\.trainable_tokens_delta)", 1, "n_embd"),
     )
 ]
 _UNNAMED = "does not say which base it was trained on; pass the base"
@@ -127,5 +128,8 @@ def infer_config(adapters: Sequence[Adapter]) -> GPT2Config:
     if "n_embd" not in found:
         names = " and ".join(sorted({str(adapter.directory) for adapter in adapters}))
         raise UserError(f"adapter {names}: does not tell the width of its base; pass the base")
+    named = [token for adapter in adapters for token in named_tokens(adapter.config)]
+    if "vocab_size" not in found and named:
+        found["vocab_size"] = max(GPT2Config().vocab_size, 1 + max(named)), adapters[0]
     sizes: dict[str, Any] = {what: size for what, (size, _) in found.items()}
     return GPT2Config(n_layer=blocks, n_head=1, **sizes)

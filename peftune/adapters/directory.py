@@ -21,7 +21,7 @@ from transformers import GPT2Config
 
 from peftune.adapters import peft_config
 from peftune.adapters.layout import AdapterLayout, layout_of
-from peftune.adapters.provenance import PROVENANCE, read_provenance, recorded_base, recorded_hashes, sealed
+from peftune.adapters.provenance import PROVENANCE, read_provenance, recorded, recorded_base, recorded_hashes, sealed
 from peftune.adapters.training_output import adapters_inside, which_to_use
 from peftune.errors import CheckFailed, UserError, first_line
 from peftune.files import flush_directory, hashes_of, publish, read_bytes, read_object, staging_directory
@@ -92,6 +92,11 @@ def check_fits(adapter_dir: Path, base: GPT2Config) -> tuple[Adapter, AdapterLay
         raise UserError(
             f"adapter {adapter_dir}: has {layout.vocabulary} tokens, the base has {base.vocab_size}; "
             "fold it in with peftune merge first"
+        )
+    if tokens := recorded(adapter.provenance, "recipe", "data", "new_tokens"):
+        raise UserError(
+            f"adapter {adapter_dir}: has new tokens ({', '.join(map(str, tokens))[:100]}), which the base's tokenizer "
+            "does not know; fold it in with peftune merge first"
         )
     return adapter, layout
 

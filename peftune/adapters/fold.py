@@ -34,7 +34,9 @@ class MergedTensors:
         adapted = {WTE.removesuffix(".weight"), HEAD.removesuffix(".weight")} & set(self.layout.targets)
         first, second = (self.layout.replaced.get(name) for name in (WTE, HEAD))
         same = first is second or (first is not None and second is not None and torch.equal(first, second))
-        return self.weights.tied and not adapted and same
+        rows, of_head = (self.layout.rows.get(name) for name in (WTE, HEAD))
+        same_rows = rows is of_head or (rows is not None and of_head is not None and rows.tensor == of_head.tensor)
+        return self.weights.tied and not adapted and same and same_rows
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of the merged checkpoint, embeddings first, then in the order of the blocks."""
@@ -55,10 +57,12 @@ class MergedTensors:
                 yield values
         self.used |= {f"{module_of(name)}.{part}" for part in self._parts(name)}
         self.used |= {name, HEAD if name == WTE and self.tied else name} & set(self.layout.replaced)
+        self.used |= {self.layout.rows[name].tensor} if name in self.layout.rows else set()
 
     def changed(self) -> set[str]:
         """Names of the merged tensors that the adapter changes; all others are the base's own."""
-        return {name for name in self.shapes() if name in self.layout.replaced or self._parts(name)}
+        names = self.layout.replaced.keys() | self.layout.rows.keys()
+        return {name for name in self.shapes() if name in names or self._parts(name)}
 
     def _parts(self, name: str) -> list[str]:
         """The parts of the adapter that go into this tensor: of a bias there is one, the others change the weight."""
@@ -78,12 +82,24 @@ class MergedTensors:
         return row_chunks(shape)
 
     def _shape(self, name: str) -> tuple[int, ...]:
+        shape, rows = self._unchanged_shape(name), self.layout.rows.get(name)
+        return shape if rows is None else (rows.height(shape[0]), *shape[1:])
+
+    def _unchanged_shape(self, name: str) -> tuple[int, ...]:
+        """Without tokens that single rows add."""
         if name in self.layout.replaced:
             return tuple(self.layout.replaced[name].shape)
         return self.weights.shape(self.weights.stored_name(name))
 
     def _base(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows of the tensor that the adapter starts from: of the adapter's own copy where it brings one."""
+        if (rows := self.layout.rows.get(name)) is not None:
+            height = self._unchanged_shape(name)[0]
+            known = self._stored_rows(name, min(start, height), min(stop, height))
+            return rows.put_into(known, start, stop)
+        return self._stored_rows(name, start, stop)
+
+    def _stored_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         if name in self.layout.replaced:
             return self.layout.replaced[name][start:stop]
         return self.weights.rows(self.weights.stored_name(name), start, stop)

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftune.adapters.module_names import with_full_names
 from peftune.adapters.peft_config import UNDERSTOOD
+from peftune.adapters.token_rows import ROWS_PART, Places, TokenRows, places_in, token_rows, vocabulary_with
 from peftune.errors import UserError
 from peftune.model.weights import HEAD, WTE
 
@@ -29,10 +30,11 @@ Kind = Literal["conv1d", "linear", "embedding"]
 
 _PREFIX = "base_model.model."
 _LORA_PART = re.compile(
-    r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.(weight|bias)|lora_embedding_[AB]|lora_magnitude_vector)"
+    r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.(weight|bias)|lora_embedding_[AB]|lora_magnitude_vector"
+    r"|token_adapter\.trainable_tokens_delta)"
 )
 _PART_OF_SAVED = re.compile(r"\.(modules_to_save|original_module)\.")
-_WRAPPER = re.compile(r"\b(base_layer|original_module|modules_to_save)\.")
+_WRAPPER = re.compile(r"\b(token_adapter\.base_layer|base_layer|original_module|modules_to_save)\.")
 _NOT_PASSED = ("runtime_config", "eva_config", "auto_mapping", "peft_version")
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # these leave the base as it is
 
@@ -56,7 +58,10 @@ class LoraTarget:
 
 @dataclass(frozen=True)
 class AdapterLayout:
-    """An adapter, sorted: adapted modules by name, tensors that replace those of the base, and settings for all."""
+    """An adapter, sorted: adapted modules by name, tensors that replace those of the base, and settings for all.
+
+    `rows` are single rows that replace those of a tensor, by its name.
+    """
 
     targets: dict[str, LoraTarget]
     replaced: dict[str, torch.Tensor]
@@ -64,12 +69,14 @@ class AdapterLayout:
     dora: bool = False
     rslora: bool = False
     lora_bias: bool = False
+    rows: dict[str, TokenRows] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     """PEFT's settings, with full names in place of patterns."""
 
     def tensors(self) -> set[str]:
         """Names of all tensors that the adapter brings, as `module.part`."""
-        return {f"{t.name}.{part}" for t in self.targets.values() for part in t.parts} | set(self.replaced)
+        parts = {f"{t.name}.{part}" for t in self.targets.values() for part in t.parts}
+        return parts | set(self.replaced) | {rows.tensor for rows in self.rows.values()}
 
     def modules(self) -> set[str]:
         """Names of all modules that the adapter changes."""
@@ -132,12 +139,13 @@ def _layout(config: dict[str, Any], stored: dict[str, torch.Tensor], base: GPT2C
     parts: dict[str, dict[str, torch.Tensor]] = {}
     full: dict[str, torch.Tensor] = {}
     for name, tensor in stored.items():
-        if match := _LORA_PART.fullmatch(name):
+        match = _LORA_PART.fullmatch(name)
+        if match and match["part"] != ROWS_PART:
             parts.setdefault(match["module"], {})[match["part"]] = tensor
-        else:
+        elif not match:
             full[base_name(name)] = tensor
-    rows = {tensor.shape[0] for name, tensor in full.items() if name in (WTE, HEAD)}
-    vocabulary = rows.pop() if len(rows) == 1 else int(base.vocab_size)
+    heights = {tensor.shape[0] for name, tensor in full.items() if name in (WTE, HEAD)}
+    vocabulary = heights.pop() if len(heights) == 1 else int(base.vocab_size)
     skeleton = _skeleton_of(config, base, vocabulary)
     _compare_shapes(stored, skeleton, base)
     pissa = config.get("init_lora_weights") == "pissa"
@@ -146,8 +154,11 @@ def _layout(config: dict[str, Any], stored: dict[str, torch.Tensor], base: GPT2C
         for name in sorted(parts)
     }
     _refuse_pissa_outside_blocks(targets, base)
+    rows = token_rows(skeleton.places, stored)
+    vocabulary = vocabulary_with(rows, vocabulary, base.n_positions)
     dora, rslora, bias = (bool(config.get(flag)) for flag in ("use_dora", "use_rslora", "lora_bias"))
-    return AdapterLayout(targets, _replaced(full, config, base), vocabulary, dora, rslora, bias, skeleton.settings)
+    replaced = _replaced(full, config, base)
+    return AdapterLayout(targets, replaced, vocabulary, dora, rslora, bias, rows, skeleton.settings)
 
 
 def _refuse_unknown_settings(config: dict[str, Any]) -> None:
@@ -187,12 +198,13 @@ def _without_copies(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @dataclass(frozen=True)
 class _Skeleton:
     """What PEFT makes of a configuration: names and shapes that it expects in the file, the model's own, and for each
-    adapted module its kind, rank, alpha and scale; the settings with full names in place of patterns."""
+    adapted module its kind, rank, alpha and scale; the settings with full names in place of patterns; single rows."""
 
     expected: dict[str, torch.Size]
     plain: dict[str, torch.Size]
     layers: dict[str, tuple[Kind, int, float, float]]
     settings: dict[str, Any]
+    places: Places
 
 
 def _skeleton_of(config: dict[str, Any], base: GPT2Config, vocabulary: int) -> _Skeleton:
@@ -201,7 +213,7 @@ def _skeleton_of(config: dict[str, Any], base: GPT2Config, vocabulary: int) -> _
     resized = {**base.to_dict(), "vocab_size": vocabulary}
     try:
         return _skeleton(*(json.dumps(values, sort_keys=True, default=str) for values in (known, resized)))
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         cause = " ".join(str(error).split())[:300]
         raise UserError(f"does not fit this base (GPT-2, {base.n_layer} blocks): {cause}") from None
 
@@ -216,11 +228,15 @@ def _skeleton(settings: str, architecture: str) -> _Skeleton:
         lora = LoraConfig(**{**resolved, "init_lora_weights": False, "inference_mode": False})
         model = inject_adapter_in_model(lora, base)
         expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    places = places_in(model)
+    plain = {base_name(name): tensor.shape for name, tensor in model.state_dict().items()}
+    copies = {f"{name}.{ROWS_PART}": expected[f"{source}.{ROWS_PART}"].shape for name, (source, _) in places.items()}
     return _Skeleton(
         {name: tensor.shape for name, tensor in expected.items()},
-        {base_name(name): tensor.shape for name, tensor in model.state_dict().items()},
+        plain | copies,
         {name: _facts(module) for name, module in model.named_modules() if isinstance(module, LoraLayer)},
         resolved,
+        places,
     )
 
 

@@ -25,6 +25,15 @@ def _init(value: Any) -> Any:
     return value
 
 
+def _different(value: list[int]) -> list[int]:
+    if len(set(value)) != len(value):
+        raise ValueError(f"token {next(i for i in value if value.count(i) > 1)} is named twice; expected each once")
+    return value
+
+
+TokenIds = Annotated[
+    list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1_000_000), AfterValidator(_different)
+]
 Pattern = Annotated[str, AfterValidator(check_pattern)]
 Plain = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$", max_length=200)]  # PEFT reads these as patterns too
 PlainNames = Annotated[list[Plain], Field(max_length=100)]
@@ -46,6 +55,7 @@ class PeftLoraSettings(BaseModel):
     layers_pattern: Plain | PlainNames | None = None
     rank_pattern: Annotated[dict[Pattern, PositiveInt], Field(max_length=5_000)] | None = None
     alpha_pattern: Annotated[dict[Pattern, PositiveFloat], Field(max_length=5_000)] | None = None
+    trainable_token_indices: TokenIds | Annotated[dict[Plain, TokenIds], Field(max_length=100)] | None = None
     lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     bias: Literal["none", "all", "lora_only"] = "none"
     init_lora_weights: Init = True

@@ -112,7 +112,7 @@ def import_(
         raise UserError(f"--alpha {alpha:g}: expected a number above 0")
     from peftune.adapters.imported.import_adapter import import_adapter
     from peftune.adapters.imported.loralib import parts_of
-    from peftune.cli.adapter_tables import print_import
+    from peftune.cli.output.adapter_tables import print_import
 
     _show(import_adapter(source, out, base, rank, alpha, parts_of(parts)), print_import, json_path)
 

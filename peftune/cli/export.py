@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from peftune.cli.text_output import echo
+from peftune.cli.output.text_output import echo
 
 Kind = Literal["f32", "f16", "q8_0"]
 

@@ -24,6 +24,7 @@ from pydantic import (
 )  # fmt: skip
 
 from peftune.config.messages import short, validation_messages
+from peftune.config.new_tokens import NewTokens, reasons_against
 from peftune.config.yaml_loader import parse_yaml, read_yaml
 from peftune.errors import UserError
 
@@ -105,6 +106,9 @@ class DataSection(Section):
     """Tokens per block; `auto` is the context length of the base (1,024 for GPT-2)."""
     packing: bool = True
     """Lay several documents in one row; `false` gives each a row of its own, sorted by length. Same result."""
+    new_tokens: NewTokens = []
+    """Texts that become one token each (`<|name|>`, …) and that the base's tokenizer does not know. Their rows of the
+    embedding begin as the mean of all and are trained, no others are; the adapter holds them and the tokenizer."""
     join: Literal[" ", ""] = " "
     """Put between prompt and completion where neither has white space at the seam."""
     special_tokens: Literal["parse", "text"] = "text"
@@ -235,6 +239,9 @@ class Recipe(Section):
         for name in self.lora.modules_to_save if self.quantize else ():
             if name.rpartition(".")[2] in BLOCK_LINEARS:
                 problems.append(f"lora.modules_to_save: {name} cannot be trained, quantize has packed it")
+        if self.data.new_tokens:
+            targets = [] if isinstance(self.lora.targets, str) else self.lora.targets
+            problems += reasons_against([*self.lora.modules_to_save, *targets], self.quantize)
         micro = self.batch.micro_size
         if micro != "auto" and micro > self.batch.global_size:
             problems.append(f"batch: micro_size {micro} is larger than global_size {self.batch.global_size}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from peftune.config.recipe import Recipe
 from peftune.errors import UserError, first_line
 from peftune.model import quantized
 from peftune.model.base import Base
+from peftune.model.tokenizer import with_new_tokens
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -60,7 +62,8 @@ def load_model(
     assert base.weights, "read first: it tells what is missing more clearly than Transformers does"
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its table of mask buffers and copies; what is missing `base.weights` has told
+    # its table of mask buffers and copies; what is missing `base.weights` has told
+    logging.set_verbosity(logging.ERROR)  # type: ignore[no-untyped-call]
     options = {} if quantize is None else quantized.loading_options(quantize, device)
     options["dtype"] = dtype if quantize is None else torch.float32
     try:
@@ -88,7 +91,8 @@ def load_adapted(recipe: Recipe, base: Base, dtype: torch.dtype, device: torch.d
 
     if device.type == "cpu":
         device = torch.device("cpu")  # a rank's is cpu:0, on which int8 weights would be kept twice
-    exact = recipe.lora.variant in ("dora", "pissa") or recipe.lora.modules_to_save
+    new_tokens = recipe.data.new_tokens
+    exact = recipe.lora.variant in ("dora", "pissa") or recipe.lora.modules_to_save or new_tokens
     model = load_model(
         base,
         dtype=torch.float32 if exact or recipe.lora.targets not in ("all", "attention") else dtype,
@@ -96,11 +100,30 @@ def load_adapted(recipe: Recipe, base: Base, dtype: torch.dtype, device: torch.d
         dropout=recipe.run.base_dropout,
         quantize=recipe.quantize,
     )
-    adapted = inject(model, recipe.lora, recipe.run.seed, base.weights.tensor)
+    rows = _add_rows(model, base, new_tokens) if new_tokens else []
+    adapted = inject(model, recipe.lora, recipe.run.seed, base.weights.tensor, rows)
     move_to(adapted.model, device, dtype if only_blocks_are_trained(adapted) else torch.float32)
     if recipe.run.checkpointing:
         recompute_activations(adapted)
     return adapted
+
+
+@torch.no_grad()
+def _add_rows(model: GPT2LMHeadModel, base: Base, new_tokens: Sequence[str]) -> list[int]:
+    """The rows of new tokens, each the mean of the rows of the tokens that the base knows.
+
+    Rows before them that no token has are among them where the base does not have them either.
+    """
+    vocabulary, rows = with_new_tokens(base.tokenizer, new_tokens).get_vocab(), base.config.vocab_size
+    ids = {vocabulary[name] for name in new_tokens}
+    trained = sorted({*ids, *range(rows, max(ids) + 1)})
+    if max(ids) >= rows:
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    known = min(rows, len(base.tokenizer))
+    for name in ("transformer.wte.weight", "lm_head.weight"):  # twice the same where they are tied
+        weight = model.get_parameter(name)
+        weight[trained] = weight[:known].mean(dim=0)
+    return trained
 
 
 def recompute_activations(adapted: Adapted) -> None:

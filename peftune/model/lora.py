@@ -8,7 +8,7 @@ rank on the untouched base.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,14 +42,22 @@ class Adapted:
 
 
 def inject(
-    model: GPT2LMHeadModel, lora: LoraSection, seed: int, original: Callable[[str], torch.Tensor] | None = None
+    model: GPT2LMHeadModel,
+    lora: LoraSection,
+    seed: int,
+    original: Callable[[str], torch.Tensor] | None = None,
+    rows: Sequence[int] = (),
 ) -> Adapted:
     """Put a fresh adapter on the base; initial values follow from `seed` alone, LoftQ's from the base alone.
 
-    `original` reads a tensor of the base as it was before it was quantised; LoftQ needs it. Raises UserError for
+    `original` reads a tensor of the base as it was before it was quantised; LoftQ needs it. Of the
+    embedding (and the head) `rows` are trained. Raises UserError for
     targets, layers or extra modules that the base does not have.
     """
     config = peft_config(model, lora)
+    if rows:
+        embeddings = ("wte",) if model.config.tie_word_embeddings else ("wte", "lm_head")
+        config.trainable_token_indices = {name: list(rows) for name in embeddings}
     torch.manual_seed(seed)
     with quiet_peft():
         adapted = get_peft_model(model, config)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,18 @@ def _from_files(directory: Path, config: GPT2Config, state: dict[str, Any]) -> A
     if state and tokenizer.is_fast and not cuts_as(tokenizer.backend_tokenizer, state):
         return PreTrainedTokenizerFast.from_pretrained(directory)
     return tokenizer
+
+
+def with_new_tokens(tokenizer: PreTrainedTokenizerFast, names: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A copy that makes one token of each of these texts; UserError for one that the tokenizer knows already."""
+    from transformers import AddedToken
+
+    vocabulary = tokenizer.get_vocab()
+    if known := [name for name in names if name in vocabulary]:
+        raise UserError(f"data.new_tokens: {known[0]} is a token of the base already (id {vocabulary[known[0]]:,})")
+    grown = copy.deepcopy(tokenizer)
+    grown.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
+    return grown
 
 
 def fingerprint(load: Callable[[], PreTrainedTokenizerFast], directory: Path, fresh: bool = False) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from peftune.config.recipe import Recipe, Source
 from peftune.data.batches import Blocks
@@ -28,6 +28,7 @@ from peftune.data.tokens.store import TokenStore, prepare
 from peftune.errors import UserError
 from peftune.model import lora, quantized
 from peftune.model.base import Base, open_base
+from peftune.model.tokenizer import with_new_tokens
 from peftune.training.distributed.agreement import flatten, refuse_different_ranks
 from peftune.training.distributed.collectives import broadcast, raise_on_all_ranks
 
@@ -53,6 +54,8 @@ class RunInputs:
 
     recipe: Recipe
     base: Base
+    tokenizer: PreTrainedTokenizerFast
+    """The base's, with the recipe's new tokens."""
     corpus: Corpus
     identity: dict[str, Any]
     total_steps: int
@@ -73,13 +76,13 @@ def read_inputs(recipe: Recipe, fresh: bool = False) -> RunInputs:
         )
     with torch.device("meta"):
         lora.peft_config(GPT2LMHeadModel(base.config), recipe.lora)
-    assert base.tokenizer, "read before the weights, so that its errors come first"
+    tokenizer = with_new_tokens(base.tokenizer, recipe.data.new_tokens)  # before the weights: its errors come first
     fingerprints = {"base": base.fingerprint, "tokenizer": base.tokenizer_fingerprint}
     fingerprints["config"] = base.config_fingerprint
-    corpus = _load_corpus(recipe, base, positions if asked == "auto" else asked)
+    corpus = _load_corpus(recipe, tokenizer, base, positions if asked == "auto" else asked)
     fingerprints |= {f"data {name}": value for name, value in corpus.fingerprints.items()}
     total = total_steps(len(corpus.train), recipe.batch.global_size, recipe.optim.epochs, recipe.optim.steps)
-    return RunInputs(recipe, base, corpus, identity_of(recipe, fingerprints), total)
+    return RunInputs(recipe, base, tokenizer, corpus, identity_of(recipe, fingerprints), total)
 
 
 def read_inputs_on_all_ranks(recipe: Recipe, accelerator: Accelerator) -> RunInputs:
@@ -108,14 +111,12 @@ def _what_was_read(inputs: RunInputs) -> dict[str, object]:
     }
 
 
-def _load_corpus(recipe: Recipe, base: Base, block: int) -> Corpus:
+def _load_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, base: Base, block: int) -> Corpus:
     """Tokenise (or find in the cache) and pack all sources of a recipe."""
 
     def store_of(sources: Sequence[Source]) -> TokenStore:
         how = recipe.data
-        return prepare(
-            sources, base.tokenizer, base.tokenizer_fingerprint, how.join, how.split_on, None, how.special_tokens
-        )
+        return prepare(sources, tokenizer, base.tokenizer_fingerprint, how.join, how.split_on, None, how.special_tokens)
 
     store = store_of(recipe.data.train)
     chat = all(holds_chat(source, recipe.data.split_on) for source in recipe.data.train)

@@ -230,7 +230,7 @@ def _evaluate_if_due(run: Run, stop: StopRequest) -> bool:
         for name, blocks in inputs.corpus.domains.items()
     }
     prompts, model = inputs.recipe.run.samples, run.adapted.model
-    parse, tokenizer = inputs.recipe.data.special_tokens == "parse", inputs.base.tokenizer
+    parse, tokenizer = inputs.recipe.data.special_tokens == "parse", inputs.tokenizer
     samples = continue_prompts(prompts, model, tokenizer, parse, run.forward, run.accelerator, stop) if prompts else []
     figures = {name: score.figures() | {"tokens": score.tokens} for name, score in scores.items()}
     for domain, measured in figures.items():

@@ -31,6 +31,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "groups": {"optim": {"lr": 1e-3, "lr_b_ratio": 8.0, "weight_decay": 0.1}, "data": {"packing": False}},
     "parts": {"lora": {"layers": [1], "variant": "rslora"}, "run": {"checkpointing": True}, "optim": {"clip": None}},
 }
+NOT_SHARDED: dict[str, dict[str, Any]] = {
+    "int8": {"quantize": "int8"},
+    "nf4": {"quantize": "nf4"},
+    "rows": {"data": {"new_tokens": ["on a", "<|name|>"]}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +49,9 @@ def trained(values: Make, group: Callable[..., Any], tmp_path_factory: pytest.Te
     for way in WAYS:
         (folder / f"census-{way}").mkdir()
         special = [values(folder / f"{way}-{name}", **sections) for name, sections in SPECIAL.items()]
-        quantised = [values(folder / f"{way}-{kind}", quantize=kind) for kind in ("int8", "nf4") if way != "zero3"]
-        jobs = [*special, *quantised, values(folder / way)]
+        names = NOT_SHARDED if way != "zero3" else {}
+        whole = [values(folder / f"{way}-{name}", **sections) for name, sections in names.items()]
+        jobs = [*special, *whole, values(folder / way)]
         groups[way] = group(way, lists=2, PEFTUNE_CENSUS=str(folder / f"census-{way}"))
         groups[way].train(jobs)
     for way in WAYS:
@@ -100,6 +106,12 @@ def test_what_else_a_recipe_asks_for_is_the_same_on_two_ranks(
     trained: Path, way: str, name: str, distance: Distance
 ) -> None:
     assert distance(trained / f"one-{name}", trained / f"{way}-{name}") <= limit(way)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "zero1", "zero2"])
+def test_rows_of_new_tokens_are_the_same_on_two_ranks(trained: Path, way: str, distance: Distance) -> None:
+    assert distance(trained / "one-rows", trained / f"{way}-rows") <= limit(way)
 
 
 @pytest.mark.slow

@@ -129,6 +129,9 @@ def _check_settings(adapter: Adapter) -> None:
         "path_initial_model_for_weight_conversion, or merge it": config.get("init_lora_weights") == "pissa",
         "trained biases too, which no sum of low-rank updates holds; merge it instead": config.get("lora_bias")
         or config.get("bias", "none") != "none",
+        "trained rows of single tokens, which no low-rank update holds; merge it instead": config.get(
+            "trainable_token_indices"
+        ),
         f"trained {saved} in full, which no low-rank update holds; merge it instead": saved,
     }
     for reason, applies in reasons.items():

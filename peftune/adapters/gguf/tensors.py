@@ -103,6 +103,7 @@ def lora_tensors(layout: AdapterLayout, base: Base, where: str) -> Iterator[Gguf
         "an adapted head beside a tied embedding": "lm_head" in layout.targets and base.weights.tied,
         "biases": layout.lora_bias,
         "modules trained in full": bool(layout.replaced),
+        "rows of single tokens": bool(layout.rows),
         "PiSSA's change of the base": any(target.pissa for target in layout.targets.values()),
         "an adapted embedding": any(target.kind == "embedding" for target in layout.targets.values()),
     }

@@ -131,4 +131,8 @@ def _notes(adapters: Pair[Adapter], layouts: Pair[AdapterLayout], recipes: list[
         if layout.replaced:
             names = ", ".join(sorted(layout.replaced))
             notes.append(f"{adapter.directory}: {names} are stored in full and are not compared")
+        notes += [
+            f"{adapter.directory}: {len(rows.indices)} rows of {name} are stored beside B·A and are not compared"
+            for name, rows in layout.rows.items()
+        ]
     return notes

@@ -35,7 +35,7 @@ class ModuleDescription:
 @dataclass(frozen=True)
 class AdapterDescription:
     """What `peftune adapters show` prints; `norms_are` says what the norms are of, `replaced` lists the tensors that
-    the adapter stores in full.
+    the adapter stores in full, `rows` how many single rows of a tensor.
     """
 
     directory: Path
@@ -47,6 +47,7 @@ class AdapterDescription:
     fingerprint: str
     modules: dict[str, ModuleDescription]
     replaced: list[str]
+    rows: dict[str, int]
     norms_are: str
     provenance: dict[str, Any] | None = field(repr=False)
 
@@ -62,7 +63,7 @@ class AdapterDescription:
         return {
             "adapter": str(self.directory), "name": self.name, "base": self.base, "variant": self.variant,
             "parameters": self.parameters, "megabytes": self.megabytes, "fingerprint": self.fingerprint,
-            "whole": self.replaced, "norms_are": self.norms_are, "provenance": self.provenance,
+            "whole": self.replaced, "rows": self.rows, "norms_are": self.norms_are, "provenance": self.provenance,
             "layers": self.layers(), "modules": {name: vars(module) for name, module in self.modules.items()},
         }  # fmt: skip
 
@@ -89,7 +90,8 @@ def describe(directory: Path, base: str | None = None) -> AdapterDescription:
     return AdapterDescription(
         directory, directory.resolve().name, adapter.base, lora_variant(adapter),
         sum(tensor.numel() for tensor in adapter.tensors.values()), size_in_megabytes(adapter),
-        adapter.fingerprint, modules, sorted(layout.replaced), norms_are, adapter.provenance,
+        adapter.fingerprint, modules, sorted(layout.replaced),
+        {name: len(rows.indices) for name, rows in layout.rows.items()}, norms_are, adapter.provenance,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from peftune.adapters.directory import Adapter, check_directory, read_adapter
 from peftune.adapters.inspect.describe import lora_variant, size_in_megabytes
 from peftune.adapters.layout import base_name, block_of, module_of, suffix_in_block
 from peftune.adapters.provenance import recorded, recorded_dict
+from peftune.adapters.token_rows import ROWS_PART
 from peftune.adapters.training_output import remarks
 from peftune.errors import UserError
 from peftune.model.lora import ALL
@@ -117,10 +118,11 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
 
 
 def target_modules(adapter: Adapter) -> list[str]:
-    """What it adapts, by the names within a block, in the model's order; a module trained in full is marked by `=`."""
+    """What it adapts, by the names within a block, in the model's order; a module trained in full is marked by `=`, one
+    of which single rows were by `[]`."""
     found: set[str] = set()
     for name in adapter.tensors:
         module = module_of(base_name(name))
         short = suffix_in_block(module) or block_of(module)
-        found.add(short if "lora_" in name else f"{short}=")
+        found.add(short if "lora_" in name else f"{short}[]" if name.endswith(ROWS_PART) else f"{short}=")
     return sorted(found, key=lambda short: (ALL.index(short) if short in ALL else len(ALL), short))

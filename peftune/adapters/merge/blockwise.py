@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, TrainableTokensConfig, inject_adapter_in_model, set_peft_model_state_dict
 from torch import nn
 from transformers import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from peftune.adapters.fold import MergedTensors
 from peftune.adapters.layout import AdapterLayout, LoraTarget
+from peftune.adapters.token_rows import TokenRows
 from peftune.errors import CheckFailed
 from peftune.model import quantized
 from peftune.model.weights import HEAD, WTE, Weights
@@ -50,6 +51,10 @@ class BlockwiseModel:
         """Embedding vectors (n, width) of sorted row numbers (n,)."""
         replaced, target = self.layout.replaced.get(name), self.layout.targets.get(name.removesuffix(".weight"))
         chunks = self.source.chunks(name) if replaced is None else iter([replaced])
+        if (own := self.layout.rows.get(name)) is not None:
+            found = nn.Embedding.from_pretrained(_gather(chunks, rows))  # type: ignore[no-untyped-call]
+            places = {token: number for number, token in enumerate(rows.tolist())}
+            return self._prepared(_with_rows(found, own, places))(torch.arange(len(rows)))  # type: ignore[no-any-return]
         if target is None:
             table = nn.Embedding.from_pretrained(_gather(chunks, rows))  # type: ignore[no-untyped-call]
             return self._prepared(table).weight  # type: ignore[return-value]
@@ -85,6 +90,10 @@ class BlockwiseModel:
         for (start, stop), weight in zip(self.row_slices, self._head_slices(), strict=True):
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             linear.weight = nn.Parameter(weight.float(), requires_grad=False)
+            own = self.layout.rows.get(HEAD)
+            if own is not None:
+                yield self._prepared(_with_rows(linear, own, {token: token - start for token in range(start, stop)}))
+                continue
             if target is None:
                 yield self._prepared(linear)
                 continue
@@ -113,19 +122,35 @@ class BlockwiseModel:
     def _head_slices(self) -> Iterator[torch.Tensor]:
         name, replaced = WTE if self.source.tied else HEAD, self.layout.replaced.get(HEAD)
         if isinstance(self.source, MergedTensors):
-            return self.source.chunks(name)
+            yield from self.source.chunks(name)
+            return
         rows = self.source.rows if replaced is None else lambda _, start, stop: replaced[start:stop]
-        return (rows(name, start, stop) for start, stop in self.row_slices)
+        height = len(replaced) if replaced is not None else self.source.shape(name)[0]
+        for start, stop in self.row_slices:
+            part = rows(name, min(start, height), min(stop, height))
+            yield nn.functional.pad(part, (0, 0, 0, stop - start - len(part)))  # tokens that are new to the base
 
 
 def _gather(chunks: Iterator[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-    """The given rows (sorted) of a table that comes in consecutive chunks."""
+    """The given rows (sorted) of a table that comes in consecutive chunks; zeros for rows that it does not have."""
     found, start = [], 0
     for chunk in chunks:
         inside = rows[(rows >= start) & (rows < start + len(chunk))]
         found.append(chunk[inside - start].float())
         start += len(chunk)
-    return torch.cat(found)
+    known = torch.cat(found)
+    return nn.functional.pad(known, (0, 0, 0, len(rows) - len(known)))
+
+
+def _with_rows(layer: nn.Module, rows: TokenRows, numbers: dict[int, int]) -> nn.Module:
+    """An embedding or a head with the adapter's rows through PEFT; `numbers` says which row of it a token has."""
+    kept = [(numbers[token], place) for place, token in enumerate(rows.indices.tolist()) if token in numbers]
+    if not kept:
+        return layer
+    inside, places = map(list, zip(*kept, strict=True))
+    config = TrainableTokensConfig(target_modules=["layer"], token_indices=inside, inference_mode=True)
+    state = {"layer.trainable_tokens_delta": rows.values[places].float()}
+    return _loaded(config, nn.ModuleDict({"layer": layer}), state).get_submodule("layer")
 
 
 def _with_peft(module: nn.Module, targets: dict[str, LoraTarget], layout: AdapterLayout) -> nn.Module:
@@ -142,11 +167,19 @@ def _with_peft(module: nn.Module, targets: dict[str, LoraTarget], layout: Adapte
         inference_mode=True,
     )
     state = {f"{name}.{part}": value.float() for name, t in targets.items() for part, value in t.parts.items()}
+    return _loaded(config, module, state)
+
+
+def _loaded(config: PeftConfig, module: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module:
+    """The module with an adapter of this configuration and these values in it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         injected = inject_adapter_in_model(config, module)
         result: Any = set_peft_model_state_dict(injected, state)
-    not_loaded = [*result.unexpected_keys, *(key for key in result.missing_keys if "lora_" in key)]
+    not_loaded = [
+        *result.unexpected_keys,
+        *(key for key in result.missing_keys if "lora_" in key or "tokens_delta" in key),
+    ]
     if not_loaded:
         raise CheckFailed(
             f"verification: PEFT did not take {not_loaded[0]}; please report this with the version of peft"

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from peftune.adapters.base_of import base_of
 from peftune.adapters.directory import Adapter, check_free, read_adapter
 from peftune.adapters.fold import MergedTensors
-from peftune.adapters.layout import layout_of, refuse_biased_head
+from peftune.adapters.layout import AdapterLayout, layout_of, refuse_biased_head
 from peftune.adapters.merge.report import MergeReport
 from peftune.adapters.merge.shards import write_weights
 from peftune.adapters.merge.verify import base_quantization, verify_merge
@@ -108,7 +108,7 @@ def _write_settings(staging: Path, base: Base, adapter: Adapter, merged: MergedT
         "tie_word_embeddings": merged.tied,
     }  # fmt: skip
     write_json(staging / "config.json", dict(sorted(values.items())))
-    tokenizer = _tokenizer_directory(base, adapter, merged.layout.vocabulary)
+    tokenizer = _tokenizer_directory(base, adapter, merged.layout)
     for file in (*(tokenizer / name for name in _TOKENIZER_FILES), base.directory / _GENERATION):
         if file.is_file():
             shutil.copyfile(file, staging / file.name)
@@ -116,12 +116,13 @@ def _write_settings(staging: Path, base: Base, adapter: Adapter, merged: MergedT
         GenerationConfig.from_model_config(base.config).save_pretrained(staging)
 
 
-def _tokenizer_directory(base: Base, adapter: Adapter, vocabulary: int) -> Path:
-    """The base's tokenizer, or the adapter's own where the adapter brings more tokens than the base has."""
-    if vocabulary == base.config.vocab_size:
+def _tokenizer_directory(base: Base, adapter: Adapter, layout: AdapterLayout) -> Path:
+    """The base's tokenizer, or the adapter's own where it has rows for new tokens, or more tokens than the base."""
+    own, vocabulary = adapter.directory, layout.vocabulary
+    has_own = any((own / name).is_file() for name in VOCABULARIES)
+    if vocabulary == base.config.vocab_size and not (layout.rows and has_own):
         return base.directory
-    own = adapter.directory
-    if not any((own / name).is_file() for name in VOCABULARIES):
+    if not has_own:
         raise UserError(
             f"adapter {own}: has {vocabulary} tokens, the base has {base.config.vocab_size}, "
             "and the adapter holds no tokenizer; copy the tokenizer that it was trained with into its directory"

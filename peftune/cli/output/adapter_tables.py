@@ -189,6 +189,8 @@ def print_description(found: AdapterDescription) -> None:
     )
     if found.replaced:
         lines(f"trained or stored whole: {', '.join(found.replaced)}")
+    if found.rows:
+        lines(f"rows of single tokens: {', '.join(f'{count} of {name}' for name, count in found.rows.items())}")
     lines(*_history(found.provenance))
     _print_metrics(recorded_dict(found.provenance, "metrics"))
     _print_norms(found)

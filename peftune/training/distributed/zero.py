@@ -69,6 +69,7 @@ def refuse_for_zero3(recipe: Recipe) -> None:
         f"lora.variant: {lora.variant} (it reads full weights, and a rank has a shard)": lora.variant
         not in ("lora", "rslora"),
         "lora.modules_to_save (modules would be copied from shards)": lora.modules_to_save,
+        "data.new_tokens (their rows would be read from shards)": recipe.data.new_tokens,
         "lora.targets outside the blocks (wte, wpe, lm_head)": outside,
         "run.samples (no rank has the full model to generate with)": recipe.run.samples,
     }

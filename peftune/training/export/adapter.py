@@ -7,6 +7,7 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -127,9 +128,20 @@ def deliver(
 
     provenance = _provenance(inputs, state, delivery, run_facts)
     title = f"{out.name}: {recipe.base} with {recipe.lora.variant}, rank {recipe.lora.rank}"
-    files: dict[str, bytes | str] = {_CARD: _model_card(provenance), _PLOT: draw_loss(events, title)}
+    files: dict[str, bytes | str] = {
+        **_tokenizer_files(inputs), _CARD: _model_card(provenance), _PLOT: draw_loss(events, title)
+    }  # fmt: skip
     write_adapter(out, config, tensors, provenance, files)
     return delivery
+
+
+def _tokenizer_files(inputs: RunInputs) -> dict[str, bytes]:
+    """The tokenizer, where it is not the base's own."""
+    if not inputs.recipe.data.new_tokens:
+        return {}
+    with TemporaryDirectory() as directory:
+        inputs.tokenizer.save_pretrained(directory)
+        return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
 
 
 def _before_and_after(state: State, events: list[dict[str, Any]], step: int) -> dict[str, Figures]:

@@ -231,7 +231,7 @@ def test_more_tokens_than_the_base_need_the_adapters_tokenizer(
     ("settings", "message"),
     [
         ({"target_parameters": ["attn.c_attn.weight"]}, "uses target_parameters"),
-        ({"trainable_token_indices": [1, 2]}, "uses trainable_token_indices"),
+        ({"trainable_token_indices": [1, 2]}, "is named by its configuration, but is not there"),
         ({"something_new": {"a": 1}}, "uses something_new"),
         ({"init_lora_weights": "olora"}, "cannot be repeated exactly"),
         ({"init_lora_weights": "pissa_niter_4"}, "cannot be repeated exactly"),
