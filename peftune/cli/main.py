@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
@@ -250,15 +251,18 @@ def run(arguments: list[str]) -> int:
         return _complain(f"{error.format_message()} See: {verb} --help", UserError.exit_code)
     except typer.Abort:
         return _complain("stopped", _STOPPED)
-    except MemoryError:
-        return _complain("out of memory; free some, or use a machine with more", UserError.exit_code)
     except BrokenPipeError:  # the reader of our output has gone (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+            raise
+        return _complain("out of memory; free some, or use a machine with more", UserError.exit_code)
     return _complain("stopped", code) if code == _STOPPED else code
 
 
 _COLUMN_KEYS = ("text", "prompt", "completion", "messages", "split", "subset")
+_NO_MEMORY = re.compile("(?i)can(no|')t allocate memory|failed to map segment from shared object$|out of memory")
 _STOPPED = 130  # what a shell reports for Ctrl-C
 
 

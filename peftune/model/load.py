@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftune.config.recipe import Recipe
-from peftune.errors import UserError, first_line
+from peftune.errors import CheckFailed, UserError, first_line
 from peftune.model import quantized
 from peftune.model.base import Base
+from peftune.model.weights import NOT_FINITE, all_finite
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -52,6 +53,9 @@ def load_model(
     """
     if quantize is not None:
         quantized.require(quantize)
+        for name in base.weights.names():  # reading checks them; packed, nobody would see it
+            for _ in base.weights.chunks(name):
+                pass
     from safetensors import SafetensorError
     from transformers import GPT2LMHeadModel
     from transformers.utils import logging
@@ -66,6 +70,9 @@ def load_model(
     except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, SafetensorError) as error:
         raise UserError(f"base {base.directory}: the weights cannot be read: {first_line(error)}") from None
     if quantize is None:
+        for name, parameter in model.named_parameters():
+            if not all_finite(parameter.detach()):
+                raise CheckFailed(f"base {base.directory}: as {dtype}, {name} {NOT_FINITE}")
         return model.to(device).eval()  # type: ignore[no-any-return]
     quantized.multiply_unpacked(model)
     model.requires_grad_(False)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzzing import damaged_bytes, damaged_json, damaged_values, deadline, few_examples, read_or_refuse
+from fuzzing import damaged_bytes, damaged_json, damaged_values, deadline, fuzz, read_or_refuse
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -80,8 +80,8 @@ def use(adapter: Path, base: Path) -> None:
         read_or_refuse(lambda: load_onto(load_model(Base(base)), adapter))
 
 
+@fuzz(16)
 @pytest.mark.filterwarnings("ignore")
-@few_examples(40)
 @given(content=damaged_json(SETTINGS))
 def test_any_adapter_config(here: Path, content: bytes) -> None:
     try:
@@ -91,8 +91,8 @@ def test_any_adapter_config(here: Path, content: bytes) -> None:
         put(here / "adapter" / CONFIG, json.dumps(SETTINGS).encode())
 
 
+@fuzz(16)
 @pytest.mark.filterwarnings("ignore")
-@few_examples(40)
 @given(content=damaged_json(PROVENANCE))
 def test_any_peftune_json(here: Path, content: bytes) -> None:
     try:
@@ -120,8 +120,8 @@ HEADER = {
 STORED = with_header(HEADER, bytes(range(60, 64)) * 1024)
 
 
+@fuzz(15)
 @pytest.mark.filterwarnings("ignore")
-@few_examples(30)
 @given(content=damaged_values(HEADER).map(lambda h: with_header(h, bytes(4096))) | damaged_bytes(STORED))
 def test_any_tensors_of_an_adapter(here: Path, content: bytes) -> None:
     whole = (here / "adapter" / TENSORS).read_bytes()
@@ -148,16 +148,16 @@ def fuzz_base(here: Path, name: str, content: bytes) -> None:
         path.unlink() if whole is None else put(path, whole)
 
 
+@fuzz(25)
 @pytest.mark.filterwarnings("ignore")
-@few_examples(50)
 @given(data=st.data())
 def test_any_config_of_a_base(here: Path, data: st.DataObject) -> None:
     valid = json.loads((here / "base" / "config.json").read_text())
     fuzz_base(here, "config.json", data.draw(damaged_json(valid)))
 
 
+@fuzz(16)
 @pytest.mark.filterwarnings("ignore")
-@few_examples(40)
 @given(data=st.data())
 def test_any_weights_of_a_base(here: Path, data: st.DataObject) -> None:
     whole = (here / "base" / "model.safetensors").read_bytes()
@@ -166,8 +166,8 @@ def test_any_weights_of_a_base(here: Path, data: st.DataObject) -> None:
     fuzz_base(here, "model.safetensors", data.draw(header | damaged_bytes(whole[: size + 4096])))
 
 
+@fuzz(15)
 @pytest.mark.filterwarnings("ignore")
-@few_examples(30)
 @given(data=st.data())
 def test_any_index_of_a_base(here: Path, layouts: dict[str, Path], data: st.DataObject) -> None:
     base = layouts["prefixed-shards"]
@@ -180,8 +180,8 @@ def test_any_index_of_a_base(here: Path, layouts: dict[str, Path], data: st.Data
         put(index, whole)
 
 
+@fuzz(10)
 @pytest.mark.filterwarnings("ignore")
-@few_examples(20)
 @given(content=damaged_json({"sha256": {"config.json": "0" * 64, "model.safetensors": "1" * 64}, "mean_kl": 0.1}))
 def test_any_merge_json(here: Path, content: bytes) -> None:
     fuzz_base(here, "merge.json", content)
