@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
@@ -85,3 +86,10 @@ def test_a_changed_file_is_named(tmp_path: Path) -> None:
         files.check_hashes(tmp_path, hashes, "here")
     with pytest.raises(UserError, match="is not the file"):
         files.check_hashes(tmp_path, {"../a": hashes["a"]}, "here")
+
+
+def test_half_a_character_is_written_as_json_has_it(tmp_path: Path) -> None:
+    """File names of any bytes, and strings of other people's JSON, hold such."""
+    for value in ({"a\udcff": "\ud800"}, {"é": "東京"}):
+        files.write_json(tmp_path / "f.json", value)
+        assert json.loads((tmp_path / "f.json").read_text(encoding="utf-8")) == value

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import pickle
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -272,8 +271,8 @@ def load_pickle(file: Path) -> dict[str, torch.Tensor]:
                 if "mmap can only be used" not in str(error):
                     raise
                 state = torch.load(file, map_location="cpu", weights_only=True)  # written before torch 1.6
-    except (RuntimeError, ValueError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        cause = " ".join(str(error).split())[:160]
+    except Exception as error:  # a broken pickle makes the unpickler raise anything: IndexError, TypeError, …
+        cause = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"{file}: not a whole weights-only file ({cause}); copy or download it again") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{file}: expected a mapping of names to tensors")

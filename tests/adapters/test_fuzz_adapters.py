@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fuzzing import damaged_bytes, damaged_json, damaged_values, deadline, fuzz, read_or_refuse
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from peftune.adapters.attach import load_onto
@@ -23,6 +25,7 @@ from peftune.errors import PeftuneError
 from peftune.files import json_text
 from peftune.model.base import Base
 from peftune.model.load import load_model
+from peftune.model.weights import load_pickle
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 SETTINGS: dict[str, Any] = {
@@ -49,7 +52,6 @@ PROVENANCE: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def here(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`adapter`, a plain one, and `base`, the tiny base in shards without its tokenizer."""
-    import torch
     from safetensors.torch import save_file
 
     root = tmp_path_factory.mktemp("fuzz")
@@ -130,6 +132,27 @@ def test_any_tensors_of_an_adapter(here: Path, content: bytes) -> None:
         use(here / "adapter", here / "base")
     finally:
         put(here / "adapter" / TENSORS, whole)
+
+
+def pickled(zipped: bool) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({name: torch.ones(value["shape"]) for name, value in HEADER.items()}, buffer,
+               _use_new_zipfile_serialization=zipped)  # fmt: skip
+    return buffer.getvalue()
+
+
+REFERS_TO_NOTHING = b"\x80\x02r\xff\xff\xff\xff."
+
+
+@pytest.mark.filterwarnings("ignore")
+@fuzz(40)
+@example(content=REFERS_TO_NOTHING)
+@given(content=damaged_bytes(pickled(True)) | damaged_bytes(pickled(False)[:700]))
+def test_any_pickle_is_read_or_refused(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzzed.bin"
+    put(path, content)
+    with deadline():
+        read_or_refuse(lambda: load_pickle(path))
 
 
 def open_all(base: Path) -> None:
