@@ -28,6 +28,7 @@ _JSON_BYTES = 256 << 20  # of a file; the largest tokenizers take 30 MB
 _JSON_DEPTH = 64  # nested lists and objects; what walks a value later recurses
 _CHANGED = "is not the file that was written (its SHA-256 differs): it was changed or damaged; copy or make it again"
 _DIGITS = 40  # of a whole number; what shows one takes it for a float
+_HALF = re.compile("[\ud800-\udfff]")  # of a character, as in a file's name: not to be written but as \\udcff
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 _UMASK = os.umask(0o077)  # asked once, while there is one thread: asking sets it
 os.umask(_UMASK)
@@ -185,7 +186,8 @@ def check_writable(path: Path) -> None:
 
 def json_text(value: Any) -> str:
     """A value as strict JSON for people to read; ValueError where it holds a number that is not finite."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    return (json.dumps(value, indent=2, allow_nan=False) if _HALF.search(text) else text) + "\n"
 
 
 def write_json(path: Path, value: Any) -> None:

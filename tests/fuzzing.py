@@ -1,31 +1,36 @@
 """Damage to valid input, for tests of what reads it: no traceback, no hang, nothing but an error of ours.
 
+    @fuzz(30)
     @given(content=damaged_json(VALID))
-    @few_examples(30)
     def test_any_x_is_read_or_refused(content: bytes, …) -> None:
         with deadline():
             read_or_refuse(lambda: read_x(write(content)))
 
-`PEFTUNE_FUZZ=100 pytest …` tries a hundred times as many examples.
+`PEFTUNE_FUZZ_SECONDS=1200 python -m pytest -m fuzz` goes on with each such test for twenty minutes.
 """
 
 from __future__ import annotations
 
 import copy
 import faulthandler
+import functools
+import itertools
 import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from peftune.errors import PeftuneError
 
+SECONDS = float(os.environ.get("PEFTUNE_FUZZ_SECONDS", "0"))  # for each test that is marked `fuzz`
 _HUGE = "9" * 400  # more digits than any number type of JSON readers holds
 
 
@@ -120,16 +125,35 @@ def damaged_json(valid: Any) -> st.SearchStrategy[bytes]:
     return values | values | damaged_bytes(text.encode()) | st.sampled_from(odd)
 
 
-def few_examples(number: int) -> settings:
-    """So many examples in the usual tests, `PEFTUNE_FUZZ` times as many where that is set; the same ones each time."""
-    factor = int(os.environ.get("PEFTUNE_FUZZ", "1"))
-    return settings(
-        max_examples=number * factor,
+def rounds(number: int, seconds: float = SECONDS) -> Iterator[int]:
+    """0, 1, 2, …: so many, and then as many more as begin in that time."""
+    end = time.monotonic() + seconds
+    for done in itertools.count():
+        if done >= number and time.monotonic() >= end:
+            return
+        yield done
+
+
+def fuzz(examples: int) -> Callable[[Callable[..., None]], Any]:
+    """So many examples, the same ones each time; where `PEFTUNE_FUZZ_SECONDS` is set, new ones for so long."""
+    chosen = settings(
+        max_examples=examples,
         deadline=None,
-        derandomize=factor == 1,
+        derandomize=not SECONDS,
         database=None,
         suppress_health_check=list(HealthCheck),
     )
+
+    def decorate(test: Callable[..., None]) -> Any:
+        @functools.wraps(test)
+        def repeated(*arguments: Any, **named: Any) -> None:
+            for _ in rounds(1):
+                once(*arguments, **named)
+
+        once = chosen(test)
+        return pytest.mark.fuzz(repeated)
+
+    return decorate
 
 
 class Late(BaseException):

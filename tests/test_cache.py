@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from fuzzing import damaged_json, deadline, fuzz
+from hypothesis import given
 
 from peftune.config.recipe import Source
 from peftune.data.tokens import store as store_module
@@ -22,6 +24,7 @@ from peftune.data.tokens.entry import FILES
 from peftune.data.tokens.store import TokenStore, prepare
 from peftune.errors import UserError
 from peftune.model.base import Base
+from peftune.model.fingerprint import remembered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -264,3 +267,17 @@ def test_a_base_that_changed_under_its_old_time_has_another_fingerprint(
     content = (base / "model.safetensors").read_bytes()
     overwrite(base / "model.safetensors", content[:-100] + bytes([content[-100] ^ 1]) + content[-99:])
     assert Base(base).fingerprint != true
+
+
+@fuzz(40)
+@given(content=damaged_json({"0" * 64: "1" * 64 + ":" + "2" * 16}))
+def test_any_remembered_fingerprints_are_used_or_passed_over(
+    content: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "fuzzed-cache"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    (folder / "file").write_bytes(b"")
+    (folder / "fingerprints.json").write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch, deadline():
+        patch.setenv("PEFTUNE_CACHE", str(folder))
+        assert [remembered("file", [folder / "file"], lambda: "right") for _ in range(2)] == ["right"] * 2

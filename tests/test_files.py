@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
@@ -95,3 +96,10 @@ def test_a_leftover_with_the_number_of_this_process_is_removed(tmp_path: Path) -
     earlier.mkdir()
     files.remove_leftovers(tmp_path / "a")
     assert mine.exists() and not earlier.exists()
+
+
+def test_half_a_character_is_written_as_json_has_it(tmp_path: Path) -> None:
+    """File names of any bytes, and strings of other people's JSON, hold such."""
+    for value in ({"a\udcff": "\ud800"}, {"é": "東京"}):
+        files.write_json(tmp_path / "f.json", value)
+        assert json.loads((tmp_path / "f.json").read_text(encoding="utf-8")) == value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
@@ -258,8 +259,6 @@ def run(arguments: list[str]) -> int:
         return _complain(f"{error.format_message()} See: {verb} --help", UserError.exit_code)
     except typer.Abort:
         return _complain("stopped", _STOPPED)
-    except MemoryError:
-        return _complain("out of memory; free some, or use a machine with more", UserError.exit_code)
     except BrokenPipeError:  # the reader of our output has gone (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -269,6 +268,10 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what it could not take is not tried again
         where = f"{error.filename}: " if error.filename else ""
         return _complain(f"{where}{error.strerror}; nothing unfinished was kept", UserError.exit_code)
+    except Exception as error:
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+            raise
+        return _complain("out of memory; free some, or use a machine with more", UserError.exit_code)
     return _complain("stopped", code) if code == _STOPPED else code
 
 
@@ -277,6 +280,7 @@ _OF_THE_MACHINE = {
     getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EMFILE", "ENFILE", "ENOMEM")
 } - {None}  # fmt: skip
 """Errors that the machine's limits cause and no path of ours explains; any other is a bug."""
+_NO_MEMORY = re.compile("(?i)can(no|')t allocate memory|failed to map segment from shared object$|out of memory")
 _STOPPED = 130  # what a shell reports for Ctrl-C
 
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftune.config.recipe import Recipe
-from peftune.errors import UserError, first_line
+from peftune.errors import CheckFailed, UserError, first_line
 from peftune.model import quantized
 from peftune.model.base import Base
 from peftune.model.tokenizer import with_new_tokens
+from peftune.model.weights import NOT_FINITE, all_finite
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -54,6 +55,9 @@ def load_model(
     """
     if quantize is not None:
         quantized.require(quantize)
+        for name in base.weights.names():  # reading checks them; packed, nobody would see it
+            for _ in base.weights.chunks(name):
+                pass
     from safetensors import SafetensorError
     from transformers import GPT2LMHeadModel
     from transformers.utils import logging
@@ -63,7 +67,7 @@ def load_model(
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     verbosity = logging.get_verbosity()
     # its table of mask buffers and copies; what is missing `base.weights` has told
-    logging.set_verbosity(logging.ERROR)  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     options = {} if quantize is None else quantized.loading_options(quantize, device)
     options["dtype"] = dtype if quantize is None else torch.float32
     try:
@@ -73,6 +77,9 @@ def load_model(
     finally:
         logging.set_verbosity(verbosity)
     if quantize is None:
+        for name, parameter in model.named_parameters():
+            if not all_finite(parameter.detach()):
+                raise CheckFailed(f"base {base.directory}: as {dtype}, {name} {NOT_FINITE}")
         return model.to(device).eval()  # type: ignore[no-any-return]
     quantized.multiply_unpacked(model)
     model.requires_grad_(False)

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from peftune.errors import UserError, first_line
+from peftune.errors import CheckFailed, UserError, first_line
 from peftune.files import apply_umask, read_object
 from peftune.model.fingerprint import bytes_of, remembered
 
@@ -33,6 +33,8 @@ HEAD = "lm_head.weight"
 CHUNK_ELEMENTS = 8_000_000  # 32 MB of float32
 _HASHED = 1_000_000  # elements at a time: three of 4 MB are held at once, the mapped one, its copy and the last
 
+NOT_FINITE = "holds values that are not finite: the weights are broken; download or make them again"
+"""Found when weights are read: attention on a CPU can turn a NaN into numbers, and nothing would look wrong."""
 INDEX = "model.safetensors.index.json"
 _LAYOUTS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 FOREIGN = ("tf_model.h5", "flax_model.msgpack", "model.ckpt.index")
@@ -81,7 +83,7 @@ class Weights:
         return self._entries[name].dtype
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A copy of one tensor in its stored dtype."""
+        """A copy of one tensor in its stored dtype; CheckFailed where it holds a value that is not finite."""
         shape = self.shape(name)
         return self.rows(name, 0, shape[0]) if shape else _read(self._entries[name], None)
 
@@ -256,10 +258,14 @@ def _list(file: Path) -> list[_Entry]:
 def _read(entry: _Entry, rows: slice | None) -> torch.Tensor:
     if entry.file.suffix == ".bin":
         stored = load_pickle(entry.file)[entry.key]
-        return (stored if rows is None else stored[rows]).clone(memory_format=torch.contiguous_format)
-    with _opened(entry.file) as opened:
-        part = opened.get_tensor(entry.key) if rows is None else opened.get_slice(entry.key)[rows]
-        return part.clone()  # type: ignore[no-any-return]  # detached from the mapping, which closes here
+        part = (stored if rows is None else stored[rows]).clone(memory_format=torch.contiguous_format)
+    else:
+        with _opened(entry.file) as opened:
+            part = opened.get_tensor(entry.key) if rows is None else opened.get_slice(entry.key)[rows]
+            part = part.clone()  # detached from the mapping, which closes here
+    if not all_finite(part):
+        raise CheckFailed(f"{entry.file}: {entry.key} {NOT_FINITE}")
+    return part
 
 
 def _opened(file: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzzing import damaged_bytes, damaged_json, damaged_values, deadline, few_examples, read_or_refuse
-from hypothesis import given
+import torch
+from fuzzing import damaged_bytes, damaged_json, damaged_values, deadline, fuzz, read_or_refuse
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from peftune.adapters.attach import load_onto
@@ -23,6 +25,7 @@ from peftune.errors import PeftuneError
 from peftune.files import json_text
 from peftune.model.base import Base
 from peftune.model.load import load_model
+from peftune.model.weights import load_pickle
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 SETTINGS: dict[str, Any] = {
@@ -49,7 +52,6 @@ PROVENANCE: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def here(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`adapter`, a plain one, and `base`, the tiny base in shards without its tokenizer."""
-    import torch
     from safetensors.torch import save_file
 
     root = tmp_path_factory.mktemp("fuzz")
@@ -80,8 +82,8 @@ def use(adapter: Path, base: Path) -> None:
         read_or_refuse(lambda: load_onto(load_model(Base(base)), adapter))
 
 
+@fuzz(16)
 @pytest.mark.filterwarnings("ignore")
-@few_examples(40)
 @given(content=damaged_json(SETTINGS))
 def test_any_adapter_config(here: Path, content: bytes) -> None:
     try:
@@ -91,8 +93,8 @@ def test_any_adapter_config(here: Path, content: bytes) -> None:
         put(here / "adapter" / CONFIG, json.dumps(SETTINGS).encode())
 
 
+@fuzz(16)
 @pytest.mark.filterwarnings("ignore")
-@few_examples(40)
 @given(content=damaged_json(PROVENANCE))
 def test_any_peftune_json(here: Path, content: bytes) -> None:
     try:
@@ -120,8 +122,8 @@ HEADER = {
 STORED = with_header(HEADER, bytes(range(60, 64)) * 1024)
 
 
+@fuzz(15)
 @pytest.mark.filterwarnings("ignore")
-@few_examples(30)
 @given(content=damaged_values(HEADER).map(lambda h: with_header(h, bytes(4096))) | damaged_bytes(STORED))
 def test_any_tensors_of_an_adapter(here: Path, content: bytes) -> None:
     whole = (here / "adapter" / TENSORS).read_bytes()
@@ -130,6 +132,27 @@ def test_any_tensors_of_an_adapter(here: Path, content: bytes) -> None:
         use(here / "adapter", here / "base")
     finally:
         put(here / "adapter" / TENSORS, whole)
+
+
+def pickled(zipped: bool) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({name: torch.ones(value["shape"]) for name, value in HEADER.items()}, buffer,
+               _use_new_zipfile_serialization=zipped)  # fmt: skip
+    return buffer.getvalue()
+
+
+REFERS_TO_NOTHING = b"\x80\x02r\xff\xff\xff\xff."
+
+
+@pytest.mark.filterwarnings("ignore")
+@fuzz(40)
+@example(content=REFERS_TO_NOTHING)
+@given(content=damaged_bytes(pickled(True)) | damaged_bytes(pickled(False)[:700]))
+def test_any_pickle_is_read_or_refused(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzzed.bin"
+    put(path, content)
+    with deadline():
+        read_or_refuse(lambda: load_pickle(path))
 
 
 def open_all(base: Path) -> None:
@@ -148,16 +171,16 @@ def fuzz_base(here: Path, name: str, content: bytes) -> None:
         path.unlink() if whole is None else put(path, whole)
 
 
+@fuzz(25)
 @pytest.mark.filterwarnings("ignore")
-@few_examples(50)
 @given(data=st.data())
 def test_any_config_of_a_base(here: Path, data: st.DataObject) -> None:
     valid = json.loads((here / "base" / "config.json").read_text())
     fuzz_base(here, "config.json", data.draw(damaged_json(valid)))
 
 
+@fuzz(16)
 @pytest.mark.filterwarnings("ignore")
-@few_examples(40)
 @given(data=st.data())
 def test_any_weights_of_a_base(here: Path, data: st.DataObject) -> None:
     whole = (here / "base" / "model.safetensors").read_bytes()
@@ -166,8 +189,8 @@ def test_any_weights_of_a_base(here: Path, data: st.DataObject) -> None:
     fuzz_base(here, "model.safetensors", data.draw(header | damaged_bytes(whole[: size + 4096])))
 
 
+@fuzz(15)
 @pytest.mark.filterwarnings("ignore")
-@few_examples(30)
 @given(data=st.data())
 def test_any_index_of_a_base(here: Path, layouts: dict[str, Path], data: st.DataObject) -> None:
     base = layouts["prefixed-shards"]
@@ -180,8 +203,8 @@ def test_any_index_of_a_base(here: Path, layouts: dict[str, Path], data: st.Data
         put(index, whole)
 
 
+@fuzz(10)
 @pytest.mark.filterwarnings("ignore")
-@few_examples(20)
 @given(content=damaged_json({"sha256": {"config.json": "0" * 64, "model.safetensors": "1" * 64}, "mean_kl": 0.1}))
 def test_any_merge_json(here: Path, content: bytes) -> None:
     fuzz_base(here, "merge.json", content)

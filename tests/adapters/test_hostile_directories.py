@@ -153,6 +153,12 @@ HOSTILE_PATTERNS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peftune.adapters.module_names._SECONDS", 0.1)
+
+
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("settings", HOSTILE_PATTERNS, ids=lambda s: "-".join(s) + str(len(str(s))))
 def test_a_pattern_that_takes_for_ever_is_refused_or_harmless(
     make_adapter: Any, tools: Any, tiny_base: Path, tmp_path: Path, settings: dict[str, Any]
@@ -163,10 +169,11 @@ def test_a_pattern_that_takes_for_ever_is_refused_or_harmless(
         read_or_refuse(lambda: VERBS["beams"](adapter, base, tmp_path / "out"))
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_slow_pattern_is_named(make_adapter: Any, tools: Any, tiny_base: Path, tmp_path: Path) -> None:
     adapter = make_adapter()
     tools.edit_config(adapter, target_modules=SLOW)
-    with deadline(60), pytest.raises(UserError, match=r"takes more than 2 s to match; name the modules"):
+    with deadline(60), pytest.raises(UserError, match=r"takes more than 0.1 s to match; name the modules"):
         merge(adapter, tmp_path / "out", str(tiny_base))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -180,3 +181,44 @@ def test_a_matrix_of_the_base_alone_is_written_as_json(tiny_base: Path, tmp_path
     read = json.loads(figures.read_text())
     assert read["domains"]["a"]["documents"] == 2
     assert read["rows"]["base"]["a"]["perplexity"] > 1
+
+
+LIMITED = """
+import resource, sys
+import transformers, peftune.inference.bank, peftune.inference.perplexity
+from peftune.cli import main
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (200 << 20),) * 2)
+codes = [main.run(call.split()) for call in sys.argv[1:]]
+sys.exit(0 if codes == [2] * len(codes) else f"codes {codes}")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux how large the process is")
+def test_memory_that_runs_out_is_one_line(tiny_base: Path, tmp_path: Path) -> None:
+    """Of a base whose positions take 1 GB, and of an adapter with a hole of 1 GB."""
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["c_attn"]}'
+    )
+    with (tmp_path / "adapter" / "adapter_model.safetensors").open("wb") as file:
+        file.truncate(1 << 30)
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    whole = (base / "model.safetensors").read_bytes()
+    begin, rows = 8 + int.from_bytes(whole[:8], "little"), 1 << 23
+    header = json.loads(whole[8:begin])
+    end, wide = len(whole) - begin, {"dtype": "F32", "shape": [rows, 32]}
+    header["unused"] = header.pop("transformer.wpe.weight")
+    header["transformer.wpe.weight"] = wide | {"data_offsets": [end, end + rows * 128]}
+    text = json.dumps(header).encode()
+    with (base / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text + whole[begin:])
+        file.truncate(8 + len(text) + end + rows * 128)
+    values = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(values | {"n_positions": rows}))
+    calls = [f"adapters show {tmp_path}/adapter", f"generate --base {base} --prompt the"]
+    answer = subprocess.run([sys.executable, "-c", LIMITED, *calls], capture_output=True, text=True, timeout=300)
+    assert answer.returncode == 0, answer.stderr
+    lines = [line for line in answer.stderr.splitlines() if line.startswith("peftune: ")]
+    assert "do not fit into memory" in lines[0] and "out of memory" in lines[1]
+    assert len(lines) == 2 and "Traceback" not in answer.stderr

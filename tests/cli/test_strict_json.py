@@ -64,7 +64,7 @@ def test_json_is_strict(here: Path, tiny_base: Path, verb: str) -> None:
         assert parse_json(Path("f.json").read_bytes())
 
 
-@pytest.mark.parametrize("verb", ["eval", "generate", "show", "combine", "extract"])
+@pytest.mark.parametrize("verb", ["eval", "routing", "generate", "show", "combine", "extract"])
 def test_on_a_base_that_is_not_finite_nothing_is_called_a_result(
     here: Path, capsys: pytest.CaptureFixture[str], verb: str
 ) -> None:

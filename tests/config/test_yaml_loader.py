@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from fuzzing import damaged_bytes, damaged_values, deadline, few_examples, read_or_refuse
+from fuzzing import damaged_bytes, damaged_values, deadline, fuzz, read_or_refuse
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -128,8 +128,8 @@ def _text_of(value: Any) -> str:
         return "{"
 
 
+@fuzz(60)
 @given(text=damaged_values(VALID).map(_text_of))
-@few_examples(60)
 def test_any_recipe_of_values_is_read_or_refused(text: str) -> None:
     with deadline():
         read_or_refuse(lambda: recipe_from(_mapping(text), []))
@@ -145,8 +145,8 @@ def _mapping(text: str) -> dict[str, Any]:
     return value
 
 
+@fuzz(60)
 @given(content=damaged_bytes(_text_of(VALID).encode()))
-@few_examples(60)
 def test_any_file_of_a_recipe_is_read_or_refused(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
     path.write_bytes(content)
@@ -154,12 +154,12 @@ def test_any_file_of_a_recipe_is_read_or_refused(content: bytes, tmp_path_factor
         read_or_refuse(lambda: load_recipe(path))
 
 
+@fuzz(150)
 @given(
     override=st.text(max_size=30)
     | st.builds("{}={}".format, st.sampled_from(["base", "optim.lr", "data.train", "a." * 5_000 + "b", "x" * 5_000]),
                 st.text(st.sampled_from("[]{}:,&*!|>'\"%@`#?- \n\t0x1e9._<=~a\x1b\ud800"), max_size=30))
 )  # fmt: skip
-@few_examples(150)
 def test_any_override_is_taken_or_refused(override: str) -> None:
     with deadline():
         read_or_refuse(lambda: recipe_from(VALID, [override]))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzzing import damaged_json, deadline, few_examples, read_or_refuse
+from fuzzing import damaged_bytes, damaged_json, deadline, fuzz, read_or_refuse
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -119,8 +119,7 @@ def test_a_chat_template_is_never_run(tiny_base: Path, tmp_path: Path, template:
         assert render_chat([{"role": "user", "content": "hi"}]) == "User: hi\n\nAssistant:"
 
 
-NAMES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
-STATE = {
+STATE: dict[str, Any] = {
     "version": "1.0", "truncation": None, "padding": None, "normalizer": {"type": "NFC"},
     "added_tokens": [{"id": 2, "content": "<|endoftext|>", "single_word": False, "lstrip": False, "rstrip": False,
                       "normalized": False, "special": True}],
@@ -142,16 +141,21 @@ VALID = {
 }
 
 
-@given(data=st.data(), name=st.sampled_from(NAMES))
-@few_examples(60)
+@fuzz(60)
+@given(data=st.data(), name=st.sampled_from([*VALID, "vocab.json", "merges.txt"]))
 def test_any_tokenizer_is_read_or_refused(
     data: st.DataObject, name: str, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     base = tmp_path_factory.getbasetemp() / "fuzzed-tokenizer"
     shutil.copytree(tiny_base, base, dirs_exist_ok=True)
-    for other in NAMES:
-        (base / other).write_text(json.dumps(VALID[other]))
-    (base / name).write_bytes(data.draw(damaged_json(VALID[name])))
+    parts = {"vocab.json": STATE["model"]["vocab"], "merges.txt": "#version: 0.2\na b\n"}
+    used = VALID | parts if name in parts else VALID
+    for other, content in used.items():
+        (base / other).write_text(content if isinstance(content, str) else json.dumps(content))
+    if name in parts:
+        (base / "tokenizer.json").unlink()
+    broken = damaged_bytes(parts[name].encode()) if name == "merges.txt" else damaged_json(used[name])
+    (base / name).write_bytes(data.draw(broken))
 
     def read() -> None:
         found = Base(base)

@@ -1,13 +1,12 @@
 """Bodies and heads that nobody thought of: an error object of four hundred and something, soon, and nothing in the log.
 
-`PEFTUNE_FUZZ_SECONDS=1200 python -m pytest tests/serve/test_fuzz.py` goes on for twenty minutes.
+`PEFTUNE_FUZZ_SECONDS=1200 python -m pytest -m fuzz tests/serve/test_fuzz.py` goes on for twenty minutes with each.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from fuzzing import SECONDS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +29,6 @@ from peftune.serve.openai.schema import (
     UnloadLoRAAdapterRequest,
 )
 
-SECONDS = float(os.environ.get("PEFTUNE_FUZZ_SECONDS", "4"))
 SOON = 30.0  # on a busy machine; what hangs takes longer
 SCHEMAS: dict[str, type[OpenAIBaseModel]] = {
     "/v1/completions": CompletionRequest,
@@ -76,6 +75,9 @@ VALUES = st.recursive(
 )
 
 
+pytestmark = pytest.mark.fuzz
+
+
 @pytest.fixture
 def silent(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], None]]:
     """Fails where the log has a word about a failure."""
@@ -88,8 +90,8 @@ def silent(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], None]]:
 
 
 def fuzz(strategy: st.SearchStrategy[Any], check: Callable[[Any], None], seconds: float) -> None:
-    """Examples for so long; hypothesis shrinks the one that fails."""
-    until = time.monotonic() + seconds
+    """Examples for so long, or as long as is asked for; hypothesis shrinks the one that fails."""
+    until = time.monotonic() + (SECONDS or seconds)
 
     @settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(strategy)
@@ -124,7 +126,7 @@ def test_no_value_of_any_field_is_answered_by_a_failure(server: Any, silent: Cal
             error = answer.json()["error"]
             assert error["message"] and error["message"].isprintable() and len(error["message"]) < 3000
 
-    fuzz(requests(), check, SECONDS * 0.6)
+    fuzz(requests(), check, 2.4)
     silent()
 
 
@@ -146,7 +148,7 @@ def test_no_bytes_as_a_body_are_answered_by_a_failure(server: Any, silent: Calla
         assert time.monotonic() - began < SOON
         assert answer.status_code == 200 or 400 <= answer.status_code < 500, answer.text
 
-    fuzz(st.tuples(st.sampled_from(sorted(SCHEMAS)), BODIES), check, SECONDS * 0.2)
+    fuzz(st.tuples(st.sampled_from(sorted(SCHEMAS)), BODIES), check, 0.8)
     silent()
 
 
@@ -173,6 +175,6 @@ def test_no_bytes_as_a_request_are_answered_by_a_failure(server: Any, silent: Ca
                 answer += chunk
             assert b"HTTP/1.1 500 " not in answer  # 501 is for an encoding that nobody speaks
 
-    fuzz(LINES, check, SECONDS * 0.2)
+    fuzz(LINES, check, 0.8)
     silent()
     assert server.http.get("/health").status_code == 200

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from fuzzing import damaged_json, deadline, few_examples
+from fuzzing import damaged_json, deadline, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -92,12 +92,12 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 UNREADABLE = {"EACCES": errno.EACCES, "EMFILE": errno.EMFILE, "EIO": errno.EIO}
 
 
+@fuzz(80)
 @given(
     fates=st.lists(st.sampled_from([*DAMAGE, *UNREADABLE]), min_size=1, max_size=3),
     next_step=st.integers(1, 3),
     file=st.sampled_from(FILES),
 )
-@few_examples(80)
 def test_the_next_run_begins_where_the_last_said_or_is_refused(
     tmp_path_factory: pytest.TempPathFactory, fates: list[str], next_step: int, file: str
 ) -> None:
@@ -204,8 +204,8 @@ def test_an_older_checkpoint_loads_and_it_is_said_that_it_was_not_checked(tmp_pa
 VALID = json.loads(json.dumps(asdict(small(4).state)))
 
 
+@fuzz(60)
 @given(content=damaged_json(VALID))
-@few_examples(60)
 def test_any_state_of_an_older_release_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, content: bytes
 ) -> None:

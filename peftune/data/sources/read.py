@@ -144,7 +144,9 @@ def _existing_files(path: Path) -> list[Path] | None:
             raise UserError(f"{path}: a packed file; unpack it first")
         return [path]
     if glob.has_magic(str(path)):
-        return [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
+        named = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
+        _check_links(next(parent for parent in path.parents if not glob.has_magic(str(parent))), named)
+        return named
     return None
 
 

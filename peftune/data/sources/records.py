@@ -183,14 +183,14 @@ def _rows_at_a_time(path: Path, metadata: Any) -> int:
 
     A packed column can name one long text any number of times (a dictionary), so a row may be as long as its column.
     """
-    largest = 1
-    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
-    for column in (group.column(number) for group in groups for number in range(group.num_columns)):
-        unpacked, packed = column.total_uncompressed_size, column.total_compressed_size
-        if unpacked > _SLACK // 16 + _MOST_UNPACKED * max(0, packed):
+    largest, packed = 1, path.stat().st_size
+    for number in range(metadata.num_row_groups):
+        # not the sizes of its columns: pyarrow ends the process where their statistics are damaged
+        unpacked = metadata.row_group(number).total_byte_size
+        if unpacked > _SLACK // 16 + _MOST_UNPACKED * packed:
             raise UserError(
-                f"{path}: column {column.path_in_schema!r} unpacks {packed:,} bytes to {unpacked:,}; expected at most "
-                f"{_MOST_UNPACKED} times as many"
+                f"{path}: row group {number} unpacks to {unpacked:,} bytes, and the file has {packed:,}; expected at "
+                f"most {_MOST_UNPACKED} times as many"
             )
         largest = max(largest, unpacked)
     return min(1024, max(4, (_SLACK // 4) // largest))

@@ -12,7 +12,7 @@ import numpy as np
 from peftune.adapters.base_of import base_of
 from peftune.console import Console
 from peftune.data.tokens.store import TokenStore
-from peftune.errors import UserError
+from peftune.errors import CheckFailed, UserError
 from peftune.inference.bank import AdapterBank
 from peftune.inference.perplexity import Documents, read_blocks, special_tokens_of
 from peftune.inference.routing.route import THRESHOLD, Route, route
@@ -33,7 +33,7 @@ def measure_routing(
     as it is written as JSON: for each domain how many prompts there were, `to` whom they were sent, and how many of
     them were `right`: sent to the adapter of the domain's own name (or `base`). `errors` at this threshold, and where
     there is a domain `base` `calibrated`, the threshold at which the larger error is least, with its errors. Raises
-    UserError where a domain has no such adapter, or no prompt.
+    UserError where a domain has no such adapter, or no prompt; CheckFailed where a loss is not finite.
     """
     if len(adapters) < 2 or not data or not data.keys() <= {*adapters, "base"}:
         found = f"the adapters are {', '.join(adapters) or 'none'}, the domains {', '.join(data) or 'none'}"
@@ -52,6 +52,11 @@ def measure_routing(
         for domain, group in prompts.items():
             for ids in group:
                 routes[domain].append(route(bank, ids, threshold=None))
+                if left_out := adapters.keys() - routes[domain][-1].scores:
+                    raise CheckFailed(
+                        f"routing: a loss under the base or under {min(left_out)} is not a finite number; its weights "
+                        "hold values that are not finite, or are broken"
+                    )
                 progress.advance(task)
     domains: dict[str, dict[str, Any]] = {}
     for domain, of_domain in routes.items():

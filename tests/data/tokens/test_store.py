@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fuzzing import damaged_json, damaged_values, deadline, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +20,7 @@ from peftune.data.documents import split_by_digest
 from peftune.data.sources.read import read_documents
 from peftune.data.tokens import pipeline
 from peftune.data.tokens import store as store_module
+from peftune.data.tokens.entry import _hash_of_meta
 from peftune.data.tokens.store import TokenStore, open_store, prepare
 from peftune.errors import UserError
 
@@ -158,6 +160,30 @@ def test_what_stands_under_the_name_of_an_entry_makes_room(there, rows, pairs, t
         (entry / "meta.json").write_text(json.dumps(meta))
     assert equal(prepare([rows], tokenizer, "t", " ", "auto", tmp_path), good)
     assert [path.name for path in (tmp_path / "tokens").iterdir()] == [entry.name]
+
+
+@fuzz(40)
+@given(data=st.data(), sealed=st.booleans())
+def test_any_meta_of_an_entry_is_read_or_built_again(data, sealed, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "fuzzed-entry"
+    if not folder.exists():
+        (folder.parent / "fuzzed.txt").write_text("one\n\ntwo")
+        prepare([Source(path=str(folder.parent / "fuzzed.txt"))], tokenizer, "t", " ", "auto", folder)
+        [made] = (folder / "tokens").iterdir()
+        (folder / "valid.json").write_bytes((made / "meta.json").read_bytes())
+    [entry] = (folder / "tokens").iterdir()
+    meta = json.loads((folder / "valid.json").read_bytes())
+    del meta["sha256_of_meta"]
+    if sealed:
+        changed = data.draw(damaged_values(meta).filter(lambda value: isinstance(value, dict)))
+        content = json.dumps(changed | {"sha256_of_meta": _hash_of_meta(changed)}).encode()
+    else:
+        content = data.draw(damaged_json(meta))
+    (entry / "meta.json").unlink()
+    (entry / "meta.json").write_bytes(content)
+    with deadline():
+        store = open_store(entry, len(tokenizer))
+    assert store is None or (len(store) == 2 and type(store.blank) is int)
 
 
 def test_a_failure_leaves_nothing_behind(write, tokenizer, tmp_path):
