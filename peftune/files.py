@@ -262,14 +262,10 @@ def parse_json(content: str | bytes) -> Any:
         value = json.loads(text, object_pairs_hook=_unique_names, **hooks)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-    level = [value]
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(_JSON_DEPTH + 1):
-        level = [
-            child
-            for each in level
-            for child in (each.values() if isinstance(each, dict) else each if isinstance(each, list) else ())
-            if isinstance(child, dict | list)
-        ]
+        inner = (child for each in level for child in (each.values() if isinstance(each, dict) else each))
+        level = [child for child in inner if isinstance(child, dict | list)]
         if not level:
             return value
     raise ValueError(f"it is nested more than {_JSON_DEPTH} deep")

@@ -26,7 +26,8 @@ from peftune.adapters.training_output import adapters_inside, which_to_use
 from peftune.errors import CheckFailed, UserError, first_line
 from peftune.files import flush_directory, hashes_of, publish, read_bytes, read_object, staging_directory
 from peftune.model.fingerprint import bytes_of
-from peftune.model.weights import all_finite, load_pickle, save_tensors
+from peftune.model.pickles import load_pickle
+from peftune.model.weights import all_finite, save_tensors
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"

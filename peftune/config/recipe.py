@@ -23,9 +23,9 @@ from pydantic import (
     model_validator,
 )  # fmt: skip
 
-from peftune.config.messages import short, validation_messages
+from peftune.config.messages import validation_messages
 from peftune.config.new_tokens import NewTokens, reasons_against
-from peftune.config.yaml_loader import parse_yaml, read_yaml
+from peftune.config.yaml_loader import read_yaml
 from peftune.errors import UserError
 
 BLOCK_LINEARS = ("c_attn", "c_proj", "c_fc")
@@ -261,7 +261,7 @@ def recipe_from(values: dict[str, Any], overrides: list[str], name: str = "recip
     """Validate a mapping with overrides applied; all problems are joined in one UserError."""
     values = copy.deepcopy(values)
     for override in overrides:
-        _apply(values, override)
+        apply_override(values, override)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -273,29 +273,3 @@ def known_keys() -> dict[str, list[str]]:
     sections: dict[str, Any] = {name: field.annotation for name, field in Recipe.model_fields.items()}
     sections |= {"": Recipe, "data.train": Source, "data.validation": Source}
     return {name: list(section.model_fields) for name, section in sections.items() if hasattr(section, "model_fields")}
-
-
-_DEEPEST = 4  # parents of a key, more than any has
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    shown = short(override)
-    if not separator or not key:
-        raise UserError(f"override {shown}: expected key=value, such as optim.lr=1e-4")
-    try:
-        value = parse_yaml(text) if text else ""
-    except ValueError:
-        raise UserError(f"override {shown}: {short(text)} is not a YAML value") from None
-    if isinstance(value, str) and text.lstrip()[:1] not in ("'", '"', "|", ">", "!", "&"):
-        value = text  # as it was typed: YAML folds lines and takes what follows a # for a comment
-    *parents, last = key.split(".")
-    if len(parents) > _DEEPEST:
-        raise UserError(f"override {shown}: no key of a recipe lies so deep; expected one such as optim.lr")
-    for parent in parents:
-        inner = {} if values.get(parent) is None else values[parent]
-        values[parent] = inner
-        if not isinstance(inner, dict):
-            raise UserError(f"override {shown}: {parent[:80]} is not a section")
-        values = inner
-    values[last] = value

@@ -25,7 +25,7 @@ from peftune.errors import PeftuneError
 from peftune.files import json_text
 from peftune.model.base import Base
 from peftune.model.load import load_model
-from peftune.model.weights import load_pickle
+from peftune.model.pickles import load_pickle
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 SETTINGS: dict[str, Any] = {

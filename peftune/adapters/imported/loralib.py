@@ -17,7 +17,8 @@ import torch
 
 from peftune.adapters.low_rank import LowRankDelta
 from peftune.errors import UserError
-from peftune.model.weights import all_finite, checked_tensors, unpickle
+from peftune.model.pickles import checked_tensors, unpickle
+from peftune.model.weights import all_finite
 
 PARTS = ("q", "k", "v")  # in the order of c_attn's outputs
 _NAME = re.compile(
