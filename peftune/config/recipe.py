@@ -25,6 +25,7 @@ from pydantic import (
 
 from peftune.config.messages import validation_messages
 from peftune.config.new_tokens import NewTokens, reasons_against
+from peftune.config.overrides import apply_override
 from peftune.config.yaml_loader import read_yaml
 from peftune.errors import UserError
 
