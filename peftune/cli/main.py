@@ -262,6 +262,10 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of our output has gone (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except RuntimeError as error:
+        if str(error) != "can't start new thread":
+            raise
+        return _complain("the system starts no more threads (ulimit -u); end other processes", UserError.exit_code)
     except OSError as error:
         if error.errno not in _OF_THE_MACHINE:
             raise

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -40,7 +40,8 @@ def install() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _raise)
     signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=_insist, args=[received, sent], daemon=True).start()
+    with suppress(RuntimeError):  # where no thread can be started, the main thread answers alone
+        threading.Thread(target=_insist, args=[received, sent], daemon=True).start()
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_let_go)  # else a signal to a child would arrive here
 

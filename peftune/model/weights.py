@@ -8,8 +8,10 @@ Every file is opened anew for each tensor: pages of a memory-mapped file count a
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -270,6 +272,8 @@ def _read(entry: _Entry, rows: slice | None) -> torch.Tensor:
 
 def _opened(file: Path) -> Any:
     try:
+        if file.exists() and not os.access(file, os.R_OK):  # safetensors would say that it is not there
+            raise UserError(f"{file}: cannot be read: {os.strerror(errno.EACCES)}")
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from None

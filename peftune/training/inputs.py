@@ -5,6 +5,8 @@ Also the lock on the directory that it writes.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -154,6 +156,9 @@ def _acquire(lock: FileLock, out: Path) -> None:
         if (out / "config.json").is_file():  # an adapter there would be loaded with it, unasked
             raise UserError(f"run.out {out}: holds a full model; give the adapter a directory of its own")
         out.mkdir(parents=True, exist_ok=True)
+        for path in (out, out / "checkpoints"):  # now, not when there is something to write after hours
+            if os.path.lexists(path) and not (path.is_dir() and os.access(path, os.W_OK | os.X_OK)):
+                raise OSError(errno.EACCES, f"{path.name} is not a directory that may be written to")
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(f"run.out {out}: another run is writing there; wait for it, or choose another name") from None

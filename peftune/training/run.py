@@ -214,8 +214,8 @@ def _loop(run: Run, stop: StopRequest) -> None:
         if saved_step != state.step:
             _save(run)
         raise Interrupted(
-            f"{stop.name} after step {state.step} of {total}: checkpoint saved in {inputs.recipe.run.out}/checkpoints; "
-            "the same command goes on from there"
+            f"{stop.name or 'a signal to another rank'} after step {state.step} of {total}: checkpoint saved in "
+            f"{inputs.recipe.run.out}/checkpoints; the same command goes on from there"
         ) from None
 
 

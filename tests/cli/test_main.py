@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -114,6 +115,27 @@ def test_files_that_are_not_there_are_refused(tiny_base: Path, tmp_path: Path, c
     assert missing in refused(capsys, "merge", missing, "--out", str(tmp_path / "merged"), "--base", base)
     assert missing in refused(capsys, "generate", "--base", base, "--prompts", missing)
     assert missing in refused(capsys, "generate", "--base", missing, "--prompt", "a")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("can't start new thread"), "no more threads"),
+        (OSError(errno.EMFILE, "Too many open files", "a.json"), "a.json: Too many open files"),
+        (MemoryError(), "out of memory"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(
+    error: Exception, words: str, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(main, "app", fail)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # the output of the tests stays
+    assert main.run([]) == 2
+    said = capfd.readouterr().err
+    assert words in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(("error", "code"), [(Interrupted("saved\nstep 3"), 3), (CheckFailed("not\nequal"), 4)])

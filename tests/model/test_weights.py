@@ -16,7 +16,7 @@ from transformers import GPT2LMHeadModel
 
 from peftune.errors import UserError
 from peftune.model.base import Base
-from peftune.model.weights import row_chunks
+from peftune.model.weights import open_weights, row_chunks
 
 
 @pytest.fixture
@@ -104,3 +104,9 @@ def test_row_chunks_cover_all_rows_once() -> None:
     assert chunks[0][0] == 0 and chunks[-1][1] == 50_257
     assert all(first[1] == second[0] for first, second in itertools.pairwise(chunks))
     assert row_chunks(()) == [] and row_chunks((5,)) == [(0, 5)]
+
+
+def test_weights_that_may_not_be_read_are_not_called_missing(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may read anything
+    with pytest.raises(UserError, match="cannot be read: Permission denied"):
+        open_weights(tiny_base)

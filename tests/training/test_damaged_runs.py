@@ -294,6 +294,26 @@ def test_a_file_that_no_run_wrote_is_not_replaced(
     assert (out / name).read_text() == "precious" and {path.name for path in out.iterdir()} <= before | {".lock"}
 
 
+@pytest.mark.parametrize("there", ["a link that leads nowhere", "a file", "not to be written to"])
+def test_checkpoints_that_cannot_be_written_are_refused_before_the_first_step(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, there: str
+) -> None:
+    out = Path((made := recipe(*SETTINGS)).run.out)
+    out.mkdir()
+    folder = out / "checkpoints"
+    if there == "a link that leads nowhere":
+        folder.symlink_to("nowhere")
+    elif there == "a file":
+        folder.write_text("")
+    else:
+        folder.mkdir()
+        access = os.access  # root may write anywhere
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder and access(path, mode))
+    with pytest.raises(UserError, match="checkpoints is not a directory that may be written to"):
+        train(made)
+    assert not (out / "metrics.jsonl").exists()
+
+
 def test_metrics_of_another_program_are_kept(recipe: Make) -> None:
     out = Path((made := recipe(*SETTINGS)).run.out)
     out.mkdir()
