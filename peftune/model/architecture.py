@@ -23,7 +23,8 @@ _CLASSES = {
     "GPT2Model", "GPT2LMHeadModel", "GPT2DoubleHeadsModel", "GPT2ForSequenceClassification",
     "GPT2ForTokenClassification", "GPT2ForQuestionAnswering",
 }  # fmt: skip
-Size = Annotated[int, Field(gt=0)]
+Size = Annotated[int, Field(gt=0, le=1 << 24)]
+Layers = Annotated[int, Field(gt=0, le=1_000)]  # each is built to know its tensors, before any is looked for
 
 
 class Architecture(BaseModel):
@@ -34,7 +35,7 @@ class Architecture(BaseModel):
     vocab_size: Size = 50257
     n_positions: Size = 1024
     n_embd: Size = 768
-    n_layer: Size = 12
+    n_layer: Layers = 12
     n_head: Size = 12
     n_inner: Size | None = None
     activation_function: str = "gelu_new"

@@ -260,3 +260,12 @@ def test_a_tokenizer_of_another_model_is_refused_and_an_added_pad_is_not(base: P
     tokenizer.add_tokens(["domain"])
     tokenizer.save_pretrained(base)
     assert "its tokenizer knows token 301, but the embedding has 300 rows" in refusal(lambda: Base(base).tokenizer)
+
+
+@pytest.mark.parametrize("values", [{"n_layer": 1_000_000}, {"n_embd": 1 << 40}, {"vocab_size": 1 << 50}])
+def test_sizes_that_no_gpt2_has_are_refused_at_once(tiny_base: Path, tmp_path: Path, values: dict[str, int]) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    stored = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(stored | values))
+    with pytest.raises(UserError, match=r"config.json: .*expected a number less than or equal to \d+"):
+        assert Base(base).config
