@@ -77,7 +77,7 @@ def read_adapter(directory: Path) -> Adapter:
             problem = f"has shape {tuple(tensor.shape)}: it was saved without gathering ZeRO-3 parts"
         elif not tensor.is_floating_point():
             problem = f"holds {tensor.dtype}; expected floating-point numbers"
-        elif not all_finite(tensor):
+        elif not all_finite(tensor.float()):  # in what it is computed in
             problem = "holds values that are not finite; the training went wrong"
         else:
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from peftune.adapters.module_names import check_pattern
 from peftune.config.messages import validation_messages
@@ -38,6 +38,7 @@ Pattern = Annotated[str, AfterValidator(check_pattern)]
 Plain = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$", max_length=200)]  # PEFT reads these as patterns too
 PlainNames = Annotated[list[Plain], Field(max_length=100)]
 Names = Annotated[Any, AfterValidator(_names)]
+Alpha = Annotated[float, Field(gt=0, lt=3e38)]  # a scale, computed in float32
 Init = Annotated[Any, AfterValidator(_init)]
 
 
@@ -47,14 +48,14 @@ class PeftLoraSettings(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
     r: PositiveInt
-    lora_alpha: PositiveFloat
+    lora_alpha: Alpha
     target_modules: Names = None
     exclude_modules: Names = None
     modules_to_save: PlainNames | None = None
     layers_to_transform: int | Annotated[list[int], Field(max_length=1_000)] | None = None
     layers_pattern: Plain | PlainNames | None = None
     rank_pattern: Annotated[dict[Pattern, PositiveInt], Field(max_length=5_000)] | None = None
-    alpha_pattern: Annotated[dict[Pattern, PositiveFloat], Field(max_length=5_000)] | None = None
+    alpha_pattern: Annotated[dict[Pattern, Alpha], Field(max_length=5_000)] | None = None
     trainable_token_indices: TokenIds | Annotated[dict[Plain, TokenIds], Field(max_length=100)] | None = None
     lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     bias: Literal["none", "all", "lora_only"] = "none"

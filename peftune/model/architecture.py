@@ -28,7 +28,8 @@ _CLASSES = {
 TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 """Three spellings of one function: GELU, approximated with tanh."""
 _TRANSFORMERS = (5, 4)
-Size = Annotated[int, Field(gt=0)]
+Size = Annotated[int, Field(gt=0, le=1 << 24)]
+Layers = Annotated[int, Field(gt=0, le=1_000)]  # each is built to know its tensors, before any is looked for
 
 
 class Architecture(BaseModel):
@@ -39,7 +40,7 @@ class Architecture(BaseModel):
     vocab_size: Size = 50257
     n_positions: Size = 1024
     n_embd: Size = 768
-    n_layer: Size = 12
+    n_layer: Layers = 12
     n_head: Size = 12
     n_inner: Size | None = None
     activation_function: str = "gelu_new"

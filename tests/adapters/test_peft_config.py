@@ -28,6 +28,7 @@ from peftune.model.load import load_model
         ({"r": "8"}, "r: expected a whole number, found '8'"),
         ({"r": True}, "r: expected a whole number, found True"),
         ({"lora_alpha": None}, "lora_alpha: expected a number, found nothing"),
+        ({"lora_alpha": 1e308}, "lora_alpha: expected a number less than 3"),
         ({"lora_alpha": float("inf")}, "Infinity is not JSON"),
         ({"target_modules": 5}, "target_modules: expected names of modules or a regular expression, found 5"),
         ({"target_modules": [5]}, "target_modules: expected names of modules"),

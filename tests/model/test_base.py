@@ -312,3 +312,12 @@ def test_a_transformers_that_computes_wrongly_is_refused(tiny_base: Path, monkey
         else:
             assert Base(tiny_base).config.n_layer == 2
             architecture.require_transformers.cache_clear()
+
+
+@pytest.mark.parametrize("values", [{"n_layer": 1_000_000}, {"n_embd": 1 << 40}, {"vocab_size": 1 << 50}])
+def test_sizes_that_no_gpt2_has_are_refused_at_once(tiny_base: Path, tmp_path: Path, values: dict[str, int]) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    stored = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(stored | values))
+    with pytest.raises(UserError, match=r"config.json: .*expected a number less than or equal to \d+"):
+        assert Base(base).config

@@ -416,7 +416,7 @@ def test_evaluating_a_base_that_is_not_finite_is_a_failed_check(
     figures = tmp_path / "figures.json"
     command = ["eval", "--base", str(broken_base), "--data", f"prose={corpus}", "--json", str(figures)]
     assert main.run(command) == 4
-    assert "peftune: base on prose: loss nan nats per token" in capsys.readouterr().err
+    assert "holds values that are not finite: the weights are broken" in capsys.readouterr().err
     assert not figures.exists()
 
 
