@@ -60,7 +60,8 @@ def load_model(
     assert base.weights, "read first: it tells what is missing more clearly than Transformers does"
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its table of mask buffers and copies; what is missing `base.weights` has told
+    # no table of mask buffers and copies; what is missing `base.weights` has told
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     options = {} if quantize is None else quantized.loading_options(quantize, device)
     options["dtype"] = dtype if quantize is None else torch.float32
     try:

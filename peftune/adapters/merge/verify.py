@@ -170,4 +170,4 @@ def _check_close(found: torch.Tensor, wanted: torch.Tensor, before: float, name:
 
 
 def _norm(tensor: torch.Tensor) -> float:
-    return torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
