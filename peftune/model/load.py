@@ -65,11 +65,11 @@ def load_model(
     config = with_dropout(base.config, dropout)
     assert base.weights, "read first: it tells what is missing more clearly than Transformers does"
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    verbosity = logging.get_verbosity()
-    # its table of mask buffers and copies; what is missing `base.weights` has told
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     options = {} if quantize is None else quantized.loading_options(quantize, device)
     options["dtype"] = dtype if quantize is None else torch.float32
+    verbosity = logging.get_verbosity()
+    # no table of mask buffers and copies; what is missing `base.weights` has told
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         model: Any = GPT2LMHeadModel.from_pretrained(base.directory, config=config, **options)
     except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, SafetensorError) as error:
