@@ -21,13 +21,13 @@ from transformers import GPT2Config
 
 from peftune.adapters import peft_config
 from peftune.adapters.layout import AdapterLayout, layout_of
-from peftune.adapters.provenance import PROVENANCE, read_provenance, recorded, recorded_base, recorded_hashes, sealed
+from peftune.adapters.provenance import PROVENANCE, read_provenance, recorded_base, recorded_hashes, sealed
 from peftune.adapters.training_output import adapters_inside, which_to_use
 from peftune.errors import CheckFailed, UserError, first_line
 from peftune.files import flush_directory, hashes_of, publish, read_bytes, read_object, staging_directory
 from peftune.model.fingerprint import bytes_of
 from peftune.model.pickles import load_pickle
-from peftune.model.weights import all_finite, save_tensors
+from peftune.model.weights import WTE, all_finite, save_tensors
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -85,8 +85,11 @@ def read_adapter(directory: Path) -> Adapter:
     return Adapter(directory, config, tensors, provenance)
 
 
-def check_fits(adapter_dir: Path, base: GPT2Config) -> tuple[Adapter, AdapterLayout]:
-    """What an adapter holds and what it changes, if it can be put on a base of this shape; UserError if not."""
+def check_fits(adapter_dir: Path, base: GPT2Config, tokens: int | None = None) -> tuple[Adapter, AdapterLayout]:
+    """What an adapter holds and what it changes, if it can be put on a base of this shape; UserError if not.
+
+    `tokens` is how many the base's tokenizer knows, where that is to make the ids: rows of others are refused.
+    """
     adapter = read_adapter(adapter_dir)
     layout = layout_of(adapter.config, adapter.tensors, base, str(adapter_dir))
     if layout.vocabulary != base.vocab_size:
@@ -94,10 +97,11 @@ def check_fits(adapter_dir: Path, base: GPT2Config) -> tuple[Adapter, AdapterLay
             f"adapter {adapter_dir}: has {layout.vocabulary} tokens, the base has {base.vocab_size}; "
             "fold it in with peftune merge first"
         )
-    if tokens := recorded(adapter.provenance, "recipe", "data", "new_tokens"):
+    rows = layout.rows.get(WTE)
+    if tokens is not None and rows is not None and rows.height(tokens) > tokens:
         raise UserError(
-            f"adapter {adapter_dir}: has new tokens ({', '.join(map(str, tokens))[:100]}), which the base's tokenizer "
-            "does not know; fold it in with peftune merge first"
+            f"adapter {adapter_dir}: has rows up to token {rows.height(tokens) - 1:,}, the base's tokenizer knows "
+            f"{tokens:,} tokens, so no text would use them; fold it in with peftune merge first"
         )
     return adapter, layout
 

@@ -116,7 +116,7 @@ class AdapterBank:
             if name in self._loaded and not replace:
                 raise UserError(f"adapter {name}: there is one of this name already ({self._loaded[name].directory})")
             check_base(directory, self.base)
-            adapter, layout = check_fits(directory, self.config)
+            adapter, layout = check_fits(directory, self.config, len(self.tokenizer))
             refuse_biased_head(layout, str(directory))
             rank = max((target.rank for target in layout.targets.values()), default=0)
             lora, model = _plain_lora(layout, self.spec.device), self._base_variant.model

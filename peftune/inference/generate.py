@@ -10,6 +10,7 @@ import torch
 
 from peftune.adapters.attach import load_onto
 from peftune.adapters.base_of import base_of
+from peftune.adapters.directory import check_fits
 from peftune.adapters.provenance import check_base, parses_special_tokens, read_provenance
 from peftune.data.tokens.encode import begin_of_text_id, end_of_text_id
 from peftune.errors import CheckFailed, UserError
@@ -62,6 +63,7 @@ def text_generator(
         parse = base.parses_special_tokens
         if adapter is not None:  # in full precision, so that one which changes the base (PiSSA) is rounded once
             check_base(Path(adapter), base)
+            check_fits(Path(adapter), base.config, len(base.tokenizer))
             parse = parses_special_tokens(read_provenance(Path(adapter)))
             model = load_onto(model, Path(adapter))
         model.to("cuda" if torch.cuda.is_available() else "cpu", dtype_of(precision))  # type: ignore[arg-type]

@@ -105,7 +105,7 @@ def evaluate(
     domains = {name: read_blocks(base, documents, block_size, read) for name, documents in data.items()}
     for directory in folders.values():
         check_base(directory, base)
-        check_fits(directory, base.config)
+        check_fits(directory, base.config, len(base.tokenizer))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autocast = torch.autocast(device.type, dtype_of(precision), enabled=precision != "fp32")
     rows: dict[str, dict[str, Figures]] = {}

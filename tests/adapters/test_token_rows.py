@@ -132,7 +132,7 @@ def test_the_check_of_a_merge_sees_a_row_in_the_wrong_place(
     adapter = make_adapter(trainable_token_indices=list(range(200)))
     put = TokenRows.put_into
     monkeypatch.setattr(TokenRows, "put_into", lambda self, *a: put(replace(self, indices=self.indices.flip(0)), *a))
-    with pytest.raises(CheckFailed, match="logits differ"):
+    with pytest.raises(CheckFailed, match="differs from base"):
         merge(adapter, tmp_path / "out", str(tiny_base), texts=tools.texts)
 
 
