@@ -15,7 +15,7 @@ import typer
 from peftune.cli import adapters, cache
 from peftune.cli.export import export, push
 from peftune.cli.launcher.launch import configs, launch
-from peftune.cli.options import BASE_HELP, Adapters, Json, named, save_json, source_of
+from peftune.cli.options import BASE_HELP, Adapters, Json, columns_of, named, save_json, source_of
 from peftune.cli.output.text_output import echo
 from peftune.cli.serve import serve
 from peftune.cli.stop import end_with
@@ -72,7 +72,7 @@ def data(
 
     Example:  peftune data answers.jsonl --column prompt=question --column completion=answer --base gpt2
     """
-    columns = _columns(column)
+    columns = columns_of(column)
     from peftune.cli.output.data import run
     from peftune.model.base import open_base
 
@@ -126,7 +126,7 @@ def evaluate(
 
     Example:  peftune eval --base gpt2 --adapter poems=adapters/poems --data poems=held.txt --data code=code.jsonl
     """
-    folders, columns, paths = named("--adapter", adapters), _columns(column), named("--data", data)
+    folders, columns, paths = named("--adapter", adapters), columns_of(column), named("--data", data)
     from peftune.cli.output.evaluate import matrix_table, print_routing, print_tables
     from peftune.inference.perplexity import evaluate
     from peftune.inference.routing.accuracy import measure_routing
@@ -279,7 +279,6 @@ def run(arguments: list[str]) -> int:
     return _complain("stopped", code) if code == _STOPPED else code
 
 
-_COLUMN_KEYS = ("text", "prompt", "completion", "messages", "split", "subset")
 _OF_THE_MACHINE = {
     getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EMFILE", "ENFILE", "ENOMEM")
 } - {None}  # fmt: skip
@@ -293,11 +292,3 @@ def _complain(message: str, exit_code: int) -> int:
     record_for_launcher(line)
     echo(line, err=True)
     return exit_code
-
-
-def _columns(values: list[str] | None) -> dict[str, str]:
-    columns = named("--column", values)
-    for key in columns:
-        if key not in _COLUMN_KEYS:
-            raise UserError(f"--column {key}={columns[key]}: expected one of {', '.join(_COLUMN_KEYS)} before the =")
-    return columns

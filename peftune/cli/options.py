@@ -62,3 +62,15 @@ def source_of(path: str, columns: dict[str, str] | None = None) -> Source:
     except ValueError as error:
         reason = str(error.errors()[0]["msg"]) if hasattr(error, "errors") else str(error)
         raise UserError(f"{path}: {reason.removeprefix('Value error, ')}") from None
+
+
+_COLUMN_KEYS = ("text", "prompt", "completion", "messages", "split", "subset")
+
+
+def columns_of(values: list[str] | None) -> dict[str, str]:
+    """What each `--column KEY=NAME` says; UserError for a key that no source has."""
+    columns = named("--column", values)
+    for key in columns:
+        if key not in _COLUMN_KEYS:
+            raise UserError(f"--column {key}={columns[key]}: expected one of {', '.join(_COLUMN_KEYS)} before the =")
+    return columns
