@@ -74,6 +74,7 @@ class Base:
         from transformers import GPT2Config
 
         values = self.stored_config | {"_name_or_path": str(self.directory)}
+        values.pop("num_labels", None)  # of classifiers; Transformers would make a name for each
         try:
             return GPT2Config.from_dict(values)
         except Exception as error:  # whatever Transformers makes of values that no GPT-2 needs

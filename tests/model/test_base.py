@@ -321,3 +321,10 @@ def test_sizes_that_no_gpt2_has_are_refused_at_once(tiny_base: Path, tmp_path: P
     (base / "config.json").write_text(json.dumps(stored | values))
     with pytest.raises(UserError, match=r"config.json: .*expected a number less than or equal to \d+"):
         assert Base(base).config
+
+
+def test_labels_without_number_are_not_made(tiny_base: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    stored = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(stored | {"num_labels": 10**9}))
+    assert len(Base(base).config.id2label) == 2
