@@ -7,6 +7,7 @@ A recipe is a YAML file; dotted overrides (`optim.lr=1e-4`) win over it. Field d
 from __future__ import annotations
 
 import copy
+import os
 import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -177,16 +178,17 @@ class BatchSection(Section):
     """Blocks per forward on one rank; `auto` starts from the largest sensible and halves when memory runs out."""
 
 
-def _without_control_characters(value: str) -> str:
+def _output_directory(value: str) -> str:
+    """With `~` as a shell would read it, which expands none after a `=`."""
     if any(unicodedata.category(character) == "Cc" for character in value):
         raise ValueError("holds a control character (a line break, a tab); expected a name that can be shown")
-    return value
+    return os.path.expanduser(value)
 
 
 class RunSection(Section):
     """Where results go, and how the run behaves."""
 
-    out: Annotated[NonEmpty, AfterValidator(_without_control_characters)]
+    out: Annotated[NonEmpty, AfterValidator(_output_directory)]
     """Adapter directory to write."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Seed of the adapter's initial values, the order of samples and dropout."""

@@ -233,3 +233,10 @@ def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path: Path) -> Non
     path = tmp_path / "r.yaml"
     path.write_bytes(b"\xef\xbb\xbfbase: gpt2\r\ndata: {train: a.txt}\r\nrun: {out: b}\r\n")
     assert load_recipe(path, ["optim.steps=3"]).optim.steps == 3
+
+
+def test_a_tilde_in_run_out_is_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    values = {"base": "gpt2", "data": {"train": "a.txt"}, "run": {"out": "-"}}
+    assert recipe_from(values, ["run.out=~/adapters/a"]).run.out == "/home/me/adapters/a"
+    assert recipe_from(values, ["run.out=a~b"]).run.out == "a~b"
