@@ -25,6 +25,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if {"distributed", "launch"} & set(item.path.relative_to(Path(__file__).parent).parts):
             item.add_marker(pytest.mark.xdist_group("ranks"))
+        elif item.path.name in ("test_quickstart.py", "test_stop.py"):  # what they share takes minutes to make
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         import torch

@@ -86,7 +86,7 @@ class Base:
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The fast tokenizer, its vocabulary checked against the embedding's rows."""
         self._check(self.directory / name for name in tokenizer.FILES)
-        return tokenizer.load_tokenizer(self.directory, self.config)
+        return tokenizer.load_tokenizer(self.directory, self.config, self.stored_config)
 
     @cached_property
     def weights(self) -> weights.Weights:

@@ -34,7 +34,7 @@ _JSON = (
 )  # fmt: skip
 
 
-def load_tokenizer(directory: Path, config: GPT2Config) -> PreTrainedTokenizerFast:
+def load_tokenizer(directory: Path, config: GPT2Config, stored_config: dict[str, Any]) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a checkpoint directory, with an end token (GPT-2's is `<|endoftext|>`).
 
     Raises UserError where there is none, and where a text could become a token that the embedding has no row for.
@@ -58,8 +58,7 @@ def load_tokenizer(directory: Path, config: GPT2Config) -> PreTrainedTokenizerFa
         tokenizer = _from_files(directory, config, state)
         if tokenizer.is_fast:
             repair_unknown(tokenizer)
-            read = [read_object_if_present(directory / "config.json", f"base {directory}: config.json") or {}]
-            name_ends(tokenizer, [*read, stored[_GENERATION]], config.vocab_size)
+            name_ends(tokenizer, [stored_config, stored[_GENERATION]], config.vocab_size)
     except (
         BaseException
     ) as error:  # whatever a library that is not ours makes of a broken file, a panic of Rust included

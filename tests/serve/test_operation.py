@@ -291,7 +291,7 @@ def test_what_fails_in_the_server_tells_the_client_nothing_of_it(
         raise ZeroDivisionError("a secret of ours")
 
     with monkeypatch.context() as patched:
-        patched.setattr(server.bank, "encode", fail)
+        patched.setattr("peftune.serve.openai.prompts.encode_texts", fail)
         answer = server.post(COMPLETIONS, **SHORT)
     assert answer.status_code == 500 and "secret" not in answer.text
     assert answer.json()["error"]["type"] == "server_error"

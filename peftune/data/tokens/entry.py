@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from peftune.cache import open_private
 from peftune.data.tokens.encode import Examples
@@ -33,6 +34,7 @@ FILES = ("ids.bin", "supervised.bin", "documents.bin")
 DOCUMENT = np.dtype([("tokens", "<i8"), ("supervised", "<i8"), ("bytes", "<i8"), ("digest", "<u8")])
 _FINGERPRINT = 1  # not FORMAT: a run that an earlier version began goes on if its tokens are the same
 _CHUNK = 1 << 20
+_SPECIAL = TypeAdapter(dict[str, tuple[int, str]])
 _META_BYTES = 1 << 16
 
 
@@ -99,19 +101,18 @@ def read_entry(directory: Path, key: str, vocabulary: int) -> Entry | None:
         ids, bits, table = (MappedFile(directory / name, kind) for name, kind in zip(FILES, kinds, strict=True))
         hashes = {name: file.sha256 for name, file in zip(FILES, (ids, bits, table), strict=True)}
         documents = table.array.copy()
+        special = _SPECIAL.validate_python(meta.get("special_tokens", {}))
+        stated = meta["sha256"], meta["dtype"], meta.get("key")  # of another key: one that was moved here
     except (OSError, ValueError, KeyError, TypeError):
         return None
     lengths, tokens = documents["tokens"], len(ids.array)
     fits = (
-        meta.get("key") == key  # else one that was moved here is of another text
-        and meta["sha256"] == hashes
-        and meta["dtype"] == dtype.str
+        stated == (hashes, dtype.str, key)
         and ids.largest < vocabulary
         and int(lengths.sum()) == tokens
         and -(-tokens // 8) == len(bits.array)
         and bool((lengths >= 2).all())  # the token that begins a document and the one that ends it
     )
-    special = {token: (count, first) for token, (count, first) in meta.get("special_tokens", {}).items()}
     return Entry(ids, bits, documents, _fingerprint(dtype, hashes), meta["blank"], special) if fits else None
 
 

@@ -173,6 +173,7 @@ def test_any_meta_of_an_entry_is_read_or_built_again(data, sealed, tokenizer, tm
         (folder / "valid.json").write_bytes((made / "meta.json").read_bytes())
     [entry] = (folder / "tokens").iterdir()
     meta = json.loads((folder / "valid.json").read_bytes())
+    key = meta["key"]
     del meta["sha256_of_meta"]
     if sealed:
         changed = data.draw(damaged_values(meta).filter(lambda value: isinstance(value, dict)))
@@ -182,7 +183,7 @@ def test_any_meta_of_an_entry_is_read_or_built_again(data, sealed, tokenizer, tm
     (entry / "meta.json").unlink()
     (entry / "meta.json").write_bytes(content)
     with deadline():
-        store = open_store(entry, len(tokenizer))
+        store = open_store(entry, key, len(tokenizer))
     assert store is None or (len(store) == 2 and type(store.blank) is int)
 
 
