@@ -22,7 +22,7 @@ trap 'rm -f "$types"' EXIT
 "$venv/bin/python" -m mypy >"$types" 2>&1 &
 # Two tests at a time, one thread each: as fast as two cores can, and not slower where there are more.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-check "tests" pytest -q -n 2 --dist loadgroup --durations=10 "$@"
+check "tests" pytest -q -n 2 --durations=10 "$@"
 say "types"
 wait $! || failed+=("types")
 cat "$types"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,15 +19,7 @@ if TYPE_CHECKING:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start ranks run one after another, also where pytest-xdist runs others beside them.
-
-    Tests marked `gpu` are skipped, by name and with the reason, where torch finds no CUDA device.
-    """
-    for item in items:
-        if {"distributed", "launch"} & set(item.path.relative_to(Path(__file__).parent).parts):
-            item.add_marker(pytest.mark.xdist_group("ranks"))
-        elif item.path.name in ("test_quickstart.py", "test_stop.py"):  # what they share takes minutes to make
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    """Tests marked `gpu` are skipped, by name and with the reason, where torch finds no CUDA device."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         import torch
@@ -46,6 +39,10 @@ TEXT = ["the cat sat on the mat and the dog sat on the log", "naïve café, stra
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing of a test reaches the user's cache, and no test goes to a hub; subprocesses inherit both."""
+    for name in ("SIGINT", "SIGHUP"):  # ignored where the tests run in the background, and in all that they start
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     before = dict(os.environ)
     os.environ["PEFTUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["HF_HUB_OFFLINE"] = "1"
