@@ -14,7 +14,7 @@ import shutil
 import socket
 import stat
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -45,19 +45,8 @@ def sha256_of(path: Path) -> str:
 
 
 def hashes_of(directory: Path, names: Iterable[str]) -> dict[str, str]:
-    """sha256 by file name, to be kept beside the files and given to `check_hashes` when they are read."""
+    """sha256 by file name, to be kept beside the files and given to `read_bytes` when they are read."""
     return {name: sha256_of(directory / name) for name in sorted(names)}
-
-
-def check_hashes(directory: Path, hashes: Mapping[str, str], what: str) -> None:
-    """UserError, in which the directory is called `what`, where a file is not what was recorded of it."""
-    for name, digest in hashes.items():
-        try:
-            same = Path(name).name == name and sha256_of(directory / name) == digest
-        except OSError as error:
-            raise UserError(f"{what}: {name}: cannot be read: {error.strerror or error}") from None
-        if not same:
-            raise UserError(f"{what}: {name} {_CHANGED}")
 
 
 def apply_umask(path: Path) -> None:
@@ -289,8 +278,16 @@ def _whole(text: str) -> int:
 
 
 def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)[:40]!r} stands twice in one object")
-    return value
+    if (name := repeated(name for name, _ in pairs)) is not None:
+        raise ValueError(f"the name {name[:40]!r} stands twice in one object")
+    return dict(pairs)
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """The first of these names that has come before, or None; in one pass, since a file may have millions."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None

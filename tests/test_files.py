@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fuzzing import deadline
 
 from peftune import files
 from peftune.errors import CheckFailed, UserError
@@ -80,12 +81,17 @@ def test_a_changed_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"1")
     (tmp_path / "b").write_bytes(b"2")
     hashes = files.hashes_of(tmp_path, ["a", "b"])
-    files.check_hashes(tmp_path, hashes, "here")
+    assert [files.read_bytes(tmp_path / name, name, hashes[name]) for name in "ab"] == [b"1", b"2"]
     (tmp_path / "b").write_bytes(b"3")
     with pytest.raises(UserError, match="here: b is not the file that was written"):
-        files.check_hashes(tmp_path, hashes, "here")
-    with pytest.raises(UserError, match="is not the file"):
-        files.check_hashes(tmp_path, {"../a": hashes["a"]}, "here")
+        files.read_bytes(tmp_path / "b", "here: b", hashes["b"])
+
+
+def test_a_name_that_comes_again_is_found_among_many(tmp_path: Path) -> None:
+    names = ",".join(f'"{number}":1' for number in range(200_000))
+    (tmp_path / "x.json").write_text(f'{{{names},"last":1,"last":2}}')
+    with deadline(), pytest.raises(UserError, match="the name 'last' stands twice"):
+        files.read_object(tmp_path / "x.json")
 
 
 def test_a_leftover_with_the_number_of_this_process_is_removed(tmp_path: Path) -> None:

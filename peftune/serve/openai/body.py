@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import Counter
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from starlette.requests import Request
 
 from peftune.config.messages import validation_messages
+from peftune.files import repeated
 from peftune.serve.openai.errors import ApiError
 from peftune.serve.openai.neutral import NeutralChatFields, OpenAIBaseModel, StreamOptions
 from peftune.serve.openai.schema import ChatMessage
@@ -103,8 +103,6 @@ def _parse(raw: bytes) -> dict[str, Any]:
 
 
 def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique = dict(pairs)
-    if len(unique) < len(pairs):
-        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+    if (name := repeated(name for name, _ in pairs)) is not None:
         raise ValueError(f"{name} is given twice")
-    return unique
+    return dict(pairs)
