@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers import GPT2Config
 
-from peftune.adapters.directory import Adapter, read_config
+from peftune.adapters.directory import Adapter, read_settings
 from peftune.adapters.layout import AdapterLayout, base_name, layout_of, module_of
-from peftune.adapters.provenance import FINGERPRINTS, check_base, read_provenance, recorded_base
+from peftune.adapters.provenance import FINGERPRINTS, check_base, recorded_base
 from peftune.adapters.token_rows import named_tokens
 from peftune.errors import UserError
 from peftune.model.base import Base
@@ -43,7 +43,7 @@ def base_of(*adapter_dirs: Path) -> str:
 
     Raises UserError where one does not say, where they name several, and where there is no adapter.
     """
-    named = {recorded_base(read_config(path), read_provenance(path)) or "": path for path in adapter_dirs}
+    named = {recorded_base(*read_settings(path)) or "": path for path in adapter_dirs}
     if "" in named:
         raise UserError(f"adapter {named['']}: {_UNNAMED}")
     if len(named) != 1:

@@ -67,8 +67,7 @@ def read_adapter(directory: Path) -> Adapter:
     Raises UserError where a file is missing, broken or cut short, where it is not a LoRA, and where a tensor is
     empty or holds values that are not finite. Where peftune.json records the SHA-256 of the files, they must have it.
     """
-    config = read_config(directory)
-    provenance = read_provenance(directory)
+    config, provenance = read_settings(directory)
     tensors = read_tensors(directory, recorded_hashes(provenance).get(TENSORS))
     if not tensors:
         raise UserError(f"adapter {directory}: holds no tensors; train it again")
@@ -202,9 +201,12 @@ def refuse_other_files(out: Path, names: Iterable[str]) -> None:
             )
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """The adapter's configuration, checked; UserError where it is missing, broken or not that of a LoRA."""
-    config = read_any_config(directory)
+def read_settings(directory: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The adapter's configuration, checked, and what peftune.json says (None for one of plain PEFT).
+
+    Raises UserError where the first is missing, or not that of a LoRA, and where one of them is broken.
+    """
+    config, provenance = read_any_settings(directory)
     if config.get("peft_type") != "LORA":
         found = str(config.get("peft_type"))[:80]
         raise UserError(
@@ -212,11 +214,11 @@ def read_config(directory: Path) -> dict[str, Any]:
             "peftune adapters import converts some other kinds"
         )
     peft_config.check(config, f"adapter {directory}: {CONFIG}")
-    return config
+    return config, provenance
 
 
-def read_any_config(directory: Path) -> dict[str, Any]:
-    """What adapter_config.json of an adapter of any PEFT method says; UserError where it is missing or broken."""
+def read_any_settings(directory: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """`read_settings` for an adapter of any PEFT method, its configuration not checked."""
     check_directory(directory, f"adapter {directory}", f"; expected a directory with {CONFIG}")
     path = directory / CONFIG
     if not path.is_file():
@@ -229,8 +231,9 @@ def read_any_config(directory: Path) -> dict[str, Any]:
         if not hint and (inside := adapters_inside(directory, CONFIG)):
             hint = f"; {which_to_use(inside)}"
         raise UserError(f"adapter {directory}: no {CONFIG} in this directory{hint}")
-    hashes = recorded_hashes(read_provenance(directory))
-    return read_object(path, f"adapter {directory}: {CONFIG}", hashes.get(CONFIG))
+    provenance = read_provenance(directory)
+    expected = recorded_hashes(provenance).get(CONFIG)
+    return read_object(path, f"adapter {directory}: {CONFIG}", expected), provenance
 
 
 def check_directory(directory: Path, name: str, hint: str = "") -> None:

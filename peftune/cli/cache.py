@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,13 +12,14 @@ from typing import Annotated, Any
 
 import psutil
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from peftune.cache import cache_directory
 from peftune.cli.options import Json, save_json
+from peftune.cli.output.text_output import echo
+from peftune.console import SafeConsole
 from peftune.errors import UserError
-from peftune.files import beside, parse_json, writer_of
+from peftune.files import beside, parse_json, remove, writer_of
 
 app = typer.Typer(
     name="cache",
@@ -58,7 +58,7 @@ def list_cache(json_path: Json = None) -> None:
         name = item.name if len(item.name) <= 24 else f"{item.name[:23]}…"
         pids = ", ".join(map(str, item.pids))
         table.add_row(item.kind, name, _size(item.bytes), _duration(item.age), pids, item.holds)
-    console = Console()
+    console = SafeConsole()
     console.print(f"{root}: {_size(sum(item.bytes for item in items))}", markup=False, highlight=False, soft_wrap=True)
     if items:
         console.print(table, highlight=False)
@@ -84,10 +84,10 @@ def clear(
             kept.append(item)
         else:
             removed.append(item)
-            typer.echo(f"{'would remove' if dry_run else 'removed'} {item.name} ({item.kind}, {_size(item.bytes)})")
+            echo(f"{'would remove' if dry_run else 'removed'} {item.name} ({item.kind}, {_size(item.bytes)})")
     used = sum(bool(item.pids) for item in kept)
     save_json(json_path, {"removed": [asdict(item) for item in removed], "kept": [asdict(item) for item in kept]})
-    typer.echo(
+    echo(
         f"{root}: {_size(sum(item.bytes for item in removed))} {'would be ' if dry_run else ''}freed, "
         f"{len(kept)} kept, of which {used} in use"
     )
@@ -168,10 +168,7 @@ def _remove(path: Path) -> bool:
         aside = path if writer_of(path.name) else path.rename(beside(path))
     except OSError:
         return False
-    if aside.is_dir():
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        aside.unlink(missing_ok=True)
+    remove(aside)
     return not aside.exists()
 
 

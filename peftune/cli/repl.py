@@ -15,7 +15,7 @@ from typing import Any
 
 from peftune.adapters.base_of import base_of
 from peftune.cli.generate import choose_adapter
-from peftune.cli.output.text_output import CONTINUATION, PROMPT, TextPrinter
+from peftune.cli.output.text_output import CONTINUATION, PROMPT, TextPrinter, echo
 from peftune.data.sources.chat_template import STOPS, render_chat
 from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank
@@ -72,7 +72,7 @@ class ReplSession:
             try:
                 self.answer(line)
             except UserError as error:
-                print(error, file=sys.stderr)
+                echo(str(error), err=True)
             except KeyboardInterrupt:  # enough of this text
                 self._printer.end()
 

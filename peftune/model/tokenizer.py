@@ -59,9 +59,7 @@ def load_tokenizer(directory: Path, config: GPT2Config, stored_config: dict[str,
         if tokenizer.is_fast:
             repair_unknown(tokenizer)
             name_ends(tokenizer, [stored_config, stored[_GENERATION]], config.vocab_size)
-    except (
-        BaseException
-    ) as error:  # whatever a library that is not ours makes of a broken file, a panic of Rust included
+    except BaseException as error:  # whatever a library makes of a broken file, a panic of Rust included
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"base {directory}: the tokenizer cannot be read: {first_line(error)}") from None

@@ -45,3 +45,21 @@ def recipe(tiny_base: Path, corpus: Path, tmp_path: Path) -> Callable[..., Recip
         return recipe_from(values, list(overrides))
 
     return make
+
+
+@pytest.fixture
+def train_without_delivery(monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe], Path]:
+    """Trains as if the process had been cut after its last checkpoint; returns the run's directory."""
+    from peftune.errors import Interrupted
+    from peftune.training import run
+
+    def cut(_: object) -> None:
+        raise Interrupted("cut before delivery")
+
+    def train(made: Recipe) -> Path:
+        with monkeypatch.context() as patch, pytest.raises(Interrupted, match="cut before delivery"):
+            patch.setattr(run, "export", cut)
+            run.train(made)
+        return Path(made.run.out)
+
+    return train

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import peftune
 from peftune.cli import main
 from peftune.config.recipe import Recipe
-from peftune.errors import CheckFailed, Interrupted, UserError
+from peftune.errors import CheckFailed, UserError
 from peftune.files import parse_json
 from peftune.inference.perplexity import Score
 from peftune.model import fingerprint
@@ -30,17 +30,8 @@ from peftune.training.metrics import read_metrics
 from peftune.training.run import train
 
 Make = Callable[..., Recipe]
+Cut = Callable[[Recipe], Path]
 SETTINGS = ("data.validation=0.2", "run.eval_every=2", "run.save_every=1", "optim.steps=4")
-
-
-def cut_before_delivery(made: Recipe, monkeypatch: pytest.MonkeyPatch) -> Path:
-    def cut(_: object) -> None:
-        raise Interrupted("cut before delivery")
-
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="cut before delivery"):
-        patch.setattr(run, "export", cut)
-        train(made)
-    return Path(made.run.out)
 
 
 def delivered(out: Path) -> tuple[bytes, Any]:
@@ -55,9 +46,9 @@ def undisturbed(recipe: Make, tmp_path: Path) -> tuple[bytes, Any]:
 
 
 def test_a_damaged_checkpoint_is_named_and_kept_and_the_run_goes_on_from_the_one_before(
-    recipe: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], undisturbed: tuple[bytes, Any]
+    recipe: Make, train_without_delivery: Cut, capsys: pytest.CaptureFixture[str], undisturbed: tuple[bytes, Any]
 ) -> None:
-    out = cut_before_delivery(made := recipe(*SETTINGS), monkeypatch)
+    out = train_without_delivery(made := recipe(*SETTINGS))
     os.truncate(out / "checkpoints" / "step-4" / "adapter.safetensors", 20)
     train(made)
     said = capsys.readouterr().err
@@ -67,9 +58,9 @@ def test_a_damaged_checkpoint_is_named_and_kept_and_the_run_goes_on_from_the_one
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_nothing_is_changed(
-    recipe: Make, monkeypatch: pytest.MonkeyPatch
+    recipe: Make, train_without_delivery: Cut
 ) -> None:
-    out = cut_before_delivery(made := recipe(*SETTINGS), monkeypatch)
+    out = train_without_delivery(made := recipe(*SETTINGS))
     for path in checkpoint.listed(out / "checkpoints"):
         os.truncate(path / "adapter.safetensors", 20)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -88,10 +79,10 @@ METRICS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", METRICS)
 def test_no_figure_is_lost_with_the_metrics(
-    recipe: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    recipe: Make, train_without_delivery: Cut, capsys: pytest.CaptureFixture[str],
     undisturbed: tuple[bytes, Any], damage: str
 ) -> None:  # fmt: skip
-    out = cut_before_delivery(made := recipe(*SETTINGS), monkeypatch)
+    out = train_without_delivery(made := recipe(*SETTINGS))
     METRICS[damage](out / "metrics.jsonl")
     train(made)
     assert "metrics.jsonl is not what the checkpoint of step 4 knew" in " ".join(capsys.readouterr().err.split())
@@ -103,9 +94,9 @@ def test_no_figure_is_lost_with_the_metrics(
 
 
 def test_a_flipped_bit_in_any_file_of_a_run_is_found_or_harmless(
-    recipe: Make, monkeypatch: pytest.MonkeyPatch, undisturbed: tuple[bytes, Any], tmp_path: Path
+    recipe: Make, train_without_delivery: Cut, undisturbed: tuple[bytes, Any], tmp_path: Path
 ) -> None:
-    out = cut_before_delivery(made := recipe(*SETTINGS), monkeypatch)
+    out = train_without_delivery(made := recipe(*SETTINGS))
     shutil.copytree(out, tmp_path / "copy")
     chance = random.Random(1)
     files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.stat().st_size]
@@ -122,9 +113,9 @@ def test_a_flipped_bit_in_any_file_of_a_run_is_found_or_harmless(
 
 
 def test_a_run_of_an_older_release_goes_on_with_figures_from_its_metrics(
-    recipe: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], undisturbed: tuple[bytes, Any]
+    recipe: Make, train_without_delivery: Cut, capsys: pytest.CaptureFixture[str], undisturbed: tuple[bytes, Any]
 ) -> None:
-    out = cut_before_delivery(made := recipe(*SETTINGS), monkeypatch)
+    out = train_without_delivery(made := recipe(*SETTINGS))
     for path in checkpoint.listed(out / "checkpoints"):
         state = json.loads((path / "state.json").read_text())
         for key in ("sha256", "figures", "records_sha256", "records_from"):
@@ -136,8 +127,8 @@ def test_a_run_of_an_older_release_goes_on_with_figures_from_its_metrics(
     assert delivered(out) == undisturbed
 
 
-def test_a_checkpoint_that_lacks_a_tensor_is_one_clear_error(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = cut_before_delivery(made := recipe(*SETTINGS), monkeypatch)
+def test_a_checkpoint_that_lacks_a_tensor_is_one_clear_error(recipe: Make, train_without_delivery: Cut) -> None:
+    out = train_without_delivery(made := recipe(*SETTINGS))
     path = out / "checkpoints" / "step-4"
     state = json.loads((path / "state.json").read_text())
     del state["sha256"]
@@ -150,11 +141,11 @@ def test_a_checkpoint_that_lacks_a_tensor_is_one_clear_error(recipe: Make, monke
 
 
 def test_a_base_that_rotted_meanwhile_is_refused_although_its_times_stand(
-    recipe: Make, monkeypatch: pytest.MonkeyPatch, tiny_base: Path, tmp_path: Path
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, train_without_delivery: Cut, tiny_base: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny_base, tmp_path / "base")
     monkeypatch.setattr(fingerprint, "_identity", lambda files: [[str(file)] for file in files])  # no time tells
-    cut_before_delivery(made := recipe(*SETTINGS, f"base={tmp_path / 'base'}"), monkeypatch)
+    train_without_delivery(made := recipe(*SETTINGS, f"base={tmp_path / 'base'}"))
     weights = tmp_path / "base" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-9] ^= 4
@@ -164,10 +155,10 @@ def test_a_base_that_rotted_meanwhile_is_refused_although_its_times_stand(
 
 
 def test_another_number_of_heads_is_another_run(
-    recipe: Make, monkeypatch: pytest.MonkeyPatch, tiny_base: Path, tmp_path: Path
+    recipe: Make, train_without_delivery: Cut, tiny_base: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny_base, tmp_path / "base")
-    cut_before_delivery(made := recipe(*SETTINGS, f"base={tmp_path / 'base'}"), monkeypatch)
+    train_without_delivery(made := recipe(*SETTINGS, f"base={tmp_path / 'base'}"))
     config = tmp_path / "base" / "config.json"
     config.write_text(config.read_text().replace('"n_head": 4', '"n_head": 2'))
     with pytest.raises(UserError, match="fingerprint of config was"):
@@ -281,11 +272,11 @@ def test_metrics_that_are_a_link_are_not_written_through(recipe: Make, tmp_path:
 @pytest.mark.parametrize("name", ["README.md", "loss.png", "adapter_config.json", "adapter_model.safetensors"])
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_file_that_no_run_wrote_is_not_replaced(
-    recipe: Make, monkeypatch: pytest.MonkeyPatch, name: str, begun: bool
+    recipe: Make, train_without_delivery: Cut, name: str, begun: bool
 ) -> None:
     out = Path((made := recipe(*SETTINGS, "data.validation=0")).run.out)
     if begun:
-        cut_before_delivery(made, monkeypatch)
+        train_without_delivery(made)
     out.mkdir(exist_ok=True)
     (out / name).write_text("precious")
     before = {path.name for path in out.iterdir()}

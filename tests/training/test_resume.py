@@ -25,6 +25,7 @@ from peftune.training.metrics import read_metrics
 from peftune.training.run import train
 
 Make = Callable[..., Recipe]
+Cut = Callable[[Recipe], Path]
 KILLS = int(os.environ.get("PEFTUNE_TEST_KILLS", "4"))  # each costs the start-up of a process
 TRAINED_WITH_NOISE = ("lora.dropout=0.1", "optim.neftune=5", "optim.steps=12", "run.save_every=1")
 
@@ -199,24 +200,13 @@ def test_another_recipe_is_refused_with_the_differences(recipe: Make) -> None:
         train(recipe("optim.lr=0.5"))
 
 
-def train_without_delivery(made: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the process had been cut after its last checkpoint."""
-
-    def cut(_: object) -> None:
-        raise Interrupted("cut before delivery")
-
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="cut before delivery"):
-        patch.setattr(run, "export", cut)
-        train(made)
-
-
-def test_harmless_changes_resume(recipe: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    train_without_delivery(recipe("run.save_every=1"), monkeypatch)
+def test_harmless_changes_resume(recipe: Make, train_without_delivery: Cut, tmp_path: Path) -> None:
+    train_without_delivery(recipe("run.save_every=1"))
     assert train(recipe("run.save_every=5", "run.eval_every=2", "batch.micro_size=3")).step == 3
 
 
-def test_never_refuses_where_a_checkpoint_is(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    train_without_delivery(recipe("run.save_every=1"), monkeypatch)
+def test_never_refuses_where_a_checkpoint_is(recipe: Make, train_without_delivery: Cut) -> None:
+    train_without_delivery(recipe("run.save_every=1"))
     with pytest.raises(UserError, match=r"run\.resume is never"):
         train(recipe("run.resume=never"))
 

@@ -18,7 +18,7 @@ from peftune.adapters.directory import (
     Adapter,
     check_free,
     read_adapter,
-    read_any_config,
+    read_any_settings,
     write_adapter,
 )
 from peftune.adapters.edit.computed_adapter import write_computed_adapter
@@ -83,7 +83,7 @@ def import_adapter(
         raise UserError(f"{source}: alpha and parts are of loralib's files; a directory of PEFT's says both itself")
     if source.is_dir() and not (source / CONFIG).exists() and len(inside := adapters_inside(source, CONFIG)) == 1:
         source = inside[0]
-    config = read_any_config(source)
+    config, _ = read_any_settings(source)
     if config.get("peft_type") == "LORA":
         if rank is not None:
             raise UserError(f"{source}: is a LoRA already; combine can make it smaller")
