@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,6 +77,13 @@ VALUES = st.recursive(
 
 
 pytestmark = pytest.mark.fuzz
+
+
+@pytest.fixture(scope="module")
+def server(start: Callable[..., Any], root: Path) -> Iterator[Any]:
+    """Of this file's own: what is sent here may unload an adapter that others need."""
+    with start({path.name: path for path in root.iterdir()}, roots=(root,), slots=16) as running:
+        yield running
 
 
 @pytest.fixture
