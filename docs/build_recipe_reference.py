@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from peftune.config import recipe
+from peftune.config import data_section, recipe
 
 PAGE = Path(__file__).with_name("recipe.md")
 HEAD = """\
@@ -23,12 +23,12 @@ What to learn, as YAML. Only `base`, `data.train` and `run.out` must be given. O
 the file: `peftune train recipe.yaml optim.lr=1e-4 run.out=adapters/slow`. Unknown keys are refused with the nearest
 known one, and every problem is listed at once.
 
-This page is written by `python docs/build_recipe_reference.py` from the docstrings of `peftune/config/recipe.py`.
+This page is written by `python docs/build_recipe_reference.py` from the docstrings of `peftune/config`.
 """
 SECTIONS = ("data", "lora", "optim", "batch", "run")
 NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null"}
-NAMES |= {recipe.Source: "source", recipe.Recipe: "recipe"}
-PLURALS = {str: "texts", recipe.SourceLike: "sources"}
+NAMES |= {data_section.Source: "source", recipe.Recipe: "recipe"}
+PLURALS = {str: "texts", data_section.SourceLike: "sources"}
 BOUNDS = {"ge": "≥ {}", "gt": "> {}", "le": "≤ {}", "lt": "< {}"}
 
 
@@ -40,7 +40,7 @@ def page() -> str:
         section = recipe.Recipe.model_fields[name].annotation
         assert section is not None
         parts += [f"## {name}: {sentence(section.__doc__)}", table(section.model_fields, f"{name}.")]
-    parts += [f"## A source: {sentence(recipe.Source.__doc__)}", table(recipe.Source.model_fields, "")]
+    parts += [f"## A source: {sentence(data_section.Source.__doc__)}", table(data_section.Source.model_fields, "")]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 

@@ -18,7 +18,7 @@ import pytest
 from fuzzing import damaged_json, deadline, fuzz
 from hypothesis import given
 
-from peftune.config.recipe import Source
+from peftune.config.data_section import Source
 from peftune.data.tokens import store as store_module
 from peftune.data.tokens.entry import FILES
 from peftune.data.tokens.store import TokenStore, prepare

@@ -38,7 +38,8 @@ def test_many_ranks_names_every_shipped_configuration_and_every_refusal() -> Non
 
 
 def test_every_recipe_key_is_explained() -> None:
-    from peftune.config.recipe import BatchSection, DataSection, LoraSection, OptimSection, Recipe, RunSection, Source
+    from peftune.config.data_section import DataSection, Source
+    from peftune.config.recipe import BatchSection, LoraSection, OptimSection, Recipe, RunSection
 
     fields = [
         (s, name, f)

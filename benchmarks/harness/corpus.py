@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from benchmarks.harness.shapes import POSITIONS, Shape
-from peftune.config.recipe import Source
+from peftune.config.data_section import Source
 from peftune.data.sources.read import read_documents
 from peftune.model.base import BUILTIN
 

@@ -11,7 +11,7 @@ from peftune.errors import UserError
 from peftune.files import check_writable, write_json
 
 if TYPE_CHECKING:
-    from peftune.config.recipe import Source
+    from peftune.config.data_section import Source
 
 BASE_HELP = "Hub name, directory, or builtin:small."
 _ADAPTER_HELP = "Adapter directory, with the name to show; a bare DIR is named after its last part. May be repeated."
@@ -55,7 +55,7 @@ def named(option: str, values: list[str] | None) -> dict[str, str]:
 
 def source_of(path: str, columns: dict[str, str] | None = None) -> Source:
     """A `Source` from the command line; UserError for columns that do not go together."""
-    from peftune.config.recipe import Source
+    from peftune.config.data_section import Source
 
     try:
         return Source(path=path, **(columns or {}))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from peftune.config.recipe import Source
+from peftune.config.data_section import Source
 from peftune.data.batches import Blocks
 from peftune.data.lint import Finding, lint
 from peftune.data.packing import Packing

@@ -15,7 +15,7 @@ from peftune.adapters.attach import load_onto
 from peftune.adapters.base_of import base_of
 from peftune.adapters.directory import check_fits
 from peftune.adapters.provenance import check_base, parses_special_tokens, read_provenance
-from peftune.config.recipe import Source
+from peftune.config.data_section import Source
 from peftune.console import Console
 from peftune.data.batches import Blocks
 from peftune.data.tokens.store import prepare

@@ -19,7 +19,8 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from peftune.config.recipe import Recipe, Source
+from peftune.config.data_section import Source
+from peftune.config.recipe import Recipe
 from peftune.data.batches import Blocks
 from peftune.data.documents import split_by_digest
 from peftune.data.lint import Finding

@@ -21,7 +21,7 @@ from peftune.adapters.inspect.compare import compare
 from peftune.adapters.inspect.describe import describe
 from peftune.adapters.inspect.scan import scan
 from peftune.adapters.merge.merge import merge
-from peftune.config.recipe import Source
+from peftune.config.data_section import Source
 from peftune.errors import PeftuneError, UserError
 from peftune.inference.bank import AdapterBank
 from peftune.inference.generate import generate

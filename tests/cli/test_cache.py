@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from peftune.cli.main import run
-from peftune.config.recipe import Source
+from peftune.config.data_section import Source
 from peftune.data.tokens.store import TokenStore, prepare
 from peftune.files import beside
 from peftune.model.base import Base

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from peftune.cli.options import source_of
 from peftune.cli.output.data import render, run
-from peftune.config.recipe import Source
+from peftune.config.data_section import Source
 from peftune.data.summary import summarize
 from peftune.errors import UserError
 from peftune.model.base import open_base

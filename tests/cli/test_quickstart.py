@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peftune.cli.quickstart import quickstart
-from peftune.config.recipe import Source
+from peftune.config.data_section import Source
 from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank
 from peftune.inference.routing.accuracy import measure_routing

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftune.config.recipe import Source
+from peftune.config.data_section import Source
 from peftune.data.batches import NOT_SCORED, Blocks
 from peftune.data.packing import Windows, cut_into_windows, pack
 from peftune.data.tokens.store import prepare

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from peftune.config.recipe import Source
+from peftune.config.data_section import Source
 from peftune.data.documents import Document
 from peftune.data.lint import lint
 from peftune.data.sources.chat_template import turns_of

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from peftune.cli.main import run
-from peftune.config.recipe import Source
+from peftune.config.data_section import Source
 from peftune.data.tokens.store import prepare
 from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank

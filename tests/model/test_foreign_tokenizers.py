@@ -155,7 +155,7 @@ def test_a_recipe_on_such_a_base_trains_evaluates_and_merges(tmp_path: Path) -> 
 
 
 def test_the_summary_says_what_a_tokenizer_does_not_give_back(tmp_path: Path) -> None:
-    from peftune.config.recipe import Source
+    from peftune.config.data_section import Source
     from peftune.data.summary import summarize
 
     (tmp_path / "t.txt").write_text("The cat\n\na Ω\n\nthe cat")

@@ -12,7 +12,7 @@ from peftune.cli.options import save_json
 from peftune.console import SafeConsole
 
 if TYPE_CHECKING:
-    from peftune.config.recipe import Source
+    from peftune.config.data_section import Source
     from peftune.model.base import Base
 
 _BAR_WIDTH = 40  # characters

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
-from peftune.config.recipe import Source
+from peftune.config.data_section import Source
 from peftune.data.sources.records import Rows
 from peftune.errors import UserError
 

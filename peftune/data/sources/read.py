@@ -19,7 +19,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from peftune.config.recipe import Source
+from peftune.config.data_section import Source
 from peftune.data.documents import Document, ReadStats
 from peftune.data.sources import builtin, chat_template, hub, plain_text, records
 from peftune.errors import UserError

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from peftune.cache import cache_directory, check_private, private_directory
-from peftune.config.recipe import Source
+from peftune.config.data_section import Source
 from peftune.console import Console
 from peftune.data.documents import ReadStats
 from peftune.data.sources.read import identity, read_documents, size_of, state_of

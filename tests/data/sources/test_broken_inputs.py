@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from peftune.config.recipe import Source
+from peftune.config.data_section import Source
 from peftune.data.tokens.store import prepare
 from peftune.errors import UserError
 

@@ -15,7 +15,7 @@ from fuzzing import damaged_bytes, damaged_json, deadline, fuzz, read_or_refuse
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftune.config.recipe import Source
+from peftune.config.data_section import Source
 from peftune.data.sources import records
 from peftune.data.sources.read import files_of, read_documents
 from peftune.errors import UserError

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from peftune.config.recipe import Source
+from peftune.config.data_section import Source
 from peftune.data.documents import Document
 from peftune.data.sources import hub
 from peftune.data.sources.read import ReadStats, files_of, holds_chat, identity, read_documents

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from peftune.config.recipe import Source
+from peftune.config.data_section import Source
 from peftune.data.sources.read import identity
 from peftune.data.summary import summarize
 from peftune.data.tokens.encode import encode_texts, end_of_text_id, rules_of

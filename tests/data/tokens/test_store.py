@@ -15,7 +15,7 @@ from fuzzing import damaged_json, damaged_values, deadline, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftune.config.recipe import Source
+from peftune.config.data_section import Source
 from peftune.data.documents import split_by_digest
 from peftune.data.sources.read import read_documents
 from peftune.data.tokens import pipeline

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from peftune.config.recipe import Source
+from peftune.config.data_section import Source
 from peftune.data.tokens import pipeline
 from peftune.data.tokens.store import prepare
 from peftune.data.tokens.tiktoken_encoder import (
