@@ -8,6 +8,7 @@ one (`--tune`) can only raise the bar.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import shutil
@@ -25,11 +26,12 @@ import torch
 import yaml
 
 from benchmarks.harness import corpus, machine
-from benchmarks.harness.options import DECLARED, Setup, main, prepared
+from benchmarks.harness.options import DECLARED, Setup, fresh, main, prepared
 from benchmarks.harness.ours import gate, gradient_contestant
 from benchmarks.harness.report import Result, compare, drawn, fastest, number, row, spread
-from benchmarks.harness.shapes import adapted_linears, context_of, parse_shape, target_modules, work_per_token
+from benchmarks.harness.shapes import Shape, adapted_linears, context_of, parse_shape, target_modules, work_per_token
 from benchmarks.harness.workers import Channel, Contestant
+from peftune.training.metrics import read_metrics
 
 CURVES = DECLARED["curves"]
 _PATIENCE = 600.0  # seconds until a command that reports no step is given up
@@ -164,6 +166,39 @@ def quantized(setup: Setup) -> Result:
             compare(f"B12 speed {c.name}", f"speed on a base in {c.name}", c, bf16, "our bf16"),
             row(f"B12 memory {c.name}", f"memory of a base in {c.name}", "our bf16", share, reason=c.failure),
         ]
+    return result
+
+
+def foreseen(setup: Setup) -> Result:
+    """What `peftune plan` foresees of memory against what runs of two steps take, each in a process of its own.
+
+    python -m benchmarks.train plan [--grid 4x768:fp32:512:1,12x768:bf16:256:4:recompute]
+
+    A point is layers x width, precision, tokens of a block, blocks of a micro-batch, and `recompute` if it does. Both
+    figures are those that `train` prints. The row says how far the worst is off.
+    """
+    result, worst = Result("plan", "memory foreseen", {"grid": setup.arguments.grid}), 0.0
+    for point in setup.arguments.grid.split(","):
+        shape, precision, block, blocks, *recompute = point.split(":")
+        layers, width = map(int, shape.split("x"))
+        base = corpus.base_of_shape(setup.root, Shape(layers, width, width // 64), setup.arguments.tokenizer, 0)
+        out = fresh(setup.root / "plan")
+        values = {
+            "base": str(base), "quantize": precision if precision in ("int8", "nf4") else None, "optim": {"steps": 2},
+            "data": {"train": list(corpus.CORPORA), "validation": 0, "block_size": int(block)},
+            "batch": {"global_size": int(blocks), "micro_size": int(blocks)},
+            "run": {"out": str(out / "run"), "precision": "bf16" if precision in ("int8", "nf4") else precision,
+                    "checkpointing": bool(recompute)},
+        }  # fmt: skip
+        (out / "recipe.yaml").write_text(json.dumps(values), encoding="utf-8")
+        subprocess.run([sys.executable, "-m", "peftune", "train", out / "recipe.yaml"], check=True, capture_output=True)
+        events = read_metrics(out / "run" / "metrics.jsonl")
+        seen = next(event for event in events if event["event"] == "peak_memory")
+        off = seen["predicted_bytes"] / seen["measured_bytes"] - 1
+        worst = max(worst, abs(off))
+        sizes = [f"{seen[key] / 1e6:,.0f} MB" for key in ("measured_bytes", "predicted_bytes")]
+        result.notes.append(f"{point}: {' measured, '.join(sizes)} foreseen, {off:+.1%}")
+    result.rows.append(row("plan", "memory foreseen, worst of the grid", "measured", [100 * worst], "%"))
     return result
 
 
@@ -370,7 +405,7 @@ def curve_description(found: dict[str, Any]) -> str:
 
 BENCHMARKS = {
     "ragged": ragged, "full": full, "memory": memory, "peak": peak, "gradients": right_gradients, "gpu": gpu,
-    "quantized": quantized, "compiled": compiled, "startup": startup, "curves": cost_of_a_token,
+    "quantized": quantized, "compiled": compiled, "plan": foreseen, "startup": startup, "curves": cost_of_a_token,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from peftune.cli.export import export, push
 from peftune.cli.launcher.launch import configs, launch
 from peftune.cli.options import BASE_HELP, Adapters, Json, columns_of, named, save_json, source_of
 from peftune.cli.output.text_output import echo
+from peftune.cli.plan import plan
 from peftune.cli.serve import serve
 from peftune.cli.stop import end_with
 from peftune.errors import PeftuneError, ReportedElsewhere, UserError, record_for_launcher, report_once_per_machine
@@ -221,7 +222,7 @@ def generate(
     start_repl(base, folders, use, settings, precision)
 
 
-for _verb in (serve, launch, configs, export, push):
+for _verb in (serve, launch, plan, configs, export, push):
     app.command()(_verb)
 
 

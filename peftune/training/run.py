@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 
@@ -38,6 +39,7 @@ from peftune.training.export.adapter import Delivery, deliver, earlier_run
 from peftune.training.inputs import RunInputs, read_inputs_on_all_ranks, sole_writer
 from peftune.training.metrics import MetricsLog
 from peftune.training.optimizer import Gradient, ReplicatedStrategy, UpdateStrategy, build_adamw
+from peftune.training.planning.plan import peak_of
 from peftune.training.samples import continue_prompts
 from peftune.training.step import ForwardFn, choose_forward, evaluate_domain, train_step
 
@@ -81,12 +83,14 @@ def train(recipe: Recipe) -> Delivery:
             if isinstance(found, Delivery):
                 console.say(f"{recipe.run.out}: this recipe was trained already, nothing to do")
                 return found
+            program = psutil.Process().memory_info().rss if accelerator.device.type == "cpu" else 0
             run = load_run(inputs, accelerator, dtype, console, found)
             try:
                 with run.stop as stop, report_after_a_signal(stop):
                     _begin(run, found)
                     with console.progress:
                         _loop(run, stop)
+                    _compare_memory(run, program)
                     delivery = export(run)
             finally:
                 run.metrics.close()
@@ -271,6 +275,15 @@ def _log_memory(run: Run) -> None:
     here = run.strategy.memory_bytes(run.adapted.model)
     here |= {"gradient": run.gradient.flat.nbytes, "peak": peak_memory(run.accelerator.device)}
     run.metrics.write("memory", step=run.state.step, bytes_per_rank=all_gather(run.accelerator, here))
+
+
+def _compare_memory(run: Run, program: int) -> None:
+    """Say what this rank needed at most, and what was to be expected; `program` is all but tensors."""
+    device, ranks, stage = run.accelerator.device, run.accelerator.num_processes, start.zero_stage(run.accelerator)
+    tensors = peak_of(run.inputs, stage, ranks, run.forward.dtype, run.forward.micro_size, device.type)
+    measured, predicted = peak_memory(device), program + tensors
+    run.metrics.write("peak_memory", step=run.state.step, measured_bytes=measured, predicted_bytes=predicted)
+    run.console.say(f"memory at most {measured / 1e9:.2f} GB; predicted {predicted / 1e9:.2f} GB")
 
 
 def export(run: Run) -> Delivery:

@@ -36,7 +36,7 @@ class Kernel:
 def kernel_for(device: torch.device, dtype: torch.dtype, width: int) -> Kernel:
     """The fastest kernel that gives the right answer for heads of this `width` on this device."""
     if device.type == "cpu":
-        return Kernel("batched products by query blocks", _by_query_blocks)
+        return CPU_KERNEL
     if varlen_attention.is_right(device, dtype, width):
         return Kernel("flash attention, documents end to end", varlen_attention.plan)
     return Kernel("SDPA on rectangles", _fused)
@@ -45,6 +45,9 @@ def kernel_for(device: torch.device, dtype: torch.dtype, width: int) -> Kernel:
 def _by_query_blocks(lengths: np.ndarray, heads: int, device: torch.device) -> Attend:
     rectangles = rectangles_of(lengths, heads, device)
     return lambda qkv, scale: _QueryBlocks.apply(qkv, rectangles, heads, scale)  # type: ignore[no-untyped-call]
+
+
+CPU_KERNEL = Kernel("batched products by query blocks", _by_query_blocks)
 
 
 class _QueryBlocks(torch.autograd.Function):

@@ -1,0 +1,242 @@
+"""Which ways of running a recipe fit a machine, and which is the fastest of them: from shapes alone.
+
+Ways are tried from the fastest to the smallest. Within one, the micro-batch is as large as memory allows: what a step
+keeps grows by the same bytes with every block, so two traces give all sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from pydantic import ValidationError
+from transformers import GPT2Config
+
+from peftune.config.recipe import Recipe
+from peftune.errors import UserError
+from peftune.model.load import DTYPES, NAME_OF
+from peftune.model.quantized import Kind
+from peftune.training.device import CPU_TOKENS, choose_precision
+from peftune.training.distributed.zero import refuse_for_zero3
+from peftune.training.inputs import RunInputs
+from peftune.training.memory_model import SHIPPED, Format, Shapes, Way, bytes_per_rank, shapes_of, shared_out
+from peftune.training.planning.trace import Device, activations
+
+FAMILY = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20), "gpt2-xl": (48, 1600, 25)}
+"""Layers, width and heads of the checkpoints that need not be downloaded to be planned for."""
+_GPU_TOKENS = 65_536  # more a forward gains nothing
+_GPU_SHARE, _CONTEXT = 0.94, 500_000_000  # of a GPU's memory, and what CUDA takes for itself: not measured here
+_CPU_SHARE = 0.9  # of what is available
+_LIBRARIES, _KEPT_FREE = 40_000_000, 0.15
+"""On a CPU: what libraries take in the first step, and the share of activations that the C library keeps when they are
+freed. Measured by `python -m benchmarks.train plan`."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is planned for: `count` ranks on one machine, each with `memory` bytes of its own."""
+
+    device: Device
+    memory: int
+    count: int
+    here: bool
+    """Whether it is this machine, so that a step can be timed."""
+
+    @property
+    def usable(self) -> int:
+        """Bytes of a rank that tensors, and on a CPU the program, may take."""
+        if self.device == "cuda":
+            return int(_GPU_SHARE * self.memory) - _CONTEXT
+        return int(_CPU_SHARE * self.memory)
+
+
+def this_machine(count: int | None = None) -> Machine:
+    """Its GPUs, where it has any, or `count` ranks (one) that share its processors and what memory is free."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus:
+        smallest = min(torch.cuda.get_device_properties(index).total_memory for index in range(gpus))
+        return Machine("cuda", smallest, min(count or gpus, gpus), True)
+    return Machine("cpu", psutil.virtual_memory().available // (count or 1), count or 1, True)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How ranks share the work, what the base is held in, and what is given up for memory."""
+
+    way: Way
+    quantize: Kind | None
+    checkpointing: bool
+    offload: bool
+
+
+@dataclass(frozen=True)
+class Option:
+    """A layout with its micro-batch (blocks a forward) and bytes: of one rank, in the worst moment of a step."""
+
+    layout: Layout
+    refused: str
+    """Why the recipe cannot run this way; then all figures are 0."""
+    micro_size: int = 0
+    held: int = 0
+    """Between two steps, the program of a CPU rank included."""
+    activations: int = 0
+    peak: int = 0
+    fits: bool = False
+    wire: int = 0
+    """That a rank sends in an optimizer step."""
+
+    def overrides(self, recipe: Recipe) -> list[str]:
+        """KEY=VALUE that make the recipe run this way."""
+        wanted: dict[str, Any] = {
+            "quantize": (recipe.quantize, self.layout.quantize),
+            "run.checkpointing": (recipe.run.checkpointing, self.layout.checkpointing),
+            "batch.micro_size": (recipe.batch.micro_size, self.micro_size),
+        }
+        return [f"{key}={str(now).lower()}" for key, (was, now) in wanted.items() if was != now]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All options for a recipe on a machine, and which of them to take; bytes and seconds."""
+
+    machine: Machine
+    precision: Format
+    block_size: int
+    program: int
+    """Bytes that Python and its libraries take in main memory; 0 for a GPU, where they are not."""
+    trained: int
+    """Elements; an adapter file has four bytes for each, a checkpoint twelve."""
+    options: list[Option]
+    recommended: Option | None
+
+    def json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self)
+
+
+def config_of(name: str, load: Callable[[], GPT2Config]) -> GPT2Config:
+    """The configuration of a base: the published shape of a checkpoint that is known, else what `load()` reads."""
+    shape = FAMILY.get(name.removeprefix("openai-community/"))
+    if shape is None or Path(name).is_dir():
+        return load()
+    layers, width, heads = shape
+    return GPT2Config(n_layer=layers, n_embd=width, n_head=heads)
+
+
+def plan(recipe: Recipe, config: GPT2Config, machine: Machine) -> Plan:
+    """Every way of running the recipe on the machine, the fastest first; UserError for what cannot run on any."""
+    asked = recipe.data.block_size
+    block = config.n_positions if asked == "auto" else asked
+    if block > config.n_positions:
+        raise UserError(f"data.block_size is {block}, but the base has only {config.n_positions} positions")
+    precision = precision_of(recipe, machine)
+    program = psutil.Process().memory_info().rss if machine.device == "cpu" else 0
+    shapes = shapes_of(config, recipe.lora)
+    traces: dict[tuple[bool, bool], tuple[int, int]] = {}
+
+    def traced(layout: Layout) -> tuple[int, int]:
+        """Bytes of activations of the first block of a micro-batch, and of each further one."""
+        key = layout.checkpointing, layout.way == "zero3"
+        if key not in traces:
+            run = recipe.run.model_copy(update={"checkpointing": layout.checkpointing})
+            changed = recipe.model_copy(update={"run": run})
+            traces[key] = activations(config, changed, DTYPES[precision], block, machine.device, key[1])
+        return traces[key]
+
+    def option(layout: Layout) -> Option:
+        if reason := _refusal(recipe, layout, machine):
+            return Option(layout, reason)
+        memory = bytes_per_rank(shapes, layout.way, machine.count, precision, layout.quantize)
+        base = 0 if layout.offload and layout.way == "zero3" else memory.base
+        held = memory.held - memory.base + base - (memory.optimizer_state if layout.offload else 0) + program
+        first, more = traced(layout)
+        first, more = with_slack(first, more, machine.device)
+        room = machine.usable - held - memory.gathered
+        share, asked_size = -(-recipe.batch.global_size // machine.count), recipe.batch.micro_size
+        if asked_size == "auto":
+            most = min(share, (CPU_TOKENS if machine.device == "cpu" else _GPU_TOKENS) // block)
+            size = max(1, min(most, 1 + (room - first) // max(1, more)))
+        else:
+            size = asked_size
+        kept = first + (size - 1) * more
+        peak = held + max(kept + memory.gathered, memory.update)
+        wire = _wire(
+            shapes, layout.way, machine.count, precision, -(-recipe.batch.global_size // machine.count // size)
+        )
+        return Option(layout, "", size, held, kept, peak, peak <= machine.usable, wire)
+
+    options = [option(layout) for layout in _layouts(recipe, machine)]
+    fitting = [option for option in options if option.fits]
+    a = shapes.adapter
+    return Plan(machine, precision, block, program, a, options, fitting[0] if fitting else None)
+
+
+def with_slack(first: int, each: int, device: Device) -> tuple[int, int]:
+    """Bytes that the process grows by for activations of the first block and of each further one."""
+    if device == "cuda":  # its allocator's own figures are those of tensors
+        return first, each
+    return int(first * (1 + _KEPT_FREE)) + _LIBRARIES, int(each * (1 + _KEPT_FREE))
+
+
+def precision_of(recipe: Recipe, machine: Machine) -> Format:
+    """What the recipe will be computed in; on a GPU that is not here `auto` is bf16."""
+    if machine.here:
+        return choose_precision(recipe.run.precision, machine.device == "cuda")  # type: ignore[return-value]
+    return "bf16" if recipe.run.precision == "auto" else recipe.run.precision
+
+
+def _layouts(recipe: Recipe, machine: Machine) -> Iterator[Layout]:
+    """From the fastest to the smallest: full weights, recomputed, packed; in each all ways that ranks can share."""
+    ways: tuple[Way, ...] = ("one",) if machine.count == 1 else ("ddp", "zero2", "zero3")
+    kinds: tuple[Kind | None, ...] = (recipe.quantize,) if recipe.quantize else (None, "int8", "nf4")
+    for kind in kinds:
+        for recompute in (False, True):
+            if recipe.run.checkpointing and not recompute:
+                continue
+            for way in ways:
+                yield Layout(way, kind, recompute, False)
+                if machine.device == "cuda" and way in ("zero2", "zero3"):
+                    yield Layout(way, kind, recompute, True)
+
+
+def _refusal(recipe: Recipe, layout: Layout, machine: Machine) -> str:
+    """Why training would refuse this combination, or nothing."""
+    changed = recipe.model_dump() | {"quantize": layout.quantize}
+    try:
+        checked = Recipe.model_validate(changed)
+        if layout.way == "zero3":
+            refuse_for_zero3(checked)
+    except ValidationError as error:
+        return "; ".join(str(problem["msg"]).removeprefix("Value error, ") for problem in error.errors())
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _wire(shapes: Shapes, way: Way, ranks: int, precision: Format, micro_batches: int) -> int:
+    """Bytes that a rank sends in a step: a ring's share of what is reduced and gathered (docs/many-ranks.md)."""
+    a, others = shapes.adapter, (ranks - 1) / ranks
+    if way in ("one", "ddp"):
+        return int(8 * a * others)
+    gathered = 0
+    if way == "zero3":
+        itemsize = 4 if shapes.exact else DTYPES[precision].itemsize
+        gathered = micro_batches * itemsize * sum(shared_out(shapes, SHIPPED))
+    return int((12 * a + gathered) * others)
+
+
+def peak_of(inputs: RunInputs, stage: int, ranks: int, dtype: torch.dtype, micro_size: int, device: str) -> int:
+    """Bytes of a rank's tensors in the worst moment of a step of a run as it is; `stage` of ZeRO, or 0."""
+    way: Any = f"zero{stage}" if stage else "ddp" if ranks > 1 else "one"
+    kind: Any = "cpu" if device == "cpu" else "cuda"
+    recipe, config, blocks = inputs.recipe, inputs.base.config, inputs.corpus.train
+    precision: Any = NAME_OF[dtype]
+    memory = bytes_per_rank(shapes_of(config, recipe.lora), way, ranks, precision, recipe.quantize)
+    first, each = activations(config, recipe, dtype, blocks.packing.block_size, kind, stage == 3)
+    first, each = with_slack(first, each, kind)
+    size = min(micro_size, len(blocks), -(-recipe.batch.global_size // ranks))
+    return memory.held + max(first + (size - 1) * each + memory.gathered, memory.update)

@@ -1,0 +1,157 @@
+"""Bytes that a forward and its backward keep at most, from shapes alone: the step itself, on tensors without storage.
+
+PyTorch's meta device computes shapes and nothing else, so the code that trains is also the code that is measured here;
+no formula has to be kept in step with it. Only attention is replaced on a GPU, by a function that keeps what fused
+kernels keep.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import weakref
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
+
+from peftune.config.recipe import Recipe
+from peftune.data.batches import NOT_SCORED
+from peftune.model import lora as adapters
+from peftune.model.load import only_blocks_are_trained, recompute_activations, with_dropout
+from peftune.model.loss import chunk_rows, summed_nats
+from peftune.model.train.attention import CPU_KERNEL, Kernel
+from peftune.model.train.forward import reason_against, train_forward
+from peftune.training.optimizer import Gradient
+
+Device = Literal["cpu", "cuda"]
+_KEPT = "shapes_of_a_fused_kernel"
+_SHALLOW, _DEEPER = 3, 5  # layers that are traced for a base of any number
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts bytes of the storages that operations make, while they live; `known` tensors are not counted."""
+
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now, self.peak = 0, 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._seen:
+            self._seen.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+def activations(
+    config: GPT2Config, recipe: Recipe, dtype: torch.dtype, block: int, device: Device, sharded: bool
+) -> tuple[int, int]:
+    """Bytes of the first block of a micro-batch, and of each further one; arguments as of `activation_peak`.
+
+    Every layer keeps the same and so does every block, so a few of each are traced, unless the adapter is on some
+    layers only.
+    """
+
+    few = -(-chunk_rows(torch.device(device)) // block)  # from here on each block adds the same; below, at most that
+
+    def peaks(layers: int) -> tuple[int, int]:
+        shallow = copy.copy(config)
+        shallow.n_layer = layers
+        some, more = (activation_peak(shallow, recipe, dtype, block, few + n, device, sharded) for n in (0, 1))
+        return some - (few - 1) * (more - some), more - some
+
+    if recipe.lora.layers is not None or config.n_layer <= _DEEPER:
+        return peaks(config.n_layer)
+    steps = (config.n_layer - _SHALLOW) / (_DEEPER - _SHALLOW)
+    (first, each), (deeper, deeper_each) = peaks(_SHALLOW), peaks(_DEEPER)
+    return round(first + steps * (deeper - first)), round(each + steps * (deeper_each - each))
+
+
+def activation_peak(
+    config: GPT2Config, recipe: Recipe, dtype: torch.dtype, block: int, blocks: int, device: Device, sharded: bool
+) -> int:
+    """Bytes at the worst moment of forward and backward, of `blocks` full blocks in one micro-batch.
+
+    Not counted: weights, the adapter, its gradient and optimizer (`memory_model`). `sharded` is ZeRO-3, whose steps are
+    those of Transformers and PEFT.
+    """
+    config = with_dropout(config, recipe.run.base_dropout)
+    plain = recipe.lora.variant in ("pissa", "loftq")
+    section = recipe.lora.model_copy(update={"variant": "lora"}) if plain else recipe.lora
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        adapted = adapters.inject(GPT2LMHeadModel(config), section, seed=0)
+    if only_blocks_are_trained(adapted):
+        for parameter in adapted.model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+    parameters = list(adapted.trainable().values())
+    gradient = Gradient(parameters, [p.shape for p in parameters], torch.device("meta"))
+    smoothing, neftune, recompute = recipe.optim.label_smoothing, recipe.optim.neftune, recipe.run.checkpointing
+    adapted.model.train()
+    ids = torch.zeros(blocks, block, dtype=torch.int64)
+    scored = ids.numel()
+    core: Any = adapted.model.get_base_model()
+    if device == "cpu" and not core.lm_head.weight.requires_grad:
+        scored = min(scored, chunk_rows(torch.device("cpu")))  # the meta device takes a GPU's chunk of logits
+    known = [*adapted.model.parameters(), *adapted.model.buffers(), gradient.flat, ids]
+    if recipe.run.fast and not sharded and reason_against(adapted) is None:
+        forward = train_forward(adapted, dtype, neftune, smoothing, recompute)
+        forward = dataclasses.replace(forward, kernel=CPU_KERNEL if device == "cpu" else _FUSED)
+        targets = ids.clone()
+        targets.view(-1)[scored:] = NOT_SCORED
+        with LiveBytes([*known, targets]) as live:
+            gradient.add(forward(ids, ids, targets, None))
+        return int(live.peak)
+    AttentionInterface.register(_KEPT, _attention_of_transformers)
+    core.config._attn_implementation = _KEPT
+    if recompute:
+        recompute_activations(adapted)
+    where = ids.to("meta")
+    with LiveBytes([*known, where]) as live:
+        hidden = core.transformer(where, position_ids=where, use_cache=False).last_hidden_state.flatten(0, 1)
+        gradient.add(summed_nats(hidden[:scored], core.lm_head, where.view(-1)[:scored], smoothing))
+    return int(live.peak)
+
+
+class _Fused(torch.autograd.Function):
+    """What a fused attention keeps for its backward: its inputs, its output, and a number per query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: torch.Tensor, heads: int) -> torch.Tensor:
+        output = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
+        ctx.save_for_backward(qkv, output, qkv.new_empty(len(qkv), heads, dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.empty_like(ctx.saved_tensors[0]), None
+
+
+_FUSED = Kernel("fused attention", lambda lengths, heads, device: lambda qkv, scale: _Fused.apply(qkv, heads))  # type: ignore[no-untyped-call]
+
+
+def _attention_of_transformers(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, None]:
+    """(B, H, T, W) three times to (B, T, H, W)."""
+    rows, heads, length, width = query.shape
+    qkv = torch.cat([part.transpose(1, 2).reshape(rows * length, heads * width) for part in (query, key, value)], dim=1)
+    output = _Fused.apply(qkv, heads)  # type: ignore[no-untyped-call]
+    return output.view(rows, length, heads, width), None
