@@ -27,7 +27,7 @@ from peftune.adapters.provenance import check_base, parses_special_tokens
 from peftune.console import Console
 from peftune.data.sources.builtin import documents
 from peftune.data.tokens.encode import begin_of_text_id, encode_texts
-from peftune.errors import CheckFailed, UserError
+from peftune.errors import CheckFailed, UserError, refuse_bare_string
 from peftune.files import hashes_of, publish, staging_directory, write_json
 from peftune.model.base import MERGE, Base, open_base
 from peftune.model.tokenizer import VOCABULARIES
@@ -46,7 +46,7 @@ _SEQUENCES, _LENGTH = 8, 64
 def merge(
     adapter: Path | str,
     out: Path | str,
-    base: str | None = None,
+    base: str | Path | None = None,
     dtype: str = "float32",
     verify: bool = True,
     texts: Sequence[str] | None = None,
@@ -60,6 +60,7 @@ def merge(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    refuse_bare_string(texts, "texts")
     adapter, out = Path(adapter), Path(out)
     if out.resolve() == adapter.resolve():
         raise UserError(f"{out}: is the adapter itself; choose another directory")
