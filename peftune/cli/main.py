@@ -166,6 +166,7 @@ def merge(
             f"read back, against base + adapter: logits differ by at most {report.max_abs_logit_difference:.1e}, "
             f"mean KL {report.mean_kl:.1e} nats per token, the same likeliest token in {report.argmax_agreement:.2%}"
         )
+    echo(report.how_to_call())
     if report.left_out:
         echo(f"left out, heads of other tasks than language modelling: {', '.join(report.left_out)}")
     if report.trained_on is not None and verify:

@@ -32,8 +32,8 @@ class GenerationSettings:
     `frequency_penalty`    the same, as many times as the text holds the token; 0 = off
     `logit_bias`           (token id, what is added to its logit), each id once
     `beams`                beam search with so many beams, without sampling; 1 = off
-    `length_penalty`       of beams: a text's score is the sum of its tokens' log-probabilities (nats), the one that ended
-                           it included, divided by their number to this power; 0 = the plain sum, more = longer texts
+    `length_penalty`       of beams: a text's score is the sum of its tokens' log-probabilities (nats), the one that
+                           ended it included, by their number to this power; 0 = the plain sum, more = longer texts
     `no_repeat_ngram_size` no run of so many tokens, the prompt's included, comes twice; 0 = off
     `num_return_sequences` texts for each prompt: the best of the beams, best first, or so many samples
     `seed`                 of every prompt's own random stream; None = another text each time

@@ -173,9 +173,7 @@ def test_a_token_that_the_settings_name_ends_a_text(
 def test_several_samples_of_a_prompt_have_the_seeds_that_follow(bank: AdapterBank) -> None:
     settings = GenerationSettings(max_new_tokens=8, temperature=1.0, seed=5, num_return_sequences=3)
     shown: dict[int, str] = {}
-    found = bank.generate(
-        ["the", "x"], settings, None, lambda i, text: shown.update({i: shown.get(i, "") + text})
-    )
+    found = bank.generate(["the", "x"], settings, None, lambda i, text: shown.update({i: shown.get(i, "") + text}))
     alone = [
         bank.generate([prompt], dataclasses.replace(settings, seed=5 + n, num_return_sequences=1))[0]
         for prompt in ("the", "x")
