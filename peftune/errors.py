@@ -86,6 +86,14 @@ def printable(text: str) -> str:
     return text.translate(_CONTROLS)
 
 
+def refuse_bare_string(value: object, what: str) -> None:
+    """UserError for a string, or a path, where several are expected: it would be taken letter by letter."""
+    if isinstance(value, str | bytes | os.PathLike):
+        raise UserError(
+            f"{what} is one {type(value).__name__}, {str(value)[:40]!r}; expected a list: put it in brackets"
+        )
+
+
 def first_line(error: BaseException) -> str:
     """What an error of another library says, cut to one line of at most 200 characters."""
     lines = str(error).strip().splitlines()

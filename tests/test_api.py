@@ -50,3 +50,26 @@ def test_the_page_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         exec(compile(example, f"docs/api.md, example {number + 1}", "exec"), shared)
     assert (tmp_path / "models" / "poems" / "model.safetensors").is_file(), time.monotonic() - began
     assert shared["found"]["rows"].keys() == {"base", "poems"}  # type: ignore[index]
+
+
+_LISTS = {  # what takes several, given one string: each would take it letter by letter
+    "prompts of a bank": lambda base: peftune.AdapterBank(base).generate("abc"),
+    "stop": lambda base: peftune.GenerationSettings(stop="END"),
+    "overrides": lambda base: peftune.load_recipe("none.yaml", "optim.lr=1"),
+    "texts": lambda base: peftune.merge("none", "out", texts="abc"),
+    "data": lambda base: peftune.evaluate(base, "held-out.txt"),
+    "adapters": lambda base: peftune.evaluate(base, {"poems": "held-out.txt"}, "adapters/poems"),
+    "recipe": lambda base: peftune.train("recipe.yaml"),
+}
+
+
+@pytest.mark.parametrize("what", _LISTS)
+def test_a_string_in_the_place_of_several_is_refused_by_name(what: str, tiny_base: Path) -> None:
+    with pytest.raises(peftune.UserError, match=rf"^{what.split()[0] if what != 'recipe' else 'train'} .*expected"):
+        _LISTS[what](str(tiny_base))
+
+
+def test_one_prompt_may_be_a_string_where_that_is_said(tiny_base: Path) -> None:
+    settings = peftune.GenerationSettings(max_new_tokens=2, temperature=0)
+    (alone,) = peftune.generate("the cat", tiny_base, settings=settings)
+    assert peftune.generate(["the cat"], str(tiny_base), settings=settings) == [alone]

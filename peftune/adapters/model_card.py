@@ -27,12 +27,22 @@ tags: [gpt2, lora, peftune]
 peftune merge {out} --out {directory}-merged
 ```
 
-It is an ordinary PEFT adapter: `PeftModel.from_pretrained(base, "{out}")` loads it without peftune.
+It is an ordinary PEFT adapter: `PeftModel.from_pretrained(base, "{out}")` loads it without peftune. Begin every prompt
+there with the token that begins texts of the base (GPT-2's `<|endoftext|>`), as in training; peftune does so itself,
+and so does the tokenizer of the merged model.
 """
 
 
-def merged_card(repository: str, base: str | None) -> str:
-    """The card of a merged model on the hub; `base` is the hub's name of what it was merged from, if it has one."""
+def merged_card(repository: str, base: str | None, begins_texts: bool) -> str:
+    """The card of a merged model on the hub; `base` is the hub's name of what it was merged from, if it has one.
+
+    `begins_texts` where its tokenizer puts the begin of text before a text.
+    """
+    call = (
+        "Its tokenizer puts the begin of text (GPT-2's `<|endoftext|>`) before every text, as in training."
+        if begins_texts
+        else "Begin every prompt with the begin of text (GPT-2's `<|endoftext|>`), as `peftune generate` does."
+    )
     named = f"base_model: {base}\n" if base else ""
     merged = f"A LoRA adapter merged into `{base}`" if base else "A GPT-2"
     return f"""---
@@ -44,5 +54,5 @@ tags: [gpt2, peftune]
 # {repository.split("/")[-1]}
 
 {merged}, written by peftune. It is an ordinary checkpoint:
-`AutoModelForCausalLM.from_pretrained("{repository}")` loads it.
+`AutoModelForCausalLM.from_pretrained("{repository}")` loads it. {call}
 """

@@ -16,7 +16,7 @@ from peftune.console import Console
 from peftune.data.sources import records
 from peftune.data.sources.plain_text import open_text
 from peftune.errors import UserError
-from peftune.inference.generate import TextGenerator, text_generator
+from peftune.inference.generate import TextGenerator, check_search, text_generator
 from peftune.inference.request import Generation, context_ids, slide
 from peftune.inference.settings import GenerationSettings
 from peftune.model.base import Base, open_base
@@ -44,13 +44,18 @@ def generate_texts(
     texts = gather(prompts, prompts_file)
     name = choose_adapter(adapters, use)
     found = open_base(base or base_of(*([adapters[name]] if name else adapters.values())))
-    generator = text_generator(found, adapters[name] if name else None, settings, precision)
     chosen = adapters[name] if name else None
     parse = parses_special_tokens(read_provenance(chosen)) if chosen else found.parses_special_tokens
+    if settings.beams > 1:
+        check_search(settings, texts, found.tokenizer, found.config.n_positions, parse)
+    settings.check_ids(len(found.tokenizer))
+    generator = text_generator(found, chosen, settings, precision)
     _warn_of_cut_prompts(texts, found, parse)
     printer = TextPrinter(outlives_pipe=json_path is not None)
     with suppress(BrokenPipeError):  # nobody reads any more: done
-        generations = [_one(generator, texts[0], printer)] if len(texts) == 1 else _several(generator, texts, printer)
+        several = settings.num_return_sequences
+        single = len(texts) == several == 1
+        generations = [_one(generator, texts[0], printer)] if single else _several(generator, texts, several, printer)
         used = dataclasses.asdict(settings) | {"temperature": settings.sampling_temperature, "precision": precision}
         facts = {"base": found.name, "adapter": name, "settings": used}
         save_json(json_path, facts | {"generations": list(map(vars, generations))})
@@ -90,7 +95,8 @@ def _one(generator: TextGenerator, prompt: str, printer: TextPrinter) -> Generat
     return generation
 
 
-def _several(generator: TextGenerator, prompts: list[str], printer: TextPrinter) -> list[Generation]:
+def _several(generator: TextGenerator, prompts: list[str], each: int, printer: TextPrinter) -> list[Generation]:
+    """Print `each` texts for every prompt, under a heading that counts the prompts and, of several, the texts."""
     generations: list[Generation] = []
     progress = Console().progress
     progress.disable = progress.disable or printer.is_terminal  # there the texts themselves are the progress
@@ -98,14 +104,15 @@ def _several(generator: TextGenerator, prompts: list[str], printer: TextPrinter)
         task = progress.add_task("generate", total=len(prompts), note="")
         for first in range(0, len(prompts), _BATCH):
             group = generator(prompts[first : first + _BATCH], None)
-            for number, generation in enumerate(group, first + 1):
-                blank = "" if number == 1 else "\n"
-                printer.write(f"{blank}=== {number} of {len(prompts)} ===\n", HEADER)
+            for index, generation in enumerate(group, first * each):
+                number, text = index // each + 1, f", text {index % each + 1} of {each}" if each > 1 else ""
+                blank = "" if index == 0 else "\n"
+                printer.write(f"{blank}=== {number} of {len(prompts)}{text} ===\n", HEADER)
                 printer.write(generation.prompt, PROMPT)
                 printer.write(generation.text, CONTINUATION)
                 printer.end()
             generations += group
-            progress.advance(task, len(group))
+            progress.advance(task, len(group) / each)
     return generations
 
 

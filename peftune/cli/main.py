@@ -14,6 +14,7 @@ import typer
 
 from peftune.cli import adapters, cache
 from peftune.cli.export import export, push
+from peftune.cli.generation import generate
 from peftune.cli.launcher.launch import configs, launch
 from peftune.cli.options import BASE_HELP, Adapters, Json, columns_of, named, save_json, source_of
 from peftune.cli.output.text_output import echo
@@ -166,6 +167,7 @@ def merge(
             f"read back, against base + adapter: logits differ by at most {report.max_abs_logit_difference:.1e}, "
             f"mean KL {report.mean_kl:.1e} nats per token, the same likeliest token in {report.argmax_agreement:.2%}"
         )
+    echo(report.how_to_call())
     if report.left_out:
         echo(f"left out, heads of other tasks than language modelling: {', '.join(report.left_out)}")
     if report.trained_on is not None and verify:
@@ -177,52 +179,7 @@ def merge(
         )
 
 
-@app.command()
-def generate(
-    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue. May be repeated.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="File with one prompt a line.")] = None,
-    adapters: Adapters = None,
-    use: Annotated[str | None, typer.Option(help="Which adapter; `base` for none. Default: the only one.")] = None,
-    base: Annotated[str | None, typer.Option(help=f"{BASE_HELP} Default: what the adapter names.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 128,
-    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token. Default: 0.8.")] = None,
-    top_k: Annotated[int, typer.Option(help="Choose among the k likeliest; 0 is all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Choose among the likeliest that hold this share.")] = 0.95,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 repeats less; 1 is off.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Choose among those this many times the likeliest; 0 is all.")] = 0.0,
-    presence_penalty: Annotated[float, typer.Option(help="Off the logit of what the text holds; 0 is off.")] = 0.0,
-    frequency_penalty: Annotated[float, typer.Option(help="The same, each time that it does; 0 is off.")] = 0.0,
-    min_new_tokens: Annotated[int, typer.Option(help="At least so many tokens.")] = 0,
-    beams: Annotated[int, typer.Option(help="Beam search with so many beams; 1 is off.")] = 1,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this string. May be repeated.")] = None,
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="What to compute in.")] = "fp32",
-    interactive: Annotated[bool, typer.Option("--interactive", help="Prompts at the terminal; /help there.")] = False,
-    json_path: Json = None,
-) -> None:
-    """Continue prompts with the base or with an adapter on it, printed as it is written.
-
-    Example:  peftune generate --adapter adapters/poems --prompt "The sea" --temperature 0.7
-    """
-    from peftune.cli.generate import generate_texts
-    from peftune.inference.settings import GenerationSettings
-
-    settings = GenerationSettings(
-        max_new_tokens, temperature, top_k, top_p, repetition_penalty, beams, seed, tuple(stop or ()), min_new_tokens,
-        min_p, presence_penalty, frequency_penalty,
-    )  # fmt: skip
-    folders = {name: Path(folder) for name, folder in named("--adapter", adapters).items()}
-    if not interactive:
-        generate_texts(base, folders, use, prompt or [], prompts, settings, json_path, precision)
-        return
-    if prompt or prompts or json_path:
-        raise UserError("--interactive reads its prompts from the terminal; drop --prompt, --prompts and --json")
-    from peftune.cli.repl import start_repl
-
-    start_repl(base, folders, use, settings, precision)
-
-
-for _verb in (serve, launch, plan, configs, export, push):
+for _verb in (generate, serve, launch, plan, configs, export, push):
     app.command()(_verb)
 
 

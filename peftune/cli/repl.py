@@ -138,6 +138,8 @@ class ReplSession:
 def _check(settings: GenerationSettings) -> None:
     if settings.beams > 1:
         raise UserError("beams: there is no beam search while texts are streamed; leave it at 1")
+    if settings.num_return_sequences > 1:
+        raise UserError("num_return_sequences: a line is answered once; leave it at 1")
 
 
 def _value(key: str, typed: str, kind: str) -> Any:

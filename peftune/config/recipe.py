@@ -20,7 +20,7 @@ from peftune.config.new_tokens import reasons_against
 from peftune.config.overrides import apply_override
 from peftune.config.section import Fraction, NonEmpty, Section
 from peftune.config.yaml_loader import read_yaml
-from peftune.errors import UserError
+from peftune.errors import UserError, refuse_bare_string
 
 BLOCK_LINEARS = ("c_attn", "c_proj", "c_fc")
 """The linear layers of a GPT-2 block by their last name: what `quantize` packs."""
@@ -163,6 +163,7 @@ class Recipe(Section):
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe file and apply `key=value` overrides; UserError names every problem in one line."""
+    refuse_bare_string(overrides, "overrides")
     return recipe_from(read_yaml(Path(path)), overrides or [], str(path))
 
 

@@ -25,7 +25,7 @@ from peftune.adapters.fold import MergedTensors
 from peftune.adapters.layout import AdapterLayout, refuse_biased_head
 from peftune.adapters.provenance import check_base, parses_special_tokens
 from peftune.data.tokens.encode import begin_of_text_id, end_of_text_id
-from peftune.errors import CheckFailed, UserError
+from peftune.errors import CheckFailed, UserError, refuse_bare_string
 from peftune.inference.engine import Engine
 from peftune.inference.request import Generation, OnText, Request, RequestOutput, context_ids
 from peftune.inference.settings import GenerationSettings
@@ -84,8 +84,8 @@ class AdapterBank:
     UserError for a base that cannot be used.
     """
 
-    def __init__(self, base: str | Base, precision: str = "fp32", device: str | None = None) -> None:
-        self.base = open_base(base) if isinstance(base, str) else base
+    def __init__(self, base: str | Path | Base, precision: str = "fp32", device: str | None = None) -> None:
+        self.base = open_base(base)
         self.config, self.tokenizer = self.base.config, self.base.tokenizer
         self.begin, self.end = begin_of_text_id(self.tokenizer), end_of_text_id(self.tokenizer)
         used = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -175,6 +175,9 @@ class AdapterBank:
     ) -> list[Generation]:
         """Continue every prompt, up to `slots` at a time in one batch; each gets the text that it would get alone.
 
+        With `num_return_sequences` n, the n texts of the first prompt come first (also for `on_text`), then those of
+        the second; they sample with seed, seed + 1, ….
+
         **Context.** As in training, a document begins with `<|endoftext|>`, or with what begins texts of this base: its
         id stands before the prompt at position 0. The prompt is plain text (`<|endoftext|>` written in it is 13
         characters) unless the adapter was trained to parse special tokens; an empty prompt begins a new document.
@@ -189,7 +192,10 @@ class AdapterBank:
         A repetition penalty also counts the context token, as in Transformers. Raises UserError for beams (see
         `generate.generate`) and unknown adapters, CheckFailed where the logits are not finite.
         """
+        refuse_bare_string(prompts, "prompts")
         settings, names = settings or GenerationSettings(), self._one_each(len(prompts), adapters)
+        each = settings.samples()
+        prompts, names = [p for p in prompts for _ in each], [name for name in names for _ in each]
         engine = Engine(self, slots=min(slots, max(1, len(prompts))), queue=max(1, len(prompts)))
         outputs: list[list[RequestOutput]] = [[] for _ in prompts]
 
@@ -200,7 +206,7 @@ class AdapterBank:
 
         handles = []
         for index, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
-            request = Request(tuple(self.encode(prompt, name)), name, settings, slide=True)
+            request = Request(tuple(self.encode(prompt, name)), name, each[index % len(each)], slide=True)
             handles.append(engine.submit(request, partial(listen, index)))
         while engine.step():
             pass

@@ -3,22 +3,86 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-from tokenizers.decoders import DecodeStream
-
 from peftune.inference.settings import FinishReason, GenerationSettings
-from peftune.model.tokenizer_rules import is_byte_level
+from peftune.inference.token_text import TokenText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_BEFORE = 8  # tokens of the prompt, more than a character or a word's beginning needs
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+_BEFORE, _MOST = 8, 24  # tokens that are decoded again: more than a character or a word's beginning needs
 
 
 def decode_plain(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
     """The text of `ids`, nothing skipped and no space tidied; bytes that are not UTF-8 become U+FFFD."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def whole_characters(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
+    """The text of `ids` without the bytes of a character that they end within: a continuation may complete it."""
+    text = decode_plain(tokenizer, ids)
+    if not text.endswith(_INCOMPLETE):
+        return text
+    tokens = TokenText(tokenizer)
+    bytes_left = tokens.bytes_inside_character(ids)
+    if tokens.byte_level or not bytes_left:
+        return text.rstrip(_INCOMPLETE) if bytes_left else text
+    return decode_plain(tokenizer, ids[:-bytes_left])  # a token each; with them what stands before is lost too
+
+
+class TextStream:
+    """The text that each further token completes, behind the tokens `before`.
+
+    Not tokenizers' DecodeStream: a byte of sentencepiece's that is part of no character changes how those before it
+    are decoded, and it fails there.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, before: Sequence[int]) -> None:
+        self._tokenizer, self._backend = tokenizer, tokenizer.backend_tokenizer
+        self._context = self._tail(before)
+        self._known = whole_characters(tokenizer, self._context)
+        kept = len(self._context)
+        while kept and self._decode(self._context[:kept]) != self._known:
+            kept -= 1
+        self._context, self._held = self._context[:kept], self._context[kept:]
+
+    def push(self, token: int) -> str:
+        """What is complete with one more token."""
+        self._held.append(token)
+        text = self._decode([*self._context, *self._held])
+        if text.endswith(_INCOMPLETE) and self._tokens.bytes_inside_character([*self._context, *self._held]):
+            return ""
+        return self._take(text)
+
+    def flush(self) -> str:
+        """The rest, complete or not."""
+        return self._take(self._decode([*self._context, *self._held]))
+
+    def _take(self, text: str) -> str:
+        good = text.startswith(self._known)
+        new = text[len(self._known) :] if good else self._decode(self._held)
+        ids = [*self._context, *self._held]
+        cut = not good or len(ids) > _MOST
+        self._context, self._held = self._tail(ids) if cut else ids, []
+        self._known = self._decode(self._context) if cut else text
+        return new
+
+    def _tail(self, ids: Sequence[int]) -> list[int]:
+        """The last tokens of `ids`, from the beginning of a character on."""
+        first = max(0, len(ids) - _BEFORE)
+        while first and self._decode(ids[first:]).startswith(_INCOMPLETE) and self._tokens.is_inside(ids[first]):
+            first += 1
+        return list(ids[first:])
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self._backend.decode(ids, skip_special_tokens=False))
+
+    @cached_property
+    def _tokens(self) -> TokenText:
+        return TokenText(self._tokenizer)
 
 
 class StopFilter:
@@ -50,9 +114,10 @@ class StopFilter:
 class Detokenizer:
     """The text of one prompt as it grows: its token `ids`, and `finish_reason` once it has ended.
 
-    The texts that are returned join to `decode_plain` of all ids, up to a stop string, without `<|endoftext|>` where it
-    is ignored. Where a token's text depends on those before it (a space between words), `prompt` is what stands there:
-    the texts continue what it decodes to. Bytes of a character that is not complete yet wait for those that do.
+    The texts that are returned join to what `prompt` and all ids together decode to, less the `whole_characters` of
+    `prompt`, up to a stop string, without `<|endoftext|>` where it is ignored. So a space between words is there though
+    it depends on both, and a character that the prompt only begins is part of the text. Bytes of a character that is
+    not complete yet wait for those that do.
     Raises UserError for settings that name a token which the tokenizer does not have.
     """
 
@@ -61,13 +126,9 @@ class Detokenizer:
     ) -> None:
         settings.check_ids(len(tokenizer))
         begin = tokenizer.bos_token_id
-        before = [] if is_byte_level(tokenizer.backend_tokenizer) else [i for i in prompt if i != begin][-_BEFORE:]
-        self._before, self._length_before = before, len(decode_plain(tokenizer, before))
         self.ids: list[int] = []
-        self._shown: list[int] = []
         self.finish_reason: FinishReason | None = None
-        self._tokenizer, self._stream = tokenizer, DecodeStream(before, skip_special_tokens=False)
-        self._decoded = 0  # characters that the stream has given
+        self._stream = TextStream(tokenizer, [token for token in prompt if token != begin])
         self._stops, self._settings = StopFilter(settings.stop), settings
 
     def push(self, token: int, end: int) -> str:
@@ -78,11 +139,7 @@ class Detokenizer:
         if token in self._settings.end_ids(end):
             return self.finish("end")
         self.ids.append(token)
-        decoded = ""
-        if token != end:
-            self._shown.append(token)
-            decoded = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
-            self._decoded += len(decoded)
+        decoded = self._stream.push(token) if token != end else ""
         text = decoded if len(self.ids) <= self._settings.min_new_tokens else self._stops.push(decoded)
         if self._stops.stopped:
             self.finish_reason = "stop"
@@ -95,7 +152,6 @@ class Detokenizer:
 
         An incomplete character, which the stream keeps back, shows as U+FFFD.
         """
-        whole = decode_plain(self._tokenizer, [*self._before, *self._shown])
-        text = self._stops.push(whole[self._length_before + self._decoded :]) + self._stops.flush()
+        text = self._stops.push(self._stream.flush()) + self._stops.flush()
         self.finish_reason = "stop" if self._stops.stopped else reason
         return text

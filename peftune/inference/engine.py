@@ -92,6 +92,8 @@ class Engine:
         ids, seed, vocabulary = list(request.ids), request.settings.seed, self._spec.config.vocab_size
         if request.settings.beams > 1:
             raise UserError("beams: a bank samples or takes the likeliest token; beam search is generate.generate's")
+        if request.settings.num_return_sequences > 1:
+            raise UserError("num_return_sequences: a request is one text; submit it several times")
         if not ids or min(ids) < 0 or max(ids) >= vocabulary:
             raise UserError(f"token ids must lie in 0 to {vocabulary - 1}, at least one of them")
         new = 0 if request.only_score else request.settings.max_new_tokens

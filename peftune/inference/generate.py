@@ -13,7 +13,7 @@ from peftune.adapters.base_of import base_of
 from peftune.adapters.directory import check_fits
 from peftune.adapters.provenance import check_base, parses_special_tokens, read_provenance
 from peftune.data.tokens.encode import begin_of_text_id, end_of_text_id
-from peftune.errors import CheckFailed, UserError
+from peftune.errors import CheckFailed, UserError, refuse_bare_string
 from peftune.inference.bank import AdapterBank
 from peftune.inference.detokenize import Detokenizer
 from peftune.inference.request import Generation, OnText, context_ids, slide
@@ -32,7 +32,7 @@ TextGenerator = Callable[[Sequence[str], OnText | None], list[Generation]]
 
 def generate(
     prompts: str | Sequence[str],
-    base: str | Base | None = None,
+    base: str | Path | Base | None = None,
     adapter: Path | str | None = None,
     settings: GenerationSettings | None = None,
     precision: str = "fp32",
@@ -51,13 +51,13 @@ def generate(
 
 
 def text_generator(
-    base: str | Base,
+    base: str | Path | Base,
     adapter: Path | str | None = None,
     settings: GenerationSettings | None = None,
     precision: str = "fp32",
 ) -> TextGenerator:
     """Load the model; the function that is returned continues prompts with it, call after call."""
-    base, chosen = open_base(base) if isinstance(base, str) else base, settings or GenerationSettings()
+    base, chosen = open_base(base), settings or GenerationSettings()
     if chosen.beams > 1:
         model: Model = load_model(base)
         parse = base.parses_special_tokens
@@ -86,67 +86,88 @@ def generate_with_transformers(
 ) -> list[Generation]:
     """Greedy or beam search with a model of Transformers or PEFT, such as one that is being trained.
 
-    One prompt after the other, and `on_text` gets a text at once. Beam search has no sliding window, and a repetition
-    penalty counts what is in the window. With `parse` special tokens in prompts are tokens. A model in training mode is
-    put into evaluation mode meanwhile. Raises UserError where prompt and beams do not fit the model, CheckFailed where
-    the logits are not finite.
+    One prompt after the other, and `on_text` gets a text at once. Beam search has no sliding window, and what counts
+    repetitions counts those in the window. With `parse` special tokens in prompts are tokens. A model in training mode
+    is put into evaluation mode meanwhile. Raises UserError for settings that only sampling has and where prompt and
+    beams do not fit the model, CheckFailed where the logits are not finite.
     """
-    assert settings.sampling_temperature == 0, "sampling is AdapterBank's"
-    positions, new = model.config.n_positions, settings.max_new_tokens
-    for number, prompt in enumerate(prompts if settings.beams > 1 else (), 1):
-        length = len(context_ids(tokenizer, prompt, parse))
-        if length + new > positions:
-            raise UserError(
-                f"prompt {number}: {length} tokens and max_new_tokens {new} exceed the model's {positions} positions, "
-                "and beam search has no sliding window; shorten one, or use beams 1"
-            )
+    refuse_bare_string(prompts, "prompts")
+    check_search(settings, prompts, tokenizer, model.config.n_positions, parse)
     training = model.training
     model.eval()
     try:
-        results = []
+        results: list[Generation] = []
         for index, prompt in enumerate(prompts):
-            results.append(_continue(model, tokenizer, prompt, settings, parse))
-            if on_text is not None and results[-1].text:
-                on_text(index, results[-1].text)
+            found = _continue(model, tokenizer, prompt, settings, parse)
+            for number, generation in enumerate(found, index * len(found)):
+                if on_text is not None and generation.text:
+                    on_text(number, generation.text)
+            results += found
         return results
     finally:
         model.train(training)
 
 
+def check_search(
+    settings: GenerationSettings,
+    prompts: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    positions: int,
+    parse: bool = False,
+) -> None:
+    """UserError for settings that greedy and beam search do not have, and for prompts that beams do not fit behind."""
+    settings.check_ids(len(tokenizer))
+    settings.refuse_sampling()
+    for number, prompt in enumerate(prompts if settings.beams > 1 else (), 1):
+        length, new = len(context_ids(tokenizer, prompt, parse)), settings.max_new_tokens
+        if length + new > positions:
+            raise UserError(
+                f"prompt {number}: {length} tokens and max_new_tokens {new} exceed the model's {positions} positions, "
+                "and beam search has no sliding window; shorten one, or use beams 1"
+            )
+
+
 def _continue(
     model: Model, tokenizer: PreTrainedTokenizerFast, prompt: str, settings: GenerationSettings, parse: bool
-) -> Generation:
+) -> list[Generation]:
     from transformers import GenerationConfig
 
     end, positions = end_of_text_id(tokenizer), model.config.n_positions
     config = GenerationConfig(  # type: ignore[no-untyped-call]  # all is given: generation_config.json changes nothing
         num_beams=settings.beams,
         repetition_penalty=float(settings.repetition_penalty),
+        no_repeat_ngram_size=settings.no_repeat_ngram_size or None,
         do_sample=False,
-        num_return_sequences=1,
-        length_penalty=1.0,
+        num_return_sequences=settings.num_return_sequences,
+        length_penalty=float(settings.length_penalty),
         early_stopping=False,
         suppress_tokens=list(range(len(tokenizer), model.config.vocab_size)) or None,  # rows without a token
-        eos_token_id=end,
+        eos_token_id=sorted(settings.end_ids(end)) or None,
         bos_token_id=begin_of_text_id(tokenizer),
         pad_token_id=end,
         output_logits=True,
         return_dict_in_generate=True,
     )
     context = context_ids(tokenizer, prompt, parse)
-    output, text = Detokenizer(tokenizer, settings, context), ""
+    outputs = [Detokenizer(tokenizer, settings, context) for _ in range(settings.num_return_sequences)]
+    texts = [""] * len(outputs)
     window = slide(context, positions)
-    while output.finish_reason is None:
-        room = positions + 1 - len(window)  # the last token is chosen, and needs no position
-        config.max_new_tokens = min(room, settings.max_new_tokens - len(output.ids))
+    while outputs[0].finish_reason is None:  # once for beams, which fit
+        room, written = positions + 1 - len(window), len(outputs[0].ids)  # the last token needs no position
+        config.max_new_tokens = min(room, settings.max_new_tokens - written)
+        config.min_new_tokens = min(config.max_new_tokens, max(0, settings.min_new_tokens - written)) or None
         ids = torch.tensor([window], device=model.device)
         found: Any = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)  # type: ignore[misc]
         if not all(bool(torch.isfinite(logits).all()) for logits in found.logits):
             raise CheckFailed(f"the model's logits are not finite in {model.dtype}; try fp32")
-        tokens = found.sequences[0, len(window) :].tolist()
-        for token in tokens:
-            text += output.push(token, end)
-            if output.finish_reason is not None:
-                break
-        window = slide(window + tokens, positions)
-    return Generation(prompt, text, tuple(output.ids), output.finish_reason, len(context), None)
+        rows = found.sequences[:, len(window) :].tolist()
+        for number, (output, tokens) in enumerate(zip(outputs, rows, strict=True)):
+            for token in tokens:
+                if output.finish_reason is None:
+                    texts[number] += output.push(token, end)
+        window = slide(window + rows[0], positions)
+    results = []
+    for output, text in zip(outputs, texts, strict=True):
+        assert output.finish_reason is not None, "beams are of full length, or ended"
+        results.append(Generation(prompt, text, tuple(output.ids), output.finish_reason, len(context), None))
+    return results

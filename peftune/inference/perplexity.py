@@ -81,7 +81,7 @@ def summed_nats_over(
 
 
 def evaluate(
-    base: str | Base | None,
+    base: str | Path | Base | None,
     data: Mapping[str, Documents | Blocks],
     adapters: Mapping[str, Path | str] | None = None,
     batch: int = 8,
@@ -95,12 +95,15 @@ def evaluate(
     `block_size` None is the base's context. One model is in memory at a time. Raises UserError for input that cannot
     be scored, and for an adapter of another base.
     """
+    for what, named in (("data", data), ("adapters", adapters or {})):
+        if not isinstance(named, Mapping):
+            raise UserError(f"{what} is {str(named)[:40]!r}, expected a mapping of names, such as {{'poems': {what}}}")
     folders = {name: Path(directory) for name, directory in (adapters or {}).items()}
     if not data:
         raise UserError("nothing to evaluate on; give at least one domain by name, with its documents")
     if "base" in folders:
         raise UserError("an adapter cannot be called base: that row is the base itself; name the adapter otherwise")
-    base = base if isinstance(base, Base) else open_base(base or base_of(*folders.values()))
+    base = open_base(base or base_of(*folders.values()))
     read = special_tokens_of(base, folders)
     domains = {name: read_blocks(base, documents, block_size, read) for name, documents in data.items()}
     for directory in folders.values():

@@ -119,7 +119,7 @@ class RunningBatch:
         """One more token for each row whose window is in the cache."""
         for row, _ in complete:
             if row.handle.request.only_score:
-                row.finish("length", prompt=tuple(row.prompt))
+                row.finish_scored()
         complete = [(row, states) for row, states in complete if row.finish_reason is None]
         if not complete:
             return

@@ -100,10 +100,16 @@ class RunningSequence:
         self.finish_reason = output.finish_reason
         self.handle.on_output(RequestOutput(text, ids, logprobs, prompt, self.finish_reason))
 
-    def finish(self, reason: FinishReason, error: str = "", prompt: tuple[TokenLogprob, ...] = ()) -> None:
+    def finish_scored(self) -> None:
+        """End a request of which nothing but the prompt was to be scored."""
+        self.finish_reason = "length"
+        text = self.output.finish("length")  # a character that the prompt begins and nothing completes
+        self.handle.on_output(RequestOutput(text, prompt=tuple(self.prompt), finish_reason="length"))
+
+    def finish(self, reason: FinishReason, error: str = "") -> None:
         """End the request without another token."""
         self.finish_reason = reason
-        self.handle.on_output(RequestOutput(prompt=prompt, finish_reason=reason, error=error))
+        self.handle.on_output(RequestOutput(finish_reason=reason, error=error))
 
 
 def logprob(nats_V: torch.Tensor, token: int, count: int) -> TokenLogprob:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from peftune.errors import UserError
+from peftune.errors import UserError, refuse_bare_string
 
 FinishReason = Literal["stop", "length", "end", "cancelled", "error"]
 """A stop string came, as many tokens as asked for, a token that ends texts; or the request was given up, or failed."""
 
 DEFAULT_TEMPERATURE = 0.8
 _SEEDS = 2**63
-_SAMPLED = (  # what beam search does not have
-    *("temperature", "top_k", "min_p", "min_new_tokens", "presence_penalty", "frequency_penalty", "logit_bias"),
-    *("stop_token_ids", "ignore_eos"),
-)
+_SAMPLED = ("temperature", "top_k", "min_p", "presence_penalty", "frequency_penalty", "logit_bias")
+"""What beam search does not have, nor Transformers' greedy search."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,10 @@ class GenerationSettings:
     `frequency_penalty`    the same, as many times as the text holds the token; 0 = off
     `logit_bias`           (token id, what is added to its logit), each id once
     `beams`                beam search with so many beams, without sampling; 1 = off
+    `length_penalty`       of beams: a text's score is the sum of its tokens' log-probabilities (nats), the one that
+                           ended it included, by their number to this power; 0 = the plain sum, more = longer texts
+    `no_repeat_ngram_size` no run of so many tokens, the prompt's included, comes twice; 0 = off
+    `num_return_sequences` texts for each prompt: the best of the beams, best first, or so many samples
     `seed`                 of every prompt's own random stream; None = another text each time
     `stop`                 the text ends before the first of these strings, which is not part of it
     `stop_token_ids`       tokens that end the text as `<|endoftext|>` does
@@ -55,8 +57,12 @@ class GenerationSettings:
     logit_bias: tuple[tuple[int, float], ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    length_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    num_return_sequences: int = 1
 
     def __post_init__(self) -> None:
+        refuse_bare_string(self.stop, "stop")
         expected = {
             "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
             "min_new_tokens": (
@@ -72,6 +78,9 @@ class GenerationSettings:
             "repetition_penalty": (0 < self.repetition_penalty < math.inf, "more than 0 (1 = off)"),
             "seed": (self.seed is None or 0 <= self.seed < _SEEDS, f"0 to {_SEEDS - 1}"),
             "beams": (self.beams >= 1, "1 (off) or more"),
+            "length_penalty": (math.isfinite(self.length_penalty), "a finite number (0 = no normalisation)"),
+            "no_repeat_ngram_size": (self.no_repeat_ngram_size >= 0, "0 (off) or more"),
+            "num_return_sequences": (self.num_return_sequences >= 1, "1 or more"),
         }
         problems = [f"{k} is {getattr(self, k)}, expected {what}" for k, (valid, what) in expected.items() if not valid]
         if "" in self.stop:
@@ -84,8 +93,19 @@ class GenerationSettings:
             if getattr(self, key):
                 found = f"beams is {self.beams} with {key} {getattr(self, key)}"
                 problems.append(f"{found}: beam search does not sample; drop one")
+        problems += self._problems_of_search()
         if problems:
             raise UserError("generation settings: " + "; ".join(problems))
+
+    def _problems_of_search(self) -> list[str]:
+        several = self.num_return_sequences
+        if self.beams == 1 and self.length_penalty != 1:
+            return [f"length_penalty is {self.length_penalty} without beams: only beam search has one; give beams too"]
+        if self.beams > 1 and several > self.beams:
+            return [f"num_return_sequences is {several} with beams {self.beams}: expected at most as many"]
+        if several > 1 and self.beams == 1 and self.sampling_temperature == 0:
+            return [f"num_return_sequences is {several} with temperature 0: all would be equal; sample, or give beams"]
+        return []
 
     @property
     def sampling_temperature(self) -> float:
@@ -93,6 +113,19 @@ class GenerationSettings:
         if self.temperature is not None:
             return self.temperature
         return 0.0 if self.beams > 1 else DEFAULT_TEMPERATURE
+
+    def refuse_sampling(self) -> None:
+        """UserError for what a search does not have, greedy or with beams."""
+        found = [f"{key} {value}" for key in _SAMPLED if (value := getattr(self, key))]
+        if self.temperature is None and self.sampling_temperature:
+            found = [f"temperature {DEFAULT_TEMPERATURE}, the default", *found]
+        if found:
+            raise UserError(f"generation settings: {found[0]} goes with sampling, which a bank does; set it to 0 here")
+
+    def samples(self) -> list[GenerationSettings]:
+        """The settings of each of `num_return_sequences` samples of a prompt: with seed, seed + 1, …."""
+        seeds = [None if self.seed is None else (self.seed + i) % _SEEDS for i in range(self.num_return_sequences)]
+        return [replace(self, seed=seed, num_return_sequences=1) for seed in seeds] if len(seeds) > 1 else [self]
 
     def end_ids(self, end: int) -> frozenset[int]:
         """The tokens that end a text; `end` is the id of `<|endoftext|>`."""

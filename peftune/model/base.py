@@ -121,11 +121,15 @@ class Base:
         }
 
 
-def open_base(name: str, fresh: bool = False) -> Base:
+def open_base(name: str | Path | Base, fresh: bool = False) -> Base:
     """Find a base: `builtin:small`, a directory, or a hub name (downloaded once); `fresh` is `Base.fresh`.
 
-    Raises UserError where it is none of these, or where the hub cannot be reached and holds no copy.
+    One that is open already stays as it is. Raises UserError where it is none of these, or where the hub cannot be
+    reached and holds no copy.
     """
+    if isinstance(name, Base):
+        return name
+    name = str(name)
     if name.startswith("builtin:"):
         if name not in BUILTIN:
             raise UserError(f"base {name}: there is no such built-in base; known: {', '.join(BUILTIN)}")

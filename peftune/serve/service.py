@@ -13,9 +13,9 @@ from starlette.requests import ClientDisconnect, Request
 from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank
 from peftune.inference.engine import Busy, Engine, Stopping
+from peftune.inference.token_text import TokenText
 from peftune.serve.metrics import Metrics
 from peftune.serve.openai.errors import ApiError, draining, engine_failed, queue_full
-from peftune.serve.openai.token_text import TokenText
 from peftune.serve.settings import ServeSettings
 
 AUTO = "auto"

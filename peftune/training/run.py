@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from peftune.config.recipe import Recipe
 from peftune.console import Console
-from peftune.errors import Interrupted
+from peftune.errors import Interrupted, UserError
 from peftune.model.load import DTYPES, NAME_OF, footprint, load_adapted
 from peftune.model.lora import Adapted
 from peftune.model.loss import LossModel
@@ -66,6 +66,8 @@ def train(recipe: Recipe) -> Delivery:
     Raises UserError for input that cannot work, Interrupted after a signal (a checkpoint is saved first), CheckFailed
     for numbers that are not finite or an adapter that did not learn, RankLost where another rank is gone.
     """
+    if not isinstance(recipe, Recipe):
+        raise UserError(f"train is given {type(recipe).__name__}, expected a Recipe: load_recipe reads one from a file")
     with start.watched_ranks(recipe) as accelerator, report_out_of_memory():
         console = Console(accelerator.is_main_process)
         if start.zero_stage(accelerator):

@@ -217,3 +217,36 @@ def test_a_json_path_that_cannot_be_written_is_refused_before_the_work(
     assert run(["generate", "--base", str(base), "--prompt", "the", "--json", str(tmp_path / name)]) == 2
     shown = capsys.readouterr()
     assert "cannot be written" in shown.err and shown.out == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--beams", "2", "--max-new-tokens", "999"], "no sliding window"),
+        (["--stop-token-id", "99999"], "stop_token_ids: token id 99999"),
+        (["--length-penalty", "0.8"], "only beam search"),
+        (["--beams", "2", "--num-return-sequences", "3"], "with beams 2"),
+        (["--beams", "2", "--temperature", "0.5"], "does not sample"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_printed(
+    base: Path, capsys: pytest.CaptureFixture[str], options: list[str], reason: str
+) -> None:
+    assert run(["generate", "--base", str(base), "--prompt", "the cat", *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and reason in err
+
+
+def test_several_texts_for_a_prompt_are_counted_in_the_headings(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = ["--beams", "4", "--num-return-sequences", "2", "--length-penalty", "0.8", "--no-repeat-ngram-size", "3"]
+    values += ["--max-new-tokens", "4", "--json", str(tmp_path / "texts.json")]
+    assert run(["generate", "--base", str(base), "--prompt", "the", "--prompt", "a cat", *values]) == 0
+    found = json.loads((tmp_path / "texts.json").read_text())
+    assert [one["prompt"] for one in found["generations"]] == ["the", "the", "a cat", "a cat"]
+    assert (found["settings"]["length_penalty"], found["settings"]["no_repeat_ngram_size"]) == (0.8, 3)
+    out = capsys.readouterr().out
+    headings = [line for line in out.splitlines() if line.startswith("=== ")]
+    assert headings == [f"=== {p} of 2, text {t} of 2 ===" for p in (1, 2) for t in (1, 2)]
+    assert all(one["prompt"] + one["text"] in out for one in found["generations"])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from peftune.data.tokens.encode import encode_texts
-from peftune.inference.detokenize import Detokenizer, StopFilter, decode_plain
+from peftune.inference.detokenize import Detokenizer, StopFilter, decode_plain, whole_characters
 from peftune.inference.settings import GenerationSettings
 
 MIXED = "é東京😀 a\t\u200d👩‍👩‍👧‍👦 naïve\n\n  x"
@@ -56,6 +57,93 @@ def test_parts_of_any_bytes_join_to_what_decode_gives(tokenizer: PreTrainedToken
 def test_a_replacement_character_in_the_text_itself_survives(tokenizer: PreTrainedTokenizerFast) -> None:
     text = "a\ufffd\ufffdb\ufffd"
     assert "".join(stream(tokenizer, encode_texts([text], tokenizer)[0])) == text
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """As Llama's: a word begins with ▁, and a character without a piece is three bytes."""
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        *"abcdehikngou",
+        "▁the",
+        "\ufffd",
+    ]
+    engine = Tokenizer(models.BPE({p: n for n, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True))
+    engine.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    engine.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=engine, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def sentencepiece_ids(tokenizer: PreTrainedTokenizerFast, data: bytes) -> list[int]:
+    return [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in data]
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_character_that_the_prompt_only_begins_is_part_of_the_text(
+    kind: str, cut: int, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Whole, streamed, and where nothing completes it."""
+    if kind == "sentencepiece":
+        tokenizer = sentencepiece()
+    make = byte_ids if kind == "byte-level" else sentencepiece_ids
+    long = "東京東京東京"
+    prompt, rest = make(tokenizer, long.encode() + "😀".encode()[:cut]), make(tokenizer, "😀".encode()[cut:] + b" ok")
+    assert whole_characters(tokenizer, prompt) == long
+    detokenizer = Detokenizer(tokenizer, GenerationSettings(), [tokenizer.bos_token_id, *prompt])
+    parts = [detokenizer.push(token, end=-1) for token in rest]
+    assert parts == [""] * (3 - cut) + ["😀", " ", "o", "k"]
+    assert "".join(parts) + detokenizer.finish("length") == "😀 ok"
+    never = Detokenizer(tokenizer, GenerationSettings(), prompt)
+    text = never.push(tokenizer.convert_tokens_to_ids("a"), end=-1) + never.finish("length")
+    assert text.strip("\ufffd") == "a" and text != "a"
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_a_replacement_character_that_ends_the_prompt_is_not_part_of_the_text(
+    kind: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    if kind == "sentencepiece":
+        tokenizer = sentencepiece()
+        prompt, more = tokenizer.convert_tokens_to_ids(["a", "\ufffd"]), tokenizer.convert_tokens_to_ids(["▁the"])
+    else:
+        prompt, more = byte_ids(tokenizer, "a\ufffd".encode()), byte_ids(tokenizer, b" the")
+    assert whole_characters(tokenizer, prompt) == "a\ufffd"
+    detokenizer = Detokenizer(tokenizer, GenerationSettings(), prompt)
+    assert "".join([*(detokenizer.push(token, end=-1) for token in more), detokenizer.finish("length")]) == " the"
+
+
+def test_texts_continue_any_prompt_wherever_it_is_cut(tokenizer: PreTrainedTokenizerFast) -> None:
+    """What the prompt shows and what its continuation shows join to what decoding both together gives."""
+    chance, llama = random.Random(2), sentencepiece()
+    words = [llama.convert_tokens_to_ids([piece]) for piece in ("▁the", "▁", "a", "b", "h", "\ufffd")]
+    words += [sentencepiece_ids(llama, character.encode()) for character in "é東😀x"]
+    for used in (tokenizer, llama):
+        for _ in range(200):
+            ids = [chance.randrange(1, len(tokenizer)) for _ in range(16)]
+            if used is llama:
+                ids = [token for _ in range(16) for token in chance.choice(words)]
+            at = chance.randrange(len(ids) + 1)
+            detokenizer = Detokenizer(used, GenerationSettings(), ids[:at])
+            parts = [*(detokenizer.push(token, end=-1) for token in ids[at:]), detokenizer.finish("length")]
+            assert whole_characters(used, ids[:at]) + "".join(parts) == decode_plain(used, ids)
+
+
+def test_bytes_that_are_no_character_end_nothing_but_themselves() -> None:
+    """tokenizers' own stream fails at such a byte, and with it all texts of a step would."""
+    llama, chance = sentencepiece(), random.Random(3)
+    detokenizer = Detokenizer(llama, GenerationSettings(), llama.convert_tokens_to_ids(["▁the"]))
+    ids = [*sentencepiece_ids(llama, "東".encode() + b"\xad"), *llama.convert_tokens_to_ids(["▁the", "a"])]
+    assert [detokenizer.push(token, end=-1) for token in ids] == ["", "", "東", "\ufffd", " the", "a"]
+    for _ in range(100):
+        detokenizer = Detokenizer(llama, GenerationSettings(max_new_tokens=99))
+        for token in (chance.randrange(3, len(llama)) for _ in range(30)):
+            detokenizer.push(token, end=-1)
 
 
 def filtered(stop: tuple[str, ...], parts: list[str]) -> tuple[str, bool]:

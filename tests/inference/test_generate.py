@@ -100,6 +100,97 @@ def test_beams_are_those_of_transformers(
         assert answer.ids == reference(model, tokenizer, answer.prompt, max_new_tokens=12, num_beams=3)
 
 
+@pytest.mark.parametrize("penalty", [0.0, 0.8, 0.9, 2.0, -1.0])
+def test_ten_beams_with_a_length_penalty_are_those_of_transformers(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, penalty: float
+) -> None:
+    prompts = PROMPTS[:2]
+    rules = {"length_penalty": penalty, "no_repeat_ngram_size": 4 if penalty > 0 else 2, "min_new_tokens": 3}
+    settings = GenerationSettings(max_new_tokens=12, beams=10, num_return_sequences=3, **rules)
+    texts: dict[int, str] = {}
+    found = generate_with_transformers(model, tokenizer, prompts, settings, texts.__setitem__)
+    assert [one.prompt for one in found] == [prompt for prompt in prompts for _ in range(3)]
+    assert [one.text for one in found] == [texts.get(n, "") for n in range(6)]
+    for prompt, own in zip(prompts, (found[:3], found[3:]), strict=True):
+        context = torch.tensor([context_ids(tokenizer, prompt)])
+        end = tokenizer.eos_token_id
+        expected = model.generate(
+            context, attention_mask=torch.ones_like(context), num_beams=10, num_return_sequences=3, max_new_tokens=12,
+            do_sample=False, eos_token_id=end, pad_token_id=end, **rules,
+        )  # fmt: skip
+        ids = [row[: row.index(end)] if end in row else row for row in expected[:, context.shape[1] :].tolist()]
+        assert [list(one.ids) for one in own] == ids
+
+
+def test_a_length_penalty_decides_among_texts_of_unequal_length(
+    fresh: Fresh, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The sum of log-probabilities by the number of tokens, the last of them included, to this power."""
+    model = fresh(ENDING_SEED)
+    lengths = []
+    for penalty in (-3.0, 3.0):
+        settings = GenerationSettings(max_new_tokens=20, beams=5, length_penalty=penalty)
+        lengths.append(sum(len(one.ids) for one in generate_with_transformers(model, tokenizer, PROMPTS, settings)))
+    assert lengths[0] < lengths[1]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_runs_of_tokens_that_may_not_come_twice_are_those_of_transformers(
+    bank: AdapterBank, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, size: int
+) -> None:
+    prompts = ["the cat sat on the cat", "x"]
+    settings = dataclasses.replace(GREEDY, no_repeat_ngram_size=size)
+    free = bank.generate(prompts, GREEDY)
+    answers = bank.generate(prompts, settings)
+    for answer in answers:
+        assert answer.ids == reference(model, tokenizer, answer.prompt, max_new_tokens=20, no_repeat_ngram_size=size)
+    assert [one.ids for one in answers] != [one.ids for one in free]
+    assert generate_with_transformers(model, tokenizer, prompts, settings) == answers
+
+
+def test_where_every_token_would_repeat_something_still_comes(bank: AdapterBank) -> None:
+    settings = GenerationSettings(max_new_tokens=310, temperature=1.0, seed=1, no_repeat_ngram_size=1, ignore_eos=True)
+    (found,) = bank.generate([""], settings)
+    assert len(found.ids) == 310 and len(set(found.ids)) == len(bank.tokenizer) - 1
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_token_that_the_settings_name_ends_a_text(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, beams: int
+) -> None:
+    free = dataclasses.replace(GREEDY, beams=beams)
+    (whole,) = generate_with_transformers(model, tokenizer, ["the cat"], free)
+    at = whole.ids.index(whole.ids[6])
+    stops = dataclasses.replace(free, stop_token_ids=(whole.ids[6],))
+    (cut,) = generate_with_transformers(model, tokenizer, ["the cat"], stops)
+    assert cut.finish_reason == "end" and whole.ids[6] not in cut.ids
+    if beams == 1:
+        assert cut.ids == whole.ids[:at]
+    (longer,) = generate_with_transformers(model, tokenizer, ["the cat"], dataclasses.replace(stops, min_new_tokens=9))
+    assert len(longer.ids) >= 9
+
+
+def test_several_samples_of_a_prompt_have_the_seeds_that_follow(bank: AdapterBank) -> None:
+    settings = GenerationSettings(max_new_tokens=8, temperature=1.0, seed=5, num_return_sequences=3)
+    shown: dict[int, str] = {}
+    found = bank.generate(["the", "x"], settings, None, lambda i, text: shown.update({i: shown.get(i, "") + text}))
+    alone = [
+        bank.generate([prompt], dataclasses.replace(settings, seed=5 + n, num_return_sequences=1))[0]
+        for prompt in ("the", "x")
+        for n in range(3)
+    ]
+    assert found == alone and len({one.text for one in found[:3]}) == 3
+    assert [shown.get(n, "") for n in range(6)] == [one.text for one in found]
+
+
+@pytest.mark.parametrize("values", [{}, {"temperature": 0.0, "presence_penalty": 1.0}, {"temperature": 1.0}])
+def test_what_only_sampling_has_is_refused_by_a_search(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, values: dict[str, float]
+) -> None:
+    with pytest.raises(UserError, match="which a bank does"):
+        generate_with_transformers(model, tokenizer, ["the"], GenerationSettings(**values))
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_batch_gives_every_prompt_what_it_gets_alone(bank: AdapterBank, temperature: float) -> None:
     # 70 tokens more than fill the window of 64, each row's at another step

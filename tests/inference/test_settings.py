@@ -34,6 +34,9 @@ from peftune.inference.settings import GenerationSettings
         ("frequency_penalty", math.inf),
         ("seed", -1),
         ("seed", 2**63),
+        ("length_penalty", math.nan),
+        ("no_repeat_ngram_size", -1),
+        ("num_return_sequences", 0),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(field: str, value: float) -> None:
@@ -50,8 +53,8 @@ def test_every_problem_is_in_the_one_message() -> None:
 
 
 SAMPLED: list[dict[str, Any]] = [
-    {"temperature": 0.8}, {"top_k": 5}, {"min_p": 0.1}, {"min_new_tokens": 2}, {"presence_penalty": 1.0},
-    {"frequency_penalty": -1.0}, {"logit_bias": ((1, 1.0),)}, {"stop_token_ids": (1,)}, {"ignore_eos": True},
+    {"temperature": 0.8}, {"top_k": 5}, {"min_p": 0.1}, {"presence_penalty": 1.0}, {"frequency_penalty": -1.0},
+    {"logit_bias": ((1, 1.0),)},
 ]  # fmt: skip
 
 
@@ -71,3 +74,16 @@ def test_the_default_temperature_samples_unless_there_are_beams() -> None:
     assert GenerationSettings().sampling_temperature == 0.8
     assert GenerationSettings(beams=2).sampling_temperature == 0
     assert GenerationSettings(temperature=0).sampling_temperature == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"length_penalty": 0.8}, "only beam search"),
+        ({"beams": 2, "num_return_sequences": 3}, "with beams 2"),
+        ({"temperature": 0, "num_return_sequences": 2}, "all would be equal"),
+    ],
+)
+def test_what_needs_beams_or_samples_is_refused_without(values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        GenerationSettings(**values)

@@ -132,12 +132,15 @@ def test_a_text_continues_what_decoding_prompt_and_answer_together_gives(
     assert AdapterBank(base).encode(prompt)[0] == begin_of_text_id(base.tokenizer)
 
 
-def test_a_recipe_on_such_a_base_trains_evaluates_and_merges(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "begins"), [("vocab.txt alone", False), ("tokenizer.json alone", True), ("Unigram", True)]
+)
+def test_a_recipe_on_such_a_base_trains_evaluates_and_merges(kind: str, begins: bool, tmp_path: Path) -> None:
     from peftune.adapters.merge.merge import merge
     from peftune.config.recipe import recipe_from
     from peftune.training.run import train
 
-    base = checkpoint(tmp_path / "base", "vocab.txt alone")
+    base = checkpoint(tmp_path / "base", kind)
     (tmp_path / "t.txt").write_text("你好 世界 the cat\n\na cat, sat.\n" * 3, encoding="utf-8")
     values = {
         "base": str(base.directory), "data": {"train": str(tmp_path / "t.txt"), "validation": 0.5},
@@ -145,13 +148,23 @@ def test_a_recipe_on_such_a_base_trains_evaluates_and_merges(tmp_path: Path) -> 
         "run": {"out": str(tmp_path / "out"), "precision": "fp32", "samples": ["the"]},
     }  # fmt: skip
     train(recipe_from(values, []))
-    merge(tmp_path / "out", tmp_path / "merged")
+    report = merge(tmp_path / "out", tmp_path / "merged")
+    assert report.tokenizer_begins_texts == begins, report.how_to_call()
+    if begins:
+        theirs = AutoTokenizer.from_pretrained(tmp_path / "merged")("the cat")["input_ids"]
+        assert theirs == AdapterBank(str(tmp_path / "merged")).encode("the cat")
     settings = GenerationSettings(max_new_tokens=8, temperature=0.0)
     (one,), (other,) = (
         generate("the cat", **chosen, settings=settings)
         for chosen in ({"adapter": tmp_path / "out"}, {"base": str(tmp_path / "merged")})
     )
     assert one.ids == other.ids and one.text == other.text
+    samples = [line for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines() if '"sample"' in line]
+    last = json.loads(samples[-1])
+    ids = encode_texts(["the"], base.tokenizer)[0]
+    (again,) = generate("the", adapter=tmp_path / "out", settings=GenerationSettings(max_new_tokens=80, temperature=0))
+    assert last["text"] == again.text, "the sample of the last step continues its prompt as generate does"
+    assert str(base.tokenizer.decode([*ids, *again.ids])).startswith(str(base.tokenizer.decode(ids)) + again.text[:1])
 
 
 def test_the_summary_says_what_a_tokenizer_does_not_give_back(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from peftune.adapters.base_of import read_layout
 from peftune.adapters.directory import CONFIG, TENSORS, Adapter, read_adapter
+from peftune.adapters.merge.tokenizer_files import begins_texts
 from peftune.adapters.model_card import merged_card, model_card
 from peftune.adapters.provenance import FINGERPRINTS, PROVENANCE, recorded, recorded_dict, sealed
 from peftune.errors import UserError
@@ -148,7 +149,7 @@ def _model_files(directory: Path, repository: str, base: str | None) -> dict[str
     merged = read_object_if_present(directory / "merge.json") or {}
     name = base or merged.get("base")
     named = name if isinstance(name, str) and is_hub_name(name) else None
-    files: dict[str, bytes | Path] = {CARD: merged_card(repository, named).encode()}
+    files: dict[str, bytes | Path] = {CARD: merged_card(repository, named, begins_texts(opened)).encode()}
     for path in sorted(directory.iterdir()):
         if (path.is_file() or path.is_symlink()) and _MODEL_FILES.fullmatch(path.name):
             settings = path.name.endswith("config.json") and not path.is_symlink()

@@ -19,26 +19,22 @@ from transformers.utils import logging
 from peftune.adapters.base_of import base_of
 from peftune.adapters.directory import Adapter, check_free, read_adapter
 from peftune.adapters.fold import MergedTensors
-from peftune.adapters.layout import AdapterLayout, layout_of, refuse_biased_head
+from peftune.adapters.layout import layout_of, refuse_biased_head
 from peftune.adapters.merge.report import MergeReport
 from peftune.adapters.merge.shards import write_weights
+from peftune.adapters.merge.tokenizer_files import begins_texts, write_tokenizer
 from peftune.adapters.merge.verify import base_quantization, verify_merge
 from peftune.adapters.provenance import check_base, parses_special_tokens
 from peftune.console import Console
 from peftune.data.sources.builtin import documents
 from peftune.data.tokens.encode import begin_of_text_id, encode_texts
-from peftune.errors import CheckFailed, UserError
+from peftune.errors import CheckFailed, UserError, refuse_bare_string
 from peftune.files import hashes_of, publish, staging_directory, write_json
 from peftune.model.base import MERGE, Base, open_base
-from peftune.model.tokenizer import VOCABULARIES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 5_000_000_000
 _COPIED_VALUES = 1_000_000  # read and written at a time of tensors that are not adapted
-_TOKENIZER_FILES = (
-    "tokenizer_config.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    *VOCABULARIES,
-)  # fmt: skip
 _GENERATION = "generation_config.json"
 _SEQUENCES, _LENGTH = 8, 64
 
@@ -46,7 +42,7 @@ _SEQUENCES, _LENGTH = 8, 64
 def merge(
     adapter: Path | str,
     out: Path | str,
-    base: str | None = None,
+    base: str | Path | None = None,
     dtype: str = "float32",
     verify: bool = True,
     texts: Sequence[str] | None = None,
@@ -60,6 +56,7 @@ def merge(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    refuse_bare_string(texts, "texts")
     adapter, out = Path(adapter), Path(out)
     if out.resolve() == adapter.resolve():
         raise UserError(f"{out}: is the adapter itself; choose another directory")
@@ -90,7 +87,9 @@ def merge(
             report = MergeReport(
                 len(layout.modules()), len(layout.modules()), dtype, found.fingerprint, read.fingerprint, found.name,
                 merged.tied, layout.vocabulary, trained_on=base_quantization(read), left_out=found.weights.left_out,
-                special_tokens="parse" if parses_special_tokens(read.provenance) else "text", **figures,
+                special_tokens="parse" if parses_special_tokens(read.provenance) else "text",
+                begin_of_text=str(written.tokenizer.convert_ids_to_tokens(begin_of_text_id(written.tokenizer))),
+                tokenizer_begins_texts=begins_texts(written), **figures,
             )  # fmt: skip
             hashes = hashes_of(staging, [path.name for path in staging.iterdir()])  # `model.base` checks them
             write_json(staging / MERGE, {**vars(report), "sha256": hashes})
@@ -108,26 +107,11 @@ def _write_settings(staging: Path, base: Base, adapter: Adapter, merged: MergedT
         "tie_word_embeddings": merged.tied,
     }  # fmt: skip
     write_json(staging / "config.json", dict(sorted(values.items())))
-    tokenizer = _tokenizer_directory(base, adapter, merged.layout)
-    for file in (*(tokenizer / name for name in _TOKENIZER_FILES), base.directory / _GENERATION):
-        if file.is_file():
-            shutil.copyfile(file, staging / file.name)
-    if not (staging / _GENERATION).is_file():
+    write_tokenizer(staging, base, adapter, merged.layout)
+    if (base.directory / _GENERATION).is_file():
+        shutil.copyfile(base.directory / _GENERATION, staging / _GENERATION)
+    else:
         GenerationConfig.from_model_config(base.config).save_pretrained(staging)
-
-
-def _tokenizer_directory(base: Base, adapter: Adapter, layout: AdapterLayout) -> Path:
-    """The base's tokenizer, or the adapter's own where it has rows for new tokens, or more tokens than the base."""
-    own, vocabulary = adapter.directory, layout.vocabulary
-    has_own = any((own / name).is_file() for name in VOCABULARIES)
-    if vocabulary == base.config.vocab_size and not (layout.rows and has_own):
-        return base.directory
-    if not has_own:
-        raise UserError(
-            f"adapter {own}: has {vocabulary} tokens, the base has {base.config.vocab_size}, "
-            "and the adapter holds no tokenizer; copy the tokenizer that it was trained with into its directory"
-        )
-    return own
 
 
 def _sequences(merged: Base, texts: Sequence[str] | None) -> list[torch.Tensor]:

@@ -101,6 +101,22 @@ class MergeReport:
     left_out: tuple[str, ...] = ()
     """Tensors of the base that belong to heads of other tasks: the merged model is a language model without them."""
     special_tokens: str = "text"
+    begin_of_text: str = ""
+    """The token behind which every text stood in training."""
+    tokenizer_begins_texts: bool = False
+    """Whether `tokenizer(text)` of Transformers puts it there."""
+
+    def how_to_call(self) -> str:
+        """One line on how other programs get the texts that peftune writes."""
+        if self.tokenizer_begins_texts:
+            return (
+                f"its tokenizer puts {self.begin_of_text} before a text, as in training, so that pipelines and servers "
+                "write what peftune generate writes; do not add it once more"
+            )
+        return (
+            f"its tokenizer does not put {self.begin_of_text} before a text, as training did; elsewhere begin each "
+            "prompt with this token and nothing else (add_special_tokens=False), else texts differ"
+        )
 
     def quantized_summary(self) -> str:
         """One line on how far the merged model is from the function that was trained on a quantised base."""

@@ -28,11 +28,21 @@ def penalise_presence(logits_V: Tensor, counts_V: Tensor, presence: float, frequ
     return logits_V - frequency * counts_V - presence * (counts_V > 0)
 
 
+def completing(ids: Sequence[int], size: int) -> list[int]:
+    """The tokens that would make the last of `ids` a run of `size` tokens that is among them already.
+
+    Source: fairseq's and Transformers' `no_repeat_ngram_size`, which count the prompt too.
+    """
+    last = list(ids[len(ids) + 1 - size :])
+    return [ids[at + size - 1] for at in range(len(ids) + 1 - size) if list(ids[at : at + size - 1]) == last]
+
+
 class LogitAdjuster:
     """Adjusts the logits of one text as it grows.
 
-    Bias, repetition, presence and frequency penalty, and the tokens that may not end the text yet, in this order.
-    `prompt` are the ids before the text: only the repetition penalty counts them. `end` is the id of `<|endoftext|>`.
+    Bias, repetition, presence and frequency penalty, runs of tokens that may not come again, and the tokens that may
+    not end the text yet, in this order. `prompt` are the ids before the text: repetition alone counts them. `end` is
+    the id of `<|endoftext|>`.
     """
 
     def __init__(self, settings: GenerationSettings, prompt: Sequence[int], end: int) -> None:
@@ -55,7 +65,8 @@ class LogitAdjuster:
     def is_needed(self) -> bool:
         """Whether anything would change now."""
         chosen = self._settings
-        return self._must_go_on or chosen.repetition_penalty != 1 or self._counted or bool(chosen.logit_bias)
+        repeats = chosen.repetition_penalty != 1 or chosen.no_repeat_ngram_size > 0
+        return self._must_go_on or repeats or self._counted or bool(chosen.logit_bias)
 
     @property
     def _must_go_on(self) -> bool:
@@ -78,6 +89,9 @@ class LogitAdjuster:
                 written = torch.tensor(self._written, dtype=torch.int64, device=logits_V.device)
                 self._counts = written.bincount(minlength=len(logits_V)).float()
             logits_V = penalise_presence(logits_V, self._counts, chosen.presence_penalty, chosen.frequency_penalty)
-        if self._must_go_on and self._ends:
-            logits_V = logits_V.index_fill(0, torch.tensor(self._ends, device=logits_V.device), -torch.inf)
+        barred = self._ends if self._must_go_on else []
+        if chosen.no_repeat_ngram_size:
+            barred = barred + completing([*self._prompt, *self._written], chosen.no_repeat_ngram_size)
+        if 0 < len(set(barred)) < len(logits_V):  # something must come
+            logits_V = logits_V.index_fill(0, torch.tensor(barred, device=logits_V.device), -torch.inf)
         return logits_V

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peftune.inference.detokenize import TextStream
 from peftune.inference.request import RequestOutput, TokenLogprob
-from peftune.serve.openai.token_text import TokenText
+from peftune.inference.token_text import TokenText
 
 _MIN_LOGPROB = -9999.0  # OpenAI's for a token of probability 0: JSON has no infinity
 
@@ -84,7 +84,7 @@ class ChoiceFormatter:
         prompt_logprobs: int | None = None,
     ) -> None:
         self._token_text = token_text
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stream = TextStream(token_text.tokenizer, () if echo else ids)
         self._offset = 0 if echo else len(prompt)
         self._echo = prompt if echo else ""
         self._scores_prompt, self._logprobs, self._prompt_logprobs = echo, logprobs, prompt_logprobs
@@ -110,7 +110,7 @@ class ChoiceFormatter:
     def _score(self, logprob: TokenLogprob) -> ScoredToken:
         """The parts of one character share its offset."""
         token, offset = self._entry(logprob.id, logprob.logprob), self._offset
-        self._offset += len(self._decoder.decode(token.raw))
+        self._offset += len(self._stream.push(logprob.id))
         top = tuple(self._entry(id, nats) for id, nats in logprob.top[: self._logprobs])
         return ScoredToken(token, top, offset)
 

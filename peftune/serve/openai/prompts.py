@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from peftune.data.tokens.encode import encode_texts
 from peftune.data.tokens.special_text import special_texts
 from peftune.inference.bank import AdapterBank
-from peftune.inference.detokenize import decode_plain
+from peftune.inference.detokenize import whole_characters
 from peftune.serve.openai.errors import ApiError
 
 _MAX_TOKEN_BYTES = 256  # no token of a GPT-2 vocabulary has more (the longest of gpt2: 128 spaces)
@@ -98,7 +98,7 @@ def _encode(bank: AdapterBank, given: str | list[int], parse: bool, own_context:
     else:
         ids = given
     check_ids(ids, vocab_size, "prompt")
-    text = given if isinstance(given, str) else decode_plain(bank.tokenizer, ids)
+    text = given if isinstance(given, str) else whole_characters(bank.tokenizer, ids)
     own = isinstance(given, list) or own_context
     context = () if own and ids[:1] == [bank.begin] else (bank.begin,)
     return Prompt(text, tuple(ids), (*context, *ids))
