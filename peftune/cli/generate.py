@@ -15,6 +15,7 @@ from peftune.cli.output.text_output import CONTINUATION, HEADER, PROMPT, TextPri
 from peftune.console import Console
 from peftune.data.sources import records
 from peftune.data.sources.plain_text import open_text
+from peftune.data.sources.row_columns import kind_of
 from peftune.errors import UserError
 from peftune.inference.generate import TextGenerator, text_generator
 from peftune.inference.request import Generation, context_ids, slide
@@ -132,7 +133,7 @@ def read_prompts(file: Path) -> Iterator[str]:
         for where, columns in records.rows(file, lambda names: [name for name in names if name == "prompt"]):
             prompt = columns.get("prompt")
             if not isinstance(prompt, str):
-                found = f"prompt is {records.kind_of(prompt)}" if "prompt" in columns else "no prompt"
+                found = f"prompt is {kind_of(prompt)}" if "prompt" in columns else "no prompt"
                 raise UserError(f'{where}: {found}; expected {{"prompt": "text"}} in every row')
             yield prompt
     else:

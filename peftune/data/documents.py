@@ -10,6 +10,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from peftune.errors import UserError
+
 
 @dataclass(frozen=True)
 class Document:
@@ -31,13 +33,37 @@ class Document:
         return self.text if self.prompt is None else f"{self.prompt}\x00{self.text}"
 
 
+class BadRow(UserError):
+    """A row that cannot be learnt from; rows with the same fault have the same `reason`."""
+
+    def __init__(self, location: str, reason: str, detail: str = "") -> None:
+        super().__init__(f"{location}: {reason}{detail}")
+        self.location, self.reason = location, reason[:100]
+
+
+Skipped = dict[str, tuple[int, list[str]]]
+"""By reason: how many rows, and where the first of them stand."""
+_REASONS, _PLACES, _PLACE_LENGTH = 12, 3, 200
+
+
 class ReadStats:
-    """`blank` documents skipped so far; bytes read so far through `bytes_read`."""
+    """What was left out so far: `blank` documents, rows that `where` does not want, and bad rows by their reason.
+
+    `rows` counts all rows of tables; `bytes_read` says how far the files have been read.
+    """
 
     def __init__(self) -> None:
-        self.blank = 0
+        self.blank = self.rows = self.unwanted = 0
+        self.skipped: Skipped = {}
         self._finished = 0  # bytes of files that were read to their end
         self._file: BinaryIO | None = None
+
+    def skip(self, error: BadRow) -> None:
+        """Count a row that is left out."""
+        few = error.reason in self.skipped or len(self.skipped) < _REASONS
+        reason = error.reason if few else "other reasons"
+        count, places = self.skipped.get(reason, (0, []))
+        self.skipped[reason] = count + 1, [*places, error.location[-_PLACE_LENGTH:]][:_PLACES]
 
     @contextmanager
     def reading(self, file: BinaryIO) -> Iterator[None]:

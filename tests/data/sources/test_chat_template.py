@@ -109,12 +109,15 @@ def test_developer_is_another_word_for_system():
     [
         ([], "no message of the assistant"),
         ([{"role": "user", "content": "u"}], "no message of the assistant"),
-        ([{"role": "tool", "content": "u"}], "message 1: role 'tool'; expected system, developer, user, assistant"),
+        ([{"role": "bot", "content": "u"}], "message 1: role 'bot'; expected system, developer, tool, user, assistant"),
         ([{"role": "assistant", "content": None}], "message 1: content is null"),
         ([{"role": "assistant", "content": [{"type": "text"}]}], "message 1: content is a list"),
-        ([{"from": "human", "value": "u"}], "message 1: expected role and content, found from, value"),
+        ([{"from": "human", "text": "u"}], "message 1: expected role and content, found from, text"),
+        ([{"from": "bot", "value": "u"}], "message 1: role 'bot'"),
         (["hello"], "message 1: expected role and content, found a string"),
-        ("hello", "expected a list of messages, found a string"),
+        ("hello", "messages are a text that is not JSON"),
+        ('"hello"', "expected a list of messages, found a string"),
+        ("[" * 100_000, "messages are a text that is not JSON"),
         (None, "expected a list of messages, found null"),
     ],
 )
