@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import BinaryIO
 
 import numpy as np
@@ -41,29 +41,34 @@ class BadRow(UserError):
         self.location, self.reason = location, reason[:100]
 
 
-Skipped = dict[str, tuple[int, list[str]]]
-"""By reason: how many rows, and where the first of them stand."""
 _REASONS, _PLACES, _PLACE_LENGTH = 12, 3, 200
 
 
-class ReadStats:
-    """What was left out so far: `blank` documents, rows that `where` does not want, and bad rows by their reason.
+@dataclass
+class LeftOut:
+    """Of the `rows` of tables: how many `where` does not want, and the bad ones that were skipped, by reason."""
 
-    `rows` counts all rows of tables; `bytes_read` says how far the files have been read.
-    """
-
-    def __init__(self) -> None:
-        self.blank = self.rows = self.unwanted = 0
-        self.skipped: Skipped = {}
-        self._finished = 0  # bytes of files that were read to their end
-        self._file: BinaryIO | None = None
+    rows: int = 0
+    unwanted: int = 0
+    skipped: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
+    """How many rows, and where the first of them stand."""
 
     def skip(self, error: BadRow) -> None:
-        """Count a row that is left out."""
+        """Count a bad row."""
         few = error.reason in self.skipped or len(self.skipped) < _REASONS
         reason = error.reason if few else "other reasons"
         count, places = self.skipped.get(reason, (0, []))
         self.skipped[reason] = count + 1, [*places, error.location[-_PLACE_LENGTH:]][:_PLACES]
+
+
+class ReadStats:
+    """What was left out so far: `blank` documents and, of tables, rows; `bytes_read` says how far files were read."""
+
+    def __init__(self) -> None:
+        self.blank = 0
+        self.left_out = LeftOut()
+        self._finished = 0  # bytes of files that were read to their end
+        self._file: BinaryIO | None = None
 
     @contextmanager
     def reading(self, file: BinaryIO) -> Iterator[None]:

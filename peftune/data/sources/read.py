@@ -40,6 +40,7 @@ def read_documents(source: Source, split_on: str, stats: ReadStats | None = None
     stats = stats if stats is not None else ReadStats()
     reader = RowReader(source, stats)
     if source.path.startswith("builtin:"):
+        _refuse_columns(source, "a built-in corpus")
         yield from _builtin_documents(source.path)
         return
     files = files_of(source)
@@ -128,11 +129,18 @@ def files_of(source: Source) -> list[Path] | None:
         raise UserError(f"{source.path}: no {missing}")
     if source.split is not None or source.subset is not None:
         raise UserError(f"{source.path}: split and subset belong to hub data sets, and this is a file; leave them out")
-    named = source.text or source.prompt or source.messages
-    if named and not any(map(_has_rows, found)):
-        advice = "leave the column out, or use jsonl or csv"
-        raise UserError(f"{source.path}: a text file has no column {named!r}; {advice}")
+    if not any(map(_has_rows, found)):
+        _refuse_columns(source, "a text file")
+    if source.delimiter and not any(path.suffix.lower() in (".csv", ".tsv") for path in found):
+        raise UserError(f"{source.path}: delimiter belongs to csv and tsv files, and this is none; leave it out")
     return found
+
+
+def _refuse_columns(source: Source, kind: str) -> None:
+    where = next(iter(source.where or {}), None)
+    named = source.text or source.prompt or source.messages or where or source.explode
+    if named:
+        raise UserError(f"{source.path}: {kind} has no column {named!r}; leave the column out, or use jsonl or csv")
 
 
 def _has_rows(path: Path) -> bool:

@@ -171,28 +171,28 @@ def _csv(
         csv.field_size_limit(sys.maxsize)  # the default refuses a text over 128 KiB
     with open_text(path, newline="", stats=stats) as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
-        names: list[str] | None = None
+        names: list[str] = []
+        named: list[str] = []  # without those at the end that have no name
         begins = 1
         try:
             for values in reader:
                 location = f"{path}:{begins}"
                 begins = reader.line_num + 1
-                if not any(map(str.strip, values)) and len(values) != len(names or ()):
+                if not any(map(str.strip, values)) and (not named or len(values) != len(names)):
                     continue
-                if names is None:
-                    names = _header(values, path, delimiter, choose)
+                if not named:
+                    names, named = values, _header(values, path, delimiter, choose)
                     continue
                 while len(values) > len(names) and not values[-1]:
                     values.pop()  # each row ends with the delimiter
-                if len(values) == len(names):
-                    yield location, {name: value for name, value in zip(names, values, strict=True) if name}
+                if len(named) <= len(values) <= len(names):
+                    yield location, {name: value for name, value in zip(named, values, strict=False) if name}
                 else:
-                    problem = f", but the header has {len(names)} ({', '.join(names)}); put texts that hold the "
-                    problem += "separator or line ends in double quotes"
-                    bad(BadRow(location, f"{len(values)} fields", problem))
+                    problem = f" ({', '.join(named)}); put texts that hold the separator or line ends in double quotes"
+                    bad(BadRow(location, f"{len(values)} fields, but the header has {len(named)}", problem))
         except csv.Error as error:
             raise UserError(f"{path}:{begins}: not {path.suffix[1:].upper()}: {error}") from None
-        if names is None:
+        if not named:
             raise UserError(f"{path}: empty; expected a header line with the names of the columns")
 
 

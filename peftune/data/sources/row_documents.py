@@ -70,7 +70,7 @@ class RowReader:
     def bad_row(self, error: BadRow) -> None:
         """Skip a row, or remember it until its file is refused."""
         if self.skips:
-            self.stats.skip(error)
+            self.stats.left_out.skip(error)
         self.first = self.first if self.bad else (self.rows, str(error))
         self.bad[error.reason] += 1
         if self._counted_enough():
@@ -79,7 +79,7 @@ class RowReader:
     def unreadable(self, error: BadRow) -> None:
         """Count what is no row at all, and skip it, or remember it until its file is refused."""
         self.rows += 1
-        self.stats.rows += 1
+        self.stats.left_out.rows += 1
         self.bad_row(error)
 
     def choose(self, name: str, found: Sequence[str]) -> list[str]:
@@ -97,7 +97,7 @@ class RowReader:
         """UserError where no row of the source had what the recipe names."""
         if self.filter is not None:
             self.filter.check(self.source.path)
-        if self._unseen and self.stats.rows:
+        if self._unseen:
             raise UserError(f"{self.source.path}: no row has the column {min(self._unseen)!r} of the template")
 
     def _counted_enough(self) -> bool:
@@ -123,11 +123,11 @@ class RowReader:
                 continue
             for place, one in several:
                 self.rows += 1
-                self.stats.rows += 1
+                self.stats.left_out.rows += 1
                 if self.filter is None or self.filter.keeps(one):
                     yield place, one
                 else:
-                    self.stats.unwanted += 1
+                    self.stats.left_out.unwanted += 1
 
     def _exploded(self, location: str, row: dict[str, Any]) -> list[records.Row]:
         name = self.source.explode

@@ -57,10 +57,8 @@ class RowFilter:
                 for name, found in self._found.items()
                 if name in never or not never
             )
-            together = "" if never else " all at once (each by itself is there)"
-            raise UserError(
-                f"{path}: where: none of the {self.rows:,} rows holds what is asked for{together}; {values}"
-            )
+            asked = f"{' and '.join(never)} as asked for" if never else "all of it, though each by itself is there"
+            raise UserError(f"{path}: where: none of {self.rows:,} rows has {asked}; {values}")
 
     def _holds(self, name: str, row: Mapping[str, Any]) -> bool:
         value = reach(row, name)
