@@ -45,20 +45,33 @@ _REASONS, _PLACES, _PLACE_LENGTH = 12, 3, 200
 
 
 @dataclass
+class SkippedRows:
+    """Rows with the same fault: how many, and where the first of them stand."""
+
+    rows: int = 0
+    first: list[str] = field(default_factory=list)
+
+
+@dataclass
 class LeftOut:
     """Of the `rows` of tables: how many `where` does not want, and the bad ones that were skipped, by reason."""
 
     rows: int = 0
     unwanted: int = 0
-    skipped: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
-    """How many rows, and where the first of them stand."""
+    skipped: dict[str, SkippedRows] = field(default_factory=dict)
+    never: list[str] = field(default_factory=list)
+    """What `where` asks for, among other values, and no row holds."""
 
     def skip(self, error: BadRow) -> None:
         """Count a bad row."""
         few = error.reason in self.skipped or len(self.skipped) < _REASONS
-        reason = error.reason if few else "other reasons"
-        count, places = self.skipped.get(reason, (0, []))
-        self.skipped[reason] = count + 1, [*places, error.location[-_PLACE_LENGTH:]][:_PLACES]
+        group = self.skipped.setdefault(error.reason if few else "other reasons", SkippedRows())
+        group.rows += 1
+        if len(group.first) < _PLACES:
+            group.first.append(error.location[-_PLACE_LENGTH:])
+
+    def __bool__(self) -> bool:
+        return bool(self.unwanted or self.skipped or self.never)
 
 
 class ReadStats:

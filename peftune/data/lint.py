@@ -70,8 +70,12 @@ def lint(documents: Iterable[Document]) -> list[Finding]:
     return [Finding(what, count, source, advice) for (what, _, advice), count, source in found if count]
 
 
-def skipped_rows(left_out: LeftOut) -> list[Finding]:
-    """A finding for each reason for which rows were skipped; the commonest comes first."""
+def of_rows(left_out: LeftOut) -> list[Finding]:
+    """A finding for each reason for which rows were skipped, the commonest first, and for what `where` never found."""
     advice = "nothing is learnt from them; mend them, or look whether the right columns are read"
-    several = sorted(left_out.skipped.items(), key=lambda item: -item[1][0])
-    return [Finding(f"skipped rows, {why}", count, ", ".join(places), advice) for why, (count, places) in several]
+    several = sorted(left_out.skipped.items(), key=lambda item: -item[1].rows)
+    found = [Finding(f"skipped rows, {why}", group.rows, ", ".join(group.first), advice) for why, group in several]
+    if left_out.never:
+        what = f"where asks for what no row holds: {', '.join(left_out.never)}"
+        found.append(Finding(what, 0, "nowhere", "look for a spelling mistake, or leave it out"))
+    return found

@@ -12,7 +12,7 @@ import numpy as np
 
 from peftune.config.data_section import Source
 from peftune.data.batches import Blocks
-from peftune.data.lint import Finding, lint, skipped_rows
+from peftune.data.lint import Finding, lint, of_rows
 from peftune.data.packing import Packing
 from peftune.data.sources.read import read_documents
 from peftune.data.tokens.round_trip import lossy
@@ -41,7 +41,7 @@ def summarize(
     findings = lint(chain.from_iterable(read_documents(source, split_on) for source in sources))
     special = special_findings(store.special_tokens, tokenizer, special_tokens == "parse")
     known = {one.what for one in special}
-    findings = [*skipped_rows(store.left_out), *special, *(one for one in findings if one.what not in known)]
+    findings = [*of_rows(store.left_out), *special, *(one for one in findings if one.what not in known)]
     every = chain.from_iterable(read_documents(source, split_on) for source in sources)
     findings += lossy(every, tokenizer, special_tokens == "parse")
     if len(store) < _FEW:

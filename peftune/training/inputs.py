@@ -23,7 +23,7 @@ from peftune.config.data_section import Source
 from peftune.config.recipe import Recipe
 from peftune.data.batches import Blocks
 from peftune.data.documents import split_by_digest
-from peftune.data.lint import Finding, skipped_rows
+from peftune.data.lint import Finding, of_rows
 from peftune.data.sampler import total_steps
 from peftune.data.sources.read import holds_chat
 from peftune.data.tokens.special_text import findings
@@ -139,8 +139,8 @@ def _load_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, base: Base,
         domains = {name: Blocks.of(s, np.arange(len(s)), block) for name, s in stores.items()}
         prints |= {f"validation/{name}": s.fingerprint for name, s in stores.items()}
     stores = {"train": store} | {f"validation/{name}": s for name, s in stores.items()}
-    left_out = {name: asdict(s.left_out) for name, s in stores.items() if s.left_out.unwanted or s.left_out.skipped}
-    found = [finding for s in stores.values() for finding in skipped_rows(s.left_out)]
+    left_out = {name: asdict(s.left_out) for name, s in stores.items() if s.left_out}
+    found = [finding for s in stores.values() for finding in of_rows(s.left_out)]
     found += findings(store.special_tokens, base.tokenizer, recipe.data.special_tokens == "parse")
     return Corpus(Blocks.of(store, train, block), domains, prints, chat, tuple(found), left_out)
 

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from peftune.data.documents import BadRow
-from peftune.data.sources.chat_messages import said
+from peftune.data.rows.chat_messages import said
 from peftune.data.sources.plain_text import unix_line_ends
 
 NAMES = {"system": "System", "developer": "System", "tool": "System", "user": "User", "assistant": "Assistant"}

@@ -22,8 +22,8 @@ from typing import Any, cast, get_args
 
 from peftune.config.data_section import Source
 from peftune.data.documents import Document, ReadStats
+from peftune.data.rows.row_documents import RowReader
 from peftune.data.sources import builtin, hub, plain_text, records
-from peftune.data.sources.row_documents import RowReader
 from peftune.errors import UserError
 from peftune.files import sha256_of
 
@@ -51,7 +51,8 @@ def read_documents(source: Source, split_on: str, stats: ReadStats | None = None
         name = str(path)  # once: a corpus may have millions of documents
         if _has_rows(path):
             choose = partial(reader.choose, name)
-            yield from reader.documents(records.rows(path, choose, stats, source.delimiter, reader.unreadable))
+            rows = records.rows(path, choose, stats, delimiter=source.delimiter, bad=reader.unreadable)
+            yield from reader.documents(rows)
         else:
             for line, text in plain_text.split_text(path, split_on, stats):
                 yield Document(text, source=f"{name}:{line}")

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from peftune.data.documents import BadRow, ReadStats
+from peftune.data.rows.row_columns import kind_of
 from peftune.data.sources.plain_text import open_text
-from peftune.data.sources.row_columns import kind_of
 from peftune.errors import UserError
 from peftune.files import repeated
 

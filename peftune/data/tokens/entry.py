@@ -162,7 +162,7 @@ class Writer:
             "blank": blank,
             "sha256": {name: digest.hexdigest() for name, digest in self.hashes.items()},
             **({"special_tokens": dict(special)} if special else {}),
-            **({"left_out": asdict(left_out)} if left_out.unwanted or left_out.skipped else {}),
+            **({"left_out": asdict(left_out)} if left_out else {}),
         }
         text = json.dumps(meta | {"sha256_of_meta": _hash_of_meta(meta)}, indent=1) + "\n"
         (self.directory / "meta.json").write_text(text, encoding="utf-8")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, FailFast, Field, PlainValidator, model_validator
 
-from peftune.data.sources.chat_messages import joined_parts
+from peftune.data.rows.chat_messages import joined_parts
 from peftune.inference.settings import GenerationSettings
 from peftune.serve.openai.neutral import (
     NeutralChatFields,
@@ -157,7 +157,7 @@ class CompletionRequest(SamplingRequest):
 
 
 class ChatMessage(OpenAIBaseModel):
-    """One turn of a conversation, which is read as in training (`data.sources.chat_messages`).
+    """One turn of a conversation, which is read as in training (`data.rows.chat_messages`).
 
     `content` is text, or OpenAI's list of text parts; an assistant's message of `tool_calls` may have none.
     """

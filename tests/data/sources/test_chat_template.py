@@ -100,8 +100,30 @@ def test_a_special_token_in_a_message_is_text(tokenizer):
     assert tokenizer.eos_token_id not in ids
 
 
-def test_developer_is_another_word_for_system():
-    assert render_chat([{"role": "developer", "content": "x"}]) == render_chat([{"role": "system", "content": "x"}])
+@pytest.mark.parametrize("role", ["developer", "tool"])
+def test_developers_and_tools_speak_as_the_system_does(role):
+    assert render_chat([{"role": role, "content": "x"}]) == render_chat([{"role": "system", "content": "x"}])
+    turns = turns_of([{"role": role, "content": "x"}, MESSAGES[2]], "x")
+    assert turns == (("System: x\n\nAssistant:", False), (" Hi.", True))
+
+
+def test_a_call_of_a_tool_without_text_is_left_out_and_its_result_is_context():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "f"}}]}
+    result = {"role": "tool", "tool_call_id": "1", "content": "42"}
+    expected = [MESSAGES[1], {"role": "system", "content": "42"}, MESSAGES[2]]
+    for silent in (call, call | {"content": ""}, {key: call[key] for key in ("role", "tool_calls")}):
+        assert turns_of([MESSAGES[1], silent, result, MESSAGES[2]], "x") == turns_of(expected, "x")
+        assert render_chat([MESSAGES[1], silent, result]) == render_chat(expected[:2])
+    said = [MESSAGES[1], call | {"content": "Let me look."}, result, MESSAGES[2]]
+    assert turns_of(said, "x")[1] == (" Let me look.\n\nSystem:", True)
+    with pytest.raises(UserError, match="no message of the assistant"):
+        turns_of([MESSAGES[1], call], "x")
+
+
+def test_text_parts_are_joined_and_numbers_are_text():
+    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": " there"}]
+    assert render_chat([{"role": "user", "content": parts}], False) == "User: Hi there"
+    assert render_chat([{"role": "user", "content": 42}], False) == "User: 42"
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ from typing import Any
 
 from peftune.config.data_section import Source
 from peftune.data.documents import BadRow, Document, ReadStats
-from peftune.data.sources import chat_template, plain_text, records
-from peftune.data.sources.row_columns import (
+from peftune.data.rows.row_columns import (
     columns_in,
     is_template,
     kind_of,
@@ -19,7 +18,8 @@ from peftune.data.sources.row_columns import (
     text_of,
     top_column,
 )
-from peftune.data.sources.row_filter import RowFilter
+from peftune.data.rows.row_filter import RowFilter
+from peftune.data.sources import chat_template, plain_text, records
 from peftune.errors import UserError
 
 _KINDS = (["text"], ["prompt", "completion"], ["messages"], ["conversations"])
@@ -96,7 +96,7 @@ class RowReader:
     def check(self) -> None:
         """UserError where no row of the source had what the recipe names."""
         if self.filter is not None:
-            self.filter.check(self.source.path)
+            self.stats.left_out.never += self.filter.check(self.source.path)
         if self._unseen:
             raise UserError(f"{self.source.path}: no row has the column {min(self._unseen)!r} of the template")
 

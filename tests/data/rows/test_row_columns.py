@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from peftune.config.data_section import Source
 from peftune.data.documents import Document, ReadStats
+from peftune.data.rows.row_columns import text_of
 from peftune.data.sources import hub
 from peftune.data.sources.read import read_documents
-from peftune.data.sources.row_columns import text_of
 from peftune.errors import UserError
 
 ALPACA = {
@@ -235,6 +235,15 @@ def test_a_filter_that_keeps_nothing_tells_the_values_that_there_are(read):
         read(many, where={"n": 77})
     with pytest.raises(UserError, match=rf"long is '{'x' * 40}'$"):
         read(many, where={"long": "y"})
+
+
+def test_a_value_that_no_row_holds_is_remembered(write):
+    stats, wanted = ReadStats(), ["billing", "shippin", "sales"]
+    source = Source(
+        path=str(write("a.csv", TICKETS)), text="answer", where={"department": wanted, "priority": [1, 3, 9]}
+    )
+    assert texts(list(read_documents(source, "auto", stats))) == ["one", "four"]
+    assert stats.left_out.never == ["department 'shippin'", "priority 9"]
 
 
 def test_a_filter_by_a_column_that_is_not_there_names_those_that_are(read, write):

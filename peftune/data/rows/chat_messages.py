@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftune.data.documents import BadRow
-from peftune.data.sources.row_columns import kind_of, scalar_text
+from peftune.data.rows.row_columns import kind_of, scalar_text
 
 _SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 

@@ -11,7 +11,7 @@ import pytest
 
 from peftune.config.data_section import Source
 from peftune.data.documents import ReadStats
-from peftune.data.sources import row_documents
+from peftune.data.rows import row_documents
 from peftune.data.sources.read import holds_chat, read_documents
 from peftune.data.tokens.store import prepare
 from peftune.errors import UserError
@@ -53,9 +53,8 @@ def skipping(source: Source) -> tuple[list[str], dict[str, tuple[int, list[str]]
     stats = ReadStats()
     texts = [one.text for one in read_documents(source.model_copy(update={"on_bad_row": "skip"}), "auto", stats)]
     skipped = stats.left_out.skipped.items()
-    return texts, {
-        why: (count, [place.rpartition(f"{source.path}:")[2] for place in at]) for why, (count, at) in skipped
-    }
+    lines = {why: [place.rpartition(f"{source.path}:")[2] for place in group.first] for why, group in skipped}
+    return texts, {why: (group.rows, lines[why]) for why, group in skipped}
 
 
 def refusal(source: Source) -> str:
@@ -161,6 +160,6 @@ def test_what_was_skipped_is_remembered_with_the_tokens_and_refused_all_the_same
     skip = source(PAIRS, on_bad_row="skip")
     stores = [prepare([skip], tokenizer, "t", " ", "auto", tmp_path) for _ in range(2)]
     assert stores[0].left_out == stores[1].left_out and stores[1].left_out.rows == 11 and len(stores[1]) == 3
-    assert stores[1].left_out.skipped["column 'completion' holds null"][0] == 2
+    assert stores[1].left_out.skipped["column 'completion' holds null"].rows == 2
     with pytest.raises(UserError, match="7 of 11 rows cannot be used"):
         prepare([skip.model_copy(update={"on_bad_row": "refuse"})], tokenizer, "t", " ", "auto", tmp_path)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from peftune.data.sources.row_columns import reach, scalar_text, top_column
+from peftune.data.rows.row_columns import reach, scalar_text, top_column
 from peftune.errors import UserError
 
 _NUMBER = re.compile(r"\s*[-+]?(\d{1,30}(\.\d{0,30})?|\.\d{1,30})([eE][-+]?\d{1,3})?\s*", re.ASCII)
@@ -31,9 +31,10 @@ class RowFilter:
             name: {_as_written(value) for value in (wanted if isinstance(wanted, list) else [wanted])}
             for name, wanted in where.items()
         }
+        self._never = {name: set(wanted) for name, wanted in self._wanted.items()}
         self._columns: dict[str, None] = {}
         self._found: dict[str, dict[str, None]] = {name: {} for name in self._wanted}
-        self._matched = dict.fromkeys(self._wanted, 0)
+        self._matched = dict.fromkeys(self._wanted, 0)  # rows
         self._missing = set(self._wanted)
 
     def keeps(self, row: Mapping[str, Any]) -> bool:
@@ -46,19 +47,21 @@ class RowFilter:
         self.kept += all(holds)
         return all(holds)
 
-    def check(self, path: str) -> None:
-        """UserError where no row of a source that has rows was kept, with the values that there are."""
+    def check(self, path: str) -> list[str]:
+        """What was asked for and is in no row; UserError where nothing was kept of a source that has rows."""
         if self._missing and self.rows:
             raise UserError(f"{path}: where: no column {min(self._missing)!r}; found {', '.join(self._columns)}")
         if self.rows and not self.kept:
-            never = [name for name, count in self._matched.items() if not count]
+            absent = [name for name, count in self._matched.items() if not count]
             values = "; ".join(
                 f"{name} is {', '.join(map(repr, list(found)[:_SHOWN]))}{', …' if len(found) > _SHOWN else ''}"
                 for name, found in self._found.items()
-                if name in never or not never
+                if name in absent or not absent
             )
-            asked = f"{' and '.join(never)} as asked for" if never else "all of it, though each by itself is there"
+            asked = f"{' and '.join(absent)} as asked for" if absent else "all of it, though each by itself is there"
             raise UserError(f"{path}: where: none of {self.rows:,} rows has {asked}; {values}")
+        never = [f"{name} {value!r}"[:_LENGTH] for name, values in self._never.items() for _, value in values]
+        return sorted(never)[:_SHOWN] if self.rows else []
 
     def _holds(self, name: str, row: Mapping[str, Any]) -> bool:
         value = reach(row, name)
@@ -68,9 +71,10 @@ class RowFilter:
             if len(found) <= _SHOWN:
                 text = scalar_text(entry)
                 found["" if text is None else text[:_LENGTH]] = None
-        holds = any(not self._wanted[name].isdisjoint(_meanings(entry)) for entry in entries)
-        self._matched[name] += holds
-        return holds
+        held = {meaning for entry in entries for meaning in _meanings(entry)} & self._wanted[name]
+        self._never[name] -= held
+        self._matched[name] += bool(held)
+        return bool(held)
 
 
 def _as_written(value: Any) -> _Meaning:
