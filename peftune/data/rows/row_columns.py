@@ -74,8 +74,11 @@ def columns_in(template: str) -> list[str]:
 
 def text_of(row: Mapping[str, Any], name: str, location: str) -> str:
     """The text of a column, or of a template; BadRow where the row has none."""
+    value = row.get(name)
+    if isinstance(value, str):
+        return value
     if name in row or "{" not in name:
-        return column_text(row, name, location)
+        return _column_text(row, name, location)
     rendered = []
     for optional, parts in _parse(name):
         texts = [part if isinstance(part, str) else _joined(row, part.name, location, optional) for part in parts]
@@ -84,8 +87,7 @@ def text_of(row: Mapping[str, Any], name: str, location: str) -> str:
     return "".join(rendered)
 
 
-def column_text(row: Mapping[str, Any], name: str, location: str) -> str:
-    """A column that holds a text, or a number, which is taken as its text; BadRow for anything else."""
+def _column_text(row: Mapping[str, Any], name: str, location: str) -> str:
     if name not in row:
         raise missing_column(row, name, location)
     text = scalar_text(row[name])

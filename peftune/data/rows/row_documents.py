@@ -64,6 +64,7 @@ class RowReader:
             except UserError:
                 if self.skips or not self.bad:
                     raise  # of the whole file; a bad row before it comes first
+        self.stats.left_out.rows += self.rows
         if self.bad and not (self.skips and self.bad.total() < self.rows):
             raise self._refusal()
 
@@ -79,7 +80,6 @@ class RowReader:
     def unreadable(self, error: BadRow) -> None:
         """Count what is no row at all, and skip it, or remember it until its file is refused."""
         self.rows += 1
-        self.stats.left_out.rows += 1
         self.bad_row(error)
 
     def choose(self, name: str, found: Sequence[str]) -> list[str]:
@@ -115,31 +115,28 @@ class RowReader:
 
     def _wanted(self, rows: records.Rows) -> Iterator[records.Row]:
         """The rows that `where` wants, with one for each entry of what is to be exploded."""
+        for place, one in rows if self.source.explode is None else self._exploded(rows, self.source.explode):
+            self.rows += 1
+            if self.filter is None or self.filter.keeps(one):
+                yield place, one
+            else:
+                self.stats.left_out.unwanted += 1
+
+    def _exploded(self, rows: records.Rows, name: str) -> Iterator[records.Row]:
         for location, row in rows:
-            try:
-                several = self._exploded(location, row)
-            except BadRow as error:
-                self.unreadable(error)
-                continue
-            for place, one in several:
-                self.rows += 1
-                self.stats.left_out.rows += 1
-                if self.filter is None or self.filter.keeps(one):
-                    yield place, one
-                else:
-                    self.stats.left_out.unwanted += 1
+            entries = reach(row, name)
+            if isinstance(entries, list | tuple):
+                for number, entry in enumerate(entries, start=1):
+                    yield f"{location} entry {number}", {**row, name: entry}
+            else:
+                problem = f"column {name!r} holds {kind_of(entries)}"
+                self.unreadable(BadRow(location, problem, "; expected a list to explode"))
 
-    def _exploded(self, location: str, row: dict[str, Any]) -> list[records.Row]:
-        name = self.source.explode
-        if name is None:
-            return [(location, row)]
-        entries = reach(row, name)
-        if not isinstance(entries, list | tuple):
-            raise BadRow(location, f"column {name!r} holds {kind_of(entries)}", "; expected a list to explode")
-        return [(f"{location} entry {number}", {**row, name: entry}) for number, entry in enumerate(entries, start=1)]
+    def _columns(self, location: str, found: Sequence[str], table: str | None = None) -> list[str]:
+        """The columns (or templates) to read: one for text or messages, two for prompt and completion.
 
-    def _columns(self, location: str, found: Sequence[str]) -> list[str]:
-        """The columns (or templates) to read: one for text or messages, two for prompt and completion."""
+        `table` is a column of rows, of which the error says how they are read.
+        """
         missing = [name for name in self.named if name not in found and not is_template(name, found)]
         if self.named and not missing:
             return self.named
@@ -148,14 +145,17 @@ class RowReader:
                 return columns
         names = " and ".join(map(repr, missing)) or "'text'"
         advice = "name yours as {path: …, text: COLUMN} or {path: …, prompt: COLUMN, completion: COLUMN}"
+        if table is not None:
+            advice = f"if the rows are in {table!r}, {{explode: {table}, text: '{{{table}.COLUMN}}'}} reads them"
         raise BadRow(location, f"no column {names}", f"; found {', '.join(found) or 'none'}; {advice}")
 
     def _document(self, row: dict[str, Any], location: str) -> Document | None:
         """The document of a row; None where it is blank, or bad and not refused yet."""
         try:
             if self.columns is None:
-                self.columns = self._columns(location, list(row))
-            self._look_for_columns(row)
+                self.columns = self._columns(location, list(row), _table_in(row))
+            if self._unseen is None or self._unseen:
+                self._look_for_columns(row)
             document = self._read(row, self.columns, location)
         except BadRow as error:
             self.bad_row(error)
@@ -167,11 +167,11 @@ class RowReader:
         return None
 
     def _look_for_columns(self, row: dict[str, Any]) -> None:
+        """Cross off what this row has of the columns that templates name."""
         if self._unseen is None:
             templates = [name for name in self.named if is_template(name, row)]
             self._unseen = {column for template in templates for column in columns_in(template)}
-        if self._unseen:
-            self._unseen = {name for name in self._unseen if top_column(name, row) not in row}
+        self._unseen = {name for name in self._unseen if top_column(name, row) not in row}
 
     def _read(self, row: dict[str, Any], columns: list[str], location: str) -> Document:
         if columns == [self.source.messages] or (columns in (["messages"], ["conversations"]) and not self.named):
@@ -181,6 +181,12 @@ class RowReader:
             return Document(_whole("".join(text for text, _ in turns), columns[0], location), None, turns, location)
         values = [_whole(text_of(row, column, location), column, location) for column in columns]
         return Document(values[-1], prompt=values[0] if len(values) == 2 else None, source=location)
+
+
+def _table_in(row: dict[str, Any]) -> str | None:
+    """The column of a row that is itself a list of rows."""
+    lists = (name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict))
+    return next(lists, None)
 
 
 def _whole(text: str, column: str, location: str) -> str:

@@ -180,6 +180,8 @@ def _csv(
                 begins = reader.line_num + 1
                 if not any(map(str.strip, values)) and (not named or len(values) != len(names)):
                     continue
+                if not named and values[0].startswith("sep=") and len(values) <= 2:
+                    continue  # a line for Excel
                 if not named:
                     names, named = values, _header(values, path, delimiter, choose)
                     continue
@@ -191,7 +193,8 @@ def _csv(
                     problem = f" ({', '.join(named)}); put texts that hold the separator or line ends in double quotes"
                     bad(BadRow(location, f"{len(values)} fields, but the header has {len(named)}", problem))
         except csv.Error as error:
-            raise UserError(f"{path}:{begins}: not {path.suffix[1:].upper()}: {error}") from None
+            hint = "" if named else '; if other characters separate its fields, say so, such as delimiter: ";"'
+            raise UserError(f"{path}:{begins}: not {path.suffix[1:].upper()}: {error}{hint}") from None
         if not named:
             raise UserError(f"{path}: empty; expected a header line with the names of the columns")
 
@@ -201,16 +204,19 @@ def _header(values: list[str], path: Path, delimiter: str, choose: Callable[[lis
     names = [value.strip() for value in values]
     while not names[-1]:
         names.pop()
+    other = next((one for one in _DELIMITERS if one != delimiter and one in names[0]), None)
+    other = other if len(names) == 1 else None
     try:
         chosen = choose([name for name in names if name])
     except UserError:
-        other = next((one for one in _DELIMITERS if one != delimiter and one in names[0]), None)
-        if len(names) > 1 or other is None:
+        if other is None:
             raise
+        chosen = []
+    if not chosen and other is not None:
         raise UserError(
             f"{path}: the header is one column, {names[0][:80]!r}; if its fields are separated by {other!r}, say "
             f"delimiter: {json.dumps(other)} beside the path"
-        ) from None
+        )
     if (twice := repeated(name for name in names if name in chosen)) is not None:
         raise UserError(f"{path}:1: the header names column {twice!r} twice; rename one")
     return names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from fuzzing import deadline, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,11 +23,15 @@ from peftune.data.sources import hub
 from peftune.data.sources.read import read_documents
 from peftune.errors import UserError
 
-ALPACA = {
-    "prompt": "Below is a task.\n\n### Instruction:\n{instruction}[[\n\n### Input:\n{input}]]\n\n### Response:",
-    "completion": "output",
+PAGE = Path(__file__).parents[3] / "docs" / "tables.md"
+SOURCES = {
+    Path(source["path"]).stem: {key: value for key, value in source.items() if key != "path"}
+    for block in re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    for source in [yaml.safe_load(block)["data"]["train"]]
+    for source in (source if isinstance(source, list) else [source])
+    if isinstance(source, dict)
 }
-DOLLY = {"prompt": "[[{context}\n\n]]{instruction}", "completion": "{response}"}
+"""The sources that the documentation shows, by the name of their file."""
 TICKETS = (
     "id,department,priority,open,answer\n1,billing,3,TRUE,one\n2,shipping,3.0,false,two\n3,billing,,no,three\n"
     "4,sales,1,yes,four\n"
@@ -55,8 +61,8 @@ def test_alpaca_leaves_out_an_empty_input(read):
         {"instruction": "Nod.", "input": None, "output": ":"},
         {"instruction": "Bow.", "output": "."},
     ]
-    found = read(rows, **ALPACA)
-    head = "Below is a task.\n\n### Instruction:\n"
+    found = read(rows, **SOURCES["alpaca"])
+    head = "### Instruction:\n"
     assert found[0].prompt == head + "Add.\n\n### Input:\n1 2\n\n### Response:"
     assert found[1].prompt == head + "Greet.\n\n### Response:"
     assert [one.prompt.count("Input") for one in found[1:]] == [0] * 4 and texts(found) == ["3", "Hi", "o/", ":", "."]
@@ -65,7 +71,10 @@ def test_alpaca_leaves_out_an_empty_input(read):
 def test_dolly_puts_its_context_first(read):
     rows = [{"instruction": "Who?", "context": "Bo is 3.", "response": "Bo"}]
     rows += [{"instruction": "Why?", "context": "", "response": "So"}]
-    assert [(one.prompt, one.text) for one in read(rows, **DOLLY)] == [("Bo is 3.\n\nWho?", "Bo"), ("Why?", "So")]
+    assert [(one.prompt, one.text) for one in read(rows, **SOURCES["dolly"])] == [
+        ("Bo is 3.\n\nWho?", "Bo"),
+        ("Why?", "So"),
+    ]
 
 
 def test_dart_reads_as_lora_published_it_with_a_row_for_each_reference(read):
@@ -73,7 +82,7 @@ def test_dart_reads_as_lora_published_it_with_a_row_for_each_reference(read):
     triples = [["Mars Hill", "joined", "1973"], ["Mars Hill", "city", "Mars Hill, NC"]]
     references = [{"source": "x", "text": "It joined in 1973."}, {"source": "y", "text": "Since 1973."}]
     rows = json.dumps([{"tripleset": triples, "subtree_was_extended": False, "annotations": references}], indent=2)
-    found = read(rows, "dart.json", prompt="{tripleset}", completion="{annotations.text}", explode="annotations")
+    found = read(rows, "dart.json", **SOURCES["dart"])
     assert {one.prompt for one in found} == {"Mars Hill : joined : 1973 | Mars Hill : city : Mars Hill, NC"}
     assert texts(found) == ["It joined in 1973.", "Since 1973."]
     assert [one.source.rpartition(":")[2] for one in found] == ["1 entry 1", "1 entry 2"]
@@ -83,9 +92,17 @@ def test_dart_reads_as_lora_published_it_with_a_row_for_each_reference(read):
 
 def test_webnlg_reads_its_triples_from_objects(read):
     triples = [{"subject": "A", "property": "b", "object": "C"}, {"subject": "D", "property": "e", "object": 1}]
+    row = {"category": "X", "modifiedtripleset": triples, "lexicalisations": [{"lex": "first"}, {"lex": "second"}]}
+    [shown] = read([row], **SOURCES["webnlg"])
+    assert (shown.prompt, shown.text) == ("X: A : b : C | D : e : 1", "first")
     lex = {"text": ["one", "two"]}
     found = read([{"triples": triples, "lex": lex}], prompt="{triples}", completion="{lex.text}", explode="lex.text")
     assert [(one.prompt, one.text) for one in found] == [("A : b : C | D : e : 1", t) for t in ("one", "two")]
+
+
+def test_one_department_of_a_table_with_semicolons(read):
+    table = "ticket;department;priority;answer\nt1;billing;2;one\nt2;billing;3;no\nt3;sales;1;no\n"
+    assert [(one.prompt, one.text) for one in read(table, "tickets.csv", **SOURCES["tickets"])] == [("t1", "one")]
 
 
 def test_every_format_takes_templates_filters_and_explode(write, tmp_path, monkeypatch):

@@ -45,6 +45,8 @@ def test_a_header_that_was_not_split_names_the_delimiter(read):
             read(f"{header}\nx\n", name)
     with pytest.raises(UserError, match=r"one column, 'text,id'; .*delimiter: \",\""):
         read("text,id\nx,1\n", delimiter=";")
+    with pytest.raises(UserError, match=r"a.csv:1: not CSV: .*if other characters separate .* delimiter: \";\""):
+        read('"text";"id"\n"x";1\n')
     with pytest.raises(UserError, match=r"a.csv: no column 'text'; found words; name yours"):
         read("words\nx\n")
 
@@ -62,6 +64,7 @@ def test_a_delimiter_belongs_to_a_table(read):
         (",text,\n0,one,\n1,two,x\n", ["one", "two"]),  # pandas' index, and a column without a name
         ("id,text,id\n1,one,1\n", ["one"]),  # a name that stands twice, and is not read
         (" id , text \n1,one\n", ["one"]),
+        ("sep=,\nid,text\n1,one\n", ["one"]),  # for Excel
         ("\n\ntext,id\n\none,1\n \n,,,\ntwo,2\n", ["one", "two"]),
         ('\ufeff"text","id"\n"one\n\nmore",1\n"Q&amp;A <b>",2\n', ["one\n\nmore", "Q&amp;A <b>"]),
         ("text\n42\n3.50\ntrue\n", ["42", "3.50", "true"]),
@@ -86,6 +89,13 @@ def test_json_is_read_in_any_layout_under_any_suffix(read, name):
     ):  # fmt: skip
         assert texts(read(content, name)) == ["one", 'two "}{"'], content
     assert texts(read(json.dumps(rows[0], indent=2), name)) == ["one"]
+
+
+def test_a_table_inside_of_an_object_is_told_and_can_be_read(read):
+    content = json.dumps({"version": 1, "data": [{"text": "one"}, {"text": "two"}]})
+    with pytest.raises(UserError, match=r"found version, data; if the rows are in 'data', \{explode: data, text: '\{d"):
+        read(content, "a.json")
+    assert texts(read(content, "a.json", explode="data", text="{data.text}")) == ["one", "two"]
 
 
 def test_a_directory_of_one_object_a_file_is_read(write):
