@@ -185,8 +185,8 @@ def _csv(
                 if not named:
                     names, named = values, _header(values, path, delimiter, choose)
                     continue
-                while len(values) > len(names) and not values[-1]:
-                    values.pop()  # each row ends with the delimiter
+                while len(values) > len(names) == len(named) and not values[-1]:
+                    values.pop()  # each row ends with the delimiter, but for the header
                 if len(named) <= len(values) <= len(names):
                     yield location, {name: value for name, value in zip(named, values, strict=False) if name}
                 else:

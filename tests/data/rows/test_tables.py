@@ -74,6 +74,12 @@ def test_what_programs_add_to_a_table_is_understood(read, content, expected):
     assert texts(read(content)) == expected
 
 
+@pytest.mark.parametrize("content", ["text;id;\nQ&amp;A;1;\n", "text;id\nQ&amp;A;1\n", "text;id;\nx\n"])
+def test_a_text_that_holds_the_delimiter_is_not_cut(read, content):
+    with pytest.raises(UserError, match=r"a.csv:2: . fields, but the header has 2 \(text, id\); put texts that hold"):
+        read(content, delimiter=";")
+
+
 def test_a_name_that_stands_twice_and_is_read_is_refused(read):
     with pytest.raises(UserError, match=r"a.csv:1: the header names column 'text' twice"):
         read("text,id,text\na,1,b\n")
