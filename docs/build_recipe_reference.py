@@ -27,6 +27,7 @@ This page is written by `python docs/build_recipe_reference.py` from the docstri
 """
 SECTIONS = ("data", "lora", "optim", "batch", "run")
 NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null"}
+NAMES |= {Any: "a value or a list of values"}
 NAMES |= {data_section.Source: "source", recipe.Recipe: "recipe"}
 PLURALS = {str: "texts", data_section.SourceLike: "sources"}
 BOUNDS = {"ge": "≥ {}", "gt": "> {}", "le": "≤ {}", "lt": "< {}"}

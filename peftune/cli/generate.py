@@ -13,6 +13,7 @@ from peftune.adapters.provenance import parses_special_tokens, read_provenance
 from peftune.cli.options import save_json
 from peftune.cli.output.text_output import CONTINUATION, HEADER, PROMPT, TextPrinter
 from peftune.console import Console
+from peftune.data.rows.row_columns import kind_of
 from peftune.data.sources import records
 from peftune.data.sources.plain_text import open_text
 from peftune.errors import UserError
@@ -139,7 +140,7 @@ def read_prompts(file: Path) -> Iterator[str]:
         for where, columns in records.rows(file, lambda names: [name for name in names if name == "prompt"]):
             prompt = columns.get("prompt")
             if not isinstance(prompt, str):
-                found = f"prompt is {records.kind_of(prompt)}" if "prompt" in columns else "no prompt"
+                found = f"prompt is {kind_of(prompt)}" if "prompt" in columns else "no prompt"
                 raise UserError(f'{where}: {found}; expected {{"prompt": "text"}} in every row')
             yield prompt
     else:

@@ -36,9 +36,10 @@ app = typer.Typer(
 app.add_typer(adapters.app)
 app.add_typer(cache.app)
 
-_COLUMN_HELP = "Column to read: text=, prompt=, completion= or messages=; of a hub data set also split=, subset=."
+_COLUMN_HELP = "Column to read: text=, prompt=, completion= or messages=; of a hub data set also split=, subset=. Also"
+_COLUMN_HELP += " where.COLUMN=VALUE, explode=, delimiter= and on_bad_row=skip, as a source in a recipe."
 
-Columns = Annotated[list[str] | None, typer.Option("--column", metavar="KEY=COLUMN", help=_COLUMN_HELP)]
+Columns = Annotated[list[str] | None, typer.Option("--column", metavar="KEY=VALUE", help=_COLUMN_HELP)]
 SplitOn = Annotated[
     Literal["auto", "blank-line", "endoftext", "file", "line"], typer.Option(help="How a txt file becomes documents.")
 ]

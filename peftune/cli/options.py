@@ -53,24 +53,42 @@ def named(option: str, values: list[str] | None) -> dict[str, str]:
     return pairs
 
 
-def source_of(path: str, columns: dict[str, str] | None = None) -> Source:
+def source_of(path: str, columns: dict[str, Any] | None = None) -> Source:
     """A `Source` from the command line; UserError for columns that do not go together."""
     from peftune.config.data_section import Source
 
     try:
         return Source(path=path, **(columns or {}))
     except ValueError as error:
-        reason = str(error.errors()[0]["msg"]) if hasattr(error, "errors") else str(error)
-        raise UserError(f"{path}: {reason.removeprefix('Value error, ')}") from None
+        first = error.errors()[0] if hasattr(error, "errors") else {"msg": str(error), "loc": ()}
+        reason = ".".join(map(str, first["loc"][:1])) + (": " if first["loc"] else "")
+        raise UserError(f"{path}: {reason}{str(first['msg']).removeprefix('Value error, ')}") from None
 
 
-_COLUMN_KEYS = ("text", "prompt", "completion", "messages", "split", "subset")
+_COLUMN_KEYS = ("text", "prompt", "completion", "messages", "explode", "delimiter", "on_bad_row", "split", "subset")
 
 
-def columns_of(values: list[str] | None) -> dict[str, str]:
-    """What each `--column KEY=NAME` says; UserError for a key that no source has."""
-    columns = named("--column", values)
+def columns_of(values: list[str] | None) -> dict[str, Any]:
+    """What each `--column KEY=VALUE` says of a source; UserError for a key that no source has.
+
+    `where.COLUMN=VALUE` may be repeated, with one value of a column or several.
+    """
+    from peftune.config.yaml_loader import parse_yaml
+
+    wanted = [value.removeprefix("where.") for value in values or [] if value.startswith("where.")]
+    columns: dict[str, Any] = named("--column", [value for value in values or [] if not value.startswith("where.")])
     for key in columns:
         if key not in _COLUMN_KEYS:
-            raise UserError(f"--column {key}={columns[key]}: expected one of {', '.join(_COLUMN_KEYS)} before the =")
-    return columns
+            known = ", ".join((*_COLUMN_KEYS, "where.COLUMN"))
+            raise UserError(f"--column {key}={columns[key]}: expected one of {known} before the =")
+    where: dict[str, list[Any]] = {}
+    for pair in wanted:
+        column, separator, text = pair.partition("=")
+        if not column or not separator:
+            raise UserError(f"--column where.{pair}: expected where.COLUMN=VALUE, such as where.department=billing")
+        try:
+            value = parse_yaml(text)
+        except ValueError:
+            value = text
+        where.setdefault(column, []).append(value if isinstance(value, bool | int | float) else text)
+    return columns | ({"where": where} if where else {})

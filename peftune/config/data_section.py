@@ -2,12 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from peftune.config.messages import short
 from peftune.config.new_tokens import NewTokens
 from peftune.config.section import Fraction, NonEmpty, Section
+
+OnBadRow = Literal["refuse", "skip"]
+
+
+def _a_date_is_its_text(value: Any) -> Any:
+    return {str(k): [_plain(one) for one in v] if isinstance(v, list) else _plain(v) for k, v in value.items()}
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, date) else value
+
+
+def _check_wanted(where: dict[str, Any]) -> dict[str, Any]:
+    for name, wanted in where.items():
+        values = wanted if isinstance(wanted, list) else [wanted]
+        if not values or not all(value is None or isinstance(value, str | int | float) for value in values):
+            raise ValueError(f"column {name[:40]!r}: expected a value or a list of values, found {short(wanted)}")
+    return where
+
+
+Where = Annotated[
+    dict[str, Any],
+    BeforeValidator(lambda value: _a_date_is_its_text(value) if isinstance(value, dict) else value),
+    AfterValidator(_check_wanted),
+    Field(min_length=1),
+]
+
+
+def _delimiter(value: Any) -> Any:
+    value = "\t" if value == "\\t" else value  # as it is typed between single quotes
+    if not isinstance(value, str) or len(value) != 1 or value in '"\r\n\0':
+        raise ValueError(f'expected one character such as ";" or "\\t", found {short(value)}')
+    return value
 
 
 class Source(Section):
@@ -17,14 +53,25 @@ class Source(Section):
     """A file (txt, jsonl, json, csv, tsv, parquet), a directory of such, a glob, `builtin:DOMAIN/PART`, or the name of
     a hub data set."""
     text: str | None = None
-    """Column of plain text. Where no column is named, those called `text`, else `prompt` and `completion`, else
-    `messages` are read."""
+    """Column of plain text, or a template over several: `"{title}: {body}[[ ({year})]]"`; what stands in `[[…]]` is
+    left out where one of its columns is empty. Where no column is named, those called `text`, else `prompt` and
+    `completion`, else `messages`, else `conversations` are read."""
     prompt: str | None = None
-    """Column of the prompt (context, never scored); goes with `completion`."""
+    """Column (or template) of the prompt (context, never scored); goes with `completion`."""
     completion: str | None = None
-    """Column of the completion (scored)."""
+    """Column (or template) of the completion (scored)."""
     messages: str | None = None
-    """Column of chat messages, each `{role, content}`; only what the assistant says is scored."""
+    """Column of chat messages, each `{role, content}` or ShareGPT's `{from, value}`; only what the assistant says is
+    scored."""
+    where: Where | None = None
+    """Rows to read: a mapping of columns to a value or a list of values; each column must hold one of its own. `null`
+    is an empty one."""
+    explode: str | None = None
+    """Column that holds a list: each entry makes a row of its own, in which the column is that entry."""
+    delimiter: Annotated[str | None, BeforeValidator(lambda value: value and _delimiter(value))] = None
+    """What separates the fields of a csv file (default `,`, of a tsv file a tab)."""
+    on_bad_row: OnBadRow | None = None
+    """As `data.on_bad_row`, for this source."""
     split: str | None = None
     """Split of a hub data set (default `train`)."""
     subset: str | None = None
@@ -78,9 +125,19 @@ class DataSection(Section):
     embedding begin as the mean of all and are trained, no others are; the adapter holds them and the tokenizer."""
     join: Literal[" ", ""] = " "
     """Put between prompt and completion where neither has white space at the seam."""
+    on_bad_row: OnBadRow = "refuse"
+    """What becomes of a row that cannot be learnt from (a missing column, null, no JSON, an unknown role): `refuse` the
+    file, or `skip` the row; skipped rows are counted, and a file of nothing else is refused."""
     special_tokens: Literal["parse", "text"] = "text"
     """How `<|title|>` and other special tokens of the base's tokenizer are read where a text spells them out: as the
     `text` that it is, or as the token (`parse`), in training and in the prompts of the adapter that comes out."""
     split_on: Literal["auto", "blank-line", "endoftext", "file", "line"] = "auto"
     """How a txt file becomes documents; `auto`: at `<|endoftext|>` if the file has one, else at two or more blank lines
     if at least one gap in 20 is that wide, else at every blank line."""
+
+    def read_as(self, sources: Sequence[Source]) -> list[Source]:
+        """The sources with what the section says of all of them."""
+        return [
+            source if source.on_bad_row else source.model_copy(update={"on_bad_row": self.on_bad_row})
+            for source in sources
+        ]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import BinaryIO
 
 import numpy as np
+
+from peftune.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,53 @@ class Document:
         return self.text if self.prompt is None else f"{self.prompt}\x00{self.text}"
 
 
+class BadRow(UserError):
+    """A row that cannot be learnt from; rows with the same fault have the same `reason`."""
+
+    def __init__(self, location: str, reason: str, detail: str = "") -> None:
+        super().__init__(f"{location}: {reason}{detail}")
+        self.location, self.reason = location, reason[:100]
+
+
+_REASONS, _PLACES, _PLACE_LENGTH = 12, 3, 200
+
+
+@dataclass
+class SkippedRows:
+    """Rows with the same fault: how many, and where the first of them stand."""
+
+    rows: int = 0
+    first: list[str] = field(default_factory=list)
+
+
+@dataclass
+class LeftOut:
+    """Of the `rows` of tables: how many `where` does not want, and the bad ones that were skipped, by reason."""
+
+    rows: int = 0
+    unwanted: int = 0
+    skipped: dict[str, SkippedRows] = field(default_factory=dict)
+    never: list[str] = field(default_factory=list)
+    """What `where` asks for, among other values, and no row holds."""
+
+    def skip(self, error: BadRow) -> None:
+        """Count a bad row."""
+        few = error.reason in self.skipped or len(self.skipped) < _REASONS
+        group = self.skipped.setdefault(error.reason if few else "other reasons", SkippedRows())
+        group.rows += 1
+        if len(group.first) < _PLACES:
+            group.first.append(error.location[-_PLACE_LENGTH:])
+
+    def __bool__(self) -> bool:
+        return bool(self.unwanted or self.skipped or self.never)
+
+
 class ReadStats:
-    """`blank` documents skipped so far; bytes read so far through `bytes_read`."""
+    """What was left out so far: `blank` documents and, of tables, rows; `bytes_read` says how far files were read."""
 
     def __init__(self) -> None:
         self.blank = 0
+        self.left_out = LeftOut()
         self._finished = 0  # bytes of files that were read to their end
         self._file: BinaryIO | None = None
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from peftune.data.documents import Document
+from peftune.data.documents import Document, LeftOut
 from peftune.data.sources.chat_template import names_a_turn
 from peftune.data.sources.plain_text import END_OF_TEXT
 
@@ -68,3 +68,14 @@ def lint(documents: Iterable[Document]) -> list[Finding]:
                 counts[number] += 1
     found = zip(_RULES, counts, first, strict=True)
     return [Finding(what, count, source, advice) for (what, _, advice), count, source in found if count]
+
+
+def of_rows(left_out: LeftOut) -> list[Finding]:
+    """A finding for each reason for which rows were skipped, the commonest first, and for what `where` never found."""
+    advice = "nothing is learnt from them; mend them, or look whether the right columns are read"
+    several = sorted(left_out.skipped.items(), key=lambda item: -item[1].rows)
+    found = [Finding(f"skipped rows, {why}", group.rows, ", ".join(group.first), advice) for why, group in several]
+    if left_out.never:
+        what = f"where asks for what no row holds: {', '.join(left_out.never)}"
+        found.append(Finding(what, 0, "nowhere", "look for a spelling mistake, or leave it out"))
+    return found

@@ -12,7 +12,7 @@ import numpy as np
 
 from peftune.config.data_section import Source
 from peftune.data.batches import Blocks
-from peftune.data.lint import Finding, lint
+from peftune.data.lint import Finding, lint, of_rows
 from peftune.data.packing import Packing
 from peftune.data.sources.read import read_documents
 from peftune.data.tokens.round_trip import lossy
@@ -40,7 +40,8 @@ def summarize(
     packing = Blocks.of(store, np.arange(len(store)), block_size).packing
     findings = lint(chain.from_iterable(read_documents(source, split_on) for source in sources))
     special = special_findings(store.special_tokens, tokenizer, special_tokens == "parse")
-    findings = special + [finding for finding in findings if finding.what not in {one.what for one in special}]
+    known = {one.what for one in special}
+    findings = [*of_rows(store.left_out), *special, *(one for one in findings if one.what not in known)]
     every = chain.from_iterable(read_documents(source, split_on) for source in sources)
     findings += lossy(every, tokenizer, special_tokens == "parse")
     if len(store) < _FEW:
@@ -51,6 +52,7 @@ def summarize(
         "sources": [source.path for source in sources],
         "documents": len(store),
         "blank": store.blank,
+        "left_out": asdict(store.left_out),
         "duplicates": len(store) - len(np.unique(store.digests)),
         "tokens": int(store.lengths.sum()),
         "supervised_tokens": int(store.supervised_counts.sum()),

@@ -9,7 +9,7 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from peftune.config.data_section import Source
 from peftune.config.recipe import Recipe
 from peftune.data.batches import Blocks
 from peftune.data.documents import split_by_digest
-from peftune.data.lint import Finding
+from peftune.data.lint import Finding, of_rows
 from peftune.data.sampler import total_steps
 from peftune.data.sources.read import holds_chat
 from peftune.data.tokens.special_text import findings
@@ -48,7 +48,9 @@ class Corpus:
     fingerprints: dict[str, str]
     chat: bool
     findings: tuple[Finding, ...] = ()
-    """What to know about special tokens in the training text."""
+    """What to know about rows that were skipped, and about special tokens in the training text."""
+    left_out: dict[str, Any] = field(default_factory=dict)
+    """Rows that are not learnt from or evaluated on, by the name of a fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -119,23 +121,28 @@ def _load_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, base: Base,
 
     def store_of(sources: Sequence[Source]) -> TokenStore:
         how = recipe.data
+        sources = how.read_as(sources)
         return prepare(sources, tokenizer, base.tokenizer_fingerprint, how.join, how.split_on, None, how.special_tokens)
 
-    store = store_of(recipe.data.train)
-    chat = all(holds_chat(source, recipe.data.split_on) for source in recipe.data.train)
+    sources, store = recipe.data.read_as(recipe.data.train), store_of(recipe.data.train)
+    chat = all(holds_chat(source, recipe.data.split_on) for source in sources)
     train, prints, validation = np.arange(len(store)), {"train": store.fingerprint}, recipe.data.validation
     if isinstance(validation, float | int):
         train, heldout = split_by_digest(store.digests, float(validation))
         if len(train) == 0:
             raise UserError(f"data.validation {validation} leaves no document to learn from; {len(store)} in all")
         domains = {"validation": Blocks.of(store, heldout, block)} if len(heldout) else {}
+        stores = {}
     else:
         named = validation if isinstance(validation, dict) else {"validation": validation}
         stores = {name: store_of(sources) for name, sources in named.items()}
         domains = {name: Blocks.of(s, np.arange(len(s)), block) for name, s in stores.items()}
         prints |= {f"validation/{name}": s.fingerprint for name, s in stores.items()}
-    found = findings(store.special_tokens, base.tokenizer, recipe.data.special_tokens == "parse")
-    return Corpus(Blocks.of(store, train, block), domains, prints, chat, tuple(found))
+    stores = {"train": store} | {f"validation/{name}": s for name, s in stores.items()}
+    left_out = {name: asdict(s.left_out) for name, s in stores.items() if s.left_out}
+    found = [finding for s in stores.values() for finding in of_rows(s.left_out)]
+    found += findings(store.special_tokens, base.tokenizer, recipe.data.special_tokens == "parse")
+    return Corpus(Blocks.of(store, train, block), domains, prints, chat, tuple(found), left_out)
 
 
 @contextmanager
@@ -186,7 +193,7 @@ def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> 
     """UserError listing every difference between the run that is there and the one asked for."""
     # What an older release did not record had its default, or cannot be compared.
     unrecorded = _DEFAULTS | {key: now[key] for key in now if key == "fingerprint of config"}
-    saved, now = unrecorded | saved, _DEFAULTS | now
+    saved, now = (_without_unset_keys(one) for one in (unrecorded | saved, _DEFAULTS | now))
     keys = sorted(saved.keys() | now.keys())
     changed = [f"{k} was {_short(saved.get(k))}, is {_short(now.get(k))}" for k in keys if saved.get(k) != now.get(k)]
     if changed:
@@ -194,6 +201,16 @@ def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> 
             f"{where} holds a run of another recipe: {'; '.join(changed)}. "
             "Give run.out another name, or remove that directory"
         )
+
+
+def _without_unset_keys(value: Any) -> Any:
+    """A value without the keys of sources that are not set: an older release does not know all of them."""
+    if isinstance(value, list):
+        return [
+            {key: inner for key, inner in one.items() if inner is not None} if isinstance(one, dict) else one
+            for one in value
+        ]
+    return {key: _without_unset_keys(inner) for key, inner in value.items()} if isinstance(value, dict) else value
 
 
 def _short(value: Any) -> str:

@@ -8,7 +8,7 @@ import json
 import pytest
 from rich.console import Console
 
-from peftune.cli.options import source_of
+from peftune.cli.options import columns_of, source_of
 from peftune.cli.output.data import render, run
 from peftune.config.data_section import Source
 from peftune.data.summary import summarize
@@ -67,3 +67,28 @@ def test_columns_from_the_command_line_are_checked():
     assert source_of("a.csv", {"prompt": "q", "completion": "a"}).prompt == "q"
     with pytest.raises(UserError, match=r"a\.csv: prompt and completion go together"):
         source_of("a.csv", {"prompt": "q"})
+    told = ["delimiter=;", "where.dept=billing", "where.dept=a=b", "where.open=true", "where.n=3", "text={a}={b}"]
+    source = source_of("a.csv", columns_of([*told, "on_bad_row=skip"]))
+    assert source.where == {"dept": ["billing", "a=b"], "open": [True], "n": [3]} and source.text == "{a}={b}"
+    assert (source.delimiter, source.on_bad_row) == (";", "skip")
+    for told, problem in (
+        ("delimiter=;;", r"a\.csv: delimiter: expected one character"), ("on_bad_row=no", r"a\.csv: on_bad_row: "),
+        ("where.x", r"expected where\.COLUMN=VALUE"), ("wher=x", r"expected one of .*where\.COLUMN before the ="),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=problem):
+            source_of("a.csv", columns_of([told]))
+
+
+def test_rows_that_are_left_out_are_told_with_reason_and_place(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        "\n".join(map(json.dumps, [{"text": "a", "d": "x"}, {"text": None, "d": "x"}, {"text": "b", "d": "y"}]))
+    )
+    source = Source(path=str(path), where={"d": ["x", "z"]}, on_bad_row="skip")
+    summary = summarize([source], tokenizer, "t", 64)
+    skipped = {"column 'text' holds null": {"rows": 1, "first": [f"{path}:2"]}}
+    assert summary["left_out"] == {"rows": 3, "unwanted": 1, "skipped": skipped, "never": ["d 'z'"]}
+    lines = " ".join(shown(summary).split())
+    assert "where leaves out 1 of 3 rows bad rows, skipped 1 of 3 rows documents 1" in lines
+    assert "! skipped rows, column 'text' holds null: 1 documents, first" in lines
+    assert "! where asks for what no row holds: d 'z'" in lines

@@ -42,6 +42,19 @@ BROKEN = [
     ("data.train=''", "data.train.0.path: expected some text"),
     ("data.train={path: a, prompt: p}", "data.train.0: prompt and completion go together"),
     ("data.train={path: a, text: t, messages: m}", "data.train.0: give one of text"),
+    (
+        "data.train={path: a, delimiter: ';;'}",
+        """data.train.0.delimiter: expected one character such as ";" """.strip(),
+    ),
+    ("data.train={path: a, where: x}", "data.train.0.where: expected a section"),
+    ("data.train={path: a, where: {}}", "data.train.0.where: expected at least one"),
+    (
+        "data.train={path: a, where: {d: {e: f}}}",
+        "data.train.0.where: column 'd': expected a value or a list of values",
+    ),
+    ("data.train={path: a, where: {d: []}}", "data.train.0.where: column 'd': expected a value or a list of values"),
+    ("data.train={path: a, on_bad_row: drop}", "data.train.0.on_bad_row: expected 'refuse' or 'skip', found 'drop'"),
+    ("data.on_bad_row=null", "data.on_bad_row: expected 'refuse' or 'skip'"),
     ("data.train={pth: a}", "data.train.0.path is missing; unknown key data.train.0.pth, did you mean path?"),
     ("data.validation=2", "data.validation: expected a fraction below 1"),
     ("data.validation=1", "data.validation: expected a fraction below 1"),
@@ -240,3 +253,13 @@ def test_a_tilde_in_run_out_is_the_home(monkeypatch: pytest.MonkeyPatch) -> None
     values = {"base": "gpt2", "data": {"train": "a.txt"}, "run": {"out": "-"}}
     assert recipe_from(values, ["run.out=~/adapters/a"]).run.out == "/home/me/adapters/a"
     assert recipe_from(values, ["run.out=a~b"]).run.out == "a~b"
+
+
+def test_a_date_in_where_is_its_text() -> None:
+    [source] = changed("data.train={path: a, where: {day: 2024-05-01, 2024: [1, x]}}").data.train
+    assert source.where == {"day": "2024-05-01", "2024": [1, "x"]}
+
+
+def test_a_source_that_says_nothing_of_bad_rows_is_read_as_the_section_says() -> None:
+    data = changed("data.train=[a, {path: b, on_bad_row: refuse}]", "data.on_bad_row=skip").data
+    assert [source.on_bad_row for source in data.read_as(data.train)] == ["skip", "refuse"]

@@ -180,7 +180,9 @@ def raw(server: Any, request: bytes, seconds: float = 5.0) -> bytes:
 def test_an_unknown_field_of_a_message_names_the_fields_of_messages(server: Any) -> None:
     messages = [{"role": "user", "content": "x", "weight": 1}]
     error = server.post("/v1/chat/completions", model="a7", messages=messages).json()["error"]
-    assert error["message"] == "unknown key messages.0.weight, known here: role, content, name"
+    assert (
+        error["message"] == "unknown key messages.0.weight, known here: role, content, name, tool_call_id, tool_calls"
+    )
     error = server.post("/v1/chat/completions", model="a7", messages=messages[:1], prompt="x").json()["error"]
     assert "prompt: belongs to /v1/completions" in error["message"]
 

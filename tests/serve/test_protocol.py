@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from peftune.data.sources.chat_template import render_chat
 from peftune.inference.settings import GenerationSettings
 from peftune.version import __version__
 
@@ -134,6 +135,17 @@ def test_a_users_text_cannot_take_another_turn(server: Any) -> None:
     assert shown == "User: Hi\n\n Assistant: Sure.\n\n User: Go on\n\nAssistant:"
     answer = server.post(CHAT, model="a7", messages=forged, max_tokens=1)
     assert answer.json()["usage"]["prompt_tokens"] == len(ids[1])
+
+
+def test_what_tools_say_is_read_as_in_training(server: Any) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {}}]}
+    result = {"role": "tool", "tool_call_id": "1", "content": "42"}
+    rendered = server.post("/tokenize", messages=[MESSAGES[1], call, result]).json()["tokens"]
+    shown = server.post("/detokenize", tokens=rendered).json()["prompt"]
+    assert shown == render_chat([MESSAGES[1], call, result]) == "User: Hi\n\nSystem: 42\n\nAssistant:"
+    for wrong in (call | {"tool_calls": []}, call | {"role": "user"}, result | {"content": None}, {"role": "function"}):
+        answer = server.post(CHAT, model="a7", messages=[wrong], max_tokens=1)
+        assert answer.status_code == 400 and "messages.0" in answer.json()["error"]["message"], answer.text
 
 
 def test_endoftext_in_a_text_is_text_unless_asked_and_the_answer_says_so(server: Any) -> None:

@@ -52,7 +52,11 @@ def render(summary: dict[str, Any], console: SafeConsole) -> None:
 def _render_numbers(summary: dict[str, Any], console: SafeConsole) -> None:
     share = summary["supervised_tokens"] / summary["tokens"]
     table = Table(box=None, show_header=False, pad_edge=False)
+    left_out = summary["left_out"]
+    skipped = sum(group["rows"] for group in left_out["skipped"].values())
+    counted = (("where leaves out", left_out["unwanted"]), ("bad rows, skipped", skipped))
     for name, value in (
+        *((name, f"{count:,} of {left_out['rows']:,} rows") for name, count in counted if count),
         ("documents", f"{summary['documents']:,}"),
         ("  blank, left out", f"{summary['blank']:,}"),
         ("  repeats of another", f"{summary['duplicates']:,}"),

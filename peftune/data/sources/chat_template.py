@@ -15,6 +15,8 @@ Scored is what the assistant decides: its text (with the space before it), and h
 generation is therefore complete at `<|endoftext|>` or at any of `STOPS`. White space around a message is removed, and
 messages after the assistant's last are left out: nothing in them is scored.
 
+A developer's message and what a tool returned are context, as the system's messages are, and stand under its name.
+
 No message can begin a turn: where its text has one of `STOPS`, a space is put before the name (`\\n\\n User:`), in
 training as in serving. A special token written in a message is text, as everywhere (`data.tokens.encode`).
 
@@ -27,11 +29,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from peftune.data.documents import BadRow
+from peftune.data.rows.chat_messages import said
 from peftune.data.sources.plain_text import unix_line_ends
-from peftune.data.sources.records import kind_of
-from peftune.errors import UserError
 
-NAMES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
+NAMES = {"system": "System", "developer": "System", "tool": "System", "user": "User", "assistant": "Assistant"}
 _BETWEEN = "\n\n"
 STOPS = tuple(dict.fromkeys(f"{_BETWEEN}{name}:" for name in NAMES.values()))
 _ANY_NAME = "|".join(map(re.escape, dict.fromkeys(NAMES.values())))
@@ -50,13 +52,13 @@ def render_chat(messages: Sequence[dict[str, Any]], add_generation_prompt: bool 
 def turns_of(messages: Any, location: str) -> Turns:
     """Parts of a training conversation as (text, scored), which concatenate to `render_chat` of the messages.
 
-    Raises UserError naming `location` where there is no assistant message, or a role or content that we do not know.
+    Raises BadRow naming `location` where there is no assistant message, or a role or content that we do not know.
     """
     conversation = _checked(messages, location)
     while conversation and conversation[-1][0] != "assistant":
         conversation.pop()
     if not conversation:
-        raise UserError(f"{location}: no message of the assistant; there is nothing to learn from it")
+        raise BadRow(location, "no message of the assistant", "; there is nothing to learn from it")
     parts: list[tuple[str, bool]] = []
     scored, text = False, ""
     for number, (role, content) in enumerate(conversation):
@@ -83,17 +85,4 @@ def _body(content: str) -> str:
 
 def _checked(messages: Any, location: str) -> list[tuple[str, str]]:
     """(role, content) of each message, without white space around the content, which begins no turn."""
-    if not isinstance(messages, list | tuple):
-        raise UserError(f"{location}: expected a list of messages, found {kind_of(messages)}")
-    found = []
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            keys = ", ".join(map(str, message)) if isinstance(message, dict) else kind_of(message)
-            raise UserError(f"{location}: message {number}: expected role and content, found {keys}")
-        role, content = message["role"], message["content"]
-        if not isinstance(role, str) or role not in NAMES:
-            raise UserError(f"{location}: message {number}: role {role!r}; expected {', '.join(NAMES)}")
-        if not isinstance(content, str):
-            raise UserError(f"{location}: message {number}: content is {kind_of(content)}; expected a string")
-        found.append((role, _FORGED.sub(" ", unix_line_ends(content).strip())))
-    return found
+    return [(role, _FORGED.sub(" ", unix_line_ends(text).strip())) for role, text in said(messages, NAMES, location)]

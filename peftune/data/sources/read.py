@@ -3,7 +3,8 @@
 A source is a file, a directory (every data or text file below it, sorted), a glob (sorted), `builtin:DOMAIN/PART`, or
 the name of a hub data set. `.jsonl .ndjson .json .csv .tsv .parquet` hold rows; any other suffix is text.
 Rows become documents by their columns: those that the source names, else `text`, else `prompt` + `completion`, else
-`messages`, whichever the first row has. Blank documents (and pairs with a blank completion) are skipped and counted.
+`messages`, else `conversations`, whichever the first row has. Blank documents (and pairs with a blank completion) are
+skipped and counted.
 Line ends are LF everywhere.
 """
 
@@ -13,7 +14,7 @@ import difflib
 import glob
 import hashlib
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,11 +22,11 @@ from typing import Any, cast, get_args
 
 from peftune.config.data_section import Source
 from peftune.data.documents import Document, ReadStats
-from peftune.data.sources import builtin, chat_template, hub, plain_text, records
+from peftune.data.rows.row_documents import RowReader
+from peftune.data.sources import builtin, hub, plain_text, records
 from peftune.errors import UserError
 from peftune.files import sha256_of
 
-_KINDS = (["text"], ["prompt", "completion"], ["messages"])
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?\Z")
 _PACKED = (".gz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".tar", ".tgz", ".7z")
 _TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
@@ -37,20 +38,25 @@ def read_documents(source: Source, split_on: str, stats: ReadStats | None = None
     Raises UserError naming file and row (or line, or byte) for whatever cannot be read.
     """
     stats = stats if stats is not None else ReadStats()
+    reader = RowReader(source, stats)
     if source.path.startswith("builtin:"):
+        _refuse_columns(source, "a built-in corpus")
         yield from _builtin_documents(source.path)
         return
     files = files_of(source)
     if files is None:
-        rows = hub.rows(source, hub.revision_of(source.path), partial(_columns, source, source.path))
-        yield from _documents_of_rows(source, rows, stats)
+        rows = hub.rows(source, hub.revision_of(source.path), partial(reader.choose, source.path))
+        yield from reader.documents(rows, count_on=0)
     for path in files or ():
         name = str(path)  # once: a corpus may have millions of documents
         if _has_rows(path):
-            yield from _documents_of_rows(source, records.rows(path, partial(_columns, source, name), stats), stats)
+            choose = partial(reader.choose, name)
+            rows = records.rows(path, choose, stats, delimiter=source.delimiter, bad=reader.unreadable)
+            yield from reader.documents(rows)
         else:
             for line, text in plain_text.split_text(path, split_on, stats):
                 yield Document(text, source=f"{name}:{line}")
+    reader.check()
 
 
 def holds_chat(source: Source, split_on: str) -> bool:
@@ -73,9 +79,13 @@ def size_of(sources: Sequence[Source]) -> int | None:
     return None if None in found else sum(path.stat().st_size for files in found for path in files or ())
 
 
-def identity(source: Source) -> list[str | None]:
+def identity(source: Source) -> list[Any]:
     """Values that are equal where, and only where, `read_documents` gives the same texts (the path is not part)."""
-    columns = [source.text, source.prompt, source.completion, source.messages]
+    columns: list[Any] = [source.text, source.prompt, source.completion, source.messages]
+    rules = source.model_dump(mode="json", include={"where", "explode", "delimiter"}, exclude_none=True)
+    if source.on_bad_row == "skip":
+        rules["on_bad_row"] = "skip"
+    columns += [rules] if rules else []
     if source.path.startswith("builtin:"):
         texts = "".join(f"{document.text}\0" for document in _builtin_documents(source.path))
         return ["builtin", hashlib.sha256(texts.encode()).hexdigest()]
@@ -120,11 +130,18 @@ def files_of(source: Source) -> list[Path] | None:
         raise UserError(f"{source.path}: no {missing}")
     if source.split is not None or source.subset is not None:
         raise UserError(f"{source.path}: split and subset belong to hub data sets, and this is a file; leave them out")
-    named = source.text or source.prompt or source.messages
-    if named and not any(map(_has_rows, found)):
-        advice = "leave the column out, or use jsonl or csv"
-        raise UserError(f"{source.path}: a text file has no column {named!r}; {advice}")
+    if not any(map(_has_rows, found)):
+        _refuse_columns(source, "a text file")
+    if source.delimiter and not any(path.suffix.lower() in (".csv", ".tsv") for path in found):
+        raise UserError(f"{source.path}: delimiter belongs to csv and tsv files, and this is none; leave it out")
     return found
+
+
+def _refuse_columns(source: Source, kind: str) -> None:
+    where = next(iter(source.where or {}), None)
+    named = source.text or source.prompt or source.messages or where or source.explode
+    if named:
+        raise UserError(f"{source.path}: {kind} has no column {named!r}; leave the column out, or use jsonl or csv")
 
 
 def _has_rows(path: Path) -> bool:
@@ -180,51 +197,3 @@ def _builtin_documents(path: str) -> list[Document]:
         known = f"DOMAIN one of {', '.join(builtin.DOMAINS)} and PART one of {', '.join(get_args(builtin.Part))}"
         raise UserError(f"{path}: no such built-in corpus; expected builtin:DOMAIN/PART with {known}")
     return builtin.documents(domain, cast(builtin.Part, part))
-
-
-def _documents_of_rows(source: Source, rows: records.Rows, stats: ReadStats) -> Iterator[Document]:
-    columns: list[str] | None = None
-    with closing(rows):  # a row may be refused while its file is open
-        for location, row in rows:
-            if columns is None:
-                columns = _columns(source, location, list(row))
-            document = _document(row, columns, source, location)
-            scored = (text for text, scored in document.turns or ((document.text, True),) if scored)
-            if any(map(str.strip, scored)):
-                yield document
-            else:
-                stats.blank += 1
-
-
-def _columns(source: Source, location: str, found: Sequence[str]) -> list[str]:
-    """The columns to read: one for text or messages, two for prompt and completion."""
-    named = [name for name in (source.text, source.prompt, source.completion, source.messages) if name is not None]
-    for columns in [named] if named else _KINDS:
-        if all(column in found for column in columns):
-            return columns
-    missing = " and ".join(repr(name) for name in named if name not in found) or "'text'"
-    raise UserError(
-        f"{location}: no column {missing}; found {', '.join(found) or 'none'}; name yours as "
-        "{path: …, text: COLUMN} or {path: …, prompt: COLUMN, completion: COLUMN}"
-    )
-
-
-def _document(row: dict[str, Any], columns: list[str], source: Source, location: str) -> Document:
-    missing = [column for column in columns if column not in row]
-    if missing:
-        raise UserError(f"{location}: no column {missing[0]!r} in this row; found {', '.join(row) or 'none'}")
-    if columns == [source.messages] or (columns == ["messages"] and source.text is None):
-        turns = chat_template.turns_of(row[columns[0]], location)
-        return Document(_text("".join(text for text, _ in turns), columns[0], location), turns=turns, source=location)
-    values = [_text(row[column], column, location) for column in columns]
-    return Document(values[-1], prompt=values[0] if len(values) == 2 else None, source=location)
-
-
-def _text(value: Any, column: str, location: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{location}: column {column!r} holds {records.kind_of(value)}; expected a string")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{location}: column {column!r} holds half a character (surrogate) at {error.start}") from None
-    return plain_text.unix_line_ends(value)

@@ -1,6 +1,10 @@
 """Rows of structured files, streamed: jsonl, json, csv, tsv, parquet.
 
 A row comes as (location, columns): location is `file:line` where the format has lines, else `file:row` counted from 1.
+JSON may be one object a line, one list of objects, or objects over several lines, whatever the suffix.
+
+A row that is none (a line that is not JSON, too few fields) goes to `bad`, which refuses it, or returns to skip it.
+Where it cannot be told where the next row begins (within a list, after an unclosed quote), the file is refused.
 """
 
 from __future__ import annotations
@@ -12,13 +16,16 @@ import sys
 from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from peftune.data.documents import ReadStats
+from peftune.data.documents import BadRow, ReadStats
+from peftune.data.rows.row_columns import kind_of
 from peftune.data.sources.plain_text import open_text
 from peftune.errors import UserError
+from peftune.files import repeated
 
 Row = tuple[str, dict[str, Any]]
+Bad = Callable[[BadRow], None]
 Rows = Generator[Row, None, None]  # to be closed where reading stops early: a file is open
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _CHUNK = 1 << 20
@@ -26,60 +33,92 @@ _SLACK = 1 << 30  # bytes that unpacking may take in any case
 _MOST_UNPACKED = 100  # times the packed size; text is packed to a twentieth at best
 _MOST_TEXT = 1_000  # times the size of the file
 _VISIBLE = re.compile(r"[^ \t\n\r]")
-_KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", dict: "an object"}
-_KINDS |= {list: "a list", tuple: "a list"}
+_DELIMITERS = ",;\t|"
 
 
-def rows(path: Path, choose: Callable[[list[str]], list[str]], stats: ReadStats | None = None) -> Rows:
-    """Rows of one file by its suffix; `choose` says which of the columns found a wide format should read."""
+def refuse(error: BadRow) -> NoReturn:
+    """What becomes of a bad row if nothing else was said."""
+    raise error
+
+
+def rows(
+    path: Path,
+    choose: Callable[[list[str]], list[str]],
+    stats: ReadStats | None = None,
+    delimiter: str | None = None,
+    bad: Bad = refuse,
+) -> Rows:
+    """Rows of one file by its suffix; `choose` says which of the columns found are read, where a file names them all.
+
+    `delimiter` separates the fields of csv and tsv.
+    """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _parquet(path, choose, stats)
     if suffix in (".csv", ".tsv"):
-        return _csv(path, "," if suffix == ".csv" else "\t", stats)
-    if suffix == ".json":
-        with open_text(path) as file:
-            if _JsonStream(file.read).peek() == "[":
-                return _json_list(path, stats)
-    return _json_lines(path, stats)
+        return _csv(path, delimiter or ("," if suffix == ".csv" else "\t"), choose, stats, bad)
+    if _is_one_value_a_line(path):
+        return _json_lines(path, stats, bad)
+    return _json_values(path, stats, bad)
 
 
-def _json_lines(path: Path, stats: ReadStats | None) -> Rows:
+def _is_one_value_a_line(path: Path) -> bool:
+    """Whether the first line can be JSON by itself: it begins no list, and no object that goes on in the next line."""
+    with open_text(path) as file:
+        if _JsonStream(file.read).peek() == "[":
+            return False
+    with open_text(path) as file:
+        lines = iter(lambda: file.readline(_CHUNK), "")
+        first = next((line.strip() for line in lines if line.strip()), "")
+    return first[-1:] not in ("{", "[", ",")
+
+
+def _json_lines(path: Path, stats: ReadStats | None, bad: Bad) -> Rows:
     with open_text(path, stats=stats) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 location = f"{path}:{number}"
                 try:
-                    value = json.loads(line)
+                    yield location, _object(json.loads(line), location)
                 except json.JSONDecodeError as error:
-                    problem = f"{error.msg} at column {error.colno}; expected one object per line"
-                    raise UserError(f"{location}: not JSON: {problem}") from None
+                    problem = f": {error.msg} at column {error.colno}; expected one object per line"
+                    bad(BadRow(location, "not JSON", problem))
                 except (RecursionError, ValueError) as error:
-                    raise UserError(f"{location}: not JSON that can be read: {error}") from None
-                yield location, _object(value, location)
+                    bad(BadRow(location, "not JSON that can be read", f": {error}"))
+                except BadRow as error:
+                    bad(error)
 
 
 def _object(value: Any, location: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f'{location}: expected an object such as {{"text": …}}, found {kind_of(value)}')
+        raise BadRow(location, 'expected an object such as {"text": …}', f", found {kind_of(value)}")
     return value
 
 
-def _json_list(path: Path, stats: ReadStats | None) -> Rows:
-    """Elements of one list, decoded one at a time as the file is read."""
+def _json_values(path: Path, stats: ReadStats | None, bad: Bad) -> Rows:
+    """Elements of one list, or objects one after another, decoded one at a time as the file is read."""
     with open_text(path, stats=stats) as file:
         text = _JsonStream(file.read)
-        text.expect("[", str(path))
+        end = "]" if text.peek() == "[" else ""
+        if end:
+            text.expect("[", str(path))
         row = 0
-        while text.peek() not in "]":
+        while text.peek() not in ("", end):
             row += 1
             location = f"{path}:{row}"
-            yield location, _object(text.value(location), location)
-            if text.peek() != "]":
+            value = text.value(location)
+            try:
+                found = _object(value, location)
+            except BadRow as error:
+                bad(error)
+            else:
+                yield location, found
+            if end and text.peek() != end:
                 text.expect(",", location)
-        text.expect("]", f"{path}:{row}")
-        if text.peek():
-            raise UserError(f"{path}: text follows the end of the list; expected one list, or one object per line")
+        if end:
+            text.expect(end, f"{path}:{row}")
+            if text.peek():
+                raise UserError(f"{path}: text follows the end of the list; expected one list, or one object per line")
 
 
 class _JsonStream:
@@ -125,34 +164,62 @@ class _JsonStream:
                 raise UserError(f"{location}: not JSON that can be read: {error}") from None
 
 
-def _csv(path: Path, delimiter: str, stats: ReadStats | None) -> Rows:
+def _csv(
+    path: Path, delimiter: str, choose: Callable[[list[str]], list[str]], stats: ReadStats | None, bad: Bad
+) -> Rows:
     if csv.field_size_limit() < sys.maxsize:
         csv.field_size_limit(sys.maxsize)  # the default refuses a text over 128 KiB
     with open_text(path, newline="", stats=stats) as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
-        names: list[str] | None = None
+        names: list[str] = []
+        named: list[str] = []  # without those at the end that have no name
         begins = 1
         try:
             for values in reader:
                 location = f"{path}:{begins}"
                 begins = reader.line_num + 1
-                if not values:
+                if not any(map(str.strip, values)) and (not named or len(values) != len(names)):
                     continue
-                if names is None:
-                    names = values
-                    if repeated := sorted({name for name in names if names.count(name) > 1}):
-                        raise UserError(f"{location}: the header names column {repeated[0]!r} twice; rename one")
-                elif len(values) != len(names):
-                    raise UserError(
-                        f"{location}: {len(values)} fields, but the header has {len(names)} ({', '.join(names)}); "
-                        "put texts that hold the separator or line ends in double quotes"
-                    )
+                if not named and values[0].startswith("sep=") and len(values) <= 2:
+                    continue  # a line for Excel
+                if not named:
+                    names, named = values, _header(values, path, delimiter, choose)
+                    continue
+                while len(values) > len(names) == len(named) and not values[-1]:
+                    values.pop()  # each row ends with the delimiter, but for the header
+                if len(named) <= len(values) <= len(names):
+                    yield location, {name: value for name, value in zip(named, values, strict=False) if name}
                 else:
-                    yield location, dict(zip(names, values, strict=True))
+                    problem = f" ({', '.join(named)}); put texts that hold the separator or line ends in double quotes"
+                    bad(BadRow(location, f"{len(values)} fields, but the header has {len(named)}", problem))
         except csv.Error as error:
-            raise UserError(f"{path}:{begins}: not {path.suffix[1:].upper()}: {error}") from None
-        if names is None:
+            hint = "" if named else '; if other characters separate its fields, say so, such as delimiter: ";"'
+            raise UserError(f"{path}:{begins}: not {path.suffix[1:].upper()}: {error}{hint}") from None
+        if not named:
             raise UserError(f"{path}: empty; expected a header line with the names of the columns")
+
+
+def _header(values: list[str], path: Path, delimiter: str, choose: Callable[[list[str]], list[str]]) -> list[str]:
+    """The names of the columns; one without a name is not read."""
+    names = [value.strip() for value in values]
+    while not names[-1]:
+        names.pop()
+    other = next((one for one in _DELIMITERS if one != delimiter and one in names[0]), None)
+    other = other if len(names) == 1 else None
+    try:
+        chosen = choose([name for name in names if name])
+    except UserError:
+        if other is None:
+            raise
+        chosen = []
+    if not chosen and other is not None:
+        raise UserError(
+            f"{path}: the header is one column, {names[0][:80]!r}; if its fields are separated by {other!r}, say "
+            f"delimiter: {json.dumps(other)} beside the path"
+        )
+    if (twice := repeated(name for name in names if name in chosen)) is not None:
+        raise UserError(f"{path}:1: the header names column {twice!r} twice; rename one")
+    return names
 
 
 def _parquet(path: Path, choose: Callable[[list[str]], list[str]], stats: ReadStats | None) -> Rows:
@@ -194,8 +261,3 @@ def _rows_at_a_time(path: Path, metadata: Any) -> int:
             )
         largest = max(largest, unpacked)
     return min(1024, max(4, (_SLACK // 4) // largest))
-
-
-def kind_of(value: Any) -> str:
-    """What a value is, in the words of its file format."""
-    return _KINDS.get(type(value), type(value).__name__)

@@ -5,7 +5,7 @@
 | `ids.bin`        | all token ids, document after document, uint16 (uint32 for a vocabulary above 65,536)   |
 | `supervised.bin` | one bit per token, most significant bit first                                           |
 | `documents.bin`  | per document: tokens, scored tokens, scored bytes (int64 each), digest (uint64)         |
-| `meta.json`      | format, key, dtype, counts, blank documents, special tokens met, all SHA-256             |
+| `meta.json`      | format, key, dtype, counts, what was left out, special tokens met, all SHA-256           |
 
 Files stay open from the moment they are hashed, so that what is used is what was checked.
 """
@@ -17,7 +17,7 @@ import json
 import mmap
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from peftune.cache import open_private
+from peftune.data.documents import LeftOut
 from peftune.data.tokens.encode import Examples
 from peftune.errors import UserError
 from peftune.files import parse_json
@@ -35,7 +36,8 @@ DOCUMENT = np.dtype([("tokens", "<i8"), ("supervised", "<i8"), ("bytes", "<i8"),
 _FINGERPRINT = 1  # not FORMAT: a run that an earlier version began goes on if its tokens are the same
 _CHUNK = 1 << 20
 _SPECIAL = TypeAdapter(dict[str, tuple[int, str]])
-_META_BYTES = 1 << 16
+_LEFT_OUT = TypeAdapter(LeftOut)
+_META_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Entry:
     blank: int
     special: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Documents that spell out each special token, and the first of them."""
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     def check_unchanged(self) -> None:
         """UserError where a file was written to or cut since it was read: its pages would be others, or none."""
@@ -102,6 +105,7 @@ def read_entry(directory: Path, key: str, vocabulary: int) -> Entry | None:
         hashes = {name: file.sha256 for name, file in zip(FILES, (ids, bits, table), strict=True)}
         documents = table.array.copy()
         special = _SPECIAL.validate_python(meta.get("special_tokens", {}))
+        left_out = _LEFT_OUT.validate_python(meta.get("left_out", {}))
         stated = meta["sha256"], meta["dtype"], meta.get("key")  # of another key: one that was moved here
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -113,7 +117,9 @@ def read_entry(directory: Path, key: str, vocabulary: int) -> Entry | None:
         and -(-tokens // 8) == len(bits.array)
         and bool((lengths >= 2).all())  # the token that begins a document and the one that ends it
     )
-    return Entry(ids, bits, documents, _fingerprint(dtype, hashes), meta["blank"], special) if fits else None
+    if not fits:
+        return None
+    return Entry(ids, bits, documents, _fingerprint(dtype, hashes), meta["blank"], special, left_out)
 
 
 class Writer:
@@ -143,7 +149,7 @@ class Writer:
         self.documents += len(table)
         self.tokens += int(table["tokens"].sum())
 
-    def finish(self, blank: int, special: Mapping[str, tuple[int, str]]) -> None:
+    def finish(self, blank: int, special: Mapping[str, tuple[int, str]], left_out: LeftOut) -> None:
         """Write what is left and `meta.json` with the hashes of all files; the directory is then an entry."""
         for name in FILES:
             self._write(name, np.packbits(self.partial_byte).tobytes() if name == "supervised.bin" else b"")
@@ -156,6 +162,7 @@ class Writer:
             "blank": blank,
             "sha256": {name: digest.hexdigest() for name, digest in self.hashes.items()},
             **({"special_tokens": dict(special)} if special else {}),
+            **({"left_out": asdict(left_out)} if left_out else {}),
         }
         text = json.dumps(meta | {"sha256_of_meta": _hash_of_meta(meta)}, indent=1) + "\n"
         (self.directory / "meta.json").write_text(text, encoding="utf-8")

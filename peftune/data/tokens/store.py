@@ -35,7 +35,8 @@ class TokenStore:
     """Tokenised documents; tokens are memory-mapped, arrays over documents are in reading order.
 
     `lengths`, `supervised_counts`, `supervised_bytes` (n,) int64, `digests` (n,) uint64. `fingerprint` is a SHA-256
-    of the tokens and what is scored, whatever files they came from. `blank` documents were skipped in the sources;
+    of the tokens and what is scored, whatever files they came from. `blank` documents were skipped in the sources,
+    and the rows of `left_out`;
     `special_tokens` are those that a text spells out, with how many documents do, and the first.
     """
 
@@ -47,6 +48,7 @@ class TokenStore:
         self.fingerprint = entry.fingerprint
         self.blank = entry.blank
         self.special_tokens = entry.special
+        self.left_out = entry.left_out
         self._entry = entry
         self._first = np.zeros(len(self.lengths) + 1, dtype=np.int64)
         np.cumsum(self.lengths, out=self._first[1:])
@@ -114,7 +116,7 @@ def prepare(
                 for examples in tokenized(special.watch(documents), tokenizer, join, parse):
                     writer.append(examples)
                     show(stats.bytes_read(), f"{writer.documents:,} documents, {writer.tokens:,} tokens")
-            writer.finish(stats.blank, special.found)
+            writer.finish(stats.blank, special.found, stats.left_out)
             for source, state in zip(sources, before, strict=True):
                 if state_of(source) != state:
                     raise UserError(f"{source.path}: was changed while it was read; start again when it is complete")

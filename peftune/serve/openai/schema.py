@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, FailFast, Field, PlainValidator, model_validator
 
+from peftune.data.rows.chat_messages import joined_parts
 from peftune.inference.settings import GenerationSettings
 from peftune.serve.openai.neutral import (
     NeutralChatFields,
@@ -23,7 +24,6 @@ MAX_LOGPROBS = 20
 MAX_CHOICES = 16
 _MAX_MESSAGES, _MAX_PROMPTS, _MAX_STOPS, _MAX_BIASES = 1024, 1024, 64, 1024
 _SEEDS = 2**63
-_TEXT_PART = {"type": "text", "text": ""}
 _TokenId = Annotated[int, Field(ge=0, le=1 << 31)]
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -53,13 +53,13 @@ def _listed(value: Any) -> Any:
 
 
 def _join_parts(value: Any) -> Any:
-    """The text of a turn from OpenAI's list of text parts."""
+    """The text of a turn from OpenAI's list of text parts, each with nothing but its type and text."""
     if not isinstance(value, list):
         return value
-    for part in value:
-        if not isinstance(part, dict) or part | {"text": ""} != _TEXT_PART or not isinstance(part.get("text"), str):
-            raise ValueError("expected text, or parts such as {type: text, text: …}")
-    return "".join(part["text"] for part in value)
+    text = joined_parts(value)
+    if text is None or any(part.keys() != {"type", "text"} for part in value):
+        raise ValueError("expected text, or parts such as {type: text, text: …}")
+    return text
 
 
 def _biases(value: Any) -> Any:
@@ -157,18 +157,30 @@ class CompletionRequest(SamplingRequest):
 
 
 class ChatMessage(OpenAIBaseModel):
-    """One turn of a conversation; `content` is text, or OpenAI's list of text parts."""
+    """One turn of a conversation, which is read as in training (`data.rows.chat_messages`).
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_join_parts)]
+    `content` is text, or OpenAI's list of text parts; an assistant's message of `tool_calls` may have none.
+    """
+
+    role: Literal["system", "developer", "tool", "user", "assistant"]
+    content: Annotated[str | None, BeforeValidator(_join_parts)] = None
     name: Annotated[str, Field(max_length=1024)] = ""  # the template has no place for it
+    tool_call_id: Annotated[str, Field(max_length=1024)] = ""
+    tool_calls: list[dict[str, Any]] = Field(default_factory=list)
     refusal: Annotated[Any, only("")] = None
     annotations: Annotated[Any, only([])] = None
-    tool_calls: Annotated[Any, only([])] = None
     function_call: Annotated[Any, only()] = None
     audio: Annotated[Any, only()] = None
     reasoning: Annotated[Any, only("")] = None
     reasoning_content: Annotated[Any, only("")] = None
+
+    @model_validator(mode="after")
+    def _check_it_says_something(self) -> ChatMessage:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls belong to the assistant's messages")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing")
+        return self
 
 
 class ChatCompletionRequest(SamplingRequest, NeutralChatFields):

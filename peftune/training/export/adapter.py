@@ -162,6 +162,7 @@ def _provenance(inputs: RunInputs, state: State, delivery: Delivery, run_facts: 
         "peftune": __version__,
         **inputs.base.identity(),
         "data_fingerprints": inputs.corpus.fingerprints,
+        **({"rows_left_out": inputs.corpus.left_out} if inputs.corpus.left_out else {}),
         "recipe": inputs.recipe.model_dump(mode="json"),
         "chat": inputs.corpus.chat,
         "identity": inputs.identity,

@@ -100,8 +100,30 @@ def test_a_special_token_in_a_message_is_text(tokenizer):
     assert tokenizer.eos_token_id not in ids
 
 
-def test_developer_is_another_word_for_system():
-    assert render_chat([{"role": "developer", "content": "x"}]) == render_chat([{"role": "system", "content": "x"}])
+@pytest.mark.parametrize("role", ["developer", "tool"])
+def test_developers_and_tools_speak_as_the_system_does(role):
+    assert render_chat([{"role": role, "content": "x"}]) == render_chat([{"role": "system", "content": "x"}])
+    turns = turns_of([{"role": role, "content": "x"}, MESSAGES[2]], "x")
+    assert turns == (("System: x\n\nAssistant:", False), (" Hi.", True))
+
+
+def test_a_call_of_a_tool_without_text_is_left_out_and_its_result_is_context():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "f"}}]}
+    result = {"role": "tool", "tool_call_id": "1", "content": "42"}
+    expected = [MESSAGES[1], {"role": "system", "content": "42"}, MESSAGES[2]]
+    for silent in (call, call | {"content": ""}, {key: call[key] for key in ("role", "tool_calls")}):
+        assert turns_of([MESSAGES[1], silent, result, MESSAGES[2]], "x") == turns_of(expected, "x")
+        assert render_chat([MESSAGES[1], silent, result]) == render_chat(expected[:2])
+    said = [MESSAGES[1], call | {"content": "Let me look."}, result, MESSAGES[2]]
+    assert turns_of(said, "x")[1] == (" Let me look.\n\nSystem:", True)
+    with pytest.raises(UserError, match="no message of the assistant"):
+        turns_of([MESSAGES[1], call], "x")
+
+
+def test_text_parts_are_joined_and_numbers_are_text():
+    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": " there"}]
+    assert render_chat([{"role": "user", "content": parts}], False) == "User: Hi there"
+    assert render_chat([{"role": "user", "content": 42}], False) == "User: 42"
 
 
 @pytest.mark.parametrize(
@@ -109,12 +131,15 @@ def test_developer_is_another_word_for_system():
     [
         ([], "no message of the assistant"),
         ([{"role": "user", "content": "u"}], "no message of the assistant"),
-        ([{"role": "tool", "content": "u"}], "message 1: role 'tool'; expected system, developer, user, assistant"),
+        ([{"role": "bot", "content": "u"}], "message 1: role 'bot'; expected system, developer, tool, user, assistant"),
         ([{"role": "assistant", "content": None}], "message 1: content is null"),
         ([{"role": "assistant", "content": [{"type": "text"}]}], "message 1: content is a list"),
-        ([{"from": "human", "value": "u"}], "message 1: expected role and content, found from, value"),
+        ([{"from": "human", "text": "u"}], "message 1: expected role and content, found from, text"),
+        ([{"from": "bot", "value": "u"}], "message 1: role 'bot'"),
         (["hello"], "message 1: expected role and content, found a string"),
-        ("hello", "expected a list of messages, found a string"),
+        ("hello", "messages are a text that is not JSON"),
+        ('"hello"', "expected a list of messages, found a string"),
+        ("[" * 100_000, "messages are a text that is not JSON"),
         (None, "expected a list of messages, found null"),
     ],
 )

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,18 +42,27 @@ FILES = {
 }
 
 
+COLUMNS: list[dict[str, Any]] = [
+    {}, {"text": "n"}, {"messages": "m"}, {"text": "{text}[[ {n}]]{m.0.role}", "where": {"n": 1}},
+    {"text": "{m.content}", "explode": "m"},
+]  # fmt: skip
+
+
 @fuzz(250)
 @given(
-    data=st.data(), name=st.sampled_from(sorted(FILES)), column=st.sampled_from([{}, {"text": "n"}, {"messages": "m"}])
+    data=st.data(),
+    name=st.sampled_from(sorted(FILES)),
+    column=st.sampled_from(COLUMNS),
+    bad=st.sampled_from([None, "skip"]),
 )
 def test_any_file_is_read_or_refused(
-    data: st.DataObject, name: str, column: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    data: st.DataObject, name: str, column: dict[str, Any], bad: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzzed" / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data.draw(FILES[name]))
     with deadline():
-        read_or_refuse(lambda: list(read_documents(Source(path=str(path), **column), "auto")))
+        read_or_refuse(lambda: list(read_documents(Source(path=str(path), on_bad_row=bad, **column), "auto")))
 
 
 def test_links_out_of_a_directory_are_refused(tmp_path: Path, write: Callable[..., Path]) -> None:
