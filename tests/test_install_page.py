@@ -1,4 +1,4 @@
-"""docs/install.md is followed as it stands: a wheel in an environment of its own, used and removed, without the clone."""
+"""docs/install.md is followed as it stands: a wheel in its own environment, used and removed, without the clone."""
 
 from __future__ import annotations
 
