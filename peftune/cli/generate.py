@@ -14,7 +14,7 @@ from peftune.cli.options import save_json
 from peftune.cli.output.text_output import CONTINUATION, HEADER, PROMPT, TextPrinter
 from peftune.console import Console
 from peftune.data.sources import records
-from peftune.data.sources.plain_text import open_text
+from peftune.data.sources.decode import open_text
 from peftune.errors import UserError
 from peftune.inference.generate import TextGenerator, text_generator
 from peftune.inference.request import Generation, context_ids, slide

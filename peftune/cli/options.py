@@ -58,13 +58,13 @@ def source_of(path: str, columns: dict[str, str] | None = None) -> Source:
     from peftune.config.data_section import Source
 
     try:
-        return Source(path=path, **(columns or {}))
+        return Source.model_validate({"path": path, **(columns or {})})
     except ValueError as error:
         reason = str(error.errors()[0]["msg"]) if hasattr(error, "errors") else str(error)
         raise UserError(f"{path}: {reason.removeprefix('Value error, ')}") from None
 
 
-_COLUMN_KEYS = ("text", "prompt", "completion", "messages", "split", "subset")
+_COLUMN_KEYS = ("text", "prompt", "completion", "messages", "encoding", "split_on", "unknown_files", "split", "subset")
 
 
 def columns_of(values: list[str] | None) -> dict[str, str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from peftune.data.documents import ReadStats
-from peftune.data.sources.plain_text import open_text
+from peftune.data.sources.decode import open_text
 from peftune.errors import UserError
 
 Row = tuple[str, dict[str, Any]]
@@ -30,22 +30,30 @@ _KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a numb
 _KINDS |= {list: "a list", tuple: "a list"}
 
 
-def rows(path: Path, choose: Callable[[list[str]], list[str]], stats: ReadStats | None = None) -> Rows:
-    """Rows of one file by its suffix; `choose` says which of the columns found a wide format should read."""
+def rows(
+    path: Path,
+    choose: Callable[[list[str]], list[str]],
+    stats: ReadStats | None = None,
+    encoding: str | None = None,
+) -> Rows:
+    """Rows of one file by its suffix; `choose` says which of the columns found a wide format should read.
+
+    `encoding` is that of `open_text`.
+    """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _parquet(path, choose, stats)
     if suffix in (".csv", ".tsv"):
-        return _csv(path, "," if suffix == ".csv" else "\t", stats)
+        return _csv(path, "," if suffix == ".csv" else "\t", stats, encoding)
     if suffix == ".json":
-        with open_text(path) as file:
+        with open_text(path, encoding=encoding) as file:
             if _JsonStream(file.read).peek() == "[":
-                return _json_list(path, stats)
-    return _json_lines(path, stats)
+                return _json_list(path, stats, encoding)
+    return _json_lines(path, stats, encoding)
 
 
-def _json_lines(path: Path, stats: ReadStats | None) -> Rows:
-    with open_text(path, stats=stats) as file:
+def _json_lines(path: Path, stats: ReadStats | None, encoding: str | None) -> Rows:
+    with open_text(path, stats=stats, encoding=encoding) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 location = f"{path}:{number}"
@@ -65,9 +73,9 @@ def _object(value: Any, location: str) -> dict[str, Any]:
     return value
 
 
-def _json_list(path: Path, stats: ReadStats | None) -> Rows:
+def _json_list(path: Path, stats: ReadStats | None, encoding: str | None) -> Rows:
     """Elements of one list, decoded one at a time as the file is read."""
-    with open_text(path, stats=stats) as file:
+    with open_text(path, stats=stats, encoding=encoding) as file:
         text = _JsonStream(file.read)
         text.expect("[", str(path))
         row = 0
@@ -125,10 +133,10 @@ class _JsonStream:
                 raise UserError(f"{location}: not JSON that can be read: {error}") from None
 
 
-def _csv(path: Path, delimiter: str, stats: ReadStats | None) -> Rows:
+def _csv(path: Path, delimiter: str, stats: ReadStats | None, encoding: str | None) -> Rows:
     if csv.field_size_limit() < sys.maxsize:
         csv.field_size_limit(sys.maxsize)  # the default refuses a text over 128 KiB
-    with open_text(path, newline="", stats=stats) as file:
+    with open_text(path, "", stats, encoding) as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         names: list[str] | None = None
         begins = 1

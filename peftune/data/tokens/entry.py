@@ -5,7 +5,7 @@
 | `ids.bin`        | all token ids, document after document, uint16 (uint32 for a vocabulary above 65,536)   |
 | `supervised.bin` | one bit per token, most significant bit first                                           |
 | `documents.bin`  | per document: tokens, scored tokens, scored bytes (int64 each), digest (uint64)         |
-| `meta.json`      | format, key, dtype, counts, blank documents, special tokens met, all SHA-256             |
+| `meta.json`      | format, key, dtype, counts, blank documents, how files were cut, special tokens, all SHA-256 |
 
 Files stay open from the moment they are hashed, so that what is used is what was checked.
 """
@@ -17,7 +17,7 @@ import json
 import mmap
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from peftune.cache import open_private
+from peftune.data.documents import ReadStats
+from peftune.data.sources.text_files import RuleCount, by_rule
 from peftune.data.tokens.encode import Examples
 from peftune.errors import UserError
 from peftune.files import parse_json
@@ -35,7 +37,8 @@ DOCUMENT = np.dtype([("tokens", "<i8"), ("supervised", "<i8"), ("bytes", "<i8"),
 _FINGERPRINT = 1  # not FORMAT: a run that an earlier version began goes on if its tokens are the same
 _CHUNK = 1 << 20
 _SPECIAL = TypeAdapter(dict[str, tuple[int, str]])
-_META_BYTES = 1 << 16
+_CUTS = TypeAdapter(list[list[RuleCount]])
+_META_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Entry:
     blank: int
     special: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Documents that spell out each special token, and the first of them."""
+    cuts: list[list[RuleCount]] = field(default_factory=list)
+    """How the text files of each source were cut."""
 
     def check_unchanged(self) -> None:
         """UserError where a file was written to or cut since it was read: its pages would be others, or none."""
@@ -102,6 +107,7 @@ def read_entry(directory: Path, key: str, vocabulary: int) -> Entry | None:
         hashes = {name: file.sha256 for name, file in zip(FILES, (ids, bits, table), strict=True)}
         documents = table.array.copy()
         special = _SPECIAL.validate_python(meta.get("special_tokens", {}))
+        cuts = _CUTS.validate_python(meta["cuts"])
         stated = meta["sha256"], meta["dtype"], meta.get("key")  # of another key: one that was moved here
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -113,7 +119,7 @@ def read_entry(directory: Path, key: str, vocabulary: int) -> Entry | None:
         and -(-tokens // 8) == len(bits.array)
         and bool((lengths >= 2).all())  # the token that begins a document and the one that ends it
     )
-    return Entry(ids, bits, documents, _fingerprint(dtype, hashes), meta["blank"], special) if fits else None
+    return Entry(ids, bits, documents, _fingerprint(dtype, hashes), meta["blank"], special, cuts) if fits else None
 
 
 class Writer:
@@ -143,7 +149,7 @@ class Writer:
         self.documents += len(table)
         self.tokens += int(table["tokens"].sum())
 
-    def finish(self, blank: int, special: Mapping[str, tuple[int, str]]) -> None:
+    def finish(self, stats: ReadStats, special: Mapping[str, tuple[int, str]]) -> None:
         """Write what is left and `meta.json` with the hashes of all files; the directory is then an entry."""
         for name in FILES:
             self._write(name, np.packbits(self.partial_byte).tobytes() if name == "supervised.bin" else b"")
@@ -153,7 +159,8 @@ class Writer:
             "dtype": self.dtype.str,
             "documents": self.documents,
             "tokens": self.tokens,
-            "blank": blank,
+            "blank": stats.blank,
+            "cuts": [[asdict(count) for count in by_rule(cuts)] for cuts in stats.cuts],
             "sha256": {name: digest.hexdigest() for name, digest in self.hashes.items()},
             **({"special_tokens": dict(special)} if special else {}),
         }
