@@ -87,10 +87,14 @@ def _existing_files(path: Path) -> Listing | None:
         return Listing([path])
     if glob.has_magic(str(path)):
         root = next(parent for parent in path.parents if parent.exists())  # its own brackets are no pattern
-        named = sorted(file for file in _matching(root, path.relative_to(root).parts) if file.is_file())
-        shown = [file for file in named if not _is_litter(file.name)]
-        _check_links(root, shown)
-        return Listing(shown, [file.name for file in named if _is_litter(file.name)])
+        found = Listing()
+        for file in sorted(_matching(root, path.relative_to(root).parts, found.hidden)):
+            if _is_litter(file.name):
+                found.hidden.append(file.name)
+            elif file.is_file():
+                found.files.append(file)
+        _check_links(root, found.files)
+        return found
     return None
 
 
@@ -110,7 +114,7 @@ def _walk(directory: Path, hidden: list[str]) -> Iterator[Path]:
                     yield path
 
 
-def _matching(root: Path, pattern: tuple[str, ...]) -> Iterator[Path]:
+def _matching(root: Path, pattern: tuple[str, ...], hidden: list[str]) -> Iterator[Path]:
     """Paths below `root` that match; `**` is any number of directories, links to directories not among them.
 
     `glob.glob` follows such links, in circles too.
@@ -118,7 +122,7 @@ def _matching(root: Path, pattern: tuple[str, ...]) -> Iterator[Path]:
     if "**" not in pattern:
         yield from map(Path, glob.glob(str(Path(glob.escape(str(root)), *pattern))))
         return
-    for path in _walk(root, []):
+    for path in _walk(root, hidden):
         if _matches(path.relative_to(root).parts, pattern):
             yield path
 

@@ -122,7 +122,8 @@ def _told(count: RuleCount) -> str:
     files = "" if count.files == 1 else f"{count.files:,} files, "
     noun = "document" if count.documents == 1 else "documents"
     blank = f" ({count.blank:,} blank, left out)" if count.blank else ""
-    others = [f"{rule} would make {n:,}" for rule, n in count.others.items() if n != count.documents]
+    made = {n: rule for rule, n in reversed(count.others.items()) if n != count.documents}  # of equal ones the first
+    others = [f"{rule} would make {n:,}" for n, rule in reversed(made.items())]
     alternative = f"; data.split_on: {', '.join(others)}" if others else ""
     return f"{files}{count.documents:,} {noun}{blank}, {_HOW[count.rule]}{alternative}"
 
