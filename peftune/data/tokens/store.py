@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -147,6 +148,7 @@ def prepare(
 
 @lru_cache  # once a process
 def _say_there_is_no_cache(root: Path) -> None:
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its own has no place either, which takes it four lines
     Console(os.environ.get("LOCAL_RANK", "0") == "0").say(
         f"{root}: no cache can be written there, so texts are read again each time; PEFTUNE_CACHE names another place"
     )
