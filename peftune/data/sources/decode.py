@@ -63,7 +63,7 @@ def open_text(
             head = raw.read(_HEAD)
             mark, codec = next((found for found in _MARKS if head.startswith(found[0])), (b"", encoding or "utf-8"))
             wide = "" if mark else _unmarked(head)
-            if wide and encoding is None:
+            if wide and not codec.startswith(("utf_16", "utf_32")):  # most others would read it, with its NULs
                 raise NotDecodable(path, f"looks like {wide.upper()} without a byte order mark", wide)
             if codec in ("utf_16", "utf_32"):  # Python's wants a mark
                 codec = wide or f"{codec}_le"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ _HOW = {
     "line": "one for each line",
     "file": "one for each file",
 }
+_SECONDS = 10.0  # to look for more files that cannot be decoded
 _FEW = 3  # sources that are told one by one
 
 
@@ -51,9 +53,11 @@ def text_documents(path: Path, source: Source, split_on: str, stats: ReadStats) 
 
 
 def name_all(error: NotDecodable, others: Sequence[Path], source: Source) -> UserError:
-    """The error of a file, and of those of the others that cannot be decoded either."""
-    bad = [error]
+    """The error of a file, with those of the others, as far as some seconds go, that cannot be decoded either."""
+    bad, until = [error], time.monotonic() + _SECONDS
     for path in others:
+        if time.monotonic() > until:
+            break
         try:
             if path.suffix.lower() != ".parquet":
                 check_decodable(path, source.codec())

@@ -73,6 +73,7 @@ BROKEN_FILES: list[tuple[str, str | bytes, dict[str, str], str]] = [
     ("a.txt", b"a\x81b", {"encoding": "cp1252"}, "a.txt: not CP1252 at byte 1; save the file as UTF-8$"),
     ("a.txt", "Mat und Katze".encode("utf-16-le"), {}, "a.txt: looks like UTF-16-LE without .*encoding: utf-16-le$"),
     ("a.txt", "мороз и солнце".encode("utf-16-be"), {}, "a.txt: looks like UTF-16-BE without .*encoding: utf-16-be$"),
+    ("a.txt", "a cat".encode("utf-16-le"), {"encoding": "cp1252"}, "a.txt: looks like UTF-16-LE without"),
     ("a.jsonl", '{"text": "a"}'.encode("utf-32-be"), {}, "a.jsonl: looks like UTF-32-BE without .*: utf-32-be$"),
     ("a.csv", "text\n東京".encode("utf-16-le"), {}, "a.csv: looks like UTF-16-LE without .*encoding: utf-16-le$"),
     ("a.txt", b"\xff\xfea", {}, "a.txt: not UTF-16-LE at byte 2;"),

@@ -43,9 +43,14 @@ FILES = {
 }
 
 
+ENCODINGS = [{"encoding": name} for name in ("utf-16", "utf-32", "gb18030", "shift_jis", "cp1252", "utf-8-sig")]
+
+
 @fuzz(250)
 @given(
-    data=st.data(), name=st.sampled_from(sorted(FILES)), column=st.sampled_from([{}, {"text": "n"}, {"messages": "m"}])
+    data=st.data(),
+    name=st.sampled_from(sorted(FILES)),
+    column=st.sampled_from([{}, {"text": "n"}, {"messages": "m"}, *ENCODINGS]),
 )
 def test_any_file_is_read_or_refused(
     data: st.DataObject, name: str, column: dict[str, str], tmp_path_factory: pytest.TempPathFactory
