@@ -6,7 +6,7 @@ import difflib
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,8 +18,21 @@ from peftune.errors import UserError
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?\Z")
 _TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst")
-_PACKED = (".gz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar")
-_WRITTEN = (".docx", ".doc", ".odt", ".rtf", ".pdf", ".epub", ".pages", ".wpd", ".gdoc")
+_WHAT_TO_DO = {  # with files that hold text in a form that is not read
+    (".gz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar"): "unpack {}",
+    (
+        ".docx",
+        ".doc",
+        ".odt",
+        ".rtf",
+        ".pdf",
+        ".epub",
+        ".pages",
+        ".wpd",
+        ".gdoc",
+    ): "save {} as plain text (.txt, UTF-8)",
+    (".xlsx", ".xls", ".ods", ".numbers", ".gsheet"): "save {} as csv (UTF-8)",
+}
 _ABOUT = {"license", "licence", "copying", "notice", "readme", "authors", "contributing", "changelog", "makefile"}
 _OF_THE_SYSTEM = {"thumbs.db", "desktop.ini", "__macosx"}
 _NAMED = 10  # in one message
@@ -82,8 +95,8 @@ def _existing_files(path: Path) -> Listing | None:
     if path.exists():
         if not path.is_file():
             raise UserError(f"{path}: not a regular file; expected a file or a directory")
-        if problem := _kind_problem(path):
-            raise UserError(f"{path}: {problem}")
+        if todo := _advice([path]):
+            raise UserError(f"{path}: neither text nor data; {todo[0]}")
         return Listing([path])
     if glob.has_magic(str(path)):
         root = next(parent for parent in path.parents if parent.exists())  # its own brackets are no pattern
@@ -147,12 +160,11 @@ def _is_litter(name: str) -> bool:
     return name.startswith("~$") or name.endswith("~") or name.lower() in _OF_THE_SYSTEM
 
 
-def _kind_problem(path: Path) -> str:
-    """What is wrong with a file of this name, if nothing of its kind can be read."""
-    suffix = path.suffix.lower()
-    if suffix in _PACKED:
-        return "a packed file; unpack it first"
-    return f"a {suffix} document; save it as plain text (.txt, UTF-8)" if suffix in _WRITTEN else ""
+def _advice(paths: Sequence[Path]) -> list[str]:
+    """What to do with files whose kind is not read, by their names."""
+    found = sorted({path.suffix.lower() for path in paths})
+    kinds = ((todo, [suffix for suffix in found if suffix in suffixes]) for suffixes, todo in _WHAT_TO_DO.items())
+    return [todo.format(", ".join(of_kind)) for todo, of_kind in kinds if of_kind]
 
 
 def _leave_out_unknown(found: Listing, source: Source) -> None:
@@ -162,21 +174,18 @@ def _leave_out_unknown(found: Listing, source: Source) -> None:
         path
         for path in found.files
         if path.suffix.lower() not in known
-        and (_kind_problem(path) or path.name.lower() in _ABOUT or not looks_like_text(path))
+        and (_advice([path]) or path.name.lower() in _ABOUT or not looks_like_text(path))
     ]
     if unknown and source.unknown_files != "skip":
-        advice = [_ADVICE[kind] for kind in (_WRITTEN, _PACKED) if any(p.suffix.lower() in kind for p in unknown)]
         names = name_some(path.name for path in unknown)
+        todo = [*_advice(unknown), "move them away, or leave them out with unknown_files: skip"]
         raise UserError(
             f"{source.path}: {len(unknown):,} of {len(found.files):,} files are neither text nor data: {names}; "
-            f"{'; '.join([*advice, 'move them away, or leave them out with unknown_files: skip'])}"
+            f"{'; '.join(todo)}"
         )
     left_out = set(unknown)
     found.files = [path for path in found.files if path not in left_out]
     found.unknown = [path.name for path in unknown]
-
-
-_ADVICE = {_WRITTEN: "save documents as plain text (.txt, UTF-8)", _PACKED: "unpack packed files"}
 
 
 def _check_links(directory: Path, files: list[Path]) -> None:

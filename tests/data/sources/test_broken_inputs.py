@@ -79,8 +79,9 @@ BROKEN_FILES: list[tuple[str, str | bytes, dict[str, str], str]] = [
     ("a.txt", b"\xff\xfea", {}, "a.txt: not UTF-16-LE at byte 2;"),
     ("a.txt", "a", {"text": "body"}, "a.txt: a text file has no column 'body'"),
     ("a.txt", "a", {"split": "train"}, "a.txt: split and subset belong to hub data sets"),
-    ("a.pdf", b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", {}, r"a.pdf: a .pdf document; save it as plain text \(.txt, UTF-8\)"),
-    ("a.DOCX", b"PK\x03\x04", {}, "a.DOCX: a .docx document; save it as plain text"),
+    ("a.pdf", b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", {}, r"a.pdf: neither text nor data; save .pdf as plain text \(.txt"),
+    ("a.DOCX", b"PK\x03\x04", {}, "a.DOCX: neither text nor data; save .docx as plain text"),
+    ("a.xlsx", b"PK\x03\x04", {}, "a.xlsx: neither text nor data; save .xlsx as csv"),
 ]
 
 

@@ -109,7 +109,7 @@ def test_links_that_go_round_in_circles_end(tmp_path: Path, write: Callable[...,
 
 def test_a_directory_of_any_depth_is_read_or_refused(tmp_path: Path) -> None:
     here = os.open(tmp_path, os.O_RDONLY)
-    for _ in range(1500):
+    for _ in range(1100):
         os.mkdir("a", dir_fd=here)
         inner = os.open("a", os.O_RDONLY, dir_fd=here)
         os.close(here)
@@ -123,7 +123,7 @@ def test_a_directory_of_any_depth_is_read_or_refused(tmp_path: Path) -> None:
 
 
 def test_a_packed_file_is_one_line(write: Callable[..., Path]) -> None:
-    with pytest.raises(UserError, match=r"a\.jsonl\.gz: a packed file; unpack it first"):
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz: neither text nor data; unpack \.gz"):
         files_of(Source(path=str(write("a.jsonl.gz", b"\x1f\x8b"))))
 
 

@@ -242,7 +242,7 @@ def test_foreign_files_are_named_all_at_once_or_left_out(pattern, write, tmp_pat
         files_of(Source(path=path))
     message = str(caught.value)
     assert "6 of 9 files are neither text nor data: " in message and all(name in message for name in FOREIGN)
-    assert "save documents as plain text" in message and "unpack packed files" in message
+    assert "unpack .gz; save .docx, .rtf as plain text (.txt, UTF-8); move them away" in message
     assert "unknown_files: skip" in message and not any(name in message for name in HIDDEN)
     source = Source(path=path, unknown_files="skip")
     assert [found.name for found in files_of(source)] == ["a.txt", "b.py", "c"]
