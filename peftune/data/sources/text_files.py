@@ -75,13 +75,7 @@ def name_all(error: NotDecodable, others: Sequence[Path], source: Source) -> Use
 
 def by_rule(cuts: Sequence[FileCut]) -> list[RuleCount]:
     """The files of one source counted by the rule that cut them."""
-    counts: dict[str, RuleCount] = {}
-    for cut in cuts:
-        count = counts.setdefault(cut.rule, RuleCount(cut.rule))
-        count.files, count.documents = count.files + 1, count.documents + cut.documents
-        count.blank += not cut.documents
-        count.others = dict(Counter(count.others) + Counter(cut.others))
-    return list(counts.values())
+    return _summed([RuleCount(cut.rule, 1, int(not cut.documents), cut.documents, cut.others) for cut in cuts])
 
 
 def cut_lines(sources: Sequence[Source], counted: Sequence[Sequence[RuleCount]], chosen: bool = False) -> list[str]:
