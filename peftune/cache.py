@@ -22,7 +22,10 @@ _ADVICE = "and a cache is believed: set PEFTUNE_CACHE to a directory of your own
 
 def cache_directory() -> Path:
     """Where everything that can be made again is kept: $PEFTUNE_CACHE, else ~/.cache/peftune."""
-    return Path(os.environ.get("PEFTUNE_CACHE") or Path.home() / ".cache" / "peftune")
+    try:
+        return Path(os.environ.get("PEFTUNE_CACHE") or Path.home() / ".cache" / "peftune")
+    except RuntimeError:  # a container's user without a home: a place where nothing can be made
+        return Path(os.devnull) / "peftune"
 
 
 def check_private(root: Path, *below: str) -> Path:
@@ -47,6 +50,14 @@ def private_directory(root: Path, *below: str) -> Path:
         path = path / name if name else path
         path.mkdir(mode=0o700, exist_ok=True)
     return check_private(root, *below)
+
+
+def can_write(root: Path, *below: str) -> bool:
+    """Whether `private_directory` is there, or could be made, for us to write to; UserError as there."""
+    try:
+        return os.access(private_directory(root, *below), os.W_OK | os.X_OK)
+    except OSError:
+        return False
 
 
 def open_private(path: Path) -> int:

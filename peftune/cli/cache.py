@@ -156,7 +156,7 @@ def _size_and_age(path: Path) -> tuple[int, float]:
 
 def _counts(entry: Path) -> str:
     try:
-        meta: Any = parse_json((entry / "meta.json").read_bytes()[: 1 << 16])
+        meta: Any = parse_json((entry / "meta.json").read_bytes()[: 1 << 22])
         return f"{int(meta['documents']):,} documents, {int(meta['tokens']):,} tokens"
     except (OSError, ValueError, KeyError, TypeError):
         return "damaged"

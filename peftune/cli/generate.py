@@ -15,7 +15,7 @@ from peftune.cli.output.text_output import CONTINUATION, HEADER, PROMPT, TextPri
 from peftune.console import Console
 from peftune.data.rows.row_columns import kind_of
 from peftune.data.sources import records
-from peftune.data.sources.plain_text import open_text
+from peftune.data.sources.decode import open_text
 from peftune.errors import UserError
 from peftune.inference.generate import TextGenerator, check_search, text_generator
 from peftune.inference.request import Generation, context_ids, slide

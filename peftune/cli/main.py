@@ -37,11 +37,14 @@ app.add_typer(adapters.app)
 app.add_typer(cache.app)
 
 _COLUMN_HELP = "Column to read: text=, prompt=, completion= or messages=; of a hub data set also split=, subset=. Also"
-_COLUMN_HELP += " where.COLUMN=VALUE, explode=, delimiter= and on_bad_row=skip, as a source in a recipe."
+_COLUMN_HELP += (
+    " where.COLUMN=VALUE, explode=, delimiter=, encoding=, split_on=, unknown_files= and on_bad_row=, as in a recipe."
+)
 
 Columns = Annotated[list[str] | None, typer.Option("--column", metavar="KEY=VALUE", help=_COLUMN_HELP)]
 SplitOn = Annotated[
-    Literal["auto", "blank-line", "endoftext", "file", "line"], typer.Option(help="How a txt file becomes documents.")
+    Literal["auto", "blank-line", "endoftext", "file", "line", "wide-gap"],
+    typer.Option(help="How a text file becomes documents."),
 ]
 SpecialTokens = Annotated[Literal["parse", "text"], typer.Option(help="How a token that a text spells out is read.")]
 BlockSize = Annotated[int | None, typer.Option(min=8, help="Tokens per block. Default: the base's context.")]

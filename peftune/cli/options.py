@@ -58,14 +58,17 @@ def source_of(path: str, columns: dict[str, Any] | None = None) -> Source:
     from peftune.config.data_section import Source
 
     try:
-        return Source(path=path, **(columns or {}))
+        return Source.model_validate({"path": path, **(columns or {})})
     except ValueError as error:
         first = error.errors()[0] if hasattr(error, "errors") else {"msg": str(error), "loc": ()}
         reason = ".".join(map(str, first["loc"][:1])) + (": " if first["loc"] else "")
         raise UserError(f"{path}: {reason}{str(first['msg']).removeprefix('Value error, ')}") from None
 
 
-_COLUMN_KEYS = ("text", "prompt", "completion", "messages", "explode", "delimiter", "on_bad_row", "split", "subset")
+_COLUMN_KEYS = (
+    "text", "prompt", "completion", "messages", "explode", "delimiter", "encoding", "split_on", "on_bad_row",
+    "unknown_files", "split", "subset",
+)  # fmt: skip
 
 
 def columns_of(values: list[str] | None) -> dict[str, Any]:

@@ -11,6 +11,16 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 from peftune.config.messages import short
 from peftune.config.new_tokens import NewTokens
 from peftune.config.section import Fraction, NonEmpty, Section
+from peftune.config.text_codecs import codec_named
+
+SplitOn = Literal["auto", "blank-line", "endoftext", "file", "line", "wide-gap"]
+UnknownFiles = Literal["refuse", "skip"]
+
+
+def _known_encoding(name: str) -> str:
+    codec_named(name)
+    return name
+
 
 OnBadRow = Literal["refuse", "skip"]
 
@@ -72,10 +82,21 @@ class Source(Section):
     """What separates the fields of a csv file (default `,`, of a tsv file a tab)."""
     on_bad_row: OnBadRow | None = None
     """As `data.on_bad_row`, for this source."""
+    encoding: Annotated[str, AfterValidator(_known_encoding)] | None = None
+    """Encoding of text, csv and json files (`cp1252`, `latin-1`, `utf-16`, `gb18030`, …) where it is not UTF-8. A byte
+    order mark wins."""
+    split_on: SplitOn | None = None
+    """As `data.split_on`, for this source."""
+    unknown_files: UnknownFiles | None = None
+    """As `data.unknown_files`, for this source."""
     split: str | None = None
     """Split of a hub data set (default `train`)."""
     subset: str | None = None
     """Configuration name of a hub data set."""
+
+    def codec(self) -> str | None:
+        """Python's codec for `encoding`."""
+        return codec_named(self.encoding) if self.encoding is not None else None
 
     @model_validator(mode="after")
     def _columns_make_sense(self) -> Source:
@@ -108,6 +129,10 @@ Validation = Annotated[
 ]
 
 
+_OF_ALL = ("on_bad_row", "unknown_files")
+"""Keys of a source that it takes from the section where it has none of its own."""
+
+
 class DataSection(Section):
     """What is read, and how it becomes blocks of tokens."""
 
@@ -131,13 +156,19 @@ class DataSection(Section):
     special_tokens: Literal["parse", "text"] = "text"
     """How `<|title|>` and other special tokens of the base's tokenizer are read where a text spells them out: as the
     `text` that it is, or as the token (`parse`), in training and in the prompts of the adapter that comes out."""
-    split_on: Literal["auto", "blank-line", "endoftext", "file", "line"] = "auto"
-    """How a txt file becomes documents; `auto`: at `<|endoftext|>` if the file has one, else at two or more blank lines
-    if at least one gap in 20 is that wide, else at every blank line."""
+    split_on: SplitOn = "auto"
+    """How a text file becomes documents: `blank-line` (cut at blank lines), `wide-gap` (at two or more of them),
+    `endoftext` (at `<|endoftext|>`), `line`, `file`. `auto`: `endoftext` if the file has one; else `file` where there
+    are several text files; else `wide-gap` if at least one gap in 20 is that wide; else `blank-line`."""
+    unknown_files: UnknownFiles = "refuse"
+    """What becomes of files in a directory (or of a glob) that are neither text nor data, such as docx and jpg:
+    `refuse`, naming all, or `skip`. Hidden files are always left out."""
+    repeats: Literal["keep", "drop"] = "keep"
+    """Documents that are equal byte for byte: `keep` all, or `drop` all but the first, over all sources."""
 
     def read_as(self, sources: Sequence[Source]) -> list[Source]:
         """The sources with what the section says of all of them."""
         return [
-            source if source.on_bad_row else source.model_copy(update={"on_bad_row": self.on_bad_row})
+            source.model_copy(update={key: getattr(source, key) or getattr(self, key) for key in _OF_ALL})
             for source in sources
         ]

@@ -74,12 +74,29 @@ class LeftOut:
         return bool(self.unwanted or self.skipped or self.never)
 
 
+@dataclass
+class FileCut:
+    """A text file, the rule that cut it, and how many documents came of it.
+
+    `others` are the documents that each rule would have made, this one among them, where `auto` chose.
+    """
+
+    file: str
+    rule: str
+    documents: int
+    others: dict[str, int]
+
+
 class ReadStats:
-    """What was left out so far: `blank` documents and, of tables, rows; `bytes_read` says how far files were read."""
+    """What was left out so far: `blank` documents and, of tables, rows; `cuts` of text files by source.
+
+    `bytes_read` says how far files were read.
+    """
 
     def __init__(self) -> None:
         self.blank = 0
         self.left_out = LeftOut()
+        self.cuts: list[list[FileCut]] = []
         self._finished = 0  # bytes of files that were read to their end
         self._file: BinaryIO | None = None
 
@@ -109,3 +126,8 @@ def split_by_digest(digests: np.ndarray, fraction: float) -> tuple[np.ndarray, n
         elif held_out.all():
             held_out = digests != digests.max()
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def first_of_equals(digests: np.ndarray) -> np.ndarray:
+    """Indices, int64 in rising order, of the documents that repeat none before them, for digests (n,) uint64."""
+    return np.sort(np.unique(digests, return_index=True)[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,11 @@ import numpy as np
 
 from peftune.config.data_section import Source
 from peftune.data.batches import Blocks
+from peftune.data.documents import ReadStats, first_of_equals
 from peftune.data.lint import Finding, lint, of_rows
 from peftune.data.packing import Packing
-from peftune.data.sources.read import read_documents
+from peftune.data.sources.read import read_documents, settle_split
+from peftune.data.sources.text_files import cut_lines, left_out_lines
 from peftune.data.tokens.round_trip import lossy
 from peftune.data.tokens.special_text import findings as special_findings
 from peftune.data.tokens.store import TokenStore, prepare
@@ -38,12 +40,19 @@ def summarize(
     """The summary as plain values; token counts include both `<|endoftext|>`, bytes are of the scored text."""
     store = prepare(sources, tokenizer, tokenizer_fingerprint, join, split_on, cache, special_tokens)
     packing = Blocks.of(store, np.arange(len(store)), block_size).packing
-    findings = lint(chain.from_iterable(read_documents(source, split_on) for source in sources))
+    split_on, stats = settle_split(sources, split_on), ReadStats()
+    findings = lint(chain.from_iterable(read_documents(source, split_on, stats) for source in sources))
     special = special_findings(store.special_tokens, tokenizer, special_tokens == "parse")
     known = {one.what for one in special}
     findings = [*of_rows(store.left_out), *special, *(one for one in findings if one.what not in known)]
     every = chain.from_iterable(read_documents(source, split_on) for source in sources)
     findings += lossy(every, tokenizer, special_tokens == "parse")
+    repeats = np.setdiff1d(np.arange(len(store)), first_of_equals(store.digests))
+    if len(repeats):
+        every = chain.from_iterable(read_documents(source, split_on) for source in sources)
+        place = next(islice(every, int(repeats[0]), None)).source
+        advice = "a text is learnt as often as it stands there; data.repeats: drop uses each once"
+        findings.append(Finding("repeats of another document", len(repeats), place, advice))
     if len(store) < _FEW:
         advice = "a fraction for validation is coarse; if documents were joined, choose split_on"
         findings.append(Finding("very few documents", len(store), sources[0].path, advice))
@@ -53,7 +62,9 @@ def summarize(
         "documents": len(store),
         "blank": store.blank,
         "left_out": asdict(store.left_out),
-        "duplicates": len(store) - len(np.unique(store.digests)),
+        "duplicates": len(repeats),
+        "notes": [*cut_lines(sources, store.cuts), *left_out_lines(sources)],
+        "files": [asdict(cut) for cuts in stats.cuts for cut in cuts],
         "tokens": int(store.lengths.sum()),
         "supervised_tokens": int(store.supervised_counts.sum()),
         "bytes": int(store.supervised_bytes.sum()),

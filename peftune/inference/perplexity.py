@@ -18,6 +18,7 @@ from peftune.adapters.provenance import check_base, parses_special_tokens, read_
 from peftune.config.data_section import Source
 from peftune.console import Console
 from peftune.data.batches import Blocks
+from peftune.data.sources.text_files import cut_lines
 from peftune.data.tokens.store import prepare
 from peftune.errors import CheckFailed, UserError
 from peftune.model.base import Base, open_base
@@ -158,4 +159,6 @@ def read_blocks(
     several = [documents] if isinstance(documents, str | Path | Source) else documents
     sources = [one if isinstance(one, Source) else Source(path=str(one)) for one in several]
     store = prepare(sources, base.tokenizer, base.tokenizer_fingerprint, " ", "auto", None, special_tokens)
+    for line in cut_lines(sources, store.cuts, chosen=True):
+        Console().say(line)
     return Blocks.of(store, np.arange(len(store)), block_size or positions)

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
@@ -24,10 +23,10 @@ from peftune.config.recipe import Recipe
 from peftune.data.batches import Blocks
 from peftune.data.documents import split_by_digest
 from peftune.data.lint import Finding, of_rows
+from peftune.data.prepared import Prepared, prepare_as
 from peftune.data.sampler import total_steps
-from peftune.data.sources.read import holds_chat
+from peftune.data.sources.read import holds_chat, settle_split
 from peftune.data.tokens.special_text import findings
-from peftune.data.tokens.store import TokenStore, prepare
 from peftune.errors import UserError
 from peftune.model import lora, quantized
 from peftune.model.base import Base, open_base
@@ -51,6 +50,8 @@ class Corpus:
     """What to know about rows that were skipped, and about special tokens in the training text."""
     left_out: dict[str, Any] = field(default_factory=dict)
     """Rows that are not learnt from or evaluated on, by the name of a fingerprint."""
+    notes: tuple[str, ...] = ()
+    """How text files were cut into documents, and what was left out."""
 
 
 @dataclass(frozen=True)
@@ -119,30 +120,35 @@ def _what_was_read(inputs: RunInputs) -> dict[str, object]:
 def _load_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, base: Base, block: int) -> Corpus:
     """Tokenise (or find in the cache) and pack all sources of a recipe."""
 
-    def store_of(sources: Sequence[Source]) -> TokenStore:
-        how = recipe.data
-        sources = how.read_as(sources)
-        return prepare(sources, tokenizer, base.tokenizer_fingerprint, how.join, how.split_on, None, how.special_tokens)
+    how, notes = recipe.data, list[str]()
+    split_on = settle_split(how.read_as(how.train), how.split_on)  # validation texts are cut as those to learn from
 
-    sources, store = recipe.data.read_as(recipe.data.train), store_of(recipe.data.train)
-    chat = all(holds_chat(source, recipe.data.split_on) for source in sources)
-    train, prints, validation = np.arange(len(store)), {"train": store.fingerprint}, recipe.data.validation
+    def read(name: str, sources: Sequence[Source]) -> Prepared:
+        found = prepare_as(how, sources, split_on, tokenizer, base.tokenizer_fingerprint)
+        notes.extend(f"{name}: {note}" for note in found.notes)
+        return found
+
+    store, train, _ = read("train", how.train)
+    chat = all(holds_chat(source, split_on) for source in how.read_as(how.train))
+    prints, validation = {"train": store.fingerprint}, how.validation
     if isinstance(validation, float | int):
-        train, heldout = split_by_digest(store.digests, float(validation))
+        learnt, heldout = split_by_digest(store.digests[train], float(validation))
+        train, heldout = train[learnt], train[heldout]
         if len(train) == 0:
             raise UserError(f"data.validation {validation} leaves no document to learn from; {len(store)} in all")
         domains = {"validation": Blocks.of(store, heldout, block)} if len(heldout) else {}
         stores = {}
     else:
         named = validation if isinstance(validation, dict) else {"validation": validation}
-        stores = {name: store_of(sources) for name, sources in named.items()}
-        domains = {name: Blocks.of(s, np.arange(len(s)), block) for name, s in stores.items()}
-        prints |= {f"validation/{name}": s.fingerprint for name, s in stores.items()}
-    stores = {"train": store} | {f"validation/{name}": s for name, s in stores.items()}
+        read_as = {name: read(name, sources) for name, sources in named.items()}
+        domains = {name: Blocks.of(one.store, one.used, block) for name, one in read_as.items()}
+        stores = {f"validation/{name}": one.store for name, one in read_as.items()}
+        prints |= {name: one.fingerprint for name, one in stores.items()}
+    stores = {"train": store} | stores
     left_out = {name: asdict(s.left_out) for name, s in stores.items() if s.left_out}
     found = [finding for s in stores.values() for finding in of_rows(s.left_out)]
-    found += findings(store.special_tokens, base.tokenizer, recipe.data.special_tokens == "parse")
-    return Corpus(Blocks.of(store, train, block), domains, prints, chat, tuple(found), left_out)
+    found += findings(store.special_tokens, base.tokenizer, how.special_tokens == "parse")
+    return Corpus(Blocks.of(store, train, block), domains, prints, chat, tuple(found), left_out, tuple(notes))
 
 
 @contextmanager
@@ -178,6 +184,7 @@ HARMLESS = frozenset(
     {
         "run.out", "run.eval_every", "run.save_every", "run.resume", "run.track", "run.samples",
         "run.early_stopping", "run.checkpointing", "run.fast", "run.compile", "batch.micro_size",
+        "data.split_on", "data.unknown_files",  # the fingerprints tell whether other documents come of them
     }
 )  # fmt: skip
 """Keys that may change between a run and its resumption: none decides what is learnt (beyond rounding)."""
@@ -193,7 +200,8 @@ def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> 
     """UserError listing every difference between the run that is there and the one asked for."""
     # What an older release did not record had its default, or cannot be compared.
     unrecorded = _DEFAULTS | {key: now[key] for key in now if key == "fingerprint of config"}
-    saved, now = (_without_unset_keys(one) for one in (unrecorded | saved, _DEFAULTS | now))
+    saved, now = unrecorded | {k: v for k, v in saved.items() if k not in HARMLESS}, _DEFAULTS | now
+    saved, now = _without_unset_keys(saved), _without_unset_keys(now)
     keys = sorted(saved.keys() | now.keys())
     changed = [f"{k} was {_short(saved.get(k))}, is {_short(now.get(k))}" for k in keys if saved.get(k) != now.get(k)]
     if changed:

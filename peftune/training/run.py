@@ -166,6 +166,8 @@ def _begin(run: Run, found: Checkpoint | None) -> None:
         if run.metrics.lost:
             run.console.say(run.metrics.lost)
             run.metrics.lost = ""
+    for note in run.inputs.corpus.notes:
+        run.console.say(note)
     for finding in run.inputs.corpus.findings:
         run.console.say(f"{finding.what}: {finding.documents:,} documents, first {finding.first}: {finding.advice}")
     run.console.say(

@@ -55,6 +55,16 @@ def test_control_characters_do_not_reach_the_terminal(tmp_path, tokenizer):
     assert "\x1b" not in text and "\x07" not in text and "␛[31mred␇ [bold]b[/bold]" in text
 
 
+def test_text_files_are_listed_by_name_and_rule(tmp_path, tokenizer):
+    for number in range(25):
+        (tmp_path / f"{number:02}\n.txt").write_text("one\n\ntwo")
+    text = shown(summarize([Source(path=str(tmp_path / "*.txt"))], tokenizer, "t", 64))
+    assert "25 files, 25 documents, one for each file; data.split_on: blank-line would make 50" in text.replace(
+        "\n", " "
+    )
+    assert "19 .txt  (file)" in text and "20 .txt" not in text and "and 5 more files" in text
+
+
 def test_run_prints_and_writes_json(source, tmp_path, capsys):
     run([source], open_base("builtin:small"), 64, json_path=tmp_path / "r.json")
     assert json.loads((tmp_path / "r.json").read_text())["documents"] == 9
@@ -64,6 +74,11 @@ def test_run_prints_and_writes_json(source, tmp_path, capsys):
 
 
 def test_columns_from_the_command_line_are_checked():
+    assert source_of("a", {"encoding": "cp1252", "split_on": "file", "unknown_files": "skip"}).codec() == "cp1252"
+    with pytest.raises(UserError, match="a: 'zip' is no encoding of text; expected one such as utf-8"):
+        source_of("a", {"encoding": "zip"})
+    with pytest.raises(UserError, match=r"a: .*'refuse' or 'skip'"):
+        source_of("a", {"unknown_files": "yes"})
     assert source_of("a.csv", {"prompt": "q", "completion": "a"}).prompt == "q"
     with pytest.raises(UserError, match=r"a\.csv: prompt and completion go together"):
         source_of("a.csv", {"prompt": "q"})

@@ -35,6 +35,25 @@ def test_numbers_add_up(source, tokenizer):
     assert json.loads(json.dumps(report)) == report
 
 
+def test_repeats_are_found_with_the_first(source, tokenizer):
+    [repeat] = [f for f in summarize([source], tokenizer, "t", 64)["findings"] if f["what"].startswith("repeats")]
+    assert (
+        repeat["documents"] == 1 and repeat["first"] == f"{source.path}:9" and "data.repeats: drop" in repeat["advice"]
+    )
+
+
+def test_files_are_told_with_their_rule_and_what_was_left_out(write, tmp_path, tokenizer):
+    for name in ("a.txt", "b.txt", ".DS_Store"):
+        write(f"my stories/{name}", f"{name}\n\nmore")
+    report = summarize([Source(path=str(tmp_path / "my stories"))], tokenizer, "t", 64)
+    assert [(cut["rule"], cut["documents"], cut["others"]["blank-line"]) for cut in report["files"]] == [
+        ("file", 1, 2)
+    ] * 2
+    told, left_out = report["notes"]
+    assert told.endswith("my stories: 2 files, 2 documents, one for each file; data.split_on: blank-line would make 4")
+    assert left_out.endswith("my stories: left out, hidden: .DS_Store")
+
+
 def test_a_continued_document_shows_its_repeated_token_as_context(write, tokenizer):
     path = write("a.txt", "xyz " * 60)
     report = summarize([Source(path=str(path))], tokenizer, "t", 64)

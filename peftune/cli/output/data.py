@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _BAR_WIDTH = 40  # characters
 _TEXT_LIMIT = 700  # characters shown of one part of the preview
+_FILE_LIMIT = 20  # text files shown one by one
 _SPAN_LIMIT = 6  # documents shown of the preview
 
 
@@ -40,6 +41,9 @@ def run(
 
 def render(summary: dict[str, Any], console: SafeConsole) -> None:
     """Print a summary; what is scored is in colour, or between ⟦ and ⟧ where there is none."""
+    for line in summary["notes"]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    _render_files(summary["files"], console)
     _render_numbers(summary, console)
     _render_histogram(summary, console)
     for finding in summary["findings"]:
@@ -47,6 +51,14 @@ def render(summary: dict[str, Any], console: SafeConsole) -> None:
         console.print(problem, style="yellow", markup=False, highlight=False)
         console.print(f"  {finding['advice']}", markup=False, highlight=False)
     _render_preview(summary["preview"], console)
+
+
+def _render_files(files: list[dict[str, Any]], console: SafeConsole) -> None:
+    for cut in files[:_FILE_LIMIT] if len(files) > 1 else ():
+        line = f"  {cut['documents']:>9,}  {' '.join(cut['file'].split())}  ({cut['rule']})"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if len(files) > _FILE_LIMIT:
+        console.print(f"  and {len(files) - _FILE_LIMIT:,} more files", highlight=False)
 
 
 def _render_numbers(summary: dict[str, Any], console: SafeConsole) -> None:

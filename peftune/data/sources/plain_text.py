@@ -8,24 +8,24 @@ A file may be larger than memory; what must fit is one document. How a file is s
 | `blank-line` | lines that follow each other without a blank line (a blank line holds white space at most)    |
 | `line`       | a line that is not blank                                                                      |
 | `file`       | all of the file                                                                              |
-| `auto`       | `endoftext` if the file has one; else cut at two or more blank lines, if at least one in 20   |
-|              | of the gaps between text is that wide (a stray one is no rule); else `blank-line`             |
+| `wide-gap`   | lines without two blank lines or more between them                                            |
+| `auto`       | `endoftext` if the file has one; else `file` where it is one of several text files; else      |
+|              | `wide-gap`, if at least one in 20 of the gaps between text is that wide (a stray one is no    |
+|              | rule); else `blank-line`                                                                     |
 
 Line ends become LF, a byte order mark is removed, and a document loses its first and last line feeds, nothing else.
 """
 
 from __future__ import annotations
 
-import codecs
 import io
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 
 from peftune.data.documents import ReadStats
-from peftune.errors import UserError
+from peftune.data.sources.decode import open_text
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -34,30 +34,26 @@ _CHUNK = 1 << 20  # characters read at a time
 _BLANK_LINE = r"(?:[^\S\n]*\n)"
 _GAP = re.compile(rf"\n{_BLANK_LINE}+")
 _SEPARATOR = re.compile(re.escape(END_OF_TEXT))
-_MARKS = (  # the longer mark first: UTF-32-LE begins like UTF-16-LE
-    (codecs.BOM_UTF32_LE, "utf-32-le"),
-    (codecs.BOM_UTF32_BE, "utf-32-be"),
-    (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"),
-    (codecs.BOM_UTF16_BE, "utf-16-be"),
-)
+Cut = tuple[str, dict[str, int]]
+"""The rule by which a file is cut, and how many documents each rule would make of it, as far as that was counted."""
 
 
-def split_text(path: Path, split_on: str, stats: ReadStats | None = None) -> Iterator[tuple[int, str]]:
+def split_text(
+    path: Path, rule: str, stats: ReadStats | None = None, encoding: str | None = None
+) -> Iterator[tuple[int, str]]:
     """Documents of a text file as (line on which it begins, text); blank documents are left out.
 
-    Raises UserError for a file that cannot be read or decoded, with the offset of the first bad byte.
+    `rule` is any but `auto` (`how_to_split` says which). Raises UserError for a file that cannot be read or decoded,
+    with the offset of the first bad byte.
     """
-    blank_lines = 1
-    if split_on == "auto":
-        split_on, blank_lines = _how_to_split(path)
-    with open_text(path, stats=stats) as file:
-        if split_on == "endoftext":
+    with open_text(path, stats=stats, encoding=encoding) as file:
+        if rule == "endoftext":
             found = _between(file, _SEPARATOR, END_OF_TEXT, _before_half_separator)
-        elif split_on == "blank-line":
+        elif rule in ("blank-line", "wide-gap"):
+            blank_lines = 2 if rule == "wide-gap" else 1
             gap = re.compile(rf"\n{_BLANK_LINE}{{{blank_lines},}}")
             found = _between(file, gap, "\n" * (1 + blank_lines), _before_trailing_space)
-        elif split_on == "line":
+        elif rule == "line":
             found = enumerate(file, start=1)
         else:
             found = iter([(1, file.read())])
@@ -65,29 +61,6 @@ def split_text(path: Path, split_on: str, stats: ReadStats | None = None) -> Ite
             if text.strip():
                 leading = len(text) - len(text.lstrip("\n")) if text[0] == "\n" else 0
                 yield line + leading, text.strip("\n")
-
-
-@contextmanager
-def open_text(path: Path, newline: str | None = None, stats: ReadStats | None = None) -> Iterator[io.TextIOWrapper]:
-    """A strict text stream over UTF-8, or the UTF-16 or UTF-32 that a byte order mark announces.
-
-    `newline` is that of `open`: None turns every line end into LF. Inside the `with`, failures to read or to
-    decode become UserErrors, and `stats` knows how far the stream has come.
-    """
-    encoding, mark = "utf-8", b""
-    try:
-        with open(path, "rb") as raw:
-            head = raw.read(4)
-            mark, encoding = next((found for found in _MARKS if head.startswith(found[0])), (mark, encoding))
-            raw.seek(len(mark))
-            try:
-                with stats.reading(raw) if stats else nullcontext():
-                    yield io.TextIOWrapper(raw, encoding=encoding, errors="strict", newline=newline)
-            except UnicodeDecodeError as error:
-                offset = raw.tell() - len(error.object) + error.start  # `object` is the last that was read
-                raise UserError(f"{path}: not {encoding.upper()} at byte {offset}; save the file as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def unix_line_ends(text: str) -> str:
@@ -99,16 +72,16 @@ def _chunks(file: io.TextIOWrapper) -> Iterator[str]:
     yield from iter(lambda: file.read(_CHUNK), "")
 
 
-def _how_to_split(path: Path) -> tuple[str, int]:
-    """What `auto` means for this file: (`endoftext` or `blank-line`, blank lines that end a document)."""
+def how_to_split(path: Path, several: bool, encoding: str | None = None) -> Cut:
+    """What `auto` means for this file, one of `several` text files or the only one."""
     gaps = wide = 0
     rest = tail = ""
     started = False
-    with open_text(path) as file:
+    with open_text(path, encoding=encoding) as file:
         for chunk in _chunks(file):
             tail += chunk
             if END_OF_TEXT in tail:
-                return "endoftext", 0
+                return "endoftext", {}
             tail = tail[-len(END_OF_TEXT) :]
             rest += chunk if started else chunk.lstrip()  # blank lines before all text are no gap
             started = started or bool(rest)
@@ -117,7 +90,11 @@ def _how_to_split(path: Path) -> tuple[str, int]:
             gaps += len(found)
             wide += sum(gap.count("\n") > 2 for gap in found)
             rest = rest[complete:]
-    return "blank-line", 2 if wide and wide * _WIDE_SHARE >= gaps else 1
+    if not started:
+        return "file", {}
+    made = {"file": 1, "wide-gap": wide + 1, "blank-line": gaps + 1}
+    rule = "file" if several else "wide-gap" if wide and wide * _WIDE_SHARE >= gaps else "blank-line"
+    return rule, made
 
 
 def _before_trailing_space(text: str, chunk: str) -> int:
@@ -152,10 +129,3 @@ def _between(
         parts.append(rest[at:end])
         line += rest.count("\n", at, end)
         rest = rest[end:]
-
-
-def looks_like_text(path: Path) -> bool:
-    """Whether a file found in a directory is meant to be read: no NUL in its first 4 KiB, or a byte order mark."""
-    with open(path, "rb") as raw:
-        head = raw.read(4096)
-    return b"\0" not in head or head.startswith(tuple(mark for mark, _ in _MARKS))

@@ -1,7 +1,7 @@
 """From a source in the recipe to documents, as a stream: at most one document is in memory.
 
-A source is a file, a directory (every data or text file below it, sorted), a glob (sorted), `builtin:DOMAIN/PART`, or
-the name of a hub data set. `.jsonl .ndjson .json .csv .tsv .parquet` hold rows; any other suffix is text.
+A source is a file, a directory (every file below it, sorted), a glob (sorted), `builtin:DOMAIN/PART`, or the name of a
+hub data set. `.jsonl .ndjson .json .csv .tsv .parquet` hold rows; any other suffix is text.
 Rows become documents by their columns: those that the source names, else `text`, else `prompt` + `completion`, else
 `messages`, else `conversations`, whichever the first row has. Blank documents (and pairs with a blank completion) are
 skipped and counted.
@@ -10,10 +10,7 @@ Line ends are LF everywhere.
 
 from __future__ import annotations
 
-import difflib
-import glob
 import hashlib
-import re
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from functools import lru_cache, partial
@@ -23,39 +20,40 @@ from typing import Any, cast, get_args
 from peftune.config.data_section import Source
 from peftune.data.documents import Document, ReadStats
 from peftune.data.rows.row_documents import RowReader
-from peftune.data.sources import builtin, hub, plain_text, records
+from peftune.data.sources import builtin, hub, records
+from peftune.data.sources.decode import NotDecodable
+from peftune.data.sources.listing import has_rows, list_files
+from peftune.data.sources.text_files import name_all, text_documents
 from peftune.errors import UserError
 from peftune.files import sha256_of
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?\Z")
-_PACKED = (".gz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".tar", ".tgz", ".7z")
-_TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
-
 
 def read_documents(source: Source, split_on: str, stats: ReadStats | None = None) -> Generator[Document, None, None]:
-    """Documents of one source in a fixed order; `stats.blank` grows by what was skipped.
+    """Documents of one source in a fixed order; `stats` learns what was skipped, and how text files were cut.
 
     Raises UserError naming file and row (or line, or byte) for whatever cannot be read.
     """
     stats = stats if stats is not None else ReadStats()
     reader = RowReader(source, stats)
+    stats.cuts.append([])
     if source.path.startswith("builtin:"):
         _refuse_columns(source, "a built-in corpus")
         yield from _builtin_documents(source.path)
         return
-    files = files_of(source)
+    files, split_on = files_of(source), settle_split([source], source.split_on or split_on)
     if files is None:
         rows = hub.rows(source, hub.revision_of(source.path), partial(reader.choose, source.path))
         yield from reader.documents(rows, count_on=0)
-    for path in files or ():
-        name = str(path)  # once: a corpus may have millions of documents
-        if _has_rows(path):
-            choose = partial(reader.choose, name)
-            rows = records.rows(path, choose, stats, delimiter=source.delimiter, bad=reader.unreadable)
-            yield from reader.documents(rows)
-        else:
-            for line, text in plain_text.split_text(path, split_on, stats):
-                yield Document(text, source=f"{name}:{line}")
+    for number, path in enumerate(files or (), start=1):
+        try:
+            if has_rows(path):
+                choose = partial(reader.choose, str(path))
+                rows = records.rows(path, choose, stats, source.codec(), source.delimiter, reader.unreadable)
+                yield from reader.documents(rows)
+            else:
+                yield from text_documents(path, source, split_on, stats)
+        except NotDecodable as error:
+            raise name_all(error, (files or [])[number:], source) from None
     reader.check()
 
 
@@ -66,7 +64,7 @@ def holds_chat(source: Source, split_on: str) -> bool:
     if source.text is not None or source.prompt is not None or source.path.startswith("builtin:"):
         return False
     files = files_of(source)
-    if files is not None and not _has_rows(files[0]):
+    if files is not None and not has_rows(files[0]):
         return False
     with closing(read_documents(source, split_on)) as documents:
         first = next(documents, None)
@@ -81,7 +79,14 @@ def size_of(sources: Sequence[Source]) -> int | None:
 
 def identity(source: Source) -> list[Any]:
     """Values that are equal where, and only where, `read_documents` gives the same texts (the path is not part)."""
-    columns: list[Any] = [source.text, source.prompt, source.completion, source.messages]
+    columns: list[Any] = [
+        source.text,
+        source.prompt,
+        source.completion,
+        source.messages,
+        source.codec(),
+        source.split_on,
+    ]
     rules = source.model_dump(mode="json", include={"where", "explode", "delimiter"}, exclude_none=True)
     if source.on_bad_row == "skip":
         rules["on_bad_row"] = "skip"
@@ -110,31 +115,18 @@ def state_of(source: Source) -> list[tuple[str, int, int, int, int]]:
 
 def files_of(source: Source) -> list[Path] | None:
     """The files that a source means, or None where it names a hub data set; UserError for a path without files."""
-    if not source.path or "\0" in source.path:
-        raise UserError(f"{source.path!r}: expected a path, a glob, builtin:DOMAIN/PART or a hub data set")
-    try:
-        path = Path(source.path).expanduser()
-        found = _existing_files(path)
-    except OSError as error:
-        raise UserError(f"{source.path[:200]}: cannot be read: {error.strerror or error}") from None
-    except RuntimeError:  # ~name without such a user
-        raise UserError(f"{source.path}: no such file (and no such user)") from None
+    found = list_files(source)
     if found is None:
-        if _HUB_NAME.match(source.path) and path.suffix.lower() not in (*records.SUFFIXES, *_TEXT_SUFFIXES):
-            return None
-        raise UserError(f"{source.path}: no such file{_nearest(path)}")
-    if not found:
-        missing = (
-            "file to read there; expected text, jsonl, json, csv, tsv or parquet" if path.is_dir() else "file matches"
-        )
-        raise UserError(f"{source.path}: no {missing}")
+        if source.encoding is not None:
+            raise UserError(f"{source.path}: encoding belongs to files, and this is a hub data set; leave it out")
+        return None
     if source.split is not None or source.subset is not None:
         raise UserError(f"{source.path}: split and subset belong to hub data sets, and this is a file; leave them out")
-    if not any(map(_has_rows, found)):
+    if not any(map(has_rows, found.files)):
         _refuse_columns(source, "a text file")
-    if source.delimiter and not any(path.suffix.lower() in (".csv", ".tsv") for path in found):
+    if source.delimiter and not any(path.suffix.lower() in (".csv", ".tsv") for path in found.files):
         raise UserError(f"{source.path}: delimiter belongs to csv and tsv files, and this is none; leave it out")
-    return found
+    return found.files
 
 
 def _refuse_columns(source: Source, kind: str) -> None:
@@ -144,50 +136,17 @@ def _refuse_columns(source: Source, kind: str) -> None:
         raise UserError(f"{source.path}: {kind} has no column {named!r}; leave the column out, or use jsonl or csv")
 
 
-def _has_rows(path: Path) -> bool:
-    return path.suffix.lower() in records.SUFFIXES
+def settle_split(sources: Sequence[Source], split_on: str) -> str:
+    """`split_on`, and for `auto` whether it meets several text files: each of them is then one document.
 
-
-def _existing_files(path: Path) -> list[Path] | None:
-    if path.is_dir():
-        below = sorted(p for p in path.rglob("*") if p.is_file())
-        shown = [p for p in below if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-        _check_links(path, shown)
-        return [p for p in shown if _has_rows(p) or plain_text.looks_like_text(p)]
-    if path.exists():
-        if not path.is_file():
-            raise UserError(f"{path}: not a regular file; expected a file or a directory")
-        if path.suffix.lower() in _PACKED:
-            raise UserError(f"{path}: a packed file; unpack it first")
-        return [path]
-    if glob.has_magic(str(path)):
-        named = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
-        _check_links(next(parent for parent in path.parents if not glob.has_magic(str(parent))), named)
-        return named
-    return None
-
-
-def _check_links(directory: Path, files: list[Path]) -> None:
-    """Refuse links that lead out of a directory: whoever made it would choose which files of this machine are learnt.
-
-    In a snapshot of the hub's cache all files are links to `blobs` two levels up.
+    The files of all sources count, so that a glob and its files named one by one give the same documents.
     """
-    inside = directory.resolve()
-    allowed = [inside, inside.parent.parent / "blobs"] if inside.parent.name == "snapshots" else [inside]
-    for file in files:
-        target = file.resolve()
-        if not any(target.is_relative_to(root) for root in allowed):
-            raise UserError(
-                f"{file}: leads out of {directory}, to {target}; copy the file there, or name it as a source"
-            )
-
-
-def _nearest(path: Path) -> str:
-    """`; did you mean X?` with the most similar name beside the missing file."""
-    if not path.parent.is_dir():
-        return f" (and no directory {path.parent})"
-    near = difflib.get_close_matches(path.name, sorted(p.name for p in path.parent.iterdir()), n=1)
-    return f"; did you mean {path.parent / near[0]}?" if near else "; give a file, directory, glob or hub data set"
+    if split_on != "auto":
+        return split_on
+    read = [s for s in sources if not s.path.startswith("builtin:") and (len(sources) == 1 or s.split_on is None)]
+    listed = (files_of(source) for source in read)
+    texts = sum(not has_rows(path) for files in listed for path in files or ())
+    return "auto/several" if texts > 1 else "auto/one"
 
 
 @lru_cache(maxsize=4)  # the source of the standard library takes seconds to cut

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from peftune.data.documents import BadRow, ReadStats
 from peftune.data.rows.row_columns import kind_of
-from peftune.data.sources.plain_text import open_text
+from peftune.data.sources.decode import open_text
 from peftune.errors import UserError
 from peftune.files import repeated
 
@@ -45,36 +45,37 @@ def rows(
     path: Path,
     choose: Callable[[list[str]], list[str]],
     stats: ReadStats | None = None,
+    encoding: str | None = None,
     delimiter: str | None = None,
     bad: Bad = refuse,
 ) -> Rows:
     """Rows of one file by its suffix; `choose` says which of the columns found are read, where a file names them all.
 
-    `delimiter` separates the fields of csv and tsv.
+    `encoding` is that of `open_text`; `delimiter` separates the fields of csv and tsv.
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _parquet(path, choose, stats)
     if suffix in (".csv", ".tsv"):
-        return _csv(path, delimiter or ("," if suffix == ".csv" else "\t"), choose, stats, bad)
-    if _is_one_value_a_line(path):
-        return _json_lines(path, stats, bad)
-    return _json_values(path, stats, bad)
+        return _csv(path, delimiter or ("," if suffix == ".csv" else "\t"), choose, stats, bad, encoding)
+    if _is_one_value_a_line(path, encoding):
+        return _json_lines(path, stats, bad, encoding)
+    return _json_values(path, stats, bad, encoding)
 
 
-def _is_one_value_a_line(path: Path) -> bool:
+def _is_one_value_a_line(path: Path, encoding: str | None) -> bool:
     """Whether the first line can be JSON by itself: it begins no list, and no object that goes on in the next line."""
-    with open_text(path) as file:
+    with open_text(path, encoding=encoding) as file:
         if _JsonStream(file.read).peek() == "[":
             return False
-    with open_text(path) as file:
+    with open_text(path, encoding=encoding) as file:
         lines = iter(lambda: file.readline(_CHUNK), "")
         first = next((line.strip() for line in lines if line.strip()), "")
     return first[-1:] not in ("{", "[", ",")
 
 
-def _json_lines(path: Path, stats: ReadStats | None, bad: Bad) -> Rows:
-    with open_text(path, stats=stats) as file:
+def _json_lines(path: Path, stats: ReadStats | None, bad: Bad, encoding: str | None) -> Rows:
+    with open_text(path, stats=stats, encoding=encoding) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 location = f"{path}:{number}"
@@ -95,9 +96,9 @@ def _object(value: Any, location: str) -> dict[str, Any]:
     return value
 
 
-def _json_values(path: Path, stats: ReadStats | None, bad: Bad) -> Rows:
+def _json_values(path: Path, stats: ReadStats | None, bad: Bad, encoding: str | None) -> Rows:
     """Elements of one list, or objects one after another, decoded one at a time as the file is read."""
-    with open_text(path, stats=stats) as file:
+    with open_text(path, stats=stats, encoding=encoding) as file:
         text = _JsonStream(file.read)
         end = "]" if text.peek() == "[" else ""
         if end:
@@ -165,11 +166,16 @@ class _JsonStream:
 
 
 def _csv(
-    path: Path, delimiter: str, choose: Callable[[list[str]], list[str]], stats: ReadStats | None, bad: Bad
+    path: Path,
+    delimiter: str,
+    choose: Callable[[list[str]], list[str]],
+    stats: ReadStats | None,
+    bad: Bad,
+    encoding: str | None,
 ) -> Rows:
     if csv.field_size_limit() < sys.maxsize:
         csv.field_size_limit(sys.maxsize)  # the default refuses a text over 128 KiB
-    with open_text(path, newline="", stats=stats) as file:
+    with open_text(path, "", stats, encoding) as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         names: list[str] = []
         named: list[str] = []  # without those at the end that have no name

@@ -5,7 +5,7 @@
 | `ids.bin`        | all token ids, document after document, uint16 (uint32 for a vocabulary above 65,536)   |
 | `supervised.bin` | one bit per token, most significant bit first                                           |
 | `documents.bin`  | per document: tokens, scored tokens, scored bytes (int64 each), digest (uint64)         |
-| `meta.json`      | format, key, dtype, counts, what was left out, special tokens met, all SHA-256           |
+| `meta.json`      | format, key, dtype, counts, what was left out, how files were cut, special tokens, all SHA-256 |
 
 Files stay open from the moment they are hashed, so that what is used is what was checked.
 """
@@ -25,7 +25,8 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from peftune.cache import open_private
-from peftune.data.documents import LeftOut
+from peftune.data.documents import LeftOut, ReadStats
+from peftune.data.sources.text_files import RuleCount, by_rule
 from peftune.data.tokens.encode import Examples
 from peftune.errors import UserError
 from peftune.files import parse_json
@@ -37,7 +38,8 @@ _FINGERPRINT = 1  # not FORMAT: a run that an earlier version began goes on if i
 _CHUNK = 1 << 20
 _SPECIAL = TypeAdapter(dict[str, tuple[int, str]])
 _LEFT_OUT = TypeAdapter(LeftOut)
-_META_BYTES = 1 << 18
+_CUTS = TypeAdapter(list[list[RuleCount]])
+_META_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Entry:
     special: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Documents that spell out each special token, and the first of them."""
     left_out: LeftOut = field(default_factory=LeftOut)
+    cuts: list[list[RuleCount]] = field(default_factory=list)
+    """How the text files of each source were cut."""
 
     def check_unchanged(self) -> None:
         """UserError where a file was written to or cut since it was read: its pages would be others, or none."""
@@ -106,6 +110,7 @@ def read_entry(directory: Path, key: str, vocabulary: int) -> Entry | None:
         documents = table.array.copy()
         special = _SPECIAL.validate_python(meta.get("special_tokens", {}))
         left_out = _LEFT_OUT.validate_python(meta.get("left_out", {}))
+        cuts = _CUTS.validate_python(meta["cuts"])
         stated = meta["sha256"], meta["dtype"], meta.get("key")  # of another key: one that was moved here
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -119,7 +124,7 @@ def read_entry(directory: Path, key: str, vocabulary: int) -> Entry | None:
     )
     if not fits:
         return None
-    return Entry(ids, bits, documents, _fingerprint(dtype, hashes), meta["blank"], special, left_out)
+    return Entry(ids, bits, documents, _fingerprint(dtype, hashes), meta["blank"], special, left_out, cuts)
 
 
 class Writer:
@@ -149,7 +154,7 @@ class Writer:
         self.documents += len(table)
         self.tokens += int(table["tokens"].sum())
 
-    def finish(self, blank: int, special: Mapping[str, tuple[int, str]], left_out: LeftOut) -> None:
+    def finish(self, stats: ReadStats, special: Mapping[str, tuple[int, str]]) -> None:
         """Write what is left and `meta.json` with the hashes of all files; the directory is then an entry."""
         for name in FILES:
             self._write(name, np.packbits(self.partial_byte).tobytes() if name == "supervised.bin" else b"")
@@ -159,10 +164,11 @@ class Writer:
             "dtype": self.dtype.str,
             "documents": self.documents,
             "tokens": self.tokens,
-            "blank": blank,
+            "blank": stats.blank,
+            "cuts": [[asdict(count) for count in by_rule(cuts)] for cuts in stats.cuts],
             "sha256": {name: digest.hexdigest() for name, digest in self.hashes.items()},
             **({"special_tokens": dict(special)} if special else {}),
-            **({"left_out": asdict(left_out)} if left_out else {}),
+            **({"left_out": asdict(stats.left_out)} if stats.left_out else {}),
         }
         text = json.dumps(meta | {"sha256_of_meta": _hash_of_meta(meta)}, indent=1) + "\n"
         (self.directory / "meta.json").write_text(text, encoding="utf-8")

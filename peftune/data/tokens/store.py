@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from peftune.cache import cache_directory, check_private, private_directory
+from peftune.cache import cache_directory, can_write, check_private
 from peftune.config.data_section import Source
 from peftune.console import Console
 from peftune.data.documents import ReadStats
-from peftune.data.sources.read import identity, read_documents, size_of, state_of
+from peftune.data.sources.read import identity, read_documents, settle_split, size_of, state_of
 from peftune.data.tokens.encode import begin_of_text_id, end_of_text_id, rules_of
 from peftune.data.tokens.entry import FORMAT, Entry, Writer, read_entry
 from peftune.data.tokens.pipeline import tokenized
@@ -36,8 +40,8 @@ class TokenStore:
 
     `lengths`, `supervised_counts`, `supervised_bytes` (n,) int64, `digests` (n,) uint64. `fingerprint` is a SHA-256
     of the tokens and what is scored, whatever files they came from. `blank` documents were skipped in the sources,
-    and the rows of `left_out`;
-    `special_tokens` are those that a text spells out, with how many documents do, and the first.
+    and the rows of `left_out`; `special_tokens` are those that a text spells out, with how many documents do, and the
+    first; `cuts` say by source how text files were cut.
     """
 
     def __init__(self, entry: Entry) -> None:
@@ -49,6 +53,7 @@ class TokenStore:
         self.blank = entry.blank
         self.special_tokens = entry.special
         self.left_out = entry.left_out
+        self.cuts = entry.cuts
         self._entry = entry
         self._first = np.zeros(len(self.lengths) + 1, dtype=np.int64)
         np.cumsum(self.lengths, out=self._first[1:])
@@ -90,49 +95,64 @@ def prepare(
     """The tokenised documents of all sources, from the cache if their content was tokenised before.
 
     `cache` is the directory that holds `tokens/` (default: $PEFTUNE_CACHE, else ~/.cache/peftune). Several processes
-    may prepare the same content at once. Raises UserError for unreadable sources, and where there is no document.
+    may prepare the same content at once. Where no cache can be written it is done without. Raises UserError for
+    unreadable sources, and where there is no document.
     """
     vocabulary, before = len(tokenizer), [state_of(source) for source in sources]
-    identities = [identity(source) for source in sources]
+    identities, split_on = [identity(source) for source in sources], settle_split(sources, split_on)
     begin, end = begin_of_text_id(tokenizer), end_of_text_id(tokenizer)
     rules = [tokenizer_fingerprint, rules_of(tokenizer), end, *([begin] if begin != end else [])]
     parse = special_tokens == "parse"
     decisive = [FORMAT, rules, join, split_on, identities, *(["parse special tokens"] if parse else [])]
     key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:40]
-    try:
-        root = cache or cache_directory()
-        private_directory(root, "tokens")
-        entry = check_private(root, "tokens", key)
-        remove_all_leftovers(entry.parent)
-        known = open_store(entry, key, vocabulary)
-        if known is not None:
-            return known
+
+    def fill(directory: Path) -> TokenStore:
+        directory.chmod(0o700)
         stats, special = ReadStats(), SpecialTextCounter(tokenizer)
         documents = (document for source in sources for document in read_documents(source, split_on, stats))
+        writer = Writer(directory, key, vocabulary)
+        with Console().reading("tokenising", size_of(sources)) as show:
+            for examples in tokenized(special.watch(documents), tokenizer, join, parse):
+                writer.append(examples)
+                show(stats.bytes_read(), f"{writer.documents:,} documents, {writer.tokens:,} tokens")
+        writer.finish(stats, special.found)
+        for source, state in zip(sources, before, strict=True):
+            if state_of(source) != state:
+                raise UserError(f"{source.path}: was changed while it was read; start again when it is complete")
+        written = open_store(directory, key, vocabulary)  # stays mapped when the directory gets its name
+        if written is None:
+            raise CheckFailed(f"{directory}: the token files differ from what was written; is the disk full or faulty?")
+        if not len(written):
+            names = ", ".join(source.path for source in sources)
+            raise UserError(f"{names}: no document found ({stats.blank} blank); expected at least one with text")
+        return written
+
+    root = cache or cache_directory()
+    entry = check_private(root, "tokens", key)
+    known = open_store(entry, key, vocabulary)
+    if known is not None:
+        return known
+    try:
+        if not can_write(root, "tokens"):
+            _say_there_is_no_cache(root)
+            with tempfile.TemporaryDirectory(prefix="peftune-", ignore_cleanup_errors=True) as temporary:
+                return fill(Path(temporary))  # its files stay mapped when they have no name any more
+        remove_all_leftovers(entry.parent)
         with staging_directory(entry) as directory:
-            directory.chmod(0o700)
-            writer = Writer(directory, key, vocabulary)
-            with Console().reading("tokenising", size_of(sources)) as show:
-                for examples in tokenized(special.watch(documents), tokenizer, join, parse):
-                    writer.append(examples)
-                    show(stats.bytes_read(), f"{writer.documents:,} documents, {writer.tokens:,} tokens")
-            writer.finish(stats.blank, special.found, stats.left_out)
-            for source, state in zip(sources, before, strict=True):
-                if state_of(source) != state:
-                    raise UserError(f"{source.path}: was changed while it was read; start again when it is complete")
-            written = open_store(directory, key, vocabulary)  # stays mapped when the directory gets its name
-            if written is None:
-                raise CheckFailed(
-                    f"{directory}: the token files differ from what was written; is the disk full or faulty?"
-                )
-            if not len(written):
-                names = ", ".join(source.path for source in sources)
-                raise UserError(f"{names}: no document found ({stats.blank} blank); expected at least one with text")
+            written = fill(directory)
             _publish(directory, entry, key, vocabulary)
     except OSError as error:
         reason = f"cannot write the token cache: {error.strerror or error}"
-        raise UserError(f"{cache or cache_directory()}: {reason}; set PEFTUNE_CACHE to a directory with room") from None
+        raise UserError(f"{root}: {reason}; set PEFTUNE_CACHE to a directory with room") from None
     return written
+
+
+@lru_cache  # once a process
+def _say_there_is_no_cache(root: Path) -> None:
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its own has no place either, which takes it four lines
+    Console(os.environ.get("LOCAL_RANK", "0") == "0").say(
+        f"{root}: no cache can be written there, so texts are read again each time; PEFTUNE_CACHE names another place"
+    )
 
 
 def open_store(directory: Path, key: str, vocabulary: int) -> TokenStore | None:

@@ -67,11 +67,25 @@ BROKEN_FILES: list[tuple[str, str | bytes, dict[str, str], str]] = [
     ("a.parquet", "", {}, "a.parquet: not a parquet file that can be read"),
     ("a.txt", "", {}, "a.txt: no document found"),
     ("a.txt", " \n\n\t\n", {}, "a.txt: no document found"),
-    ("a.txt", b"caf\xe9", {}, "a.txt: not UTF-8 at byte 3; save the file as UTF-8"),
+    ("a.txt", b"caf\xe9", {}, r"a.txt: not UTF-8 at byte 3; .* try encoding: cp1252 \(0xe9 is é in cp1252\)$"),
+    ("a.csv", b"text\n\x93Hi\x94\n", {}, r"byte 5; .* try encoding: cp1252 \(0x93 is “ in cp1252\)$"),
+    ("a.jsonl", '{"text": "Пушкин и друзья"}'.encode("cp1251"), {}, "byte 10; .* try encoding: cp1251 .0xcf is П in"),
+    ("a.txt", "床前明月光疑是地上霜".encode("gbk"), {}, "not UTF-8 at byte 0; .* try encoding: gb18030$"),
+    ("a.txt", "吾輩は猫である。名前は".encode("shift_jis"), {}, "not UTF-8 at byte 0; .* try encoding: shift_jis$"),
+    ("a.txt", b"ab\x81 b\x81", {}, "not UTF-8 at byte 2; save the file as UTF-8$"),  # looks like nothing
+    ("a.txt", "ab€".encode(), {"encoding": "gb2312"}, "not GB2312 at byte 2; the bytes are UTF-8: leave encoding out"),
+    ("a.txt", b"a\x81b", {"encoding": "cp1252"}, "a.txt: not CP1252 at byte 1; save the file as UTF-8$"),
+    ("a.txt", "Mat und Katze".encode("utf-16-le"), {}, "a.txt: looks like UTF-16-LE without .*encoding: utf-16-le$"),
+    ("a.txt", "мороз и солнце".encode("utf-16-be"), {}, "a.txt: looks like UTF-16-BE without .*encoding: utf-16-be$"),
+    ("a.txt", "a cat".encode("utf-16-le"), {"encoding": "cp1252"}, "a.txt: looks like UTF-16-LE without"),
+    ("a.jsonl", '{"text": "a"}'.encode("utf-32-be"), {}, "a.jsonl: looks like UTF-32-BE without .*: utf-32-be$"),
+    ("a.csv", "text\n東京".encode("utf-16-le"), {}, "a.csv: looks like UTF-16-LE without .*encoding: utf-16-le$"),
     ("a.txt", b"\xff\xfea", {}, "a.txt: not UTF-16-LE at byte 2;"),
     ("a.txt", "a", {"text": "body"}, "a.txt: a text file has no column 'body'"),
     ("a.txt", "a", {"split": "train"}, "a.txt: split and subset belong to hub data sets"),
-    ("a.pdf", b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", {}, "a.pdf: not UTF-8 at byte 10;"),
+    ("a.pdf", b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", {}, r"a.pdf: neither text nor data; save .pdf as plain text \(.txt"),
+    ("a.DOCX", b"PK\x03\x04", {}, "a.DOCX: neither text nor data; save .docx as plain text"),
+    ("a.xlsx", b"PK\x03\x04", {}, "a.xlsx: neither text nor data; save .xlsx as csv"),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from peftune.config.data_section import Source
 from peftune.data.sources import records
 from peftune.data.sources.read import files_of, read_documents
+from peftune.data.sources.text_files import left_out_lines
 from peftune.errors import UserError
 
 ROWS = [{"text": "the cat", "n": 1, "m": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
@@ -45,6 +47,7 @@ FILES = {
 COLUMNS: list[dict[str, Any]] = [
     {}, {"text": "n"}, {"messages": "m"}, {"text": "{text}[[ {n}]]{m.0.role}", "where": {"n": 1}},
     {"text": "{m.content}", "explode": "m"},
+    *({"encoding": name} for name in ("utf-16", "utf-32", "gb18030", "shift_jis", "cp1252", "utf-8-sig")),
 ]  # fmt: skip
 
 
@@ -99,8 +102,34 @@ def test_what_is_no_file_is_left_alone(tmp_path: Path, write: Callable[..., Path
             files_of(Source(path=str(path)))
 
 
+def test_links_that_go_round_in_circles_end(tmp_path: Path, write: Callable[..., Path]) -> None:
+    file = write("data/a.txt", "a")
+    for name in ("b", "c", "d"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "data")
+    for pattern in ("", "**", "**/*.txt", "**/**/**/**/*.txt"):
+        with deadline():
+            assert files_of(Source(path=str(tmp_path / "data" / pattern))) == [file]
+    [line] = left_out_lines([Source(path=str(tmp_path / "data"))])
+    assert "b (a link to a directory), c (a link" in line
+
+
+def test_a_directory_of_any_depth_is_read_or_refused(tmp_path: Path) -> None:
+    here = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(1100):
+        os.mkdir("a", dir_fd=here)
+        inner = os.open("a", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(here)
+    try:
+        with deadline():
+            read_or_refuse(lambda: files_of(Source(path=str(tmp_path / "a"))))
+    finally:
+        subprocess.run(["rm", "-r", tmp_path / "a"], check=True)  # Python's own, which pytest would call, recurses
+
+
 def test_a_packed_file_is_one_line(write: Callable[..., Path]) -> None:
-    with pytest.raises(UserError, match=r"a\.jsonl\.gz: a packed file; unpack it first"):
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz: neither text nor data; unpack \.gz"):
         files_of(Source(path=str(write("a.jsonl.gz", b"\x1f\x8b"))))
 
 

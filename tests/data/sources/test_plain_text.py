@@ -10,14 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftune.data.sources import plain_text
-from peftune.data.sources.plain_text import split_text
+from peftune.data.sources.plain_text import how_to_split, split_text
 from peftune.errors import UserError
 
 E = "<|endoftext|>"
 
 
-def split(path: Path, split_on: str = "auto") -> list[str]:
-    return [text for _, text in split_text(path, split_on)]
+def located(path: Path, rule: str = "auto", several: bool = False) -> list[tuple[int, str]]:
+    return list(split_text(path, how_to_split(path, several)[0] if rule == "auto" else rule))
+
+
+def split(path: Path, rule: str = "auto", several: bool = False) -> list[str]:
+    return [text for _, text in located(path, rule, several)]
 
 
 @pytest.mark.parametrize(
@@ -47,6 +51,7 @@ def test_auto_takes_the_strongest_separator_that_the_file_has(text, documents, w
         ("file", [f"a\nb\n\nc\n\n\nd{E}e"]),
         ("line", ["a", "b", "c", f"d{E}e"]),
         ("blank-line", ["a\nb", "c", f"d{E}e"]),
+        ("wide-gap", ["a\nb\n\nc", f"d{E}e"]),
         ("endoftext", ["a\nb\n\nc\n\n\nd", "e"]),
     ],
 )
@@ -55,8 +60,8 @@ def test_split_on_overrides_auto(split_on, documents, write):
 
 
 def test_documents_know_their_first_line(write):
-    assert list(split_text(write("a.txt", f"a\n{E}\n\nb\nc{E}d\n"), "auto")) == [(1, "a"), (4, "b\nc"), (5, "d")]
-    assert list(split_text(write("b.txt", "\n\na\n\nb\nc\n\nd"), "auto")) == [(3, "a"), (5, "b\nc"), (8, "d")]
+    assert located(write("a.txt", f"a\n{E}\n\nb\nc{E}d\n")) == [(1, "a"), (4, "b\nc"), (5, "d")]
+    assert located(write("b.txt", "\n\na\n\nb\nc\n\nd")) == [(3, "a"), (5, "b\nc"), (8, "d")]
 
 
 @given(
@@ -69,7 +74,8 @@ def test_pieces_of_any_size_give_the_same_documents(tmp_path_factory, text):
         whole = list(split_text(path, "endoftext"))
         patch.setattr(plain_text, "_CHUNK", 5)
         assert list(split_text(path, "endoftext")) == whole
-        assert plain_text._how_to_split(path)[0] == ("endoftext" if E in text else "blank-line")
+        rule = how_to_split(path, False)[0]
+        assert (rule == "endoftext") == (E in text)
     assert [t for _, t in whole] == [part.strip("\n") for part in text.split(E) if part.strip()]
 
 
@@ -108,8 +114,11 @@ def test_blank_lines_separate_as_line_by_line(tmp_path_factory, text, piece):
     path.write_text(text, newline="")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plain_text, "_CHUNK", piece)
-        assert list(split_text(path, "blank-line")) == by_lines(text, 1)
-        assert list(split_text(path, "auto")) == by_lines(text, widest_gaps(text))
+        by_rule = {"blank-line": by_lines(text, 1), "wide-gap": by_lines(text, 2)}
+        assert {rule: list(split_text(path, rule)) for rule in by_rule} == by_rule
+        assert located(path) == by_lines(text, widest_gaps(text))
+        counted = how_to_split(path, True)[1]
+        assert not counted or counted == {"file": 1} | {rule: len(found) for rule, found in by_rule.items()}
 
 
 @pytest.mark.parametrize("padding", [0, 1, 5000, 1 << 20, (1 << 20) + 3])

@@ -11,7 +11,8 @@ import pytest
 from peftune.config.data_section import Source
 from peftune.data.documents import Document
 from peftune.data.sources import hub
-from peftune.data.sources.read import ReadStats, files_of, holds_chat, identity, read_documents
+from peftune.data.sources.read import ReadStats, files_of, holds_chat, identity, read_documents, settle_split
+from peftune.data.sources.text_files import by_rule, cut_lines, left_out_lines
 from peftune.errors import UserError
 
 TEXTS = ["One.", 'Two "quoted", with\na line.', "Drei äöü 🙂"]
@@ -112,7 +113,6 @@ def test_blank_documents_are_skipped_and_counted(write):
 def test_a_directory_gives_all_its_files_in_order(write, tmp_path):
     for name, content in (("b.txt", "b"), ("a/c.jsonl", '{"text": "c"}'), ("a/.hidden.txt", "no"), ("z.py", "z = 1")):
         write(f"corpus/{name}", content)
-    write("corpus/picture.png", b"\x89PNG\r\n\x1a\n\0\0\0")
     assert texts(tmp_path / "corpus") == ["c", "b", "z = 1"]
 
 
@@ -123,8 +123,167 @@ def test_a_glob_gives_the_files_it_matches(write, tmp_path):
     assert texts(tmp_path / "x" / "**" / "*.txt") == ["one", "two"]
 
 
-def test_a_file_whose_name_looks_like_a_glob_is_that_file(write):
+def test_a_file_whose_name_looks_like_a_glob_is_that_file(write, tmp_path):
     assert texts(write("a[1].txt", "it")) == ["it"]
+    write("drafts [old]/b.txt", "other")
+    assert texts(tmp_path / "drafts [old]" / "*.txt") == texts(tmp_path / "drafts [old]" / "**") == ["other"]
+
+
+ENCODED = {
+    "cp1252": "“It is… a naïve café”",
+    "Windows-1251": "Мороз и солнце",
+    "latin-1": "grün",
+    "gb18030": "床前明月光",
+    "shift_jis": "吾輩は猫",
+    "utf-16": "grün 東京",
+    "UTF-16-BE": "grün",
+    "utf-32": "grün",
+}
+
+
+@pytest.mark.parametrize("encoding", ENCODED)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv"])
+def test_an_encoding_that_is_named_is_read(encoding, name, write):
+    text = ENCODED[encoding]
+    whole = {"a.txt": text, "a.jsonl": f'{{"text": "{text}"}}', "a.json": f'[{{"text": "{text}"}}]'}
+    content = whole.get(name, f"text\n{text}\n")
+    data = content.encode({"utf-16": "utf-16-le", "utf-32": "utf-32-le"}.get(encoding, encoding))  # without a mark
+    assert texts(write(name, data), encoding=encoding) == [text]
+    assert texts(write(name, content.encode("utf-8-sig")), encoding=encoding) == [text], "a mark wins"
+
+
+def test_an_encoding_makes_another_identity_and_is_not_for_the_hub(write):
+    path = str(write("a.txt", b"caf\xe9"))
+    found = {tuple(identity(Source(path=path, encoding=name))) for name in ("cp1252", "cp437", "windows-1252")}
+    assert len(found) == 2
+    with pytest.raises(UserError, match="someone/poems: encoding belongs to files"):
+        files_of(Source(path="someone/poems", encoding="cp1252"))
+
+
+STORY = "One.\n\nTwo.\n\n\nThree.\n"
+
+
+@pytest.mark.parametrize("named", ["directory", "glob", "files"])
+def test_each_of_several_text_files_is_one_document(named, write, tmp_path):
+    for name in ("a.txt", "b.md", "d.txt"):
+        write(f"stories/{name}", STORY)
+    write("stories/c.txt", "x<|endoftext|>y")
+    write("stories/rows.jsonl", '{"text": "row"}')
+    folder = tmp_path / "stories"
+    paths = {"directory": [folder], "glob": [folder / "*"], "files": sorted(folder.iterdir())}[named]
+    sources = [Source(path=str(path)) for path in paths]
+    split_on, stats = settle_split(sources, "auto"), ReadStats()
+    found = [document.text for source in sources for document in read_documents(source, split_on, stats)]
+    assert found == [STORY.strip()] * 2 + ["x", "y", STORY.strip(), "row"]
+    counted = [by_rule(cuts) for cuts in stats.cuts]
+    told = " ".join(cut_lines(sources, counted))
+    if named == "files":  # told as one
+        assert "4 sources: " in told
+    assert (
+        "3 files, 3 documents, one for each file; data.split_on: wide-gap would make 6, blank-line would make 9" in told
+    )
+    assert "2 documents, cut at <|endoftext|>" in told
+
+
+def test_a_single_text_file_is_cut_at_gaps_and_that_is_told(write):
+    source = Source(path=str(write("a.txt", "One.\n\nTwo.\n\nThree.\n")))
+    stats = ReadStats()
+    assert len(list(read_documents(source, "auto", stats))) == 3
+    [line] = cut_lines([source], [by_rule(stats.cuts[0])], chosen=True)
+    assert line == f"{source.path}: 3 documents, cut at blank lines; data.split_on: file would make 1"
+
+
+@pytest.mark.parametrize(("text", "split_on"), [("One.\n", "auto"), (STORY, "blank-line"), ("a<|endoftext|>b", "auto")])
+def test_a_cut_without_alternative_is_not_told_unasked(text, split_on, write):
+    source, stats = Source(path=str(write("a.txt", text))), ReadStats()
+    assert list(read_documents(source, split_on, stats))
+    assert cut_lines([source], [by_rule(stats.cuts[0])], chosen=True) == []
+    assert len(cut_lines([source], [by_rule(stats.cuts[0])])) == 1
+
+
+def test_a_source_may_be_cut_in_its_own_way(write):
+    path = str(write("a.txt", "One.\n\nTwo.\n"))
+    whole, cut = Source(path=path, split_on="file"), Source(path=path)
+    assert settle_split([whole, cut], "auto") == "auto/one", "only the second is cut as auto says"
+    assert [len(list(read_documents(source, "auto/one"))) for source in (whole, cut)] == [1, 2]
+    assert identity(whole) != identity(cut)
+
+
+def test_blank_files_are_counted_and_told(write, tmp_path):
+    for name, text in (("a.txt", "a"), ("b.txt", "b"), ("c.txt", ""), ("d.txt", " \n\n\t\r\n")):
+        write(f"x/{name}", text)
+    source, stats = Source(path=str(tmp_path / "x")), ReadStats()
+    assert len(list(read_documents(source, "auto", stats))) == 2
+    [line] = cut_lines([source], [by_rule(stats.cuts[0])], chosen=True)
+    assert line == f"{source.path}: 4 files, 2 documents (2 blank, left out), one for each file"
+
+
+FOREIGN = {
+    "draft.docx": b"PK\x03\x04",
+    "notes.rtf": b"{\\rtf1 }",  # plain ASCII, and still no text
+    "photo.jpg": b"\xff\xd8\xff\xe0\0\x10JFIF",
+    "old.txt.gz": b"\x1f\x8b\x08",
+    "LICENSE": b"MIT",
+    "README": b"read me",
+}
+HIDDEN = (".DS_Store", "~$draft.docx", "a.txt~", "Thumbs.db", "desktop.ini", ".git/config", "__MACOSX/a.txt")
+
+
+@pytest.mark.parametrize("pattern", ["", "*", "**", "**/*"])
+def test_foreign_files_are_named_all_at_once_or_left_out(pattern, write, tmp_path):
+    for name, content in FOREIGN.items():
+        write(f"x/{name}", content)
+    for name in HIDDEN:
+        write(f"x/{name}", "text that nobody wrote")
+    for name in ("a.txt", "b.py", "c"):  # text by its name or by its content
+        write(f"x/{name}", name)
+    path = str(tmp_path / "x" / pattern)
+    with pytest.raises(UserError) as caught:
+        files_of(Source(path=path))
+    message = str(caught.value)
+    assert "6 of 9 files are neither text nor data: " in message and all(name in message for name in FOREIGN)
+    assert "unpack .gz; save .docx, .rtf as plain text (.txt, UTF-8); move them away" in message
+    assert "unknown_files: skip" in message and not any(name in message for name in HIDDEN)
+    source = Source(path=path, unknown_files="skip")
+    assert [found.name for found in files_of(source)] == ["a.txt", "b.py", "c"]
+    [line] = left_out_lines([source])
+    assert all(name in line for name in ["~$draft.docx", "a.txt~", "Thumbs.db", *FOREIGN])
+
+
+def test_many_foreign_files_are_counted(write, tmp_path):
+    for number in range(30):
+        write(f"x/{number:02}.jpg", b"\0")
+    with pytest.raises(UserError, match=r"30 of 30 files .*: 00\.jpg, .*09\.jpg and 20 more; move them away"):
+        files_of(Source(path=str(tmp_path / "x")))
+    with pytest.raises(UserError, match=r"no file to read there; .* \(left out: 00\.jpg, .* and 20 more\)"):
+        files_of(Source(path=str(tmp_path / "x"), unknown_files="skip"))
+
+
+def test_all_files_in_another_encoding_are_named_at_once(write, tmp_path):
+    for name, content in (
+        ("a.txt", b"caf\xe9"),
+        ("b.txt", b"fine"),
+        ("c.csv", b"text\nna\xefve"),
+        ("d.md", b"\x93a\x94"),
+    ):
+        write(f"x/{name}", content)
+    with pytest.raises(UserError) as caught:
+        texts(tmp_path / "x")
+    message = str(caught.value)
+    assert "3 files cannot be decoded: " in message and "try encoding: cp1252" in message and "b.txt" not in message
+    assert all(place in message for place in ("a.txt: not UTF-8 at byte 3", "c.csv: not UTF-8 at byte 7", "d.md: not"))
+    assert texts(tmp_path / "x", encoding="cp1252") == ["café", "fine", "naïve", "“a”"]
+
+
+@pytest.mark.parametrize(
+    "name", ["a b.txt", 'it\'s "mine".txt', "two\nlines.txt", "🙂.txt", "-n.txt", "[x].txt", "*.txt"]
+)
+def test_any_name_of_a_file_is_read_and_told_in_one_line(name, write):
+    path = write(f"x/{name}", "One.\n\nTwo.")
+    stats, source = ReadStats(), Source(path=str(path))
+    assert len(list(read_documents(source, "auto", stats))) == 2
+    [line] = cut_lines([source], [by_rule(stats.cuts[0])])
+    assert "\n" not in line and "2 documents" in line
 
 
 def test_builtin_corpora_are_sources():

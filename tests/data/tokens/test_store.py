@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
 import shutil
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from peftune.config.data_section import Source
 from peftune.data.documents import split_by_digest
 from peftune.data.sources.read import read_documents
+from peftune.data.sources.text_files import RuleCount
 from peftune.data.tokens import pipeline
 from peftune.data.tokens import store as store_module
 from peftune.data.tokens.entry import _hash_of_meta
@@ -233,10 +236,58 @@ def test_the_cache_follows_the_environment(rows, tokenizer, tmp_path, monkeypatc
     assert len(list((tmp_path / "mine" / "tokens").iterdir())) == 1
 
 
-def test_a_cache_that_cannot_be_written_is_the_users_to_mend(rows, tokenizer, write):
-    in_the_way = write("file", "not a directory")
-    with pytest.raises(UserError, match=r"cannot write the token cache: .*; set PEFTUNE_CACHE"):
-        prepare([rows], tokenizer, "t", " ", "auto", in_the_way)
+@pytest.mark.parametrize("why", ["a file is in the way", "its parent is no directory", "no home", "read-only"])
+def test_a_cache_that_cannot_be_written_is_done_without(why, rows, tokenizer, write, tmp_path, monkeypatch, capsys):
+    store_module._say_there_is_no_cache.cache_clear()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    in_the_way, cache = write("file", "not a directory"), None
+    if why == "no home":  # as in a container whose user stands in no list
+
+        def no_home() -> Path:
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.delenv("PEFTUNE_CACHE")
+        monkeypatch.setattr(Path, "home", no_home)
+    elif why == "read-only":  # root may write in any directory, so the system is asked in its place
+        cache = tmp_path / "cache"
+        monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith(str(cache)))
+    else:
+        cache = in_the_way if why.startswith("a file") else in_the_way / "below"
+    there = prepare([rows], tokenizer, "t", " ", "auto", tmp_path / "good")
+    assert equal(prepare([rows], tokenizer, "t", " ", "auto", cache), there)
+    assert equal(prepare([rows], tokenizer, "t", " ", "auto", cache), there)
+    assert capsys.readouterr().err.count("no cache can be written there, so texts are read again each time") == 1
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert in_the_way.read_text() == "not a directory"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no owner and mode in this sense")
+def test_a_cache_that_may_be_read_but_not_written_is_used(rows, tokenizer, tmp_path, monkeypatch, capsys):
+    good = prepare([rows], tokenizer, "t", " ", "auto", tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(store_module, "tokenized", None)  # it is not tokenised again
+    assert equal(prepare([rows], tokenizer, "t", " ", "auto", tmp_path), good)
+    assert capsys.readouterr().err == ""
+
+
+def test_how_files_were_cut_is_known_from_the_cache_too(write, tokenizer, tmp_path):
+    for name, text in (("a.txt", "one\n\ntwo"), ("b.txt", "a<|endoftext|>b"), ("c.txt", " ")):
+        write(f"x/{name}", text)
+    sources = [Source(path=str(tmp_path / "x")), Source(path=str(write("rows.jsonl", '{"text": "r"}')))]
+    first, again = (prepare(sources, tokenizer, "t", " ", "auto", tmp_path / "cache") for _ in range(2))
+    assert first.cuts == again.cuts
+    whole, cut = again.cuts[0]
+    assert whole == RuleCount("file", 2, 1, 1, {"file": 1, "wide-gap": 1, "blank-line": 2})
+    assert cut == RuleCount("endoftext", 1, 0, 2) and again.cuts[1] == []
+
+
+def test_several_text_files_are_a_document_each_whichever_way_they_are_named(write, tokenizer, tmp_path):
+    paths = [write(f"x/{name}.txt", f"{name}\n\nmore") for name in "ab"]
+    one = prepare([Source(path=str(tmp_path / "x"))], tokenizer, "t", " ", "auto", tmp_path / "cache")
+    two = prepare([Source(path=str(path)) for path in paths], tokenizer, "t", " ", "auto", tmp_path / "cache")
+    assert len(one) == 2 and one.fingerprint == two.fingerprint
+    assert len(prepare([Source(path=str(paths[0]))], tokenizer, "t", " ", "auto", tmp_path / "cache")) == 2
 
 
 def test_blank_documents_are_counted_even_from_the_cache(write, tokenizer, tmp_path):
