@@ -13,10 +13,16 @@ from peftune.errors import report_once_per_machine
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Win over the file.")]
 
+DryRunOption = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check everything, print the recipe as it would run and what it takes; train not."),
+]
+
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file; docs/recipe.md lists every key.")],
     overrides: Overrides = None,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Train the adapter that a recipe describes; the same command goes on after an interruption.
 
@@ -28,6 +34,11 @@ def train(
 
     with report_once_per_machine():
         checked = load_recipe(recipe, overrides)  # before torch is imported: a wrong recipe is refused at once
+    if dry_run:
+        from peftune.cli.output.dry_run import print_dry_run
+
+        print_dry_run(checked)
+        return
     from peftune.training.distributed.start import process_group
     from peftune.training.run import train
 

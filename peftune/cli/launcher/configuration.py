@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import psutil
 
@@ -15,6 +15,10 @@ from peftune.config.messages import short
 from peftune.config.shipped import shipped
 from peftune.config.yaml_loader import read_yaml
 from peftune.errors import UserError
+from peftune.files import read_object
+
+if TYPE_CHECKING:
+    from peftune.training.memory_model import Way
 
 _MOST_RANKS = 10_000
 
@@ -29,6 +33,19 @@ class LaunchOptions:
     arguments: dict[str, object]
     one_process: bool
     environment: dict[str, str]
+
+    def ranks(self) -> int:
+        """Processes on all machines together."""
+        return 1 if self.one_process else int(str(self.arguments["num_processes"]))
+
+    def way(self) -> Way:
+        """How memory is shared out among the ranks, as `training.memory_model` calls it."""
+        file = self.arguments.get("deepspeed_config_file")
+        if self.ranks() == 1 or not file:
+            return "one" if self.ranks() == 1 else "ddp"
+        zero = read_object(Path(str(file))).get("zero_optimization")
+        stages: dict[object, Way] = {1: "zero1", 2: "zero2", 3: "zero3"}
+        return stages.get(zero.get("stage") if isinstance(zero, dict) else None, "ddp")
 
     def apply(self) -> None:
         """Set the environment, and silence what libraries log of a failed rank or a lost peer: peftune says it."""
