@@ -271,9 +271,10 @@ def run(arguments: list[str]) -> int:
 
 
 _OF_THE_MACHINE = {
-    getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EMFILE", "ENFILE", "ENOMEM")
-} - {None}  # fmt: skip
-"""Errors that the machine's limits cause and no path of ours explains; any other is a bug."""
+    getattr(errno, f"E{name}", None)
+    for name in ("NOSPC", "DQUOT", "FBIG", "IO", "ROFS", "MFILE", "NFILE", "NOMEM", "ACCES", "PERM")
+} - {None}
+"""Errors that the machine's limits or permissions cause and no path of ours explains; any other is a bug."""
 _NO_MEMORY = re.compile("(?i)can(no|')t allocate memory|failed to map segment from shared object$|out of memory")
 _STOPPED = 130  # what a shell reports for Ctrl-C
 

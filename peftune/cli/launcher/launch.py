@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -24,8 +23,11 @@ def configs(directory: Annotated[Path, typer.Argument(help="Directory to write t
     if found := [str(path) for path in targets.values() if path.exists()]:
         raise UserError(f"{', '.join(found)}: already there; name another directory")
     for name, path in targets.items():
-        shutil.copytree(shipped(name), path)
-        echo(f"{path}: {', '.join(sorted(file.name for file in path.iterdir()))}")
+        path.mkdir(parents=True)
+        files = sorted(file for file in shipped(name).iterdir() if file.is_file())
+        for file in files:  # the content alone: what is installed may be read-only
+            (path / file.name).write_bytes(file.read_bytes())
+        echo(f"{path}: {', '.join(file.name for file in files)}")
 
 
 def launch(
