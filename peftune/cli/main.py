@@ -13,6 +13,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from peftune.cli import adapters, cache
+from peftune.cli.doctor import doctor
 from peftune.cli.export import export, push
 from peftune.cli.launcher.launch import configs, launch
 from peftune.cli.options import BASE_HELP, Adapters, Json, columns_of, named, save_json, source_of
@@ -205,7 +206,7 @@ def generate(
     start_repl(base, folders, use, settings, precision)
 
 
-for _verb in (serve, launch, configs, export, push):
+for _verb in (doctor, serve, launch, configs, export, push):
     app.command()(_verb)
 
 

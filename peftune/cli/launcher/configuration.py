@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import sys
@@ -73,7 +74,7 @@ def read(config: str, processes: int | None, nodes: int) -> LaunchOptions:
         raise UserError(f"{path.name} starts one process, so not {total}; {other}")
     environment = {"CUDA_VISIBLE_DEVICES": ""} if settings.get("use_cpu") else {}
     if "OMP_NUM_THREADS" not in os.environ:
-        environment["OMP_NUM_THREADS"] = str(max(1, _cores() // (1 if one_process else ranks)))
+        environment["OMP_NUM_THREADS"] = str(max(1, usable_cores() // (1 if one_process else ranks)))
     arguments = {"config_file": path, "num_processes": ranks * nodes, "num_machines": nodes}
     if file:
         arguments["deepspeed_config_file"] = _find_deepspeed_file(file, path)
@@ -116,7 +117,12 @@ def _gpus(name: str) -> int:
     return torch.cuda.device_count()
 
 
-def _cores() -> int:
+def has_engine() -> bool:
+    """Whether DeepSpeed is installed."""
+    return importlib.util.find_spec("deepspeed") is not None
+
+
+def usable_cores() -> int:
     """Cores that this process may use, hyperthreads not counted."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(usable, psutil.cpu_count(logical=False) or usable)
