@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -108,6 +109,22 @@ class Console:
             yield update
         finally:
             bar.stop()
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """While something else works and shows a bar on terminals alone, say elsewhere that it goes on."""
+        ended, began = threading.Event(), self._clock()
+
+        def tell() -> None:
+            while not ended.wait(_LINE_EVERY):
+                self.say(f"{what}: {timedelta(seconds=round(self._clock() - began))} so far")
+
+        if not self.console.is_terminal:
+            threading.Thread(target=tell, daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
 
     def _progress(self, *columns: progress.ProgressColumn) -> progress.Progress:
         if not self.console.is_terminal:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import time
+from pathlib import Path
+
 import pytest
 
 from peftune import console
 from peftune.console import Console, change
+from peftune.model.base import BUILTIN, open_base
 
 
 @pytest.mark.parametrize(
@@ -62,3 +67,22 @@ def test_a_quiet_console_says_nothing(capsys: pytest.CaptureFixture[str], monkey
         clock.now = 100.0
         progress.advance(task)
     assert capsys.readouterr().err == ""
+
+
+def test_a_download_says_that_it_goes_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(console, "_LINE_EVERY", 0.01)
+
+    def download(*_: object, **__: object) -> str:
+        deadline, said = time.monotonic() + 60, ""
+        while "so far" not in said and time.monotonic() < deadline:
+            time.sleep(0.01)
+            said += capsys.readouterr().err
+        assert said.startswith("downloading me/poems: 0:00:0")
+        return str(shutil.copytree(BUILTIN["builtin:small"], tmp_path / "copy"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert open_base("me/poems").directory == tmp_path / "copy"
