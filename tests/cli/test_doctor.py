@@ -34,9 +34,10 @@ def two_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_a_program_that_never_ends_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    sleep = "[sys.executable, '-c', 'import time; time.sleep(600)']"
     code = (
-        "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
-        "open(sys.argv[1], 'w').write(str(p.pid)); time.sleep(600)"
+        f"import subprocess, sys, time; child = subprocess.Popen({sleep}, start_new_session=True);"
+        "open(sys.argv[1], 'w').write(str(child.pid)); time.sleep(600)"
     )
     names = bounded(("-c", "import os; print(os.getcwd())"), 60.0, Path("/"))
     assert names.output == "/\n" and names.failure is None

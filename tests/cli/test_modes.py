@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from peftune import files
 from peftune.cli import main
@@ -81,6 +83,7 @@ UNREADABLE = {
     "adapter_model.safetensors": ["adapters show a", "merge a --base BASE --out new", "adapters compare a b"],
     "adapter_config.json": ["adapters show a", "adapters import a --base BASE --out new"],
     "base/model.safetensors": ["eval --base base --data x=text.jsonl", "merge a --base base --out new"],
+    "old/pytorch_model.bin": ["eval --base old --data x=text.jsonl"],
     "base/tokenizer.json": ["data text.jsonl --base base"],
     "base/config.json": ["data text.jsonl --base base"],
     "text.jsonl": ["data text.jsonl --base BASE"],
@@ -98,6 +101,10 @@ def test_a_file_that_may_not_be_read_is_said_to_be_one(
 ) -> None:
     shutil.copytree(tiny_base, "base")
     shutil.copytree(tiny_base, "other")
+    if name.startswith("old"):
+        shutil.copytree(tiny_base, "old")
+        torch.save(load_file("old/model.safetensors"), name)
+        Path("old/model.safetensors").unlink()
     monkeypatch.setenv("PEFTUNE_CACHE", "cache")
     for file in ("r.yaml", "prompts.txt"):
         Path(file).write_text("x\n")
