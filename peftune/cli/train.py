@@ -34,15 +34,17 @@ def train(
 
     with report_once_per_machine():
         checked = load_recipe(recipe, overrides)  # before torch is imported: a wrong recipe is refused at once
+    speaks = os.environ.get("RANK", "0") == "0"  # of several ranks the first
     if dry_run:
         from peftune.cli.output.dry_run import print_dry_run
 
-        print_dry_run(checked)
+        if speaks:
+            print_dry_run(checked)
         return
     from peftune.training.distributed.start import process_group
     from peftune.training.run import train
 
     with process_group():
         delivery = train(checked)
-    if os.environ.get("RANK", "0") == "0":
+    if speaks:
         echo(delivery.summary())

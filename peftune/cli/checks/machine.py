@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,8 @@ def _size(folder: Path) -> str:
     total = count = 0
     for directory, _, names in os.walk(folder):
         for name in names:
-            total, count = total + os.lstat(os.path.join(directory, name)).st_size, count + 1
+            with suppress(OSError):  # removed meanwhile
+                total, count = total + os.lstat(os.path.join(directory, name)).st_size, count + 1
         if count > _MOST_FILES:
             return f"more than {in_words(total)}"
     return in_words(total)

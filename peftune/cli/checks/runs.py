@@ -67,7 +67,8 @@ def runs_to_try(gpus: int) -> dict[str, list[str]]:
     if gpus > 1:
         tries["two GPUs (NCCL)"] = ["launch", "ddp", "r.yaml", "--processes", "2"]
     if has_engine():
-        tries["DeepSpeed (ZeRO-2)"] = ["launch", "zero2" if gpus else "cpu-2-zero2", "r.yaml"]
+        ranks = ["zero2", "r.yaml", "--processes", str(min(gpus, 2))] if gpus else ["cpu-2-zero2", "r.yaml"]
+        tries["DeepSpeed (ZeRO-2)"] = ["launch", *ranks]
     return tries
 
 
