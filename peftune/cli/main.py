@@ -133,6 +133,7 @@ def merge(
     base: Annotated[str | None, typer.Option(help=f"{BASE_HELP} Default: what the adapter names.")] = None,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="What to store.")] = "float32",
     verify: Annotated[bool, typer.Option(help="Compare with base + adapter, on the files read back.")] = True,
+    json_path: Json = None,
 ) -> None:
     """Fold an adapter into its base: an ordinary GPT-2 checkpoint, verified before it appears.
 
@@ -141,6 +142,7 @@ def merge(
     from peftune.adapters.merge.merge import merge
 
     report = merge(adapter, out, base=base, dtype=dtype, verify=verify)
+    save_json(json_path, vars(report))
     applied = f"{report.modules_applied} of {report.modules_in_adapter} modules"
     echo(f"{out}: {applied} folded into {report.base}, stored as {report.dtype}")
     if report.max_abs_logit_difference is None:
@@ -229,6 +231,7 @@ for _group in (app, adapters.app, cache.app):
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the program and leave with its exit code; an error that a person can mend is one line on stderr."""
     quiet()
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else each attempt to reach the hub is three lines
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     end_with(run(sys.argv[1:] if arguments is None else arguments))

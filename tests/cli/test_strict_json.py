@@ -22,6 +22,7 @@ VERBS = {
     "compare zeros": "adapters compare zero zero",
     "combine": "adapters combine a b --weights 0.5,0.5 --out new --base BASE",
     "combine zero": "adapters combine zero zero --weights 1,1 --out new --base BASE",
+    "merge": "merge a --base BASE --out new",
     "extract": "adapters extract --base BASE --tuned tuned --rank 2 --out new",
 }
 
