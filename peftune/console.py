@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal
 
 from rich import progress
 from rich.console import Console as RichConsole
@@ -14,7 +17,13 @@ from rich.text import Text
 
 from peftune.errors import printable
 
+Verbosity = Literal["quiet", "normal", "verbose"]
+verbosity: Verbosity = "normal"
+"""How much is said; decided once, by the command line, before any `Console` is made."""
+
 _PROGRESS_DELAY = 2.0  # seconds; shorter work shows no bar
+_LINE_EVERY = 30.0  # seconds between lines where there is no terminal
+_LOOKS_BACK = 600.0  # seconds over which the time left is estimated
 
 
 class SafeConsole(RichConsole):
@@ -26,12 +35,41 @@ class SafeConsole(RichConsole):
             yield Segment(text if control else printable(text), style, control)
 
 
-class Console:
-    """Messages and progress on stderr; bars only on a terminal; silent on every rank but the first."""
+class _LineProgress(progress.Progress):
+    """Where there is no terminal, a line every half minute instead of a bar; it comes when a task advances."""
 
-    def __init__(self, speaks: bool = True) -> None:
-        self.console = SafeConsole(stderr=True, quiet=not speaks, highlight=False)
-        self.progress = self._bar(
+    def __init__(self, console: RichConsole, say: Callable[[str], None], clock: Callable[[], float]) -> None:
+        super().__init__(console=console, disable=True, get_time=clock, speed_estimate_period=_LOOKS_BACK)
+        self._say, self._said = say, clock()
+
+    def update(self, task_id: progress.TaskID, **changes: Any) -> None:
+        super().update(task_id, **changes)
+        self._report(task_id)
+
+    def advance(self, task_id: progress.TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._report(task_id)
+
+    def _report(self, task_id: progress.TaskID) -> None:
+        now, task = self.get_time(), next(task for task in self.tasks if task.id == task_id)
+        if now - self._said < _LINE_EVERY or task.finished:
+            return
+        self._said = now
+        unit = task.fields.get("unit", 1)
+        total = "" if task.total is None else f" of {task.total / unit:,.0f}"
+        done = f"{task.description} {task.completed / unit:,.0f}{total}{task.fields.get('suffix', '')}"
+        seconds = task.time_remaining
+        left = "" if seconds is None else f"{timedelta(seconds=round(seconds))} left"
+        self._say(", ".join(filter(None, (done, *str(task.fields.get("note", "")).split("  "), left))))
+
+
+class Console:
+    """Messages and progress on stderr, bars on a terminal and lines elsewhere; silent on every rank but the first."""
+
+    def __init__(self, speaks: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console = SafeConsole(stderr=True, quiet=not speaks or verbosity == "quiet", highlight=False)
+        self._clock = clock
+        self.progress = self._progress(
             progress.SpinnerColumn(),
             progress.TextColumn("{task.description}"),
             progress.BarColumn(bar_width=None),
@@ -58,23 +96,40 @@ class Console:
         if total is not None:
             columns = [progress.BarColumn(24), progress.DownloadColumn(), progress.TransferSpeedColumn()]
             columns.append(progress.TimeRemainingColumn())
-        bar = self._bar(progress.TextColumn("{task.description}"), *columns)
-        task = bar.add_task(description, total=total)
-        began = time.monotonic()
+        bar = self._progress(progress.TextColumn("{task.description}: {task.fields[note]}"), *columns)
+        task = bar.add_task(description, total=total, note="", unit=1e6, suffix=" MB")
+        began = self._clock()
 
         def update(bytes_read: int, counts: str) -> None:
-            if time.monotonic() - began > _PROGRESS_DELAY:
+            if self._clock() - began > _PROGRESS_DELAY:
                 bar.start()
-            bar.update(task, completed=bytes_read, description=f"{description}: {counts}")
+            bar.update(task, completed=bytes_read, note=counts)
 
         try:
             yield update
         finally:
             bar.stop()
 
-    def _bar(self, *columns: progress.ProgressColumn) -> progress.Progress:
-        silent = self.console.quiet or not self.console.is_terminal
-        return progress.Progress(*columns, console=self.console, disable=silent, transient=True)
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """While something else works and shows a bar on terminals alone, say elsewhere that it goes on."""
+        ended, began = threading.Event(), self._clock()
+
+        def tell() -> None:
+            while not ended.wait(_LINE_EVERY):
+                self.say(f"{what}: {timedelta(seconds=round(self._clock() - began))} so far")
+
+        if not self.console.is_terminal:
+            threading.Thread(target=tell, daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+
+    def _progress(self, *columns: progress.ProgressColumn) -> progress.Progress:
+        if not self.console.is_terminal:
+            return _LineProgress(self.console, self.say, self._clock)
+        return progress.Progress(*columns, console=self.console, disable=self.console.quiet, transient=True)
 
 
 def change(value: float, base: float) -> str:

@@ -179,15 +179,20 @@ def json_text(value: Any) -> str:
     return (json.dumps(value, indent=2, allow_nan=False) if _HALF.search(text) else text) + "\n"
 
 
+def json_document(value: Any, name: str) -> str:
+    """`json_text`; CheckFailed, in which the place for it is called `name`, where a number is not finite."""
+    try:
+        return json_text(value)
+    except ValueError:
+        raise CheckFailed(f"{name}: not written: a result is not a finite number") from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON, whole or not at all; into a pipe (`/dev/stdout`) as it is.
 
     CheckFailed where it holds a number that is not finite, UserError where it cannot be written.
     """
-    try:
-        text = json_text(value).encode()
-    except ValueError:
-        raise CheckFailed(f"{path}: not written: a result is not a finite number") from None
+    text = json_document(value, str(path)).encode()
     try:
         if path.exists() and not path.is_file():
             path.write_bytes(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,8 +17,7 @@ from rich.table import Table
 
 from peftune.cache import cache_directory
 from peftune.cli.options import Json, save_json
-from peftune.cli.output.text_output import echo
-from peftune.console import SafeConsole
+from peftune.cli.output.text_output import echo, results
 from peftune.errors import UserError
 from peftune.files import beside, parse_json, remove, writer_of
 
@@ -55,13 +55,12 @@ def list_cache(json_path: Json = None) -> None:
     save_json(json_path, {"cache": str(root), "items": [asdict(item) for item in items]})
     table = Table("kind", "name", "size", "age", "in use by", "holds", box=None, pad_edge=False)
     for item in items:
-        name = item.name if len(item.name) <= 24 else f"{item.name[:23]}…"
+        name = item.name if len(item.name) <= 24 or not sys.stdout.isatty() else f"{item.name[:23]}…"
         pids = ", ".join(map(str, item.pids))
-        table.add_row(item.kind, name, _size(item.bytes), _duration(item.age), pids, item.holds)
-    console = SafeConsole()
-    console.print(f"{root}: {_size(sum(item.bytes for item in items))}", markup=False, highlight=False, soft_wrap=True)
+        table.add_row(item.kind, name, in_words(item.bytes), _duration(item.age), pids, item.holds)
+    echo(f"{root}: {in_words(sum(item.bytes for item in items))}")
     if items:
-        console.print(table, highlight=False)
+        results().print(table)
 
 
 @app.command()
@@ -84,11 +83,11 @@ def clear(
             kept.append(item)
         else:
             removed.append(item)
-            echo(f"{'would remove' if dry_run else 'removed'} {item.name} ({item.kind}, {_size(item.bytes)})")
+            echo(f"{'would remove' if dry_run else 'removed'} {item.name} ({item.kind}, {in_words(item.bytes)})")
     used = sum(bool(item.pids) for item in kept)
     save_json(json_path, {"removed": [asdict(item) for item in removed], "kept": [asdict(item) for item in kept]})
     echo(
-        f"{root}: {_size(sum(item.bytes for item in removed))} {'would be ' if dry_run else ''}freed, "
+        f"{root}: {in_words(sum(item.bytes for item in removed))} {'would be ' if dry_run else ''}freed, "
         f"{len(kept)} kept, of which {used} in use"
     )
 
@@ -184,5 +183,6 @@ def _duration(seconds: float) -> str:
     return f"{seconds / _UNITS[unit]:.0f} {unit}"
 
 
-def _size(count: int) -> str:
+def in_words(count: int) -> str:
+    """A number of bytes for people."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count:,} bytes"

@@ -13,15 +13,18 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from peftune.cli import adapters, cache
+from peftune.cli.doctor import doctor
 from peftune.cli.export import export, push
 from peftune.cli.generation import generate
 from peftune.cli.launcher.launch import configs, launch
 from peftune.cli.options import BASE_HELP, Adapters, Json, columns_of, named, save_json, source_of
 from peftune.cli.output.text_output import echo
+from peftune.cli.output.verbosity import one_call, with_verbosity
 from peftune.cli.plan import plan
 from peftune.cli.serve import serve
 from peftune.cli.stop import end_with
-from peftune.errors import PeftuneError, ReportedElsewhere, UserError, record_for_launcher, report_once_per_machine
+from peftune.cli.train import train
+from peftune.errors import PeftuneError, ReportedElsewhere, UserError, record_for_launcher
 from peftune.model.quantized import quiet
 from peftune.version import __version__
 
@@ -29,7 +32,7 @@ app = typer.Typer(
     name="peftune",
     help="Fine-tune GPT-2 with LoRA adapters, and trust the numbers that are printed.",
     epilog="Begin with: peftune quickstart (three minutes on two CPU cores, nothing downloaded).",
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -87,26 +90,7 @@ def data(
     )
 
 
-@app.command()
-def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML file; docs/recipe.md lists every key.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Win over the file.")] = None,
-) -> None:
-    """Train the adapter that a recipe describes; the same command goes on after an interruption.
-
-    Example:  peftune train launch/recipes/poems.yaml optim.lr=1e-4 run.out=adapters/slow
-
-    This is one process on at most one GPU. `peftune launch` starts several.
-    """
-    from peftune.config.recipe import load_recipe
-
-    with report_once_per_machine():
-        checked = load_recipe(recipe, overrides)  # before torch is imported: a wrong recipe is refused at once
-    from peftune.training.distributed.start import process_group
-    from peftune.training.run import train
-
-    with process_group():
-        train(checked)
+app.command()(train)
 
 
 @app.command("eval")
@@ -133,7 +117,7 @@ def evaluate(
     Example:  peftune eval --base gpt2 --adapter poems=adapters/poems --data poems=held.txt --data code=code.jsonl
     """
     folders, columns, paths = named("--adapter", adapters), columns_of(column), named("--data", data)
-    from peftune.cli.output.evaluate import matrix_table, print_routing, print_tables
+    from peftune.cli.output.evaluate import print_matrix, print_routing
     from peftune.inference.perplexity import evaluate
     from peftune.inference.routing.accuracy import measure_routing
 
@@ -143,7 +127,8 @@ def evaluate(
         print_routing(found, [*folders, "base"])
     else:
         found = evaluate(base, domains, folders, batch, precision, block_size)
-        print_tables(*(matrix_table(found["rows"], key) for key in ("perplexity", "bits_per_byte")))
+        for key in ("perplexity", "bits_per_byte"):
+            print_matrix(found["rows"], key)
     save_json(json_path, found)
 
 
@@ -154,6 +139,7 @@ def merge(
     base: Annotated[str | None, typer.Option(help=f"{BASE_HELP} Default: what the adapter names.")] = None,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="What to store.")] = "float32",
     verify: Annotated[bool, typer.Option(help="Compare with base + adapter, on the files read back.")] = True,
+    json_path: Json = None,
 ) -> None:
     """Fold an adapter into its base: an ordinary GPT-2 checkpoint, verified before it appears.
 
@@ -162,6 +148,7 @@ def merge(
     from peftune.adapters.merge.merge import merge
 
     report = merge(adapter, out, base=base, dtype=dtype, verify=verify)
+    save_json(json_path, vars(report))
     applied = f"{report.modules_applied} of {report.modules_in_adapter} modules"
     echo(f"{out}: {applied} folded into {report.base}, stored as {report.dtype}")
     if report.max_abs_logit_difference is None:
@@ -183,7 +170,7 @@ def merge(
         )
 
 
-for _verb in (generate, serve, launch, plan, configs, export, push):
+for _verb in (generate, serve, launch, plan, doctor, configs, export, push):
     app.command()(_verb)
 
 
@@ -197,9 +184,16 @@ def _root(
         echo(context.get_help())
 
 
+for _group in (app, adapters.app, cache.app):
+    for _command in (*_group.registered_commands, _group.registered_callback):
+        if _command is not None and _command.callback is not None:
+            _command.callback = with_verbosity(_command.callback)
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the program and leave with its exit code; an error that a person can mend is one line on stderr."""
     quiet()
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else each attempt to reach the hub is three lines
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     end_with(run(sys.argv[1:] if arguments is None else arguments))
@@ -208,8 +202,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def run(arguments: list[str]) -> int:
     """The exit code of one call (errors.py lists them); anything not raised on purpose is a bug and passes through."""
     try:
-        code = int(app(arguments, prog_name="peftune", standalone_mode=False) or 0)
-        sys.stdout.flush()  # here, where what fails is told in one line
+        with one_call():
+            code = int(app(arguments, prog_name="peftune", standalone_mode=False) or 0)
+            sys.stdout.flush()  # here, where what fails is told in one line
     except ReportedElsewhere as error:
         record_for_launcher(f"peftune: {error.reason}")
         return error.exit_code
@@ -242,9 +237,10 @@ def run(arguments: list[str]) -> int:
 
 
 _OF_THE_MACHINE = {
-    getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EMFILE", "ENFILE", "ENOMEM")
-} - {None}  # fmt: skip
-"""Errors that the machine's limits cause and no path of ours explains; any other is a bug."""
+    getattr(errno, f"E{name}", None)
+    for name in ("NOSPC", "DQUOT", "FBIG", "IO", "ROFS", "MFILE", "NFILE", "NOMEM", "ACCES", "PERM")
+} - {None}
+"""Errors that the machine's limits or permissions cause and no path of ours explains; any other is a bug."""
 _NO_MEMORY = re.compile("(?i)can(no|')t allocate memory|failed to map segment from shared object$|out of memory")
 _STOPPED = 130  # what a shell reports for Ctrl-C
 

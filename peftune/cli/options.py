@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from peftune.errors import UserError
-from peftune.files import check_writable, write_json
+from peftune.files import check_writable, json_document, write_json
 
 if TYPE_CHECKING:
     from peftune.config.data_section import Source
@@ -17,13 +21,14 @@ BASE_HELP = "Hub name, directory, or builtin:small."
 _ADAPTER_HELP = "Adapter directory, with the name to show; a bare DIR is named after its last part. May be repeated."
 _EXAMPLES = {"--adapter": "poems=adapters/poems", "--data": "poems=held.txt", "--column": "prompt=question"}
 
-_JSON_HELP = "Also write the figures to this file."
+_JSON_HELP = "Also write the figures to this file; - writes them to stdout, and nothing else."
+_STDOUT = Path("-")
 
 Adapters = Annotated[list[str] | None, typer.Option("--adapter", metavar="NAME=DIR", help=_ADAPTER_HELP)]
 
 
 def _writable(path: Path | None) -> Path | None:
-    if path is not None:
+    if path not in (None, _STDOUT):
         check_writable(path)
     return path
 
@@ -31,9 +36,32 @@ def _writable(path: Path | None) -> Path | None:
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help=_JSON_HELP, callback=_writable)]
 
 
+class _OnlyJson(io.StringIO):
+    """In the place of `stdout` while that is for JSON alone: takes and drops whatever else is printed."""
+
+    def __init__(self, stdout: TextIO) -> None:
+        super().__init__()
+        self.stdout = stdout
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+@contextmanager
+def only_json(path: Path | None) -> Iterator[None]:
+    """Where `--json` is `-`, a block in which nothing but that JSON reaches stdout."""
+    if path != _STDOUT:
+        yield
+        return
+    with _OnlyJson(sys.stdout) as stand_in, redirect_stdout(stand_in):
+        yield
+
+
 def save_json(path: Path | None, value: Any) -> None:
-    """Write a result to the file of `--json`, if it was given."""
-    if path is not None:
+    """Write a result to where `--json` says, if anywhere; CheckFailed where it holds a number that is not finite."""
+    if isinstance(sys.stdout, _OnlyJson):
+        sys.stdout.stdout.write(json_document(value, "stdout"))
+    elif path is not None:
         write_json(path, value)
 
 

@@ -103,7 +103,7 @@ def command(option: Option, recipe: Recipe, path: Path, overrides: list[str], de
 def _show(found: Plan) -> None:
     from rich.table import Column, Table
 
-    from peftune.cli.output.evaluate import print_tables
+    from peftune.cli.output.text_output import print_table
 
     names = ("way", "base in", "recomputed", "blocks a forward", "held", "peak", "fits", "sent a step")
     right = names[3:]
@@ -118,7 +118,7 @@ def _show(found: Plan) -> None:
         cells += [str(option.micro_size), _gb(option.held), _gb(option.peak), "yes" if option.fits else "no"]
         cells.append(_gb(option.wire) if found.machine.count > 1 else "")
         table.add_row(*cells, style="bold green" if option is found.recommended else "")
-    print_tables(table)
+    print_table("", table)
     for reason in reasons:
         echo(f"refused: {reason}")
 

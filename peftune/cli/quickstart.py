@@ -14,7 +14,8 @@ import numpy as np
 from rich.text import Text
 
 from peftune.adapters.merge.merge import merge
-from peftune.cli.output.evaluate import matrix_table, print_tables
+from peftune.cli.output.evaluate import print_matrix
+from peftune.cli.output.text_output import results
 from peftune.config.recipe import Recipe, recipe_from
 from peftune.console import Console, SafeConsole
 from peftune.data.batches import Blocks
@@ -42,7 +43,7 @@ def quickstart(out: Path, files: list[Path]) -> None:
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / ".quickstart").is_file())):
         raise UserError(f"--out {out}: exists and was not made by quickstart; choose another directory")
     seconds: dict[str, float] = {}
-    display, console = Console(), SafeConsole(highlight=False)
+    display, console = Console(), results()
     base, merged = open_base(BASE), out / "merged-docs"
 
     @contextmanager
@@ -61,13 +62,13 @@ def quickstart(out: Path, files: list[Path]) -> None:
     for name, recipe in recipes.items():
         with stage(f"train {name}", f"an adapter for {name}"):
             try:
-                train(recipe)
+                display.say(train(recipe).summary())
             except Interrupted as error:
                 raise Interrupted(f"stopped while training adapter {name}; quickstart begins anew next time") from error
     adapters = {name: Path(recipe.run.out) for name, recipe in recipes.items()}
     with stage("eval", "base and adapters on documents that none of them saw"):
         facts = evaluate(base, domains, adapters)
-        print_tables(matrix_table(facts["rows"]))
+        print_matrix(facts["rows"])
     with stage("merge", f"adapter docs into an ordinary checkpoint, {merged}"):
         report = merge(adapters["docs"], merged, BASE)
         console.print(
@@ -176,5 +177,4 @@ Next:
       then open http://127.0.0.1:8000: the adapters side by side       (docs/serve.md tells more)
   peftune train launch/recipes/poems.yaml data.train=your.txt        (docs/guide.md tells more)""",
         soft_wrap=True,
-        markup=False,
     )

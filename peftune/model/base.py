@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftune.console import Console
 from peftune.errors import UserError, first_line
 from peftune.files import read_object_if_present, sha256_of
 from peftune.model import architecture, tokenizer, weights
@@ -179,7 +180,8 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     try:
-        directory = Path(snapshot_download(name, allow_patterns=[*_WANTED, *_weights_on_hub(name)]))
+        with Console().waiting(f"downloading {name}"):
+            directory = Path(snapshot_download(name, allow_patterns=[*_WANTED, *_weights_on_hub(name)]))
     except errors.HFValidationError:
         raise UserError(f"base {name!r}: neither a directory nor a valid hub name") from None
     except errors.RepositoryNotFoundError:

@@ -30,6 +30,8 @@ def unpickle(file: Path) -> Any:
                 if "mmap can only be used" not in str(error):
                     raise
                 return torch.load(file, map_location="cpu", weights_only=True)  # written before torch 1.6
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # whatever torch's reader makes of bytes that somebody else chose
         cause = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"{file}: not a whole weights-only file ({cause}); copy or download it again") from None

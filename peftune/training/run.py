@@ -98,7 +98,6 @@ def train(recipe: Recipe) -> Delivery:
                 run.metrics.close()
             if run.metrics.lost:
                 console.say(run.metrics.lost)
-            console.say(delivery.summary())
             return delivery
 
 
@@ -189,7 +188,7 @@ def _facts(run: Run) -> dict[str, Any]:
 def _loop(run: Run, stop: StopRequest) -> None:
     inputs, state, save_every, total = run.inputs, run.state, run.inputs.recipe.run.save_every, run.inputs.total_steps
     progress = run.console.progress
-    task = progress.add_task("training", total=total, completed=state.step, note="")
+    task = progress.add_task("step", total=total, completed=state.step, note="")
     began, saved_step = time.monotonic() - state.seconds, state.step if state.records_bytes else -1
     first_step = state.step + 1
     try:
@@ -216,7 +215,9 @@ def _loop(run: Run, stop: StopRequest) -> None:
             )  # fmt: skip
             if state.step == first_step:
                 _log_memory(run)
-            progress.update(task, completed=state.step, note=f"loss {done.loss:.3f}  {rate:,.0f} tok/s")
+            progress.update(
+                task, completed=state.step, note=f"loss {done.loss:.3f}  lr {done.lr:.1e}  {rate:,.0f} tok/s"
+            )
     except StopNow:
         state.seconds = time.monotonic() - began
         if saved_step != state.step:

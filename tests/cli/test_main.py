@@ -17,7 +17,7 @@ import peftune
 from peftune.cli import main
 from peftune.errors import CheckFailed, Interrupted, PeftuneError
 
-VERBS = ["quickstart", "data", "train", "eval", "merge", "generate", "serve"]
+VERBS = ["quickstart", "data", "train", "eval", "merge", "generate", "serve", "doctor"]
 Captured = pytest.CaptureFixture[str]
 
 

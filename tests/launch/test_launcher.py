@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from peftune.cli import main
 from peftune.cli.launcher import configuration, ranks, stop_signals
 from peftune.cli.launcher.launch import configs
 from peftune.config.shipped import FOLDERS, shipped
@@ -142,3 +143,19 @@ def test_the_wheel_holds_what_users_start(tmp_path: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
     wanted = {f"peftune/configs/{folder}/{path.name}" for folder in FOLDERS for path in shipped(folder).iterdir()}
     assert wanted <= inside
+
+
+@pytest.mark.parametrize("option", ["--quiet", "--verbose"])
+def test_ranks_say_as_much_as_their_launcher(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+
+    def become(target: list[str]) -> None:
+        started.append(target)
+        raise UserError("enough")
+
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        monkeypatch.setenv(name, "warning")
+    monkeypatch.setattr(configuration.LaunchOptions, "apply", lambda _: None)
+    monkeypatch.setattr(configuration, "become_the_rank", become)
+    assert main.run(["launch", "cpu", "r.yaml", option, "optim.lr=1"]) == 2
+    assert started == [["-m", "peftune", "train", option, "r.yaml", "optim.lr=1"]]

@@ -81,11 +81,9 @@ def test_plain_peft_loads_the_adapter_and_computes_what_was_evaluated(recipe: Ma
     np.testing.assert_allclose(nats / blocks.tokens(), wanted["loss"], rtol=1e-6)
 
 
-def test_the_last_line_says_where_the_adapter_is_and_what_it_gained(
-    recipe: Make, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_summary_says_where_the_adapter_is_and_what_it_gained(recipe: Make) -> None:
     delivery = train(recipe("data.validation=0.2"))
-    last = capsys.readouterr().err.strip().splitlines()[-1]
+    last = delivery.summary()
     after = delivery.metrics["validation"]["adapter"]["perplexity"]
     assert last.startswith(f"{delivery.out}: adapter of step 3") and last.endswith(f"→ {after:,.2f}")
 

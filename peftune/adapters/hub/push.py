@@ -8,6 +8,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token, is_offline_mod
 from huggingface_hub.errors import HfHubHTTPError
 
 from peftune.adapters.hub.publishable import Publishable
+from peftune.console import Console
 from peftune.errors import UserError
 
 _FAILURES: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__)
@@ -32,7 +33,8 @@ def push(content: Publishable, repository: str, public: bool = False, api: Any =
         hub.create_repo(repository, private=not public, repo_type="model", exist_ok=True)
         if not public and not hub.repo_info(repository, repo_type="model").private:
             raise UserError(f"repository {repository}: is public already, and nothing was sent; say that it may be")
-        made = hub.create_commit(repository, operations, commit_message=f"Add {content.directory.resolve().name}")
+        with Console().waiting(f"sending to {repository}"):
+            made = hub.create_commit(repository, operations, commit_message=f"Add {content.directory.resolve().name}")
     except _FAILURES as error:
         cause = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"repository {repository}: the hub could not be reached, or refused: {cause}") from None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import psutil
 
@@ -15,6 +16,10 @@ from peftune.config.messages import short
 from peftune.config.shipped import shipped
 from peftune.config.yaml_loader import read_yaml
 from peftune.errors import UserError
+from peftune.files import read_object
+
+if TYPE_CHECKING:
+    from peftune.training.memory_model import Way
 
 _MOST_RANKS = 10_000
 
@@ -29,6 +34,19 @@ class LaunchOptions:
     arguments: dict[str, object]
     one_process: bool
     environment: dict[str, str]
+
+    def ranks(self) -> int:
+        """Processes on all machines together."""
+        return 1 if self.one_process else int(str(self.arguments["num_processes"]))
+
+    def way(self) -> Way:
+        """How memory is shared out among the ranks, as `training.memory_model` calls it."""
+        file = self.arguments.get("deepspeed_config_file")
+        if self.ranks() == 1 or not file:
+            return "one" if self.ranks() == 1 else "ddp"
+        zero = read_object(Path(str(file))).get("zero_optimization")
+        stages: dict[object, Way] = {1: "zero1", 2: "zero2", 3: "zero3"}
+        return stages.get(zero.get("stage") if isinstance(zero, dict) else None, "ddp")
 
     def apply(self) -> None:
         """Set the environment, and silence what libraries log of a failed rank or a lost peer: peftune says it."""
@@ -56,7 +74,7 @@ def read(config: str, processes: int | None, nodes: int) -> LaunchOptions:
         raise UserError(f"{path.name} starts one process, so not {total}; {other}")
     environment = {"CUDA_VISIBLE_DEVICES": ""} if settings.get("use_cpu") else {}
     if "OMP_NUM_THREADS" not in os.environ:
-        environment["OMP_NUM_THREADS"] = str(max(1, _cores() // (1 if one_process else ranks)))
+        environment["OMP_NUM_THREADS"] = str(max(1, usable_cores() // (1 if one_process else ranks)))
     arguments = {"config_file": path, "num_processes": ranks * nodes, "num_machines": nodes}
     if file:
         arguments["deepspeed_config_file"] = _find_deepspeed_file(file, path)
@@ -99,7 +117,12 @@ def _gpus(name: str) -> int:
     return torch.cuda.device_count()
 
 
-def _cores() -> int:
+def has_engine() -> bool:
+    """Whether DeepSpeed is installed."""
+    return importlib.util.find_spec("deepspeed") is not None
+
+
+def usable_cores() -> int:
     """Cores that this process may use, hyperthreads not counted."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(usable, psutil.cpu_count(logical=False) or usable)

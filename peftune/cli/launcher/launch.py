@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from peftune.cli.output.text_output import echo
+from peftune.cli.output.verbosity import arguments_of_verbosity
+from peftune.cli.train import DryRunOption, Overrides
 from peftune.config.shipped import FOLDERS, shipped
 from peftune.errors import UserError
 
@@ -22,14 +23,18 @@ def configs(directory: Annotated[Path, typer.Argument(help="Directory to write t
     if found := [str(path) for path in targets.values() if path.exists()]:
         raise UserError(f"{', '.join(found)}: already there; name another directory")
     for name, path in targets.items():
-        shutil.copytree(shipped(name), path)
-        echo(f"{path}: {', '.join(sorted(file.name for file in path.iterdir()))}")
+        path.mkdir(parents=True)
+        files = sorted(file for file in shipped(name).iterdir() if file.is_file())
+        for file in files:  # the content alone: what is installed may be read-only
+            (path / file.name).write_bytes(file.read_bytes())
+        echo(f"{path}: {', '.join(file.name for file in files)}")
 
 
 def launch(
     config: Annotated[str, typer.Argument(help="A name, such as ddp or zero2, or your own Accelerate YAML file.")],
     recipe: Annotated[str, typer.Argument(help="YAML file; docs/recipe.md lists every key.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Win over the recipe.")] = None,
+    overrides: Overrides = None,
+    dry_run: DryRunOption = False,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Ranks on each machine. Default: what CONFIG says, or one for each GPU.")
     ] = None,
@@ -63,8 +68,16 @@ def launch(
     if nodes > 1 and (not master_addr or node_rank >= nodes):
         raise UserError(f"{nodes} machines need --master-addr, and a --node-rank from 0 to {nodes - 1} on each")
     options = configuration.read(config, processes, nodes)
+    if dry_run:
+        from peftune.cli.output.dry_run import print_dry_run
+        from peftune.config.recipe import load_recipe
+
+        on_cpu = "CUDA_VISIBLE_DEVICES" in options.environment
+        print_dry_run(load_recipe(recipe, overrides), options.way(), options.ranks(), on_cpu)
+        return 0
     options.apply()
-    target = [*([str(program)] if program else ["-m", "peftune", "train"]), recipe, *(overrides or [])]
+    train = ["-m", "peftune", "train", *arguments_of_verbosity()]
+    target = [*([str(program)] if program else train), recipe, *(overrides or [])]
     if options.one_process:
         configuration.become_the_rank(target)
     from peftune.cli.launcher.ranks import Rendezvous, run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,12 +16,11 @@ from peftune.adapters.inspect.describe import AdapterDescription, ModuleDescript
 from peftune.adapters.inspect.scan import ScanEntry, ScanResult
 from peftune.adapters.layout import block_of, suffix_in_block
 from peftune.adapters.provenance import recorded, recorded_dict, recorded_hashes
-from peftune.console import SafeConsole
+from peftune.cli.output.text_output import print_table, results
 from peftune.model.lora import ALL, ATTENTION
 
 _BAR = 24
 _EFFORT = {"step": "steps", "tokens": "tokens", "seconds": "s"}
-_PIPE = 200  # columns where there is no terminal to ask
 Columns = Mapping[str, tuple[str, Callable[[Any], str]]]
 """Heading of a column: the key of its figure, and how that is written."""
 
@@ -30,28 +28,23 @@ Columns = Mapping[str, tuple[str, Callable[[Any], str]]]
 def lines(*texts: str) -> None:
     """Print lines, which a terminal may wrap; nothing that a user named is taken for markup."""
     for text in texts:
-        _console().print(" ".join(text.split("\n")), soft_wrap=True)
+        results().print(" ".join(text.split("\n")), soft_wrap=True)
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], left: int = 1) -> None:
     """Print a table whose first `left` columns are words and whose others are figures."""
-    _console().print(Text(title, style="bold"), soft_wrap=True)  # a table's own title wraps at its width
     made = Table(header_style="bold", pad_edge=False)
     for number, name in enumerate(columns):
         made.add_column(name, justify="left" if number < left or not name else "right", overflow="fold")
     for row in rows:
         made.add_row(*(Text(" ".join(cell.split("\n"))) for cell in row))
-    _console().print(made)
+    print_table(title, made)
 
 
 def figures(title: str, first: str, columns: Columns, rows: Mapping[str, Mapping[str, Any]]) -> None:
     """Print a table of figures by module, or by what `first` says."""
     cells = ([short(name), *(text(row.get(key)) for key, text in columns.values())] for name, row in rows.items())
     table(title, (first, *columns), cells)
-
-
-def _console() -> SafeConsole:
-    return SafeConsole(highlight=False, markup=False, width=None if sys.stdout.isatty() else _PIPE)
 
 
 def print_scan(found: ScanResult) -> None:

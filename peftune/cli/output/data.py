@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
 from peftune.cli.options import save_json
+from peftune.cli.output.text_output import results
 from peftune.console import SafeConsole
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from peftune.model.base import Base
 
 _BAR_WIDTH = 40  # characters
+_RULE = 80  # columns of a line between documents
 _TEXT_LIMIT = 700  # characters shown of one part of the preview
 _FILE_LIMIT = 20  # text files shown one by one
 _SPAN_LIMIT = 6  # documents shown of the preview
@@ -36,7 +39,7 @@ def run(
     tokenizer, fingerprint = base.tokenizer, base.tokenizer_fingerprint
     summary = summarize(sources, tokenizer, fingerprint, block_size, split_on=split_on, special_tokens=special_tokens)
     save_json(json_path, summary)
-    render(summary, SafeConsole())
+    render(summary, results())
 
 
 def render(summary: dict[str, Any], console: SafeConsole) -> None:
@@ -48,8 +51,8 @@ def render(summary: dict[str, Any], console: SafeConsole) -> None:
     _render_histogram(summary, console)
     for finding in summary["findings"]:
         problem = "! {what}: {documents:,} documents, first {first}".format(**finding)
-        console.print(problem, style="yellow", markup=False, highlight=False)
-        console.print(f"  {finding['advice']}", markup=False, highlight=False)
+        console.print(problem, style="yellow", soft_wrap=True)
+        console.print(f"  {finding['advice']}", soft_wrap=True)
     _render_preview(summary["preview"], console)
 
 
@@ -80,7 +83,7 @@ def _render_numbers(summary: dict[str, Any], console: SafeConsole) -> None:
         ("longer than a block", f"{summary['longer_than_block']:,}"),
     ):
         table.add_row(name, value)
-    console.print(table, highlight=False)
+    console.print(table)
 
 
 def _render_histogram(summary: dict[str, Any], console: SafeConsole) -> None:
@@ -88,7 +91,7 @@ def _render_histogram(summary: dict[str, Any], console: SafeConsole) -> None:
     console.print("\ndocuments by length in tokens")
     for bin in summary["histogram"]:
         bar = "█" * -(-bin["documents"] * _BAR_WIDTH // most)
-        console.print(f"{bin['from']:>9,} … {bin['below'] - 1:<9,} {bar} {bin['documents']:,}", highlight=False)
+        console.print(f"{bin['from']:>9,} … {bin['below'] - 1:<9,} {bar} {bin['documents']:,}")
     console.print()
 
 
@@ -97,14 +100,18 @@ def _render_preview(preview: dict[str, Any], console: SafeConsole) -> None:
     console.print(f"block {preview['block']}: scored text {'is green' if coloured else 'stands between ⟦ and ⟧'}")
     for span in preview["spans"][:_SPAN_LIMIT]:
         begins = "" if span["first_token"] == 0 else f", continued from token {span['first_token']:,}"
-        console.rule(f"document {span['document']:,}{begins}, {span['tokens']:,} tokens", align="left")
+        _rule(f"document {span['document']:,}{begins}, {span['tokens']:,} tokens", console)
         text = Text()
         for part in span["pieces"]:
             scored, words = part["supervised"], _legible(part["text"])
             text.append(f"⟦{words}⟧" if scored and not coloured else words, style="green" if scored else "dim")
         console.print(text, soft_wrap=True)
     if len(preview["spans"]) > _SPAN_LIMIT:
-        console.rule(f"and {len(preview['spans']) - _SPAN_LIMIT} more documents", align="left")
+        _rule(f"and {len(preview['spans']) - _SPAN_LIMIT} more documents", console)
+
+
+def _rule(title: str, console: SafeConsole) -> None:
+    console.print(Rule(title, align="left"), width=min(console.width, _RULE))
 
 
 def _legible(text: str) -> str:

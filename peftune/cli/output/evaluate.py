@@ -5,27 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
-from peftune.cli.output.text_output import echo
-from peftune.console import SafeConsole, change
+from peftune.cli.output.text_output import echo, print_table
+from peftune.console import change
 
 Matrix = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
-def print_tables(*tables: Table) -> None:
-    """Show tables on stdout."""
-    console = SafeConsole(highlight=False)
-    for table in tables:
-        console.print(table)
-
-
-def matrix_table(rows: Matrix, key: str = "perplexity") -> Table:
-    """Rows (the base first, then adapters) by domains; the best is green, changes are against the base."""
+def print_matrix(rows: Matrix, key: str = "perplexity") -> None:
+    """Print rows (the base first, then adapters) by domains; the best is green, changes are against the base."""
     title = {"perplexity": "Held-out perplexity (lower is better)", "bits_per_byte": "Bits per byte"}.get(key, key)
     domains = list(next(iter(rows.values())))
-    table = _table(title, "model", domains)
+    table = _table("model", domains)
     best = {domain: min(figures[domain][key] for figures in rows.values()) for domain in domains}
     for name, figures in rows.items():
         cells = []
@@ -34,22 +28,17 @@ def matrix_table(rows: Matrix, key: str = "perplexity") -> Table:
             against = f" ({change(value, base)})" if name != "base" and base else ""
             is_best = len(rows) > 1 and value == best[domain]
             cells.append(Text(f"{value:,.2f}{against}", "bold green" if is_best else ""))
-        table.add_row(name, *cells)
-    return table
-
-
-def routing_table(domains: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Table:
-    """Domains by where their prompts went, the right ones green."""
-    table = _table("Where prompts are sent", "prompts of", [*names, "right"])
-    for domain, facts in domains.items():
-        cells = [Text(str(facts["to"].get(name, 0)), "green" if name == domain else "") for name in names]
-        table.add_row(domain, *cells, f"{facts['accuracy']:.1%}")
-    return table
+        table.add_row(Text(name), *cells)
+    print_table(title, table)
 
 
 def print_routing(found: Mapping[str, Any], names: Sequence[str]) -> None:
-    """What `measure_routing` found: the table, and below it both errors here and at the calibrated threshold."""
-    print_tables(routing_table(found["routing"], names))
+    """Print what `measure_routing` found: where prompts went, and both errors here and at the calibrated threshold."""
+    table = _table("prompts of", [*names, "right"])
+    for domain, facts in found["routing"].items():
+        cells = [Text(str(facts["to"].get(name, 0)), "green" if name == domain else "") for name in names]
+        table.add_row(Text(domain), *cells, f"{facts['accuracy']:.1%}")
+    print_table("Where prompts are sent", table)
     says = {
         "false_accept": "of the prompts of no domain go to an adapter",
         "false_reject": "of the prompts of a domain go to the base",
@@ -62,6 +51,6 @@ def print_routing(found: Mapping[str, Any], names: Sequence[str]) -> None:
             echo(f"{which} {errors['threshold']:g}: {', '.join(shares)}")
 
 
-def _table(title: str, first: str, others: Sequence[str]) -> Table:
-    columns = (Column(first), *(Column(other, justify="right") for other in others))
-    return Table(*columns, title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
+def _table(first: str, others: Sequence[str]) -> Table:
+    columns = (Column(first, overflow="fold"), *(Column(escape(o), justify="right", overflow="fold") for o in others))
+    return Table(*columns, header_style="bold", pad_edge=False)

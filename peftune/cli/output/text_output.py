@@ -6,16 +6,31 @@ import os
 import sys
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
 from peftune.console import SafeConsole
 from peftune.errors import printable
 
 PROMPT, CONTINUATION, HEADER = "dim", "bold", "cyan"  # styles
+_UNLIMITED = 100_000  # columns
 
 
 def echo(text: str, err: bool = False) -> None:
     """Print a text in which somebody else's words may stand."""
     typer.echo(printable(text), err=err)
+
+
+def results() -> SafeConsole:
+    """The console of tables and figures: stdout, as wide as they are where it is no terminal."""
+    return SafeConsole(highlight=False, markup=False, width=None if sys.stdout.isatty() else _UNLIMITED)
+
+
+def print_table(title: str, table: Table) -> None:
+    """A table under its title, which would wrap at the table's width if it were the table's own."""
+    console = results()
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    console.print(table)
 
 
 class TextPrinter:

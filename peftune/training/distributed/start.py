@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -45,10 +45,7 @@ def watched_ranks(recipe: Recipe) -> Iterator[Accelerator]:
 
 def start(trackers: list[str], folder: str) -> Accelerator:
     """Join the other ranks, if there are any; UserError for a tracker, or DeepSpeed, that is not installed."""
-    available = {str(getattr(name, "value", name)) for name in get_available_trackers()}
-    missing = [name for name in trackers if name not in available]
-    if missing:
-        raise UserError(f"run.track: {', '.join(missing)} not installed; pip install 'peftune[track]', or leave it out")
+    require_trackers(trackers)
     on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
     wants_zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     if wants_zero:
@@ -71,6 +68,13 @@ def start(trackers: list[str], folder: str) -> Accelerator:
             "take a file of accelerate_configs/"
         )
     return accelerator
+
+
+def require_trackers(trackers: Sequence[str]) -> None:
+    """UserError for a tracker that is not installed."""
+    available = {str(getattr(name, "value", name)) for name in get_available_trackers()}
+    if missing := [name for name in trackers if name not in available]:
+        raise UserError(f"run.track: {', '.join(missing)} not installed; pip install 'peftune[track]', or leave it out")
 
 
 def _stay_on_loopback() -> None:

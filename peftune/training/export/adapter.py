@@ -71,10 +71,21 @@ def already_delivered(out: Path, now: dict[str, Any]) -> Delivery | None:
 
 
 def earlier_run(inputs: RunInputs, console: Console) -> Delivery | Checkpoint | None:
+    """`left_by_earlier_run`; damaged checkpoints are named and set aside."""
+    out, found = Path(inputs.recipe.run.out), left_by_earlier_run(inputs)
+    if isinstance(found, Delivery):
+        return found
+    if found is None and (out / "metrics.jsonl").exists():
+        console.say(f"{out}: an earlier run left no checkpoint; starting from step 0")
+    checkpoint.tidy(out / "checkpoints", found, console.say)
+    return found
+
+
+def left_by_earlier_run(inputs: RunInputs) -> Delivery | Checkpoint | None:
     """What an earlier run of this recipe left: a finished adapter, a checkpoint to go on from, or nothing.
 
-    Damaged checkpoints are named and set aside. UserError, and nothing is changed, where a run of another recipe is
-    there, and where there are checkpoints but none that can be read.
+    UserError where a run of another recipe is there, and where there are checkpoints but none that can be read. Nothing
+    is changed.
     """
     out = Path(inputs.recipe.run.out)
     done = already_delivered(out, inputs.identity)
@@ -88,9 +99,6 @@ def earlier_run(inputs: RunInputs, console: Console) -> Delivery | Checkpoint | 
         refuse_other_run(found.state.identity, inputs.identity, str(out))
         if found.state.step > inputs.total_steps:
             raise UserError(f"{out}/checkpoints: has step {found.state.step} of a run of {inputs.total_steps} steps")
-    elif (out / "metrics.jsonl").exists():
-        console.say(f"{out}: an earlier run left no checkpoint; starting from step 0")
-    checkpoint.tidy(out / "checkpoints", found, console.say)
     return found
 
 

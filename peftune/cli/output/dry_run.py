@@ -1,0 +1,83 @@
+"""What `train --dry-run` prints: the recipe as it would run, a YAML file that `train` takes, with comments below it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from peftune.cli.output.text_output import echo
+from peftune.config.recipe import Recipe
+from peftune.data.batches import Blocks
+from peftune.training.checkpoint import Checkpoint
+from peftune.training.dry_run import DryRun, dry_run
+from peftune.training.export.adapter import Delivery
+from peftune.training.memory_model import Way
+
+_LAYOUTS = {"one": "1 process", "ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
+
+
+def print_dry_run(recipe: Recipe, way: Way = "one", ranks: int = 1, cpu: bool = False) -> None:
+    """Print what a run would do; UserError names every problem that can be found."""
+    found = dry_run(recipe, way, ranks, cpu)
+    values = found.recipe.model_dump(mode="json")
+    data = values["data"]
+    data["train"] = _plain(data["train"])
+    if isinstance(data["validation"], dict):
+        data["validation"] = {name: _plain(sources) for name, sources in data["validation"].items()}
+    elif isinstance(data["validation"], list):
+        data["validation"] = _plain(data["validation"])
+    echo(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120) + "\n".join(_comments(found)))
+
+
+def _plain(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Sources without the settings that they do not have."""
+    return [{key: value for key, value in source.items() if value is not None} for source in sources]
+
+
+def _comments(found: DryRun) -> Iterator[str]:
+    recipe, corpus, memory = found.recipe, found.inputs.corpus, found.memory
+    yield f"# learns from: {_size(corpus.train)}, {corpus.train.packing.fill():.1%} full"
+    for name, blocks in corpus.domains.items():
+        yield f"# evaluates on {name}: {_size(blocks)}"
+    for finding in corpus.findings:
+        yield f"# {finding.what}: {finding.documents:,} documents, first {finding.first}: {finding.advice}"
+    epochs = found.inputs.total_steps * recipe.batch.global_size / len(corpus.train)
+    yield (
+        f"# steps: {found.inputs.total_steps:,} of {recipe.batch.global_size} blocks ({epochs:.2g} epochs), "
+        f"{recipe.batch.micro_size} blocks a forward"
+    )
+    layout = _LAYOUTS[found.way] if found.ranks == 1 else f"{found.ranks} ranks, {_LAYOUTS[found.way]}"
+    yield f"# {found.trained:,} trainable parameters, {recipe.run.precision}, {layout}"
+    parts = {
+        "base": memory.base, "adapter": memory.adapter, "gradient": memory.gradient,
+        "optimizer": memory.optimizer_state, "engine": memory.engine,
+    }  # fmt: skip
+    held = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in parts.items() if size)
+    working = max(found.activations + memory.gathered, memory.update)
+    less = " or less, as activations are computed again" if recipe.run.checkpointing else ""
+    yield (
+        f"# memory of a rank in MB: {held}; while it computes about {working / 1e6:,.0f} more{less}; besides Python "
+        "and its libraries"
+    )
+    yield f"# {_outcome(found)}"
+
+
+def _size(blocks: Blocks) -> str:
+    block = blocks.packing.block_size
+    return (
+        f"{len(blocks.documents):,} documents, {blocks.tokens():,} scored tokens in {len(blocks):,} blocks of {block}"
+    )
+
+
+def _outcome(found: DryRun) -> str:
+    out = Path(found.recipe.run.out)
+    if isinstance(found.found, Delivery):
+        return f"{out}: this recipe was trained already, nothing would be done"
+    begins = f"goes on from step {found.found.state.step} in" if isinstance(found.found, Checkpoint) else "writes"
+    trackers = f", and to {', '.join(found.recipe.run.track)}" if found.recipe.run.track else ""
+    return (
+        f"{begins} {out.absolute()}: adapter, peftune.json, README.md, loss.png, metrics.jsonl, checkpoints{trackers}"
+    )

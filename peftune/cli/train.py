@@ -1,0 +1,50 @@
+"""The verb `train`: its options, no logic."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftune.cli.output.text_output import echo
+from peftune.errors import report_once_per_machine
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Win over the file.")]
+
+DryRunOption = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check everything, print the recipe as it would run and what it takes; train not."),
+]
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file; docs/recipe.md lists every key.")],
+    overrides: Overrides = None,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Train the adapter that a recipe describes; the same command goes on after an interruption.
+
+    Example:  peftune train launch/recipes/poems.yaml optim.lr=1e-4 run.out=adapters/slow
+
+    This is one process on at most one GPU. `peftune launch` starts several.
+    """
+    from peftune.config.recipe import load_recipe
+
+    with report_once_per_machine():
+        checked = load_recipe(recipe, overrides)  # before torch is imported: a wrong recipe is refused at once
+    speaks = os.environ.get("RANK", "0") == "0"  # of several ranks the first
+    if dry_run:
+        from peftune.cli.output.dry_run import print_dry_run
+
+        if speaks:
+            print_dry_run(checked)
+        return
+    from peftune.training.distributed.start import process_group
+    from peftune.training.run import train
+
+    with process_group():
+        delivery = train(checked)
+    if speaks:
+        echo(delivery.summary())
