@@ -13,7 +13,7 @@ _EITHER = {
     "data.validation": "a fraction below 1 (0 is none), sources, or a mapping of domain names to sources",
     "data.block_size": "a whole number of at least 8, or auto",
     "batch.micro_size": "a whole number of at least 1, or auto",
-    "lora.targets": "all, attention, or a list of module names",
+    "lora.targets": "all, attention, query-value, or a list of module names",
 }
 _PLAIN = {
     "bool_type": "expected true or false",

@@ -36,8 +36,9 @@ class LoraSection(Section):
     """Scale: the update is multiplied by alpha / rank (rslora: alpha / sqrt(rank))."""
     dropout: Fraction = 0.0
     """Dropout on the input of each adapter."""
-    targets: Literal["all", "attention"] | Annotated[list[str], Field(min_length=1)] = "all"
-    """`all` linear layers of every block, `attention` only, or module names (`c_attn`, `mlp.c_fc`, `lm_head`, …)."""
+    targets: Literal["all", "attention", "query-value"] | Annotated[list[str], Field(min_length=1)] = "all"
+    """`all` linear layers of every block, `attention` only, `query-value` for queries and values alone, each of this
+    rank, as in the LoRA paper, or module names (`c_attn`, `mlp.c_fc`, `lm_head`, …)."""
     variant: Literal["lora", "rslora", "dora", "pissa", "loftq"] = "lora"
     """LoRA (2106.09685), rank-stabilised LoRA (2312.03732), DoRA (2402.09353), PiSSA (2404.02948), or, on a quantised
     base, LoftQ (2310.08659): a LoRA that starts as the best correction of what quantising took from the base."""
@@ -141,6 +142,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _numbers_fit(self) -> Recipe:
         problems = []
+        if self.lora.targets == "query-value" and self.lora.variant not in ("lora", "rslora"):
+            problems.append(
+                f"lora.targets: query-value adapts parts of c_attn, {self.lora.variant} takes it whole; use lora or rslora"
+            )
         if self.quantize is None and self.lora.variant == "loftq":
             problems.append("lora.variant: loftq is for a quantised base; give quantize (int8, nf4) or another variant")
         if self.quantize and self.lora.variant == "pissa":

@@ -102,7 +102,7 @@ def load_adapted(recipe: Recipe, base: Base, dtype: torch.dtype, device: torch.d
     exact = recipe.lora.variant in ("dora", "pissa") or recipe.lora.modules_to_save or new_tokens
     model = load_model(
         base,
-        dtype=torch.float32 if exact or recipe.lora.targets not in ("all", "attention") else dtype,
+        dtype=torch.float32 if exact or not isinstance(recipe.lora.targets, str) else dtype,
         device="cpu" if recipe.quantize is None else device,
         dropout=recipe.run.base_dropout,
         quantize=recipe.quantize,

@@ -119,7 +119,8 @@ def load_run(
     with raise_on_all_ranks(accelerator):
         if found:
             checkpoint.check_fits(found, parameters, Path(recipe.run.out) / "checkpoints")
-    gradient = Gradient(list(parameters.values()), [p.shape for p in parameters.values()], accelerator.device)
+    shapes = [p.shape for p in parameters.values()]
+    gradient = Gradient(list(parameters.values()), shapes, accelerator.device, adapted.masks())
     loss_model = LossModel(adapted.model, recipe.optim.neftune, recipe.optim.label_smoothing)
     loss_model.train()
     optimizer = build_adamw(parameters, recipe.optim, fused=accelerator.device.type == "cuda")
@@ -175,7 +176,7 @@ def _begin(run: Run, found: Checkpoint | None) -> None:
 def _facts(run: Run) -> dict[str, Any]:
     """How the run computes, for its metrics and its provenance."""
     facts = {"precision": NAME_OF[run.forward.dtype], "layout": start.layout(run.accelerator)}
-    return facts | {"trainable_parameters": run.gradient.flat.numel()}
+    return facts | {"trainable_parameters": run.gradient.trained}
 
 
 def _loop(run: Run, stop: StopRequest) -> None:
