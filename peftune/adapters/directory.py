@@ -21,7 +21,7 @@ from transformers import GPT2Config
 
 from peftune.adapters import peft_config
 from peftune.adapters.layout import AdapterLayout, layout_of
-from peftune.adapters.provenance import PROVENANCE, read_provenance, recorded_base, recorded_hashes, sealed
+from peftune.adapters.provenance import PROVENANCE, read_provenance, recorded, recorded_base, recorded_hashes, sealed
 from peftune.adapters.training_output import adapters_inside, which_to_use
 from peftune.errors import CheckFailed, UserError, first_line
 from peftune.files import flush_directory, hashes_of, publish, read_bytes, read_object, staging_directory
@@ -49,6 +49,12 @@ class Adapter:
     def base(self) -> str | None:
         """The name of the base that it records, or None."""
         return recorded_base(self.config, self.provenance)
+
+    def origin(self) -> dict[str, Any]:
+        """What is recorded of it where something is made from it; its directory by its last name only."""
+        base = recorded(self.provenance, "base_fingerprint")
+        found = {"adapter": self.directory.resolve().name, "adapter_fingerprint": self.fingerprint, "base": self.base}
+        return found | ({"base_fingerprint": base} if isinstance(base, str) else {})
 
     @property
     def fingerprint(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,31 @@ def recorded_dict(provenance: Any, key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def recorded_list(provenance: Any, key: str) -> list[dict[str, Any]]:
+    """The objects in the list below this key of peftune.json; empty where there is none."""
+    value = recorded(provenance, key)
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+INIT = "init"
+"""Key of peftune.json: the adapters that training went on from, the nearest first. Of figures: those at its start."""
+
+
+def first_row(figures: Mapping[str, Any]) -> str:
+    """Which row of a domain's figures is of step 0: `init` where training went on from an adapter, else `base`."""
+    return INIT if INIT in figures else "base"
+
+
 def parses_special_tokens(provenance: Any) -> bool:
     """Whether special tokens that a text spells out were tokens in training; prompts are read the same."""
     said = recorded(provenance, "special_tokens") or recorded(provenance, "recipe", "data", "special_tokens")
     return bool(said == "parse")
+
+
+def merged_text(merged: Sequence[Mapping[str, Any]]) -> str:
+    """A merged model in words; `merged` are the adapters in it, the last first (`Base.merged`)."""
+    names = [f"{m.get('adapter') or 'an adapter'} ({str(m.get('adapter_fingerprint'))[:12]})" for m in merged]
+    return f"a merge of {', before that '.join(names)} into {merged[-1].get('base') or 'a base'}"
 
 
 def recorded_base(config: Mapping[str, Any], provenance: Mapping[str, Any] | None) -> str | None:

@@ -154,6 +154,7 @@ def merge(
     Example:  peftune merge adapters/poems --out models/poems
     """
     from peftune.adapters.merge.merge import merge
+    from peftune.adapters.provenance import merged_text
 
     report = merge(adapter, out, base=base, dtype=dtype, verify=verify)
     applied = f"{report.modules_applied} of {report.modules_in_adapter} modules"
@@ -165,6 +166,8 @@ def merge(
             f"read back, against base + adapter: logits differ by at most {report.max_abs_logit_difference:.1e}, "
             f"mean KL {report.mean_kl:.1e} nats per token, the same likeliest token in {report.argmax_agreement:.2%}"
         )
+    if report.merged[1:]:
+        echo(f"{report.base} is {merged_text(report.merged[1:])}: {out} holds all of them")
     if report.left_out:
         echo(f"left out, heads of other tasks than language modelling: {', '.join(report.left_out)}")
     if report.trained_on is not None and verify:

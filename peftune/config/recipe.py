@@ -97,6 +97,11 @@ class RunSection(Section):
 
     out: Annotated[NonEmpty, AfterValidator(_output_directory)]
     """Adapter directory to write."""
+    init: Annotated[NonEmpty, AfterValidator(_output_directory)] | None = None
+    """Adapter directory to go on from: for more epochs, on other data, at another rate. What it decides (rank, alpha,
+    targets, variant, modules_to_save, new tokens) need not be said again. It is not changed."""
+    init_optimizer: bool = False
+    """With `init`: also take AdamW's moments and step count, from the checkpoint that adapter was delivered from."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Seed of the adapter's initial values, the order of samples and dropout."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -159,6 +164,8 @@ class Recipe(Section):
         micro = self.batch.micro_size
         if micro != "auto" and micro > self.batch.global_size:
             problems.append(f"batch: micro_size {micro} is larger than global_size {self.batch.global_size}")
+        if self.run.init_optimizer and self.run.init is None:
+            problems.append("run.init_optimizer takes AdamW's moments of the adapter in run.init; name one")
         if self.run.early_stopping and (self.data.validation == 0 or not self.run.eval_every):
             problems.append("run.early_stopping needs data.validation and run.eval_every")
         if problems:

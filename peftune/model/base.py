@@ -38,15 +38,32 @@ class Base:
     """Fingerprints are computed from the bytes on the disk, not remembered: about a second for each GB of weights."""
 
     @cached_property
+    def _merge(self) -> dict[str, Any]:
+        """merge.json, of a model that peftune merged; empty for any other."""
+        return read_object_if_present(self.directory / MERGE, f"base {self.directory}: {MERGE}") or {}
+
+    @cached_property
     def parses_special_tokens(self) -> bool:
         """Whether special tokens in prompts are tokens: so for a merge of an adapter that was trained with them."""
-        merged = read_object_if_present(self.directory / MERGE, f"base {self.directory}: {MERGE}") or {}
-        return bool(merged.get("special_tokens") == "parse")
+        return bool(self._merge.get("special_tokens") == "parse")
+
+    @cached_property
+    def merged(self) -> list[dict[str, Any]]:
+        """The adapters that are merged into it, the last one first; empty for a model that peftune did not merge.
+
+        Each has `adapter_fingerprint` and the `base` that it went into. Older releases recorded the last one only.
+        """
+        last = {
+            key: self._merge[key] for key in ("adapter_fingerprint", "base", "base_fingerprint") if key in self._merge
+        }
+        listed = self._merge.get("merged")
+        found = listed if isinstance(listed, list) else [last] if last else []
+        return [entry for entry in found if isinstance(entry, dict)]
 
     @cached_property
     def _recorded(self) -> dict[str, str]:
         """sha256 by file name, of a model that peftune merged; empty for any other."""
-        hashes = (read_object_if_present(self.directory / MERGE, f"base {self.directory}: {MERGE}") or {}).get("sha256")
+        hashes = self._merge.get("sha256")
         return hashes if isinstance(hashes, dict) else {}
 
     def _check(self, files: Iterable[Path]) -> None:

@@ -54,14 +54,15 @@ def inject(
     seed: int,
     original: Callable[[str], torch.Tensor] | None = None,
     rows: Sequence[int] = (),
+    settings: LoraConfig | None = None,
 ) -> Adapted:
     """Put a fresh adapter on the base; initial values follow from `seed` alone, LoftQ's from the base alone.
 
     `original` reads a tensor of the base as it was before it was quantised; LoftQ needs it. Of the
-    embedding (and the head) `rows` are trained. Raises UserError for
-    targets, layers or extra modules that the base does not have.
+    embedding (and the head) `rows` are trained. `settings` are PEFT's, where `lora` cannot say them. Raises UserError
+    for targets, layers or extra modules that the base does not have.
     """
-    config = peft_config(model, lora)
+    config = settings or peft_config(model, lora)
     if rows:
         embeddings = ("wte",) if model.config.tie_word_embeddings else ("wte", "lm_head")
         config.trainable_token_indices = {name: list(rows) for name in embeddings}
@@ -148,7 +149,9 @@ def _problems(model: GPT2LMHeadModel, lora: LoraSection, targets: list[str]) -> 
         if not any(_named(path, name) and _can_be_saved(module) for path, module in modules.items())
     ]
     parts = [name for name in targets if name.lower() in _PARTS]
-    problems += [f"lora.targets: {parts[0]} is a part of c_attn; query-value adapts queries and values"] if parts else []
+    problems += (
+        [f"lora.targets: {parts[0]} is a part of c_attn; query-value adapts queries and values"] if parts else []
+    )
     beyond = [layer for layer in lora.layers or [] if layer >= model.config.n_layer]
     if beyond:
         problems.append(f"lora.layers: the base has blocks 0 to {model.config.n_layer - 1}, found {beyond[0]}")

@@ -19,6 +19,8 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from peftune.adapters.base_of import base_of
+from peftune.adapters.provenance import merged_text
 from peftune.config.data_section import Source
 from peftune.config.recipe import Recipe
 from peftune.data.batches import Blocks
@@ -32,6 +34,7 @@ from peftune.errors import UserError
 from peftune.model import lora, quantized
 from peftune.model.base import Base, open_base
 from peftune.model.tokenizer import with_new_tokens
+from peftune.training.continued import Continued, continued_from
 from peftune.training.distributed.agreement import flatten, refuse_different_ranks
 from peftune.training.distributed.collectives import broadcast, raise_on_all_ranks
 
@@ -62,6 +65,20 @@ class RunInputs:
     corpus: Corpus
     identity: dict[str, Any]
     total_steps: int
+    init: Continued | None = None
+    """The adapter that the run goes on from; the recipe is then the one with what it decides."""
+
+    def notes(self) -> list[str]:
+        """What a person should know of the base and of the adapter that it begins with."""
+        merged = (
+            []
+            if not self.base.merged
+            else [
+                f"{self.base.name} is {merged_text(self.base.merged)}: the new adapter "
+                "is relative to that merged model and works on it alone"
+            ]
+        )
+        return [*(self.init.notes() if self.init else ()), *merged]
 
 
 def read_inputs(recipe: Recipe, fresh: bool = False) -> RunInputs:
@@ -69,7 +86,11 @@ def read_inputs(recipe: Recipe, fresh: bool = False) -> RunInputs:
 
     With `fresh` the base's fingerprints are computed from its bytes, not remembered.
     """
+    _refuse_adapter_as_base(recipe)
     base = open_base(recipe.base, fresh)
+    init = None
+    if recipe.run.init is not None:
+        recipe, init = continued_from(recipe, base)
     if recipe.quantize is not None:
         quantized.require(recipe.quantize)
     asked, positions = recipe.data.block_size, base.config.n_positions
@@ -77,15 +98,25 @@ def read_inputs(recipe: Recipe, fresh: bool = False) -> RunInputs:
         raise UserError(
             f"data.block_size is {asked}, but {recipe.base} has only {positions} positions; use that, or auto"
         )
-    with torch.device("meta"):
-        lora.peft_config(GPT2LMHeadModel(base.config), recipe.lora)
+    if init is None or init.settings is None:
+        with torch.device("meta"):
+            lora.peft_config(GPT2LMHeadModel(base.config), recipe.lora)
     tokenizer = with_new_tokens(base.tokenizer, recipe.data.new_tokens)  # before the weights: its errors come first
     fingerprints = {"base": base.fingerprint, "tokenizer": base.tokenizer_fingerprint}
-    fingerprints["config"] = base.config_fingerprint
+    fingerprints |= {"config": base.config_fingerprint, **(init.fingerprints() if init else {})}
     corpus = _load_corpus(recipe, tokenizer, base, positions if asked == "auto" else asked)
     fingerprints |= {f"data {name}": value for name, value in corpus.fingerprints.items()}
     total = total_steps(len(corpus.train), recipe.batch.global_size, recipe.optim.epochs, recipe.optim.steps)
-    return RunInputs(recipe, base, tokenizer, corpus, identity_of(recipe, fingerprints), total)
+    return RunInputs(recipe, base, tokenizer, corpus, identity_of(recipe, fingerprints), total, init)
+
+
+def _refuse_adapter_as_base(recipe: Recipe) -> None:
+    path = Path(recipe.base).expanduser()
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        own = base_of(path)
+        raise UserError(
+            f"base {recipe.base} is an adapter, made for {own}; to go on from it: base={own} run.init={path}"
+        )
 
 
 def read_inputs_on_all_ranks(recipe: Recipe, accelerator: Accelerator) -> RunInputs:
@@ -169,7 +200,7 @@ def _acquire(lock: FileLock, out: Path) -> None:
 
 HARMLESS = frozenset(
     {
-        "run.out", "run.eval_every", "run.save_every", "run.resume", "run.track", "run.samples",
+        "run.out", "run.init", "run.eval_every", "run.save_every", "run.resume", "run.track", "run.samples",
         "run.early_stopping", "run.checkpointing", "run.fast", "run.compile", "batch.micro_size",
     }
 )  # fmt: skip

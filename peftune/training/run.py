@@ -103,6 +103,7 @@ def load_run(
     recipe = inputs.recipe
     state = found.state if found else State(loss_scale=FIRST_LOSS_SCALE if dtype == torch.float16 else 1.0)
     state.identity = inputs.identity
+    state.earlier_updates = inputs.init.updates if inputs.init else 0
     block, batch = inputs.corpus.train.packing.block_size, recipe.batch
     if batch.micro_size != "auto":
         state.micro_size = batch.micro_size
@@ -110,11 +111,12 @@ def load_run(
         per_rank = -(-min(batch.global_size, len(inputs.corpus.train)) // accelerator.num_processes)
         fitting = first_micro_size(inputs.base.config, block, per_rank, dtype, accelerator.device)
         state.micro_size = min(all_gather(accelerator, fitting))
+    settings = inputs.init.settings if inputs.init else None
     if start.zero_stage(accelerator) == 3:
-        adapted = zero.load_sharded(recipe, inputs.base, dtype, accelerator)
+        adapted = zero.load_sharded(recipe, inputs.base, dtype, accelerator, settings)
     else:
         with raise_on_all_ranks(accelerator):
-            adapted = load_adapted(recipe, inputs.base, dtype, accelerator.device)
+            adapted = load_adapted(recipe, inputs.base, dtype, accelerator.device, settings)
     parameters = adapted.trainable()
     with raise_on_all_ranks(accelerator):
         if found:
@@ -152,6 +154,8 @@ def _begin(run: Run, found: Checkpoint | None) -> None:
         }  # fmt: skip
         if not forward.is_collective:  # else a rank has a shard, of which the event "memory" tells
             numbers |= {"base_bytes": base.held, "base_bytes_fp32": base.fp32, "base_bytes_bf16": base.bf16}
+        if init := run.inputs.init:
+            run.strategy.load_state_dict(init.first_values(run.adapted), init.moments)
         run.metrics.write("start", recipe=recipe.model_dump(mode="json"), **numbers)
     else:
         run.strategy.load_state_dict(found.values, found.moments)
@@ -161,6 +165,8 @@ def _begin(run: Run, found: Checkpoint | None) -> None:
         if run.metrics.lost:
             run.console.say(run.metrics.lost)
             run.metrics.lost = ""
+    for note in run.inputs.notes():
+        run.console.say(note)
     for finding in run.inputs.corpus.findings:
         run.console.say(f"{finding.what}: {finding.documents:,} documents, first {finding.first}: {finding.advice}")
     run.console.say(

@@ -1,4 +1,4 @@
-"""Queries and values alone, as the LoRA paper trains them: one PEFT adapter on c_attn whose other elements stay zero."""
+"""Queries and values alone, as the LoRA paper trains them: a PEFT adapter on c_attn whose other elements stay zero."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def trained_in_float64(made: Recipe) -> dict[str, torch.Tensor]:
         chosen = blocks_of_step(step, len(blocks), made.batch.global_size, made.run.seed)
         batch: Batch
         for batch in blocks.batches(chosen, 8):
-            (loss_model(batch.ids, batch.positions, batch.targets, batch.segments) / blocks.tokens_of(chosen)).backward()
+            (
+                loss_model(batch.ids, batch.positions, batch.targets, batch.segments) / blocks.tokens_of(chosen)
+            ).backward()
         torch.nn.utils.clip_grad_norm_(parameters, made.optim.clip or 1e9)
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, inputs.total_steps, made.optim)
@@ -86,7 +88,11 @@ def trained_in_float64(made: Recipe) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), ("lora.variant=rslora", "run.fast=false"), ("optim.weight_decay=0.1", "optim.clip=0.05", "batch.micro_size=3")],
+    [
+        (),
+        ("lora.variant=rslora", "run.fast=false"),
+        ("optim.weight_decay=0.1", "optim.clip=0.05", "batch.micro_size=3"),
+    ],
     ids=["fast", "rslora-peft", "decay-clip"],
 )
 def test_it_learns_what_two_separate_loras_learn(recipe: Make, overrides: tuple[str, ...]) -> None:

@@ -23,7 +23,7 @@ from peftune.adapters.layout import AdapterLayout, layout_of, refuse_biased_head
 from peftune.adapters.merge.report import MergeReport
 from peftune.adapters.merge.shards import write_weights
 from peftune.adapters.merge.verify import base_quantization, verify_merge
-from peftune.adapters.provenance import check_base, parses_special_tokens
+from peftune.adapters.provenance import check_base, parses_special_tokens, recorded
 from peftune.console import Console
 from peftune.data.sources.builtin import documents
 from peftune.data.tokens.encode import begin_of_text_id, encode_texts
@@ -90,7 +90,8 @@ def merge(
             report = MergeReport(
                 len(layout.modules()), len(layout.modules()), dtype, found.fingerprint, read.fingerprint, found.name,
                 merged.tied, layout.vocabulary, trained_on=base_quantization(read), left_out=found.weights.left_out,
-                special_tokens="parse" if parses_special_tokens(read.provenance) else "text", **figures,
+                special_tokens="parse" if parses_special_tokens(read.provenance) else "text",
+                merged=(_merged_entry(read, found), *found.merged), **figures,
             )  # fmt: skip
             hashes = hashes_of(staging, [path.name for path in staging.iterdir()])  # `model.base` checks them
             write_json(staging / MERGE, {**vars(report), "sha256": hashes})
@@ -99,6 +100,14 @@ def merge(
     except OSError as error:
         raise UserError(f"{out}: cannot write the merged model: {error.strerror or error}") from None
     return report
+
+
+def _merged_entry(adapter: Adapter, base: Base) -> dict[str, Any]:
+    """What merge.json records of an adapter; with those that it went on from, if any."""
+    chain = recorded(adapter.provenance, "init")
+    return {
+        **adapter.origin(), "base": base.name, "base_fingerprint": base.fingerprint, **({"init": chain} if chain else {})
+    }  # fmt: skip
 
 
 def _write_settings(staging: Path, base: Base, adapter: Adapter, merged: MergedTensors, dtype: str) -> None:

@@ -16,7 +16,15 @@ from peftune.adapters.inspect.compare import Comparison
 from peftune.adapters.inspect.describe import AdapterDescription, ModuleDescription
 from peftune.adapters.inspect.scan import ScanEntry, ScanResult
 from peftune.adapters.layout import block_of, suffix_in_block
-from peftune.adapters.provenance import recorded, recorded_dict, recorded_hashes
+from peftune.adapters.provenance import (
+    INIT,
+    first_row,
+    merged_text,
+    recorded,
+    recorded_dict,
+    recorded_hashes,
+    recorded_list,
+)
 from peftune.console import SafeConsole
 from peftune.model.lora import ALL, ATTENTION
 
@@ -217,6 +225,11 @@ def _history(provenance: dict[str, Any] | None) -> Iterator[str]:
         effort = [f"{value:,.0f} {unit}" for unit, value in efforts.items() if isinstance(value, int | float)]
         base = [f"base in {dtype}" for dtype in [recorded(provenance, "recipe", "quantize")] if dtype]
         yield f"trained on {paths}: {', '.join([*effort, str((provenance or {}).get('precision', '')), *base])}"
+    for earlier in recorded_list(provenance, INIT):
+        step = f", step {earlier['step']}" if isinstance(earlier.get("step"), int) else ""
+        yield f"training went on from {earlier.get('adapter')} ({str(earlier.get('adapter_fingerprint'))[:12]}{step})"
+    if merged := recorded_list(provenance, "base_merged"):
+        yield f"its base is {merged_text(merged)}, and it is relative to that"
     combined = recorded(provenance, "combined", "adapters")
     for part in combined if isinstance(combined, list) else []:
         weight, name, fingerprint = (recorded(part, key) for key in ("weight", "adapter", "fingerprint"))
@@ -230,13 +243,18 @@ def _history(provenance: dict[str, Any] | None) -> Iterator[str]:
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:
-    columns = ("held-out domain", "loss, base", "with adapter", "perplexity, base", "with adapter")
-    rows = []
+    rows, before = [], "base"
     for domain, of in metrics.items():
-        values = [recorded(of, model, key) for key in ("loss", "perplexity") for model in ("base", "adapter")]
+        first = first_row(of if isinstance(of, dict) else {})
+        before = "at the start" if first == INIT else before
+        values = [recorded(of, model, key) for key in ("loss", "perplexity") for model in (first, "adapter")]
         rows.append([domain, *(f"{value:,.3f}" if isinstance(value, int | float) else "-" for value in values)])
     if rows:
-        table("How well", columns, rows)
+        table(
+            "How well",
+            ["held-out domain", f"loss, {before}", "with adapter", f"perplexity, {before}", "with adapter"],
+            rows,
+        )
 
 
 def _print_norms(found: AdapterDescription) -> None:
