@@ -21,7 +21,15 @@ from transformers import GPT2Config
 
 from peftune.adapters import peft_config
 from peftune.adapters.layout import AdapterLayout, layout_of
-from peftune.adapters.provenance import PROVENANCE, read_provenance, recorded, recorded_base, recorded_hashes, sealed
+from peftune.adapters.provenance import (
+    PROVENANCE,
+    read_provenance,
+    recorded,
+    recorded_base,
+    recorded_hashes,
+    sealed,
+    with_place_of_base,
+)
 from peftune.adapters.training_output import adapters_inside, which_to_use
 from peftune.errors import CheckFailed, UserError, first_line
 from peftune.files import flush_directory, hashes_of, publish, read_bytes, read_object, staging_directory
@@ -126,11 +134,13 @@ def write_adapter(
 ) -> None:
     """Write an adapter directory atomically: to a staging directory, read back and compared, then renamed.
 
-    peftune.json gets the SHA-256 of every file. An adapter that is there already is replaced; other files (metrics,
-    checkpoints) stay. A crash before the commit leaves the old state, a crash after it is finished by the next write;
-    in between there is no `adapter_config.json`, so nobody loads a mixture. Raises UserError where the disk is full or
+    peftune.json gets the SHA-256 of every file, and both where the base lies (`with_place_of_base`). An adapter that is
+    there already is replaced; other files (metrics, checkpoints) stay. A crash before the commit leaves the old state,
+    a crash after it is finished by the next write; in between there is no `adapter_config.json`, so nobody loads a
+    mixture. Raises UserError where the disk is full or
     not writable, CheckFailed where what was read back differs.
     """
+    config, provenance = with_place_of_base(config, provenance, out)
     existed = out.exists()
     if existed and not out.is_dir():
         raise UserError(f"{out}: is a file; expected a directory for the adapter")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from peftune.model.base import BUILTIN
+
 
 def model_card(base: str, out: str, body: str, repository: str = "") -> str:
     """Markdown with the front matter that hubs read; `out` is the adapter's directory, `body` tells what it is.
@@ -27,8 +29,13 @@ tags: [gpt2, lora, peftune]
 peftune merge {out} --out {directory}-merged
 ```
 
-It is an ordinary PEFT adapter: `PeftModel.from_pretrained(base, "{out}")` loads it without peftune.
+It is an ordinary PEFT adapter: `AutoPeftModelForCausalLM.from_pretrained("{out}")` loads it with its base, without
+peftune{_WHERE if base in BUILTIN else ""}.
 """
+
+
+_WHERE = """, on the machine where it was made. Elsewhere, give `PeftModel.from_pretrained` the base out of an installed
+peftune: `AutoModelForCausalLM.from_pretrained(peftune.model.base.open_base("builtin:small").directory)`"""
 
 
 def merged_card(repository: str, base: str | None) -> str:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from peftune.errors import UserError
 from peftune.files import read_object_if_present
-from peftune.model.base import Base
+from peftune.model.base import BUILTIN, Base
 
 FINGERPRINTS = {
     "base_fingerprint": "weights", "tokenizer_fingerprint": "tokenizer", "config_fingerprint": "architecture",
@@ -23,6 +25,8 @@ FINGERPRINTS = {
 
 
 PROVENANCE = "peftune.json"
+BASE_PATH = "base_model_name_or_path"  # of adapter_config.json
+FROM_ADAPTER = "base_from_adapter"  # of peftune.json: the way from the adapter's directory to that of its base
 _HASHES = "sha256"  # of every file that was written with peftune.json, by name
 _OWN_HASH = "sha256_of_peftune_json"  # of everything else in it
 
@@ -102,8 +106,45 @@ def merged_text(merged: Sequence[Mapping[str, Any]]) -> str:
 
 def recorded_base(config: Mapping[str, Any], provenance: Mapping[str, Any] | None) -> str | None:
     """The name of the base that an adapter's two files record, or None."""
-    name = (provenance or {}).get("base") or config.get("base_model_name_or_path")
+    name = (provenance or {}).get("base") or config.get(BASE_PATH)
     return name if isinstance(name, str) and name else None
+
+
+def with_place_of_base(
+    config: Mapping[str, Any], provenance: Mapping[str, Any], out: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The two files' contents, with where a base that is a directory lies; `provenance` names it as `base`.
+
+    peftune.json gets the way from the adapter's directory to it, so that the two can be moved together, and
+    adapter_config.json the whole path, for Transformers and PEFT look nowhere else.
+    """
+    name = provenance.get("base")
+    if not isinstance(name, str):
+        return dict(config), dict(provenance)
+    path = BUILTIN.get(name) or Path(name).expanduser()
+    found = {**config, BASE_PATH: str(path.resolve()) if path.is_dir() else name}
+    if name in BUILTIN or not path.is_dir():
+        return found, dict(provenance)
+    with suppress(ValueError):  # another drive of Windows
+        return found, {**provenance, FROM_ADAPTER: os.path.relpath(path.resolve(), out.resolve())}
+    return found, dict(provenance)
+
+
+def place_of_base(adapter_dir: Path, config: Mapping[str, Any], provenance: Mapping[str, Any] | None) -> str | None:
+    """What the base of an adapter can be opened by, wherever this is called from, or None where it names none.
+
+    The name that was recorded, unless that is of a directory that lies elsewhere as seen from here.
+    """
+    name, way, path = recorded_base(config, provenance), recorded(provenance, FROM_ADAPTER), config.get(BASE_PATH)
+    if name is None or name in BUILTIN or not isinstance(way, str):
+        return name
+    places = [adapter_dir.resolve() / way, *([Path(path)] if isinstance(path, str) and os.path.isabs(path) else [])]
+    for place in places:
+        with suppress(OSError, ValueError):  # no name that a file can have
+            if (place / "config.json").is_file():
+                here = Path(name).expanduser()
+                return name if here.is_dir() and here.samefile(place) else str(place.resolve())
+    return name
 
 
 def check_base(adapter_dir: Path, base: Base) -> None:

@@ -15,7 +15,7 @@ import typer
 from peftune.cli import adapters, cache
 from peftune.cli.export import export, push
 from peftune.cli.launcher.launch import configs, launch
-from peftune.cli.options import BASE_HELP, Adapters, Json, columns_of, named, save_json, source_of
+from peftune.cli.options import BASE_HELP, Adapters, Json, columns_of, named, save_json, source_of, told
 from peftune.cli.output.text_output import echo
 from peftune.cli.serve import serve
 from peftune.cli.stop import end_with
@@ -255,7 +255,7 @@ def run(arguments: list[str]) -> int:
         record_for_launcher(f"peftune: {error.reason}")
         return error.exit_code
     except PeftuneError as error:
-        return _complain(str(error), error.exit_code)
+        return _complain(told(error, arguments), error.exit_code)
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)  # of the verb that was called in a wrong way
         verb = context.command_path if context is not None else "peftune"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peftune.errors import UserError
+from peftune.errors import BaseNotFound, PeftuneError, UserError
 from peftune.files import check_writable, write_json
 
 if TYPE_CHECKING:
@@ -29,6 +29,12 @@ def _writable(path: Path | None) -> Path | None:
 
 
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help=_JSON_HELP, callback=_writable)]
+
+
+def told(error: PeftuneError, arguments: list[str]) -> str:
+    """What an error says, with the option that names another base where it was not found and the verb has one."""
+    has_option = not {"train", "launch"}.intersection(arguments[:1])
+    return f"{error} (--base)" if isinstance(error, BaseNotFound) and has_option else str(error)
 
 
 def save_json(path: Path | None, value: Any) -> None:

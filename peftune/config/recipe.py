@@ -148,9 +148,8 @@ class Recipe(Section):
     def _numbers_fit(self) -> Recipe:
         problems = []
         if self.lora.targets == "query-value" and self.lora.variant not in ("lora", "rslora"):
-            problems.append(
-                f"lora.targets: query-value adapts parts of c_attn, {self.lora.variant} takes it whole; use lora or rslora"
-            )
+            taken = f"query-value adapts parts of c_attn, {self.lora.variant} takes it whole"
+            problems.append(f"lora.targets: {taken}; use lora or rslora")
         if self.quantize is None and self.lora.variant == "loftq":
             problems.append("lora.variant: loftq is for a quantised base; give quantize (int8, nf4) or another variant")
         if self.quantize and self.lora.variant == "pissa":

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftune.errors import UserError, first_line
+from peftune.errors import BaseNotFound, UserError, first_line
 from peftune.files import read_object_if_present, sha256_of
 from peftune.model import architecture, tokenizer, weights
 from peftune.model.fingerprint import remembered
@@ -53,9 +53,8 @@ class Base:
 
         Each has `adapter_fingerprint` and the `base` that it went into. Older releases recorded the last one only.
         """
-        last = {
-            key: self._merge[key] for key in ("adapter_fingerprint", "base", "base_fingerprint") if key in self._merge
-        }
+        kept: tuple[str, ...] = ("adapter_fingerprint", "base", "base_fingerprint")
+        last = {key: self._merge[key] for key in kept if key in self._merge}
         listed = self._merge.get("merged")
         found = listed if isinstance(listed, list) else [last] if last else []
         return [entry for entry in found if isinstance(entry, dict)]
@@ -155,7 +154,7 @@ def open_base(name: str, fresh: bool = False) -> Base:
     if is_directory:
         return Base(_checked(path, name), name, fresh)
     if exists or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
-        raise UserError(
+        raise BaseNotFound(
             f"base {name}: no such directory; expected a GPT-2 checkpoint directory, a hub name or builtin:small"
         )
     return Base(_from_hub(name), name, fresh)
@@ -196,10 +195,10 @@ def _from_hub(name: str) -> Path:
     except errors.HFValidationError:
         raise UserError(f"base {name!r}: neither a directory nor a valid hub name") from None
     except errors.RepositoryNotFoundError:
-        raise UserError(f"base {name}: no such directory, and the hub knows no such model") from None
+        raise BaseNotFound(f"base {name}: no such directory, and the hub knows no such model") from None
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         cause = first_line(error).partition(". ")[0]
-        raise UserError(f"base {name}: no such directory here, and the hub could not be reached ({cause})") from None
+        raise BaseNotFound(f"base {name}: no such directory here, and the hub could not be reached ({cause})") from None
     if any(directory.glob("*.safetensors")) or any(directory.glob("*.bin")):
         return _checked(directory, name)
     raise UserError(

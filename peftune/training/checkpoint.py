@@ -214,11 +214,8 @@ def read(path: Path) -> Checkpoint:
     if path.name != f"step-{state.step}":
         raise Damaged(f"{path}: holds step {state.step}")
     values, moments = (_tensors(path, name, (hashes or {}).get(name)) for name in (_ADAPTER, _MOMENTS))
-    if any(
-        float(value) != state.step + state.earlier_updates
-        for key, value in moments.items()
-        if key.endswith(f"/{MOMENTS[0]}")
-    ):
+    counts = {float(value) for key, value in moments.items() if key.endswith(f"/{MOMENTS[0]}")}
+    if counts - {state.step + state.earlier_updates}:
         raise Damaged(f"{path}: {_MOMENTS} is not of step {state.step}")
     return Checkpoint(state, values, moments, is_checked=hashes is not None)
 

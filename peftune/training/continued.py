@@ -32,7 +32,7 @@ from peftune.errors import UserError
 from peftune.model.base import Base
 from peftune.model.fingerprint import bytes_of
 from peftune.model.load import rows_of, with_dropout
-from peftune.model.lora import ALL, ATTENTION, Adapted, adapted_modules, quiet_peft
+from peftune.model.lora import ALL, ATTENTION, Adapted, adapted_modules, inject, quiet_peft
 from peftune.model.train.attention_parts import QUERY_VALUE, stacked_alpha, untrained_mask
 from peftune.model.weights import HEAD, WTE
 from peftune.training import checkpoint
@@ -242,15 +242,12 @@ def _is_text(value: Any) -> bool:
 def _moments(adapter: Adapter, base: Base, recipe: Recipe, settings: LoraConfig | None) -> Tensors:
     """AdamW's moments of the checkpoint that the adapter was delivered from; UserError where there is none such."""
     folder, step = adapter.directory / "checkpoints", recorded(adapter.provenance, "step")
-    wrong = f"run.init_optimizer: {folder}/step-{step}"
     if not isinstance(step, int) or not (folder / f"step-{step}").is_dir():
         raise UserError(
-            f"{wrong if isinstance(step, int) else f'run.init_optimizer: {folder}'}: there is no checkpoint of the step "
-            "that the adapter was delivered from; leave it out, and AdamW begins anew"
+            f"run.init_optimizer: {folder}: there is no checkpoint of the step that the adapter was delivered from; "
+            "leave it out, and AdamW begins anew"
         )
     saved = checkpoint.read(folder / f"step-{step}")
-    from peftune.model.lora import inject
-
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         rows = rows_of(base, recipe.data.new_tokens) if recipe.data.new_tokens else []
         skeleton = GPT2LMHeadModel(with_dropout(base.config, 0.0))
@@ -261,7 +258,7 @@ def _moments(adapter: Adapter, base: Base, recipe: Recipe, settings: LoraConfig 
     same = saved.values.keys() == values.keys() and all(torch.equal(saved.values[n], v) for n, v in values.items())
     if not same or saved.moments.keys() != {f"{name}/{key}" for name in values for key in MOMENTS}:
         raise UserError(
-            f"{wrong} does not hold this adapter with its moments (PiSSA and LoftQ are delivered in another form than "
-            "they are trained in); leave it out, and AdamW begins anew"
+            f"run.init_optimizer: {folder}/step-{step} does not hold this adapter with its moments (PiSSA and LoftQ "
+            "are delivered in another form than they are trained in); leave it out, and AdamW begins anew"
         )
     return saved.moments

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
+from peft import LoraConfig
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from peftune.adapters.base_of import base_of
@@ -68,17 +69,21 @@ class RunInputs:
     init: Continued | None = None
     """The adapter that the run goes on from; the recipe is then the one with what it decides."""
 
-    def notes(self) -> list[str]:
-        """What a person should know of the base and of the adapter that it begins with."""
-        merged = (
-            []
-            if not self.base.merged
-            else [
-                f"{self.base.name} is {merged_text(self.base.merged)}: the new adapter "
-                "is relative to that merged model and works on it alone"
-            ]
-        )
-        return [*(self.init.notes() if self.init else ()), *merged]
+    @property
+    def settings(self) -> LoraConfig | None:
+        """PEFT's, where the recipe cannot say them."""
+        return self.init.settings if self.init else None
+
+    def notes(self) -> Iterator[str]:
+        """What a person should know of the base, of the adapter that the run begins with, and of the text."""
+        yield from self.init.notes() if self.init else ()
+        if merged := self.base.merged:
+            yield (
+                f"{self.base.name} is {merged_text(merged)}: the new adapter is relative to that merged model and "
+                "works on it alone"
+            )
+        for finding in self.corpus.findings:
+            yield f"{finding.what}: {finding.documents:,} documents, first {finding.first}: {finding.advice}"
 
 
 def read_inputs(recipe: Recipe, fresh: bool = False) -> RunInputs:

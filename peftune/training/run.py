@@ -111,12 +111,11 @@ def load_run(
         per_rank = -(-min(batch.global_size, len(inputs.corpus.train)) // accelerator.num_processes)
         fitting = first_micro_size(inputs.base.config, block, per_rank, dtype, accelerator.device)
         state.micro_size = min(all_gather(accelerator, fitting))
-    settings = inputs.init.settings if inputs.init else None
     if start.zero_stage(accelerator) == 3:
-        adapted = zero.load_sharded(recipe, inputs.base, dtype, accelerator, settings)
+        adapted = zero.load_sharded(recipe, inputs.base, dtype, accelerator, inputs.settings)
     else:
         with raise_on_all_ranks(accelerator):
-            adapted = load_adapted(recipe, inputs.base, dtype, accelerator.device, settings)
+            adapted = load_adapted(recipe, inputs.base, dtype, accelerator.device, inputs.settings)
     parameters = adapted.trainable()
     with raise_on_all_ranks(accelerator):
         if found:
@@ -167,8 +166,6 @@ def _begin(run: Run, found: Checkpoint | None) -> None:
             run.metrics.lost = ""
     for note in run.inputs.notes():
         run.console.say(note)
-    for finding in run.inputs.corpus.findings:
-        run.console.say(f"{finding.what}: {finding.documents:,} documents, first {finding.first}: {finding.advice}")
     run.console.say(
         f"{train.tokens():,} tokens to learn in {len(train):,} blocks of {train.packing.block_size} "
         f"({train.packing.fill():.1%} full), {run.inputs.total_steps} steps of {recipe.batch.global_size} blocks "

@@ -20,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peftune.adapters.base_of import read_layout
 from peftune.adapters.directory import CONFIG, TENSORS, Adapter, read_adapter
 from peftune.adapters.model_card import merged_card, model_card
-from peftune.adapters.provenance import FINGERPRINTS, PROVENANCE, recorded, recorded_dict, sealed
+from peftune.adapters.provenance import FINGERPRINTS, INIT, PROVENANCE, recorded, recorded_dict, recorded_list, sealed
 from peftune.errors import UserError
 from peftune.files import read_object, read_object_if_present, sha256_of
 from peftune.model.base import open_base
@@ -32,6 +32,7 @@ _MODEL_FILES = re.compile(
     r"|added_tokens\.json|vocab\.json|vocab\.txt|merges\.txt|chat_template\.jinja|spiece\.model"
 )
 _OWN_PATHS = ("_name_or_path", "name_or_path")  # where Transformers loaded it from, on this machine
+_OF_ORIGINS = ("adapter_fingerprint", "base_fingerprint", "step")
 _KEPT = ("peftune", *FINGERPRINTS, "chat", "step", "tokens", "precision", "versions")  # of peftune.json
 
 
@@ -120,6 +121,8 @@ def is_hub_name(name: str) -> bool:
 def _without_sources(provenance: Mapping[str, Any], metrics: bool, recipe: bool) -> dict[str, Any]:
     kept = [*_KEPT, *(["metrics"] if metrics else []), *(["recipe", "identity", "data_fingerprints"] if recipe else [])]
     values = {key: provenance[key] for key in kept if key in provenance}
+    chains = {key: recorded_list(provenance, key) for key in (INIT, "base_merged")}  # without names of directories
+    values |= {key: [{k: e[k] for k in _OF_ORIGINS if k in e} for e in chain] for key, chain in chains.items() if chain}
     lora = recorded_dict(recorded(provenance, "recipe"), "lora")
     if lora and not recipe:
         values["recipe"] = {"lora": lora, "quantize": recorded(provenance, "recipe", "quantize")}

@@ -17,8 +17,8 @@ import torch
 
 from peftune.adapters.low_rank import LowRankDelta
 from peftune.errors import UserError
-from peftune.model.train.attention_parts import PARTS, QUERY_VALUE, places_of
 from peftune.model.pickles import checked_tensors, unpickle
+from peftune.model.train.attention_parts import PARTS, QUERY_VALUE, places_of
 from peftune.model.weights import all_finite
 
 _NAME = re.compile(

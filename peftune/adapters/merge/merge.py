@@ -23,7 +23,7 @@ from peftune.adapters.layout import AdapterLayout, layout_of, refuse_biased_head
 from peftune.adapters.merge.report import MergeReport
 from peftune.adapters.merge.shards import write_weights
 from peftune.adapters.merge.verify import base_quantization, verify_merge
-from peftune.adapters.provenance import check_base, parses_special_tokens, recorded
+from peftune.adapters.provenance import INIT, check_base, parses_special_tokens, recorded_list
 from peftune.console import Console
 from peftune.data.sources.builtin import documents
 from peftune.data.tokens.encode import begin_of_text_id, encode_texts
@@ -104,10 +104,9 @@ def merge(
 
 def _merged_entry(adapter: Adapter, base: Base) -> dict[str, Any]:
     """What merge.json records of an adapter; with those that it went on from, if any."""
-    chain = recorded(adapter.provenance, "init")
-    return {
-        **adapter.origin(), "base": base.name, "base_fingerprint": base.fingerprint, **({"init": chain} if chain else {})
-    }  # fmt: skip
+    chain = recorded_list(adapter.provenance, INIT)
+    origin = adapter.origin() | {"base": base.name, "base_fingerprint": base.fingerprint}
+    return origin | ({INIT: chain} if chain else {})
 
 
 def _write_settings(staging: Path, base: Base, adapter: Adapter, merged: MergedTensors, dtype: str) -> None:

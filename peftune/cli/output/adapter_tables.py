@@ -193,6 +193,7 @@ def print_description(found: AdapterDescription) -> None:
     lines(
         f"{found.name}: {found.variant} for {found.base or 'a base that it does not name'}, {len(found.modules)} "
         f"modules, {found.parameters:,} parameters, {found.megabytes:.2f} MB",
+        *([f"its base lies in {found.base_place}"] if found.base_place else []),
         *_ranks(found.modules),
     )
     if found.replaced:

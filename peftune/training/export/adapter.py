@@ -116,7 +116,6 @@ def deliver(
         except UserError as error:
             raise UserError(f"the best adapter is lost: {error}; run.early_stopping=null delivers the last") from None
     config, tensors = stored_adapter(adapted, values)
-    config["base_model_name_or_path"] = recipe.base
     seconds = round(state.seconds, 1)
     metrics.write("end", step=state.step, delivered_step=step, tokens=state.tokens, seconds=seconds)
     metrics.flush(state)
@@ -230,9 +229,9 @@ def _table(metrics: dict[str, Figures]) -> str:
     if not metrics:
         return "It was not evaluated: the recipe has no validation data."
     first = first_row(next(iter(metrics.values())))
-    before = "at the start" if first == INIT else first
+    of = "at the start" if first == INIT else first
     rows = [
-        f"| held-out domain | scored tokens | perplexity, {before} | with adapter | bits per byte, {before} | with adapter |",
+        f"| held-out domain | scored tokens | perplexity, {of} | with adapter | bits per byte, {of} | with adapter |",
         "|---|---|---|---|---|---|",
     ]
     for domain, figures in metrics.items():
