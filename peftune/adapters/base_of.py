@@ -15,7 +15,15 @@ from transformers import GPT2Config
 
 from peftune.adapters.directory import Adapter, read_settings
 from peftune.adapters.layout import AdapterLayout, base_name, layout_of, module_of
-from peftune.adapters.provenance import FINGERPRINTS, FROM_ADAPTER, check_base, place_of_base, read_provenance, recorded
+from peftune.adapters.provenance import (
+    FINGERPRINTS,
+    FROM_ADAPTER,
+    check_base,
+    directory_of,
+    place_of_base,
+    read_provenance,
+    recorded,
+)
 from peftune.adapters.token_rows import named_tokens
 from peftune.errors import BaseNotFound, UserError
 from peftune.model.base import Base
@@ -49,7 +57,7 @@ def base_of(*adapter_dirs: Path) -> str:
         raise UserError(f"adapter {named['']}: {_UNNAMED}")
     for name, path in named.items():
         way = recorded(read_provenance(path), FROM_ADAPTER)
-        if way is not None and not Path(name).expanduser().is_dir():
+        if way is not None and directory_of(name) is None:
             raise BaseNotFound(
                 f"adapter {path}: its base {name} is found neither from here nor from the adapter ({way}); pass the "
                 "directory in which it lies now"

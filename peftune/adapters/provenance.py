@@ -121,13 +121,18 @@ def with_place_of_base(
     name = provenance.get("base")
     if not isinstance(name, str):
         return dict(config), dict(provenance)
-    path = BUILTIN.get(name) or Path(name).expanduser()
-    found = {**config, BASE_PATH: str(path.resolve()) if path.is_dir() else name}
-    if name in BUILTIN or not path.is_dir():
-        return found, dict(provenance)
-    with suppress(ValueError):  # another drive of Windows
-        return found, {**provenance, FROM_ADAPTER: os.path.relpath(path.resolve(), out.resolve())}
-    return found, dict(provenance)
+    path = directory_of(name)
+    found, known = {**config, BASE_PATH: str(path or name)}, dict(provenance)
+    if path is not None and name not in BUILTIN:
+        with suppress(ValueError):  # another drive of Windows
+            known[FROM_ADAPTER] = os.path.relpath(path, out.resolve())
+    return found, known
+
+
+def directory_of(name: str) -> Path | None:
+    """The whole path of a base that lies in a directory of this machine, or None."""
+    path = os.path.expanduser(BUILTIN.get(name, name))
+    return Path(path).resolve() if os.path.isdir(path) else None
 
 
 def place_of_base(adapter_dir: Path, config: Mapping[str, Any], provenance: Mapping[str, Any] | None) -> str | None:
@@ -142,8 +147,7 @@ def place_of_base(adapter_dir: Path, config: Mapping[str, Any], provenance: Mapp
     for place in places:
         with suppress(OSError, ValueError):  # no name that a file can have
             if (place / "config.json").is_file():
-                here = Path(name).expanduser()
-                return name if here.is_dir() and here.samefile(place) else str(place.resolve())
+                return name if directory_of(name) == place.resolve() else str(place.resolve())
     return name
 
 

@@ -98,7 +98,7 @@ def continued_from(recipe: Recipe, base: Base) -> tuple[Recipe, Continued]:
     UserError where it is not one of this base, where training it would not be what PEFT does, where the recipe says
     something else than it, and where its moments are asked for and not there.
     """
-    where = Path(str(recipe.run.init)).expanduser()
+    where = Path(str(recipe.run.init))
     adapter = read_adapter(where)
     if where.resolve() == Path(recipe.run.out).resolve():
         raise UserError(f"run.out is run.init ({where}), which is not overwritten; give the new adapter another name")

@@ -116,9 +116,10 @@ def read_inputs(recipe: Recipe, fresh: bool = False) -> RunInputs:
 
 
 def _refuse_adapter_as_base(recipe: Recipe) -> None:
-    path = Path(recipe.base).expanduser()
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        own = base_of(path)
+    path = os.path.expanduser(recipe.base)
+    has_adapter, has_model = (os.path.isfile(os.path.join(path, f"{name}config.json")) for name in ("adapter_", ""))
+    if has_adapter and not has_model:
+        own = base_of(Path(path))
         raise UserError(
             f"base {recipe.base} is an adapter, made for {own}; to go on from it: base={own} run.init={path}"
         )

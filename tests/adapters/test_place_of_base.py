@@ -21,12 +21,12 @@ from peftune.model.lora import quiet_peft
 
 @pytest.fixture
 def place(tiny_base: Path, make_adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with `bases/b` and `adapters/a`, written with the relative name of its base; another is the current."""
+    """A folder with `models/bases/b` and `adapters/a`, which names it by that; the current directory is another."""
     folder = tmp_path / "place"
-    shutil.copytree(tiny_base, folder / "bases" / "b")
+    shutil.copytree(tiny_base, folder / "models" / "bases" / "b")
     monkeypatch.chdir(folder)
     plain = read_adapter(make_adapter())
-    recorded = Base(Path("bases/b"), "bases/b").identity()
+    recorded = Base(Path("models/bases/b"), "models/bases/b").identity()
     write_adapter(Path("adapters/a"), plain.config, plain.tensors, recorded, {})
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -35,39 +35,42 @@ def place(tiny_base: Path, make_adapter: Any, tmp_path: Path, monkeypatch: pytes
 
 def test_it_is_found_from_another_directory(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = place / "adapters" / "a"
-    assert base_of(adapter) == str(place / "bases" / "b")
-    Path("bases/b").mkdir(parents=True)  # another one of that name
-    assert base_of(adapter) == str(place / "bases" / "b")
+    assert base_of(adapter) == str(place / "models" / "bases" / "b")
+    Path("models/bases/b").mkdir(parents=True)  # another one of that name
+    assert base_of(adapter) == str(place / "models" / "bases" / "b")
     (place.parent / "link").symlink_to(adapter)
-    assert base_of(place.parent / "link") == str(place / "bases" / "b")
+    assert base_of(place.parent / "link") == str(place / "models" / "bases" / "b")
     monkeypatch.chdir(place)
-    assert base_of(Path("adapters/a")) == "bases/b", "where it was trained it is called as it was there"
+    assert base_of(Path("adapters/a")) == "models/bases/b", "where it was trained it is called as it was there"
 
 
 def test_both_can_be_moved_together(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     moved = place.rename(tmp_path / "moved")
     assert run(["merge", str(moved / "adapters" / "a"), "--out", str(tmp_path / "merged")]) == 0
     assert run(["adapters", "show", str(moved / "adapters" / "a")]) == 0
-    assert f"its base lies in {moved / 'bases' / 'b'}" in capsys.readouterr().out
+    assert f"its base lies in {moved / 'models' / 'bases' / 'b'}" in capsys.readouterr().out
 
 
 def test_an_adapter_that_was_moved_alone_says_what_to_do(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alone = shutil.copytree(place / "adapters" / "a", tmp_path / "alone")
-    assert base_of(alone) == str(place / "bases" / "b"), "by the whole path, on the same machine"
-    shutil.move(place / "bases", tmp_path / "gone")
-    with pytest.raises(BaseNotFound, match=r"its base bases/b is found neither from here nor from the adapter"):
+    assert base_of(alone) == str(place / "models" / "bases" / "b"), "by the whole path, on the same machine"
+    shutil.move(place / "models", tmp_path / "gone")
+    with pytest.raises(BaseNotFound, match=r"its base models/bases/b is found neither from here nor from the adapter"):
         base_of(alone)
     for adapter in (alone, older(alone)):
         assert run(["generate", "--adapter", str(adapter), "--prompt", "the"]) == 2
         assert capsys.readouterr().err.rstrip().endswith("(--base)")
-        assert run(["generate", "--adapter", str(adapter), "--prompt", "the", "--base", str(tmp_path / "gone/b")]) == 0
+        assert (
+            run(["generate", "--adapter", str(adapter), "--prompt", "the", "--base", str(tmp_path / "gone/bases/b")])
+            == 0
+        )
 
 
 def older(adapter: Path) -> Path:
     """The same as an earlier release wrote it: the relative name in both files, and no hashes."""
-    for name, change in (("peftune.json", {}), ("adapter_config.json", {"base_model_name_or_path": "bases/b"})):
+    for name, change in (("peftune.json", {}), ("adapter_config.json", {"base_model_name_or_path": "models/bases/b"})):
         kept = {k: v for k, v in json.loads((adapter / name).read_text()).items() if "sha256" not in k}
         kept.pop("base_from_adapter", None)
         (adapter / name).write_text(json.dumps(kept | change))
@@ -79,7 +82,7 @@ def test_a_way_that_leads_nowhere_is_not_followed(place: Path, way: Any) -> None
     adapter = older(place / "adapters" / "a")
     values = json.loads((adapter / "peftune.json").read_text())
     (adapter / "peftune.json").write_text(json.dumps(values | {"base_from_adapter": way}))
-    with pytest.raises(BaseNotFound, match="base bases/b"):
+    with pytest.raises(BaseNotFound, match="base models/bases/b"):
         from peftune.model.base import open_base
 
         open_base(base_of(adapter))

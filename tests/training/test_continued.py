@@ -251,6 +251,7 @@ def test_what_cannot_be_gone_on_from_is_refused(
         with_peft(tiny_base, tmp_path / "rows", trainable_token_indices=[3, 5]): "name them as data.new_tokens",
         tmp_path / "none": "No such file or directory",
         tiny_base: "it is a complete model",
+        first / "checkpoints" / "step-3": "it is a checkpoint; take the directory of its run",
     }
     for adapter, reason in refused.items():
         with pytest.raises(UserError, match=reason):

@@ -16,8 +16,8 @@ from peftune.adapters.directory import Adapter, check_fits, read_adapter
 from peftune.adapters.fold import MergedTensors
 from peftune.adapters.layout import AdapterLayout, LoraTarget, block_of, model_order
 from peftune.adapters.low_rank import delta_of, norm
-from peftune.adapters.provenance import check_base, place_of_base, recorded
-from peftune.model.base import BUILTIN, open_base
+from peftune.adapters.provenance import check_base, directory_of, place_of_base, recorded
+from peftune.model.base import open_base
 from peftune.model.weights import Weights
 
 
@@ -65,7 +65,8 @@ class AdapterDescription:
             "adapter": str(self.directory), "name": self.name, "base": self.base, "base_place": self.base_place,
             "variant": self.variant, "parameters": self.parameters, "megabytes": self.megabytes,
             "fingerprint": self.fingerprint, "whole": self.replaced, "rows": self.rows, "norms_are": self.norms_are,
-            "provenance": self.provenance, "layers": self.layers(), "modules": {name: vars(module) for name, module in self.modules.items()},
+            "provenance": self.provenance, "layers": self.layers(),
+            "modules": {name: vars(module) for name, module in self.modules.items()},
         }  # fmt: skip
 
 
@@ -99,8 +100,8 @@ def describe(directory: Path, base: str | None = None) -> AdapterDescription:
 def _place(adapter: Adapter) -> str | None:
     """The directory in which its base lies, on this machine; None where it is not found, or on a hub."""
     name = place_of_base(adapter.directory, adapter.config, adapter.provenance)
-    path = BUILTIN.get(name or "") or Path(name or "").expanduser()
-    return str(path.resolve()) if name and path.is_dir() else None
+    path = directory_of(name) if name else None
+    return str(path) if path else None
 
 
 def lora_variant(adapter: Adapter) -> str:
