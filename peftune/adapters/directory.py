@@ -242,7 +242,7 @@ def read_any_settings(directory: Path) -> tuple[dict[str, Any], dict[str, Any] |
             _COMMIT: "its last write was interrupted; start the same training again, which completes it",
             "config.json": "it is a complete model; pass it as the base",
             "checkpoints": "its training has not finished",
-            "state.json": "it is a checkpoint; take the directory of its run, which holds the adapter once it is finished",
+            "state.json": "it is a checkpoint; take the directory of its run, where a finished adapter lies",
         }
         hint = next((f"; {hint}" for name, hint in hints.items() if os.path.lexists(directory / name)), "")
         if not hint and (inside := adapters_inside(directory, CONFIG)):

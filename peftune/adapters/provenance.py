@@ -87,9 +87,9 @@ INIT = "init"
 """Key of peftune.json: the adapters that training went on from, the nearest first. Of figures: those at its start."""
 
 
-def first_row(figures: Mapping[str, Any]) -> str:
+def first_row(figures: Any) -> str:
     """Which row of a domain's figures is of step 0: `init` where training went on from an adapter, else `base`."""
-    return INIT if INIT in figures else "base"
+    return INIT if recorded(figures, INIT) is not None else "base"
 
 
 def parses_special_tokens(provenance: Any) -> bool:

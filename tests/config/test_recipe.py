@@ -118,6 +118,7 @@ def test_a_broken_value_is_refused_in_one_line_that_names_the_key(override: str,
     ("key", "hint"),
     [
         ("lora.rnk", "unknown key lora.rnk, did you mean rank?"),
+        ("adapter", "unknown key adapter, did you mean run.init?"),
         ("data.validtion", "unknown key data.validtion, did you mean validation?"),
         ("optm.lr", "unknown key optm, did you mean optim?"),
         ("lr", "unknown key lr, did you mean optim.lr?"),

@@ -42,7 +42,7 @@ def with_peft(base: Path, out: Path, **settings: Any) -> Path:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.1 * torch.randn_like(parameter)
-        model.save_pretrained(out)
+        model.save_pretrained(str(out))
     return out
 
 
@@ -70,7 +70,8 @@ def trained_by_peft(made: Recipe, adapter: Path) -> dict[str, torch.Tensor]:
         optimizer.step()
         optimizer.zero_grad()
     with quiet_peft():
-        return get_peft_model_state_dict(model, save_embedding_layers=False)
+        learnt: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return learnt
 
 
 def off(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:

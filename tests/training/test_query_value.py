@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def trained_in_float64(made: Recipe) -> dict[str, torch.Tensor]:
 
     inputs = read_inputs(made)
     starts = inject(load_model(inputs.base), made.lora, made.run.seed).trainable()
-    model = load_model(inputs.base).double().requires_grad_(False)
+    model: Any = load_model(inputs.base).double().requires_grad_(False)
     rank = made.lora.rank
     scale = made.lora.alpha / (rank**0.5 if made.lora.variant == "rslora" else rank)
     for number, block in enumerate(model.transformer.h):
@@ -76,7 +77,7 @@ def trained_in_float64(made: Recipe) -> dict[str, torch.Tensor]:
             group["lr"] = lr_at(step, inputs.total_steps, made.optim)
         optimizer.step()
         optimizer.zero_grad()
-    stored = {}
+    stored: dict[str, torch.Tensor] = {}
     for number, block in enumerate(model.transformer.h):
         layer, name = block.attn.c_attn, f"base_model.model.transformer.h.{number}.attn.c_attn"
         width = layer.b[0].shape[0]

@@ -20,7 +20,16 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peftune.adapters.base_of import read_layout
 from peftune.adapters.directory import CONFIG, TENSORS, Adapter, read_adapter
 from peftune.adapters.model_card import merged_card, model_card
-from peftune.adapters.provenance import FINGERPRINTS, INIT, PROVENANCE, recorded, recorded_dict, recorded_list, sealed
+from peftune.adapters.provenance import (
+    FINGERPRINTS,
+    INIT,
+    PROVENANCE,
+    first_row,
+    recorded,
+    recorded_dict,
+    recorded_list,
+    sealed,
+)
 from peftune.errors import UserError
 from peftune.files import read_object, read_object_if_present, sha256_of
 from peftune.model.base import open_base
@@ -133,14 +142,16 @@ def _about(adapter: Adapter, base: str, metrics: bool) -> str:
     count = sum(tensor.numel() for tensor in adapter.tensors.values())
     config = adapter.config
     lines = [f"A LoRA adapter (rank {config['r']}, alpha {config['lora_alpha']:g}) for `{base}`, {count:,} parameters."]
-    rows = []
+    rows, before = [], "base"
     for domain, figures in recorded_dict(adapter.provenance, "metrics").items() if metrics else ():
-        pair = [recorded(figures, row, "perplexity") for row in ("base", "adapter")]
+        first = first_row(figures)
+        before = "at the start" if first == INIT else before
+        pair = [recorded(figures, row, "perplexity") for row in (first, "adapter")]
         rows.append(
             f"| {domain} | {' | '.join(f'{v:.3f}' if isinstance(v, float) else 'not measured' for v in pair)} |"
         )
     if rows:
-        lines += ["", "| held-out domain | perplexity, base | with adapter |", "|---|---|---|", *rows]
+        lines += ["", f"| held-out domain | perplexity, {before} | with adapter |", "|---|---|---|", *rows]
     return "\n".join(lines)
 
 

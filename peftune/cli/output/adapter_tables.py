@@ -246,7 +246,7 @@ def _history(provenance: dict[str, Any] | None) -> Iterator[str]:
 def _print_metrics(metrics: dict[str, Any]) -> None:
     rows, before = [], "base"
     for domain, of in metrics.items():
-        first = first_row(of if isinstance(of, dict) else {})
+        first = first_row(of)
         before = "at the start" if first == INIT else before
         values = [recorded(of, model, key) for key in ("loss", "perplexity") for model in (first, "adapter")]
         rows.append([domain, *(f"{value:,.3f}" if isinstance(value, int | float) else "-" for value in values)])
