@@ -34,7 +34,7 @@ Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help=_JSON_
 def told(error: PeftuneError, arguments: list[str]) -> str:
     """What an error says, with the option that names another base where it was not found and the verb has one."""
     has_option = not {"train", "launch"}.intersection(arguments[:1])
-    return f"{error} (--base)" if isinstance(error, BaseNotFound) and has_option else str(error)
+    return f"{error} (--base DIR)" if isinstance(error, BaseNotFound) and has_option else str(error)
 
 
 def save_json(path: Path | None, value: Any) -> None:

@@ -138,6 +138,8 @@ def adapted_modules(model: GPT2LMHeadModel, lora: LoraSection) -> set[str]:
 
 def _problems(model: GPT2LMHeadModel, lora: LoraSection, targets: list[str]) -> list[str]:
     modules = dict(model.named_modules())
+    if parts := [name for name in targets if name.lower() in _PARTS]:
+        return [f"lora.targets: {parts[0]} is a part of c_attn; query-value adapts queries and values"]
     problems = [
         f"lora.targets: the base has no linear or embedding module {name!r}; known: {', '.join(ALL)}, lm_head, wte, wpe"
         for name in targets
@@ -148,10 +150,6 @@ def _problems(model: GPT2LMHeadModel, lora: LoraSection, targets: list[str]) -> 
         for name in lora.modules_to_save
         if not any(_named(path, name) and _can_be_saved(module) for path, module in modules.items())
     ]
-    parts = [name for name in targets if name.lower() in _PARTS]
-    problems += (
-        [f"lora.targets: {parts[0]} is a part of c_attn; query-value adapts queries and values"] if parts else []
-    )
     beyond = [layer for layer in lora.layers or [] if layer >= model.config.n_layer]
     if beyond:
         problems.append(f"lora.layers: the base has blocks 0 to {model.config.n_layer - 1}, found {beyond[0]}")

@@ -61,7 +61,7 @@ def test_an_adapter_that_was_moved_alone_says_what_to_do(
         base_of(alone)
     for adapter in (alone, older(alone)):
         assert run(["generate", "--adapter", str(adapter), "--prompt", "the"]) == 2
-        assert capsys.readouterr().err.rstrip().endswith("(--base)")
+        assert capsys.readouterr().err.rstrip().endswith("(--base DIR)")
         assert (
             run(["generate", "--adapter", str(adapter), "--prompt", "the", "--base", str(tmp_path / "gone/bases/b")])
             == 0
