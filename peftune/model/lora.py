@@ -139,7 +139,8 @@ def adapted_modules(model: GPT2LMHeadModel, lora: LoraSection) -> set[str]:
 def _problems(model: GPT2LMHeadModel, lora: LoraSection, targets: list[str]) -> list[str]:
     modules = dict(model.named_modules())
     if parts := [name for name in targets if name.lower() in _PARTS]:
-        return [f"lora.targets: {parts[0]} is a part of c_attn; query-value adapts queries and values"]
+        part = f"the base has no linear or embedding module {parts[0]!r}, which is a part of c_attn"
+        return [f"lora.targets: {part}; query-value adapts queries and values"]
     problems = [
         f"lora.targets: the base has no linear or embedding module {name!r}; known: {', '.join(ALL)}, lm_head, wte, wpe"
         for name in targets

@@ -147,7 +147,7 @@ def test_variants_that_take_a_matrix_whole_are_refused(recipe: Make, variant: st
 
 
 def test_parts_by_the_names_of_other_models_lead_to_the_right_one(recipe: Make, tiny_base: Path) -> None:
-    with pytest.raises(UserError, match=r"q_proj is a part of c_attn; query-value adapts queries and values"):
+    with pytest.raises(UserError, match=r"'q_proj', which is a part of c_attn; query-value adapts"):
         load_adapted(recipe("lora.targets=[q_proj, v_proj]"), Base(tiny_base), torch.float32, torch.device("cpu"))
     with pytest.raises(UserError, match=r"lora.rank: 33 is more than .* at most 32"):
         load_adapted(recipe(QV, "lora.rank=33"), Base(tiny_base), torch.float32, torch.device("cpu"))
