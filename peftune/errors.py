@@ -2,6 +2,7 @@
 
 PeftuneError
 ├── UserError        2  the user's input is at fault: one line, no traceback
+│   └── BaseNotFound
 ├── Interrupted      3  SIGTERM/SIGINT after a checkpoint was saved
 ├── CheckFailed      4  a check of ours failed (merge not equal, dead adapter, non-finite loss)
 ├── RankLost         1  another rank died or cannot be reached; the same command goes on from the last checkpoint
@@ -27,6 +28,10 @@ class UserError(PeftuneError):
     """The input is at fault: what was found, what was expected, what to do."""
 
     exit_code = 2
+
+
+class BaseNotFound(UserError):
+    """There is no base where its name says, or where an adapter says; another name of it may help."""
 
 
 class Interrupted(PeftuneError):

@@ -15,9 +15,17 @@ from transformers import GPT2Config
 
 from peftune.adapters.directory import Adapter, read_settings
 from peftune.adapters.layout import AdapterLayout, base_name, layout_of, module_of
-from peftune.adapters.provenance import FINGERPRINTS, check_base, recorded_base
+from peftune.adapters.provenance import (
+    FINGERPRINTS,
+    FROM_ADAPTER,
+    check_base,
+    directory_of,
+    place_of_base,
+    read_provenance,
+    recorded,
+)
 from peftune.adapters.token_rows import named_tokens
-from peftune.errors import UserError
+from peftune.errors import BaseNotFound, UserError
 from peftune.model.base import Base
 
 _KNOWN = re.compile(r"(?:transformer\.)?(?:h\.(?P<block>\d+)\..+|wte|wpe|ln_f|lm_head)")
@@ -39,13 +47,21 @@ _UNNAMED = "does not say which base it was trained on; pass the base"
 
 
 def base_of(*adapter_dirs: Path) -> str:
-    """The name of the base that all of these adapters were trained on.
+    """What the base that all of these adapters were trained on can be opened by, wherever this is called from.
 
-    Raises UserError where one does not say, where they name several, and where there is no adapter.
+    Raises UserError where one does not say, where they name several, where there is no adapter, and where the directory
+    that they name is found neither from here nor from the adapter.
     """
-    named = {recorded_base(*read_settings(path)) or "": path for path in adapter_dirs}
+    named = {place_of_base(path, *read_settings(path)) or "": path for path in adapter_dirs}
     if "" in named:
         raise UserError(f"adapter {named['']}: {_UNNAMED}")
+    for name, path in named.items():
+        way = recorded(read_provenance(path), FROM_ADAPTER)
+        if way is not None and directory_of(name) is None:
+            raise BaseNotFound(
+                f"adapter {path}: its base {name} is found neither from here nor from the adapter ({way}); pass the "
+                "directory in which it lies now"
+            )
     if len(named) != 1:
         found = f"the adapters name {', '.join(sorted(named))}" if named else "no base and no adapter"
         raise UserError(f"{found}; pass the base: a hub name, a directory or builtin:small")

@@ -21,7 +21,15 @@ from transformers import GPT2Config
 
 from peftune.adapters import peft_config
 from peftune.adapters.layout import AdapterLayout, layout_of
-from peftune.adapters.provenance import PROVENANCE, read_provenance, recorded_base, recorded_hashes, sealed
+from peftune.adapters.provenance import (
+    PROVENANCE,
+    read_provenance,
+    recorded,
+    recorded_base,
+    recorded_hashes,
+    sealed,
+    with_place_of_base,
+)
 from peftune.adapters.training_output import adapters_inside, which_to_use
 from peftune.errors import CheckFailed, UserError, first_line
 from peftune.files import flush_directory, hashes_of, publish, read_bytes, read_object, staging_directory
@@ -49,6 +57,12 @@ class Adapter:
     def base(self) -> str | None:
         """The name of the base that it records, or None."""
         return recorded_base(self.config, self.provenance)
+
+    def origin(self) -> dict[str, Any]:
+        """What is recorded of it where something is made from it; its directory by its last name only."""
+        base = recorded(self.provenance, "base_fingerprint")
+        found = {"adapter": self.directory.resolve().name, "adapter_fingerprint": self.fingerprint, "base": self.base}
+        return found | ({"base_fingerprint": base} if isinstance(base, str) else {})
 
     @property
     def fingerprint(self) -> str:
@@ -120,11 +134,13 @@ def write_adapter(
 ) -> None:
     """Write an adapter directory atomically: to a staging directory, read back and compared, then renamed.
 
-    peftune.json gets the SHA-256 of every file. An adapter that is there already is replaced; other files (metrics,
-    checkpoints) stay. A crash before the commit leaves the old state, a crash after it is finished by the next write;
-    in between there is no `adapter_config.json`, so nobody loads a mixture. Raises UserError where the disk is full or
+    peftune.json gets the SHA-256 of every file, and both where the base lies (`with_place_of_base`). An adapter that is
+    there already is replaced; other files (metrics, checkpoints) stay. A crash before the commit leaves the old state,
+    a crash after it is finished by the next write; in between there is no `adapter_config.json`, so nobody loads a
+    mixture. Raises UserError where the disk is full or
     not writable, CheckFailed where what was read back differs.
     """
+    config, provenance = with_place_of_base(config, provenance, out)
     existed = out.exists()
     if existed and not out.is_dir():
         raise UserError(f"{out}: is a file; expected a directory for the adapter")
@@ -226,6 +242,7 @@ def read_any_settings(directory: Path) -> tuple[dict[str, Any], dict[str, Any] |
             _COMMIT: "its last write was interrupted; start the same training again, which completes it",
             "config.json": "it is a complete model; pass it as the base",
             "checkpoints": "its training has not finished",
+            "state.json": "it is a checkpoint; take the directory of its run, where a finished adapter lies",
         }
         hint = next((f"; {hint}" for name, hint in hints.items() if os.path.lexists(directory / name)), "")
         if not hint and (inside := adapters_inside(directory, CONFIG)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from peftune.model.base import BUILTIN
+
 
 def model_card(base: str, out: str, body: str, repository: str = "") -> str:
     """Markdown with the front matter that hubs read; `out` is the adapter's directory, `body` tells what it is.
@@ -27,10 +29,14 @@ tags: [gpt2, lora, peftune]
 peftune merge {out} --out {directory}-merged
 ```
 
-It is an ordinary PEFT adapter: `PeftModel.from_pretrained(base, "{out}")` loads it without peftune. Begin every prompt
-there with the token that begins texts of the base (GPT-2's `<|endoftext|>`), as in training; peftune does so itself,
-and so does the tokenizer of the merged model.
+It is an ordinary PEFT adapter: `AutoPeftModelForCausalLM.from_pretrained("{out}")` loads it with its base, without
+peftune{_WHERE if base in BUILTIN else ""}. Begin every prompt there with the token that begins texts of the
+base (GPT-2's `<|endoftext|>`), as in training; peftune does so itself, and so does the tokenizer of the merged model.
 """
+
+
+_WHERE = """, on the machine where it was made. Elsewhere, give `PeftModel.from_pretrained` the base out of an installed
+peftune: `AutoModelForCausalLM.from_pretrained(peftune.model.base.open_base("builtin:small").directory)`"""
 
 
 def merged_card(repository: str, base: str | None, begins_texts: bool) -> str:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from peftune.errors import UserError
 from peftune.files import read_object_if_present
-from peftune.model.base import Base
+from peftune.model.base import BUILTIN, Base
 
 FINGERPRINTS = {
     "base_fingerprint": "weights", "tokenizer_fingerprint": "tokenizer", "config_fingerprint": "architecture",
@@ -23,6 +25,8 @@ FINGERPRINTS = {
 
 
 PROVENANCE = "peftune.json"
+BASE_PATH = "base_model_name_or_path"  # of adapter_config.json
+FROM_ADAPTER = "base_from_adapter"  # of peftune.json: the way from the adapter's directory to that of its base
 _HASHES = "sha256"  # of every file that was written with peftune.json, by name
 _OWN_HASH = "sha256_of_peftune_json"  # of everything else in it
 
@@ -73,16 +77,78 @@ def recorded_dict(provenance: Any, key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def recorded_list(provenance: Any, key: str) -> list[dict[str, Any]]:
+    """The objects in the list below this key of peftune.json; empty where there is none."""
+    value = recorded(provenance, key)
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+INIT = "init"
+"""Key of peftune.json: the adapters that training went on from, the nearest first. Of figures: those at its start."""
+
+
+def first_row(figures: Any) -> str:
+    """Which row of a domain's figures is of step 0: `init` where training went on from an adapter, else `base`."""
+    return INIT if recorded(figures, INIT) is not None else "base"
+
+
 def parses_special_tokens(provenance: Any) -> bool:
     """Whether special tokens that a text spells out were tokens in training; prompts are read the same."""
     said = recorded(provenance, "special_tokens") or recorded(provenance, "recipe", "data", "special_tokens")
     return bool(said == "parse")
 
 
+def merged_text(merged: Sequence[Mapping[str, Any]]) -> str:
+    """A merged model in words; `merged` are the adapters in it, the last first (`Base.merged`)."""
+    names = [f"{m.get('adapter') or 'an adapter'} ({str(m.get('adapter_fingerprint'))[:12]})" for m in merged]
+    return f"a merge of {', before that '.join(names)} into {merged[-1].get('base') or 'a base'}"
+
+
 def recorded_base(config: Mapping[str, Any], provenance: Mapping[str, Any] | None) -> str | None:
     """The name of the base that an adapter's two files record, or None."""
-    name = (provenance or {}).get("base") or config.get("base_model_name_or_path")
+    name = (provenance or {}).get("base") or config.get(BASE_PATH)
     return name if isinstance(name, str) and name else None
+
+
+def with_place_of_base(
+    config: Mapping[str, Any], provenance: Mapping[str, Any], out: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The two files' contents, with where a base that is a directory lies; `provenance` names it as `base`.
+
+    peftune.json gets the way from the adapter's directory to it, so that the two can be moved together, and
+    adapter_config.json the whole path, for Transformers and PEFT look nowhere else.
+    """
+    name = provenance.get("base")
+    if not isinstance(name, str):
+        return dict(config), dict(provenance)
+    path = directory_of(name)
+    found, known = {**config, BASE_PATH: str(path or name)}, dict(provenance)
+    if path is not None and name not in BUILTIN:
+        with suppress(ValueError):  # another drive of Windows
+            known[FROM_ADAPTER] = os.path.relpath(path, out.resolve())
+    return found, known
+
+
+def directory_of(name: str) -> Path | None:
+    """The whole path of a base that lies in a directory of this machine, or None."""
+    path = os.path.expanduser(BUILTIN.get(name, name))
+    return Path(path).resolve() if os.path.isdir(path) else None
+
+
+def place_of_base(adapter_dir: Path, config: Mapping[str, Any], provenance: Mapping[str, Any] | None) -> str | None:
+    """What the base of an adapter can be opened by, wherever this is called from, or None where it names none.
+
+    The name that was recorded, unless that is of a directory that lies elsewhere as seen from here.
+    """
+    name, way, path = recorded_base(config, provenance), recorded(provenance, FROM_ADAPTER), config.get(BASE_PATH)
+    if name is None or name in BUILTIN or not isinstance(way, str):
+        return name
+    places = [adapter_dir.resolve() / way, *([Path(path)] if isinstance(path, str) and os.path.isabs(path) else [])]
+    for place in places:
+        with suppress(OSError, ValueError):  # no name that a file can have
+            if (place / "config.json").is_file():
+                return name if directory_of(name) == place.resolve() else str(place.resolve())
+    return name
 
 
 def check_base(adapter_dir: Path, base: Base) -> None:

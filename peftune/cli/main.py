@@ -17,7 +17,7 @@ from peftune.cli.doctor import doctor
 from peftune.cli.export import export, push
 from peftune.cli.generation import generate
 from peftune.cli.launcher.launch import configs, launch
-from peftune.cli.options import BASE_HELP, Adapters, Json, columns_of, named, save_json, source_of
+from peftune.cli.options import BASE_HELP, Adapters, Json, columns_of, named, save_json, source_of, told
 from peftune.cli.output.text_output import echo
 from peftune.cli.output.verbosity import one_call, with_verbosity
 from peftune.cli.plan import plan
@@ -146,6 +146,7 @@ def merge(
     Example:  peftune merge adapters/poems --out models/poems
     """
     from peftune.adapters.merge.merge import merge
+    from peftune.adapters.provenance import merged_text
 
     report = merge(adapter, out, base=base, dtype=dtype, verify=verify)
     save_json(json_path, vars(report))
@@ -159,6 +160,8 @@ def merge(
             f"mean KL {report.mean_kl:.1e} nats per token, the same likeliest token in {report.argmax_agreement:.2%}"
         )
     echo(report.how_to_call())
+    if report.merged[1:]:
+        echo(f"{report.base} is {merged_text(report.merged[1:])}: {out} holds all of them")
     if report.left_out:
         echo(f"left out, heads of other tasks than language modelling: {', '.join(report.left_out)}")
     if report.trained_on is not None and verify:
@@ -209,7 +212,7 @@ def run(arguments: list[str]) -> int:
         record_for_launcher(f"peftune: {error.reason}")
         return error.exit_code
     except PeftuneError as error:
-        return _complain(str(error), error.exit_code)
+        return _complain(told(error, arguments), error.exit_code)
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)  # of the verb that was called in a wrong way
         verb = context.command_path if context is not None else "peftune"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from peftune.errors import UserError
+from peftune.errors import BaseNotFound, PeftuneError, UserError
 from peftune.files import check_writable, json_document, write_json
 
 if TYPE_CHECKING:
@@ -55,6 +55,12 @@ def only_json(path: Path | None) -> Iterator[None]:
         return
     with _OnlyJson(sys.stdout) as stand_in, redirect_stdout(stand_in):
         yield
+
+
+def told(error: PeftuneError, arguments: list[str]) -> str:
+    """What an error says, with the option that names another base where it was not found and the verb has one."""
+    has_option = not {"train", "launch"}.intersection(arguments[:1])
+    return f"{error} (--base DIR)" if isinstance(error, BaseNotFound) and has_option else str(error)
 
 
 def save_json(path: Path | None, value: Any) -> None:

@@ -118,7 +118,7 @@ def _show(found: Plan) -> None:
         cells += [str(option.micro_size), _gb(option.held), _gb(option.peak), "yes" if option.fits else "no"]
         cells.append(_gb(option.wire) if found.machine.count > 1 else "")
         table.add_row(*cells, style="bold green" if option is found.recommended else "")
-    print_table("", table)
+    print_table("Ways to run it", table)
     for reason in reasons:
         echo(f"refused: {reason}")
 

@@ -13,8 +13,9 @@ _EITHER = {
     "data.validation": "a fraction below 1 (0 is none), sources, or a mapping of domain names to sources",
     "data.block_size": "a whole number of at least 8, or auto",
     "batch.micro_size": "a whole number of at least 1, or auto",
-    "lora.targets": "all, attention, or a list of module names",
+    "lora.targets": "all, attention, query-value, or a list of module names",
 }
+_CALLED = {"adapter": "run.init", "continue_from": "run.init", "start_from": "run.init"}
 _PLAIN = {
     "bool_type": "expected true or false",
     "int_type": "expected a whole number",
@@ -70,6 +71,7 @@ def _nearest(location: list[str], keys: Mapping[str, Sequence[str]]) -> str:
     known = next(keys[name] for depth in (2, 1, 0) if (name := ".".join(sections[:depth])) in keys)
     outer = [section for section in keys if section and "." not in section]
     elsewhere = {name: f"{section}.{name}" for section in outer for name in keys[section]}
+    elsewhere |= _CALLED
     near = [elsewhere[key]] if key in elsewhere else difflib.get_close_matches(key, known, n=1)
     near = near or [elsewhere[name] for name in difflib.get_close_matches(key, elsewhere, n=1)]
     return f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"

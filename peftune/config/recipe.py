@@ -36,8 +36,9 @@ class LoraSection(Section):
     """Scale: the update is multiplied by alpha / rank (rslora: alpha / sqrt(rank))."""
     dropout: Fraction = 0.0
     """Dropout on the input of each adapter."""
-    targets: Literal["all", "attention"] | Annotated[list[str], Field(min_length=1)] = "all"
-    """`all` linear layers of every block, `attention` only, or module names (`c_attn`, `mlp.c_fc`, `lm_head`, …)."""
+    targets: Literal["all", "attention", "query-value"] | Annotated[list[str], Field(min_length=1)] = "all"
+    """`all` linear layers of every block, `attention` only, `query-value` for queries and values alone, each of this
+    rank, as in the LoRA paper, or module names (`c_attn`, `mlp.c_fc`, `lm_head`, …)."""
     variant: Literal["lora", "rslora", "dora", "pissa", "loftq"] = "lora"
     """LoRA (2106.09685), rank-stabilised LoRA (2312.03732), DoRA (2402.09353), PiSSA (2404.02948), or, on a quantised
     base, LoftQ (2310.08659): a LoRA that starts as the best correction of what quantising took from the base."""
@@ -96,6 +97,11 @@ class RunSection(Section):
 
     out: Annotated[NonEmpty, AfterValidator(_output_directory)]
     """Adapter directory to write."""
+    init: Annotated[NonEmpty, AfterValidator(_output_directory)] | None = None
+    """Adapter directory to go on from: for more epochs, on other data, at another rate. What it decides (rank, alpha,
+    targets, variant, modules_to_save, new tokens) need not be said again. It is not changed."""
+    init_optimizer: bool = False
+    """With `init`: also take AdamW's moments and step count, from the checkpoint that adapter was delivered from."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Seed of the adapter's initial values, the order of samples and dropout."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -141,6 +147,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _numbers_fit(self) -> Recipe:
         problems = []
+        if self.lora.targets == "query-value" and self.lora.variant not in ("lora", "rslora"):
+            taken = f"query-value adapts parts of c_attn, {self.lora.variant} takes it whole"
+            problems.append(f"lora.targets: {taken}; use lora or rslora")
         if self.quantize is None and self.lora.variant == "loftq":
             problems.append("lora.variant: loftq is for a quantised base; give quantize (int8, nf4) or another variant")
         if self.quantize and self.lora.variant == "pissa":
@@ -154,6 +163,8 @@ class Recipe(Section):
         micro = self.batch.micro_size
         if micro != "auto" and micro > self.batch.global_size:
             problems.append(f"batch: micro_size {micro} is larger than global_size {self.batch.global_size}")
+        if self.run.init_optimizer and self.run.init is None:
+            problems.append("run.init_optimizer takes AdamW's moments of the adapter in run.init; name one")
         if self.run.early_stopping and (self.data.validation == 0 or not self.run.eval_every):
             problems.append("run.early_stopping needs data.validation and run.eval_every")
         if problems:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftune.console import Console
-from peftune.errors import UserError, first_line
+from peftune.errors import BaseNotFound, UserError, first_line
 from peftune.files import read_object_if_present, sha256_of
 from peftune.model import architecture, tokenizer, weights
 from peftune.model.fingerprint import remembered
@@ -39,15 +39,31 @@ class Base:
     """Fingerprints are computed from the bytes on the disk, not remembered: about a second for each GB of weights."""
 
     @cached_property
+    def _merge(self) -> dict[str, Any]:
+        """merge.json, of a model that peftune merged; empty for any other."""
+        return read_object_if_present(self.directory / MERGE, f"base {self.directory}: {MERGE}") or {}
+
+    @cached_property
     def parses_special_tokens(self) -> bool:
         """Whether special tokens in prompts are tokens: so for a merge of an adapter that was trained with them."""
-        merged = read_object_if_present(self.directory / MERGE, f"base {self.directory}: {MERGE}") or {}
-        return bool(merged.get("special_tokens") == "parse")
+        return bool(self._merge.get("special_tokens") == "parse")
+
+    @cached_property
+    def merged(self) -> list[dict[str, Any]]:
+        """The adapters that are merged into it, the last one first; empty for a model that peftune did not merge.
+
+        Each has `adapter_fingerprint` and the `base` that it went into. Older releases recorded the last one only.
+        """
+        kept: tuple[str, ...] = ("adapter_fingerprint", "base", "base_fingerprint")
+        last = {key: self._merge[key] for key in kept if key in self._merge}
+        listed = self._merge.get("merged")
+        found = listed if isinstance(listed, list) else [last] if last else []
+        return [entry for entry in found if isinstance(entry, dict)]
 
     @cached_property
     def _recorded(self) -> dict[str, str]:
         """sha256 by file name, of a model that peftune merged; empty for any other."""
-        hashes = (read_object_if_present(self.directory / MERGE, f"base {self.directory}: {MERGE}") or {}).get("sha256")
+        hashes = self._merge.get("sha256")
         return hashes if isinstance(hashes, dict) else {}
 
     def _check(self, files: Iterable[Path]) -> None:
@@ -143,7 +159,7 @@ def open_base(name: str | Path | Base, fresh: bool = False) -> Base:
     if is_directory:
         return Base(_checked(path, name), name, fresh)
     if exists or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
-        raise UserError(
+        raise BaseNotFound(
             f"base {name}: no such directory; expected a GPT-2 checkpoint directory, a hub name or builtin:small"
         )
     return Base(_from_hub(name), name, fresh)
@@ -185,10 +201,10 @@ def _from_hub(name: str) -> Path:
     except errors.HFValidationError:
         raise UserError(f"base {name!r}: neither a directory nor a valid hub name") from None
     except errors.RepositoryNotFoundError:
-        raise UserError(f"base {name}: no such directory, and the hub knows no such model") from None
+        raise BaseNotFound(f"base {name}: no such directory, and the hub knows no such model") from None
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         cause = first_line(error).partition(". ")[0]
-        raise UserError(f"base {name}: no such directory here, and the hub could not be reached ({cause})") from None
+        raise BaseNotFound(f"base {name}: no such directory here, and the hub could not be reached ({cause})") from None
     if any(directory.glob("*.safetensors")) or any(directory.glob("*.bin")):
         return _checked(directory, name)
     raise UserError(

@@ -17,6 +17,7 @@ from peftune.model.tokenizer import with_new_tokens
 from peftune.model.weights import NOT_FINITE, all_finite
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from peftune.model.lora import Adapted
@@ -87,12 +88,15 @@ def load_model(
     return model.eval()  # type: ignore[no-any-return]
 
 
-def load_adapted(recipe: Recipe, base: Base, dtype: torch.dtype, device: torch.device) -> Adapted:
+def load_adapted(
+    recipe: Recipe, base: Base, dtype: torch.dtype, device: torch.device, settings: LoraConfig | None = None
+) -> Adapted:
     """The base with a fresh adapter: adapter in fp32, frozen weights in `dtype` where only blocks are adapted.
 
     DoRA and PiSSA derive initial values from the base's weights, so they see them in fp32 first. Trained
     embeddings, norms or heads keep the full base in fp32 (matrix products still use `dtype`). What `quantize` packs
     stays packed; LoftQ reads the weights of the base once more, one after the other, to see what packing lost.
+    `settings` are PEFT's, where the recipe cannot say them.
     """
     from peftune.model.lora import inject
 
@@ -102,30 +106,35 @@ def load_adapted(recipe: Recipe, base: Base, dtype: torch.dtype, device: torch.d
     exact = recipe.lora.variant in ("dora", "pissa") or recipe.lora.modules_to_save or new_tokens
     model = load_model(
         base,
-        dtype=torch.float32 if exact or recipe.lora.targets not in ("all", "attention") else dtype,
+        dtype=torch.float32 if exact or not isinstance(recipe.lora.targets, str) else dtype,
         device="cpu" if recipe.quantize is None else device,
         dropout=recipe.run.base_dropout,
         quantize=recipe.quantize,
     )
     rows = _add_rows(model, base, new_tokens) if new_tokens else []
-    adapted = inject(model, recipe.lora, recipe.run.seed, base.weights.tensor, rows)
+    adapted = inject(model, recipe.lora, recipe.run.seed, base.weights.tensor, rows, settings)
     move_to(adapted.model, device, dtype if only_blocks_are_trained(adapted) else torch.float32)
     if recipe.run.checkpointing:
         recompute_activations(adapted)
     return adapted
 
 
-@torch.no_grad()
-def _add_rows(model: GPT2LMHeadModel, base: Base, new_tokens: Sequence[str]) -> list[int]:
-    """The rows of new tokens, each the mean of the rows of the tokens that the base knows.
+def rows_of(base: Base, new_tokens: Sequence[str]) -> list[int]:
+    """The rows of new tokens (at least one), in order.
 
     Rows before them that no token has are among them where the base does not have them either.
     """
     vocabulary, rows = with_new_tokens(base.tokenizer, new_tokens).get_vocab(), base.config.vocab_size
     ids = {vocabulary[name] for name in new_tokens}
-    trained = sorted({*ids, *range(rows, max(ids) + 1)})
-    if max(ids) >= rows:
-        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    return sorted({*ids, *range(rows, max(ids) + 1)})
+
+
+@torch.no_grad()
+def _add_rows(model: GPT2LMHeadModel, base: Base, new_tokens: Sequence[str]) -> list[int]:
+    """The rows of new tokens, each the mean of the rows of the tokens that the base knows."""
+    trained, rows = rows_of(base, new_tokens), base.config.vocab_size
+    if trained[-1] >= rows:
+        model.resize_token_embeddings(trained[-1] + 1, mean_resizing=False)
     known = min(rows, len(base.tokenizer))
     for name in ("transformer.wte.weight", "lm_head.weight"):  # twice the same where they are tied
         weight = model.get_parameter(name)

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from peftune.config.recipe import LoraSection
 from peftune.errors import UserError
 from peftune.model.quantized import is_quantized, unpacked
+from peftune.model.train.attention_parts import QUERY_VALUE, stacked_alpha, untrained_mask
 
 ATTENTION = ("attn.c_attn", "attn.c_proj")
 ALL = (*ATTENTION, "mlp.c_fc", "mlp.c_proj")
@@ -35,10 +36,16 @@ class Adapted:
 
     model: PeftModel
     initial: dict[str, torch.Tensor]
+    untrained: torch.Tensor | None = None
+    """True where every B of c_attn is zero and stays so: its queries and values alone are adapted."""
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name, in the model's order."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def masks(self) -> list[torch.Tensor | None]:
+        """For each trainable parameter where its gradient is none, on the CPU, or None."""
+        return [self.untrained if ".lora_B." in name else None for name in self.trainable()]
 
 
 def inject(
@@ -47,14 +54,15 @@ def inject(
     seed: int,
     original: Callable[[str], torch.Tensor] | None = None,
     rows: Sequence[int] = (),
+    settings: LoraConfig | None = None,
 ) -> Adapted:
     """Put a fresh adapter on the base; initial values follow from `seed` alone, LoftQ's from the base alone.
 
     `original` reads a tensor of the base as it was before it was quantised; LoftQ needs it. Of the
-    embedding (and the head) `rows` are trained. Raises UserError for
-    targets, layers or extra modules that the base does not have.
+    embedding (and the head) `rows` are trained. `settings` are PEFT's, where `lora` cannot say them. Raises UserError
+    for targets, layers or extra modules that the base does not have.
     """
-    config = peft_config(model, lora)
+    config = settings or peft_config(model, lora)
     if rows:
         embeddings = ("wte",) if model.config.tie_word_embeddings else ("wte", "lm_head")
         config.trainable_token_indices = {name: list(rows) for name in embeddings}
@@ -67,7 +75,8 @@ def inject(
         correct_quantisation(adapted.get_base_model(), original)
     if lora.variant in ("pissa", "loftq"):
         initial = {n: p.detach().clone() for n, p in adapted.named_parameters() if ".lora_A." in n or ".lora_B." in n}
-    return Adapted(adapted, initial)
+    parts, width = QUERY_VALUE, model.config.n_embd
+    return Adapted(adapted, initial, untrained_mask(parts, lora.rank, width) if lora.targets == "query-value" else None)
 
 
 @contextmanager
@@ -92,19 +101,21 @@ _EXPECTED_WARNINGS = (
 
 def peft_config(model: GPT2LMHeadModel, lora: LoraSection) -> LoraConfig:
     """The PEFT configuration of a recipe's adapter, checked against the modules of this base."""
-    sets = {"all": ALL, "attention": ATTENTION}
-    targets = list(sets[lora.targets] if isinstance(lora.targets, str) else lora.targets)
+    targets = _targets(lora)
     problems = _problems(model, lora, targets)
     if problems:
         raise UserError("; ".join(problems))
+    rank, alpha, rslora = lora.rank, lora.alpha, lora.variant == "rslora"
+    if lora.targets == "query-value":
+        rank, alpha = len(QUERY_VALUE) * rank, stacked_alpha(alpha, QUERY_VALUE, rslora)
     return LoraConfig(
         task_type="CAUSAL_LM",
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT computes with any number
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT computes with any number
         lora_dropout=lora.dropout,
         target_modules=targets,
         fan_in_fan_out=True,
-        use_rslora=lora.variant == "rslora",
+        use_rslora=rslora,
         use_dora=lora.variant == "dora",
         init_lora_weights="pissa" if lora.variant == "pissa" else True,
         modules_to_save=lora.modules_to_save or None,
@@ -113,8 +124,23 @@ def peft_config(model: GPT2LMHeadModel, lora: LoraSection) -> LoraConfig:
     )
 
 
+def _targets(lora: LoraSection) -> list[str]:
+    sets = {"all": ALL, "attention": ATTENTION, "query-value": ATTENTION[:1]}
+    return list(sets[lora.targets] if isinstance(lora.targets, str) else lora.targets)
+
+
+def adapted_modules(model: GPT2LMHeadModel, lora: LoraSection) -> set[str]:
+    """Full names of the modules that a recipe's adapter adapts."""
+    inside = tuple(f"transformer.h.{layer}." for layer in lora.layers or ())
+    named = (path for target in _targets(lora) for path, _ in model.named_modules() if _named(path, target))
+    return {path for path in named if not inside or path.startswith(inside)}
+
+
 def _problems(model: GPT2LMHeadModel, lora: LoraSection, targets: list[str]) -> list[str]:
     modules = dict(model.named_modules())
+    if parts := [name for name in targets if name.lower() in _PARTS]:
+        part = f"the base has no linear or embedding module {parts[0]!r}, which is a part of c_attn"
+        return [f"lora.targets: {part}; query-value adapts queries and values"]
     problems = [
         f"lora.targets: the base has no linear or embedding module {name!r}; known: {', '.join(ALL)}, lm_head, wte, wpe"
         for name in targets
@@ -145,12 +171,14 @@ def _rank_problems(modules: dict[str, nn.Module], lora: LoraSection, targets: li
             return [f"lora: {_INSIDE_BLOCKS[lora.variant]}"]
         small = [(path, min(shape)) for path, shape in shapes.items() if lora.rank > min(shape)][:1]
         return [f"lora.rank: {lora.variant} takes {lora.rank} directions, {path} has {size}" for path, size in small]
-    largest = max((size for shape in shapes.values() for size in shape), default=lora.rank)
+    limit = min if lora.targets == "query-value" else max  # each part is as wide as the model
+    largest = limit((size for shape in shapes.values() for size in shape), default=lora.rank)
     if lora.rank > largest:
         return [f"lora.rank: {lora.rank} is more than any adapted matrix has rows or columns, at most {largest}"]
     return []
 
 
+_PARTS = {"q", "k", "v", "query", "key", "value", "q_proj", "k_proj", "v_proj", "qv", "q,v"}  # elsewhere their names
 _INSIDE_BLOCKS = {
     "pissa": "pissa moves a part of the base into the adapter, which lm_head, wte and wpe cannot bear",
     "loftq": "loftq corrects quantised weights, and lm_head, wte and wpe are not quantised; leave them out",

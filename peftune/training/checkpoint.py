@@ -76,6 +76,8 @@ class State:
     """Of metrics.jsonl up to that length."""
     records_from: Count = 0
     """Step with which metrics.jsonl begins: not 0 where the earlier part was lost."""
+    earlier_updates: Count = 0
+    """AdamW's steps before this run, whose moments it took over."""
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     loss_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """What losses are multiplied by before they are differentiated; other than 1 in fp16 only."""
@@ -212,7 +214,8 @@ def read(path: Path) -> Checkpoint:
     if path.name != f"step-{state.step}":
         raise Damaged(f"{path}: holds step {state.step}")
     values, moments = (_tensors(path, name, (hashes or {}).get(name)) for name in (_ADAPTER, _MOMENTS))
-    if any(float(value) != state.step for key, value in moments.items() if key.endswith(f"/{MOMENTS[0]}")):
+    counts = {float(value) for key, value in moments.items() if key.endswith(f"/{MOMENTS[0]}")}
+    if counts - {state.step + state.earlier_updates}:
         raise Damaged(f"{path}: {_MOMENTS} is not of step {state.step}")
     return Checkpoint(state, values, moments, is_checked=hashes is not None)
 

@@ -16,8 +16,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
+from peft import LoraConfig
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from peftune.adapters.base_of import base_of
+from peftune.adapters.provenance import merged_text
 from peftune.config.data_section import Source
 from peftune.config.recipe import Recipe
 from peftune.data.batches import Blocks
@@ -31,6 +34,7 @@ from peftune.errors import UserError
 from peftune.model import lora, quantized
 from peftune.model.base import Base, open_base
 from peftune.model.tokenizer import with_new_tokens
+from peftune.training.continued import Continued, continued_from
 from peftune.training.distributed.agreement import flatten, refuse_different_ranks
 from peftune.training.distributed.collectives import broadcast, raise_on_all_ranks
 
@@ -65,6 +69,25 @@ class RunInputs:
     corpus: Corpus
     identity: dict[str, Any]
     total_steps: int
+    init: Continued | None = None
+    """The adapter that the run goes on from; the recipe is then the one with what it decides."""
+
+    @property
+    def settings(self) -> LoraConfig | None:
+        """PEFT's, where the recipe cannot say them."""
+        return self.init.settings if self.init else None
+
+    def notes(self) -> Iterator[str]:
+        """What a person should know of the base, of the adapter that the run begins with, and of the text."""
+        yield from self.init.notes() if self.init else ()
+        if merged := self.base.merged:
+            yield (
+                f"{self.base.name} is {merged_text(merged)}: the new adapter is relative to that merged model and "
+                "works on it alone"
+            )
+        yield from self.corpus.notes
+        for finding in self.corpus.findings:
+            yield f"{finding.what}: {finding.documents:,} documents, first {finding.first}: {finding.advice}"
 
 
 def read_inputs(recipe: Recipe, fresh: bool = False) -> RunInputs:
@@ -72,7 +95,11 @@ def read_inputs(recipe: Recipe, fresh: bool = False) -> RunInputs:
 
     With `fresh` the base's fingerprints are computed from its bytes, not remembered.
     """
+    _refuse_adapter_as_base(recipe)
     base = open_base(recipe.base, fresh)
+    init = None
+    if recipe.run.init is not None:
+        recipe, init = continued_from(recipe, base)
     if recipe.quantize is not None:
         quantized.require(recipe.quantize)
     asked, positions = recipe.data.block_size, base.config.n_positions
@@ -80,15 +107,26 @@ def read_inputs(recipe: Recipe, fresh: bool = False) -> RunInputs:
         raise UserError(
             f"data.block_size is {asked}, but {recipe.base} has only {positions} positions; use that, or auto"
         )
-    with torch.device("meta"):
-        lora.peft_config(GPT2LMHeadModel(base.config), recipe.lora)
+    if init is None or init.settings is None:
+        with torch.device("meta"):
+            lora.peft_config(GPT2LMHeadModel(base.config), recipe.lora)
     tokenizer = with_new_tokens(base.tokenizer, recipe.data.new_tokens)  # before the weights: its errors come first
     fingerprints = {"base": base.fingerprint, "tokenizer": base.tokenizer_fingerprint}
-    fingerprints["config"] = base.config_fingerprint
+    fingerprints |= {"config": base.config_fingerprint, **(init.fingerprints() if init else {})}
     corpus = _load_corpus(recipe, tokenizer, base, positions if asked == "auto" else asked)
     fingerprints |= {f"data {name}": value for name, value in corpus.fingerprints.items()}
     total = total_steps(len(corpus.train), recipe.batch.global_size, recipe.optim.epochs, recipe.optim.steps)
-    return RunInputs(recipe, base, tokenizer, corpus, identity_of(recipe, fingerprints), total)
+    return RunInputs(recipe, base, tokenizer, corpus, identity_of(recipe, fingerprints), total, init)
+
+
+def _refuse_adapter_as_base(recipe: Recipe) -> None:
+    path = os.path.expanduser(recipe.base)
+    has_adapter, has_model = (os.path.isfile(os.path.join(path, f"{name}config.json")) for name in ("adapter_", ""))
+    if has_adapter and not has_model:
+        own = base_of(Path(path))
+        raise UserError(
+            f"base {recipe.base} is an adapter, made for {own}; to go on from it: base={own} run.init={path}"
+        )
 
 
 def read_inputs_on_all_ranks(recipe: Recipe, accelerator: Accelerator) -> RunInputs:
@@ -196,7 +234,7 @@ def _told_of(out: Path) -> Iterator[None]:
 
 HARMLESS = frozenset(
     {
-        "run.out", "run.eval_every", "run.save_every", "run.resume", "run.track", "run.samples",
+        "run.out", "run.init", "run.eval_every", "run.save_every", "run.resume", "run.track", "run.samples",
         "run.early_stopping", "run.checkpointing", "run.fast", "run.compile", "batch.micro_size",
         "data.split_on", "data.unknown_files",  # the fingerprints tell whether other documents come of them
     }

@@ -6,6 +6,7 @@ The other strategy, which shards optimizer state and weights over the ranks, is 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -27,12 +28,25 @@ class Gradient:
     attempt that ran out of memory can start again on its own.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], shapes: list[torch.Size], device: torch.device) -> None:
-        """`shapes` are those of the full parameters, of which a rank may have a shard."""
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        shapes: list[torch.Size],
+        device: torch.device,
+        masks: Sequence[torch.Tensor | None] = (),
+    ) -> None:
+        """`shapes` are those of the full parameters, of which a rank may have a shard.
+
+        `masks` are true where an element is not trained: its gradient is zero, so neither AdamW (decay and moments of
+        zero are zero) nor the clipping sees it.
+        """
         self.parameters = parameters
         sizes = [shape.numel() for shape in shapes]
         self.flat = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
         self.views = [flat.view(shape) for flat, shape in zip(torch.split(self.flat, sizes), shapes, strict=True)]
+        self._masked = [(view, m.to(device)) for view, m in zip(self.views, masks, strict=False) if m is not None]
+        self.trained = self.flat.numel() - sum(int(mask.sum()) for _, mask in self._masked)
+        """Number of elements that are trained."""
 
     def add(self, loss: torch.Tensor) -> None:
         """Add the gradient of a scalar loss; a parameter that it does not reach gets zero."""
@@ -40,6 +54,8 @@ class Gradient:
         for view, gradient in zip(self.views, gradients, strict=True):
             if gradient is not None:
                 view.add_(gradient)
+        for view, mask in self._masked:
+            view.masked_fill_(mask, 0.0)
 
     def largest(self) -> float:
         """Largest magnitude of an element; inf or nan where the gradient is broken."""

@@ -108,6 +108,7 @@ def load_run(
     recipe = inputs.recipe
     state = found.state if found else State(loss_scale=FIRST_LOSS_SCALE if dtype == torch.float16 else 1.0)
     state.identity = inputs.identity
+    state.earlier_updates = inputs.init.updates if inputs.init else 0
     block, batch = inputs.corpus.train.packing.block_size, recipe.batch
     if batch.micro_size != "auto":
         state.micro_size = batch.micro_size
@@ -116,15 +117,16 @@ def load_run(
         fitting = first_micro_size(inputs.base.config, block, per_rank, dtype, accelerator.device)
         state.micro_size = min(all_gather(accelerator, fitting))
     if start.zero_stage(accelerator) == 3:
-        adapted = zero.load_sharded(recipe, inputs.base, dtype, accelerator)
+        adapted = zero.load_sharded(recipe, inputs.base, dtype, accelerator, inputs.settings)
     else:
         with raise_on_all_ranks(accelerator):
-            adapted = load_adapted(recipe, inputs.base, dtype, accelerator.device)
+            adapted = load_adapted(recipe, inputs.base, dtype, accelerator.device, inputs.settings)
     parameters = adapted.trainable()
     with raise_on_all_ranks(accelerator):
         if found:
             checkpoint.check_fits(found, parameters, Path(recipe.run.out) / "checkpoints")
-    gradient = Gradient(list(parameters.values()), [p.shape for p in parameters.values()], accelerator.device)
+    shapes = [p.shape for p in parameters.values()]
+    gradient = Gradient(list(parameters.values()), shapes, accelerator.device, adapted.masks())
     loss_model = LossModel(adapted.model, recipe.optim.neftune, recipe.optim.label_smoothing)
     loss_model.train()
     optimizer = build_adamw(parameters, recipe.optim, fused=accelerator.device.type == "cuda")
@@ -156,6 +158,8 @@ def _begin(run: Run, found: Checkpoint | None) -> None:
         }  # fmt: skip
         if not forward.is_collective:  # else a rank has a shard, of which the event "memory" tells
             numbers |= {"base_bytes": base.held, "base_bytes_fp32": base.fp32, "base_bytes_bf16": base.bf16}
+        if init := run.inputs.init:
+            run.strategy.load_state_dict(init.first_values(run.adapted), init.moments)
         run.metrics.write("start", recipe=recipe.model_dump(mode="json"), **numbers)
     else:
         run.strategy.load_state_dict(found.values, found.moments)
@@ -165,10 +169,8 @@ def _begin(run: Run, found: Checkpoint | None) -> None:
         if run.metrics.lost:
             run.console.say(run.metrics.lost)
             run.metrics.lost = ""
-    for note in run.inputs.corpus.notes:
+    for note in run.inputs.notes():
         run.console.say(note)
-    for finding in run.inputs.corpus.findings:
-        run.console.say(f"{finding.what}: {finding.documents:,} documents, first {finding.first}: {finding.advice}")
     run.console.say(
         f"{train.tokens():,} tokens to learn in {len(train):,} blocks of {train.packing.block_size} "
         f"({train.packing.fill():.1%} full), {run.inputs.total_steps} steps of {recipe.batch.global_size} blocks "
@@ -182,7 +184,7 @@ def _begin(run: Run, found: Checkpoint | None) -> None:
 def _facts(run: Run) -> dict[str, Any]:
     """How the run computes, for its metrics and its provenance."""
     facts = {"precision": NAME_OF[run.forward.dtype], "layout": start.layout(run.accelerator)}
-    return facts | {"trainable_parameters": run.gradient.flat.numel()}
+    return facts | {"trainable_parameters": run.gradient.trained}
 
 
 def _loop(run: Run, stop: StopRequest) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from peftune.config.recipe import LoraSection, recipe_from
 from peftune.data.sampler import blocks_of_step
@@ -30,6 +31,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     # LoRA+ and weight decay make several groups of parameters; padded rows; activations made anew; some of the blocks
     "groups": {"optim": {"lr": 1e-3, "lr_b_ratio": 8.0, "weight_decay": 0.1}, "data": {"packing": False}},
     "parts": {"lora": {"layers": [1], "variant": "rslora"}, "run": {"checkpointing": True}, "optim": {"clip": None}},
+    # queries and values alone, some elements of B untrained; then on from the one that one process made
+    "queries": {"lora": {"targets": "query-value"}, "optim": {"weight_decay": 0.1}},
+    "continued": {"run": {"init": "one-queries", "init_optimizer": True}, "optim": {"lr": 1e-3}},
 }
 NOT_SHARDED: dict[str, dict[str, Any]] = {
     "int8": {"quantize": "int8"},
@@ -49,6 +53,7 @@ def trained(values: Make, group: Callable[..., Any], tmp_path_factory: pytest.Te
     for way in WAYS:
         (folder / f"census-{way}").mkdir()
         special = [values(folder / f"{way}-{name}", **sections) for name, sections in SPECIAL.items()]
+        special[-1]["run"]["init"] = str(folder / "one-queries")
         names = NOT_SHARDED if way != "zero3" else {}
         whole = [values(folder / f"{way}-{name}", **sections) for name, sections in names.items()]
         jobs = [*special, *whole, values(folder / way)]
@@ -106,6 +111,10 @@ def test_what_else_a_recipe_asks_for_is_the_same_on_two_ranks(
     trained: Path, way: str, name: str, distance: Distance
 ) -> None:
     assert distance(trained / f"one-{name}", trained / f"{way}-{name}") <= limit(way)
+    tensors = load_file(trained / f"{way}-{name}" / "adapter_model.safetensors")
+    if name in ("queries", "continued"):
+        bs = [b for key, b in tensors.items() if "lora_B" in key]
+        assert len(bs) == 2 and not any(b[:32, 4:].any() or b[32:64].any() or b[64:, :4].any() for b in bs)
 
 
 @pytest.mark.slow

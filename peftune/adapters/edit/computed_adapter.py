@@ -46,7 +46,7 @@ def write_computed_adapter(
     It is first read as any adapter is, for a base of this shape. Raises CheckFailed where PEFT would read other
     deltas, and what `write_adapter` raises.
     """
-    config = _lora_config(base["base"], deltas, scale)
+    config = _lora_config(deltas, scale)
     tensors = {f"base_model.model.{d.name}.{part}": tensor for d in deltas for part, tensor in d.parts().items()}
     targets = layout_of(config, tensors, shape, str(out)).targets
     for delta in deltas:
@@ -64,13 +64,12 @@ def _same_factors(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.
     return found.keys() == wanted.keys() and all(torch.equal(found[part], wanted[part]) for part in wanted)
 
 
-def _lora_config(base: str, deltas: list[LowRankDelta], scale: float) -> dict[str, Any]:
+def _lora_config(deltas: list[LowRankDelta], scale: float) -> dict[str, Any]:
     rank = Counter(delta.rank for delta in deltas).most_common(1)[0][0]
     other_ranks = {re.escape(delta.name): delta.rank for delta in deltas if delta.rank != rank}
     alphas = {key: _whole(scale * other) for key, other in other_ranks.items()}
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
         inference_mode=True,
         r=rank,
         lora_alpha=_whole(scale * rank),  # type: ignore[arg-type]

@@ -21,7 +21,16 @@ from peftune.adapters.base_of import read_layout
 from peftune.adapters.directory import CONFIG, TENSORS, Adapter, read_adapter
 from peftune.adapters.merge.tokenizer_files import begins_texts
 from peftune.adapters.model_card import merged_card, model_card
-from peftune.adapters.provenance import FINGERPRINTS, PROVENANCE, recorded, recorded_dict, sealed
+from peftune.adapters.provenance import (
+    FINGERPRINTS,
+    INIT,
+    PROVENANCE,
+    first_row,
+    recorded,
+    recorded_dict,
+    recorded_list,
+    sealed,
+)
 from peftune.errors import UserError
 from peftune.files import read_object, read_object_if_present, sha256_of
 from peftune.model.base import open_base
@@ -33,6 +42,7 @@ _MODEL_FILES = re.compile(
     r"|added_tokens\.json|vocab\.json|vocab\.txt|merges\.txt|chat_template\.jinja|spiece\.model"
 )
 _OWN_PATHS = ("_name_or_path", "name_or_path")  # where Transformers loaded it from, on this machine
+_OF_ORIGINS = ("adapter_fingerprint", "base_fingerprint", "step")
 _KEPT = ("peftune", *FINGERPRINTS, "chat", "step", "tokens", "precision", "versions")  # of peftune.json
 
 
@@ -121,6 +131,8 @@ def is_hub_name(name: str) -> bool:
 def _without_sources(provenance: Mapping[str, Any], metrics: bool, recipe: bool) -> dict[str, Any]:
     kept = [*_KEPT, *(["metrics"] if metrics else []), *(["recipe", "identity", "data_fingerprints"] if recipe else [])]
     values = {key: provenance[key] for key in kept if key in provenance}
+    chains = {key: recorded_list(provenance, key) for key in (INIT, "base_merged")}  # without names of directories
+    values |= {key: [{k: e[k] for k in _OF_ORIGINS if k in e} for e in chain] for key, chain in chains.items() if chain}
     lora = recorded_dict(recorded(provenance, "recipe"), "lora")
     if lora and not recipe:
         values["recipe"] = {"lora": lora, "quantize": recorded(provenance, "recipe", "quantize")}
@@ -131,14 +143,16 @@ def _about(adapter: Adapter, base: str, metrics: bool) -> str:
     count = sum(tensor.numel() for tensor in adapter.tensors.values())
     config = adapter.config
     lines = [f"A LoRA adapter (rank {config['r']}, alpha {config['lora_alpha']:g}) for `{base}`, {count:,} parameters."]
-    rows = []
+    rows, before = [], "base"
     for domain, figures in recorded_dict(adapter.provenance, "metrics").items() if metrics else ():
-        pair = [recorded(figures, row, "perplexity") for row in ("base", "adapter")]
+        first = first_row(figures)
+        before = "at the start" if first == INIT else before
+        pair = [recorded(figures, row, "perplexity") for row in (first, "adapter")]
         rows.append(
             f"| {domain} | {' | '.join(f'{v:.3f}' if isinstance(v, float) else 'not measured' for v in pair)} |"
         )
     if rows:
-        lines += ["", "| held-out domain | perplexity, base | with adapter |", "|---|---|---|", *rows]
+        lines += ["", f"| held-out domain | perplexity, {before} | with adapter |", "|---|---|---|", *rows]
     return "\n".join(lines)
 
 

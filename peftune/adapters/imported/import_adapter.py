@@ -136,7 +136,7 @@ def _import_lora(adapter: Adapter, out: Path, base: Base | None) -> ImportResult
     """As it is, in safetensors, with the base's identity where that is known."""
     identity = shared_base([adapter], base)
     layout = read_layout(adapter, None if base is None else base.config)
-    config = {**adapter.config, "base_model_name_or_path": identity["base"], "inference_mode": True}
+    config = {**adapter.config, "inference_mode": True}
     source = {"source": adapter.directory.name, "kind": "LORA", "fingerprint": adapter.fingerprint}
     provenance = {"peftune": __version__, **(adapter.provenance or {}), **identity, "imported": source}
     body = _card(adapter.directory, "a PEFT LoRA", 0.0)

@@ -18,9 +18,9 @@ import torch
 from peftune.adapters.low_rank import LowRankDelta
 from peftune.errors import UserError
 from peftune.model.pickles import checked_tensors, unpickle
+from peftune.model.train.attention_parts import PARTS, QUERY_VALUE, places_of
 from peftune.model.weights import all_finite
 
-PARTS = ("q", "k", "v")  # in the order of c_attn's outputs
 _NAME = re.compile(
     r"(?:module\.)?(?:transformer\.)?h\.(?P<block>\d{1,4})\."
     r"(?P<suffix>attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.lora_(?P<part>[AB])"
@@ -77,15 +77,13 @@ def delta_of_factors(name: str, factors: Factors, parts: Sequence[str] | None, f
     groups, rest = divmod(a.shape[0], rank)
     if not name.endswith("c_attn") or rest or not 1 <= groups <= 3 or b.shape[0] != groups * width:
         raise UserError(f"{found}; expected (parts·r, width) and (parts·width, r), with 1, 2 or 3 parts for c_attn")
-    chosen = parts if parts is not None else {2: ("q", "v"), 3: PARTS}.get(groups)
+    chosen = parts if parts is not None else {2: QUERY_VALUE, 3: PARTS}.get(groups)
     if chosen is None or len(chosen) != groups:
         told = f"{', '.join(chosen)} given" if chosen else "the file does not say which"
         raise UserError(f"{found}: {groups} of queries, keys and values are adapted, {told}; name {groups} of q, k, v")
     left = torch.zeros(3 * width, groups * rank, dtype=torch.float64)
-    for group, part in enumerate(chosen):
-        row = PARTS.index(part) * width
-        own = b[group * width : (group + 1) * width]
-        left[row : row + width, group * rank : (group + 1) * rank] = own.double()
+    for group, place in enumerate(places_of(chosen, rank, width)):
+        left[place] = b[group * width : (group + 1) * width].double()
     return LowRankDelta(name, "conv1d", left, a.double())
 
 

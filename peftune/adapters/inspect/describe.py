@@ -16,7 +16,7 @@ from peftune.adapters.directory import Adapter, check_fits, read_adapter
 from peftune.adapters.fold import MergedTensors
 from peftune.adapters.layout import AdapterLayout, LoraTarget, block_of, model_order
 from peftune.adapters.low_rank import delta_of, norm
-from peftune.adapters.provenance import check_base, recorded
+from peftune.adapters.provenance import check_base, directory_of, place_of_base, recorded
 from peftune.model.base import open_base
 from peftune.model.weights import Weights
 
@@ -41,6 +41,7 @@ class AdapterDescription:
     directory: Path
     name: str
     base: str | None
+    base_place: str | None
     variant: str
     parameters: int
     megabytes: float
@@ -61,10 +62,11 @@ class AdapterDescription:
     def as_json(self) -> dict[str, Any]:
         """What `peftune adapters show` writes as JSON; its keys are a contract."""
         return {
-            "adapter": str(self.directory), "name": self.name, "base": self.base, "variant": self.variant,
-            "parameters": self.parameters, "megabytes": self.megabytes, "fingerprint": self.fingerprint,
-            "whole": self.replaced, "rows": self.rows, "norms_are": self.norms_are, "provenance": self.provenance,
-            "layers": self.layers(), "modules": {name: vars(module) for name, module in self.modules.items()},
+            "adapter": str(self.directory), "name": self.name, "base": self.base, "base_place": self.base_place,
+            "variant": self.variant, "parameters": self.parameters, "megabytes": self.megabytes,
+            "fingerprint": self.fingerprint, "whole": self.replaced, "rows": self.rows, "norms_are": self.norms_are,
+            "provenance": self.provenance, "layers": self.layers(),
+            "modules": {name: vars(module) for name, module in self.modules.items()},
         }  # fmt: skip
 
 
@@ -88,11 +90,18 @@ def describe(directory: Path, base: str | None = None) -> AdapterDescription:
         norms_are = f"of B·A alone, without {missing}; pass the base for the whole change"
     modules = {name: _module(layout.targets[name], layout, weights) for name in sorted(layout.targets, key=model_order)}
     return AdapterDescription(
-        directory, directory.resolve().name, adapter.base, lora_variant(adapter),
+        directory, directory.resolve().name, adapter.base, _place(adapter), lora_variant(adapter),
         sum(tensor.numel() for tensor in adapter.tensors.values()), size_in_megabytes(adapter),
         adapter.fingerprint, modules, sorted(layout.replaced),
         {name: len(rows.indices) for name, rows in layout.rows.items()}, norms_are, adapter.provenance,
     )  # fmt: skip
+
+
+def _place(adapter: Adapter) -> str | None:
+    """The directory in which its base lies, on this machine; None where it is not found, or on a hub."""
+    name = place_of_base(adapter.directory, adapter.config, adapter.provenance)
+    path = directory_of(name) if name else None
+    return str(path) if path else None
 
 
 def lora_variant(adapter: Adapter) -> str:

@@ -24,7 +24,7 @@ from peftune.adapters.merge.report import MergeReport
 from peftune.adapters.merge.shards import write_weights
 from peftune.adapters.merge.tokenizer_files import begins_texts, write_tokenizer
 from peftune.adapters.merge.verify import base_quantization, verify_merge
-from peftune.adapters.provenance import check_base, parses_special_tokens
+from peftune.adapters.provenance import INIT, check_base, parses_special_tokens, recorded_list
 from peftune.console import Console
 from peftune.data.sources.builtin import documents
 from peftune.data.tokens.encode import begin_of_text_id, encode_texts
@@ -89,7 +89,8 @@ def merge(
                 merged.tied, layout.vocabulary, trained_on=base_quantization(read), left_out=found.weights.left_out,
                 special_tokens="parse" if parses_special_tokens(read.provenance) else "text",
                 begin_of_text=str(written.tokenizer.convert_ids_to_tokens(begin_of_text_id(written.tokenizer))),
-                tokenizer_begins_texts=begins_texts(written), **figures,
+                tokenizer_begins_texts=begins_texts(written),
+                merged=(_merged_entry(read, found), *found.merged), **figures,
             )  # fmt: skip
             hashes = hashes_of(staging, [path.name for path in staging.iterdir()])  # `model.base` checks them
             write_json(staging / MERGE, {**vars(report), "sha256": hashes})
@@ -98,6 +99,13 @@ def merge(
     except OSError as error:
         raise UserError(f"{out}: cannot write the merged model: {error.strerror or error}") from None
     return report
+
+
+def _merged_entry(adapter: Adapter, base: Base) -> dict[str, Any]:
+    """What merge.json records of an adapter; with those that it went on from, if any."""
+    chain = recorded_list(adapter.provenance, INIT)
+    origin = adapter.origin() | {"base": base.name, "base_fingerprint": base.fingerprint}
+    return origin | ({INIT: chain} if chain else {})
 
 
 def _write_settings(staging: Path, base: Base, adapter: Adapter, merged: MergedTensors, dtype: str) -> None:

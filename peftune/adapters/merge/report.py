@@ -101,6 +101,8 @@ class MergeReport:
     left_out: tuple[str, ...] = ()
     """Tensors of the base that belong to heads of other tasks: the merged model is a language model without them."""
     special_tokens: str = "text"
+    merged: tuple[dict[str, Any], ...] = ()
+    """Every adapter in the model, the last one first: those that the base had merged before too."""
     begin_of_text: str = ""
     """The token behind which every text stood in training."""
     tokenizer_begins_texts: bool = False

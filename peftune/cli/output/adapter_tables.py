@@ -15,7 +15,15 @@ from peftune.adapters.inspect.compare import Comparison
 from peftune.adapters.inspect.describe import AdapterDescription, ModuleDescription
 from peftune.adapters.inspect.scan import ScanEntry, ScanResult
 from peftune.adapters.layout import block_of, suffix_in_block
-from peftune.adapters.provenance import recorded, recorded_dict, recorded_hashes
+from peftune.adapters.provenance import (
+    INIT,
+    first_row,
+    merged_text,
+    recorded,
+    recorded_dict,
+    recorded_hashes,
+    recorded_list,
+)
 from peftune.cli.output.text_output import print_table, results
 from peftune.model.lora import ALL, ATTENTION
 
@@ -178,6 +186,7 @@ def print_description(found: AdapterDescription) -> None:
     lines(
         f"{found.name}: {found.variant} for {found.base or 'a base that it does not name'}, {len(found.modules)} "
         f"modules, {found.parameters:,} parameters, {found.megabytes:.2f} MB",
+        *([f"its base lies in {found.base_place}"] if found.base_place else []),
         *_ranks(found.modules),
     )
     if found.replaced:
@@ -210,6 +219,11 @@ def _history(provenance: dict[str, Any] | None) -> Iterator[str]:
         effort = [f"{value:,.0f} {unit}" for unit, value in efforts.items() if isinstance(value, int | float)]
         base = [f"base in {dtype}" for dtype in [recorded(provenance, "recipe", "quantize")] if dtype]
         yield f"trained on {paths}: {', '.join([*effort, str((provenance or {}).get('precision', '')), *base])}"
+    for earlier in recorded_list(provenance, INIT):
+        step = f", step {earlier['step']}" if isinstance(earlier.get("step"), int) else ""
+        yield f"training went on from {earlier.get('adapter')} ({str(earlier.get('adapter_fingerprint'))[:12]}{step})"
+    if merged := recorded_list(provenance, "base_merged"):
+        yield f"its base is {merged_text(merged)}, and it is relative to that"
     combined = recorded(provenance, "combined", "adapters")
     for part in combined if isinstance(combined, list) else []:
         weight, name, fingerprint = (recorded(part, key) for key in ("weight", "adapter", "fingerprint"))
@@ -223,13 +237,18 @@ def _history(provenance: dict[str, Any] | None) -> Iterator[str]:
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:
-    columns = ("held-out domain", "loss, base", "with adapter", "perplexity, base", "with adapter")
-    rows = []
+    rows, before = [], "base"
     for domain, of in metrics.items():
-        values = [recorded(of, model, key) for key in ("loss", "perplexity") for model in ("base", "adapter")]
+        first = first_row(of)
+        before = "at the start" if first == INIT else before
+        values = [recorded(of, model, key) for key in ("loss", "perplexity") for model in (first, "adapter")]
         rows.append([domain, *(f"{value:,.3f}" if isinstance(value, int | float) else "-" for value in values)])
     if rows:
-        table("How well", columns, rows)
+        table(
+            "How well",
+            ["held-out domain", f"loss, {before}", "with adapter", f"perplexity, {before}", "with adapter"],
+            rows,
+        )
 
 
 def _print_norms(found: AdapterDescription) -> None:

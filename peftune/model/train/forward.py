@@ -111,7 +111,8 @@ def reason_against(adapted: Adapted) -> str | None:
         return "the adapter reaches outside of the blocks"
     if any(layer.use_dora.get(NAME) for layer in layers.values()):
         return "DoRA normalises full weights"
-    if not all(".lora_A." in name or ".lora_B." in name for name in adapted.trainable()):
+    factors = (".lora_A.default.weight", ".lora_B.default.weight")
+    if not all(name.endswith(factors) for name in adapted.trainable()):
         return "more is trained than A and B"
     return None
 

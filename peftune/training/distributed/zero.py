@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig
 from torch import nn
 from transformers import GPT2LMHeadModel
 
@@ -176,7 +177,9 @@ class ShardedStrategy:
         return [state["step"] for state in self.engine.optimizer.optimizer.state.values() if "step" in state]
 
 
-def load_sharded(recipe: Recipe, base: Base, dtype: torch.dtype, accelerator: Accelerator) -> Adapted:
+def load_sharded(
+    recipe: Recipe, base: Base, dtype: torch.dtype, accelerator: Accelerator, settings: LoraConfig | None = None
+) -> Adapted:
     """The base with a fresh adapter, sharded as it is read, one tensor after another; no rank ever has all of it.
 
     Only the first rank reads the files; UserError, on all ranks, for incomplete weights.
@@ -185,6 +188,7 @@ def load_sharded(recipe: Recipe, base: Base, dtype: torch.dtype, accelerator: Ac
     from transformers.initialization import no_init_weights
 
     with raise_on_all_ranks(accelerator):
+        refuse_for_zero3(recipe)  # again: an adapter that the run goes on from decides as well
         if accelerator.is_main_process:
             assert base.weights, "opened here, where an error of the first rank can still be raised on all"
     # The format is asked for by configuration: on a CPU, DeepSpeed takes any `dtype=` for bf16.
@@ -198,7 +202,7 @@ def load_sharded(recipe: Recipe, base: Base, dtype: torch.dtype, accelerator: Ac
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if accelerator.is_main_process:
                 parameter.data.copy_(base.weights.tensor(name))
-    adapted = inject(model, recipe.lora, recipe.run.seed)
+    adapted = inject(model, recipe.lora, recipe.run.seed, settings=settings)
     if recipe.run.checkpointing:
         recompute_activations(adapted)
     return adapted

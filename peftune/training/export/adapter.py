@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from peftune.adapters.directory import read_adapter, refuse_other_files, write_adapter
 from peftune.adapters.model_card import model_card
-from peftune.adapters.provenance import read_provenance, recorded_dict
+from peftune.adapters.provenance import INIT, first_row, merged_text, read_provenance, recorded_dict
 from peftune.console import Console
 from peftune.errors import CheckFailed, UserError
 from peftune.model import quantized
@@ -27,7 +27,8 @@ from peftune.training.optimizer import Tensors
 from peftune.version import __version__
 
 ROWS = ("base", "adapter")
-"""Of the figures of a domain: those of step 0, and those of what is delivered."""
+"""Of the figures of a domain: those of step 0 (`init` in place of `base` where a run began with an adapter), and those
+of what is delivered."""
 _CARD, _PLOT = "README.md", "loss.png"
 _VERSIONS = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
 
@@ -44,9 +45,9 @@ class Delivery:
     def summary(self) -> str:
         """One line: where the adapter lies, and per domain the perplexity before and after."""
         changes = [
-            f"{domain} perplexity {rows['base']['perplexity']:,.2f} → {rows['adapter']['perplexity']:,.2f}"
+            f"{domain} perplexity {rows[first_row(rows)]['perplexity']:,.2f} → {rows['adapter']['perplexity']:,.2f}"
             for domain, rows in self.metrics.items()
-            if rows.keys() >= set(ROWS)
+            if len(rows) == len(ROWS)
         ]
         return "; ".join([f"{self.out}: adapter of step {self.step}, {self.seconds:,.0f} s", *changes])
 
@@ -123,14 +124,14 @@ def deliver(
         except UserError as error:
             raise UserError(f"the best adapter is lost: {error}; run.early_stopping=null delivers the last") from None
     config, tensors = stored_adapter(adapted, values)
-    config["base_model_name_or_path"] = recipe.base
     seconds = round(state.seconds, 1)
     metrics.write("end", step=state.step, delivered_step=step, tokens=state.tokens, seconds=seconds)
     metrics.flush(state)
     events = metrics.events()
-    figures = _before_and_after(state, events, step)
+    rows = ROWS if inputs.init is None else (INIT, ROWS[1])
+    figures = _before_and_after(state, events, (rows[0], 0), (rows[1], step))
     delivery = Delivery(out, step, figures, seconds)
-    if absent := [f"{row} on {d}" for d in inputs.corpus.domains for row in ROWS if row not in figures.get(d, {})]:
+    if absent := [f"{row} on {d}" for d in inputs.corpus.domains for row in rows if row not in figures.get(d, {})]:
         metrics.lost += f"; peftune.json lacks figures that were lost with the metrics: {', '.join(absent)}"
     from peftune.training.export.plots import draw_loss  # matplotlib: not before the first step
 
@@ -152,10 +153,10 @@ def _tokenizer_files(inputs: RunInputs) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
 
 
-def _before_and_after(state: State, events: list[dict[str, Any]], step: int) -> dict[str, Figures]:
-    """The figures of the base and of the delivered step, by domain; from the metrics where an older release began."""
+def _before_and_after(state: State, events: list[dict[str, Any]], *rows: tuple[str, int]) -> dict[str, Figures]:
+    """The figures of these rows, each of a step, by domain; from the metrics where an older release began."""
     figures: dict[str, Figures] = {}
-    for row, number in zip(ROWS, (0, step), strict=True):
+    for row, number in rows:
         logged = {e["domain"]: e for e in events if e["event"] == "eval" and e["step"] == number}
         for domain, measured in (state.figures.get(str(number)) or logged).items():
             numbers = {key: measured[key] for key in ("loss", "perplexity", "bits_per_byte", "tokens")}
@@ -169,6 +170,8 @@ def _provenance(inputs: RunInputs, state: State, delivery: Delivery, run_facts: 
     return {
         "peftune": __version__,
         **inputs.base.identity(),
+        **({"base_merged": inputs.base.merged} if inputs.base.merged else {}),
+        **({"init": inputs.init.chain()} if inputs.init else {}),
         "data_fingerprints": inputs.corpus.fingerprints,
         **({"rows_left_out": inputs.corpus.left_out} if inputs.corpus.left_out else {}),
         "recipe": inputs.recipe.model_dump(mode="json"),
@@ -204,7 +207,7 @@ one for the full-precision base.
 A {lora["variant"]} adapter (rank {lora["rank"]}, alpha {lora["alpha"]:g}, targets: {targets}) for `{recipe["base"]}`,
 {provenance["trainable_parameters"]:,} trained parameters, trained with peftune {provenance["peftune"]} on {sources}.
 
-{quantised}{_table(provenance["metrics"])}
+{quantised}{_origins(provenance)}{_table(provenance["metrics"])}
 
 Learning: {provenance["step"]} steps of {recipe["batch"]["global_size"]} blocks, {provenance["tokens"]:,} tokens,
 peak rate {optim["lr"]:g} ({optim["schedule"]}), {provenance["precision"]}, seed {recipe["run"]["seed"]},
@@ -215,15 +218,33 @@ peak rate {optim["lr"]:g} ({optim["schedule"]}), {provenance["precision"]}, seed
     return model_card(recipe["base"], recipe["run"]["out"], body)
 
 
+def _origins(provenance: dict[str, Any]) -> str:
+    """Paragraphs on what the adapter began with and what was merged into its base; empty where there is nothing."""
+    paragraphs = []
+    if merged := provenance.get("base_merged"):
+        paragraphs.append(
+            f"Its base is {merged_text(merged)}. It is relative to that merged model: load it on that, not on "
+            f"`{merged[-1].get('base')}`."
+        )
+    if chain := provenance.get("init"):
+        named = [
+            f"`{e['adapter']}` ({str(e['adapter_fingerprint'])[:12]}, step {e.get('step', 'unknown')})" for e in chain
+        ]
+        paragraphs.append(f"Its training went on from the adapter {', and that from '.join(named)}.")
+    return "".join(f"{paragraph}\n\n" for paragraph in paragraphs)
+
+
 def _table(metrics: dict[str, Figures]) -> str:
     if not metrics:
         return "It was not evaluated: the recipe has no validation data."
+    first = first_row(next(iter(metrics.values())))
+    of = "at the start" if first == INIT else first
     rows = [
-        "| held-out domain | scored tokens | perplexity, base | with adapter | bits per byte, base | with adapter |",
+        f"| held-out domain | scored tokens | perplexity, {of} | with adapter | bits per byte, {of} | with adapter |",
         "|---|---|---|---|---|---|",
     ]
     for domain, figures in metrics.items():
-        pairs = [(figures.get(row), key) for key in ("perplexity", "bits_per_byte") for row in ("base", "adapter")]
+        pairs = [(figures.get(row), key) for key in ("perplexity", "bits_per_byte") for row in (first, "adapter")]
         cells = [f"{row[key]:.3f}" if row else "not measured" for row, key in pairs]
         tokens = next(iter(figures.values()))["tokens"]
         rows.append(f"| {domain} | {tokens:,} | {' | '.join(cells)} |")

@@ -19,7 +19,16 @@ from peftune.cli import main
 from peftune.errors import UserError
 
 Captured = pytest.CaptureFixture[str]
-SECRETS = ("secret-source", "secret-prompt", "secret-domain", "secret-text", "secret-out", "123.456")
+SECRETS = (
+    "secret-source",
+    "secret-prompt",
+    "secret-domain",
+    "secret-text",
+    "secret-out",
+    "123.456",
+    "secret-base",
+    "secret-first",
+)
 
 
 class FakeHub:
@@ -58,7 +67,8 @@ def trained(make_adapter: Callable[..., Path], tmp_path: Path) -> Path:
     figures = {"secret-domain": {row: {"loss": 4.0, "perplexity": 123.456} for row in ("base", "adapter")}}
     provenance = {
         "peftune": "0.1.0", "base": "gpt2", "base_fingerprint": "a" * 64, "recipe": recipe, "metrics": figures,
-        "identity": {"data.train": ["secret-source"]}, "step": 3,
+        "identity": {"data.train": ["secret-source"]}, "step": 3, "base_from_adapter": "../secret-base",
+        "init": [{"adapter": "secret-first", "adapter_fingerprint": "b" * 64, "base": "/home/secret-base", "step": 2}],
     }  # fmt: skip
     out = tmp_path / "secret-out"
     write_adapter(out, config, made.tensors, provenance, {"README.md": "trained on secret-source", "loss.png": b"png"})
@@ -81,6 +91,7 @@ def test_weights_card_and_provenance_go_and_nothing_private(trained: Path, tmp_p
     arrived, sent = read_adapter(tmp_path / "down"), read_adapter(trained)
     assert arrived.fingerprint == sent.fingerprint and arrived.base == "gpt2"
     assert arrived.provenance is not None and arrived.provenance["base_fingerprint"] == "a" * 64
+    assert arrived.provenance["init"] == [{"adapter_fingerprint": "b" * 64, "step": 2}]
 
 
 def test_metrics_and_recipe_go_when_told(trained: Path) -> None:
