@@ -1,22 +1,14 @@
-"""What a run starts from, read and checked before any weight is loaded, and what of it makes another run another one.
-
-Also the lock on the directory that it writes.
-"""
+"""What a run starts from, read and checked before any weight is loaded, and what of it makes another run another one."""
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from peftune.config.data_section import Source
@@ -24,16 +16,16 @@ from peftune.config.recipe import Recipe
 from peftune.data.batches import Blocks
 from peftune.data.documents import split_by_digest
 from peftune.data.lint import Finding
-from peftune.data.sampler import total_steps
-from peftune.data.sources.read import holds_chat
+from peftune.data.sampler import steps_per_epoch, total_steps
+from peftune.data.sources.read import holds_chat, places_of, state_of
 from peftune.data.tokens.special_text import findings
 from peftune.data.tokens.store import TokenStore, prepare
 from peftune.errors import UserError
 from peftune.model import lora, quantized
 from peftune.model.base import Base, open_base
 from peftune.model.tokenizer import with_new_tokens
-from peftune.training.distributed.agreement import flatten, refuse_different_ranks
-from peftune.training.distributed.collectives import broadcast, raise_on_all_ranks
+from peftune.training.distributed.agreement import flatten, refuse_different_ranks, where_they_differ
+from peftune.training.distributed.collectives import raise_on_all_ranks
 
 
 @dataclass(frozen=True)
@@ -48,7 +40,9 @@ class Corpus:
     fingerprints: dict[str, str]
     chat: bool
     findings: tuple[Finding, ...] = ()
-    """What to know about special tokens in the training text."""
+    """What to know about special tokens in the training text, and about what is validated on."""
+    also_trained_on: dict[str, int] = field(default_factory=dict)
+    """Of each domain that is not held out: how many of its documents are training documents too."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +56,23 @@ class RunInputs:
     corpus: Corpus
     identity: dict[str, Any]
     total_steps: int
+
+    def description(self, micro_size: int) -> str:
+        """What is about to be learnt, and how often; what it is validated on."""
+        train, size = self.corpus.train, self.recipe.batch.global_size
+        passes = self.total_steps / steps_per_epoch(len(train), size)
+        seen = f"{passes:.3g} passes"
+        if passes < 1:
+            seen = f"{self.total_steps * size:,} of the {len(train):,} blocks, {passes:.2g} passes"
+        domains = [
+            f"{name}: {len(blocks.documents):,} documents, {blocks.tokens():,} tokens"
+            for name, blocks in self.corpus.domains.items()
+        ]
+        return (
+            f"{train.tokens():,} tokens to learn in {len(train):,} blocks of {train.packing.block_size} "
+            f"({train.packing.fill():.1%} full), {self.total_steps} steps of {size} blocks ({micro_size} a forward): "
+            f"{seen}; validation: {'; '.join(domains) or 'none'}"
+        )
 
 
 def read_inputs(recipe: Recipe, fresh: bool = False) -> RunInputs:
@@ -84,8 +95,9 @@ def read_inputs(recipe: Recipe, fresh: bool = False) -> RunInputs:
     fingerprints["config"] = base.config_fingerprint
     corpus = _load_corpus(recipe, tokenizer, base, positions if asked == "auto" else asked)
     fingerprints |= {f"data {name}": value for name, value in corpus.fingerprints.items()}
+    identity = identity_of(recipe, fingerprints) | {_FILES: sizes_of_files(recipe)}
     total = total_steps(len(corpus.train), recipe.batch.global_size, recipe.optim.epochs, recipe.optim.steps)
-    return RunInputs(recipe, base, tokenizer, corpus, identity_of(recipe, fingerprints), total)
+    return RunInputs(recipe, base, tokenizer, corpus, identity, total)
 
 
 def read_inputs_on_all_ranks(recipe: Recipe, accelerator: Accelerator) -> RunInputs:
@@ -124,47 +136,42 @@ def _load_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, base: Base,
     store = store_of(recipe.data.train)
     chat = all(holds_chat(source, recipe.data.split_on) for source in recipe.data.train)
     train, prints, validation = np.arange(len(store)), {"train": store.fingerprint}, recipe.data.validation
+    found = findings(store.special_tokens, base.tokenizer, recipe.data.special_tokens == "parse")
+    also_trained_on: dict[str, int] = {}
     if isinstance(validation, float | int):
         train, heldout = split_by_digest(store.digests, float(validation))
         if len(train) == 0:
             raise UserError(f"data.validation {validation} leaves no document to learn from; {len(store)} in all")
         domains = {"validation": Blocks.of(store, heldout, block)} if len(heldout) else {}
+        if validation and not domains:
+            found.append(_nothing_held_out(recipe, len(store)))
     else:
         named = validation if isinstance(validation, dict) else {"validation": validation}
         stores = {name: store_of(sources) for name, sources in named.items()}
         domains = {name: Blocks.of(s, np.arange(len(s)), block) for name, s in stores.items()}
         prints |= {f"validation/{name}": s.fingerprint for name, s in stores.items()}
-    found = findings(store.special_tokens, base.tokenizer, recipe.data.special_tokens == "parse")
-    return Corpus(Blocks.of(store, train, block), domains, prints, chat, tuple(found))
+        for name, held in stores.items():
+            if len(same := np.flatnonzero(np.isin(held.digests, store.digests))):
+                also_trained_on[name], first = len(same), int(same[0])
+                place = places_of(named[name], recipe.data.split_on, {first})[first]
+                what = f"validation {name} ({len(held):,} documents) holds documents that are trained on too"
+                found.append(Finding(what, len(same), place, _NOT_HELD_OUT))
+    return Corpus(Blocks.of(store, train, block), domains, prints, chat, tuple(found), also_trained_on)
 
 
-@contextmanager
-def sole_writer(out: Path, accelerator: Accelerator) -> Iterator[None]:
-    """The first rank locks `out` for this run.
-
-    Raises UserError, on all ranks, where it cannot be written, holds a full model or is locked by another run.
-    """
-    lock = FileLock(out / ".lock")
-    broadcast(accelerator, lambda: _acquire(lock, out))
-    try:
-        yield
-    finally:
-        lock.release()
+_NOT_HELD_OUT = "its figures are better than those of new text; take these out of data.train, or validate on others"
 
 
-def _acquire(lock: FileLock, out: Path) -> None:
-    try:
-        if (out / "config.json").is_file():  # an adapter there would be loaded with it, unasked
-            raise UserError(f"run.out {out}: holds a full model; give the adapter a directory of its own")
-        out.mkdir(parents=True, exist_ok=True)
-        for path in (out, out / "checkpoints"):  # now, not when there is something to write after hours
-            if os.path.lexists(path) and not (path.is_dir() and os.access(path, os.W_OK | os.X_OK)):
-                raise OSError(errno.EACCES, f"{path.name} is not a directory that may be written to")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"run.out {out}: another run is writing there; wait for it, or choose another name") from None
-    except (OSError, ValueError, RecursionError) as error:  # a NUL in the name, a thousand directories
-        raise UserError(f"run.out {str(out)[:200]!r}: cannot be written: {getattr(error, 'strerror', error)}") from None
+def _nothing_held_out(recipe: Recipe, documents: int) -> Finding:
+    """What to know where a fraction holds out nothing; UserError where early stopping would wait for it."""
+    what = f"data.validation {recipe.data.validation:g} holds out nothing: there is one document, or all are equal"
+    advice = "there will be no validation; cut the text into documents (data.split_on), or name files for validation"
+    if recipe.run.early_stopping is not None:
+        raise UserError(
+            f"{what} ({documents:,} in all), and run.early_stopping needs validation; cut the text into documents "
+            "(data.split_on), name files in data.validation, or leave early stopping out"
+        )
+    return Finding(what, documents, recipe.data.train[0].path, advice)
 
 
 HARMLESS = frozenset(
@@ -182,23 +189,77 @@ def identity_of(recipe: Recipe, fingerprints: dict[str, str]) -> dict[str, Any]:
     return kept | {f"fingerprint of {k}": v for k, v in fingerprints.items()}
 
 
+_FILES = "files"
+"""Key of an identity that is not compared: sizes by path, by which a message can say which file was changed."""
+_MOST_FILES = 1000  # that are recorded
+
+
+def sizes_of_files(recipe: Recipe) -> dict[str, dict[str, int]]:
+    """Bytes of the files behind each fingerprint of data, by path; of data of many files, or of a hub, nothing."""
+    validation = recipe.data.validation
+    named = {} if isinstance(validation, float | int) else validation
+    named = named if isinstance(named, dict) else {"validation": named}
+    found = {}
+    for name, sources in {"train": recipe.data.train, **{f"validation/{k}": v for k, v in named.items()}}.items():
+        sizes = {path: size for source in sources for path, _, size, *_ in state_of(source)}
+        if 0 < len(sizes) <= _MOST_FILES:
+            found[name] = sizes
+    return found
+
+
 def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
     """UserError listing every difference between the run that is there and the one asked for."""
     # What an older release did not record had its default, or cannot be compared.
     unrecorded = _DEFAULTS | {key: now[key] for key in now if key == "fingerprint of config"}
-    saved, now = unrecorded | saved, _DEFAULTS | now
-    keys = sorted(saved.keys() | now.keys())
-    changed = [f"{k} was {_short(saved.get(k))}, is {_short(now.get(k))}" for k in keys if saved.get(k) != now.get(k)]
+    files = [_mapping(_mapping(values).get(_FILES)) for values in (saved, now)]
+    before, after = (
+        dict(leaf for key, value in sorted(values.items()) if key != _FILES for leaf in _leaves(key, value))
+        for values in (unrecorded | saved, _DEFAULTS | now)
+    )
+    changed = []
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            was, is_now = where_they_differ(*(str(values.get(key, "not there")) for values in (before, after)))
+            name = key.removeprefix("fingerprint of data ")
+            told = _changed_files(*(_mapping(each.get(name)) for each in files)) if name != key else ""
+            changed.append(f"{key} was {was}, is {is_now}{told}")
     if changed:
         raise UserError(
-            f"{where} holds a run of another recipe: {'; '.join(changed)}. "
-            "Give run.out another name, or remove that directory"
+            f"{where} holds a run of another recipe: {'; '.join(changed)}. To train this one, give run.out another "
+            "name; to go on with that one, undo the change"
         )
 
 
-def _short(value: Any) -> str:
-    text = "not there" if value is None else str(value)
-    return text if len(text) <= 40 else text[:37] + "…"
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """What is below a key, each value with the way to it (`data.train[1].path`), without what is null."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(f"{key}.{name}", inner)
+    elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+        for number, inner in enumerate(value):
+            yield from _leaves(f"{key}[{number}]", inner)
+    elif value is not None:
+        yield key, value
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _changed_files(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Which files came, went and have another size since, as far as that is known."""
+    if not before or not after:
+        return ""
+    kinds = {
+        "added": after.keys() - before.keys(), "removed": before.keys() - after.keys(),
+        "changed": {path for path in before.keys() & after.keys() if before[path] != after[path]},
+    }  # fmt: skip
+    told = [f"{kind}: {_few(sorted(paths))}" for kind, paths in kinds.items() if paths]
+    return f" ({', '.join(told) or 'the same files with the same sizes, with other text'})"
+
+
+def _few(paths: list[str]) -> str:
+    return " ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 _EMPTY = Recipe.model_validate({"base": "-", "data": {"train": "-"}, "run": {"out": "-"}})

@@ -34,8 +34,8 @@ from peftune.training.distributed.collectives import (
     report_after_a_signal,
 )
 from peftune.training.distributed.signals import StopNow, StopRequest
-from peftune.training.export.adapter import Delivery, deliver, earlier_run
-from peftune.training.inputs import RunInputs, read_inputs_on_all_ranks, sole_writer
+from peftune.training.export.adapter import Delivery, deliver, earlier_run, sole_writer
+from peftune.training.inputs import RunInputs, read_inputs_on_all_ranks
 from peftune.training.metrics import MetricsLog
 from peftune.training.optimizer import Gradient, ReplicatedStrategy, UpdateStrategy, build_adamw
 from peftune.training.samples import continue_prompts
@@ -162,11 +162,10 @@ def _begin(run: Run, found: Checkpoint | None) -> None:
             run.metrics.lost = ""
     for finding in run.inputs.corpus.findings:
         run.console.say(f"{finding.what}: {finding.documents:,} documents, first {finding.first}: {finding.advice}")
+    run.console.say(run.inputs.description(state.micro_size))
     run.console.say(
-        f"{train.tokens():,} tokens to learn in {len(train):,} blocks of {train.packing.block_size} "
-        f"({train.packing.fill():.1%} full), {run.inputs.total_steps} steps of {recipe.batch.global_size} blocks "
-        f"({state.micro_size} a forward), {facts['trainable_parameters']:,} trainable parameters, "
-        f"{facts['precision']}, {facts['layout']}; {forward.description}"
+        f"{facts['trainable_parameters']:,} trainable parameters, {facts['precision']}, {facts['layout']}; "
+        f"{forward.description}"
     )
     if recipe.quantize is not None:
         run.console.say(base.description(recipe.quantize))

@@ -13,9 +13,10 @@ import difflib
 import glob
 import hashlib
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -65,6 +66,12 @@ def holds_chat(source: Source, split_on: str) -> bool:
     with closing(read_documents(source, split_on)) as documents:
         first = next(documents, None)
     return first is not None and first.turns is not None
+
+
+def places_of(sources: Sequence[Source], split_on: str, numbers: Collection[int]) -> dict[int, str]:
+    """Where some documents stand (`poems.txt:17`), by their number in the order of reading; reads up to the last."""
+    documents = (document for source in sources for document in read_documents(source, split_on))
+    return {n: document.source for n, document in enumerate(islice(documents, max(numbers) + 1)) if n in numbers}
 
 
 def size_of(sources: Sequence[Source]) -> int | None:

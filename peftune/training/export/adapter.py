@@ -1,26 +1,34 @@
-"""The directory of a run: what an earlier start left there, and what the end of this one writes."""
+"""The directory of a run: its lock, what an earlier start left there, and what the end of this one writes."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from peftune.adapters.directory import read_adapter, refuse_other_files, write_adapter
 from peftune.adapters.model_card import model_card
 from peftune.adapters.provenance import read_provenance, recorded_dict
+from peftune.config.recipe import Recipe
 from peftune.console import Console
 from peftune.errors import CheckFailed, UserError
 from peftune.model import quantized
 from peftune.model.lora import Adapted, is_dead, stored_adapter
 from peftune.training import checkpoint
 from peftune.training.checkpoint import Checkpoint, Figures, State
+from peftune.training.distributed.collectives import broadcast
 from peftune.training.inputs import RunInputs, refuse_other_run
 from peftune.training.metrics import MetricsLog
 from peftune.training.optimizer import Tensors
@@ -54,6 +62,35 @@ class Delivery:
 _DELIVERIES = TypeAdapter(Delivery)
 
 
+@contextmanager
+def sole_writer(out: Path, accelerator: Accelerator) -> Iterator[None]:
+    """The first rank locks `out` for this run.
+
+    Raises UserError, on all ranks, where it cannot be written, holds a full model or is locked by another run.
+    """
+    lock = FileLock(out / ".lock")
+    broadcast(accelerator, lambda: _acquire(lock, out))
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock: FileLock, out: Path) -> None:
+    try:
+        if (out / "config.json").is_file():  # an adapter there would be loaded with it, unasked
+            raise UserError(f"run.out {out}: holds a full model; give the adapter a directory of its own")
+        out.mkdir(parents=True, exist_ok=True)
+        for path in (out, out / "checkpoints"):  # now, not when there is something to write after hours
+            if os.path.lexists(path) and not (path.is_dir() and os.access(path, os.W_OK | os.X_OK)):
+                raise OSError(errno.EACCES, f"{path.name} is not a directory that may be written to")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"run.out {out}: another run is writing there; wait for it, or choose another name") from None
+    except (OSError, ValueError, RecursionError) as error:  # a NUL in the name, a thousand directories
+        raise UserError(f"run.out {str(out)[:200]!r}: cannot be written: {getattr(error, 'strerror', error)}") from None
+
+
 def already_delivered(out: Path, now: dict[str, Any]) -> Delivery | None:
     """What an earlier run of the same recipe left in `out`; UserError where another run's adapter is there."""
     written = read_provenance(out)
@@ -79,12 +116,12 @@ def earlier_run(inputs: RunInputs, console: Console) -> Delivery | Checkpoint | 
     out = Path(inputs.recipe.run.out)
     done = already_delivered(out, inputs.identity)
     if done is not None:
+        _refuse_if_never(inputs.recipe, out)
         return done
     refuse_other_files(out, (_CARD, _PLOT))
     found = checkpoint.newest(out / "checkpoints")
     if found is not None:
-        if inputs.recipe.run.resume == "never":
-            raise UserError(f"{out}/checkpoints: a run is there, and run.resume is never; use auto, or another run.out")
+        _refuse_if_never(inputs.recipe, out / "checkpoints")
         refuse_other_run(found.state.identity, inputs.identity, str(out))
         if found.state.step > inputs.total_steps:
             raise UserError(f"{out}/checkpoints: has step {found.state.step} of a run of {inputs.total_steps} steps")
@@ -92,6 +129,11 @@ def earlier_run(inputs: RunInputs, console: Console) -> Delivery | Checkpoint | 
         console.say(f"{out}: an earlier run left no checkpoint; starting from step 0")
     checkpoint.tidy(out / "checkpoints", found, console.say)
     return found
+
+
+def _refuse_if_never(recipe: Recipe, where: Path) -> None:
+    if recipe.run.resume == "never":
+        raise UserError(f"{where}: a run is there, and run.resume is never; use auto, or another run.out")
 
 
 def deliver(
@@ -109,6 +151,8 @@ def deliver(
         raise CheckFailed("the adapter did not learn: every B matrix is still zero")
     best = state.best_step if recipe.run.early_stopping is not None else None
     step = state.step if best is None else best
+    if step == 0:
+        raise CheckFailed(_never_better(state, inputs.total_steps))
     if step != state.step:
         try:
             values = checkpoint.read(out / "checkpoints" / f"step-{step}").values
@@ -133,6 +177,16 @@ def deliver(
     }  # fmt: skip
     write_adapter(out, config, tensors, provenance, files)
     return delivery
+
+
+def _never_better(state: State, total: int) -> str:
+    """What to try where the best step is the first: the adapter of that step changes nothing of the base."""
+    return (
+        f"no evaluation after step 0 was better than the base's validation loss of {state.best_loss:.4f}, so the best "
+        "adapter is the one that changes nothing, and it is not delivered. Try a lower optim.lr, more training text, or "
+        "validation text of the same kind, with another run.out; run.early_stopping=null "
+        f"{'goes on to the last step and ' if state.step < total else ''}delivers the adapter of step {total}"
+    )
 
 
 def _tokenizer_files(inputs: RunInputs) -> dict[str, bytes]:
@@ -162,6 +216,7 @@ def _provenance(inputs: RunInputs, state: State, delivery: Delivery, run_facts: 
         "peftune": __version__,
         **inputs.base.identity(),
         "data_fingerprints": inputs.corpus.fingerprints,
+        **({"validation_also_trained_on": also} if (also := inputs.corpus.also_trained_on) else {}),
         "recipe": inputs.recipe.model_dump(mode="json"),
         "chat": inputs.corpus.chat,
         "identity": inputs.identity,
@@ -210,7 +265,7 @@ def _table(metrics: dict[str, Figures]) -> str:
     if not metrics:
         return "It was not evaluated: the recipe has no validation data."
     rows = [
-        "| held-out domain | scored tokens | perplexity, base | with adapter | bits per byte, base | with adapter |",
+        "| domain | scored tokens | perplexity, base | with adapter | bits per byte, base | with adapter |",
         "|---|---|---|---|---|---|",
     ]
     for domain, figures in metrics.items():
