@@ -1,4 +1,4 @@
-"""What a run starts from, read and checked before any weight is loaded, and what of it makes another run another one."""
+"""What a run starts from, read and checked before any weight is loaded, and what of it makes another run of it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from peftune.config.data_section import Source
 from peftune.config.recipe import Recipe
-from peftune.data.batches import Blocks
+from peftune.data.batches import Blocks, steps_per_epoch, total_steps
 from peftune.data.documents import split_by_digest
 from peftune.data.lint import Finding
-from peftune.data.sampler import steps_per_epoch, total_steps
 from peftune.data.sources.read import holds_chat, places_of, state_of
 from peftune.data.tokens.special_text import findings
 from peftune.data.tokens.store import TokenStore, prepare

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from peftune.config.recipe import LoraSection, recipe_from
-from peftune.data.sampler import blocks_of_step
+from peftune.data.batches import blocks_of_step
 from peftune.model.base import Base
 from peftune.training.checkpoint import read
 from peftune.training.inputs import read_inputs

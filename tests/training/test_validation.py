@@ -14,6 +14,7 @@ from peftune.training.run import train
 
 Make = Callable[..., Recipe]
 
+
 def rising(tmp_path: Path) -> tuple[str, ...]:
     """Settings of a run whose validation text, of another kind, only becomes less likely."""
     other = tmp_path / "other.txt"

@@ -183,7 +183,7 @@ def _never_better(state: State, total: int) -> str:
     """What to try where the best step is the first: the adapter of that step changes nothing of the base."""
     return (
         f"no evaluation after step 0 was better than the base's validation loss of {state.best_loss:.4f}, so the best "
-        "adapter is the one that changes nothing, and it is not delivered. Try a lower optim.lr, more training text, or "
+        "adapter is the one that changes nothing, and it is not delivered. Try a lower optim.lr, more training text or "
         "validation text of the same kind, with another run.out; run.early_stopping=null "
         f"{'goes on to the last step and ' if state.step < total else ''}delivers the adapter of step {total}"
     )
