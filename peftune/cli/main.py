@@ -127,7 +127,7 @@ def evaluate(
     Example:  peftune eval --base gpt2 --adapter poems=adapters/poems --data poems=held.txt --data code=code.jsonl
     """
     folders, columns, paths = named("--adapter", adapters), columns_of(column), named("--data", data)
-    from peftune.cli.output.evaluate import matrix_table, print_routing, print_tables
+    from peftune.cli.output.evaluate import matrix_table, print_not_held_out, print_routing, print_tables
     from peftune.inference.perplexity import evaluate
     from peftune.inference.routing.accuracy import measure_routing
 
@@ -138,6 +138,7 @@ def evaluate(
     else:
         found = evaluate(base, domains, folders, batch, precision, block_size)
         print_tables(*(matrix_table(found["rows"], key) for key in ("perplexity", "bits_per_byte")))
+        print_not_held_out(found)
     save_json(json_path, found)
 
 
@@ -148,32 +149,33 @@ def merge(
     base: Annotated[str | None, typer.Option(help=f"{BASE_HELP} Default: what the adapter names.")] = None,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="What to store.")] = "float32",
     verify: Annotated[bool, typer.Option(help="Compare with base + adapter, on the files read back.")] = True,
+    data: Annotated[str | None, typer.Option(help="Text of yours to measure what merging costs on.")] = None,
+    column: Columns = None,
 ) -> None:
     """Fold an adapter into its base: an ordinary GPT-2 checkpoint, verified before it appears.
 
     Example:  peftune merge adapters/poems --out models/poems
     """
+    text = None if data is None else source_of(data, columns_of(column))
     from peftune.adapters.merge.merge import merge
+    from peftune.cli.output.evaluate import print_tables
+    from peftune.cli.output.merge_cost import loss_table, losses
 
+    before = None if text is None else losses(base, text, adapter)  # here, where a mistake costs no merge
     report = merge(adapter, out, base=base, dtype=dtype, verify=verify)
     applied = f"{report.modules_applied} of {report.modules_in_adapter} modules"
     echo(f"{out}: {applied} folded into {report.base}, stored as {report.dtype}")
-    if report.max_abs_logit_difference is None:
-        echo("not verified: merge.json says so too")
-    else:
-        echo(
-            f"read back, against base + adapter: logits differ by at most {report.max_abs_logit_difference:.1e}, "
-            f"mean KL {report.mean_kl:.1e} nats per token, the same likeliest token in {report.argmax_agreement:.2%}"
-        )
+    if report.changes_nothing:
+        echo("warning: the adapter changes no weight, so the merged model is the base")
+    echo(report.summary())
     if report.left_out:
         echo(f"left out, heads of other tasks than language modelling: {', '.join(report.left_out)}")
     if report.trained_on is not None and verify:
         echo(report.quantized_summary())
     if report.rounding_mean_kl is not None:
-        echo(
-            f"rounding to {report.dtype} costs {report.rounding_mean_kl:.1e} nats per token; before it logits differed "
-            f"by at most {report.float32_max_abs_logit_difference:.1e}"
-        )
+        echo(report.rounding_summary())
+    if text is not None and before is not None:
+        print_tables(loss_table(text.path, {**before, "merged": losses(str(out), text)["base"]}))
 
 
 @app.command()

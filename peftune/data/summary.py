@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain, pairwise
 from pathlib import Path
@@ -12,9 +12,10 @@ import numpy as np
 
 from peftune.config.data_section import Source
 from peftune.data.batches import Blocks
+from peftune.data.documents import Document
 from peftune.data.lint import Finding, lint
 from peftune.data.packing import Packing
-from peftune.data.sources.read import read_documents
+from peftune.data.sources.read import places_of, read_documents
 from peftune.data.tokens.round_trip import lossy
 from peftune.data.tokens.special_text import findings as special_findings
 from peftune.data.tokens.store import TokenStore, prepare
@@ -38,7 +39,20 @@ def summarize(
     """The summary as plain values; token counts include both `<|endoftext|>`, bytes are of the scored text."""
     store = prepare(sources, tokenizer, tokenizer_fingerprint, join, split_on, cache, special_tokens)
     packing = Blocks.of(store, np.arange(len(store)), block_size).packing
-    findings = lint(chain.from_iterable(read_documents(source, split_on) for source in sources))
+    sizes: list[int] = []
+    is_chat = False
+
+    def documents() -> Iterator[Document]:
+        nonlocal is_chat
+        for source in sources:
+            sizes.append(0)
+            for document in read_documents(source, split_on):
+                sizes[-1] += 1
+                is_chat = is_chat or document.turns is not None
+                yield document
+
+    findings = lint(documents())
+    findings += _in_several(store.digests, sizes, sources, split_on)
     special = special_findings(store.special_tokens, tokenizer, special_tokens == "parse")
     findings = special + [finding for finding in findings if finding.what not in {one.what for one in special}]
     every = chain.from_iterable(read_documents(source, split_on) for source in sources)
@@ -62,9 +76,21 @@ def summarize(
         "fill": packing.fill(),
         "longer_than_block": int((store.lengths > block_size).sum()),
         "findings": [asdict(finding) for finding in findings],
+        "chat": is_chat,
         "preview": preview(store, packing, tokenizer),
         "fingerprint": store.fingerprint,
     }
+
+
+def _in_several(digests: np.ndarray, sizes: list[int], sources: Sequence[Source], split_on: str) -> list[Finding]:
+    """Sources whose documents are those of a source before: text for training beside text for validation, perhaps."""
+    found, begins = [], np.cumsum([0, *sizes])
+    for source, begin, end in zip(sources, begins, begins[1:], strict=False):
+        if len(same := np.flatnonzero(np.isin(digests[begin:end], digests[:begin]))):
+            first = places_of([source], split_on, {int(same[0])})[int(same[0])]
+            what = f"documents of {source.path} that another source holds too"
+            found.append(Finding(what, len(same), first, "what is trained on is not held out: validate on other text"))
+    return found
 
 
 def preview(store: TokenStore, packing: Packing, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def test_a_loss_that_rises_is_a_rate_too_high(recipe: Make, monkeypatch: pytest.
     [
         ([5, 5.2, 5.4, 5.5, 5.6], "only risen since step 0 (5.0000 → 5.4000): optim.lr=0.01 is too high (try 0.002)",
          "the adapter of step 4 is worse on the validation text than the base (5.0000 → 5.6000"),
-        ([5, 4, 4.2, 4.3, 4.4], "no evaluation since step 1 was better than its validation loss of 4.0000, and it is 4.4",
+        ([5, 4, 4.2, 4.3, 4.4], "since step 1 was better than its validation loss of 4.0000, and it is 4.4000 now",
          "step 1 was better on the validation text (4.0000 nats per token, step 4 has 4.4000); run.early_stopping"),
     ],
 )  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from peftune.cli import main
 from peftune.config.recipe import Recipe
 from peftune.errors import CheckFailed, UserError
 from peftune.training.run import train
@@ -67,3 +68,26 @@ def test_the_first_line_says_how_much_of_the_text_the_run_sees(
     first = capsys.readouterr().err.splitlines()[0]
     assert "1 steps of 2 blocks (2 a forward): 2 of the " in first and " blocks, 0.1" in first and " passes; " in first
     assert "; validation: validation: " in first and first.endswith(" tokens")
+
+
+def test_an_evaluation_on_training_text_says_that_it_is_not_held_out(
+    recipe: Make,
+    corpus: Path,
+    tmp_path: Path,
+    tiny_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = recipe("data.validation=0.3", "optim.steps=1")
+    held_out = train(made).metrics["validation"]["base"]["tokens"]
+    monkeypatch.chdir(tmp_path)
+    new = tmp_path / "new.txt"
+    new.write_text("no text that anything was trained on\n\nnor this")
+    command = ["eval", "--base", str(tiny_base), "--adapter", f"a={made.run.out}"]
+    assert main.run([*command, "--data", f"leak={corpus}", "--data", f"new={new}", "--json", "f.json"]) == 0
+    said, found = capsys.readouterr().out, json.loads(Path("f.json").read_text())
+    assert "Held-out" not in said and "Perplexity (lower is better)" in said
+    known, told = found["trained_on"]["a"]["leak"]
+    assert told == 26 and known < 26 and found["domains"]["leak"]["tokens"] > held_out
+    assert f"leak is not held out for a: it was trained on {known} of the 26 documents" in said
+    assert "new is not held out" not in said and list(found["trained_on"]["a"]) == ["leak"]

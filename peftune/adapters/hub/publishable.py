@@ -137,7 +137,7 @@ def _about(adapter: Adapter, base: str, metrics: bool) -> str:
             f"| {domain} | {' | '.join(f'{v:.3f}' if isinstance(v, float) else 'not measured' for v in pair)} |"
         )
     if rows:
-        lines += ["", "| held-out domain | perplexity, base | with adapter |", "|---|---|---|", *rows]
+        lines += ["", "| domain | perplexity, base | with adapter |", "|---|---|---|", *rows]
     return "\n".join(lines)
 
 

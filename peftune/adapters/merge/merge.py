@@ -90,7 +90,8 @@ def merge(
             report = MergeReport(
                 len(layout.modules()), len(layout.modules()), dtype, found.fingerprint, read.fingerprint, found.name,
                 merged.tied, layout.vocabulary, trained_on=base_quantization(read), left_out=found.weights.left_out,
-                special_tokens="parse" if parses_special_tokens(read.provenance) else "text", **figures,
+                special_tokens="parse" if parses_special_tokens(read.provenance) else "text",
+                changes_nothing=not merged.changes_a_weight, **figures,
             )  # fmt: skip
             hashes = hashes_of(staging, [path.name for path in staging.iterdir()])  # `model.base` checks them
             write_json(staging / MERGE, {**vars(report), "sha256": hashes})

@@ -61,7 +61,7 @@ def print_scan(found: ScanResult) -> None:
     if not found.entries:
         lines(f"{found.directory}: no adapter here or below")
     if usable:
-        columns = ("adapter", "base", "variant", "targets", "rank", "MB", "steps", "held-out loss")
+        columns = ("adapter", "base", "variant", "targets", "rank", "MB", "steps", "validation loss")
         table(f"{len(usable)} adapters in {found.directory}", columns, map(_row, usable), left=4)
     if broken:
         lines(f"{len(broken)} that cannot be used:", *broken)
@@ -230,7 +230,7 @@ def _history(provenance: dict[str, Any] | None) -> Iterator[str]:
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:
-    columns = ("held-out domain", "loss, base", "with adapter", "perplexity, base", "with adapter")
+    columns = ("validated on", "loss, base", "with adapter", "perplexity, base", "with adapter")
     rows = []
     for domain, of in metrics.items():
         values = [recorded(of, model, key) for key in ("loss", "perplexity") for model in ("base", "adapter")]

@@ -46,6 +46,13 @@ def render(summary: dict[str, Any], console: SafeConsole) -> None:
         problem = "! {what}: {documents:,} documents, first {first}".format(**finding)
         console.print(problem, style="yellow", markup=False, highlight=False)
         console.print(f"  {finding['advice']}", markup=False, highlight=False)
+    if summary["chat"]:
+        console.print(
+            "of a chat, what the assistant says is scored, and what ends its turn: a blank line and User:, or the end",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     _render_preview(summary["preview"], console)
 
 

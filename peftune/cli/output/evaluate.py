@@ -23,7 +23,7 @@ def print_tables(*tables: Table) -> None:
 
 def matrix_table(rows: Matrix, key: str = "perplexity") -> Table:
     """Rows (the base first, then adapters) by domains; the best is green, changes are against the base."""
-    title = {"perplexity": "Held-out perplexity (lower is better)", "bits_per_byte": "Bits per byte"}.get(key, key)
+    title = {"perplexity": "Perplexity (lower is better)", "bits_per_byte": "Bits per byte"}.get(key, key)
     domains = list(next(iter(rows.values())))
     table = _table(title, "model", domains)
     best = {domain: min(figures[domain][key] for figures in rows.values()) for domain in domains}
@@ -36,6 +36,16 @@ def matrix_table(rows: Matrix, key: str = "perplexity") -> Table:
             cells.append(Text(f"{value:,.2f}{against}", "bold green" if is_best else ""))
         table.add_row(name, *cells)
     return table
+
+
+def print_not_held_out(found: Mapping[str, Any]) -> None:
+    """Of which adapters the figures on which domain are those of text that they were trained on."""
+    for adapter, domains in found.get("trained_on", {}).items():
+        for domain, (known, told) in domains.items():
+            echo(
+                f"{domain} is not held out for {adapter}: it was trained on {known:,} of the {told:,} documents that "
+                "its record tells of"
+            )
 
 
 def routing_table(domains: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Table:

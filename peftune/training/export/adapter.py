@@ -23,6 +23,7 @@ from peftune.adapters.model_card import model_card
 from peftune.adapters.provenance import read_provenance, recorded_dict
 from peftune.config.recipe import Recipe
 from peftune.console import Console
+from peftune.data.documents import sample_of
 from peftune.errors import CheckFailed, UserError
 from peftune.model import quantized
 from peftune.model.lora import Adapted, is_dead, stored_adapter
@@ -212,10 +213,12 @@ def _before_and_after(state: State, events: list[dict[str, Any]], step: int) -> 
 def _provenance(inputs: RunInputs, state: State, delivery: Delivery, run_facts: dict[str, Any]) -> dict[str, Any]:
     """What peftune.json holds: enough to know what made this adapter, and to refuse another base."""
     versions = {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
+    train = inputs.corpus.train
     return {
         "peftune": __version__,
         **inputs.base.identity(),
         "data_fingerprints": inputs.corpus.fingerprints,
+        "training_documents": sample_of(train.store.digests[train.documents]),
         **({"validation_also_trained_on": also} if (also := inputs.corpus.also_trained_on) else {}),
         "recipe": inputs.recipe.model_dump(mode="json"),
         "chat": inputs.corpus.chat,
