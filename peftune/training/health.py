@@ -13,7 +13,7 @@ from torch import nn
 from peftune.console import Console
 from peftune.data.batches import blocks_of_step, share_of
 from peftune.data.sources.read import places_of
-from peftune.errors import CheckFailed, UserError
+from peftune.errors import CheckFailed
 from peftune.inference.perplexity import Score
 from peftune.inference.request import Generation
 from peftune.training.checkpoint import State
@@ -162,7 +162,9 @@ class Health:
 
     def _tell_a_spike(self, loss: float) -> None:
         recent = self.losses[-_RECENT:]
-        if len(recent) == _RECENT and loss > max(1.25 * fmean(recent), fmean(recent) + _SPIKE * stdev(recent)):
+        if len(recent) < _RECENT or loss <= 1.25 * fmean(recent):
+            return
+        if loss > fmean(recent) + _SPIKE * stdev(recent):
             self._tell(
                 "spike",
                 f"step {self.state.step}: a spike, loss {loss:.3f} where the {_RECENT} steps before had "
@@ -248,16 +250,20 @@ def what_broke(
     rows = [range(span, span + 1) for spans in at_fault[:_AT_FAULT] for span in spans]
     bad = [row.start for row, is_broken in zip(rows, broken(rows), strict=True) if is_broken]
     numbers = {int(train.documents[train.packing.example[span]]) for span in bad}
-    ranks = all_gather(accelerator, (len(blocks), len(at_fault), len(rows), len(bad), _places(inputs, numbers)))
-    tried, failing, documents, broken_documents = (sum(counts) for counts in list(zip(*ranks, strict=True))[:4])
-    places = [place for *_, found in ranks for place in found]
+    here = places_of(recipe.data.train, recipe.data.split_on, numbers).values()
+    ranks = all_gather(accelerator, ((len(blocks), len(at_fault), len(rows), len(bad)), list(here)))
+    tried, failing, documents, broken_documents = (
+        sum(counts) for counts in zip(*(counts for counts, _ in ranks), strict=True)
+    )
+    places = [place for _, found in ranks for place in found]
     where = ", ".join(places[:_AT_FAULT])
     if not broken_documents:
         return "it does not come back when each block is computed alone: start again from the last checkpoint", True
     if failing < tried or broken_documents < documents:
-        count = f"{broken_documents} of its documents" if broken_documents > 1 else "one of its documents"
+        which = "these documents are" if broken_documents > 1 else "this document is"
+        more = " and more" if max(broken_documents, failing) > _AT_FAULT else ""
         fp32 = "" if forward.dtype == torch.float32 else ", or take run.precision=fp32"
-        return f"{count} alone is to blame: {where}; look at that text and remove it{fp32}, with another run.out", True
+        return f"{which} to blame: {where}{more}; look at that text and remove it{fp32}, with another run.out", True
     if state.step == 0:
         return (
             f"every document is affected (first {where}) and the adapter changes nothing yet: the base itself is at "
@@ -269,12 +275,3 @@ def what_broke(
         f"{recipe.optim.lr:g} is too high; try {recipe.optim.lr / 10:.2g}, or set optim.clip, with another run.out",
         False,
     )
-
-
-def _places(inputs: RunInputs, numbers: set[int]) -> list[str]:
-    """Where documents stand, as file and line; by their number where the text cannot be read any more."""
-    try:
-        places = places_of(inputs.recipe.data.train, inputs.recipe.data.split_on, numbers) if numbers else {}
-    except UserError:
-        places = {}
-    return [places.get(number, f"document {number:,}") for number in sorted(numbers)]

@@ -122,7 +122,7 @@ def test_documents_that_break_the_loss_are_named_and_the_state_before_is_saved(
     with pytest.raises(CheckFailed) as error:
         train(made)
     found = str(error.value)
-    assert found.startswith("step 3: loss nan") and f"one of its documents alone is to blame: {texts}:35; look" in found
+    assert found.startswith("step 3: loss nan") and f"this document is to blame: {texts}:35; look" in found
     assert f"the last good state: {made.run.out}/checkpoints/step-2" in found
     assert checkpoint.read(Path(made.run.out) / "checkpoints" / "step-2").state.step == 2
 

@@ -58,7 +58,8 @@ def test_validation_documents_that_are_trained_on_are_counted_with_the_first_pla
     assert "validation leak (26 documents) holds documents that are trained on too: 26 documents" in said
     provenance = json.loads((Path(made.run.out) / "peftune.json").read_text())
     assert provenance["validation_also_trained_on"] == {"mixed": 2, "leak": 26}
-    assert "held-out" not in (Path(made.run.out) / "README.md").read_text()
+    card = (Path(made.run.out) / "README.md").read_text()
+    assert "held-out" not in card and "26 documents of leak were trained on too." in card
 
 
 def test_the_first_line_says_how_much_of_the_text_the_run_sees(

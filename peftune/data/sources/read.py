@@ -14,7 +14,7 @@ import glob
 import hashlib
 import re
 from collections.abc import Collection, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -69,9 +69,17 @@ def holds_chat(source: Source, split_on: str) -> bool:
 
 
 def places_of(sources: Sequence[Source], split_on: str, numbers: Collection[int]) -> dict[int, str]:
-    """Where some documents stand (`poems.txt:17`), by their number in the order of reading; reads up to the last."""
+    """Where some documents stand (`poems.txt:17`), by their number in the order of reading; reads up to the last.
+
+    Where the text has become shorter or cannot be read any more, their numbers stand for them.
+    """
     documents = (document for source in sources for document in read_documents(source, split_on))
-    return {n: document.source for n, document in enumerate(islice(documents, max(numbers) + 1)) if n in numbers}
+    places = {number: f"document {number:,}" for number in numbers}
+    with suppress(UserError):
+        for number, document in enumerate(islice(documents, max(numbers, default=-1) + 1)):
+            if number in places:
+                places[number] = document.source
+    return places
 
 
 def size_of(sources: Sequence[Source]) -> int | None:

@@ -247,6 +247,8 @@ one for the full-precision base.
 
 """
     )
+    also = provenance.get("validation_also_trained_on", {}).items()
+    leaked = "".join(f"{count:,} documents of {domain} were trained on too. " for domain, count in also)
     first = provenance.get("metrics_begin_at_step")
     since = f" since step {first} (what was before was lost)" if first else ""
     body = f"""\
@@ -254,6 +256,7 @@ A {lora["variant"]} adapter (rank {lora["rank"]}, alpha {lora["alpha"]:g}, targe
 {provenance["trainable_parameters"]:,} trained parameters, trained with peftune {provenance["peftune"]} on {sources}.
 
 {quantised}{_table(provenance["metrics"])}
+{leaked}
 
 Learning: {provenance["step"]} steps of {recipe["batch"]["global_size"]} blocks, {provenance["tokens"]:,} tokens,
 peak rate {optim["lr"]:g} ({optim["schedule"]}), {provenance["precision"]}, seed {recipe["run"]["seed"]},
