@@ -95,7 +95,7 @@ class Health:
 
     def _judge_validation(self, loss: float) -> None:
         state, optim, total = self.state, self.inputs.recipe.optim, self.inputs.total_steps
-        best, waited, base = state.best_loss or loss, state.evaluations_without_gain, self._validation_loss(0)
+        best, waited, base = state.best_loss or loss, state.evaluations_without_gain, validation_loss(state, 0)
         if loss > best + _RISE and waited == 2 and state.best_step == 0:
             self._tell(
                 "validation",
@@ -128,7 +128,7 @@ class Health:
     def at_the_end(self) -> None:
         """Tell what is known against the adapter that will be delivered."""
         state, lr = self.state, self.inputs.recipe.optim.lr
-        base, last, best = self._validation_loss(0), self._validation_loss(state.step), state.best_loss
+        base, last, best = validation_loss(state, 0), validation_loss(state, state.step), state.best_loss
         if base is not None and last is not None and best is not None and self.inputs.recipe.run.early_stopping is None:
             if last > base + _RISE:
                 self._tell(
@@ -172,12 +172,6 @@ class Health:
                 most=_SPIKES,
             )
 
-    def _validation_loss(self, step: int) -> float | None:
-        """Nats per token over all domains at a step that is remembered."""
-        figures = self.state.figures.get(str(step), {}).values()
-        tokens = sum(of["tokens"] for of in figures)
-        return sum(of["loss"] * of["tokens"] for of in figures) / tokens if tokens else None
-
     def _checksums(self) -> dict[str, int]:
         return {name: _checksum(parameter) for name, parameter in self.parameters.items()}
 
@@ -209,6 +203,25 @@ class Health:
                 f"after {step} steps {_some(stuck)} has not changed: the rate, {rate:.2g} so far, is so low that "
                 "rounding loses it, or nothing in the text uses it yet",
             )
+
+
+def validation_loss(state: State, step: int) -> float | None:
+    """Nats per token over all domains at a step that the state remembers."""
+    figures = state.figures.get(str(step), {}).values()
+    tokens = sum(of["tokens"] for of in figures)
+    return sum(of["loss"] * of["tokens"] for of in figures) / tokens if tokens else None
+
+
+def never_better(state: State, total: int) -> str:
+    """What to say and to try where the best step is the first: the adapter of that step changes nothing of the base."""
+    base, last = (validation_loss(state, step) or math.nan for step in (0, state.step))
+    rate = "higher" if abs(last - base) < _FLAT * base else "lower"
+    return (
+        f"no evaluation after step 0 was better than the base's validation loss of {base:.4f}, so the best adapter is "
+        f"the one that changes nothing, and it is not delivered. It is {last:.4f} now: try a {rate} optim.lr, more "
+        "training text or validation text of the same kind, with another run.out; run.early_stopping=null "
+        f"{'goes on to the last step and ' if state.step < total else ''}delivers the adapter of step {total}"
+    )
 
 
 def _checksum(parameter: torch.Tensor) -> int:

@@ -64,13 +64,13 @@ class RunInputs:
         if passes < 1:
             seen = f"{self.total_steps * size:,} of the {len(train):,} blocks, {passes:.2g} passes"
         domains = [
-            f"{name}: {len(blocks.documents):,} documents, {blocks.tokens():,} tokens"
+            f"{_domain(name)}: {len(blocks.documents):,} documents, {blocks.tokens():,} tokens"
             for name, blocks in self.corpus.domains.items()
         ]
         return (
             f"{train.tokens():,} tokens to learn in {len(train):,} blocks of {train.packing.block_size} "
             f"({train.packing.fill():.1%} full), {self.total_steps} steps of {size} blocks ({micro_size} a forward): "
-            f"{seen}; validation: {'; '.join(domains) or 'none'}"
+            f"{'; '.join([seen, *(domains or ['validation: none'])])}"
         )
 
 
@@ -153,9 +153,13 @@ def _load_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, base: Base,
             if len(same := np.flatnonzero(np.isin(held.digests, store.digests))):
                 also_trained_on[name], first = len(same), int(same[0])
                 place = places_of(named[name], recipe.data.split_on, {first})[first]
-                what = f"validation {name} ({len(held):,} documents) holds documents that are trained on too"
+                what = f"{_domain(name)} ({len(held):,} documents) holds documents that are trained on too"
                 found.append(Finding(what, len(same), place, _NOT_HELD_OUT))
     return Corpus(Blocks.of(store, train, block), domains, prints, chat, tuple(found), also_trained_on)
+
+
+def _domain(name: str) -> str:
+    return name if name == "validation" else f"validation {name}"
 
 
 _NOT_HELD_OUT = "its figures are better than those of new text; take these out of data.train, or validate on others"

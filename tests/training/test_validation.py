@@ -25,10 +25,17 @@ def rising(tmp_path: Path) -> tuple[str, ...]:
 
 def test_early_stopping_does_not_deliver_the_adapter_that_changes_nothing(recipe: Make, tmp_path: Path) -> None:
     made = recipe(*rising(tmp_path), "run.early_stopping=2")
-    with pytest.raises(CheckFailed, match=r"better than the base's.*early_stopping=null goes on to .* of step 6"):
+    better = r"better than the base's.*try a lower optim.lr.*early_stopping=null goes on to .* of step 6"
+    with pytest.raises(CheckFailed, match=better):
         train(made)
     assert not (Path(made.run.out) / "adapter_config.json").exists()
     assert train(recipe(*rising(tmp_path))).step == 6  # as the message says
+
+
+def test_a_rate_too_low_is_not_called_too_high(recipe: Make, tmp_path: Path) -> None:
+    other = rising(tmp_path)[0]
+    with pytest.raises(CheckFailed, match=r"is not delivered\..*try a higher optim\.lr"):
+        train(recipe(other, "optim.lr=1e-20", "optim.steps=1", "run.eval_every=1", "run.early_stopping=1"))
 
 
 def test_a_fraction_that_holds_out_nothing_is_told_and_refused_for_early_stopping(
@@ -68,7 +75,7 @@ def test_the_first_line_says_how_much_of_the_text_the_run_sees(
     train(recipe("optim.steps=1", "batch.global_size=2", "batch.micro_size=2", "data.validation=0.2"))
     first = capsys.readouterr().err.splitlines()[0]
     assert "1 steps of 2 blocks (2 a forward): 2 of the " in first and " blocks, 0.1" in first and " passes; " in first
-    assert "; validation: validation: " in first and first.endswith(" tokens")
+    assert " passes; validation: " in first and first.endswith(" tokens")
 
 
 def test_an_evaluation_on_training_text_says_that_it_is_not_held_out(

@@ -30,6 +30,7 @@ from peftune.model.lora import Adapted, is_dead, stored_adapter
 from peftune.training import checkpoint
 from peftune.training.checkpoint import Checkpoint, Figures, State
 from peftune.training.distributed.collectives import broadcast
+from peftune.training.health import never_better
 from peftune.training.inputs import RunInputs, refuse_other_run
 from peftune.training.metrics import MetricsLog
 from peftune.training.optimizer import Tensors
@@ -153,7 +154,7 @@ def deliver(
     best = state.best_step if recipe.run.early_stopping is not None else None
     step = state.step if best is None else best
     if step == 0:
-        raise CheckFailed(_never_better(state, inputs.total_steps))
+        raise CheckFailed(never_better(state, inputs.total_steps))
     if step != state.step:
         try:
             values = checkpoint.read(out / "checkpoints" / f"step-{step}").values
@@ -178,16 +179,6 @@ def deliver(
     }  # fmt: skip
     write_adapter(out, config, tensors, provenance, files)
     return delivery
-
-
-def _never_better(state: State, total: int) -> str:
-    """What to try where the best step is the first: the adapter of that step changes nothing of the base."""
-    return (
-        f"no evaluation after step 0 was better than the base's validation loss of {state.best_loss:.4f}, so the best "
-        "adapter is the one that changes nothing, and it is not delivered. Try a lower optim.lr, more training text or "
-        "validation text of the same kind, with another run.out; run.early_stopping=null "
-        f"{'goes on to the last step and ' if state.step < total else ''}delivers the adapter of step {total}"
-    )
 
 
 def _tokenizer_files(inputs: RunInputs) -> dict[str, bytes]:
