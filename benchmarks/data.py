@@ -17,8 +17,7 @@ from benchmarks.harness.options import Setup, fresh, main
 from benchmarks.harness.report import Result, compare, fastest, row
 from benchmarks.harness.workers import Channel, Contestant
 from peftune.config.data_section import Source
-from peftune.data.batches import Blocks
-from peftune.data.sampler import blocks_of_step
+from peftune.data.batches import Blocks, blocks_of_step
 from peftune.data.tokens.store import prepare
 from peftune.model.base import Base
 

@@ -48,7 +48,7 @@ from peftune.config.recipe import LoraSection, Recipe, recipe_from
 from peftune.training import run
 from peftune.training.distributed import start
 from peftune.training.distributed.watchdog import watch_peers
-from peftune.training.memory_model import ZeroSettings, bytes_per_rank, shapes_of, shared_out
+from peftune.training.planning.memory_model import ZeroSettings, bytes_per_rank, shapes_of, shared_out
 
 CONFIGS = {"ddp": "cpu-2", "zero1": "cpu-2-zero1", "zero2": "cpu-2-zero2", "zero3": "cpu-2-zero3"}
 _OWN_NETWORK = ["unshare", "--user", "--map-root-user", "--net"]  # begins with its only device off
@@ -148,7 +148,7 @@ def memory(setup: Setup) -> Result:
     python -m benchmarks.ranks memory [--shape small] [--rank 16] [--ways ddp,zero3] [--json F]
 
     Every way of holding the base trains three steps. Printed are megabytes of the rank that holds most, measured and
-    then by the formulas of peftune/training/memory_model.py, after the last step:
+    then by the formulas of peftune/training/planning/memory_model.py, after the last step:
 
     - weights: frozen and trained, scales of quantised ones included (`metrics.jsonl`, events "start" and "memory");
     - optimizer: AdamW's moments and ZeRO's master copies (event "memory");

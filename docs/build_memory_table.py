@@ -13,7 +13,7 @@ from transformers import GPT2Config
 
 from peftune.config.recipe import LoraSection
 from peftune.training.device import LIVE_TENSORS
-from peftune.training.memory_model import RankMemory, Shapes, Way, bytes_per_rank, shapes_of
+from peftune.training.planning.memory_model import RankMemory, Shapes, Way, bytes_per_rank, shapes_of
 
 PAGE = Path(__file__).with_name("many-ranks.md")
 BEGIN, END = "<!-- written by docs/build_memory_table.py -->", "<!-- end -->"

@@ -26,7 +26,7 @@ from benchmarks.harness.report import number
 from benchmarks.harness.workers import Channel, Contestant
 from peftune.config.recipe import recipe_from
 from peftune.console import Console
-from peftune.data.sampler import blocks_of_step
+from peftune.data.batches import blocks_of_step
 from peftune.model.load import DTYPES, NAME_OF, footprint, with_dropout
 from peftune.model.lora import peft_config, quiet_peft
 from peftune.training.device import choose_precision

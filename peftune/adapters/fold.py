@@ -27,6 +27,8 @@ class MergedTensors:
     weights: Weights
     layout: AdapterLayout
     used: set[str] = field(default_factory=set)
+    changes_a_weight: bool = False
+    """Whether a value has been seen, among the tensors that were read so far, that is not the base's."""
 
     @property
     def tied(self) -> bool:
@@ -45,6 +47,22 @@ class MergedTensors:
 
     def chunks(self, name: str, elements: int = CHUNK_ELEMENTS) -> Iterator[torch.Tensor]:
         """A merged tensor as consecutive chunks of rows, float32; of about so many elements where it is not adapted."""
+        start = 0
+        for values in self._merged_chunks(name, elements):
+            self.changes_a_weight = self.changes_a_weight or self._differs_from_base(name, start, values)
+            start += len(values)
+            yield values
+
+    def _differs_from_base(self, name: str, start: int, values: torch.Tensor) -> bool:
+        stored = self.weights.stored_name(name)
+        if not self._parts(name) and name not in self.layout.replaced and name not in self.layout.rows:
+            return False
+        stop = start + len(values)
+        return stop > self.weights.shape(stored)[0] or not torch.equal(
+            values, self.weights.rows(stored, start, stop).float()
+        )
+
+    def _merged_chunks(self, name: str, elements: int) -> Iterator[torch.Tensor]:
         target = self.layout.targets.get(module_of(name))
         if target is not None and name.endswith(".weight"):
             yield from self._conv1d(name, target) if target.kind == "conv1d" else self._by_rows(name, target)

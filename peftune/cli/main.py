@@ -117,7 +117,7 @@ def evaluate(
     Example:  peftune eval --base gpt2 --adapter poems=adapters/poems --data poems=held.txt --data code=code.jsonl
     """
     folders, columns, paths = named("--adapter", adapters), columns_of(column), named("--data", data)
-    from peftune.cli.output.evaluate import print_matrix, print_routing
+    from peftune.cli.output.evaluate import print_matrix, print_not_held_out, print_routing
     from peftune.inference.perplexity import evaluate
     from peftune.inference.routing.accuracy import measure_routing
 
@@ -129,6 +129,7 @@ def evaluate(
         found = evaluate(base, domains, folders, batch, precision, block_size)
         for key in ("perplexity", "bits_per_byte"):
             print_matrix(found["rows"], key)
+        print_not_held_out(found)
     save_json(json_path, found)
 
 
@@ -139,26 +140,27 @@ def merge(
     base: Annotated[str | None, typer.Option(help=f"{BASE_HELP} Default: what the adapter names.")] = None,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="What to store.")] = "float32",
     verify: Annotated[bool, typer.Option(help="Compare with base + adapter, on the files read back.")] = True,
+    data: Annotated[str | None, typer.Option(help="Text of yours to measure what merging costs on.")] = None,
+    column: Columns = None,
     json_path: Json = None,
 ) -> None:
     """Fold an adapter into its base: an ordinary GPT-2 checkpoint, verified before it appears.
 
     Example:  peftune merge adapters/poems --out models/poems
     """
+    text = None if data is None else source_of(data, columns_of(column))
     from peftune.adapters.merge.merge import merge
     from peftune.adapters.provenance import merged_text
+    from peftune.cli.output.merge_cost import losses, print_losses
 
+    before = None if text is None else losses(base, text, adapter)  # here, where a mistake costs no merge
     report = merge(adapter, out, base=base, dtype=dtype, verify=verify)
     save_json(json_path, vars(report))
     applied = f"{report.modules_applied} of {report.modules_in_adapter} modules"
     echo(f"{out}: {applied} folded into {report.base}, stored as {report.dtype}")
-    if report.max_abs_logit_difference is None:
-        echo("not verified: merge.json says so too")
-    else:
-        echo(
-            f"read back, against base + adapter: logits differ by at most {report.max_abs_logit_difference:.1e}, "
-            f"mean KL {report.mean_kl:.1e} nats per token, the same likeliest token in {report.argmax_agreement:.2%}"
-        )
+    if report.changes_nothing:
+        echo("warning: the adapter changes no weight, so the merged model is the base")
+    echo(report.summary())
     echo(report.how_to_call())
     if report.merged[1:]:
         echo(f"{report.base} is {merged_text(report.merged[1:])}: {out} holds all of them")
@@ -167,10 +169,9 @@ def merge(
     if report.trained_on is not None and verify:
         echo(report.quantized_summary())
     if report.rounding_mean_kl is not None:
-        echo(
-            f"rounding to {report.dtype} costs {report.rounding_mean_kl:.1e} nats per token; before it logits differed "
-            f"by at most {report.float32_max_abs_logit_difference:.1e}"
-        )
+        echo(report.rounding_summary())
+    if text is not None and before is not None:
+        print_losses(text.path, {**before, "merged": losses(str(out), text)["base"]})
 
 
 for _verb in (generate, serve, launch, plan, doctor, configs, export, push):

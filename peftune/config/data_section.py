@@ -71,8 +71,8 @@ class Source(Section):
     completion: str | None = None
     """Column (or template) of the completion (scored)."""
     messages: str | None = None
-    """Column of chat messages, each `{role, content}` or ShareGPT's `{from, value}`; only what the assistant says is
-    scored."""
+    """Column of chat messages, each `{role, content}` or ShareGPT's `{from, value}`. What the assistant says is scored,
+    and what ends its turn (the end of the text, or a blank line and `User:`), which is how it learns to stop."""
     where: Where | None = None
     """Rows to read: a mapping of columns to a value or a list of values; each column must hold one of its own. `null`
     is an empty one."""
@@ -140,7 +140,7 @@ class DataSection(Section):
     """Sources to learn from: a path, a list of paths, or mappings with `path` and the columns to read."""
     validation: Validation = 0.05
     """A fraction held out by document hash (equal documents fall on one side), sources as above, or a mapping of
-    domain names to sources, each evaluated by itself; 0 is none."""
+    domain names to sources, each evaluated by itself; 0 is none. Documents that are trained on too are counted."""
     block_size: Annotated[int, Field(ge=8)] | Literal["auto"] = "auto"
     """Tokens per block; `auto` is the context length of the base (1,024 for GPT-2)."""
     packing: bool = True

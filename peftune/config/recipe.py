@@ -111,13 +111,16 @@ class RunSection(Section):
     save_every: Annotated[int, Field(ge=0)] = 200
     """Steps between checkpoints; 0 saves on signals and at the end only."""
     resume: Literal["auto", "never"] = "auto"
-    """`auto` goes on from the newest checkpoint in `out`; `never` refuses to start where there is one."""
+    """`auto` goes on from the newest checkpoint in `out`, and has nothing to do where the run is finished; `never`
+    refuses to start where there is either."""
     track: list[Literal["tensorboard", "wandb", "mlflow"]] = []
-    """Experiment trackers to write to, each only if it is installed."""
+    """Experiment trackers to write to; one that is not installed is refused (`pip install 'peftune[track]'`).
+    TensorBoard's files go to `peftune/` in `out`."""
     checkpointing: bool = False
     """Recompute activations in the backward: about a quarter slower, much less memory."""
     early_stopping: Annotated[int, Field(ge=1)] | None = None
-    """Stop after so many evaluations without a better validation loss; the best step is what is saved."""
+    """Stop after so many evaluations without a better validation loss, and deliver the best step. Where that is
+    step 0, whose adapter changes nothing, none is delivered and the exit code is 4."""
     samples: list[str] = []
     """Prompts continued greedily at each evaluation and recorded; "" begins a document."""
     fast: bool = True

@@ -1,13 +1,17 @@
-"""Blocks of a token store, and the rectangular batches a model can take, packed or padded.
+"""Blocks of a token store, which of them make up which optimizer step, and the batches a model can take.
+
+A step is a set of blocks, a pure function of seed and step, the same on every rank. How its blocks are laid out in
+memory (rows packed or padded, micro-batches, ranks) changes nothing in what is learnt, so that is decided later.
 
 Shapes: B rows, T columns (the longest row of the batch).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -91,13 +95,14 @@ class Blocks:
         spans = [range(int(first_span[block]), int(first_span[block + 1])) for block in blocks]
         if packed:
             for first in range(0, len(spans), micro_size):
-                yield self._batch(spans[first : first + micro_size])
+                yield self.batch(spans[first : first + micro_size])
         else:
             budget = micro_size * self.packing.block_size
             for rows in _rows_by_length([s for row in spans for s in row], self.packing, budget):
-                yield self._batch([range(span, span + 1) for span in rows])
+                yield self.batch([range(span, span + 1) for span in rows])
 
-    def _batch(self, rows: Sequence[range]) -> Batch:
+    def batch(self, rows: Sequence[range]) -> Batch:
+        """One batch, each row of it these spans of the packing."""
         counts = np.array([len(row) for row in rows])
         spans = np.concatenate([np.arange(row.start, row.stop) for row in rows])
         packing = self.packing
@@ -127,6 +132,38 @@ class Blocks:
             torch.from_numpy(padded(following, NOT_SCORED)),
             torch.from_numpy(segments) if segments.any() else None,  # all 0: every row is one document
         )
+
+
+def steps_per_epoch(blocks: int, global_size: int) -> int:
+    """Optimizer steps that one pass takes; the last may hold fewer blocks than `global_size`."""
+    return math.ceil(blocks / global_size)
+
+
+def total_steps(blocks: int, global_size: int, epochs: float, steps: int | None) -> int:
+    """Optimizer steps of the run; `steps` wins over `epochs` where it is given."""
+    return steps if steps is not None else max(1, round(epochs * steps_per_epoch(blocks, global_size)))
+
+
+def blocks_of_step(step: int, blocks: int, global_size: int, seed: int) -> np.ndarray:
+    """Block numbers of one step (counted from 0), in order; every epoch is a fresh permutation."""
+    epoch, within = divmod(step, steps_per_epoch(blocks, global_size))
+    return _permutation(blocks, seed, epoch)[within * global_size : (within + 1) * global_size]
+
+
+@lru_cache(maxsize=2)
+def _permutation(blocks: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(blocks)
+
+
+def share_of(blocks: np.ndarray, micro_size: int, rank: int, ranks: int) -> np.ndarray:
+    """A rank's blocks of a step: every `ranks`-th group of `micro_size`, so that micro-batches are those of one rank.
+
+    Groups are smaller where there would not be one for each rank.
+    """
+    size = max(1, min(micro_size, -(-len(blocks) // ranks)))
+    group = np.arange(len(blocks)) // size
+    chosen: np.ndarray = blocks[group % ranks == rank]
+    return chosen
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

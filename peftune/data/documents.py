@@ -113,6 +113,26 @@ class ReadStats:
         return self._finished + (self._file.tell() if self._file else 0)
 
 
+_SAMPLE = 1000  # documents
+
+
+def sample_of(digests: np.ndarray) -> str:
+    """The smallest of the distinct digests (n,) uint64 as hexadecimal text, by which the documents are known later."""
+    return np.unique(digests)[:_SAMPLE].astype(">u8").tobytes().hex()
+
+
+def count_known(sample: str, digests: np.ndarray) -> tuple[int, int]:
+    """How many documents with these digests are among those of `sample`, and how many it can tell of.
+
+    ValueError for a text that is no sample. The smallest digests are a fair choice of documents, and of those up to the
+    largest that it holds a full sample tells; one that is not full tells of all (a bottom-k sketch, Cohen 1997).
+    """
+    known = np.frombuffer(bytes.fromhex(sample), dtype=">u8")
+    if len(known) >= _SAMPLE:
+        digests = digests[digests <= known.max()]
+    return int(np.isin(digests, known).sum()), len(digests)
+
+
 def split_by_digest(digests: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """(train, validation) indices, int64 in rising order, for digests (n,) uint64 and a fraction in [0, 1).
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -12,10 +12,10 @@ import numpy as np
 
 from peftune.config.data_section import Source
 from peftune.data.batches import Blocks
-from peftune.data.documents import ReadStats, first_of_equals
+from peftune.data.documents import Document, ReadStats, first_of_equals
 from peftune.data.lint import Finding, lint, of_rows
 from peftune.data.packing import Packing
-from peftune.data.sources.read import read_documents, settle_split
+from peftune.data.sources.read import places_of, read_documents, settle_split
 from peftune.data.sources.text_files import cut_lines, left_out_lines
 from peftune.data.tokens.round_trip import lossy
 from peftune.data.tokens.special_text import findings as special_findings
@@ -41,7 +41,20 @@ def summarize(
     store = prepare(sources, tokenizer, tokenizer_fingerprint, join, split_on, cache, special_tokens)
     packing = Blocks.of(store, np.arange(len(store)), block_size).packing
     split_on, stats = settle_split(sources, split_on), ReadStats()
-    findings = lint(chain.from_iterable(read_documents(source, split_on, stats) for source in sources))
+    sizes: list[int] = []
+    is_chat = False
+
+    def documents() -> Iterator[Document]:
+        nonlocal is_chat
+        for source in sources:
+            sizes.append(0)
+            for document in read_documents(source, split_on, stats):
+                sizes[-1] += 1
+                is_chat = is_chat or document.turns is not None
+                yield document
+
+    findings = lint(documents())
+    findings += _in_several(store.digests, sizes, sources, split_on)
     special = special_findings(store.special_tokens, tokenizer, special_tokens == "parse")
     known = {one.what for one in special}
     findings = [*of_rows(store.left_out), *special, *(one for one in findings if one.what not in known)]
@@ -75,9 +88,21 @@ def summarize(
         "fill": packing.fill(),
         "longer_than_block": int((store.lengths > block_size).sum()),
         "findings": [asdict(finding) for finding in findings],
+        "chat": is_chat,
         "preview": preview(store, packing, tokenizer),
         "fingerprint": store.fingerprint,
     }
+
+
+def _in_several(digests: np.ndarray, sizes: list[int], sources: Sequence[Source], split_on: str) -> list[Finding]:
+    """Sources whose documents are those of a source before: text for training beside text for validation, perhaps."""
+    found, begins = [], np.cumsum([0, *sizes])
+    for source, begin, end in zip(sources, begins, begins[1:], strict=False):
+        if len(same := np.flatnonzero(np.isin(digests[begin:end], digests[:begin]))):
+            first = places_of([source], split_on, {int(same[0])})[int(same[0])]
+            what = f"documents of {source.path} that another source holds too"
+            found.append(Finding(what, len(same), first, "what is trained on is not held out: validate on other text"))
+    return found
 
 
 def preview(store: TokenStore, packing: Packing, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import torch
 from peftune.adapters.attach import load_onto
 from peftune.adapters.base_of import base_of
 from peftune.adapters.directory import check_fits
-from peftune.adapters.provenance import check_base, parses_special_tokens, read_provenance
+from peftune.adapters.provenance import check_base, parses_special_tokens, read_provenance, recorded
 from peftune.config.data_section import Source
 from peftune.console import Console
 from peftune.data.batches import Blocks
+from peftune.data.documents import count_known
 from peftune.data.sources.text_files import cut_lines
 from peftune.data.tokens.store import prepare
 from peftune.errors import CheckFailed, UserError
@@ -132,7 +134,28 @@ def evaluate(
         name: {"documents": len(blocks.documents), "tokens": blocks.tokens(), "bytes": blocks.text_bytes()}
         for name, blocks in domains.items()
     }
-    return {"domains": facts, "rows": rows}
+    return {"domains": facts, "rows": rows, **not_held_out(folders, domains)}
+
+
+def not_held_out(adapters: Mapping[str, Path], domains: Mapping[str, Blocks]) -> dict[str, Any]:
+    """`trained_on`, where adapters record that they were trained on documents of a domain: how many, of how many.
+
+    A record of many documents tells of some of them only; one of an older release of equal corpora alone.
+    """
+    found: dict[str, dict[str, list[int]]] = {}
+    for name, directory in adapters.items():
+        provenance = read_provenance(directory)
+        sample = recorded(provenance, "training_documents")
+        for domain, blocks in domains.items():
+            known, told = 0, len(blocks.documents)
+            if isinstance(sample, str):
+                with suppress(ValueError):
+                    known, told = count_known(sample, blocks.store.digests[blocks.documents])
+            elif recorded(provenance, "data_fingerprints", "train") == blocks.store.fingerprint:
+                known = told
+            if known:
+                found.setdefault(name, {})[domain] = [known, told]
+    return {"trained_on": found} if found else {}
 
 
 def special_tokens_of(base: Base, adapters: Mapping[str, Path]) -> str:

@@ -1,21 +1,16 @@
-"""What a run starts from, read and checked before any weight is loaded, and what of it makes another run another one.
-
-Also the lock on the directory that it writes.
-"""
+"""What a run starts from, read and checked before any weight is loaded."""
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
 from peft import LoraConfig
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -23,12 +18,11 @@ from peftune.adapters.base_of import base_of
 from peftune.adapters.provenance import merged_text
 from peftune.config.data_section import Source
 from peftune.config.recipe import Recipe
-from peftune.data.batches import Blocks
+from peftune.data.batches import Blocks, steps_per_epoch, total_steps
 from peftune.data.documents import split_by_digest
 from peftune.data.lint import Finding, of_rows
 from peftune.data.prepared import Prepared, prepare_as
-from peftune.data.sampler import total_steps
-from peftune.data.sources.read import holds_chat, settle_split
+from peftune.data.sources.read import holds_chat, places_of, settle_split
 from peftune.data.tokens.special_text import findings
 from peftune.errors import UserError
 from peftune.model import lora, quantized
@@ -36,7 +30,8 @@ from peftune.model.base import Base, open_base
 from peftune.model.tokenizer import with_new_tokens
 from peftune.training.continued import Continued, continued_from
 from peftune.training.distributed.agreement import flatten, refuse_different_ranks
-from peftune.training.distributed.collectives import broadcast, raise_on_all_ranks
+from peftune.training.distributed.collectives import raise_on_all_ranks
+from peftune.training.identity import FILES, identity_of, sizes_of_files
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,9 @@ class Corpus:
     fingerprints: dict[str, str]
     chat: bool
     findings: tuple[Finding, ...] = ()
-    """What to know about rows that were skipped, and about special tokens in the training text."""
+    """What to know about rows that were skipped, special tokens in the training text, and what is validated on."""
+    also_trained_on: dict[str, int] = field(default_factory=dict)
+    """Of each domain that is not held out: how many of its documents are training documents too."""
     left_out: dict[str, Any] = field(default_factory=dict)
     """Rows that are not learnt from or evaluated on, by the name of a fingerprint."""
     notes: tuple[str, ...] = ()
@@ -89,6 +86,23 @@ class RunInputs:
         for finding in self.corpus.findings:
             yield f"{finding.what}: {finding.documents:,} documents, first {finding.first}: {finding.advice}"
 
+    def description(self, micro_size: int) -> str:
+        """What is about to be learnt, and how often; what it is validated on."""
+        train, size = self.corpus.train, self.recipe.batch.global_size
+        passes = self.total_steps / steps_per_epoch(len(train), size)
+        seen = f"{passes:.3g} passes"
+        if passes < 1:
+            seen = f"{self.total_steps * size:,} of the {len(train):,} blocks, {passes:.2g} passes"
+        domains = [
+            f"{_domain(name)}: {len(blocks.documents):,} documents, {blocks.tokens():,} tokens"
+            for name, blocks in self.corpus.domains.items()
+        ]
+        return (
+            f"{train.tokens():,} tokens to learn in {len(train):,} blocks of {train.packing.block_size} "
+            f"({train.packing.fill():.1%} full), {self.total_steps} steps of {size} blocks ({micro_size} a forward): "
+            f"{'; '.join([seen, *(domains or ['validation: none'])])}"
+        )
+
 
 def read_inputs(recipe: Recipe, fresh: bool = False) -> RunInputs:
     """Find base and data and check all that can be checked without weights; UserError for what does not fit.
@@ -115,8 +129,9 @@ def read_inputs(recipe: Recipe, fresh: bool = False) -> RunInputs:
     fingerprints |= {"config": base.config_fingerprint, **(init.fingerprints() if init else {})}
     corpus = _load_corpus(recipe, tokenizer, base, positions if asked == "auto" else asked)
     fingerprints |= {f"data {name}": value for name, value in corpus.fingerprints.items()}
+    identity = identity_of(recipe, fingerprints) | {FILES: sizes_of_files(recipe)}
     total = total_steps(len(corpus.train), recipe.batch.global_size, recipe.optim.epochs, recipe.optim.steps)
-    return RunInputs(recipe, base, tokenizer, corpus, identity_of(recipe, fingerprints), total, init)
+    return RunInputs(recipe, base, tokenizer, corpus, identity, total, init)
 
 
 def _refuse_adapter_as_base(recipe: Recipe) -> None:
@@ -169,6 +184,8 @@ def _load_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, base: Base,
     store, train, _ = read("train", how.train)
     chat = all(holds_chat(source, split_on) for source in how.read_as(how.train))
     prints, validation = {"train": store.fingerprint}, how.validation
+    also_trained_on: dict[str, int] = {}
+    found: list[Finding] = []
     if isinstance(validation, float | int):
         learnt, heldout = split_by_digest(store.digests[train], float(validation))
         train, heldout = train[learnt], train[heldout]
@@ -176,107 +193,42 @@ def _load_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, base: Base,
             raise UserError(f"data.validation {validation} leaves no document to learn from; {len(store)} in all")
         domains = {"validation": Blocks.of(store, heldout, block)} if len(heldout) else {}
         stores = {}
+        if validation and not domains:
+            found.append(_nothing_held_out(recipe, len(store)))
     else:
         named = validation if isinstance(validation, dict) else {"validation": validation}
         read_as = {name: read(name, sources) for name, sources in named.items()}
         domains = {name: Blocks.of(one.store, one.used, block) for name, one in read_as.items()}
         stores = {f"validation/{name}": one.store for name, one in read_as.items()}
         prints |= {name: one.fingerprint for name, one in stores.items()}
+        for name, one in read_as.items():
+            if len(same := np.flatnonzero(np.isin(one.store.digests, store.digests))):
+                also_trained_on[name], first = len(same), int(same[0])
+                place = places_of(how.read_as(named[name]), split_on, {first})[first]
+                what = f"{_domain(name)} ({len(one.store):,} documents) holds documents that are trained on too"
+                found.append(Finding(what, len(same), place, _NOT_HELD_OUT))
     stores = {"train": store} | stores
     left_out = {name: asdict(s.left_out) for name, s in stores.items() if s.left_out}
-    found = [finding for s in stores.values() for finding in of_rows(s.left_out)]
-    found += findings(store.special_tokens, base.tokenizer, how.special_tokens == "parse")
-    return Corpus(Blocks.of(store, train, block), domains, prints, chat, tuple(found), left_out, tuple(notes))
+    found = findings(store.special_tokens, base.tokenizer, how.special_tokens == "parse") + found
+    found = [finding for s in stores.values() for finding in of_rows(s.left_out)] + found
+    learnt_from = Blocks.of(store, train, block)
+    return Corpus(learnt_from, domains, prints, chat, tuple(found), also_trained_on, left_out, tuple(notes))
 
 
-@contextmanager
-def sole_writer(out: Path, accelerator: Accelerator) -> Iterator[None]:
-    """The first rank locks `out` for this run.
-
-    Raises UserError, on all ranks, where it cannot be written, holds a full model or is locked by another run.
-    """
-    lock = FileLock(out / ".lock")
-    broadcast(accelerator, lambda: _acquire(lock, out))
-    try:
-        yield
-    finally:
-        lock.release()
+def _domain(name: str) -> str:
+    return name if name == "validation" else f"validation {name}"
 
 
-def check_writable(out: Path) -> None:
-    """UserError where a run could not write its directory; nothing is made."""
-    with _told_of(out):
-        if (out / "config.json").is_file():  # an adapter there would be loaded with it, unasked
-            raise UserError(f"run.out {out}: holds a full model; give the adapter a directory of its own")
-        above = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
-        for path in (above, out / "checkpoints"):  # now, not when there is something to write after hours
-            if os.path.lexists(path) and not (path.is_dir() and os.access(path, os.W_OK | os.X_OK)):
-                raise OSError(errno.EACCES, f"{path.name} is not a directory that may be written to")
+_NOT_HELD_OUT = "its figures are better than those of new text; take these out of data.train, or validate on others"
 
 
-def _acquire(lock: FileLock, out: Path) -> None:
-    check_writable(out)
-    with _told_of(out):
-        out.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-
-
-@contextmanager
-def _told_of(out: Path) -> Iterator[None]:
-    """UserError for what goes wrong with the directory of a run."""
-    try:
-        yield
-    except Timeout:
-        raise UserError(f"run.out {out}: another run is writing there; wait for it, or choose another name") from None
-    except (OSError, ValueError, RecursionError) as error:  # a NUL in the name, a thousand directories
-        raise UserError(f"run.out {str(out)[:200]!r}: cannot be written: {getattr(error, 'strerror', error)}") from None
-
-
-HARMLESS = frozenset(
-    {
-        "run.out", "run.init", "run.eval_every", "run.save_every", "run.resume", "run.track", "run.samples",
-        "run.early_stopping", "run.checkpointing", "run.fast", "run.compile", "batch.micro_size",
-        "data.split_on", "data.unknown_files",  # the fingerprints tell whether other documents come of them
-    }
-)  # fmt: skip
-"""Keys that may change between a run and its resumption: none decides what is learnt (beyond rounding)."""
-
-
-def identity_of(recipe: Recipe, fingerprints: dict[str, str]) -> dict[str, Any]:
-    """Flat mapping of every recipe value that decides what is learnt, and the fingerprints of base and data."""
-    kept = {k: v for k, v in flatten(recipe.model_dump(mode="json")).items() if k not in HARMLESS}
-    return kept | {f"fingerprint of {k}": v for k, v in fingerprints.items()}
-
-
-def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
-    """UserError listing every difference between the run that is there and the one asked for."""
-    # What an older release did not record had its default, or cannot be compared.
-    unrecorded = _DEFAULTS | {key: now[key] for key in now if key == "fingerprint of config"}
-    saved, now = unrecorded | {k: v for k, v in saved.items() if k not in HARMLESS}, _DEFAULTS | now
-    saved, now = _without_unset_keys(saved), _without_unset_keys(now)
-    keys = sorted(saved.keys() | now.keys())
-    changed = [f"{k} was {_short(saved.get(k))}, is {_short(now.get(k))}" for k in keys if saved.get(k) != now.get(k)]
-    if changed:
+def _nothing_held_out(recipe: Recipe, documents: int) -> Finding:
+    """What to know where a fraction holds out nothing; UserError where early stopping would wait for it."""
+    what = f"data.validation {recipe.data.validation:g} holds out nothing: there is one document, or all are equal"
+    advice = "there will be no validation; cut the text into documents (data.split_on), or name files for validation"
+    if recipe.run.early_stopping is not None:
         raise UserError(
-            f"{where} holds a run of another recipe: {'; '.join(changed)}. "
-            "Give run.out another name, or remove that directory"
+            f"{what} ({documents:,} in all), and run.early_stopping needs validation; cut the text into documents "
+            "(data.split_on), name files in data.validation, or leave early stopping out"
         )
-
-
-def _without_unset_keys(value: Any) -> Any:
-    """A value without the keys of sources that are not set: an older release does not know all of them."""
-    if isinstance(value, list):
-        return [
-            {key: inner for key, inner in one.items() if inner is not None} if isinstance(one, dict) else one
-            for one in value
-        ]
-    return {key: _without_unset_keys(inner) for key, inner in value.items()} if isinstance(value, dict) else value
-
-
-def _short(value: Any) -> str:
-    text = "not there" if value is None else str(value)
-    return text if len(text) <= 40 else text[:37] + "…"
-
-
-_EMPTY = Recipe.model_validate({"base": "-", "data": {"train": "-"}, "run": {"out": "-"}})
-_DEFAULTS = {k: v for k, v in identity_of(_EMPTY, {}).items() if k not in ("base", "data.train")}
+    return Finding(what, documents, recipe.data.train[0].path, advice)

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from peftune.config.recipe import Recipe
 from peftune.console import Console
-from peftune.errors import Interrupted, UserError
+from peftune.errors import CheckFailed, Interrupted, UserError
 from peftune.model.load import DTYPES, NAME_OF, footprint, load_adapted
 from peftune.model.lora import Adapted
 from peftune.model.loss import LossModel
@@ -36,12 +36,14 @@ from peftune.training.distributed.collectives import (
 )
 from peftune.training.distributed.signals import StopNow, StopRequest
 from peftune.training.export.adapter import Delivery, deliver, earlier_run
-from peftune.training.inputs import RunInputs, read_inputs_on_all_ranks, sole_writer
+from peftune.training.health import Health, what_broke
+from peftune.training.inputs import RunInputs, read_inputs_on_all_ranks
 from peftune.training.metrics import MetricsLog
 from peftune.training.optimizer import Gradient, ReplicatedStrategy, UpdateStrategy, build_adamw
-from peftune.training.planning.plan import peak_of
+from peftune.training.planning.plan import peaks
+from peftune.training.run_directory import sole_writer
 from peftune.training.samples import continue_prompts
-from peftune.training.step import ForwardFn, choose_forward, evaluate_domain, train_step
+from peftune.training.step import ForwardFn, NotFinite, StepResult, choose_forward, evaluate_domain, train_step
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Run:
     console: Console
     adapted: Adapted
     forward: ForwardFn
+    health: Health
     gradient: Gradient
     strategy: UpdateStrategy
     state: State
@@ -72,8 +75,7 @@ def train(recipe: Recipe) -> Delivery:
         console = Console(accelerator.is_main_process)
         if start.zero_stage(accelerator):
             zero.configure(accelerator, recipe)
-        idle = torch.cuda.device_count() - 1
-        if accelerator.num_processes == 1 and accelerator.device.type == "cuda" and idle:
+        if idle := start.idle_gpus(accelerator):
             console.say(f"{idle} more GPUs here are not used: one process takes one; accelerate launch starts more")
         with raise_on_all_ranks(accelerator):
             precision = choose_precision(recipe.run.precision, accelerator.device.type == "cuda")
@@ -92,7 +94,9 @@ def train(recipe: Recipe) -> Delivery:
                     _begin(run, found)
                     with console.progress:
                         _loop(run, stop)
-                    _compare_memory(run, program)
+                    measured, predicted = peaks(inputs, run.forward, accelerator, program)
+                    run.metrics.write("peak_memory", measured_bytes=measured, predicted_bytes=predicted)
+                    console.say(f"memory at most {measured / 1e9:.2f} GB; predicted {predicted / 1e9:.2f} GB")
                     delivery = export(run)
             finally:
                 run.metrics.close()
@@ -142,7 +146,8 @@ def load_run(
     path = Path(recipe.run.out) / "metrics.jsonl"
     with raise_on_all_ranks(accelerator):
         metrics = MetricsLog(path, accelerator, recipe.model_dump(mode="json"), state)
-    return Run(inputs, accelerator, console, adapted, forward, gradient, strategy, state, metrics, StopRequest())
+    health, stop = Health(inputs, adapted.model, accelerator, state, metrics, console), StopRequest()
+    return Run(inputs, accelerator, console, adapted, forward, health, gradient, strategy, state, metrics, stop)
 
 
 def _begin(run: Run, found: Checkpoint | None) -> None:
@@ -171,11 +176,10 @@ def _begin(run: Run, found: Checkpoint | None) -> None:
             run.metrics.lost = ""
     for note in run.inputs.notes():
         run.console.say(note)
+    run.console.say(run.inputs.description(state.micro_size))
     run.console.say(
-        f"{train.tokens():,} tokens to learn in {len(train):,} blocks of {train.packing.block_size} "
-        f"({train.packing.fill():.1%} full), {run.inputs.total_steps} steps of {recipe.batch.global_size} blocks "
-        f"({state.micro_size} a forward), {facts['trainable_parameters']:,} trainable parameters, "
-        f"{facts['precision']}, {facts['layout']}; {forward.description}"
+        f"{facts['trainable_parameters']:,} trainable parameters, {facts['precision']}, {facts['layout']}; "
+        f"{forward.description}"
     )
     if recipe.quantize is not None:
         run.console.say(base.description(recipe.quantize))
@@ -196,18 +200,16 @@ def _loop(run: Run, stop: StopRequest) -> None:
     try:
         while True:
             better = _evaluate_if_due(run, stop)
-            finished = state.step == total or _has_stopped_improving(run)
+            finished = state.step == total or run.health.has_stopped_improving()
             state.seconds = time.monotonic() - began
             due = save_every and state.step % save_every == 0 < state.step
             if saved_step != state.step and (better or finished or due):
                 _save(run)
                 saved_step = state.step
             if finished:
-                return
+                return run.health.at_the_end()
             started = time.monotonic()
-            done = train_step(
-                inputs, state, run.forward, run.gradient, run.strategy, run.accelerator, stop, run.console
-            )
+            done = _step(run, saved_step)
             state.step += 1
             state.tokens += done.tokens
             rate = done.tokens / (time.monotonic() - started)
@@ -217,6 +219,7 @@ def _loop(run: Run, stop: StopRequest) -> None:
             )  # fmt: skip
             if state.step == first_step:
                 _log_memory(run)
+            run.health.after_step(done.loss)
             progress.update(
                 task, completed=state.step, note=f"loss {done.loss:.3f}  lr {done.lr:.1e}  {rate:,.0f} tok/s"
             )
@@ -228,6 +231,21 @@ def _loop(run: Run, stop: StopRequest) -> None:
             f"{stop.name or 'a signal to another rank'} after step {state.step} of {total}: checkpoint saved in "
             f"{inputs.recipe.run.out}/checkpoints; the same command goes on from there"
         ) from None
+
+
+def _step(run: Run, saved_step: int) -> StepResult:
+    """One step; where its numbers are broken, the error tells what did it, and a state that is good is saved."""
+    state, checkpoints = run.state, Path(run.inputs.recipe.run.out) / "checkpoints"
+    try:
+        return train_step(
+            run.inputs, state, run.forward, run.gradient, run.strategy, run.accelerator, run.stop, run.console
+        )
+    except NotFinite as error:
+        reason, is_good = what_broke(run.inputs, state, run.forward, run.gradient, run.accelerator)
+        if is_good and saved_step != state.step:
+            _save(run)
+        saved = [str(path) for path in checkpoint.listed(checkpoints)] or ["none was saved (run.save_every)"]
+        raise CheckFailed(f"{error}: {reason}; the last good state: {saved[-1]}") from None
 
 
 def _evaluate_if_due(run: Run, stop: StopRequest) -> bool:
@@ -243,29 +261,7 @@ def _evaluate_if_due(run: Run, stop: StopRequest) -> bool:
     prompts, model = inputs.recipe.run.samples, run.adapted.model
     parse, tokenizer = inputs.recipe.data.special_tokens == "parse", inputs.tokenizer
     samples = continue_prompts(prompts, model, tokenizer, parse, run.forward, run.accelerator, stop) if prompts else []
-    figures = {name: score.figures() | {"tokens": score.tokens} for name, score in scores.items()}
-    for domain, measured in figures.items():
-        run.metrics.write("eval", step=state.step, domain=domain, **measured)
-    if scores:
-        texts = [f"{d}: loss {f['loss']:.4f}, perplexity {f['perplexity']:.2f}" for d, f in figures.items()]
-        run.console.say(f"step {state.step}/{total}  {'  '.join(texts)}")
-    for made in samples:
-        run.metrics.write("sample", step=state.step, prompt=made.prompt, text=made.text)
-        run.console.say(f"  sample {made.prompt!r} → {made.text!r}")
-    state.evaluated_step = state.step
-    if not scores:
-        return False
-    better = state.is_improved_by(sum(s.nats for s in scores.values()) / sum(s.tokens for s in scores.values()))
-    state.keep_figures(figures)
-    return better
-
-
-def _has_stopped_improving(run: Run) -> bool:
-    patience = run.inputs.recipe.run.early_stopping
-    if patience is None or run.state.evaluations_without_gain < patience:
-        return False
-    run.console.say(f"no better validation loss in {patience} evaluations: stopping at step {run.state.step}")
-    return True
+    return run.health.after_evaluation(scores, samples)
 
 
 def _save(run: Run) -> None:
@@ -282,15 +278,6 @@ def _log_memory(run: Run) -> None:
     here = run.strategy.memory_bytes(run.adapted.model)
     here |= {"gradient": run.gradient.flat.nbytes, "peak": peak_memory(run.accelerator.device)}
     run.metrics.write("memory", step=run.state.step, bytes_per_rank=all_gather(run.accelerator, here))
-
-
-def _compare_memory(run: Run, program: int) -> None:
-    """Say what this rank needed at most, and what was to be expected; `program` is all but tensors."""
-    device, ranks, stage = run.accelerator.device, run.accelerator.num_processes, start.zero_stage(run.accelerator)
-    tensors = peak_of(run.inputs, stage, ranks, run.forward.dtype, run.forward.micro_size, device.type)
-    measured, predicted = peak_memory(device), program + tensors
-    run.metrics.write("peak_memory", step=run.state.step, measured_bytes=measured, predicted_bytes=predicted)
-    run.console.say(f"memory at most {measured / 1e9:.2f} GB; predicted {predicted / 1e9:.2f} GB")
 
 
 def export(run: Run) -> Delivery:

@@ -18,8 +18,7 @@ from torch import nn
 
 from peftune.config.recipe import Recipe
 from peftune.console import Console
-from peftune.data.batches import Batch, Blocks
-from peftune.data.sampler import blocks_of_step, share_of
+from peftune.data.batches import Batch, Blocks, blocks_of_step, share_of
 from peftune.errors import CheckFailed, UserError
 from peftune.inference.perplexity import Score
 from peftune.model.lora import Adapted
@@ -34,6 +33,10 @@ from peftune.training.optimizer import Gradient, UpdateStrategy, lr_at
 Result = TypeVar("Result")
 
 _WORTH_COMPILING = {"cpu": 2e14, "cuda": 2e16}  # FLOP in ten minutes or so
+
+
+class NotFinite(CheckFailed):
+    """Loss or gradient of a step is infinite or no number; the adapter was not updated."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,8 @@ def train_step(
 ) -> StepResult:
     """Take optimizer step number `state.step`; neither loss nor update depends on micro-batches or ranks.
 
-    Raises StopNow, on all ranks, where a signal came to one; CheckFailed, before the update, for broken numbers.
+    Raises StopNow, on all ranks, where a signal came to one; before the update NotFinite for broken numbers, and
+    CheckFailed where no gradient comes.
     """
     recipe, train = inputs.recipe, inputs.corpus.train
     rank, ranks = accelerator.process_index, accelerator.num_processes
@@ -165,10 +169,7 @@ def draw_seed(seed: int, step: int, rank: int) -> int:
 def _refuse_broken_numbers(step: int, loss: float, largest: float) -> None:
     """Stop before the update; `largest` is the sum over ranks of the largest element of each rank's gradient."""
     if not math.isfinite(loss) or not math.isfinite(largest):
-        raise CheckFailed(
-            f"step {step + 1}: loss {loss}, largest gradient {largest}; the adapter was not updated. "
-            "Lower optim.lr, or resume from the last checkpoint with run.precision=fp32"
-        )
+        raise NotFinite(f"step {step + 1}: loss {loss}, largest gradient {largest}; the adapter was not updated")
     if largest == 0.0:
         raise CheckFailed(f"step {step + 1}: no gradient reaches the adapter (all zero), so it would never learn")
 

@@ -43,6 +43,14 @@ def test_the_preview_marks_what_is_scored_without_colour(source, tokenizer):
     assert "⟦ It is good.<|endoftext|>⟧" in text and "<|endoftext|>Name 0⟦" in text
 
 
+def test_a_chat_shows_what_ends_a_turn_as_scored_and_says_so(tmp_path, tokenizer):
+    turns = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": turns}))
+    text = shown(summarize([Source(path=str(tmp_path / "chats.jsonl"))], tokenizer, "t", 64))
+    assert "Assistant:⟦ assistant\n\nUser:⟧ user\n\nAssistant:⟦ assistant<|endoftext|>⟧" in text
+    assert "what the assistant says is scored, and what ends its turn: a blank line and User:, or the end" in text
+
+
 def test_the_preview_uses_colour_where_there_is_some(source, tokenizer):
     text = shown(summarize([source], tokenizer, "t", 64), force_terminal=True, color_system="standard")
     assert "\x1b[32m It is good." in text and "⟦" not in text

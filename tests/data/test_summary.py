@@ -61,6 +61,16 @@ def test_a_continued_document_shows_its_repeated_token_as_context(write, tokeniz
     assert not report["preview"]["spans"][0]["pieces"][0]["supervised"]
 
 
+def test_documents_that_two_sources_hold_are_counted_with_the_first_place(write, tokenizer):
+    lines = [f"the cat {number}" for number in range(30)]
+    first, second = write("a.txt", "\n\n".join(lines)), write("b.txt", "\n\n".join(["new", *lines[4:9]]))
+    report = summarize([Source(path=str(path)) for path in (first, second)], tokenizer, "t", 64)
+    (found,) = report["findings"]
+    assert found["what"] == f"documents of {second} that another source holds too"
+    assert found["documents"] == 5 and found["first"] == f"{second}:3"
+    assert summarize([Source(path=str(first))], tokenizer, "t", 64)["findings"] == []
+
+
 @pytest.mark.parametrize(
     ("document", "what"),
     [

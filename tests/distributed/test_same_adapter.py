@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from peftune.config.recipe import LoraSection, recipe_from
-from peftune.data.sampler import blocks_of_step
+from peftune.data.batches import blocks_of_step
 from peftune.model.base import Base
 from peftune.training.checkpoint import read
 from peftune.training.inputs import read_inputs
-from peftune.training.memory_model import ZeroSettings, bytes_per_rank, shapes_of
 from peftune.training.metrics import read_metrics
+from peftune.training.planning.memory_model import ZeroSettings, bytes_per_rank, shapes_of
 
 ROOT = Path(__file__).parents[2]
 WAYS = ("one", "ddp", "zero1", "zero2", "zero3")

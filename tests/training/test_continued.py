@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
 
 from peftune.config.recipe import Recipe
-from peftune.data.sampler import blocks_of_step
+from peftune.data.batches import blocks_of_step
 from peftune.errors import CheckFailed, UserError
 from peftune.model.base import Base
 from peftune.model.load import load_model

@@ -12,7 +12,7 @@ import yaml
 from peftune.cli import main
 from peftune.config.recipe import Recipe, load_recipe
 from peftune.errors import UserError
-from peftune.training.dry_run import dry_run
+from peftune.training.planning.dry_run import dry_run
 from peftune.training.run import train
 
 Make = Callable[..., Recipe]

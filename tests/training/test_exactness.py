@@ -111,7 +111,7 @@ def test_no_layout_changes_a_run_with_partial_steps(recipe: Make, tmp_path: Path
 
 
 def test_accumulated_micro_batches_cover_each_block_once_an_epoch(recipe: Make) -> None:
-    from peftune.data.sampler import blocks_of_step, steps_per_epoch
+    from peftune.data.batches import blocks_of_step, steps_per_epoch
 
     for blocks, size in [(7, 3), (8, 4), (5, 9), (1, 1)]:
         steps = steps_per_epoch(blocks, size)
@@ -133,7 +133,7 @@ def test_validation_loss_does_not_depend_on_the_batch(recipe: Make, tmp_path: Pa
 
 @given(count=st.integers(1, 40), micro_size=st.integers(1, 9), ranks=st.integers(1, 8))
 def test_ranks_take_every_block_once_and_equally_many_micro_batches(count: int, micro_size: int, ranks: int) -> None:
-    from peftune.data.sampler import share_of
+    from peftune.data.batches import share_of
 
     blocks = np.random.default_rng(0).permutation(count)
     shares = [share_of(blocks, micro_size, rank, ranks) for rank in range(ranks)]

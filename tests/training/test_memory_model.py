@@ -12,8 +12,8 @@ import torch
 from peftune.config.recipe import LoraSection, recipe_from
 from peftune.model.base import Base
 from peftune.model.load import DTYPES, footprint, load_adapted
-from peftune.training.memory_model import ZeroSettings, bytes_per_rank, shapes_of
 from peftune.training.optimizer import Gradient, ReplicatedStrategy, build_adamw
+from peftune.training.planning.memory_model import ZeroSettings, bytes_per_rank, shapes_of
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"gpt2": (12, 768, 12), "gpt2-xl": (48, 1600, 25)}

@@ -52,7 +52,7 @@ class SeparateLoras(torch.nn.Module):
 
 def trained_in_float64(made: Recipe) -> dict[str, torch.Tensor]:
     """The adapter that AdamW learns in float64 by two separate products, as PEFT would store it on c_attn."""
-    from peftune.data.sampler import blocks_of_step
+    from peftune.data.batches import blocks_of_step
 
     inputs = read_inputs(made)
     starts = inject(load_model(inputs.base), made.lora, made.run.seed).trainable()

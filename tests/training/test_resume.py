@@ -205,15 +205,45 @@ def test_harmless_changes_resume(recipe: Make, train_without_delivery: Cut, tmp_
     assert train(recipe("run.save_every=5", "run.eval_every=2", "batch.micro_size=3")).step == 3
 
 
-def test_never_refuses_where_a_checkpoint_is(recipe: Make, train_without_delivery: Cut) -> None:
+def test_never_refuses_where_a_checkpoint_or_a_finished_run_is(recipe: Make, train_without_delivery: Cut) -> None:
     train_without_delivery(recipe("run.save_every=1"))
-    with pytest.raises(UserError, match=r"run\.resume is never"):
-        train(recipe("run.resume=never"))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"run\.resume is never"):
+            train(recipe("run.resume=never"))
+        train(recipe())
+
+
+def test_a_changed_recipe_is_told_by_the_values_that_differ(recipe: Make, tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("the cat sat")
+    (texts / "b.txt").write_text("on a mat")
+    source = f"data.train=[{{path: {texts}}}]"
+    train(recipe(source, "optim.steps=1"))
+    (texts / "b.txt").unlink()
+    (texts / "a.txt").write_text("the cat ran")
+    (texts / "c.txt").write_text("one dog ran to my log")
+    with pytest.raises(UserError) as error:
+        train(recipe(source, "optim.steps=1"))
+    told = f" (added: {texts / 'c.txt'}, removed: {texts / 'b.txt'})"
+    assert "fingerprint of data train was " in str(error.value) and told in str(error.value)
+    assert "to go on with that one, undo the change" in str(error.value)
+    (texts / "c.txt").unlink()
+    (texts / "b.txt").write_text("on a log")
+    with pytest.raises(UserError, match="the same files with the same sizes, with other text"):
+        train(recipe(source, "optim.steps=1"))
+    (texts / "b.txt").write_text("on a long log")
+    with pytest.raises(UserError, match=f"changed: {texts / 'b.txt'}"):
+        train(recipe(source, "optim.steps=1"))
+    with pytest.raises(UserError) as error:
+        train(recipe(f"data.train=[{{path: {texts}/*.txt, text: null}}]", "optim.steps=1"))
+    assert "data.train[0].path was …" in str(error.value) and "data.train[0].text" not in str(error.value)
+    assert f"was …{str(texts)[-12:]}, is …{str(texts)[-12:]}/*.txt" in str(error.value)
 
 
 def test_two_runs_cannot_write_one_directory(recipe: Make, tmp_path: Path) -> None:
     from peftune.training.distributed import start
-    from peftune.training.inputs import sole_writer
+    from peftune.training.run_directory import sole_writer
 
     accelerator = start.start([], str(tmp_path))
     with sole_writer(tmp_path / "adapter", accelerator), pytest.raises(UserError, match="another run is writing there"):

@@ -10,7 +10,8 @@ import pytest
 
 from peftune.config.recipe import Recipe
 from peftune.errors import UserError
-from peftune.training.inputs import read_inputs, refuse_other_run
+from peftune.training.identity import refuse_other_run
+from peftune.training.inputs import read_inputs
 from peftune.training.run import train
 
 Make = Callable[..., Recipe]

@@ -152,7 +152,7 @@ def _about(adapter: Adapter, base: str, metrics: bool) -> str:
             f"| {domain} | {' | '.join(f'{v:.3f}' if isinstance(v, float) else 'not measured' for v in pair)} |"
         )
     if rows:
-        lines += ["", f"| held-out domain | perplexity, {before} | with adapter |", "|---|---|---|", *rows]
+        lines += ["", f"| domain | perplexity, {before} | with adapter |", "|---|---|---|", *rows]
     return "\n".join(lines)
 
 

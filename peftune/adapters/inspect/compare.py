@@ -117,7 +117,7 @@ def _settings(adapter: Adapter, layout: AdapterLayout) -> dict[str, Any]:
 def _recipe(adapter: Adapter) -> dict[str, Any]:
     """Every recipe value that decides what is learnt, flat; without `lora.`, which the adapter's own settings show."""
     identity = recorded_dict(adapter.provenance, "identity")
-    return {key: value for key, value in identity.items() if not key.startswith("lora.")}
+    return {key: value for key, value in identity.items() if not key.startswith("lora.") and key != "files"}
 
 
 def _notes(adapters: Pair[Adapter], layouts: Pair[AdapterLayout], recipes: list[dict[str, Any]]) -> list[str]:

@@ -90,7 +90,8 @@ def merge(
                 special_tokens="parse" if parses_special_tokens(read.provenance) else "text",
                 begin_of_text=str(written.tokenizer.convert_ids_to_tokens(begin_of_text_id(written.tokenizer))),
                 tokenizer_begins_texts=begins_texts(written),
-                merged=(_merged_entry(read, found), *found.merged), **figures,
+                merged=(_merged_entry(read, found), *found.merged), changes_nothing=not merged.changes_a_weight,
+                **figures,
             )  # fmt: skip
             hashes = hashes_of(staging, [path.name for path in staging.iterdir()])  # `model.base` checks them
             write_json(staging / MERGE, {**vars(report), "sha256": hashes})

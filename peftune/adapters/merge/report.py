@@ -71,7 +71,8 @@ class MergeReport:
     """What was merged and how far the logits moved; written as merge.json. Differences are None without verification.
 
     `float32_max_abs_logit_difference` is that of the merge before its weights were rounded to `dtype` (the same as
-    `max_abs_logit_difference` for float32); `rounding_mean_kl` is what the rounding cost, in nats per token.
+    `max_abs_logit_difference` for float32); `rounding_mean_kl` is how far the rounding moved the predictions for the
+    text on which logits were compared, in nats per token. What it costs on another text has to be measured there.
 
     `trained_on` is `int8` or `nf4` for an adapter that was trained on a quantised base; the three figures
     `…_to_trained` then compare with the function that was trained, None where that was not measured.
@@ -103,6 +104,8 @@ class MergeReport:
     special_tokens: str = "text"
     merged: tuple[dict[str, Any], ...] = ()
     """Every adapter in the model, the last one first: those that the base had merged before too."""
+    changes_nothing: bool = False
+    """Whether the adapter's update of every weight is zero: the merged model is the base."""
     begin_of_text: str = ""
     """The token behind which every text stood in training."""
     tokenizer_begins_texts: bool = False
@@ -118,6 +121,23 @@ class MergeReport:
         return (
             f"its tokenizer does not put {self.begin_of_text} before a text, as training did; elsewhere begin each "
             "prompt with this token and nothing else (add_special_tokens=False), else texts differ"
+        )
+
+    def summary(self) -> str:
+        """One line on how far the merged model is from base + adapter."""
+        if self.max_abs_logit_difference is None:
+            return "not verified: merge.json says so too"
+        return (
+            f"read back, against base + adapter: logits differ by at most {self.max_abs_logit_difference:.1e}, mean KL "
+            f"{self.mean_kl:.1e} nats per token, the same likeliest token in {self.argmax_agreement:.2%}"
+        )
+
+    def rounding_summary(self) -> str:
+        """One line on what storing it in half precision did."""
+        return (
+            f"rounding to {self.dtype} moved the predictions for {self.positions} tokens of a probe text by "
+            f"{self.rounding_mean_kl:.1e} nats per token (mean KL; before it logits differed by at most "
+            f"{self.float32_max_abs_logit_difference:.1e})"
         )
 
     def quantized_summary(self) -> str:
@@ -159,7 +179,8 @@ def judged(
         )
     if rounding is not None and not stored.mean_kl <= _ROUNDED_KL[dtype]:
         raise CheckFailed(
-            f"merge: rounding to {dtype} costs {stored.mean_kl:.2g} nats per token (allowed {_ROUNDED_KL[dtype]}); "
+            f"merge: rounding to {dtype} moves the predictions by a mean KL of {stored.mean_kl:.2g} nats per token on "
+            f"{stored.positions} tokens of a probe text (allowed {_ROUNDED_KL[dtype]}); "
             "nothing was written, use float32"
         )
     return {

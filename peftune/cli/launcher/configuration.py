@@ -19,7 +19,7 @@ from peftune.errors import UserError
 from peftune.files import read_object
 
 if TYPE_CHECKING:
-    from peftune.training.memory_model import Way
+    from peftune.training.planning.memory_model import Way
 
 _MOST_RANKS = 10_000
 
@@ -40,7 +40,7 @@ class LaunchOptions:
         return 1 if self.one_process else int(str(self.arguments["num_processes"]))
 
     def way(self) -> Way:
-        """How memory is shared out among the ranks, as `training.memory_model` calls it."""
+        """How memory is shared out among the ranks, as `training.planning.memory_model` calls it."""
         file = self.arguments.get("deepspeed_config_file")
         if self.ranks() == 1 or not file:
             return "one" if self.ranks() == 1 else "ddp"

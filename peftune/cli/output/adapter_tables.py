@@ -62,7 +62,7 @@ def print_scan(found: ScanResult) -> None:
     if not found.entries:
         lines(f"{found.directory}: no adapter here or below")
     if usable:
-        columns = ("adapter", "base", "variant", "targets", "rank", "MB", "steps", "held-out loss")
+        columns = ("adapter", "base", "variant", "targets", "rank", "MB", "steps", "validation loss")
         table(f"{len(usable)} adapters in {found.directory}", columns, map(_row, usable), left=4)
     if broken:
         lines(f"{len(broken)} that cannot be used:", *broken)
@@ -246,7 +246,7 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
     if rows:
         table(
             "How well",
-            ["held-out domain", f"loss, {before}", "with adapter", f"perplexity, {before}", "with adapter"],
+            ["validated on", f"loss, {before}", "with adapter", f"perplexity, {before}", "with adapter"],
             rows,
         )
 

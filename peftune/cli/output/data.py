@@ -53,6 +53,11 @@ def render(summary: dict[str, Any], console: SafeConsole) -> None:
         problem = "! {what}: {documents:,} documents, first {first}".format(**finding)
         console.print(problem, style="yellow", soft_wrap=True)
         console.print(f"  {finding['advice']}", soft_wrap=True)
+    if summary["chat"]:
+        console.print(
+            "of a chat, what the assistant says is scored, and what ends its turn: a blank line and User:, or the end",
+            soft_wrap=True,
+        )
     _render_preview(summary["preview"], console)
 
 

@@ -12,9 +12,9 @@ from peftune.cli.output.text_output import echo
 from peftune.config.recipe import Recipe
 from peftune.data.batches import Blocks
 from peftune.training.checkpoint import Checkpoint
-from peftune.training.dry_run import DryRun, dry_run
 from peftune.training.export.adapter import Delivery
-from peftune.training.memory_model import Way
+from peftune.training.planning.dry_run import DryRun, dry_run
+from peftune.training.planning.memory_model import Way
 
 _LAYOUTS = {"one": "1 process", "ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 

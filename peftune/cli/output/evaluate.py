@@ -17,7 +17,7 @@ Matrix = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 def print_matrix(rows: Matrix, key: str = "perplexity") -> None:
     """Print rows (the base first, then adapters) by domains; the best is green, changes are against the base."""
-    title = {"perplexity": "Held-out perplexity (lower is better)", "bits_per_byte": "Bits per byte"}.get(key, key)
+    title = {"perplexity": "Perplexity (lower is better)", "bits_per_byte": "Bits per byte"}.get(key, key)
     domains = list(next(iter(rows.values())))
     table = _table("model", domains)
     best = {domain: min(figures[domain][key] for figures in rows.values()) for domain in domains}
@@ -30,6 +30,16 @@ def print_matrix(rows: Matrix, key: str = "perplexity") -> None:
             cells.append(Text(f"{value:,.2f}{against}", "bold green" if is_best else ""))
         table.add_row(Text(name), *cells)
     print_table(title, table)
+
+
+def print_not_held_out(found: Mapping[str, Any]) -> None:
+    """Of which adapters the figures on which domain are those of text that they were trained on."""
+    for adapter, domains in found.get("trained_on", {}).items():
+        for domain, (known, told) in domains.items():
+            echo(
+                f"{domain} is not held out for {adapter}: it was trained on {known:,} of the {told:,} documents that "
+                "its record tells of"
+            )
 
 
 def print_routing(found: Mapping[str, Any], names: Sequence[str]) -> None:

@@ -11,9 +11,10 @@ Line ends are LF everywhere.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Sequence
-from contextlib import closing
+from collections.abc import Collection, Generator, Sequence
+from contextlib import closing, suppress
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -69,6 +70,20 @@ def holds_chat(source: Source, split_on: str) -> bool:
     with closing(read_documents(source, split_on)) as documents:
         first = next(documents, None)
     return first is not None and first.turns is not None
+
+
+def places_of(sources: Sequence[Source], split_on: str, numbers: Collection[int]) -> dict[int, str]:
+    """Where some documents stand (`poems.txt:17`), by their number in the order of reading; reads up to the last.
+
+    Where the text has become shorter or cannot be read any more, their numbers stand for them.
+    """
+    documents = (document for source in sources for document in read_documents(source, split_on))
+    places = {number: f"document {number:,}" for number in numbers}
+    with suppress(UserError):
+        for number, document in enumerate(islice(documents, max(numbers, default=-1) + 1)):
+            if number in places:
+                places[number] = document.source
+    return places
 
 
 def size_of(sources: Sequence[Source]) -> int | None:

@@ -47,12 +47,18 @@ def _differences(first: Mapping[str, str], other: Mapping[str, str]) -> str:
     names = [name for name in sorted(first.keys() | other.keys()) if first.get(name) != other.get(name)]
     texts = []
     for name in names[:_NAMED]:
-        pair = [facts.get(name, "nothing") for facts in (other, first)]
-        same = takewhile(lambda letters: letters[0] == letters[1], zip(*pair, strict=False))
-        begin = max(0, len([*same]) - 12)
-        there, here = (("…" if begin else "") + text[begin : begin + 40] for text in pair)
+        there, here = where_they_differ(other.get(name, "nothing"), first.get(name, "nothing"))
         texts.append(f"{name} {there} where rank 0 has {here}")
     return ", ".join(texts + [f"{len(names) - _NAMED} more"] * (len(names) > _NAMED))
+
+
+def where_they_differ(*texts: str) -> list[str]:
+    """At most some 40 characters of each of two texts, from shortly before the first difference."""
+    same = takewhile(lambda letters: letters[0] == letters[1], zip(*texts, strict=False))
+    begin = max(0, len([*same]) - 12)
+    return [
+        ("…" if begin else "") + text[begin : begin + 40] + ("…" if len(text) > begin + 40 else "") for text in texts
+    ]
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -104,6 +104,12 @@ def zero_stage(accelerator: Accelerator) -> int:
     return zero.stage_of(accelerator) if str(accelerator.distributed_type.value) == "DEEPSPEED" else 0
 
 
+def idle_gpus(accelerator: Accelerator) -> int:
+    """How many GPUs of this machine one process leaves unused."""
+    alone = accelerator.num_processes == 1 and accelerator.device.type == "cuda"
+    return torch.cuda.device_count() - 1 if alone else 0
+
+
 def layout(accelerator: Accelerator) -> str:
     """How this run is laid out, for people: `1 process`, `2 ranks, DDP`, `8 ranks, ZeRO-2`."""
     ranks, stage = accelerator.num_processes, zero_stage(accelerator)

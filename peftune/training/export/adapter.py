@@ -1,4 +1,4 @@
-"""The directory of a run: what an earlier start left there, and what the end of this one writes."""
+"""The directory of a run: its lock, what an earlier start left there, and what the end of this one writes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from pydantic import TypeAdapter, ValidationError
 from peftune.adapters.directory import read_adapter, refuse_other_files, write_adapter
 from peftune.adapters.model_card import model_card
 from peftune.adapters.provenance import INIT, first_row, merged_text, read_provenance, recorded_dict
+from peftune.config.recipe import Recipe
 from peftune.console import Console
+from peftune.data.documents import sample_of
 from peftune.errors import CheckFailed, UserError
 from peftune.model import quantized
 from peftune.model.lora import Adapted, is_dead, stored_adapter
 from peftune.training import checkpoint
 from peftune.training.checkpoint import Checkpoint, Figures, State
-from peftune.training.inputs import RunInputs, refuse_other_run
+from peftune.training.health import never_better
+from peftune.training.identity import refuse_other_run
+from peftune.training.inputs import RunInputs
 from peftune.training.metrics import MetricsLog
 from peftune.training.optimizer import Tensors
 from peftune.version import __version__
@@ -91,16 +95,21 @@ def left_by_earlier_run(inputs: RunInputs) -> Delivery | Checkpoint | None:
     out = Path(inputs.recipe.run.out)
     done = already_delivered(out, inputs.identity)
     if done is not None:
+        _refuse_if_never(inputs.recipe, out)
         return done
     refuse_other_files(out, (_CARD, _PLOT))
     found = checkpoint.newest(out / "checkpoints")
     if found is not None:
-        if inputs.recipe.run.resume == "never":
-            raise UserError(f"{out}/checkpoints: a run is there, and run.resume is never; use auto, or another run.out")
+        _refuse_if_never(inputs.recipe, out / "checkpoints")
         refuse_other_run(found.state.identity, inputs.identity, str(out))
         if found.state.step > inputs.total_steps:
             raise UserError(f"{out}/checkpoints: has step {found.state.step} of a run of {inputs.total_steps} steps")
     return found
+
+
+def _refuse_if_never(recipe: Recipe, where: Path) -> None:
+    if recipe.run.resume == "never":
+        raise UserError(f"{where}: a run is there, and run.resume is never; use auto, or another run.out")
 
 
 def deliver(
@@ -118,6 +127,8 @@ def deliver(
         raise CheckFailed("the adapter did not learn: every B matrix is still zero")
     best = state.best_step if recipe.run.early_stopping is not None else None
     step = state.step if best is None else best
+    if step == 0:
+        raise CheckFailed(never_better(state, inputs.total_steps))
     if step != state.step:
         try:
             values = checkpoint.read(out / "checkpoints" / f"step-{step}").values
@@ -167,6 +178,7 @@ def _before_and_after(state: State, events: list[dict[str, Any]], *rows: tuple[s
 def _provenance(inputs: RunInputs, state: State, delivery: Delivery, run_facts: dict[str, Any]) -> dict[str, Any]:
     """What peftune.json holds: enough to know what made this adapter, and to refuse another base."""
     versions = {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
+    train = inputs.corpus.train
     return {
         "peftune": __version__,
         **inputs.base.identity(),
@@ -174,6 +186,8 @@ def _provenance(inputs: RunInputs, state: State, delivery: Delivery, run_facts: 
         **({"init": inputs.init.chain()} if inputs.init else {}),
         "data_fingerprints": inputs.corpus.fingerprints,
         **({"rows_left_out": inputs.corpus.left_out} if inputs.corpus.left_out else {}),
+        "training_documents": sample_of(train.store.digests[train.documents]),
+        **({"validation_also_trained_on": also} if (also := inputs.corpus.also_trained_on) else {}),
         "recipe": inputs.recipe.model_dump(mode="json"),
         "chat": inputs.corpus.chat,
         "identity": inputs.identity,
@@ -201,6 +215,8 @@ one for the full-precision base.
 
 """
     )
+    also = provenance.get("validation_also_trained_on", {}).items()
+    leaked = "".join(f"{count:,} documents of {domain} were trained on too. " for domain, count in also)
     first = provenance.get("metrics_begin_at_step")
     since = f" since step {first} (what was before was lost)" if first else ""
     body = f"""\
@@ -208,6 +224,7 @@ A {lora["variant"]} adapter (rank {lora["rank"]}, alpha {lora["alpha"]:g}, targe
 {provenance["trainable_parameters"]:,} trained parameters, trained with peftune {provenance["peftune"]} on {sources}.
 
 {quantised}{_origins(provenance)}{_table(provenance["metrics"])}
+{leaked}
 
 Learning: {provenance["step"]} steps of {recipe["batch"]["global_size"]} blocks, {provenance["tokens"]:,} tokens,
 peak rate {optim["lr"]:g} ({optim["schedule"]}), {provenance["precision"]}, seed {recipe["run"]["seed"]},
@@ -240,7 +257,7 @@ def _table(metrics: dict[str, Figures]) -> str:
     first = first_row(next(iter(metrics.values())))
     of = "at the start" if first == INIT else first
     rows = [
-        f"| held-out domain | scored tokens | perplexity, {of} | with adapter | bits per byte, {of} | with adapter |",
+        f"| domain | scored tokens | perplexity, {of} | with adapter | bits per byte, {of} | with adapter |",
         "|---|---|---|---|---|---|",
     ]
     for domain, figures in metrics.items():

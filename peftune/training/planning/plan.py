@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate import Accelerator
 from pydantic import ValidationError
 from transformers import GPT2Config
 
@@ -20,11 +21,13 @@ from peftune.config.recipe import Recipe
 from peftune.errors import UserError
 from peftune.model.load import DTYPES, NAME_OF
 from peftune.model.quantized import Kind
-from peftune.training.device import CPU_TOKENS, choose_precision
+from peftune.training.device import CPU_TOKENS, choose_precision, peak_memory
+from peftune.training.distributed.start import zero_stage
 from peftune.training.distributed.zero import refuse_for_zero3
 from peftune.training.inputs import RunInputs
-from peftune.training.memory_model import SHIPPED, Format, Shapes, Way, bytes_per_rank, shapes_of, shared_out
+from peftune.training.planning.memory_model import SHIPPED, Format, Shapes, Way, bytes_per_rank, shapes_of, shared_out
 from peftune.training.planning.trace import Device, activations
+from peftune.training.step import ForwardFn
 
 FAMILY = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20), "gpt2-xl": (48, 1600, 25)}
 """Layers, width and heads of the checkpoints that need not be downloaded to be planned for."""
@@ -229,14 +232,16 @@ def _wire(shapes: Shapes, way: Way, ranks: int, precision: Format, micro_batches
     return int((12 * a + gathered) * others)
 
 
-def peak_of(inputs: RunInputs, stage: int, ranks: int, dtype: torch.dtype, micro_size: int, device: str) -> int:
-    """Bytes of a rank's tensors in the worst moment of a step of a run as it is; `stage` of ZeRO, or 0."""
+def peaks(inputs: RunInputs, forward: ForwardFn, accelerator: Accelerator, program: int) -> tuple[int, int]:
+    """Most bytes that this rank took, and what was to be expected; `program` is all but tensors, before loading."""
+    stage, ranks, device = zero_stage(accelerator), accelerator.num_processes, accelerator.device
     way: Any = f"zero{stage}" if stage else "ddp" if ranks > 1 else "one"
-    kind: Any = "cpu" if device == "cpu" else "cuda"
+    kind: Any = "cpu" if device.type == "cpu" else "cuda"
     recipe, config, blocks = inputs.recipe, inputs.base.config, inputs.corpus.train
-    precision: Any = NAME_OF[dtype]
+    precision: Any = NAME_OF[forward.dtype]
     memory = bytes_per_rank(shapes_of(config, recipe.lora), way, ranks, precision, recipe.quantize)
-    first, each = activations(config, recipe, dtype, blocks.packing.block_size, kind, stage == 3)
+    first, each = activations(config, recipe, forward.dtype, blocks.packing.block_size, kind, stage == 3)
     first, each = with_slack(first, each, kind)
-    size = min(micro_size, len(blocks), -(-recipe.batch.global_size // ranks))
-    return memory.held + max(first + (size - 1) * each + memory.gathered, memory.update)
+    size = min(forward.micro_size, len(blocks), -(-recipe.batch.global_size // ranks))
+    tensors = memory.held + max(first + (size - 1) * each + memory.gathered, memory.update)
+    return peak_memory(device), program + tensors

@@ -21,8 +21,9 @@ from peftune.training.device import activation_bytes, choose_precision, first_mi
 from peftune.training.distributed.start import require_trackers
 from peftune.training.distributed.zero import refuse_for_zero3
 from peftune.training.export.adapter import left_by_earlier_run
-from peftune.training.inputs import RunInputs, check_writable, read_inputs
-from peftune.training.memory_model import RankMemory, Way, bytes_per_rank, shapes_of
+from peftune.training.inputs import RunInputs, read_inputs
+from peftune.training.planning.memory_model import RankMemory, Way, bytes_per_rank, shapes_of
+from peftune.training.run_directory import check_writable
 
 
 @dataclass(frozen=True)
