@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,6 +69,35 @@ def test_steps_of_all_lengths_share_the_graphs_of_the_trial(dtype: torch.dtype, 
             ids = torch.zeros(1, tokens, dtype=torch.int64)
             assert with_compiler(ids, ids, ids, None).isfinite()
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("given", [None, "torch's own", "mine"])
+def test_kernels_for_other_instructions_are_never_found(
+    given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    def directories(capability: str) -> tuple[str, str]:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        found = []
+        for _ in range(2):  # a process may train twice
+            compiled(layers.Elementwise(GELU), NORM, 4 * WIDTH)
+            found.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        return found[0], found[1]
+
+    monkeypatch.setattr(torch, "compile", lambda piece: piece)
+    monkeypatch.setenv("PEFTUNE_CACHE", str(tmp_path / "cache"))
+    root, seen = tmp_path / "mine" if given == "mine" else tmp_path / "cache" / "torchinductor", set()
+    for capability in ("AVX512", "AVX2", "DEFAULT"):
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        if given == "mine":
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(root))
+        elif given:
+            cache_dir()  # torch puts its default into the environment when it first looks
+        first, second = directories(capability)
+        assert first == second and Path(first).parent == root
+        seen.add(first)
+    assert len(seen) == 3
 
 
 def test_without_a_compiler_the_run_goes_on_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
