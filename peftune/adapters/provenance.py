@@ -79,6 +79,19 @@ def parses_special_tokens(provenance: Any) -> bool:
     return bool(said == "parse")
 
 
+def chat_of(provenance: Any) -> str | None:
+    """By which template it was trained on conversations, `plain` or `eos-turns`; None where it was not.
+
+    `chat` is recorded since that key exists; older adapters show it where the recipe names a column of messages.
+    """
+    chat = recorded(provenance, "chat")
+    if not isinstance(chat, bool):
+        sources = recorded(provenance, "recipe", "data", "train")
+        chat = isinstance(sources, list) and bool(sources) and all(recorded(one, "messages") for one in sources)
+    said = recorded(provenance, "chat_template") or recorded(provenance, "recipe", "data", "chat")
+    return ("eos-turns" if said == "eos-turns" else "plain") if chat else None
+
+
 def recorded_base(config: Mapping[str, Any], provenance: Mapping[str, Any] | None) -> str | None:
     """The name of the base that an adapter's two files record, or None."""
     name = (provenance or {}).get("base") or config.get("base_model_name_or_path")

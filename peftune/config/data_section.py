@@ -81,6 +81,17 @@ class DataSection(Section):
     special_tokens: Literal["parse", "text"] = "text"
     """How `<|title|>` and other special tokens of the base's tokenizer are read where a text spells them out: as the
     `text` that it is, or as the token (`parse`), in training and in the prompts of the adapter that comes out."""
+    chat: Literal["eos-turns", "plain"] = "plain"
+    """How the messages of a chat become one text: `plain` with names (`User: …`, a blank line, `Assistant: …`), or each
+    followed by the end-of-text token and nothing else (`eos-turns`), as DialoGPT was trained; so is the adapter asked."""
     split_on: Literal["auto", "blank-line", "endoftext", "file", "line"] = "auto"
     """How a txt file becomes documents; `auto`: at `<|endoftext|>` if the file has one, else at two or more blank lines
     if at least one gap in 20 is that wide, else at every blank line."""
+
+    @model_validator(mode="after")
+    def _turns_end_for_certain(self) -> DataSection:
+        if self.chat == "eos-turns" and self.special_tokens == "parse":
+            raise ValueError(
+                "chat eos-turns goes with special_tokens text: a message that spells the end token would end its turn"
+            )
+        return self

@@ -34,14 +34,15 @@ def summarize(
     split_on: str = "auto",
     cache: Path | None = None,
     special_tokens: str = "text",
+    chat: str = "plain",
 ) -> dict[str, Any]:
     """The summary as plain values; token counts include both `<|endoftext|>`, bytes are of the scored text."""
-    store = prepare(sources, tokenizer, tokenizer_fingerprint, join, split_on, cache, special_tokens)
+    store = prepare(sources, tokenizer, tokenizer_fingerprint, join, split_on, cache, special_tokens, chat)
     packing = Blocks.of(store, np.arange(len(store)), block_size).packing
-    findings = lint(chain.from_iterable(read_documents(source, split_on) for source in sources))
+    findings = lint(chain.from_iterable(read_documents(source, split_on, None, chat) for source in sources))
     special = special_findings(store.special_tokens, tokenizer, special_tokens == "parse")
     findings = special + [finding for finding in findings if finding.what not in {one.what for one in special}]
-    every = chain.from_iterable(read_documents(source, split_on) for source in sources)
+    every = chain.from_iterable(read_documents(source, split_on, None, chat) for source in sources)
     findings += lossy(every, tokenizer, special_tokens == "parse")
     if len(store) < _FEW:
         advice = "a fraction for validation is coarse; if documents were joined, choose split_on"

@@ -23,9 +23,10 @@ import torch
 from peftune.adapters.directory import check_fits
 from peftune.adapters.fold import MergedTensors
 from peftune.adapters.layout import AdapterLayout, refuse_biased_head
-from peftune.adapters.provenance import check_base, parses_special_tokens
+from peftune.adapters.provenance import chat_of, check_base, parses_special_tokens
 from peftune.data.tokens.encode import begin_of_text_id, end_of_text_id
 from peftune.errors import CheckFailed, UserError
+from peftune.inference.detokenize import decode_plain
 from peftune.inference.engine import Engine
 from peftune.inference.request import Generation, OnText, Request, RequestOutput, context_ids
 from peftune.inference.settings import GenerationSettings
@@ -60,19 +61,9 @@ class LoadedAdapter:
         return parses_special_tokens(self.provenance)
 
     @property
-    def is_chat(self) -> bool:
-        """Whether it was trained on conversations, as far as its provenance says.
-
-        `chat` is recorded since that key exists; older adapters show it where the recipe names a column of messages.
-        """
-        provenance = self.provenance or {}
-        if isinstance(provenance.get("chat"), bool):
-            return bool(provenance["chat"])
-        try:
-            sources = provenance["recipe"]["data"]["train"]
-            return bool(sources) and all(bool(source["messages"]) for source in sources)
-        except (KeyError, TypeError):  # no recipe, or one path
-            return False
+    def chat(self) -> str | None:
+        """The template of its conversations, `plain` or `eos-turns`; None where it was not trained on any."""
+        return chat_of(self.provenance)
 
 
 class AdapterBank:
@@ -154,6 +145,10 @@ class AdapterBank:
         """Whether special tokens that a prompt for this adapter (None: the base) spells out are tokens."""
         return self.base.parses_special_tokens if name is None else self.get(name).parses_special_tokens
 
+    def chat(self, name: str | None) -> str | None:
+        """The template of the conversations that an adapter (None: the base) answers; None where it answers none."""
+        return self.base.chat if name is None else self.get(name).chat
+
     def encode(self, prompt: str, adapter: str | None = None) -> list[int]:
         """The token ids of a prompt for an adapter: the context token (begin of text), then the prompt."""
         return context_ids(self.tokenizer, prompt, self.parses(adapter))
@@ -167,7 +162,7 @@ class AdapterBank:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Sequence[int]],
         settings: GenerationSettings | None = None,
         adapters: AdapterNames = (),
         on_text: OnText | None = None,
@@ -177,7 +172,8 @@ class AdapterBank:
 
         **Context.** As in training, a document begins with `<|endoftext|>`, or with what begins texts of this base: its
         id stands before the prompt at position 0. The prompt is plain text (`<|endoftext|>` written in it is 13
-        characters) unless the adapter was trained to parse special tokens; an empty prompt begins a new document.
+        characters) unless the adapter was trained to parse special tokens; an empty prompt begins a new document. Instead of a text it may
+        be the ids themselves, context token included.
 
         **Sliding window.** Whenever the model would see more than n_positions tokens (context token, prompt and what it
         has generated), it sees only the last n_positions - n_positions // 4 of them: the oldest quarter is dropped,
@@ -200,7 +196,8 @@ class AdapterBank:
 
         handles = []
         for index, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
-            request = Request(tuple(self.encode(prompt, name)), name, settings, slide=True)
+            ids = self.encode(prompt, name) if isinstance(prompt, str) else prompt
+            request = Request(tuple(ids), name, settings, slide=True)
             handles.append(engine.submit(request, partial(listen, index)))
         while engine.step():
             pass
@@ -212,6 +209,7 @@ class AdapterBank:
             assert reason is not None, "the engine ends every request"
             seed = handle.seed if settings.sampling_temperature > 0 else None
             text, ids = "".join(output.text for output in got), tuple(i for output in got for i in output.ids)
+            prompt = prompt if isinstance(prompt, str) else decode_plain(self.tokenizer, prompt)
             results.append(Generation(prompt, text, ids, reason, len(handle.request.ids), seed))
         return results
 

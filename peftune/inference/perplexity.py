@@ -14,7 +14,7 @@ import torch
 from peftune.adapters.attach import load_onto
 from peftune.adapters.base_of import base_of
 from peftune.adapters.directory import check_fits
-from peftune.adapters.provenance import check_base, parses_special_tokens, read_provenance
+from peftune.adapters.provenance import chat_of, check_base, parses_special_tokens, read_provenance
 from peftune.config.data_section import Source
 from peftune.console import Console
 from peftune.data.batches import Blocks
@@ -101,8 +101,8 @@ def evaluate(
     if "base" in folders:
         raise UserError("an adapter cannot be called base: that row is the base itself; name the adapter otherwise")
     base = base if isinstance(base, Base) else open_base(base or base_of(*folders.values()))
-    read = special_tokens_of(base, folders)
-    domains = {name: read_blocks(base, documents, block_size, read) for name, documents in data.items()}
+    read, chat = special_tokens_of(base, folders), chat_of_all(base, folders)
+    domains = {name: read_blocks(base, documents, block_size, read, chat) for name, documents in data.items()}
     for directory in folders.values():
         check_base(directory, base)
         check_fits(directory, base.config, len(base.tokenizer))
@@ -143,8 +143,25 @@ def special_tokens_of(base: Base, adapters: Mapping[str, Path]) -> str:
     return "parse" if next(iter(parse.values()), base.parses_special_tokens) else "text"
 
 
+def chat_of_all(base: Base, adapters: Mapping[str, Path]) -> str:
+    """By which template conversations are read: as the adapters were trained that know any, without one as the base.
+
+    UserError where adapters differ in it.
+    """
+    found = {name: chat_of(read_provenance(directory)) for name, directory in adapters.items()}
+    known = {chat for chat in found.values() if chat is not None} or {base.chat or "plain"}
+    if len(known) > 1:
+        names = ", ".join(name for name, chat in found.items() if chat == "eos-turns")
+        raise UserError(f"{names}: trained with data.chat: eos-turns, others not; evaluate them separately")
+    return known.pop()
+
+
 def read_blocks(
-    base: Base, documents: Documents | Blocks, block_size: int | None = None, special_tokens: str = "text"
+    base: Base,
+    documents: Documents | Blocks,
+    block_size: int | None = None,
+    special_tokens: str = "text",
+    chat: str = "plain",
 ) -> Blocks:
     """Tokenise and pack a domain for a base; what is packed already stays as it is."""
     if isinstance(documents, Blocks):
@@ -154,5 +171,5 @@ def read_blocks(
         raise UserError(f"block size {block_size}: expected 8 to {positions}, the positions of the base")
     several = [documents] if isinstance(documents, str | Path | Source) else documents
     sources = [one if isinstance(one, Source) else Source(path=str(one)) for one in several]
-    store = prepare(sources, base.tokenizer, base.tokenizer_fingerprint, " ", "auto", None, special_tokens)
+    store = prepare(sources, base.tokenizer, base.tokenizer_fingerprint, " ", "auto", None, special_tokens, chat)
     return Blocks.of(store, np.arange(len(store)), block_size or positions)

@@ -44,6 +44,12 @@ class Base:
         return bool(merged.get("special_tokens") == "parse")
 
     @cached_property
+    def chat(self) -> str | None:
+        """By which template it answers conversations, `plain` or `eos-turns`: so for a merge of an adapter that does."""
+        merged = read_object_if_present(self.directory / MERGE, f"base {self.directory}: {MERGE}") or {}
+        return chat if (chat := merged.get("chat")) in ("plain", "eos-turns") else None
+
+    @cached_property
     def _recorded(self) -> dict[str, str]:
         """sha256 by file name, of a model that peftune merged; empty for any other."""
         hashes = (read_object_if_present(self.directory / MERGE, f"base {self.directory}: {MERGE}") or {}).get("sha256")

@@ -119,7 +119,8 @@ def _load_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, base: Base,
 
     def store_of(sources: Sequence[Source]) -> TokenStore:
         how = recipe.data
-        return prepare(sources, tokenizer, base.tokenizer_fingerprint, how.join, how.split_on, None, how.special_tokens)
+        options = how.join, how.split_on, None, how.special_tokens, how.chat
+        return prepare(sources, tokenizer, base.tokenizer_fingerprint, *options)
 
     store = store_of(recipe.data.train)
     chat = all(holds_chat(source, recipe.data.split_on) for source in recipe.data.train)

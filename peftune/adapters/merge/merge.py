@@ -23,9 +23,10 @@ from peftune.adapters.layout import AdapterLayout, layout_of, refuse_biased_head
 from peftune.adapters.merge.report import MergeReport
 from peftune.adapters.merge.shards import write_weights
 from peftune.adapters.merge.verify import base_quantization, verify_merge
-from peftune.adapters.provenance import check_base, parses_special_tokens
+from peftune.adapters.provenance import chat_of, check_base, parses_special_tokens
 from peftune.console import Console
 from peftune.data.sources.builtin import documents
+from peftune.data.sources.chat_exports import jinja_template
 from peftune.data.tokens.encode import begin_of_text_id, encode_texts
 from peftune.errors import CheckFailed, UserError
 from peftune.files import hashes_of, publish, staging_directory, write_json
@@ -39,6 +40,7 @@ _TOKENIZER_FILES = (
     "tokenizer_config.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     *VOCABULARIES,
 )  # fmt: skip
+_TEMPLATE = "chat_template.jinja"
 _GENERATION = "generation_config.json"
 _SEQUENCES, _LENGTH = 8, 64
 
@@ -90,7 +92,8 @@ def merge(
             report = MergeReport(
                 len(layout.modules()), len(layout.modules()), dtype, found.fingerprint, read.fingerprint, found.name,
                 merged.tied, layout.vocabulary, trained_on=base_quantization(read), left_out=found.weights.left_out,
-                special_tokens="parse" if parses_special_tokens(read.provenance) else "text", **figures,
+                special_tokens="parse" if parses_special_tokens(read.provenance) else "text",
+                chat=chat_of(read.provenance), **figures,
             )  # fmt: skip
             hashes = hashes_of(staging, [path.name for path in staging.iterdir()])  # `model.base` checks them
             write_json(staging / MERGE, {**vars(report), "sha256": hashes})
@@ -114,6 +117,9 @@ def _write_settings(staging: Path, base: Base, adapter: Adapter, merged: MergedT
             shutil.copyfile(file, staging / file.name)
     if not (staging / _GENERATION).is_file():
         GenerationConfig.from_model_config(base.config).save_pretrained(staging)
+    if (chat := chat_of(adapter.provenance)) is not None:
+        begin = "eos_token" if base.tokenizer.bos_token is None else "bos_token"
+        (staging / _TEMPLATE).write_text(jinja_template(chat, begin), encoding="utf-8")
 
 
 def _tokenizer_directory(base: Base, adapter: Adapter, layout: AdapterLayout) -> Path:

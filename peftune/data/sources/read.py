@@ -31,8 +31,10 @@ _PACKED = (".gz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".tar", ".tgz", ".7z")
 _TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 
 
-def read_documents(source: Source, split_on: str, stats: ReadStats | None = None) -> Generator[Document, None, None]:
-    """Documents of one source in a fixed order; `stats.blank` grows by what was skipped.
+def read_documents(
+    source: Source, split_on: str, stats: ReadStats | None = None, chat: str = "plain"
+) -> Generator[Document, None, None]:
+    """Documents of one source in a fixed order, conversations by the template `chat`; `stats.blank` counts what is skipped.
 
     Raises UserError naming file and row (or line, or byte) for whatever cannot be read.
     """
@@ -43,11 +45,12 @@ def read_documents(source: Source, split_on: str, stats: ReadStats | None = None
     files = files_of(source)
     if files is None:
         rows = hub.rows(source, hub.revision_of(source.path), partial(_columns, source, source.path))
-        yield from _documents_of_rows(source, rows, stats)
+        yield from _documents_of_rows(source, rows, stats, chat)
     for path in files or ():
         name = str(path)  # once: a corpus may have millions of documents
         if _has_rows(path):
-            yield from _documents_of_rows(source, records.rows(path, partial(_columns, source, name), stats), stats)
+            rows = records.rows(path, partial(_columns, source, name), stats)
+            yield from _documents_of_rows(source, rows, stats, chat)
         else:
             for line, text in plain_text.split_text(path, split_on, stats):
                 yield Document(text, source=f"{name}:{line}")
@@ -182,13 +185,13 @@ def _builtin_documents(path: str) -> list[Document]:
     return builtin.documents(domain, cast(builtin.Part, part))
 
 
-def _documents_of_rows(source: Source, rows: records.Rows, stats: ReadStats) -> Iterator[Document]:
+def _documents_of_rows(source: Source, rows: records.Rows, stats: ReadStats, chat: str) -> Iterator[Document]:
     columns: list[str] | None = None
     with closing(rows):  # a row may be refused while its file is open
         for location, row in rows:
             if columns is None:
                 columns = _columns(source, location, list(row))
-            document = _document(row, columns, source, location)
+            document = _document(row, columns, source, location, chat)
             scored = (text for text, scored in document.turns or ((document.text, True),) if scored)
             if any(map(str.strip, scored)):
                 yield document
@@ -209,13 +212,14 @@ def _columns(source: Source, location: str, found: Sequence[str]) -> list[str]:
     )
 
 
-def _document(row: dict[str, Any], columns: list[str], source: Source, location: str) -> Document:
+def _document(row: dict[str, Any], columns: list[str], source: Source, location: str, chat: str) -> Document:
     missing = [column for column in columns if column not in row]
     if missing:
         raise UserError(f"{location}: no column {missing[0]!r} in this row; found {', '.join(row) or 'none'}")
     if columns == [source.messages] or (columns == ["messages"] and source.text is None):
-        turns = chat_template.turns_of(row[columns[0]], location)
-        return Document(_text("".join(text for text, _ in turns), columns[0], location), turns=turns, source=location)
+        turns, ends = chat_template.turns_of(row[columns[0]], location, chat), chat == chat_template.EOS_TURNS
+        text = _text("".join(text for text, _ in turns), columns[0], location)
+        return Document(text, turns=turns, source=location, ends_turns=ends)
     values = [_text(row[column], column, location) for column in columns]
     return Document(values[-1], prompt=values[0] if len(values) == 2 else None, source=location)
 

@@ -84,6 +84,7 @@ def prepare(
     split_on: str,
     cache: Path | None = None,
     special_tokens: str = "text",
+    chat: str = "plain",
 ) -> TokenStore:
     """The tokenised documents of all sources, from the cache if their content was tokenised before.
 
@@ -96,6 +97,7 @@ def prepare(
     rules = [tokenizer_fingerprint, rules_of(tokenizer), end, *([begin] if begin != end else [])]
     parse = special_tokens == "parse"
     decisive = [FORMAT, rules, join, split_on, identities, *(["parse special tokens"] if parse else [])]
+    decisive += [f"chat {chat}"] if chat != "plain" else []
     key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:40]
     try:
         root = cache or cache_directory()
@@ -106,7 +108,7 @@ def prepare(
         if known is not None:
             return known
         stats, special = ReadStats(), SpecialTextCounter(tokenizer)
-        documents = (document for source in sources for document in read_documents(source, split_on, stats))
+        documents = (document for source in sources for document in read_documents(source, split_on, stats, chat))
         with staging_directory(entry) as directory:
             directory.chmod(0o700)
             writer = Writer(directory, key, vocabulary)

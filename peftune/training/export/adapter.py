@@ -164,6 +164,7 @@ def _provenance(inputs: RunInputs, state: State, delivery: Delivery, run_facts: 
         "data_fingerprints": inputs.corpus.fingerprints,
         "recipe": inputs.recipe.model_dump(mode="json"),
         "chat": inputs.corpus.chat,
+        "chat_template": inputs.recipe.data.chat,
         "identity": inputs.identity,
         "step": delivery.step,
         "tokens": state.tokens,
