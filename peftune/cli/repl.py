@@ -90,9 +90,7 @@ class ReplSession:
             self._set(*rest.strip().partition(" ")[::2])
         elif command == "/adapters":
             for adapter in (None, *map(self.bank.get, self.bank.names)):
-                facts = (
-                    f"{adapter.name}: rank {adapter.rank}{', chat' if adapter.chat else ''}" if adapter else "base"
-                )
+                facts = f"{adapter.name}: rank {adapter.rank}{', chat' if adapter.chat else ''}" if adapter else "base"
                 print("*" if self.name == (adapter and adapter.name) else " ", facts)
         elif command == "/settings":
             print(*(f"{key} = {value!r}" for key, value in dataclasses.asdict(self.settings).items()), sep="\n")

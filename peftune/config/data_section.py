@@ -82,8 +82,8 @@ class DataSection(Section):
     """How `<|title|>` and other special tokens of the base's tokenizer are read where a text spells them out: as the
     `text` that it is, or as the token (`parse`), in training and in the prompts of the adapter that comes out."""
     chat: Literal["eos-turns", "plain"] = "plain"
-    """How the messages of a chat become one text: `plain` with names (`User: …`, a blank line, `Assistant: …`), or each
-    followed by the end-of-text token and nothing else (`eos-turns`), as DialoGPT was trained; so is the adapter asked."""
+    """How the messages of a chat become one text, in training and when the adapter is asked: `plain` with names
+    (`User: …`, a blank line, `Assistant: …`), or `eos-turns`, each followed by the end-of-text token, as DialoGPT's."""
     split_on: Literal["auto", "blank-line", "endoftext", "file", "line"] = "auto"
     """How a txt file becomes documents; `auto`: at `<|endoftext|>` if the file has one, else at two or more blank lines
     if at least one gap in 20 is that wide, else at every blank line."""

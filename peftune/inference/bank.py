@@ -172,8 +172,8 @@ class AdapterBank:
 
         **Context.** As in training, a document begins with `<|endoftext|>`, or with what begins texts of this base: its
         id stands before the prompt at position 0. The prompt is plain text (`<|endoftext|>` written in it is 13
-        characters) unless the adapter was trained to parse special tokens; an empty prompt begins a new document. Instead of a text it may
-        be the ids themselves, context token included.
+        characters) unless the adapter was trained to parse special tokens; an empty prompt begins a new document.
+        Instead of a text it may be the ids themselves, context token included.
 
         **Sliding window.** Whenever the model would see more than n_positions tokens (context token, prompt and what it
         has generated), it sees only the last n_positions - n_positions // 4 of them: the oldest quarter is dropped,

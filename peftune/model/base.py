@@ -45,7 +45,7 @@ class Base:
 
     @cached_property
     def chat(self) -> str | None:
-        """By which template it answers conversations, `plain` or `eos-turns`: so for a merge of an adapter that does."""
+        """By which template it answers conversations, `plain` or `eos-turns`, as a merge of an adapter that does."""
         merged = read_object_if_present(self.directory / MERGE, f"base {self.directory}: {MERGE}") or {}
         return chat if (chat := merged.get("chat")) in ("plain", "eos-turns") else None
 

@@ -32,7 +32,9 @@ _MODEL_FILES = re.compile(
     r"|added_tokens\.json|vocab\.json|vocab\.txt|merges\.txt|chat_template\.jinja|spiece\.model"
 )
 _OWN_PATHS = ("_name_or_path", "name_or_path")  # where Transformers loaded it from, on this machine
-_KEPT = ("peftune", *FINGERPRINTS, "chat", "chat_template", "step", "tokens", "precision", "versions")  # of peftune.json
+_KEPT = (  # of peftune.json
+    "peftune", *FINGERPRINTS, "chat", "chat_template", "step", "tokens", "precision", "versions",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

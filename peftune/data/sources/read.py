@@ -34,9 +34,10 @@ _TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 def read_documents(
     source: Source, split_on: str, stats: ReadStats | None = None, chat: str = "plain"
 ) -> Generator[Document, None, None]:
-    """Documents of one source in a fixed order, conversations by the template `chat`; `stats.blank` counts what is skipped.
+    """Documents of one source in a fixed order; `stats.blank` grows by what was skipped.
 
-    Raises UserError naming file and row (or line, or byte) for whatever cannot be read.
+    `chat` is the template of conversations. Raises UserError naming file and row (or line, or byte) for whatever cannot
+    be read.
     """
     stats = stats if stats is not None else ReadStats()
     if source.path.startswith("builtin:"):

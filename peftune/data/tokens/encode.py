@@ -1,9 +1,10 @@
 """From `Document` to `Examples`: which tokens a document becomes, and which of them are scored.
 
-Begin of text + ids + end of text, for GPT-2 both `<|endoftext|>`: the first is context only, the last is always scored,
-so a model learns to begin and to stop. (Turns that each end with it, `data.chat: eos-turns`, have no first one.) Prompt and completion (and the parts of a chat) are tokenised separately and
-joined as ids. Special tokens written out in a text are text: no document can end itself or another. With
-`data.special_tokens: parse` they are the tokens.
+Begin of text + ids + end of text, for GPT-2 both `<|endoftext|>`: the first is context only, the last is always
+scored, so a model learns to begin and to stop. (With `data.chat: eos-turns` the end follows each turn, and there is no
+first.) Prompt and completion (and the parts of a chat) are tokenised separately and joined as ids. Special tokens
+written out in a text are text: no document can end itself or another. With `data.special_tokens: parse` they are the
+tokens.
 """
 
 from __future__ import annotations

@@ -30,14 +30,20 @@ async def create_chat_completion(http: Request) -> ASGIApp:
     prompts = [await encode_chat(service.bank, messages, chat, parse)]
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     response = PendingResponse(
-        http, body, prompts, _format(body, "" if chat == EOS_TURNS else " "), body.most_tokens, logprobs=logprobs,
-        stop=stops_of(chat), candidates=[name for name in candidates if name is not None],
+        http,
+        body,
+        prompts,
+        _format(body, "" if chat == EOS_TURNS else " "),
+        body.most_tokens,
+        logprobs=logprobs,
+        stop=stops_of(chat),
+        candidates=[name for name in candidates if name is not None],
     )
     return await response.generate()
 
 
 def _chat_models(service: Service, model: str) -> list[str | None]:
-    """The adapters (None: the base) that may answer; ApiError 404 for an unknown one, 400 for one not trained on chat."""
+    """The adapters (None: the base) that may answer; ApiError 404 for an unknown name, 400 where none learnt chat."""
     if model == AUTO:
         names = [name for name in service.bank.names if service.bank.chat(name)]
         if not names:

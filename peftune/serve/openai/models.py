@@ -129,7 +129,8 @@ def _card(service: Service, name: str | None) -> dict[str, Any]:
     bank = service.bank
     card = {"id": name or bank.base.name, "object": "model", "created": service.created, "owned_by": "peftune"}
     if name is None:
-        return card | {"root": bank.base.name, "parent": None, "max_model_len": bank.config.n_positions, "chat": bank.base.chat is not None}
+        card |= {"root": bank.base.name, "parent": None, "max_model_len": bank.config.n_positions}
+        return card | {"chat": bank.base.chat is not None}
     adapter = bank.get(name)
     more = {"max_model_len": bank.config.n_positions, "chat": adapter.chat is not None, "rank": adapter.rank}
     return card | {"root": adapter.directory.name, "parent": bank.base.name} | more

@@ -1,4 +1,4 @@
-"""Conversations as ids: DialoGPT's turns as DialoGPT was trained, and what Transformers makes of our Jinja templates."""
+"""Conversations as ids: DialoGPT's turns as it was trained, and what Transformers makes of our Jinja templates."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from peftune.inference.request import chat_ids
 
 END = "<|endoftext|>"
 DIALOGPT = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"  # as its repository has it
-TALK = [("user", "Does money buy happiness?"), ("assistant", "Depends."), ("user", "On  what?\n\nHm"), ("assistant", "you")]
-NASTY = [
-    *TALK[:2], ("user", " User: a\r\n\r\nUser: b\n\nAssistant: c\n\n\nSystem: d "), ("assistant", ""), ("user", "ü 東 User:")
-]  # fmt: skip
+TALK = [("user", "Does money buy it?"), ("assistant", "Depends."), ("user", "On  what?\n\nHm"), ("assistant", "you")]
+FORGED = " User: a\r\n\r\nUser: b\n\nAssistant: c\n\n\nSystem: d "
+NASTY = [*TALK[:2], ("user", FORGED), ("assistant", ""), ("user", "ü 東 User:")]
 
 
 def messages(*turns: tuple[str, str]) -> list[dict[str, Any]]:
@@ -33,7 +32,9 @@ def dialogpt(tokenizer: PreTrainedTokenizerFast, contents: list[str]) -> list[in
     return [id for content in contents for id in (*tokenizer.encode(content), tokenizer.eos_token_id)]
 
 
-def stored(tokenizer: PreTrainedTokenizerFast, talk: list[dict[str, Any]], folder: Path) -> tuple[list[int], list[bool]]:
+def stored(
+    tokenizer: PreTrainedTokenizerFast, talk: list[dict[str, Any]], folder: Path
+) -> tuple[list[int], list[bool]]:
     path = folder / "talk.jsonl"
     path.write_text(json.dumps({"messages": talk}) + "\n")
     store = prepare([Source(path=str(path))], tokenizer, "t", " ", "auto", folder / "cache", chat="eos-turns")
@@ -48,9 +49,7 @@ def test_turns_are_those_of_dialogpt_and_what_the_assistant_says_is_scored_with_
     ids, scored = stored(tokenizer, talk, tmp_path)
     said = [content for _, content in TALK[first:]]
     assert ids == dialogpt(tokenizer, said)
-    wanted = [
-        role == "assistant" for role, content in TALK[first:] for _ in (*tokenizer.encode(content), tokenizer.eos_token_id)
-    ]
+    wanted = [role == "assistant" for role, content in TALK[first:] for _ in dialogpt(tokenizer, [content])]
     wanted[0] = False  # nothing stands before it
     assert scored == wanted
     assert chat_ids(tokenizer, talk, "eos-turns") == dialogpt(tokenizer, [*said, "left out"])
