@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peftune.console import Console
 from peftune.errors import UserError
 from peftune.files import read_object_if_present
 from peftune.model.base import Base
@@ -101,7 +102,8 @@ def recorded_base(config: Mapping[str, Any], provenance: Mapping[str, Any] | Non
 def check_base(adapter_dir: Path, base: Base) -> None:
     """Refuse an adapter on another base or tokenizer than it was trained with.
 
-    Adapters without fingerprints (plain PEFT) pass; their shapes are checked on loading. Raises UserError.
+    Adapters without fingerprints (plain PEFT) pass; their shapes are checked on loading. Raises UserError. Where an
+    older release trained it on texts that began otherwise, that is said.
     """
     provenance = read_provenance(adapter_dir) or {}
     trained = provenance.get("base", "its base")
@@ -115,3 +117,10 @@ def check_base(adapter_dir: Path, base: Base) -> None:
                 f"adapter {adapter_dir} was trained on {trained} ({what} {expected[:12]}), but {base.directory} has "
                 f"other {what} ({found[:12]}); pass the base that it was trained on"
             )
+    read = recorded_dict(recorded(provenance, "recipe"), "data")
+    tokenizer = base.tokenizer
+    if read and "special_tokens" not in read and tokenizer.bos_token not in (None, tokenizer.eos_token):
+        Console().say(  # recipes have that key since texts begin with the tokenizer's own first token
+            f"adapter {adapter_dir}: an older release trained it on texts that began with {tokenizer.eos_token}; now they "
+            f"begin with {tokenizer.bos_token}, so it is asked otherwise than it was trained: train it again"
+        )
