@@ -121,6 +121,6 @@ def check_base(adapter_dir: Path, base: Base) -> None:
     tokenizer = base.tokenizer
     if read and "special_tokens" not in read and tokenizer.bos_token not in (None, tokenizer.eos_token):
         Console().say(  # recipes have that key since texts begin with the tokenizer's own first token
-            f"adapter {adapter_dir}: an older release trained it on texts that began with {tokenizer.eos_token}; now they "
-            f"begin with {tokenizer.bos_token}, so it is asked otherwise than it was trained: train it again"
+            f"adapter {adapter_dir}: an older release trained it on texts that began with {tokenizer.eos_token}; now "
+            f"they begin with {tokenizer.bos_token}, so it is asked otherwise than it was trained: train it again"
         )

@@ -106,7 +106,7 @@ class ReplSession:
         settings, prompt = self.settings, self.bank.encode(line, self.name)
         if chat:
             self.messages.append({"role": "user", "content": line})
-            prompt = chat_ids(self.bank.tokenizer, self.messages, chat, self.bank.parses(self.name))
+            prompt = chat_ids(self.bank.tokenizer_of(self.name), self.messages, chat, self.bank.parses(self.name))
             settings = dataclasses.replace(settings, stop=(*settings.stop, *stops_of(chat)))
         else:
             self._printer.write(line, PROMPT)

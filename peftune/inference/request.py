@@ -29,6 +29,9 @@ class ModelProvider(Protocol):
     def names(self) -> tuple[str, ...]:
         """The adapters that are loaded."""
 
+    def tokenizer_of(self, name: str | None) -> PreTrainedTokenizerFast:
+        """The tokenizer of the texts with the adapter `name`, None for the base alone."""
+
     def variant(self, name: str | None) -> ModelVariant:
         """The base with the adapter `name`, None for the base alone; UserError where none has this name."""
 

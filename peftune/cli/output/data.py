@@ -34,8 +34,8 @@ def run(
 
     block_size = block_size or base.config.n_positions
     tokenizer, fingerprint = base.tokenizer, base.tokenizer_fingerprint
-    options = {"split_on": split_on, "special_tokens": special_tokens, "chat": chat}
-    summary = summarize(sources, tokenizer, fingerprint, block_size, **options)
+    options = split_on, None, special_tokens, chat
+    summary = summarize(sources, tokenizer, fingerprint, block_size, " ", *options)
     save_json(json_path, summary)
     render(summary, SafeConsole())
 

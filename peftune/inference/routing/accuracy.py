@@ -40,7 +40,7 @@ def measure_routing(
         raise UserError(f"routing: {found}; expected two adapters or more, and each domain named after its adapter")
     bank = AdapterBank(base or base_of(Path(next(iter(adapters.values())))))
     for name, directory in adapters.items():
-        bank.add(name, directory)
+        bank.add(name, directory, new_tokens=False)
     folders = {name: Path(directory) for name, directory in adapters.items()}
     prompts, how = {}, (special_tokens_of(bank.base, folders), chat_of_all(bank.base, folders))
     for domain, documents in data.items():

@@ -55,7 +55,7 @@ def _kernels() -> Path:
     """Where torch keeps kernels for the instructions in use here, which ATEN_CPU_CAPABILITY may restrict."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has no such list
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has no such list
     facts = torch.backends.cpu.get_cpu_capability(), sorted(name for name, has in known.items() if has is True)
     name = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     given = os.environ.get(_CACHE_DIR)

@@ -71,7 +71,7 @@ def without_paths(message: str, told: Mapping[str, str]) -> str:
 def _add(service: Service, body: LoadLoRAAdapterRequest, directory: Path, roots: Sequence[Path]) -> None:
     with private_copy(directory, roots) as copy:
         try:
-            service.bank.add(body.lora_name, copy, replace=body.load_inplace)
+            service.bank.add(body.lora_name, copy, body.load_inplace, new_tokens=False)
         except UserError as error:
             raise UserError(str(error).replace(str(copy), str(directory))) from None
 
