@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from peftune.adapters.gguf.vocabulary import gguf_vocabulary
+from peftune.adapters.inspect.describe import describe
 from peftune.adapters.merge.merge import merge
 from peftune.config.recipe import Recipe
 from peftune.data.tokens.encode import encode_texts
@@ -117,6 +118,7 @@ def check_unmerged(base: Path, adapter: Path, merged: Path, folder: Path, model:
         evaluate(str(merged), {"t": path})["rows"]["base"]["t"],
     )
     assert both[0] == pytest.approx(both[1], rel=1e-5)
+    assert describe(adapter, str(base)).rows.keys() >= {"transformer.wte.weight"}
     with pytest.raises(UserError, match="fold it in with peftune merge first"):
         bank.add("served", adapter, new_tokens=False)
 
