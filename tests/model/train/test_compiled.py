@@ -56,11 +56,13 @@ def test_steps_of_all_lengths_share_the_graphs_of_the_trial(dtype: torch.dtype, 
     torch._dynamo.reset()  # type: ignore[no-untyped-call]
     adapted = _adapted(dtype)
     with_compiler = train_forward(adapted, dtype, 0.0, 0.0, recompute, compiles=True)
-    assert with_compiler.elementwise.description.startswith("elementwise operations compiled in"), (
-        with_compiler.elementwise.description
-    )
+    made = with_compiler.elementwise
+    refused = made.description.startswith(
+        "not compiled: what the compiler made is off by "
+    )  # on a CPU that it fails on
+    assert refused or made.description.startswith("elementwise operations compiled in"), made.description
     plain, graphs = train_forward(adapted, dtype, 0.0, 0.0, recompute), counters["stats"]["unique_graphs"]
-    assert graphs >= 3
+    assert graphs >= 3 and (not refused or made.activated is plain.elementwise.activated)
     for tokens in (2, 7, 64, 65, 128):
         (loss, found), (wanted_loss, wanted) = (_gradients(f, adapted, tokens) for f in (with_compiler, plain))
         assert loss == pytest.approx(wanted_loss, rel=1e-6 if dtype is torch.float32 else 1e-3)
@@ -69,6 +71,12 @@ def test_steps_of_all_lengths_share_the_graphs_of_the_trial(dtype: torch.dtype, 
             ids = torch.zeros(1, tokens, dtype=torch.int64)
             assert with_compiler(ids, ids, ids, None).isfinite()
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_a_compiler_that_is_right_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda piece: lambda *given: piece(*given))
+    found = compiled(layers.Elementwise(GELU), NORM, 4 * WIDTH)
+    assert found.description.startswith("elementwise operations compiled in") and found.activated is not GELU
 
 
 @pytest.mark.parametrize("given", [None, "torch's own", "mine"])
