@@ -10,8 +10,9 @@ from typing import Any
 class Member:
     """One kind of GPT-2 checkpoint, made small: what its config.json and its files have that others have not.
 
-    `config` are values of GPT2Config; `stored` changes config.json as it lies there; `files` names how the weights are
-    stored. `refused` is what the refusal says (a regular expression), empty where it works.
+    `config` are values of GPT2Config; `stored` changes config.json as it lies there; `files` names how the weights
+    are stored; `tokenizer` a writer of `foreign_tokenizers`, "control" GPT-2's with a special token more. `refused`
+    is what the refusal says (a regular expression), empty where it works.
     """
 
     name: str
@@ -20,6 +21,7 @@ class Member:
     config: dict[str, Any] = field(default_factory=dict)
     stored: dict[str, Any] = field(default_factory=dict)
     files: str = "safetensors"
+    tokenizer: str = ""
     refused: str = ""
     reason: str = ""
     """Why it is refused, for the page."""
@@ -66,6 +68,18 @@ FAMILY = [
     Member("sharded safetensors", "large uploads", "model.safetensors.index.json", files="shards"),
     Member("bfloat16", "recent uploads", "bfloat16 weights", stored={"dtype": "bfloat16"}, files="bfloat16"),
     Member("float16", "recent uploads", "float16 weights", stored={"torch_dtype": "float16"}, files="float16"),
+    Member("BertTokenizer", "uer/gpt2-chinese-cluecorpussmall", "vocab.txt; `[CLS]` and `[SEP]` begin and end texts",
+           stored={"tokenizer_class": "BertTokenizer", "bos_token_id": None, "eos_token_id": 50256}, tokenizer="bert"),
+    Member("KoGPT2", "skt/kogpt2-base-v2", "not byte-level; only config.json names the end of text",
+           stored={"bos_token_id": 0, "eos_token_id": 1}, tokenizer="korean"),
+    Member("sentencepiece", "rinna/japanese-gpt2-medium", "spiece.model, `<s>` and `</s>`",
+           stored={"bos_token_id": 1, "eos_token_id": 2}, tokenizer="sentencepiece"),
+    Member("Unigram", "conversions of such", "tokenizer.json of pieces with scores",
+           stored={"bos_token_id": 1, "eos_token_id": 2}, tokenizer="unigram"),
+    Member("begin apart from end", "ai-forever/rugpt3small_based_on_gpt2", "GPT-2's own kind with `<s>` and `</s>`",
+           stored={"bos_token_id": 1, "eos_token_id": 2}, tokenizer="russian"),
+    Member("control tokens", "own trainings", "special tokens such as `<|title|>`: text, or with "
+           "`data.special_tokens: parse` the tokens", {"vocab_size": 301}, tokenizer="control"),
     Member("SantaCoder", "bigcode/santacoder", "multi-query attention by code in its repository",
            stored={"architectures": ["GPT2LMHeadCustomModel"], "auto_map": {"AutoConfig": "configuration_gpt2_mq.X"}},
            refused="runs no such code", reason="computes with code from its repository, which peftune never runs"),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import random
 import runpy
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import foreign_tokenizers
 import pytest
 import torch
 from family import FAMILY, Member
@@ -18,9 +20,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from peftune.adapters.fold import MergedTensors
 from peftune.adapters.merge.merge import merge
 from peftune.config.recipe import recipe_from
-from peftune.errors import UserError
+from peftune.errors import CheckFailed, UserError
 from peftune.inference.bank import AdapterBank
 from peftune.inference.engine import Engine
 from peftune.inference.generate import generate
@@ -34,6 +37,9 @@ from peftune.training.run import train
 
 TEXTS = ["the cat sat on the mat and the dog sat on the log", "naïve café, 東京", "a dog"]
 PROMPTS = ["the cat sat", "café"]
+ENDS = {kind: ("<s>", "</s>") for kind in ("korean", "sentencepiece", "unigram", "russian")} | {
+    "bert": ("[CLS]", "[SEP]")
+}
 GREEDY = GenerationSettings(max_new_tokens=6, temperature=0.0, ignore_eos=True)
 WORKS, REFUSED = ([m for m in FAMILY if bool(m.refused) == wanted] for wanted in (False, True))
 
@@ -78,6 +84,12 @@ def build(tiny_base: Path, tmp_path: Path) -> Callable[[Member], tuple[Path, GPT
         torch.manual_seed(0)
         sizes = {"vocab_size": 300, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
         end = {"bos_token_id": 299, "eos_token_id": 299, "attn_implementation": "eager"}
+        base = tmp_path / "base"
+        if member.tokenizer in vars(foreign_tokenizers):
+            base.mkdir()
+            sizes["vocab_size"] = getattr(foreign_tokenizers, member.tokenizer)(base)
+        else:
+            shutil.copytree(tiny_base, base, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
         config = GPT2Config(**{**sizes, "initializer_range": 0.3, **end, **member.config})
         model = GPT2LMHeadModel(config).eval()
         if member.files == "padded":
@@ -87,8 +99,10 @@ def build(tiny_base: Path, tmp_path: Path) -> Callable[[Member], tuple[Path, GPT
         tensors = {name: t.to(dtype or t.dtype).clone() for name, t in model.state_dict().items()}
         if config.tie_word_embeddings:
             del tensors["lm_head.weight"]
-        base = tmp_path / "base"
-        shutil.copytree(tiny_base, base, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+        if member.tokenizer == "control":
+            tokenizer = AutoTokenizer.from_pretrained(base)
+            tokenizer.add_special_tokens({"additional_special_tokens": ["<|title|>"]})
+            tokenizer.save_pretrained(base)
         values = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **sizes, **end, **member.config}
         del values["attn_implementation"]
         stored = dict(member.stored)
@@ -145,21 +159,46 @@ def served(base: Path, adapter: Path, prompts: list[list[int]]) -> list[list[int
     return outputs
 
 
+def check_that_an_error_is_found(adapter: Path, base: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The merge is refused where one of its tensors is off by a thousandth of its norm."""
+    right = MergedTensors.chunks
+    names = [name for name, t in load_file(folder / "merged" / "model.safetensors").items() if t.count_nonzero()]
+    planted = random.Random(base.as_posix()).choice(sorted(names))
+
+    def wrong(self: MergedTensors, name: str, *rest: Any, **named: Any) -> Iterator[torch.Tensor]:
+        for chunk in right(self, name, *rest, **named):
+            noise = torch.randn(chunk.shape, generator=torch.Generator().manual_seed(0))
+            yield chunk + 1e-3 * chunk.norm() * noise / noise.norm() if name == planted else chunk
+
+    with monkeypatch.context() as patched, pytest.raises(CheckFailed, match=r"differs from base \+ adapter by"):
+        patched.setattr(MergedTensors, "chunks", wrong)
+        merge(adapter, folder / "wrong", str(base), texts=TEXTS)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("member", WORKS, ids=lambda member: member.name)
-def test_it_is_right_from_loading_to_serving(member: Member, build: Any, tmp_path: Path, said: list[str]) -> None:
+def test_it_is_right_from_loading_to_serving(
+    member: Member, build: Any, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if member.tokenizer == "sentencepiece":
+        pytest.importorskip("sentencepiece")
+        pytest.importorskip("google.protobuf")
     base, model = build(member)
     corpus, adapter = tmp_path / "text.jsonl", tmp_path / "adapter"
-    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    control = member.tokenizer == "control"
+    texts = [*TEXTS, "<|title|> a log"] if control else TEXTS
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     plain = copy.deepcopy(model)
     values = {
         "base": str(base), "data": {"train": str(corpus), "validation": 0}, "lora": {"rank": 4, "alpha": 8},
         "optim": {"lr": 1e-2, "schedule": "constant", "warmup": 0, "steps": 3}, "batch": {"global_size": 100},
         "run": {"out": str(adapter), "precision": "fp32", "base_dropout": 0, "eval_every": 0, "save_every": 0},
     }  # fmt: skip
-    train(recipe_from(values, []))
-    tokenizer = AutoTokenizer.from_pretrained(base, config=model.config)
-    windows = [[299, *tokenizer(text)["input_ids"], 299] for text in TEXTS]
+    train(recipe_from(values, ["data.special_tokens=parse"] if control else []))
+    tokenizer, ids_of = Base(base).tokenizer, foreign_tokenizers.oracle(base)
+    begin, end = tokenizer.convert_tokens_to_ids(list(ENDS.get(member.tokenizer, ["<|endoftext|>"] * 2)))
+    windows = [[begin, *ids_of(text), end] for text in texts]
+    assert not control or 300 in windows[-1]
     losses = [event["loss"] for event in read_metrics(adapter / "metrics.jsonl") if event["event"] == "train"]
     assert losses[0] == pytest.approx(nats_per_token(plain, windows), rel=1e-5) and losses[-1] < losses[0]
 
@@ -169,6 +208,7 @@ def test_it_is_right_from_loading_to_serving(member: Member, build: Any, tmp_pat
     assert rows["one"]["text"]["loss"] == pytest.approx(nats_per_token(reference, windows), rel=1e-5)
 
     report = merge(adapter, tmp_path / "merged", str(base), texts=TEXTS)
+    check_that_an_error_is_found(adapter, base, tmp_path, monkeypatch)
     ids = torch.tensor(windows[:1])
     merged, info = GPT2LMHeadModel.from_pretrained(
         tmp_path / "merged", attn_implementation="eager", output_loading_info=True
@@ -181,10 +221,16 @@ def test_it_is_right_from_loading_to_serving(member: Member, build: Any, tmp_pat
     assert set(report.left_out) == extra
     assert extra.isdisjoint(load_file(tmp_path / "merged" / "model.safetensors"))
 
-    prompts = [[299, *tokenizer(prompt)["input_ids"]] for prompt in PROMPTS]
+    prompts = [[begin, *ids_of(prompt)] for prompt in PROMPTS]
     expected = [greedy(reference, ids, len(tokenizer)) for ids in prompts]
-    texts = [one.text for one in generate(PROMPTS, str(base), adapter, GREEDY)]
-    assert texts == [tokenizer.decode(written) for written in expected]
+    generations = generate(PROMPTS, str(base), adapter, GREEDY)
+    assert [list(one.ids) for one in generations] == expected
+    for ids, one in zip(prompts, generations, strict=True):
+        before, whole = (
+            str(tokenizer.decode(part, clean_up_tokenization_spaces=False))
+            for part in (ids[1:], [*ids[1:], *(i for i in one.ids if i != end)])
+        )
+        assert before + one.text == whole
     assert served(base, adapter, prompts) == expected
     assert not [text for text in said if "LOAD REPORT" in text]
 

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from peftune.adapters.directory import Adapter, check_fits
-from peftune.adapters.layout import changes_base, plain_name
+from peftune.adapters.directory import Adapter, check_fits, read_adapter
+from peftune.adapters.layout import AdapterLayout, changes_base, layout_of, plain_name
 from peftune.errors import CheckFailed, UserError, first_line
+from peftune.model.base import Base
+from peftune.model.load import load_model
 from peftune.model.lora import quiet_peft
+from peftune.model.tokenizer import VOCABULARIES, load_tokenizer
+from peftune.model.weights import WTE
+
+
+def fit(adapter_dir: Path, base: Base) -> tuple[Adapter, AdapterLayout, PreTrainedTokenizerFast]:
+    """What an adapter holds and changes, and the tokenizer of its texts: its own where it has rows for new tokens.
+
+    UserError where it does not fit the base, or has rows for tokens without a tokenizer that knows them.
+    """
+    adapter = read_adapter(adapter_dir)
+    layout = layout_of(adapter.config, adapter.tensors, base.config, str(adapter_dir))
+    rows, known = layout.rows.get(WTE), len(base.tokenizer)
+    grows = layout.vocabulary != base.config.vocab_size or (rows is not None and rows.height(known) > known)
+    if not grows or not any((adapter_dir / name).is_file() for name in VOCABULARIES):
+        return *check_fits(adapter_dir, base.config, known), base.tokenizer
+    config = copy.copy(base.config)
+    config.vocab_size = layout.vocabulary
+    try:
+        tokenizer = load_tokenizer(adapter_dir, config, base.stored_config)
+    except UserError as error:
+        raise UserError(f"adapter {str(error).removeprefix('base ')}") from None
+    own = tokenizer.get_vocab()
+    for token, number in base.tokenizer.get_vocab().items():
+        if own.get(token) != number:
+            raise UserError(
+                f"adapter {adapter_dir}: in its tokenizer {token!r} is not token {number}, as in the base's"
+            )
+    return adapter, layout, tokenizer
 
 
 def load_onto(model: GPT2LMHeadModel | PeftModel, adapter_dir: Path, name: str = "default") -> PeftModel:
@@ -51,6 +82,14 @@ def load_onto(model: GPT2LMHeadModel | PeftModel, adapter_dir: Path, name: str =
         if stored is None or not torch.equal(stored.to(tensor.dtype), tensor.detach().cpu()):
             raise CheckFailed(f"adapter {adapter_dir}: {key} did not arrive in the model as it is in the file")
     return model
+
+
+def load_with_rows(base: Base, adapter_dir: Path, layout: AdapterLayout) -> PeftModel:
+    """The base with rows for all tokens that the adapter has, and the adapter on it; errors as of `load_onto`."""
+    model = load_model(base)
+    if layout.vocabulary > base.config.vocab_size:
+        model.resize_token_embeddings(layout.vocabulary, mean_resizing=False)
+    return load_onto(model, adapter_dir)
 
 
 def _check_compatible(model: PeftModel, adapter: Adapter, name: str) -> None:

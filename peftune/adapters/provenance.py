@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from peftune.console import Console
 from peftune.errors import UserError
 from peftune.files import read_object_if_present
 from peftune.model.base import BUILTIN, Base
@@ -104,6 +105,19 @@ def merged_text(merged: Sequence[Mapping[str, Any]]) -> str:
     return f"a merge of {', before that '.join(names)} into {merged[-1].get('base') or 'a base'}"
 
 
+def chat_of(provenance: Any) -> str | None:
+    """By which template it was trained on conversations, `plain` or `eos-turns`; None where it was not.
+
+    `chat` is recorded since that key exists; older adapters show it where the recipe names a column of messages.
+    """
+    chat = recorded(provenance, "chat")
+    if not isinstance(chat, bool):
+        sources = recorded(provenance, "recipe", "data", "train")
+        chat = isinstance(sources, list) and bool(sources) and all(recorded(one, "messages") for one in sources)
+    said = recorded(provenance, "chat_template") or recorded(provenance, "recipe", "data", "chat")
+    return ("eos-turns" if said == "eos-turns" else "plain") if chat else None
+
+
 def recorded_base(config: Mapping[str, Any], provenance: Mapping[str, Any] | None) -> str | None:
     """The name of the base that an adapter's two files record, or None."""
     name = (provenance or {}).get("base") or config.get(BASE_PATH)
@@ -154,7 +168,8 @@ def place_of_base(adapter_dir: Path, config: Mapping[str, Any], provenance: Mapp
 def check_base(adapter_dir: Path, base: Base) -> None:
     """Refuse an adapter on another base or tokenizer than it was trained with.
 
-    Adapters without fingerprints (plain PEFT) pass; their shapes are checked on loading. Raises UserError.
+    Adapters without fingerprints (plain PEFT) pass; their shapes are checked on loading. Raises UserError. Where an
+    older release trained it on texts that began otherwise, that is said.
     """
     provenance = read_provenance(adapter_dir) or {}
     trained = provenance.get("base", "its base")
@@ -168,3 +183,10 @@ def check_base(adapter_dir: Path, base: Base) -> None:
                 f"adapter {adapter_dir} was trained on {trained} ({what} {expected[:12]}), but {base.directory} has "
                 f"other {what} ({found[:12]}); pass the base that it was trained on"
             )
+    read = recorded_dict(recorded(provenance, "recipe"), "data")
+    tokenizer = base.tokenizer
+    if read and "special_tokens" not in read and tokenizer.bos_token not in (None, tokenizer.eos_token):
+        Console().say(  # recipes have that key since texts begin with the tokenizer's own first token
+            f"adapter {adapter_dir}: an older release trained it on texts that began with {tokenizer.eos_token}; now "
+            f"they begin with {tokenizer.bos_token}, so it is asked otherwise than it was trained: train it again"
+        )

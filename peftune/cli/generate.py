@@ -7,7 +7,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from peftune.adapters.attach import fit
 from peftune.adapters.base_of import base_of
 from peftune.adapters.provenance import parses_special_tokens, read_provenance
 from peftune.cli.options import save_json
@@ -21,6 +23,9 @@ from peftune.inference.generate import TextGenerator, check_search, text_generat
 from peftune.inference.request import Generation, context_ids, slide
 from peftune.inference.settings import GenerationSettings
 from peftune.model.base import Base, open_base
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _BATCH = 8  # prompts
 
@@ -47,11 +52,12 @@ def generate_texts(
     found = open_base(base or base_of(*([adapters[name]] if name else adapters.values())))
     chosen = adapters[name] if name else None
     parse = parses_special_tokens(read_provenance(chosen)) if chosen else found.parses_special_tokens
+    tokenizer = fit(chosen, found)[2] if chosen else found.tokenizer
     if settings.beams > 1:
-        check_search(settings, texts, found.tokenizer, found.config.n_positions, parse)
-    settings.check_ids(len(found.tokenizer))
+        check_search(settings, texts, tokenizer, found.config.n_positions, parse)
+    settings.check_ids(len(tokenizer))
     generator = text_generator(found, chosen, settings, precision)
-    _warn_of_cut_prompts(texts, found, parse)
+    _warn_of_cut_prompts(texts, found, tokenizer, parse)
     printer = TextPrinter(outlives_pipe=json_path is not None)
     with suppress(BrokenPipeError):  # nobody reads any more: done
         several = settings.num_return_sequences
@@ -75,10 +81,10 @@ def choose_adapter(adapters: Mapping[str, Path], use: str | None) -> str | None:
     return None if name == "base" else name
 
 
-def _warn_of_cut_prompts(prompts: list[str], base: Base, parse: bool) -> None:
+def _warn_of_cut_prompts(prompts: list[str], base: Base, tokenizer: PreTrainedTokenizerFast, parse: bool) -> None:
     positions = base.config.n_positions
     for number, prompt in enumerate(prompts, 1):
-        ids = context_ids(base.tokenizer, prompt, parse)
+        ids = context_ids(tokenizer, prompt, parse)
         if (kept := len(slide(ids, positions))) < len(ids):
             has = f"{len(ids)} tokens, the model has {positions} positions"
             Console().say(f"prompt {number}: {has}: it reads the last {kept}")

@@ -49,6 +49,7 @@ SplitOn = Annotated[
     Literal["auto", "blank-line", "endoftext", "file", "line", "wide-gap"],
     typer.Option(help="How a text file becomes documents."),
 ]
+Chat = Annotated[Literal["eos-turns", "plain"], typer.Option(help="How the messages of a chat become one text.")]
 SpecialTokens = Annotated[Literal["parse", "text"], typer.Option(help="How a token that a text spells out is read.")]
 BlockSize = Annotated[int | None, typer.Option(min=8, help="Tokens per block. Default: the base's context.")]
 
@@ -74,6 +75,7 @@ def data(
     column: Columns = None,
     split_on: SplitOn = "auto",
     special_tokens: SpecialTokens = "text",
+    chat: Chat = "plain",
     block_size: BlockSize = None,
     json_path: Json = None,
 ) -> None:
@@ -85,9 +87,8 @@ def data(
     from peftune.cli.output.data import run
     from peftune.model.base import open_base
 
-    run(
-        [source_of(path, columns) for path in sources], open_base(base), block_size, split_on, json_path, special_tokens
-    )
+    given = [source_of(path, columns) for path in sources]
+    run(given, open_base(base), block_size, split_on, json_path, special_tokens, chat)
 
 
 app.command()(train)

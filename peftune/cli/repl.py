@@ -16,9 +16,10 @@ from typing import Any
 from peftune.adapters.base_of import base_of
 from peftune.cli.generate import choose_adapter
 from peftune.cli.output.text_output import CONTINUATION, PROMPT, TextPrinter, echo
-from peftune.data.sources.chat_template import STOPS, render_chat
+from peftune.data.sources.chat_template import stops_of
 from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank
+from peftune.inference.request import chat_ids
 from peftune.inference.settings import GenerationSettings
 
 HELP = """\
@@ -89,9 +90,7 @@ class ReplSession:
             self._set(*rest.strip().partition(" ")[::2])
         elif command == "/adapters":
             for adapter in (None, *map(self.bank.get, self.bank.names)):
-                facts = (
-                    f"{adapter.name}: rank {adapter.rank}{', chat' if adapter.is_chat else ''}" if adapter else "base"
-                )
+                facts = f"{adapter.name}: rank {adapter.rank}{', chat' if adapter.chat else ''}" if adapter else "base"
                 print("*" if self.name == (adapter and adapter.name) else " ", facts)
         elif command == "/settings":
             print(*(f"{key} = {value!r}" for key, value in dataclasses.asdict(self.settings).items()), sep="\n")
@@ -103,12 +102,12 @@ class ReplSession:
             raise UserError(f"{command}: no such command; known: /use /adapters /set /settings /reset /help /quit")
 
     def _continue(self, line: str) -> None:
-        chat = self.name is not None and self.bank.get(self.name).is_chat
-        settings, prompt = self.settings, line
+        chat = self.bank.chat(self.name)
+        settings, prompt = self.settings, self.bank.encode(line, self.name)
         if chat:
             self.messages.append({"role": "user", "content": line})
-            prompt = render_chat(self.messages)
-            settings = dataclasses.replace(settings, stop=(*settings.stop, *STOPS))
+            prompt = chat_ids(self.bank.tokenizer_of(self.name), self.messages, chat, self.bank.parses(self.name))
+            settings = dataclasses.replace(settings, stop=(*settings.stop, *stops_of(chat)))
         else:
             self._printer.write(line, PROMPT)
         text = ""

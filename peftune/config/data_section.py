@@ -156,6 +156,9 @@ class DataSection(Section):
     special_tokens: Literal["parse", "text"] = "text"
     """How `<|title|>` and other special tokens of the base's tokenizer are read where a text spells them out: as the
     `text` that it is, or as the token (`parse`), in training and in the prompts of the adapter that comes out."""
+    chat: Literal["eos-turns", "plain"] = "plain"
+    """How the messages of a chat become one text, in training and when the adapter is asked: `plain` with names
+    (`User: …`, a blank line, `Assistant: …`), or `eos-turns`, each followed by the end-of-text token, as DialoGPT's."""
     split_on: SplitOn = "auto"
     """How a text file becomes documents: `blank-line` (cut at blank lines), `wide-gap` (at two or more of them),
     `endoftext` (at `<|endoftext|>`), `line`, `file`. `auto`: `endoftext` if the file has one; else `file` where there
@@ -172,3 +175,11 @@ class DataSection(Section):
             source.model_copy(update={key: getattr(source, key) or getattr(self, key) for key in _OF_ALL})
             for source in sources
         ]
+
+    @model_validator(mode="after")
+    def _turns_end_for_certain(self) -> DataSection:
+        if self.chat == "eos-turns" and self.special_tokens == "parse":
+            raise ValueError(
+                "chat eos-turns goes with special_tokens text: a message that spells the end token would end its turn"
+            )
+        return self

@@ -17,7 +17,8 @@ from peftune.errors import UserError
 class Document:
     """One text to learn from: plain (`prompt` is None), or a prompt with its completion in `text`.
 
-    `turns` is set for chat: pairs of (text, supervised), already rendered by the template.
+    `turns` is set for chat: pairs of (text, supervised), already rendered by the template. With `ends_turns` the
+    end-of-text token follows each of them, and nothing stands before the first.
     `source` names where it came from, for messages to people (`poems.txt:17`).
     """
 
@@ -25,11 +26,12 @@ class Document:
     prompt: str | None = None
     turns: tuple[tuple[str, bool], ...] | None = None
     source: str = ""
+    ends_turns: bool = False
 
     def content(self) -> str:
         """Everything a reader would see, joined: what the validation split hashes."""
         if self.turns is not None:
-            return "".join(text for text, _ in self.turns)
+            return ("\n" if self.ends_turns else "").join(text for text, _ in self.turns)
         return self.text if self.prompt is None else f"{self.prompt}\x00{self.text}"
 
 

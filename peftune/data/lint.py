@@ -48,7 +48,7 @@ _RULES: tuple[tuple[str, Callable[[Document], object], str], ...] = (
     ),
     (
         "a message of a chat names a turn (such as User: after a blank line)",
-        lambda document: document.turns is not None and names_a_turn(document.content()),
+        lambda document: document.turns is not None and not document.ends_turns and names_a_turn(document.content()),
         "a space is put before the name, so that it begins no turn; if it should be one, make it a message of its own",
     ),
     ("replacement character U+FFFD", lambda document: "\ufffd" in document.content(), _DAMAGED),

@@ -29,7 +29,7 @@ def prepare_as(
 ) -> Prepared:
     """Read sources as the section says, cut by `split_on`, which is the section's as `settle_split` has settled it."""
     sources = how.read_as(sources)
-    store = prepare(sources, tokenizer, fingerprint, how.join, split_on, None, how.special_tokens)
+    store = prepare(sources, tokenizer, fingerprint, how.join, split_on, None, how.special_tokens, how.chat)
     notes = [*cut_lines(sources, store.cuts, chosen=True), *left_out_lines(sources)]
     if how.repeats == "keep":
         return Prepared(store, np.arange(len(store)), notes)

@@ -36,9 +36,10 @@ def summarize(
     split_on: str = "auto",
     cache: Path | None = None,
     special_tokens: str = "text",
+    chat: str = "plain",
 ) -> dict[str, Any]:
     """The summary as plain values; token counts include both `<|endoftext|>`, bytes are of the scored text."""
-    store = prepare(sources, tokenizer, tokenizer_fingerprint, join, split_on, cache, special_tokens)
+    store = prepare(sources, tokenizer, tokenizer_fingerprint, join, split_on, cache, special_tokens, chat)
     packing = Blocks.of(store, np.arange(len(store)), block_size).packing
     split_on, stats = settle_split(sources, split_on), ReadStats()
     sizes: list[int] = []
@@ -48,7 +49,7 @@ def summarize(
         nonlocal is_chat
         for source in sources:
             sizes.append(0)
-            for document in read_documents(source, split_on, stats):
+            for document in read_documents(source, split_on, stats, chat):
                 sizes[-1] += 1
                 is_chat = is_chat or document.turns is not None
                 yield document
@@ -58,11 +59,11 @@ def summarize(
     special = special_findings(store.special_tokens, tokenizer, special_tokens == "parse")
     known = {one.what for one in special}
     findings = [*of_rows(store.left_out), *special, *(one for one in findings if one.what not in known)]
-    every = chain.from_iterable(read_documents(source, split_on) for source in sources)
+    every = chain.from_iterable(read_documents(source, split_on, None, chat) for source in sources)
     findings += lossy(every, tokenizer, special_tokens == "parse")
     repeats = np.setdiff1d(np.arange(len(store)), first_of_equals(store.digests))
     if len(repeats):
-        every = chain.from_iterable(read_documents(source, split_on) for source in sources)
+        every = chain.from_iterable(read_documents(source, split_on, None, chat) for source in sources)
         place = next(islice(every, int(repeats[0]), None)).source
         advice = "a text is learnt as often as it stands there; data.repeats: drop uses each once"
         findings.append(Finding("repeats of another document", len(repeats), place, advice))

@@ -16,16 +16,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from peftune.adapters.attach import fit
 from peftune.adapters.directory import check_fits
 from peftune.adapters.fold import MergedTensors
 from peftune.adapters.layout import AdapterLayout, refuse_biased_head
-from peftune.adapters.provenance import check_base, parses_special_tokens
+from peftune.adapters.provenance import chat_of, check_base, parses_special_tokens
 from peftune.data.tokens.encode import begin_of_text_id, end_of_text_id
 from peftune.errors import CheckFailed, UserError, refuse_bare_string
+from peftune.inference.detokenize import decode_plain
 from peftune.inference.engine import Engine
 from peftune.inference.request import Generation, OnText, Request, RequestOutput, context_ids
 from peftune.inference.settings import GenerationSettings
@@ -34,6 +36,9 @@ from peftune.model.decode.batch import DecodeBatch, ModelVariant
 from peftune.model.decode.build import ModelSpec, build
 from peftune.model.decode.lora_slots import LoraWeights, lora_weights
 from peftune.model.load import dtype_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 RESERVED = ("base", "auto")  # no adapter, and the likeliest one
 AdapterNames = str | Sequence[str | None] | None
@@ -53,6 +58,8 @@ class LoadedAdapter:
     provenance: dict[str, Any] | None
     rank: int
     variant: ModelVariant
+    tokenizer: PreTrainedTokenizerFast
+    """The base's, or its own where it has rows for new tokens."""
 
     @property
     def parses_special_tokens(self) -> bool:
@@ -60,19 +67,9 @@ class LoadedAdapter:
         return parses_special_tokens(self.provenance)
 
     @property
-    def is_chat(self) -> bool:
-        """Whether it was trained on conversations, as far as its provenance says.
-
-        `chat` is recorded since that key exists; older adapters show it where the recipe names a column of messages.
-        """
-        provenance = self.provenance or {}
-        if isinstance(provenance.get("chat"), bool):
-            return bool(provenance["chat"])
-        try:
-            sources = provenance["recipe"]["data"]["train"]
-            return bool(sources) and all(bool(source["messages"]) for source in sources)
-        except (KeyError, TypeError):  # no recipe, or one path
-            return False
+    def chat(self) -> str | None:
+        """The template of its conversations, `plain` or `eos-turns`; None where it was not trained on any."""
+        return chat_of(self.provenance)
 
 
 class AdapterBank:
@@ -100,8 +97,8 @@ class AdapterBank:
         """The adapters that are here, in the order of their loading."""
         return tuple(self._loaded)
 
-    def add(self, name: str, directory: Path | str, replace: bool = False) -> LoadedAdapter:
-        """Load an adapter from disk under `name`.
+    def add(self, name: str, directory: Path | str, replace: bool = False, new_tokens: bool = True) -> LoadedAdapter:
+        """Load an adapter from disk under `name`; without `new_tokens` one that knows more tokens is refused.
 
         With `replace` one that has this name already serves until the new one is read, and texts being generated end
         with it.
@@ -116,7 +113,9 @@ class AdapterBank:
             if name in self._loaded and not replace:
                 raise UserError(f"adapter {name}: there is one of this name already ({self._loaded[name].directory})")
             check_base(directory, self.base)
-            adapter, layout = check_fits(directory, self.config, len(self.tokenizer))
+            if not new_tokens:
+                check_fits(directory, self.config, len(self.tokenizer))
+            adapter, layout, tokenizer = fit(directory, self.base)
             refuse_biased_head(layout, str(directory))
             rank = max((target.rank for target in layout.targets.values()), default=0)
             lora, model = _plain_lora(layout, self.spec.device), self._base_variant.model
@@ -124,7 +123,8 @@ class AdapterBank:
                 own = layout if lora is None else dataclasses.replace(layout, targets={})
                 merged = MergedTensors(self.base.weights, own)
                 model = build(self.spec, merged.tensor, merged.tied, model, merged.changed())
-            self._loaded[name] = LoadedAdapter(name, directory, adapter.provenance, rank, ModelVariant(model, lora))
+            variant = ModelVariant(model, lora)
+            self._loaded[name] = LoadedAdapter(name, directory, adapter.provenance, rank, variant, tokenizer)
             return self._loaded[name]
 
     def remove(self, name: str) -> None:
@@ -150,24 +150,34 @@ class AdapterBank:
         """What a row with this adapter computes; None is the base alone."""
         return self._base_variant if name is None else self.get(name).variant
 
+    def tokenizer_of(self, name: str | None) -> PreTrainedTokenizerFast:
+        """The tokenizer of an adapter's texts; None is the base alone."""
+        return self.tokenizer if name is None else self.get(name).tokenizer
+
     def parses(self, name: str | None) -> bool:
         """Whether special tokens that a prompt for this adapter (None: the base) spells out are tokens."""
         return self.base.parses_special_tokens if name is None else self.get(name).parses_special_tokens
 
+    def chat(self, name: str | None) -> str | None:
+        """The template of the conversations that an adapter (None: the base) answers; None where it answers none."""
+        return self.base.chat if name is None else self.get(name).chat
+
     def encode(self, prompt: str, adapter: str | None = None) -> list[int]:
         """The token ids of a prompt for an adapter: the context token (begin of text), then the prompt."""
-        return context_ids(self.tokenizer, prompt, self.parses(adapter))
+        return context_ids(self.tokenizer_of(adapter), prompt, self.parses(adapter))
 
     def logits(self, ids: torch.Tensor, adapters: AdapterNames = ()) -> torch.Tensor:
-        """Logits (R, T, V), float32, of texts `ids` (R, T) int64."""
+        """Logits (R, T, V), float32, of texts `ids` (R, T) int64; UserError where V is not the same for all."""
         variants = [self.variant(name) for name in self._one_each(len(ids), adapters)]
+        if len({variant.model.vocabulary for variant in variants}) > 1:
+            raise UserError("logits: the adapters know unequally many tokens; ask for them one after the other")
         batch = DecodeBatch(len(ids))
         hidden = batch.prefill(variants, range(len(ids)), ids.to(self.spec.device), 0)
         return torch.stack([batch.logits([v], h[None])[0] for v, h in zip(variants, hidden, strict=True)])
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Sequence[int]],
         settings: GenerationSettings | None = None,
         adapters: AdapterNames = (),
         on_text: OnText | None = None,
@@ -181,6 +191,7 @@ class AdapterBank:
         **Context.** As in training, a document begins with `<|endoftext|>`, or with what begins texts of this base: its
         id stands before the prompt at position 0. The prompt is plain text (`<|endoftext|>` written in it is 13
         characters) unless the adapter was trained to parse special tokens; an empty prompt begins a new document.
+        Instead of a text it may be the ids themselves, context token included.
 
         **Sliding window.** Whenever the model would see more than n_positions tokens (context token, prompt and what it
         has generated), it sees only the last n_positions - n_positions // 4 of them: the oldest quarter is dropped,
@@ -206,18 +217,20 @@ class AdapterBank:
 
         handles = []
         for index, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
-            request = Request(tuple(self.encode(prompt, name)), name, each[index % len(each)], slide=True)
+            ids = self.encode(prompt, name) if isinstance(prompt, str) else prompt
+            request = Request(tuple(ids), name, each[index % len(each)], slide=True)
             handles.append(engine.submit(request, partial(listen, index)))
         while engine.step():
             pass
         results = []
-        for prompt, handle, got in zip(prompts, handles, outputs, strict=True):
+        for prompt, name, handle, got in zip(prompts, names, handles, outputs, strict=True):
             reason = got[-1].finish_reason
             if reason == "error":
                 raise CheckFailed(got[-1].error)
             assert reason is not None, "the engine ends every request"
             seed = handle.seed if settings.sampling_temperature > 0 else None
             text, ids = "".join(output.text for output in got), tuple(i for output in got for i in output.ids)
+            prompt = prompt if isinstance(prompt, str) else decode_plain(self.tokenizer_of(name), prompt)
             results.append(Generation(prompt, text, ids, reason, len(handle.request.ids), seed))
         return results
 

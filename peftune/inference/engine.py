@@ -89,7 +89,7 @@ class Engine:
         the model does not know, and a prompt that leaves no position to write to.
         """
         variant = self._models.variant(request.adapter)
-        ids, seed, vocabulary = list(request.ids), request.settings.seed, self._spec.config.vocab_size
+        ids, seed, vocabulary = list(request.ids), request.settings.seed, variant.model.vocabulary
         if request.settings.beams > 1:
             raise UserError("beams: a bank samples or takes the likeliest token; beam search is generate.generate's")
         if request.settings.num_return_sequences > 1:
@@ -101,9 +101,10 @@ class Engine:
             found = f"{len(ids)} tokens of the prompt and {new} to write"
             raise UserError(f"{found} exceed the model's {self._positions} positions")
         handle = RequestHandle(request, on_output, secrets.randbelow(2**32) if seed is None else seed)
-        output = Detokenizer(self._models.tokenizer, request.settings, request.ids)
+        tokenizer = self._models.tokenizer_of(request.adapter)
+        output = Detokenizer(tokenizer, request.settings, request.ids)
         window = slide(ids, self._positions) if request.slide else ids
-        row = RunningSequence(handle, variant, output, window, self._chunk)
+        row = RunningSequence(handle, variant, output, window, self._chunk, len(tokenizer))
         with self._changed:
             self._refuse_when_full()
             self._waiting.push(request.adapter, row)

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftune.adapters.attach import load_onto
+from peftune.adapters.attach import fit, load_with_rows
 from peftune.adapters.base_of import base_of
-from peftune.adapters.directory import check_fits
 from peftune.adapters.provenance import check_base, parses_special_tokens, read_provenance
 from peftune.data.tokens.encode import begin_of_text_id, end_of_text_id
 from peftune.errors import CheckFailed, UserError, refuse_bare_string
@@ -59,17 +58,16 @@ def text_generator(
     """Load the model; the function that is returned continues prompts with it, call after call."""
     base, chosen = open_base(base), settings or GenerationSettings()
     if chosen.beams > 1:
-        model: Model = load_model(base)
-        parse = base.parses_special_tokens
-        if adapter is not None:  # in full precision, so that one which changes the base (PiSSA) is rounded once
+        parse, tokenizer = base.parses_special_tokens, base.tokenizer
+        if adapter is None:
+            model: Model = load_model(base)
+        else:  # in full precision, so that one which changes the base (PiSSA) is rounded once
             check_base(Path(adapter), base)
-            check_fits(Path(adapter), base.config, len(base.tokenizer))
+            _, layout, tokenizer = fit(Path(adapter), base)
             parse = parses_special_tokens(read_provenance(Path(adapter)))
-            model = load_onto(model, Path(adapter))
+            model = load_with_rows(base, Path(adapter), layout)
         model.to("cuda" if torch.cuda.is_available() else "cpu", dtype_of(precision))  # type: ignore[arg-type]
-        return lambda prompts, on_text: generate_with_transformers(
-            model, base.tokenizer, prompts, chosen, on_text, parse
-        )
+        return lambda prompts, on_text: generate_with_transformers(model, tokenizer, prompts, chosen, on_text, parse)
     bank, name = AdapterBank(base, precision), "adapter" if adapter is not None else None
     if adapter is not None:
         bank.add("adapter", adapter)

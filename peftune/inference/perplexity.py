@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerFast
 
-from peftune.adapters.attach import load_onto
+from peftune.adapters.attach import fit, load_with_rows
 from peftune.adapters.base_of import base_of
-from peftune.adapters.directory import check_fits
-from peftune.adapters.provenance import check_base, parses_special_tokens, read_provenance, recorded
+from peftune.adapters.provenance import chat_of, check_base, parses_special_tokens, read_provenance, recorded
 from peftune.config.data_section import Source
 from peftune.console import Console
 from peftune.data.batches import Blocks
@@ -106,12 +106,17 @@ def evaluate(
         raise UserError("nothing to evaluate on; give at least one domain by name, with its documents")
     if "base" in folders:
         raise UserError("an adapter cannot be called base: that row is the base itself; name the adapter otherwise")
-    base = open_base(base or base_of(*folders.values()))
-    read = special_tokens_of(base, folders)
-    domains = {name: read_blocks(base, documents, block_size, read) for name, documents in data.items()}
+    base = base if isinstance(base, Base) else open_base(base or base_of(*folders.values()))
+    read, chat = special_tokens_of(base, folders), chat_of_all(base, folders)
+    domains = {name: read_blocks(base, documents, block_size, read, chat) for name, documents in data.items()}
     for directory in folders.values():
         check_base(directory, base)
-        check_fits(directory, base.config, len(base.tokenizer))
+    fitting = {name: fit(directory, base)[1:] for name, directory in folders.items()}
+    own = {name: tokenizer for name, (_, tokenizer) in fitting.items() if tokenizer is not base.tokenizer}
+    if own:
+        Console().say(
+            f"{', '.join(own)}: with tokens of its own (data.new_tokens): compare bits per byte with other rows"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autocast = torch.autocast(device.type, dtype_of(precision), enabled=precision != "fp32")
     rows: dict[str, dict[str, Figures]] = {}
@@ -119,10 +124,13 @@ def evaluate(
         task = progress.add_task("evaluating", total=(1 + len(folders)) * sum(map(len, domains.values())), note="")
         for name, adapter in {"base": None, **folders}.items():
             progress.update(task, description=f"evaluating {name}")
-            model = load_model(base) if adapter is None else load_onto(load_model(base), adapter)
+            model = load_model(base) if adapter is None else load_with_rows(base, adapter, fitting[name][0])
             scorer = LossModel(model).to(device)
             rows[name] = {}
-            for domain, blocks in domains.items():
+            for domain, packed in domains.items():
+                blocks = packed
+                if name in own:
+                    blocks = read_blocks(base, data[domain], block_size, read, chat, own[name])
                 every = range(len(blocks))
                 with autocast:
                     nats = summed_nats_over(scorer, blocks, every, batch, device, lambda n: progress.advance(task, n))
@@ -170,10 +178,28 @@ def special_tokens_of(base: Base, adapters: Mapping[str, Path]) -> str:
     return "parse" if next(iter(parse.values()), base.parses_special_tokens) else "text"
 
 
+def chat_of_all(base: Base, adapters: Mapping[str, Path]) -> str:
+    """By which template conversations are read: as the adapters were trained that know any, without one as the base.
+
+    UserError where adapters differ in it.
+    """
+    found = {name: chat_of(read_provenance(directory)) for name, directory in adapters.items()}
+    known = {chat for chat in found.values() if chat is not None} or {base.chat or "plain"}
+    if len(known) > 1:
+        names = ", ".join(name for name, chat in found.items() if chat == "eos-turns")
+        raise UserError(f"{names}: trained with data.chat: eos-turns, others not; evaluate them separately")
+    return known.pop()
+
+
 def read_blocks(
-    base: Base, documents: Documents | Blocks, block_size: int | None = None, special_tokens: str = "text"
+    base: Base,
+    documents: Documents | Blocks,
+    block_size: int | None = None,
+    special_tokens: str = "text",
+    chat: str = "plain",
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Blocks:
-    """Tokenise and pack a domain for a base; what is packed already stays as it is."""
+    """Tokenise (with the base's tokenizer or this one) and pack a domain; what is packed already stays as it is."""
     if isinstance(documents, Blocks):
         return documents
     positions = base.config.n_positions
@@ -181,7 +207,9 @@ def read_blocks(
         raise UserError(f"block size {block_size}: expected 8 to {positions}, the positions of the base")
     several = [documents] if isinstance(documents, str | Path | Source) else documents
     sources = [one if isinstance(one, Source) else Source(path=str(one)) for one in several]
-    store = prepare(sources, base.tokenizer, base.tokenizer_fingerprint, " ", "auto", None, special_tokens)
+    store = prepare(
+        sources, tokenizer or base.tokenizer, base.tokenizer_fingerprint, " ", "auto", None, special_tokens, chat
+    )
     for line in cut_lines(sources, store.cuts, chosen=True):
         Console().say(line)
     return Blocks.of(store, np.arange(len(store)), block_size or positions)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from peftune.data.tokens.encode import begin_of_text_id, encode_texts
+from peftune.data.sources.chat_template import EOS_TURNS, contents_of, render_chat
+from peftune.data.tokens.encode import begin_of_text_id, encode_texts, end_of_text_id
 from peftune.inference.settings import FinishReason, GenerationSettings
 from peftune.model.decode.batch import ModelVariant
 from peftune.model.decode.build import ModelSpec
@@ -28,6 +29,9 @@ class ModelProvider(Protocol):
     def names(self) -> tuple[str, ...]:
         """The adapters that are loaded."""
 
+    def tokenizer_of(self, name: str | None) -> PreTrainedTokenizerFast:
+        """The tokenizer of the texts with the adapter `name`, None for the base alone."""
+
     def variant(self, name: str | None) -> ModelVariant:
         """The base with the adapter `name`, None for the base alone; UserError where none has this name."""
 
@@ -38,6 +42,20 @@ def context_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, parse: bool = F
     Special tokens in it are plain text, or with `parse` the tokens.
     """
     return [begin_of_text_id(tokenizer), *encode_texts([prompt], tokenizer, parse)[0]]
+
+
+def chat_ids(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict[str, Any]], chat: str, parse: bool = False
+) -> list[int]:
+    """The token ids of a conversation that the assistant is to continue, by the template `chat`.
+
+    With eos-turns there is no context token, and special tokens are plain text in any case. UserError for a role or
+    content that we do not know.
+    """
+    if chat != EOS_TURNS:
+        return context_ids(tokenizer, render_chat(messages), parse)
+    end = end_of_text_id(tokenizer)
+    return [id for ids in encode_texts(contents_of(messages), tokenizer) for id in (*ids, end)]
 
 
 def slide(ids: list[int], n_positions: int) -> list[int]:

@@ -120,13 +120,19 @@ class RunningBatch:
         for row, _ in complete:
             if row.handle.request.only_score:
                 row.finish_scored()
-        complete = [(row, states) for row, states in complete if row.finish_reason is None]
-        if not complete:
-            return
+        groups: dict[tuple[int, int], _Hidden] = {}
+        for row, states in complete:
+            if row.finish_reason is None:
+                groups.setdefault((row.known_tokens, row.variant.model.vocabulary), []).append((row, states))
+        for (known, _), group in groups.items():
+            self._choose_of(group, known)
+
+    def _choose_of(self, complete: _Hidden, known: int) -> None:
+        """The same for rows whose models have equally many tokens, `known` of them to the tokenizer."""
         rows, hidden = [row for row, _ in complete], torch.stack([states for _, states in complete])
         logits = self._batch.logits([row.variant for row in rows], hidden)
         finite = logits.sum(-1).isfinite().tolist()  # host sync, as reading the tokens is
-        possible = (logits if all(finite) else logits.nan_to_num())[:, : len(self._models.tokenizer)]
+        possible = (logits if all(finite) else logits.nan_to_num())[:, :known]
         tokens = sample(rows, possible, self._models.end)
         for row, token, row_logits, good in zip(rows, tokens, logits, finite, strict=True):
             if good:

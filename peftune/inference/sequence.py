@@ -22,8 +22,9 @@ class RunningSequence:
     """One row of the batch.
 
     `window` is what the model sees of prompt and output, `computed` of its tokens are in the cache; padding reached up
-    to `cache_length`. `started` is when it got its slot, on the monotonic clock. `chunk_tokens` of a prompt are read in
-    one forward, and `turn` counts the forwards of the batch before this row's last one, or before it came.
+    to `cache_length`. `started` is when it got its slot, on the monotonic clock. `chunk_tokens` of a prompt are read
+    in one forward, the first `known_tokens` rows of the head are tokens, and `turn` counts the forwards of the batch
+    before this row's last one, or before it came.
     """
 
     handle: RequestHandle
@@ -31,6 +32,7 @@ class RunningSequence:
     output: Detokenizer
     window: list[int]
     chunk_tokens: int
+    known_tokens: int
     computed: int = 0
     cache_length: int = 0
     turn: int = 0

@@ -61,6 +61,12 @@ class Base:
         return [entry for entry in found if isinstance(entry, dict)]
 
     @cached_property
+    def chat(self) -> str | None:
+        """By which template it answers conversations, `plain` or `eos-turns`, as a merge of an adapter that does."""
+        merged = read_object_if_present(self.directory / MERGE, f"base {self.directory}: {MERGE}") or {}
+        return chat if (chat := merged.get("chat")) in ("plain", "eos-turns") else None
+
+    @cached_property
     def _recorded(self) -> dict[str, str]:
         """sha256 by file name, of a model that peftune merged; empty for any other."""
         hashes = self._merge.get("sha256")

@@ -57,7 +57,7 @@ def make_service(base: str, adapters: Mapping[str, Path], precision: str, settin
     for name, directory in adapters.items():
         if name == bank.base.name:
             raise UserError(f"an adapter is named {name} as the base is; name the adapter otherwise")
-        bank.add(name, directory)
+        bank.add(name, directory, new_tokens=False)
     return Service(bank, Engine(bank, settings.slots, settings.queue), settings)
 
 

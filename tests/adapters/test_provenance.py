@@ -28,6 +28,23 @@ def change_one_weight(base: Path) -> None:
     save_file(tensors, base / "model.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("bos", "data", "told"),
+    [("<s>", {"join": " "}, True), ("<s>", {"special_tokens": "text"}, False), (None, {"join": " "}, False)],
+)
+def test_it_is_said_that_an_older_adapter_saw_texts_begin_otherwise(
+    bos: str | None, data: dict[str, str], told: bool, tiny_base: Path, tmp_path: Path, make_adapter: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    base, adapter = copy(tiny_base, tmp_path / "base"), make_adapter()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.bos_token = bos and tokenizer.convert_ids_to_tokens(5)
+    tokenizer.save_pretrained(base)
+    (adapter / "peftune.json").write_text(json.dumps({"peftune": "0.1.0", "recipe": {"data": data}}))
+    check_base(adapter, Base(base))
+    assert ("began with <|endoftext|>; now they begin with" in " ".join(capsys.readouterr().err.split())) is told
+
+
 def test_fingerprint_is_the_same_for_every_layout(layouts: dict[str, Path], tiny_base: Path) -> None:
     assert {Base(directory).fingerprint for directory in layouts.values()} == {Base(tiny_base).fingerprint}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -16,11 +17,15 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from peftune.adapters.gguf.vocabulary import gguf_vocabulary
+from peftune.adapters.inspect.describe import describe
 from peftune.adapters.merge.merge import merge
 from peftune.config.recipe import Recipe
 from peftune.data.tokens.encode import encode_texts
 from peftune.errors import Interrupted, UserError
 from peftune.inference.bank import AdapterBank
+from peftune.inference.generate import generate
+from peftune.inference.perplexity import evaluate
+from peftune.inference.settings import GenerationSettings
 from peftune.model.base import open_base
 from peftune.model.lora import quiet_peft
 from peftune.model.tokenizer import with_new_tokens
@@ -86,8 +91,76 @@ def test_only_rows_of_new_tokens_are_learnt_and_merged(
             assert not torch.equal(merged[name][known], merged[name][known + 1]), "both began as the same mean"
     bank = AdapterBank(str(out), device="cpu")
     assert bank.encode(TEXT)[1:] == encoded
-    with pytest.raises(UserError, match="fold it in with peftune merge"):
-        AdapterBank(str(base), device="cpu").add("new", adapter)
+    check_unmerged(base, adapter, out, tmp_path, model)
+
+
+def check_unmerged(base: Path, adapter: Path, merged: Path, folder: Path, model: torch.nn.Module) -> None:
+    """Without a merge it is asked and scored as PEFT computes it, in any company; a server refuses it."""
+    settings = GenerationSettings(max_new_tokens=6, temperature=0.0, ignore_eos=True)
+    bank, ids = AdapterBank(str(base), device="cpu"), AdapterBank(str(merged), device="cpu").encode(TEXT)
+    alone = bank.generate([TEXT, "the cat"], settings)
+    bank.add("new", adapter)
+    found = bank.generate([TEXT, TEXT, "the cat"], settings, ["new", None, None])
+    written = list(ids)
+    with torch.no_grad():
+        for _ in range(6):
+            known = len(bank.tokenizer_of("new"))
+            written.append(int(model(torch.tensor([written])).logits[0, -1, :known].argmax()))
+    assert bank.encode(TEXT, "new") == ids and list(found[0].ids) == written[len(ids) :]
+    assert found[1:] == alone and len(bank.encode(TEXT)) > len(ids)
+    assert found[0] == generate(TEXT, str(base), adapter, settings)[0]
+    beams = dataclasses.replace(settings, beams=2, ignore_eos=False)
+    assert generate(TEXT, str(base), adapter, beams)[0].ids == generate(TEXT, str(merged), None, beams)[0].ids
+    path = folder / "scored.jsonl"
+    path.write_text(json.dumps({"text": TEXT}) + "\n")
+    both = (
+        evaluate(str(base), {"t": path}, {"new": adapter})["rows"]["new"]["t"],
+        evaluate(str(merged), {"t": path})["rows"]["base"]["t"],
+    )
+    assert both[0] == pytest.approx(both[1], rel=1e-5)
+    assert describe(adapter, str(base)).rows.keys() >= {"transformer.wte.weight"}
+    with pytest.raises(UserError, match="fold it in with peftune merge first"):
+        bank.add("served", adapter, new_tokens=False)
+
+
+def test_new_tokens_go_with_parsed_special_tokens(
+    tagged: Callable[..., Recipe], tiny_base: Path, tmp_path: Path
+) -> None:
+    data, end = tmp_path / "both.jsonl", GPT2Config.from_pretrained(tiny_base).eos_token_id
+    text = f"a<|endoftext|>b {TEXT}"
+    data.write_text(json.dumps({"text": text}) + "\n")
+    for way, ends in (("parse", 1), ("text", 0)):
+        adapter = tmp_path / way
+        train(tagged(f"data.train={data}", "data.validation=0", f"data.special_tokens={way}", "optim.steps=1",
+                     f"run.out={adapter}"))  # fmt: skip
+        merge(adapter, tmp_path / f"{way}-merged", texts=[TEXT])
+        bank = AdapterBank(str(tiny_base), device="cpu")
+        bank.add("new", adapter)
+        ids = bank.encode(text, "new")[1:]
+        assert ids.count(end) == ends and {300, 301} <= set(ids)
+        assert AdapterBank(str(tmp_path / f"{way}-merged"), device="cpu").encode(text)[1:] == ids
+
+
+def test_rows_without_a_fitting_tokenizer_are_refused(
+    tagged: Callable[..., Recipe], tiny_base: Path, tmp_path: Path
+) -> None:
+    adapter = train(tagged("optim.steps=1")).out
+    path = adapter / "tokenizer.json"
+    stored = json.loads(path.read_text())
+    words = stored["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    path.write_text(json.dumps(stored))
+    (adapter / "peftune.json").unlink()  # which has its hash
+    bank = AdapterBank(str(tiny_base), device="cpu")
+    with pytest.raises(UserError, match=r"in its tokenizer '.' is not token"):
+        bank.add("new", adapter)
+    path.write_text("{}")
+    with pytest.raises(UserError, match=f"adapter {adapter}: the tokenizer"):
+        bank.add("new", adapter)
+    path.unlink()
+    (adapter / "vocab.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="has 302 tokens, the base has 300; fold it in with peftune merge first"):
+        bank.add("new", adapter)
 
 
 def test_a_resumed_run_gives_the_same_rows(

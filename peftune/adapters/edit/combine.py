@@ -20,7 +20,7 @@ from peftune.adapters.directory import Adapter, check_free, read_adapter
 from peftune.adapters.edit.computed_adapter import write_computed_adapter
 from peftune.adapters.layout import AdapterLayout, model_order
 from peftune.adapters.low_rank import LowRankDelta, added, best_of_rank, delta_of, distance, norm
-from peftune.adapters.provenance import parses_special_tokens
+from peftune.adapters.provenance import chat_of, parses_special_tokens
 from peftune.errors import UserError
 from peftune.model.base import open_base
 from peftune.model.weights import Weights
@@ -103,6 +103,8 @@ def combine(
     source: dict[str, Any] = {"combined": {"adapters": sources, "rank": rank, "relative_error": result.relative_error}}
     if any(parses_special_tokens(adapter.provenance) for adapter in adapters):  # the others saw none
         source["special_tokens"] = "parse"
+    if len(chats := {chat_of(adapter.provenance) for adapter in adapters}) == 1 and None not in chats:
+        source |= {"chat": True, "chat_template": chats.pop()}
     write_computed_adapter(out, identity, config, stored, source, _card(result))
     return result
 

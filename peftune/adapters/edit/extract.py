@@ -144,6 +144,8 @@ def extract(base: str, tuned: str, rank: int, out: Path, targets: str = "all") -
     source = {"extracted": source | {"tuned_fingerprint": after.fingerprint}}
     if after.parses_special_tokens:
         source["special_tokens"] = "parse"
+    if after.chat is not None:
+        source |= {"chat": True, "chat_template": after.chat}
     write_computed_adapter(out, identity, before.config, updates, source, _card(result))
     return result
 

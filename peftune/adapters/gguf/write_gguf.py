@@ -13,8 +13,10 @@ from peftune.adapters.directory import check_free, read_adapter
 from peftune.adapters.gguf.tensors import GgufTensor, base_tensors, check_graph, lora_tensors
 from peftune.adapters.gguf.vocabulary import gguf_vocabulary
 from peftune.adapters.layout import layout_of
-from peftune.adapters.provenance import check_base
+from peftune.adapters.provenance import chat_of, check_base, read_provenance
 from peftune.console import Console
+from peftune.data.sources.chat_exports import ollama_lines
+from peftune.data.sources.chat_template import EOS_TURNS
 from peftune.data.tokens.encode import begin_of_text_id, end_of_text_id
 from peftune.errors import CheckFailed, UserError
 from peftune.files import publish, staging_directory
@@ -49,9 +51,10 @@ def export_gguf(base: Base, out: Path, adapters: Sequence[Path] = (), kind: str 
             _write_model(staging / MODEL, base, tensors, kind, lambda: progress.advance(task))
             for name, lora in zip(names, loras, strict=True):
                 _write_lora(staging / f"{name}.gguf", name, lora, lambda: progress.advance(task))
-            for name in names or [""]:
+            chats = [chat_of(read_provenance(adapter)) for adapter in adapters] or [base.chat]
+            for name, chat in zip(names or [""], chats, strict=True):
                 modelfile = staging / (f"Modelfile.{name}" if name else "Modelfile")
-                modelfile.write_text(_modelfile(base, f"{name}.gguf" if name else ""), encoding="utf-8")
+                modelfile.write_text(_modelfile(base, f"{name}.gguf" if name else "", chat), encoding="utf-8")
             written = sorted(path.name for path in staging.iterdir())
             publish(staging, out)
     except OSError as error:
@@ -87,7 +90,9 @@ def _write_model(path: Path, base: Base, tensors: list[GgufTensor], kind: str, d
     writer.add_token_merges(vocabulary.merges)
     writer.add_bos_token_id(begin_of_text_id(base.tokenizer))
     writer.add_eos_token_id(end_of_text_id(base.tokenizer))
-    writer.add_add_bos_token(True)  # a text is continued as training saw it: behind the begin of text
+    writer.add_add_bos_token(base.chat != EOS_TURNS)  # a text is continued as training saw it: behind the begin of text
+    if isinstance(template := base.tokenizer.chat_template, str):
+        writer.add_chat_template(template)
     _write(writer, path, tensors, kind, done)
 
 
@@ -142,8 +147,9 @@ def _stored_as(tensor: GgufTensor, kind: str) -> str:
     return "F16" if kind == "q8_0" and tensor.shape[-1] % 32 else TYPES[kind]
 
 
-def _modelfile(base: Base, adapter: str) -> str:
-    """How Ollama continues a text with this model: the prompt as it stands, up to the end of the text."""
+def _modelfile(base: Base, adapter: str, chat: str | None) -> str:
+    """How Ollama continues a text, or a conversation, with this model, up to the end of the text or the turn."""
     lines = [f"FROM ./{MODEL}", *([f"ADAPTER ./{adapter}"] if adapter else [])]
-    lines += ["TEMPLATE {{ .Prompt }}", f"PARAMETER num_ctx {base.config.n_positions}", "PARAMETER temperature 1"]
+    lines += ["TEMPLATE {{ .Prompt }}"] if chat is None else ollama_lines(chat, str(base.tokenizer.eos_token))
+    lines += [f"PARAMETER num_ctx {base.config.n_positions}", "PARAMETER temperature 1"]
     return "\n".join(lines) + "\n"

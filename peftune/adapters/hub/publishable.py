@@ -43,7 +43,9 @@ _MODEL_FILES = re.compile(
 )
 _OWN_PATHS = ("_name_or_path", "name_or_path")  # where Transformers loaded it from, on this machine
 _OF_ORIGINS = ("adapter_fingerprint", "base_fingerprint", "step")
-_KEPT = ("peftune", *FINGERPRINTS, "chat", "step", "tokens", "precision", "versions")  # of peftune.json
+_KEPT = (  # of peftune.json
+    "peftune", *FINGERPRINTS, "chat", "chat_template", "step", "tokens", "precision", "versions",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

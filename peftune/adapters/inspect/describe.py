@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peftune.adapters.attach import fit
 from peftune.adapters.base_of import read_layout
-from peftune.adapters.directory import Adapter, check_fits, read_adapter
+from peftune.adapters.directory import Adapter, read_adapter
 from peftune.adapters.fold import MergedTensors
 from peftune.adapters.layout import AdapterLayout, LoraTarget, block_of, model_order
 from peftune.adapters.low_rank import delta_of, norm
@@ -82,7 +83,7 @@ def describe(directory: Path, base: str | None = None) -> AdapterDescription:
     else:
         opened = open_base(base)
         check_base(directory, opened)
-        adapter, layout = check_fits(directory, opened.config)
+        adapter, layout, _ = fit(directory, opened)
         weights = opened.weights
     missing = beyond_factors(layout)
     norms_are = "of the whole update" if not missing else "of the whole change"

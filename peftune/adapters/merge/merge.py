@@ -24,9 +24,10 @@ from peftune.adapters.merge.report import MergeReport
 from peftune.adapters.merge.shards import write_weights
 from peftune.adapters.merge.tokenizer_files import begins_texts, write_tokenizer
 from peftune.adapters.merge.verify import base_quantization, verify_merge
-from peftune.adapters.provenance import INIT, check_base, parses_special_tokens, recorded_list
+from peftune.adapters.provenance import INIT, chat_of, check_base, parses_special_tokens, recorded_list
 from peftune.console import Console
 from peftune.data.sources.builtin import documents
+from peftune.data.sources.chat_exports import jinja_template
 from peftune.data.tokens.encode import begin_of_text_id, encode_texts
 from peftune.errors import CheckFailed, UserError, refuse_bare_string
 from peftune.files import hashes_of, publish, staging_directory, write_json
@@ -35,6 +36,7 @@ from peftune.model.base import MERGE, Base, open_base
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 5_000_000_000
 _COPIED_VALUES = 1_000_000  # read and written at a time of tensors that are not adapted
+_TEMPLATE = "chat_template.jinja"
 _GENERATION = "generation_config.json"
 _SEQUENCES, _LENGTH = 8, 64
 
@@ -91,7 +93,7 @@ def merge(
                 begin_of_text=str(written.tokenizer.convert_ids_to_tokens(begin_of_text_id(written.tokenizer))),
                 tokenizer_begins_texts=begins_texts(written),
                 merged=(_merged_entry(read, found), *found.merged), changes_nothing=not merged.changes_a_weight,
-                **figures,
+                chat=chat_of(read.provenance), **figures,
             )  # fmt: skip
             hashes = hashes_of(staging, [path.name for path in staging.iterdir()])  # `model.base` checks them
             write_json(staging / MERGE, {**vars(report), "sha256": hashes})
@@ -121,6 +123,9 @@ def _write_settings(staging: Path, base: Base, adapter: Adapter, merged: MergedT
         shutil.copyfile(base.directory / _GENERATION, staging / _GENERATION)
     else:
         GenerationConfig.from_model_config(base.config).save_pretrained(staging)
+    if (chat := chat_of(adapter.provenance)) is not None:
+        begin = "eos_token" if base.tokenizer.bos_token is None else "bos_token"
+        (staging / _TEMPLATE).write_text(jinja_template(chat, begin), encoding="utf-8")
 
 
 def _sequences(merged: Base, texts: Sequence[str] | None) -> list[torch.Tensor]:

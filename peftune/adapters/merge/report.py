@@ -76,7 +76,8 @@ class MergeReport:
 
     `trained_on` is `int8` or `nf4` for an adapter that was trained on a quantised base; the three figures
     `…_to_trained` then compare with the function that was trained, None where that was not measured.
-    `special_tokens` says how they were read where a text spelt them out, `parse` or `text`: so are prompts.
+    `special_tokens` says how they were read where a text spelt them out, `parse` or `text`: so are prompts. `chat` is
+    the template of its conversations, None where it was not trained on any.
     """
 
     modules_in_adapter: int
@@ -102,6 +103,7 @@ class MergeReport:
     left_out: tuple[str, ...] = ()
     """Tensors of the base that belong to heads of other tasks: the merged model is a language model without them."""
     special_tokens: str = "text"
+    chat: str | None = None
     merged: tuple[dict[str, Any], ...] = ()
     """Every adapter in the model, the last one first: those that the base had merged before too."""
     changes_nothing: bool = False

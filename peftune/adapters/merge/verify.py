@@ -1,7 +1,8 @@
 """Whether the files of a merge hold the model that was trained: its weights, and its logits on real text.
 
 The reference is PEFT itself, see `blockwise`. Each stored tensor is compared with what PEFT's own merge makes of it, so
-that an error in one module shows however little the text depends on it. Logits are compared in float32 first, and in
+that an error in one module shows however little the text depends on it; half precision must be those values rounded, to
+the bit. Logits are compared in float32 first, and in
 float64 where float32 differs by more than a well-conditioned model would: there rounding is told from error.
 """
 
@@ -69,7 +70,7 @@ def verify_merge(
         models["trained"] = BlockwiseModel(weights, config, slices, layout, kind)
         pairs.append(("trained", "stored"))
     candidate = "exact" if "exact" in models else "stored"
-    found = compare_logits(models, pairs, sequences, done, candidate)
+    found = compare_logits(models, pairs, sequences, done, candidate, getattr(torch, dtype))
     stored = found["reference", "stored"]
     exact = found["reference", candidate]
     rounding = 0.0
@@ -96,20 +97,27 @@ def compare_logits(
     sequences: Sequence[torch.Tensor],
     done: Callable[[], None],
     weights_of: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[tuple[str, str], Difference]:
     """For each pair of names (reference, candidate) how the logits differ at every position of the sequences of ids.
 
     All models have one shape. `done` is called after each block. Where `weights_of` names a model, its tensors are
-    compared with what PEFT merges into `reference`; CheckFailed names the first that differs.
+    compared with what PEFT merges into `reference`, and those of `stored` with the same values rounded to `dtype`;
+    CheckFailed names the first that differs.
     """
 
     def check(modules: dict[str, nn.Module], prefix: str) -> None:
-        if weights_of is not None:
-            _check_weights(modules["reference"], modules[weights_of], prefix)
+        if weights_of is None:
+            return
+        _check_weights(modules["reference"], modules[weights_of], prefix)
+        if weights_of != "stored":
+            found = modules["stored"].state_dict()
+            for name, exact in modules[weights_of].state_dict().items():
+                _check_rounded(found[name], exact, dtype, prefix + name)
 
     if weights_of is not None:
         for table in (WPE,) if models[weights_of].source.tied else (WPE, WTE):
-            _check_rows(models["reference"], models[weights_of], table)
+            _check_rows(models["reference"], models[weights_of], models["stored"], table, dtype)
     padded = nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)  # at the end, which causal attention hides
     used, inverse = torch.unique(padded, return_inverse=True)
     positions = torch.arange(padded.shape[1])
@@ -149,13 +157,27 @@ def _check_weights(reference: nn.Module, candidate: nn.Module, prefix: str) -> N
         _check_close(found, merged[name], before[name], prefix + name)
 
 
-def _check_rows(reference: BlockwiseModel, candidate: BlockwiseModel, table: str) -> None:
+def _check_rows(
+    reference: BlockwiseModel, candidate: BlockwiseModel, stored: BlockwiseModel, table: str, dtype: torch.dtype
+) -> None:
     """CheckFailed unless all rows of an embedding are those of base + adapter, whether the text uses them or not."""
     config = candidate.config
     for start, stop in row_chunks((config.n_positions if table == WPE else config.vocab_size, config.n_embd)):
         rows = torch.arange(start, stop)
         wanted = reference.embedding(table, rows)
-        _check_close(candidate.embedding(table, rows), wanted, _norm(wanted), table)
+        found = candidate.embedding(table, rows)
+        _check_close(found, wanted, _norm(wanted), table)
+        if stored is not candidate:
+            _check_rounded(stored.embedding(table, rows), found, dtype, table)
+
+
+def _check_rounded(found: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, name: str) -> None:
+    """The same code computed both, so that each bit is the same."""
+    if wrong := int((found != exact.to(dtype).float()).sum()):
+        raise CheckFailed(
+            f"merge: {name} differs from base + adapter rounded to {str(dtype).partition('.')[2]} in {wrong:,} of "
+            f"{found.numel():,} values; nothing was written"
+        )
 
 
 def _check_close(found: torch.Tensor, wanted: torch.Tensor, before: float, name: str) -> None:

@@ -31,13 +31,15 @@ def run(
     split_on: str = "auto",
     json_path: Path | None = None,
     special_tokens: str = "text",
+    chat: str = "plain",
 ) -> None:
     """Print the summary on stdout and, if asked for, write it as JSON; blocks are as long as the context by default."""
     from peftune.data.summary import summarize
 
     block_size = block_size or base.config.n_positions
     tokenizer, fingerprint = base.tokenizer, base.tokenizer_fingerprint
-    summary = summarize(sources, tokenizer, fingerprint, block_size, split_on=split_on, special_tokens=special_tokens)
+    options = split_on, None, special_tokens, chat
+    summary = summarize(sources, tokenizer, fingerprint, block_size, " ", *options)
     save_json(json_path, summary)
     render(summary, results())
 

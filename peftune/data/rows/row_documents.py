@@ -34,8 +34,8 @@ class RowReader:
     `where` does not want and, where the source says so, bad rows.
     """
 
-    def __init__(self, source: Source, stats: ReadStats) -> None:
-        self.source, self.stats = source, stats
+    def __init__(self, source: Source, stats: ReadStats, chat: str = "plain") -> None:
+        self.source, self.stats, self.chat = source, stats, chat
         named = (source.text, source.prompt, source.completion, source.messages)
         self.named = [name for name in named if name is not None]
         self.filter = RowFilter(source.where) if source.where else None
@@ -177,8 +177,12 @@ class RowReader:
         if columns == [self.source.messages] or (columns in (["messages"], ["conversations"]) and not self.named):
             if columns[0] not in row:
                 raise missing_column(row, columns[0], location)
-            turns = chat_template.turns_of(row[columns[0]], location)
-            return Document(_whole("".join(text for text, _ in turns), columns[0], location), None, turns, location)
+            turns, ends = (
+                chat_template.turns_of(row[columns[0]], location, self.chat),
+                self.chat == chat_template.EOS_TURNS,
+            )
+            text = _whole("".join(text for text, _ in turns), columns[0], location)
+            return Document(text, turns=turns, source=location, ends_turns=ends)
         values = [_whole(text_of(row, column, location), column, location) for column in columns]
         return Document(values[-1], prompt=values[0] if len(values) == 2 else None, source=location)
 

@@ -29,13 +29,16 @@ from peftune.errors import UserError
 from peftune.files import sha256_of
 
 
-def read_documents(source: Source, split_on: str, stats: ReadStats | None = None) -> Generator[Document, None, None]:
+def read_documents(
+    source: Source, split_on: str, stats: ReadStats | None = None, chat: str = "plain"
+) -> Generator[Document, None, None]:
     """Documents of one source in a fixed order; `stats` learns what was skipped, and how text files were cut.
 
-    Raises UserError naming file and row (or line, or byte) for whatever cannot be read.
+    `chat` is the template of conversations. Raises UserError naming file and row (or line, or byte) for whatever cannot
+    be read.
     """
     stats = stats if stats is not None else ReadStats()
-    reader = RowReader(source, stats)
+    reader = RowReader(source, stats, chat)
     stats.cuts.append([])
     if source.path.startswith("builtin:"):
         _refuse_columns(source, "a built-in corpus")

@@ -1,9 +1,10 @@
 """From `Document` to `Examples`: which tokens a document becomes, and which of them are scored.
 
-Begin of text + ids + end of text, for GPT-2 both `<|endoftext|>`: the first is context only, the last is always scored,
-so a model learns to begin and to stop. Prompt and completion (and the parts of a chat) are tokenised separately and
-joined as ids. Special tokens written out in a text are text: no document can end itself or another. With
-`data.special_tokens: parse` they are the tokens.
+Begin of text + ids + end of text, for GPT-2 both `<|endoftext|>`: the first is context only, the last is always
+scored, so a model learns to begin and to stop. (With `data.chat: eos-turns` the end follows each turn, and there is no
+first.) Prompt and completion (and the parts of a chat) are tokenised separately and joined as ids. Special tokens
+written out in a text are text: no document can end itself or another. With `data.special_tokens: parse` they are the
+tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Examples:
     """Tokenised documents one after another; flat arrays, since a Python value per token costs more than its id.
 
     `ids` (t,) uint32 and `supervised` (t,) bool over all tokens, `lengths` and `supervised_bytes` (n,) int64 over
-    documents. Of each document the first token is the context (begin of text), never supervised; the last always is.
+    documents. Of each document the first token is context (begin of text), never supervised; the last always is.
     `supervised_bytes` is the UTF-8 length of the scored text with the space that `join` put before it, without
     the end of text. `digests` (n,) uint64 are the first 8 bytes, big-endian, of the SHA-256 of what a reader of each
     document would see.
@@ -44,21 +45,27 @@ class Examples:
 def tokenize_batch(
     documents: Sequence[Document], backends: TokenizerBackends, begin: int, end: int, join: str
 ) -> Examples:
-    """Tokenised documents as flat arrays, each between the tokens `begin` and `end`."""
+    """Tokenised documents as flat arrays, each between the tokens `begin` and `end`, or with `end` after each turn."""
     parts = [parts_of(document, join) for document in documents]
     texts = [text for document in parts for text, _ in document]
     scored = np.array([scored for document in parts for _, scored in document], dtype=bool)
     found, counts = backends.encode(texts)
-    last_part = np.cumsum([len(document) for document in parts], dtype=np.int64)
-    lengths = 2 + _sums(counts, last_part)
-    after = np.cumsum(lengths)
-    text = np.ones(int(lengths.sum()), dtype=bool)  # positions of `found`
-    text[after - lengths] = text[after - 1] = False
+    in_each = np.array([len(document) for document in parts], dtype=np.int64)
+    ends_turns = np.array([document.ends_turns for document in documents], dtype=bool)
+    last_part = np.cumsum(in_each)
+    first, last = last_part - in_each, last_part - 1
+    ended, begun = np.repeat(ends_turns, in_each), np.zeros(len(texts), dtype=bool)  # of parts
+    ended[last], begun[first] = True, ~ends_turns
+    sizes = counts + ended + begun
+    after = np.cumsum(sizes)
+    before = after - sizes
+    text = np.ones(int(sizes.sum()), dtype=bool)  # positions of `found`
+    text[before[begun]] = text[after[ended] - 1] = False
     ids = np.full(len(text), end, dtype=np.uint32)
-    ids[text], ids[after - lengths] = found, begin
-    supervised = np.ones(len(text), dtype=bool)
-    supervised[text] = np.repeat(scored, counts)
-    supervised[after - lengths] = False
+    ids[text], ids[before[begun]] = found, begin
+    supervised = np.repeat(scored, sizes)
+    supervised[before[first]] = False
+    lengths = _sums(sizes, last_part)
     in_bytes = np.fromiter((len(t) if t.isascii() else len(t.encode("utf-8")) for t in texts), np.int64, len(texts))
     hashes = b"".join(hashlib.sha256(document.content().encode("utf-8")).digest()[:8] for document in documents)
     digests = np.frombuffer(hashes, dtype=">u8").astype(np.uint64)

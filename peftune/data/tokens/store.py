@@ -91,6 +91,7 @@ def prepare(
     split_on: str,
     cache: Path | None = None,
     special_tokens: str = "text",
+    chat: str = "plain",
 ) -> TokenStore:
     """The tokenised documents of all sources, from the cache if their content was tokenised before.
 
@@ -104,12 +105,13 @@ def prepare(
     rules = [tokenizer_fingerprint, rules_of(tokenizer), end, *([begin] if begin != end else [])]
     parse = special_tokens == "parse"
     decisive = [FORMAT, rules, join, split_on, identities, *(["parse special tokens"] if parse else [])]
+    decisive += [f"chat {chat}"] if chat != "plain" else []
     key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:40]
 
     def fill(directory: Path) -> TokenStore:
         directory.chmod(0o700)
         stats, special = ReadStats(), SpecialTextCounter(tokenizer)
-        documents = (document for source in sources for document in read_documents(source, split_on, stats))
+        documents = (document for source in sources for document in read_documents(source, split_on, stats, chat))
         writer = Writer(directory, key, vocabulary)
         with Console().reading("tokenising", size_of(sources)) as show:
             for examples in tokenized(special.watch(documents), tokenizer, join, parse):

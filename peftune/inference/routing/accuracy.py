@@ -14,7 +14,7 @@ from peftune.console import Console
 from peftune.data.tokens.store import TokenStore
 from peftune.errors import CheckFailed, UserError
 from peftune.inference.bank import AdapterBank
-from peftune.inference.perplexity import Documents, read_blocks, special_tokens_of
+from peftune.inference.perplexity import Documents, chat_of_all, read_blocks, special_tokens_of
 from peftune.inference.routing.route import THRESHOLD, Route, route
 from peftune.model.base import Base
 
@@ -40,10 +40,11 @@ def measure_routing(
         raise UserError(f"routing: {found}; expected two adapters or more, and each domain named after its adapter")
     bank = AdapterBank(base or base_of(Path(next(iter(adapters.values())))))
     for name, directory in adapters.items():
-        bank.add(name, directory)
-    prompts, read = {}, special_tokens_of(bank.base, {name: Path(directory) for name, directory in adapters.items()})
+        bank.add(name, directory, new_tokens=False)
+    folders = {name: Path(directory) for name, directory in adapters.items()}
+    prompts, how = {}, (special_tokens_of(bank.base, folders), chat_of_all(bank.base, folders))
     for domain, documents in data.items():
-        prompts[domain] = prompts_of(read_blocks(bank.base, documents, None, read).store, prompt_tokens, max_prompts)
+        prompts[domain] = prompts_of(read_blocks(bank.base, documents, None, *how).store, prompt_tokens, max_prompts)
         if not prompts[domain]:
             raise UserError(f"routing: no document of {domain} has a token to judge it by")
     routes: dict[str, list[Route]] = {domain: [] for domain in prompts}

@@ -124,6 +124,11 @@ class DecodeGPT2:
 
         return self._forward((F.embedding(ids, self.wte) + self.wpe[at])[:, None], lora, attend)[:, 0]
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens it has logits for."""
+        return len(self.wte)
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (R, …, V) in float32 of hidden states (R, …, D); row i is one text."""
         return self.head(hidden)

@@ -3,16 +3,20 @@
 A compiled operation reads and writes its tensors once where torch's operators do so three or four times. Each is
 compiled for any number of tokens, so that batches of all shapes share a few graphs: above, at and below the lowest
 adapter, and for evaluation. All are compared with the eager ones before the first step. Torch keeps what its compiler
-wrote for the next run (TORCHINDUCTOR_CACHE_DIR, by default in peftune's cache) and runs what it finds there.
+wrote for the next run (TORCHINDUCTOR_CACHE_DIR, by default in peftune's cache) and runs what it finds there. What was
+written for other instructions than those in use computes garbage or ends the process, and torch does not tell them
+apart: each set of instructions has a directory of its own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,6 +27,7 @@ from peftune.model.train.layers import Elementwise, Norm, added, normed
 _TOKENS = 64  # of the trial; a graph for any number of them comes out
 _CASES = (((1, 1, 1), True), ((0, 1, 1), True), ((0, 0, 0), True), ((0, 0, 0), False))
 """Which of stream, layer and hidden values ask for a gradient, above, at and below the lowest adapter; autograd on."""
+_CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"
 _ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # relative, of values and gradients
 
 
@@ -33,9 +38,7 @@ def compiled(eager: Elementwise, norm: Norm, inner: int) -> Elementwise:
     """
     began = time.perf_counter()
     try:
-        # torch's own default is a name in /tmp that any user can take first
-        if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(private_directory(cache_directory(), "torchinductor"))
+        os.environ[_CACHE_DIR] = str(_kernels())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's compiler about torch
             operations = Elementwise(torch.compile(eager.activated), torch.compile(normed), torch.compile(added))
@@ -46,6 +49,20 @@ def compiled(eager: Elementwise, norm: Norm, inner: int) -> Elementwise:
     if not worst <= _ERROR[norm.dtype]:
         return replace(eager, description=f"not compiled: what the compiler made is off by {worst:.1e}")
     return replace(operations, description=f"elementwise operations compiled in {time.perf_counter() - began:.1f} s")
+
+
+def _kernels() -> Path:
+    """Where torch keeps kernels for the instructions in use here, which ATEN_CPU_CAPABILITY may restrict."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has no such list
+    facts = torch.backends.cpu.get_cpu_capability(), sorted(name for name, has in known.items() if has is True)
+    name = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    given = os.environ.get(_CACHE_DIR)
+    # torch's own default, which it writes there itself, is a name in /tmp that any user can take first
+    if given in (None, "", os.path.abspath(default_cache_dir())):
+        return private_directory(cache_directory(), "torchinductor", name)
+    return Path(given) if Path(given).name == name else Path(given) / name
 
 
 def _difference(

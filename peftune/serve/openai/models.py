@@ -71,7 +71,7 @@ def without_paths(message: str, told: Mapping[str, str]) -> str:
 def _add(service: Service, body: LoadLoRAAdapterRequest, directory: Path, roots: Sequence[Path]) -> None:
     with private_copy(directory, roots) as copy:
         try:
-            service.bank.add(body.lora_name, copy, replace=body.load_inplace)
+            service.bank.add(body.lora_name, copy, body.load_inplace, new_tokens=False)
         except UserError as error:
             raise UserError(str(error).replace(str(copy), str(directory))) from None
 
@@ -129,7 +129,8 @@ def _card(service: Service, name: str | None) -> dict[str, Any]:
     bank = service.bank
     card = {"id": name or bank.base.name, "object": "model", "created": service.created, "owned_by": "peftune"}
     if name is None:
-        return card | {"root": bank.base.name, "parent": None, "max_model_len": bank.config.n_positions, "chat": False}
+        card |= {"root": bank.base.name, "parent": None, "max_model_len": bank.config.n_positions}
+        return card | {"chat": bank.base.chat is not None}
     adapter = bank.get(name)
-    more = {"max_model_len": bank.config.n_positions, "chat": adapter.is_chat, "rank": adapter.rank}
+    more = {"max_model_len": bank.config.n_positions, "chat": adapter.chat is not None, "rank": adapter.rank}
     return card | {"root": adapter.directory.name, "parent": bank.base.name} | more

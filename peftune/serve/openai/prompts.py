@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from peftune.data.sources.chat_template import EOS_TURNS, contents_of, render_chat
 from peftune.data.tokens.encode import encode_texts
 from peftune.data.tokens.special_text import special_texts
 from peftune.inference.bank import AdapterBank
-from peftune.inference.detokenize import whole_characters
+from peftune.inference.detokenize import decode_plain, whole_characters
+from peftune.inference.request import chat_ids
 from peftune.serve.openai.errors import ApiError
 
 _MAX_TOKEN_BYTES = 256  # no token of a GPT-2 vocabulary has more (the longest of gpt2: 128 spaces)
@@ -33,6 +36,15 @@ async def encode_prompts(
     `own_context` one that begins texts is the context token where a prompt begins with it.
     """
     return await asyncio.to_thread(lambda: [_encode(bank, prompt, parse, own_context) for prompt in given])
+
+
+async def encode_chat(bank: AdapterBank, messages: Sequence[dict[str, Any]], chat: str, parse: bool) -> Prompt:
+    """The conversation by the template `chat`, as `encode_prompts` encodes a text."""
+    if chat != EOS_TURNS:
+        return (await encode_prompts(bank, [render_chat(messages)], parse))[0]
+    _refuse_too_long(bank, sum(len(content.encode()) for content in contents_of(messages)))
+    ids = await asyncio.to_thread(chat_ids, bank.tokenizer, messages, chat)
+    return Prompt(decode_plain(bank.tokenizer, ids), tuple(ids), tuple(ids))
 
 
 def parses_special(
@@ -68,7 +80,8 @@ def max_new_tokens(prompt: Prompt, requested: int | None, default: int, n_positi
     """
     read, wanted = len(prompt.input_ids), 1 if requested is None else requested
     if read + wanted > n_positions:
-        reason = f"{read} for the prompt (a context token stands before it) and {wanted} to write are {read + wanted}"
+        context = " (a context token stands before it)" if read > len(prompt.ids) else ""
+        reason = f"{read} for the prompt{context} and {wanted} to write are {read + wanted}"
         param = "max_tokens" if read < n_positions else "prompt"
         raise _too_long(n_positions, f"{reason}; shorten the prompt or max_tokens", param)
     return min(default, n_positions - read) if requested is None else requested
@@ -89,9 +102,7 @@ def text_ids(bank: AdapterBank, text: str, parse: bool) -> list[int]:
 def _encode(bank: AdapterBank, given: str | list[int], parse: bool, own_context: bool) -> Prompt:
     n_positions, vocab_size = bank.config.n_positions, bank.config.vocab_size
     if isinstance(given, str):
-        size = len(given.encode())
-        if size > n_positions * _MAX_TOKEN_BYTES:  # too long in any case: it is not even encoded
-            raise _too_long(n_positions, f"a prompt of {size} bytes has more tokens; shorten it")
+        _refuse_too_long(bank, len(given.encode()))
         ids = text_ids(bank, given, parse)
     elif len(given) > n_positions:
         raise _too_long(n_positions, f"the prompt has {len(given)} tokens; shorten it")
@@ -102,6 +113,12 @@ def _encode(bank: AdapterBank, given: str | list[int], parse: bool, own_context:
     own = isinstance(given, list) or own_context
     context = () if own and ids[:1] == [bank.begin] else (bank.begin,)
     return Prompt(text, tuple(ids), (*context, *ids))
+
+
+def _refuse_too_long(bank: AdapterBank, size: int) -> None:
+    """ApiError 400 for bytes that are too many in any case: they are not even encoded."""
+    if size > bank.config.n_positions * _MAX_TOKEN_BYTES:
+        raise _too_long(bank.config.n_positions, f"a prompt of {size} bytes has more tokens; shorten it")
 
 
 def _too_long(n_positions: int, reason: str, param: str = "prompt") -> ApiError:

