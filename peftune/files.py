@@ -164,13 +164,13 @@ def write_whole(path: Path, content: bytes, mode: int | None = None) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a JSON file that cannot be written, before the work is done."""
+    """Refuse a file that cannot be written, before the work is done."""
     try:
         writable = not path.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)
     except OSError:  # a name that is too long
         writable = False
     if not writable:
-        raise UserError(f"{str(path)[:200]}: cannot be written; expected a JSON file in a directory that exists")
+        raise UserError(f"{str(path)[:200]}: cannot be written; expected a file in a directory that exists")
 
 
 def json_text(value: Any) -> str:
@@ -180,19 +180,21 @@ def json_text(value: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, whole or not at all; into a pipe (`/dev/stdout`) as it is.
-
-    CheckFailed where it holds a number that is not finite, UserError where it cannot be written.
-    """
+    """`write_text` of a value as JSON; CheckFailed where it holds a number that is not finite."""
     try:
-        text = json_text(value).encode()
+        text = json_text(value)
     except ValueError:
         raise CheckFailed(f"{path}: not written: a result is not a finite number") from None
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all; into a pipe (`/dev/stdout`) as it is. UserError where it cannot be written."""
     try:
         if path.exists() and not path.is_file():
-            path.write_bytes(text)
+            path.write_bytes(text.encode())
         else:
-            write_whole(path, text)
+            write_whole(path, text.encode())
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 

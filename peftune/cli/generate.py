@@ -12,8 +12,11 @@ from peftune.adapters.base_of import base_of
 from peftune.adapters.provenance import parses_special_tokens, read_provenance
 from peftune.cli.options import save_json
 from peftune.cli.output.text_output import CONTINUATION, HEADER, PROMPT, TextPrinter
+from peftune.config.data_section import Source
 from peftune.console import Console
+from peftune.data.references import Item, as_line, read_items, write_hypotheses
 from peftune.data.sources import records
+from peftune.data.sources.chat_template import STOPS
 from peftune.data.sources.plain_text import open_text
 from peftune.errors import UserError
 from peftune.inference.generate import TextGenerator, text_generator
@@ -33,15 +36,23 @@ def generate_texts(
     settings: GenerationSettings,
     json_path: Path | None = None,
     precision: str = "fp32",
+    test_set: Source | None = None,
+    out: Sequence[Path] = (),
 ) -> None:
     """Continue the prompts given and those of the file, on stdout; with `json_path` as JSON too.
+
+    The prompts of a `test_set` are continued one by one in a line of their own on stdout, or in the files `out`
+    (`write_hypotheses`), which may take those of the other prompts too.
 
     `use` names the adapter, "base" is none of them; None takes the only one. `base` None is the one that the adapter
     was trained on. `precision` is fp32, bf16 or fp16. A single prompt's text appears as it is generated.
     When nobody reads stdout any more, the work ends, or goes on for the JSON. Raises UserError for input that cannot
     be used, CheckFailed where the logits are not finite.
     """
-    texts = gather(prompts, prompts_file)
+    items = [Item(text) for text in gather(prompts, prompts_file)] if test_set is None else read_items(test_set)
+    texts = [str(item.prompt) for item in items]
+    if any(item.is_chat for item in items):
+        settings = dataclasses.replace(settings, stop=(*settings.stop, *STOPS))
     name = choose_adapter(adapters, use)
     found = open_base(base or base_of(*([adapters[name]] if name else adapters.values())))
     generator = text_generator(found, adapters[name] if name else None, settings, precision)
@@ -50,7 +61,17 @@ def generate_texts(
     _warn_of_cut_prompts(texts, found, parse)
     printer = TextPrinter(outlives_pipe=json_path is not None)
     with suppress(BrokenPipeError):  # nobody reads any more: done
-        generations = [_one(generator, texts[0], printer)] if len(texts) == 1 else _several(generator, texts, printer)
+        if test_set is not None or out:
+            generations = _all_at_once(generator, texts)
+            hypotheses = [generation.text for generation in generations]
+            for path in out:
+                write_hypotheses(path, items, hypotheses)
+            for text in () if out else hypotheses:
+                printer.write(f"{as_line(text)}\n")
+        else:
+            generations = (
+                [_one(generator, texts[0], printer)] if len(texts) == 1 else _several(generator, texts, printer)
+            )
         used = dataclasses.asdict(settings) | {"temperature": settings.sampling_temperature, "precision": precision}
         facts = {"base": found.name, "adapter": name, "settings": used}
         save_json(json_path, facts | {"generations": list(map(vars, generations))})
@@ -107,6 +128,19 @@ def _several(generator: TextGenerator, prompts: list[str], printer: TextPrinter)
             generations += group
             progress.advance(task, len(group))
     return generations
+
+
+def _all_at_once(generator: TextGenerator, prompts: list[str]) -> list[Generation]:
+    """All prompts in one call: a text that ends makes room for the next. The bar shows how many have begun."""
+    begun: set[int] = set()
+    with Console().progress as progress:
+        task = progress.add_task("generate", total=len(prompts), note="")
+
+        def listen(index: int, _: str) -> None:
+            begun.add(index)
+            progress.update(task, completed=len(begun))
+
+        return generator(prompts, listen)
 
 
 def gather(given: Sequence[str], file: Path | None) -> list[str]:

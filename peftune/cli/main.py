@@ -15,7 +15,9 @@ import typer
 from peftune.cli import adapters, cache
 from peftune.cli.export import export, push
 from peftune.cli.launcher.launch import configs, launch
-from peftune.cli.options import BASE_HELP, Adapters, Json, columns_of, named, save_json, source_of
+from peftune.cli.measure.perplexity_matrix import evaluate
+from peftune.cli.measure.score import score
+from peftune.cli.options import BASE_HELP, Adapters, BlockSize, Columns, Json, columns_of, named, source_of, writable
 from peftune.cli.output.text_output import echo
 from peftune.cli.serve import serve
 from peftune.cli.stop import end_with
@@ -34,14 +36,10 @@ app = typer.Typer(
 app.add_typer(adapters.app)
 app.add_typer(cache.app)
 
-_COLUMN_HELP = "Column to read: text=, prompt=, completion= or messages=; of a hub data set also split=, subset=."
-
-Columns = Annotated[list[str] | None, typer.Option("--column", metavar="KEY=COLUMN", help=_COLUMN_HELP)]
 SplitOn = Annotated[
     Literal["auto", "blank-line", "endoftext", "file", "line"], typer.Option(help="How a txt file becomes documents.")
 ]
 SpecialTokens = Annotated[Literal["parse", "text"], typer.Option(help="How a token that a text spells out is read.")]
-BlockSize = Annotated[int | None, typer.Option(min=8, help="Tokens per block. Default: the base's context.")]
 
 
 @app.command()
@@ -103,42 +101,7 @@ def train(
         train(checked)
 
 
-@app.command("eval")
-def evaluate(
-    data: Annotated[list[str], typer.Option(metavar="NAME=PATH", help="Documents to score. May be repeated.")],
-    adapters: Adapters = None,
-    base: Annotated[str | None, typer.Option(help=f"{BASE_HELP} Default: what the adapter names.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Blocks per forward; changes nothing in the result.")] = 8,
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="What to compute in.")] = "fp32",
-    column: Columns = None,
-    block_size: BlockSize = None,
-    routing: Annotated[
-        bool, typer.Option("--routing", help="Instead: how often a prompt is sent to its domain's adapter.")
-    ] = False,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of --routing: tokens of a document to judge by.")] = 32,
-    prompts: Annotated[int, typer.Option(min=1, help="Of --routing: at most so many prompts a domain.")] = 500,
-    threshold: Annotated[
-        float, typer.Option(help="Of --routing: what the margin of an adapter must exceed, in nats per token.")
-    ] = 0.0,
-    json_path: Json = None,
-) -> None:
-    """Print the perplexity matrix: the base and each adapter, on each domain. With --routing, where prompts are sent.
-
-    Example:  peftune eval --base gpt2 --adapter poems=adapters/poems --data poems=held.txt --data code=code.jsonl
-    """
-    folders, columns, paths = named("--adapter", adapters), columns_of(column), named("--data", data)
-    from peftune.cli.output.evaluate import matrix_table, print_routing, print_tables
-    from peftune.inference.perplexity import evaluate
-    from peftune.inference.routing.accuracy import measure_routing
-
-    domains = {name: source_of(path, columns) for name, path in paths.items()}
-    if routing:
-        found = measure_routing(base, domains, folders, prompt_tokens, prompts, threshold)
-        print_routing(found, [*folders, "base"])
-    else:
-        found = evaluate(base, domains, folders, batch, precision, block_size)
-        print_tables(*(matrix_table(found["rows"], key) for key in ("perplexity", "bits_per_byte")))
-    save_json(json_path, found)
+app.command("eval")(evaluate)
 
 
 @app.command()
@@ -180,6 +143,17 @@ def merge(
 def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue. May be repeated.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="File with one prompt a line.")] = None,
+    test_set: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Prompts with references, read as in training.")
+    ] = None,
+    column: Columns = None,
+    out: Annotated[
+        list[Path] | None,
+        typer.Option(
+            callback=writable,
+            help="File for the texts: .jsonl with prompts and references, else one a line. May be repeated.",
+        ),
+    ] = None,
     adapters: Adapters = None,
     use: Annotated[str | None, typer.Option(help="Which adapter; `base` for none. Default: the only one.")] = None,
     base: Annotated[str | None, typer.Option(help=f"{BASE_HELP} Default: what the adapter names.")] = None,
@@ -211,17 +185,22 @@ def generate(
         min_p, presence_penalty, frequency_penalty,
     )  # fmt: skip
     folders = {name: Path(folder) for name, folder in named("--adapter", adapters).items()}
+    if test_set is not None and (prompt or prompts):
+        raise UserError("--test-set has prompts of its own; drop --prompt and --prompts")
+    if column and test_set is None:
+        raise UserError("--column names columns of --test-set; give it, or in --prompts FILE call the column prompt")
     if not interactive:
-        generate_texts(base, folders, use, prompt or [], prompts, settings, json_path, precision)
+        source = source_of(test_set, columns_of(column)) if test_set is not None else None
+        generate_texts(base, folders, use, prompt or [], prompts, settings, json_path, precision, source, out or [])
         return
-    if prompt or prompts or json_path:
-        raise UserError("--interactive reads its prompts from the terminal; drop --prompt, --prompts and --json")
+    if prompt or prompts or json_path or test_set or out:
+        raise UserError("--interactive reads its prompts from the terminal; drop other prompts, --out and --json")
     from peftune.cli.repl import start_repl
 
     start_repl(base, folders, use, settings, precision)
 
 
-for _verb in (serve, launch, configs, export, push):
+for _verb in (score, serve, launch, configs, export, push):
     app.command()(_verb)
 
 
