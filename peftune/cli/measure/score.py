@@ -51,6 +51,6 @@ def score(
                     f"{str(theirs.prompt)[:60]!r}; expected the same prompts in this order"
                 )
     systems = {name: texts for name, (texts, _) in read.items()}
-    found = score_texts(systems, [item.references for item in items], meteor)
-    print_tables(scores_table(found))
-    save_json(json_path, found)
+    scores = score_texts(systems, [item.references for item in items], meteor)
+    print_tables(scores_table(scores))
+    save_json(json_path, scores)

@@ -65,7 +65,7 @@ def loss_intervals(models: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, 
 
 
 def _ratio(sums: np.ndarray) -> np.ndarray:
-    return sums[..., 0] / sums[..., 1]
+    return np.asarray(sums[..., 0] / sums[..., 1])
 
 
 def _interval(drawn: np.ndarray, scored: np.ndarray) -> Interval | None:

@@ -75,7 +75,7 @@ def _bleu(sums: np.ndarray) -> np.ndarray:
     own, closest, matches, totals = sums[..., 0], sums[..., 1], sums[..., 2:6], sums[..., 6:]
     with np.errstate(divide="ignore", invalid="ignore"):  # without any match, or any word, it is 0
         brevity = np.exp(np.minimum(0, 1 - closest / own))
-        return np.nan_to_num(100 * brevity * np.exp(np.log(matches / totals).mean(axis=-1)))
+        return np.asarray(np.nan_to_num(100 * brevity * np.exp(np.log(matches / totals).mean(axis=-1))))
 
 
 def nist(hypotheses: Texts, references: References) -> Statistics:
