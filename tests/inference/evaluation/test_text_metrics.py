@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from peftune.errors import UserError
 from peftune.inference.evaluation.ptb_tokens import ptb_words
-from peftune.inference.evaluation.text_metrics import bleu, meteor_score, score_texts
+from peftune.inference.evaluation.text_metrics import bleu, meteor_score, rouge_l, score_texts
 
 sacrebleu = pytest.importorskip("sacrebleu", reason="the extra `score` is not installed")
 cocoeval = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer", reason="the extra `score` is not installed")
@@ -133,6 +134,19 @@ def test_bleu_from_summed_counts_is_sacrebleu_s_own() -> None:
     streams = [[texts[at] if at < len(texts) else None for texts in turned] for at in range(widest)]
     metric = sacrebleu.BLEU(lowercase=True, tokenize="13a", smooth_method="none")
     np.testing.assert_allclose(bleu(HYPOTHESES, turned).value(), metric.corpus_score(HYPOTHESES, streams).score)
+
+
+def test_rouge_l_is_pycocoevalcap_s_and_long_texts_take_no_time() -> None:
+    rouge = pytest.importorskip("pycocoevalcap.rouge.rouge").Rouge()
+    random = np.random.default_rng(0)
+    texts = [" ".join(random.choice(list("abcdef"), random.integers(1, 90))) for _ in range(80)]
+    hypotheses, references = texts[:20], [texts[20 + 3 * i : 20 + 3 * i + 3] for i in range(20)]
+    wanted = [100 * rouge.calc_score([text], given) for text, given in zip(hypotheses, references, strict=True)]
+    np.testing.assert_allclose(rouge_l(hypotheses, references).items[:, 0], wanted, rtol=1e-13)
+    long = " ".join(map(str, random.integers(0, 100, 20_000)))
+    began = time.monotonic()
+    assert rouge_l([long], [[long[::-1], long]]).value() == pytest.approx(100)
+    assert time.monotonic() - began < 30  # a table of 20,000 x 20,000 takes minutes, and gigabytes
 
 
 def test_two_systems_are_compared_on_the_same_items() -> None:
