@@ -24,5 +24,6 @@ printf '%s\n' pip hatchling editables |
 HEADER
   # PyTorch's own builds for CPUs are the same version, from another index than the one that uv was asking.
   sed -n '/^[0-9a-f]\{64\} /s/ .*//p' launch/torch-cpu.sha256 | sed 's/^/    --hash=sha256:/; s/$/ \\/' |
-    sed '/^torch==/r /dev/stdin' "$made"
+    sed '/^torch==/r /dev/stdin' "$made" |
+    awk '/^[a-z]/ { package = $1 } !seen[package, $0]++'  # uv keeps those of the file as it was
 } >launch/constraints.txt

@@ -164,13 +164,13 @@ def write_whole(path: Path, content: bytes, mode: int | None = None) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a JSON file that cannot be written, before the work is done."""
+    """Refuse a file that cannot be written, before the work is done."""
     try:
         writable = not path.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)
     except OSError:  # a name that is too long
         writable = False
     if not writable:
-        raise UserError(f"{str(path)[:200]}: cannot be written; expected a JSON file in a directory that exists")
+        raise UserError(f"{str(path)[:200]}: cannot be written; expected a file in a directory that exists")
 
 
 def json_text(value: Any) -> str:
@@ -188,16 +188,17 @@ def json_document(value: Any, name: str) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, whole or not at all; into a pipe (`/dev/stdout`) as it is.
+    """`write_text` of a value as JSON; CheckFailed where it holds a number that is not finite."""
+    write_text(path, json_document(value, str(path)))
 
-    CheckFailed where it holds a number that is not finite, UserError where it cannot be written.
-    """
-    text = json_document(value, str(path)).encode()
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all; into a pipe (`/dev/stdout`) as it is. UserError where it cannot be written."""
     try:
         if path.exists() and not path.is_file():
-            path.write_bytes(text)
+            path.write_bytes(text.encode())
         else:
-            write_whole(path, text)
+            write_whole(path, text.encode())
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 

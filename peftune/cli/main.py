@@ -15,15 +15,17 @@ import typer
 from peftune.cli import adapters, cache
 from peftune.cli.doctor import doctor
 from peftune.cli.export import export, push
-from peftune.cli.generation import generate
 from peftune.cli.launcher.launch import configs, launch
-from peftune.cli.options import BASE_HELP, Adapters, Json, columns_of, named, save_json, source_of, told
+from peftune.cli.measure.perplexity_matrix import evaluate
+from peftune.cli.measure.score import score
+from peftune.cli.options import BASE_HELP, BlockSize, Columns, Json, columns_of, save_json, source_of, told
 from peftune.cli.output.text_output import echo
 from peftune.cli.output.verbosity import one_call, with_verbosity
 from peftune.cli.plan import plan
 from peftune.cli.serve import serve
 from peftune.cli.stop import end_with
 from peftune.cli.train import train
+from peftune.cli.writing.generation import generate
 from peftune.errors import PeftuneError, ReportedElsewhere, UserError, record_for_launcher
 from peftune.model.quantized import quiet
 from peftune.version import __version__
@@ -39,19 +41,12 @@ app = typer.Typer(
 app.add_typer(adapters.app)
 app.add_typer(cache.app)
 
-_COLUMN_HELP = "Column to read: text=, prompt=, completion= or messages=; of a hub data set also split=, subset=. Also"
-_COLUMN_HELP += (
-    " where.COLUMN=VALUE, explode=, delimiter=, encoding=, split_on=, unknown_files= and on_bad_row=, as in a recipe."
-)
-
-Columns = Annotated[list[str] | None, typer.Option("--column", metavar="KEY=VALUE", help=_COLUMN_HELP)]
 SplitOn = Annotated[
     Literal["auto", "blank-line", "endoftext", "file", "line", "wide-gap"],
     typer.Option(help="How a text file becomes documents."),
 ]
 Chat = Annotated[Literal["eos-turns", "plain"], typer.Option(help="How the messages of a chat become one text.")]
 SpecialTokens = Annotated[Literal["parse", "text"], typer.Option(help="How a token that a text spells out is read.")]
-BlockSize = Annotated[int | None, typer.Option(min=8, help="Tokens per block. Default: the base's context.")]
 
 
 @app.command()
@@ -94,44 +89,7 @@ def data(
 app.command()(train)
 
 
-@app.command("eval")
-def evaluate(
-    data: Annotated[list[str], typer.Option(metavar="NAME=PATH", help="Documents to score. May be repeated.")],
-    adapters: Adapters = None,
-    base: Annotated[str | None, typer.Option(help=f"{BASE_HELP} Default: what the adapter names.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Blocks per forward; changes nothing in the result.")] = 8,
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="What to compute in.")] = "fp32",
-    column: Columns = None,
-    block_size: BlockSize = None,
-    routing: Annotated[
-        bool, typer.Option("--routing", help="Instead: how often a prompt is sent to its domain's adapter.")
-    ] = False,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of --routing: tokens of a document to judge by.")] = 32,
-    prompts: Annotated[int, typer.Option(min=1, help="Of --routing: at most so many prompts a domain.")] = 500,
-    threshold: Annotated[
-        float, typer.Option(help="Of --routing: what the margin of an adapter must exceed, in nats per token.")
-    ] = 0.0,
-    json_path: Json = None,
-) -> None:
-    """Print the perplexity matrix: the base and each adapter, on each domain. With --routing, where prompts are sent.
-
-    Example:  peftune eval --base gpt2 --adapter poems=adapters/poems --data poems=held.txt --data code=code.jsonl
-    """
-    folders, columns, paths = named("--adapter", adapters), columns_of(column), named("--data", data)
-    from peftune.cli.output.evaluate import print_matrix, print_not_held_out, print_routing
-    from peftune.inference.perplexity import evaluate
-    from peftune.inference.routing.accuracy import measure_routing
-
-    domains = {name: source_of(path, columns) for name, path in paths.items()}
-    if routing:
-        found = measure_routing(base, domains, folders, prompt_tokens, prompts, threshold)
-        print_routing(found, [*folders, "base"])
-    else:
-        found = evaluate(base, domains, folders, batch, precision, block_size)
-        for key in ("perplexity", "bits_per_byte"):
-            print_matrix(found["rows"], key)
-        print_not_held_out(found)
-    save_json(json_path, found)
+app.command("eval")(evaluate)
 
 
 @app.command()
@@ -175,7 +133,7 @@ def merge(
         print_losses(text.path, {**before, "merged": losses(str(out), text)["base"]})
 
 
-for _verb in (generate, serve, launch, plan, doctor, configs, export, push):
+for _verb in (generate, score, serve, launch, plan, doctor, configs, export, push):
     app.command()(_verb)
 
 

@@ -20,20 +20,30 @@ if TYPE_CHECKING:
 BASE_HELP = "Hub name, directory, or builtin:small."
 _ADAPTER_HELP = "Adapter directory, with the name to show; a bare DIR is named after its last part. May be repeated."
 _EXAMPLES = {"--adapter": "poems=adapters/poems", "--data": "poems=held.txt", "--column": "prompt=question"}
+_EXAMPLES |= {"FILE": "after=texts.jsonl", "--trained-on": "poems=poems.txt"}
 
 _JSON_HELP = "Also write the figures to this file; - writes them to stdout, and nothing else."
 _STDOUT = Path("-")
 
 Adapters = Annotated[list[str] | None, typer.Option("--adapter", metavar="NAME=DIR", help=_ADAPTER_HELP)]
 
+_COLUMN_HELP = (
+    "Column to read: text=, prompt=, completion= or messages=; of a hub data set also split=, subset=. Also "
+    "where.COLUMN=VALUE, explode=, delimiter=, encoding=, split_on=, unknown_files=, on_bad_row=, as in a recipe."
+)
+Columns = Annotated[list[str] | None, typer.Option("--column", metavar="KEY=VALUE", help=_COLUMN_HELP)]
+BlockSize = Annotated[int | None, typer.Option(min=8, help="Tokens per block. Default: the base's context.")]
 
-def _writable(path: Path | None) -> Path | None:
-    if path not in (None, _STDOUT):
-        check_writable(path)
-    return path
+
+def writable(paths: list[Path] | Path | None) -> list[Path] | Path | None:
+    """The paths of an option, each of which can be written; UserError before any work where one cannot."""
+    for path in paths if isinstance(paths, list) else [paths]:
+        if path not in (None, _STDOUT):
+            check_writable(path)
+    return paths
 
 
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help=_JSON_HELP, callback=_writable)]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help=_JSON_HELP, callback=writable)]
 
 
 class _OnlyJson(io.StringIO):
@@ -77,7 +87,7 @@ def named(option: str, values: list[str] | None) -> dict[str, str]:
     for value in values or []:
         name, separator, path = value.partition("=")
         if option != "--column" and (not separator or "/" in name):
-            suffix = Path(value).suffix if option == "--data" else ""
+            suffix = "" if option == "--adapter" else Path(value).suffix
             name, path = Path(value).resolve().name.removesuffix(suffix), value
         if not name or not path:
             raise UserError(f"{option} {value!r}: expected a name, = and a value, such as {_EXAMPLES[option]}")

@@ -23,6 +23,8 @@ from peftune.data.documents import count_known
 from peftune.data.sources.text_files import cut_lines
 from peftune.data.tokens.store import prepare
 from peftune.errors import CheckFailed, UserError
+from peftune.inference.evaluation.documents import loss_intervals, nats_by_document
+from peftune.inference.evaluation.memorisation import Window, share_reproduced, windows_of
 from peftune.model.base import Base, open_base
 from peftune.model.load import dtype_of, load_model
 from peftune.model.loss import LossModel, nats_to_perplexity
@@ -90,6 +92,8 @@ def evaluate(
     batch: int = 8,
     precision: str = "fp32",
     block_size: int | None = None,
+    trained_on: Mapping[str, Documents] | None = None,
+    window: Window | None = None,
 ) -> dict[str, Any]:
     """Figures of the base and of each adapter on each named domain, as `peftune eval` writes them as JSON.
 
@@ -97,6 +101,9 @@ def evaluate(
     made before; `adapters` names adapter directories. `batch` (blocks per forward) does not change the result;
     `block_size` None is the base's context. One model is in memory at a time. Raises UserError for input that cannot
     be scored, and for an adapter of another base.
+
+    `intervals` are those of `loss_intervals`, over documents. With `trained_on`, named texts that adapters have learnt,
+    also `memorised`: what share of their windows (`window`: of how many tokens) each model reproduces.
     """
     for what, named in (("data", data), ("adapters", adapters or {})):
         if not isinstance(named, Mapping):
@@ -117,32 +124,43 @@ def evaluate(
         Console().say(
             f"{', '.join(own)}: with tokens of its own (data.new_tokens): compare bits per byte with other rows"
         )
+    window = window or Window()
+    learnt = {name: read_blocks(base, texts, None, read, chat).store for name, texts in (trained_on or {}).items()}
+    windows = {name: windows_of(store, name, window, base.config.n_positions) for name, store in learnt.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autocast = torch.autocast(device.type, dtype_of(precision), enabled=precision != "fp32")
     rows: dict[str, dict[str, Figures]] = {}
+    by_document: dict[str, dict[str, np.ndarray]] = {}
+    memorised: dict[str, dict[str, Any]] = {}
     with Console().progress as progress:
         task = progress.add_task("evaluating", total=(1 + len(folders)) * sum(map(len, domains.values())), note="")
         for name, adapter in {"base": None, **folders}.items():
             progress.update(task, description=f"evaluating {name}")
             model = load_model(base) if adapter is None else load_with_rows(base, adapter, fitting[name][0])
             scorer = LossModel(model).to(device)
-            rows[name] = {}
-            for domain, packed in domains.items():
-                blocks = packed
-                if name in own:
-                    blocks = read_blocks(base, data[domain], block_size, read, chat, own[name])
-                every = range(len(blocks))
-                with autocast:
-                    nats = summed_nats_over(scorer, blocks, every, batch, device, lambda n: progress.advance(task, n))
-                try:
-                    rows[name][domain] = Score(nats, blocks.tokens(), blocks.text_bytes()).figures()
-                except CheckFailed as error:
-                    raise CheckFailed(f"{name} on {domain}: {error}") from None
+            rows[name], by_document[name] = {}, {}
+            with autocast:
+                for domain, packed in domains.items():
+                    blocks = packed
+                    if name in own:
+                        blocks = read_blocks(base, data[domain], block_size, read, chat, own[name])
+                    found = nats_by_document(scorer, blocks, batch, device, lambda n: progress.advance(task, n))
+                    score = Score(float(found[:, 0].sum()), blocks.tokens(), blocks.text_bytes())
+                    try:
+                        rows[name][domain] = score.figures()
+                    except CheckFailed as error:
+                        raise CheckFailed(f"{name} on {domain}: {error}") from None
+                    by_document[name][domain] = found
+                memorised[name] = {
+                    source: share_reproduced(scorer, ids, window, batch, device) for source, ids in windows.items()
+                }
     facts = {
         name: {"documents": len(blocks.documents), "tokens": blocks.tokens(), "bytes": blocks.text_bytes()}
         for name, blocks in domains.items()
     }
-    return {"domains": facts, "rows": rows, **not_held_out(folders, domains)}
+    result = {"domains": facts, "rows": rows, "intervals": loss_intervals(by_document)}
+    result |= not_held_out(folders, domains)
+    return result | ({"memorised": memorised, "window": vars(window)} if windows else {})
 
 
 def not_held_out(adapters: Mapping[str, Path], domains: Mapping[str, Blocks]) -> dict[str, Any]:

@@ -37,16 +37,19 @@ class LossModel(nn.Module):
 
         Without `segments` each row is one document: no mask, and SDPA's causal kernel (flash attention on a GPU).
         """
+        hidden, scored = self.hidden(ids, positions, segments), targets >= 0
+        smoothing = self.smoothing if self.training else 0.0
+        return summed_nats(hidden[scored], self.causal().lm_head, targets[scored], smoothing)
+
+    def hidden(self, ids: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
+        """What the head reads, (B, T, D); arguments as in `forward`."""
         core = self.causal()
-        hidden = core.transformer(
+        return core.transformer(  # type: ignore[no-any-return]
             inputs_embeds=self._embedded(core, ids, segments),
             position_ids=positions,
             attention_mask=None if segments is None else document_mask(segments),
             use_cache=False,
         ).last_hidden_state
-        scored = targets >= 0
-        smoothing = self.smoothing if self.training else 0.0
-        return summed_nats(hidden[scored], core.lm_head, targets[scored], smoothing)
 
     def causal(self) -> GPT2LMHeadModel:
         """The GPT-2 inside, adapters (if any) in place."""
@@ -104,6 +107,22 @@ def summed_nats(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, sm
         for rows, wanted in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
     ]
     return torch.stack(parts).sum() if parts else hidden.sum().double() * 0.0
+
+
+@torch.no_grad()
+def nats_and_likeliest(
+    hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-log p(target), (N,) float64, and whether the target is the likeliest token, (N,) bool, for `hidden` (N, D)."""
+    nats = torch.empty(len(targets), dtype=torch.float64, device=hidden.device)
+    likeliest = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
+    chunk = chunk_rows(hidden.device)
+    for first in range(0, len(targets), chunk):
+        wanted, part = targets[first : first + chunk], slice(first, first + chunk)
+        logits = head(hidden[part]).float()
+        nats[part] = F.cross_entropy(logits, wanted, reduction="none")
+        likeliest[part] = logits.argmax(dim=1) == wanted
+    return nats, likeliest
 
 
 def chunk_rows(device: torch.device) -> int:

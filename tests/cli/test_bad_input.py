@@ -92,7 +92,7 @@ def test_an_adapter_never_lies_beside_a_model(here: Path, tiny_base: Path, capfd
 def test_eval_refuses_what_it_cannot_finish_before_it_begins(
     here: Path, tiny_base: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peftune.inference.perplexity.summed_nats_over", None)
+    monkeypatch.setattr("peftune.inference.perplexity.nats_by_document", None)
     call = ["eval", "--base", str(tiny_base), "--data", "c.jsonl"]
     (here / "dir").mkdir()
     assert "dir: cannot be written" in refusal(capfd, *call, "--json", "dir")

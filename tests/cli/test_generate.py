@@ -15,8 +15,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from peftune.cli.generate import choose_adapter, generate_texts
 from peftune.cli.main import run
+from peftune.cli.writing.generate import choose_adapter, generate_texts
 from peftune.errors import UserError
 from peftune.inference.generate import generate_with_transformers
 from peftune.inference.settings import GenerationSettings

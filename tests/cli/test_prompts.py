@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peftune.cli.generate import gather
+from peftune.cli.writing.generate import gather
 from peftune.errors import UserError
 
 

@@ -119,10 +119,16 @@ def test_an_adapter_is_scored_as_peft_computes_it(evaluate: Evaluate, tiny_base:
 
 def test_the_json_holds_what_the_design_says(evaluate: Evaluate, adapter: Path) -> None:
     found = evaluate("--adapter", f"mine={adapter}")
-    assert found.keys() == {"domains", "rows"} and found["domains"].keys() == DOCUMENTS.keys()
+    assert found.keys() == {"domains", "rows", "intervals"} and found["domains"].keys() == DOCUMENTS.keys()
     for row in found["rows"].values():
         assert row.keys() == DOCUMENTS.keys()
         assert all(figures.keys() == {"loss", "perplexity", "bits_per_byte"} for figures in row.values())
+    for domain, row in found["intervals"]["mine"].items():
+        base, mine = (found["rows"][name][domain]["loss"] for name in ("base", "mine"))
+        assert row.keys() == {"perplexity", "against_base"}
+        np.testing.assert_allclose(row["against_base"]["loss"], mine - base, rtol=1e-9)
+        assert row["against_base"]["interval"][0] <= mine - base <= row["against_base"]["interval"][1]
+    assert found["intervals"]["base"]["short"].keys() == {"perplexity"}
 
 
 @pytest.mark.parametrize("options", [("--batch", "1"), ("--batch", "3"), ("--block-size", "64"), ("--batch", "1000")])

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from foreign_tokenizers import KINDS, reference, spiece
 from foreign_tokenizers import sentencepiece as sentencepiece_files
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from peftune.data.tokens.encode import begin_of_text_id, encode_texts, end_of_text_id
 from peftune.errors import UserError

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 from peftune.adapters.edit.combine import combine
 from peftune.adapters.gguf.write_gguf import export_gguf
 from peftune.adapters.merge.merge import merge
-from peftune.cli.repl import ReplSession
+from peftune.cli.writing.repl import ReplSession
 from peftune.config.recipe import recipe_from
 from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank

@@ -167,7 +167,7 @@ def test_memory_of_the_base_is_said_and_recorded(recipe: Make, kind: str, capsys
 def test_evaluation_and_generation_take_the_adapter_on_the_full_precision_base(
     recipe: Make, tiny_base: Path, tmp_path: Path
 ) -> None:
-    from peftune.cli.generate import generate_texts
+    from peftune.cli.writing.generate import generate_texts
     from peftune.inference.perplexity import evaluate
     from peftune.inference.settings import GenerationSettings
 

@@ -1,4 +1,4 @@
-"""The tables of `peftune eval`: the perplexity matrix, or with --routing where prompts are sent."""
+"""The tables of `peftune eval` and `peftune score`."""
 
 from __future__ import annotations
 
@@ -40,6 +40,65 @@ def print_not_held_out(found: Mapping[str, Any]) -> None:
                 f"{domain} is not held out for {adapter}: it was trained on {known:,} of the {told:,} documents that "
                 "its record tells of"
             )
+
+
+def print_intervals(found: Mapping[str, Any]) -> None:
+    """Print what `evaluate` found, with 95 % intervals: perplexities, and the change of the loss against the base.
+
+    Green is surely better than the base, red surely worse: on another domain than its own, what an adapter forgot.
+    """
+    title = "With 95 % intervals over documents; against the base in nats per token, below 0 is better"
+    table = _table("domain", ["documents", "model", "perplexity", "against the base"])
+    for domain, facts in found["domains"].items():
+        for name, row in found["intervals"].items():
+            first, against = name == "base", row[domain].get("against_base")
+            cells: list[str | Text] = [
+                Text(domain if first else ""),
+                f"{facts['documents']:,}" if first else "",
+                Text(name),
+            ]
+            cells.append(_with_interval(found["rows"][name][domain]["perplexity"], row[domain]["perplexity"], ",.2f"))
+            low, high = against["interval"] or (0, 0) if against else (0, 0)
+            style = "green" if high < 0 else "red" if low > 0 else ""
+            change = _with_interval(against["loss"], against["interval"], "+.4f") if against else ""
+            table.add_row(*cells, Text(change, style))
+    print_table(title, table)
+
+
+def print_memorised(found: Mapping[str, Any]) -> None:
+    """Print training texts by models: how many windows greedy decoding reproduces."""
+    window = found["window"]
+    title = f"Memorised: {window['continued']} tokens reproduced after {window['prompt']} of training text"
+    table = _table("training text", ["windows", "model", "reproduced", "share"])
+    for source in found["memorised"]["base"]:
+        for name, row in found["memorised"].items():
+            facts, first = row[source], name == "base"
+            share = _with_interval(facts["share"], facts["interval"], ".1%")
+            windows = f"{facts['windows']:,}" if first else ""
+            table.add_row(Text(source if first else ""), windows, Text(name), f"{facts['reproduced']:,}", share)
+    print_table(title, table)
+
+
+def print_scores(found: Mapping[str, Any]) -> None:
+    """Print systems by metrics with 95 % intervals, from the second system on also against the first."""
+    systems = found["systems"]
+    title = f"{found['items']:,} items, {found['references']:,} references; 95 % intervals over items"
+    first = next(iter(systems))
+    table = _table("texts", ["metric", "score", *([f"against {first}"] if len(systems) > 1 else [])])
+    for name, scores in systems.items():
+        for number, (metric, facts) in enumerate(scores.items()):
+            cells = [metric, _with_interval(facts["score"], facts.get("interval"), ",.2f")]
+            if len(systems) > 1:
+                against = facts.get("against")
+                cells.append(_with_interval(against["score"], against["interval"], "+,.2f") if against else "")
+            table.add_row(Text("" if number else name), *cells)
+    print_table(title, table)
+
+
+def _with_interval(value: float, interval: Sequence[float] | None, form: str) -> str:
+    if interval is None:
+        return f"{value:{form}}"
+    return f"{value:{form}} [{interval[0]:{form}}, {interval[1]:{form}}]"
 
 
 def print_routing(found: Mapping[str, Any], names: Sequence[str]) -> None:

@@ -117,7 +117,7 @@ class Plan:
     recommended: Option | None
 
     def json(self) -> dict[str, Any]:
-        """For `--json`."""
+        """For a file of figures."""
         return asdict(self)
 
 

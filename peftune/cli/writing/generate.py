@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 
 from peftune.adapters.attach import fit
 from peftune.adapters.base_of import base_of
-from peftune.adapters.provenance import parses_special_tokens, read_provenance
+from peftune.adapters.provenance import chat_of, parses_special_tokens, read_provenance
 from peftune.cli.options import save_json
 from peftune.cli.output.text_output import CONTINUATION, HEADER, PROMPT, TextPrinter
+from peftune.config.data_section import Source
 from peftune.console import Console
+from peftune.data.references import Item, as_line, read_items, write_hypotheses
 from peftune.data.rows.row_columns import kind_of
 from peftune.data.sources import records
+from peftune.data.sources.chat_template import EOS_TURNS, STOPS
 from peftune.data.sources.decode import open_text
 from peftune.errors import UserError
 from peftune.inference.generate import TextGenerator, check_search, text_generator
@@ -39,18 +42,30 @@ def generate_texts(
     settings: GenerationSettings,
     json_path: Path | None = None,
     precision: str = "fp32",
+    test_set: Source | None = None,
+    out: Sequence[Path] = (),
 ) -> None:
     """Continue the prompts given and those of the file, on stdout; with `json_path` as JSON too.
+
+    The prompts of a `test_set` are continued one by one in a line of their own on stdout, or in the files `out`
+    (`write_hypotheses`), which may take those of the other prompts too.
 
     `use` names the adapter, "base" is none of them; None takes the only one. `base` None is the one that the adapter
     was trained on. `precision` is fp32, bf16 or fp16. A single prompt's text appears as it is generated.
     When nobody reads stdout any more, the work ends, or goes on for the JSON. Raises UserError for input that cannot
     be used, CheckFailed where the logits are not finite.
     """
-    texts = gather(prompts, prompts_file)
+    items = [Item(text) for text in gather(prompts, prompts_file)] if test_set is None else read_items(test_set)
+    texts = [str(item.prompt) for item in items]
+    if (test_set is not None or out) and settings.num_return_sequences > 1:
+        raise UserError("a test set, and a file of texts, takes one text for each prompt; drop --num-return-sequences")
     name = choose_adapter(adapters, use)
     found = open_base(base or base_of(*([adapters[name]] if name else adapters.values())))
     chosen = adapters[name] if name else None
+    if any(item.is_chat for item in items):
+        if chosen and chat_of(read_provenance(chosen)) == EOS_TURNS:
+            raise UserError(f"{chosen}: a test set of conversations is for data.chat: plain, and this has eos-turns")
+        settings = dataclasses.replace(settings, stop=(*settings.stop, *STOPS))
     parse = parses_special_tokens(read_provenance(chosen)) if chosen else found.parses_special_tokens
     tokenizer = fit(chosen, found)[2] if chosen else found.tokenizer
     if settings.beams > 1:
@@ -61,8 +76,17 @@ def generate_texts(
     printer = TextPrinter(outlives_pipe=json_path is not None)
     with suppress(BrokenPipeError):  # nobody reads any more: done
         several = settings.num_return_sequences
-        single = len(texts) == several == 1
-        generations = [_one(generator, texts[0], printer)] if single else _several(generator, texts, several, printer)
+        if test_set is not None or out:
+            generations = _all_at_once(generator, texts)
+            hypotheses = [generation.text for generation in generations]
+            for path in out:
+                write_hypotheses(path, items, hypotheses)
+            for text in () if out else hypotheses:
+                printer.write(f"{as_line(text)}\n")
+        elif len(texts) == several == 1:
+            generations = [_one(generator, texts[0], printer)]
+        else:
+            generations = _several(generator, texts, several, printer)
         used = dataclasses.asdict(settings) | {"temperature": settings.sampling_temperature, "precision": precision}
         facts = {"base": found.name, "adapter": name, "settings": used}
         save_json(json_path, facts | {"generations": list(map(vars, generations))})
@@ -121,6 +145,19 @@ def _several(generator: TextGenerator, prompts: list[str], each: int, printer: T
             generations += group
             progress.advance(task, len(group) / each)
     return generations
+
+
+def _all_at_once(generator: TextGenerator, prompts: list[str]) -> list[Generation]:
+    """All prompts in one call: a text that ends makes room for the next. The bar shows how many have begun."""
+    begun: set[int] = set()
+    with Console().progress as progress:
+        task = progress.add_task("generate", total=len(prompts), note="")
+
+        def listen(index: int, _: str) -> None:
+            begun.add(index)
+            progress.update(task, completed=len(begun))
+
+        return generator(prompts, listen)
 
 
 def gather(given: Sequence[str], file: Path | None) -> list[str]:

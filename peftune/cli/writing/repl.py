@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from peftune.adapters.base_of import base_of
-from peftune.cli.generate import choose_adapter
 from peftune.cli.output.text_output import CONTINUATION, PROMPT, TextPrinter, echo
+from peftune.cli.writing.generate import choose_adapter
 from peftune.data.sources.chat_template import stops_of
 from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank

@@ -7,13 +7,24 @@ from typing import Annotated, Literal
 
 import typer
 
-from peftune.cli.options import BASE_HELP, Adapters, Json, named
+from peftune.cli.options import BASE_HELP, Adapters, Columns, Json, columns_of, named, source_of, writable
 from peftune.errors import UserError
 
 
 def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue. May be repeated.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="File with one prompt a line.")] = None,
+    test_set: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Prompts with references, read as in training.")
+    ] = None,
+    column: Columns = None,
+    out: Annotated[
+        list[Path] | None,
+        typer.Option(
+            callback=writable,
+            help="File for the texts: .jsonl with prompts and references, else one a line. May be repeated.",
+        ),
+    ] = None,
     adapters: Adapters = None,
     use: Annotated[str | None, typer.Option(help="Which adapter; `base` for none. Default: the only one.")] = None,
     base: Annotated[str | None, typer.Option(help=f"{BASE_HELP} Default: what the adapter names.")] = None,
@@ -42,7 +53,7 @@ def generate(
 
     Example:  peftune generate --adapter adapters/poems --prompt "The sea" --temperature 0.7
     """
-    from peftune.cli.generate import generate_texts
+    from peftune.cli.writing.generate import generate_texts
     from peftune.inference.settings import GenerationSettings
 
     settings = GenerationSettings(
@@ -51,11 +62,16 @@ def generate(
         no_repeat_ngram_size, num_return_sequences,
     )  # fmt: skip
     folders = {name: Path(folder) for name, folder in named("--adapter", adapters).items()}
+    if test_set is not None and (prompt or prompts):
+        raise UserError("--test-set has prompts of its own; drop --prompt and --prompts")
+    if column and test_set is None:
+        raise UserError("--column names columns of --test-set; give it, or in --prompts FILE call the column prompt")
     if not interactive:
-        generate_texts(base, folders, use, prompt or [], prompts, settings, json_path, precision)
+        source = source_of(test_set, columns_of(column)) if test_set is not None else None
+        generate_texts(base, folders, use, prompt or [], prompts, settings, json_path, precision, source, out or [])
         return
-    if prompt or prompts or json_path:
-        raise UserError("--interactive reads its prompts from the terminal; drop --prompt, --prompts and --json")
-    from peftune.cli.repl import start_repl
+    if prompt or prompts or json_path or test_set or out:
+        raise UserError("--interactive reads its prompts from the terminal; drop other prompts, --out and --json")
+    from peftune.cli.writing.repl import start_repl
 
     start_repl(base, folders, use, settings, precision)
