@@ -169,7 +169,7 @@ def quantized(setup: Setup) -> Result:
     return result
 
 
-def foreseen(setup: Setup) -> Result:
+def plan(setup: Setup) -> Result:
     """What `peftune plan` foresees of memory against what runs of two steps take, each in a process of its own.
 
     python -m benchmarks.train plan [--grid 4x768:fp32:512:1,12x768:bf16:256:4:recompute]
@@ -193,11 +193,13 @@ def foreseen(setup: Setup) -> Result:
         (out / "recipe.yaml").write_text(json.dumps(values), encoding="utf-8")
         subprocess.run([sys.executable, "-m", "peftune", "train", out / "recipe.yaml"], check=True, capture_output=True)
         events = read_metrics(out / "run" / "metrics.jsonl")
-        seen = next(event for event in events if event["event"] == "peak_memory")
-        off = seen["predicted_bytes"] / seen["measured_bytes"] - 1
+        foreseen = next(event["predicted_peak_bytes"] for event in events if event["event"] == "memory")
+        measured = max(event["peak_memory_bytes"] for event in events if event["event"] == "train")
+        off = foreseen / measured - 1
         worst = max(worst, abs(off))
-        sizes = [f"{seen[key] / 1e6:,.0f} MB" for key in ("measured_bytes", "predicted_bytes")]
-        result.notes.append(f"{point}: {' measured, '.join(sizes)} foreseen, {off:+.1%}")
+        result.notes.append(
+            f"{point}: {measured / 1e6:,.0f} MB measured, {foreseen / 1e6:,.0f} MB foreseen, {off:+.1%}"
+        )
     result.rows.append(row("plan", "memory foreseen, worst of the grid", "measured", [100 * worst], "%"))
     return result
 
@@ -405,7 +407,7 @@ def curve_description(found: dict[str, Any]) -> str:
 
 BENCHMARKS = {
     "ragged": ragged, "full": full, "memory": memory, "peak": peak, "gradients": right_gradients, "gpu": gpu,
-    "quantized": quantized, "compiled": compiled, "plan": foreseen, "startup": startup, "curves": cost_of_a_token,
+    "quantized": quantized, "compiled": compiled, "plan": plan, "startup": startup, "curves": cost_of_a_token,
 }  # fmt: skip
 
 if __name__ == "__main__":

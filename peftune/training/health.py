@@ -17,6 +17,7 @@ from peftune.errors import CheckFailed
 from peftune.inference.perplexity import Score
 from peftune.inference.request import Generation
 from peftune.training.checkpoint import State
+from peftune.training.device import peak_memory
 from peftune.training.distributed.collectives import all_gather, lockstep_batches
 from peftune.training.distributed.signals import StopRequest
 from peftune.training.inputs import RunInputs
@@ -125,8 +126,11 @@ class Health:
         self.console.say(f"no better validation loss in {patience} evaluations: stopping at step {self.state.step}")
         return True
 
-    def at_the_end(self) -> None:
-        """Tell what is known against the adapter that will be delivered."""
+    def at_the_end(self, predicted: int) -> None:
+        """Tell what is known against the adapter that will be delivered; what memory was taken and `predicted`."""
+        if predicted:
+            most = peak_memory(self.accelerator.device)
+            self.console.say(f"memory at most {most / 1e9:.2f} GB; predicted {predicted / 1e9:.2f} GB")
         state, lr = self.state, self.inputs.recipe.optim.lr
         base, last, best = validation_loss(state, 0), validation_loss(state, state.step), state.best_loss
         if base is not None and last is not None and best is not None and self.inputs.recipe.run.early_stopping is None:

@@ -38,7 +38,7 @@ def sizes_of_files(recipe: Recipe) -> dict[str, dict[str, int]]:
     named = named if isinstance(named, dict) else {"validation": named}
     found = {}
     for name, sources in {"train": recipe.data.train, **{f"validation/{k}": v for k, v in named.items()}}.items():
-        sizes = {path: size for source in sources for path, _, size, *_ in state_of(source)}
+        sizes = {path: size for source in recipe.data.read_as(sources) for path, _, size, *_ in state_of(source)}
         if 0 < len(sizes) <= _MOST_FILES:
             found[name] = sizes
     return found

@@ -40,7 +40,7 @@ from peftune.training.health import Health, what_broke
 from peftune.training.inputs import RunInputs, read_inputs_on_all_ranks
 from peftune.training.metrics import MetricsLog
 from peftune.training.optimizer import Gradient, ReplicatedStrategy, UpdateStrategy, build_adamw
-from peftune.training.planning.plan import peaks
+from peftune.training.planning.plan import tensors_at_most
 from peftune.training.run_directory import sole_writer
 from peftune.training.samples import continue_prompts
 from peftune.training.step import ForwardFn, NotFinite, StepResult, choose_forward, evaluate_domain, train_step
@@ -61,6 +61,7 @@ class Run:
     state: State
     metrics: MetricsLog
     stop: StopRequest
+    program: int  # bytes of this process before the base was loaded; 0 where the run is on a GPU
 
 
 def train(recipe: Recipe) -> Delivery:
@@ -87,16 +88,12 @@ def train(recipe: Recipe) -> Delivery:
             if isinstance(found, Delivery):
                 console.say(f"{recipe.run.out}: this recipe was trained already, nothing to do")
                 return found
-            program = psutil.Process().memory_info().rss if accelerator.device.type == "cpu" else 0
             run = load_run(inputs, accelerator, dtype, console, found)
             try:
                 with run.stop as stop, report_after_a_signal(stop):
                     _begin(run, found)
                     with console.progress:
                         _loop(run, stop)
-                    measured, predicted = peaks(inputs, run.forward, accelerator, program)
-                    run.metrics.write("peak_memory", measured_bytes=measured, predicted_bytes=predicted)
-                    console.say(f"memory at most {measured / 1e9:.2f} GB; predicted {predicted / 1e9:.2f} GB")
                     delivery = export(run)
             finally:
                 run.metrics.close()
@@ -109,7 +106,7 @@ def load_run(
     inputs: RunInputs, accelerator: Accelerator, dtype: torch.dtype, console: Console, found: Checkpoint | None = None
 ) -> Run:
     """Load the base, put the adapter on it, build forward and optimizer, open the metrics."""
-    recipe = inputs.recipe
+    recipe, program = inputs.recipe, psutil.Process().memory_info().rss if accelerator.device.type == "cpu" else 0
     state = found.state if found else State(loss_scale=FIRST_LOSS_SCALE if dtype == torch.float16 else 1.0)
     state.identity = inputs.identity
     state.earlier_updates = inputs.init.updates if inputs.init else 0
@@ -147,7 +144,8 @@ def load_run(
     with raise_on_all_ranks(accelerator):
         metrics = MetricsLog(path, accelerator, recipe.model_dump(mode="json"), state)
     health, stop = Health(inputs, adapted.model, accelerator, state, metrics, console), StopRequest()
-    return Run(inputs, accelerator, console, adapted, forward, health, gradient, strategy, state, metrics, stop)
+    first = (inputs, accelerator, console, adapted, forward, health, gradient)
+    return Run(*first, strategy, state, metrics, stop, program)
 
 
 def _begin(run: Run, found: Checkpoint | None) -> None:
@@ -196,7 +194,7 @@ def _loop(run: Run, stop: StopRequest) -> None:
     progress = run.console.progress
     task = progress.add_task("step", total=total, completed=state.step, note="")
     began, saved_step = time.monotonic() - state.seconds, state.step if state.records_bytes else -1
-    first_step = state.step + 1
+    predicted = 0
     try:
         while True:
             better = _evaluate_if_due(run, stop)
@@ -207,7 +205,7 @@ def _loop(run: Run, stop: StopRequest) -> None:
                 _save(run)
                 saved_step = state.step
             if finished:
-                return run.health.at_the_end()
+                return run.health.at_the_end(predicted)
             started = time.monotonic()
             done = _step(run, saved_step)
             state.step += 1
@@ -217,8 +215,8 @@ def _loop(run: Run, stop: StopRequest) -> None:
                 "train", step=state.step, loss=done.loss, lr=done.lr, grad_norm=done.grad_norm, tokens=state.tokens,
                 tokens_per_second=round(rate, 1), peak_memory_bytes=peak_memory(run.accelerator.device),
             )  # fmt: skip
-            if state.step == first_step:
-                _log_memory(run)
+            if not predicted:
+                predicted = _log_memory(run)
             run.health.after_step(done.loss)
             progress.update(
                 task, completed=state.step, note=f"loss {done.loss:.3f}  lr {done.lr:.1e}  {rate:,.0f} tok/s"
@@ -273,11 +271,14 @@ def _save(run: Run) -> None:
             checkpoint.save(folder, Checkpoint(run.state, values, moments))
 
 
-def _log_memory(run: Run) -> None:
-    """Once a start, after the first step has made the optimizer's state: the memory of each rank."""
+def _log_memory(run: Run) -> int:
+    """Once a start, after the first step has made the optimizer's state: the memory of each rank; the peak foreseen."""
     here = run.strategy.memory_bytes(run.adapted.model)
     here |= {"gradient": run.gradient.flat.nbytes, "peak": peak_memory(run.accelerator.device)}
-    run.metrics.write("memory", step=run.state.step, bytes_per_rank=all_gather(run.accelerator, here))
+    predicted = run.program + tensors_at_most(run.inputs, run.forward, run.accelerator)
+    every = all_gather(run.accelerator, here)
+    run.metrics.write("memory", step=run.state.step, bytes_per_rank=every, predicted_peak_bytes=predicted)
+    return predicted
 
 
 def export(run: Run) -> Delivery:

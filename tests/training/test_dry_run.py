@@ -72,7 +72,7 @@ def test_it_says_what_a_run_would_find(
 
 def test_every_problem_is_told_at_once(recipe: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    (tmp_path / "bad.jsonl").write_text('{"text": 1}\n')
+    (tmp_path / "bad.jsonl").write_text('{"text": null}\n')
     sources = [f"data.train=[{tmp_path}/none.txt, {tmp_path}/bad.jsonl]", f"data.validation={tmp_path}/absent.txt"]
     with pytest.raises(UserError) as error:
         dry_run(recipe(*sources, "base=./nobase", f"run.out={tmp_path}/file/x", "run.precision=fp16"))

@@ -47,7 +47,7 @@ def test_another_choice_of_rows_is_another_run_and_an_older_record_lacks_the_key
     seen = [read_inputs(recipe(name)).identity for name in named]
     refuse_other_run(seen[0], seen[0], "out")
     for other in seen[1:]:
-        with pytest.raises(UserError, match=r"data\.train was"):
+        with pytest.raises(UserError, match=r"data\.train\[0\]\.where\.b"):
             refuse_other_run(seen[0], other, "out")
     now = read_inputs(recipe()).identity
     keys = ("where", "explode", "delimiter", "on_bad_row")

@@ -108,7 +108,6 @@ def _read_through(source: Source, split_on: str) -> None:
 
 def _sources(recipe: Recipe) -> Sequence[Source]:
     validation = recipe.data.validation
-    if isinstance(validation, float | int):
-        return recipe.data.train
-    named = validation.values() if isinstance(validation, dict) else [validation]
-    return [*recipe.data.train, *(source for sources in named for source in sources)]
+    named = [] if isinstance(validation, float | int) else validation
+    listed = named.values() if isinstance(named, dict) else [named]
+    return recipe.data.read_as([*recipe.data.train, *(source for sources in listed for source in sources)])

@@ -21,7 +21,7 @@ from peftune.config.recipe import Recipe
 from peftune.errors import UserError
 from peftune.model.load import DTYPES, NAME_OF
 from peftune.model.quantized import Kind
-from peftune.training.device import CPU_TOKENS, choose_precision, peak_memory
+from peftune.training.device import CPU_TOKENS, choose_precision
 from peftune.training.distributed.start import zero_stage
 from peftune.training.distributed.zero import refuse_for_zero3
 from peftune.training.inputs import RunInputs
@@ -232,8 +232,8 @@ def _wire(shapes: Shapes, way: Way, ranks: int, precision: Format, micro_batches
     return int((12 * a + gathered) * others)
 
 
-def peaks(inputs: RunInputs, forward: ForwardFn, accelerator: Accelerator, program: int) -> tuple[int, int]:
-    """Most bytes that this rank took, and what was to be expected; `program` is all but tensors, before loading."""
+def tensors_at_most(inputs: RunInputs, forward: ForwardFn, accelerator: Accelerator) -> int:
+    """Bytes by which this rank grows, at most, from before the base is loaded."""
     stage, ranks, device = zero_stage(accelerator), accelerator.num_processes, accelerator.device
     way: Any = f"zero{stage}" if stage else "ddp" if ranks > 1 else "one"
     kind: Any = "cpu" if device.type == "cpu" else "cuda"
@@ -243,5 +243,4 @@ def peaks(inputs: RunInputs, forward: ForwardFn, accelerator: Accelerator, progr
     first, each = activations(config, recipe, forward.dtype, blocks.packing.block_size, kind, stage == 3)
     first, each = with_slack(first, each, kind)
     size = min(forward.micro_size, len(blocks), -(-recipe.batch.global_size // ranks))
-    tensors = memory.held + max(first + (size - 1) * each + memory.gathered, memory.update)
-    return peak_memory(device), program + tensors
+    return int(memory.held + max(first + (size - 1) * each + memory.gathered, memory.update))
