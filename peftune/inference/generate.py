@@ -158,7 +158,7 @@ def _continue(
         ids, asked = torch.tensor([window], device=model.device), max(0, len(window) - written)
         processors = LogitsProcessorList()
         if unrepeated is not None:  # only of what was written, not of the first `asked` tokens
-            processors.append(lambda seen, scores, asked=asked: unrepeated(seen[:, asked:], scores))  # type: ignore
+            processors.append(lambda seen, scores, asked=asked: unrepeated(seen[:, asked:], scores))
         found: Any = model.generate(  # type: ignore[misc]
             input_ids=ids,
             attention_mask=torch.ones_like(ids),

@@ -99,6 +99,18 @@ def test_from_the_files_to_the_row_and_on_from_where_it_was_cut(
         main(call)
 
 
+def test_triples_are_scored_in_the_words_of_the_paper(tiny_base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sacrebleu", reason="the extra `score` is not installed")
+    for part in ("dev", "test"):
+        (tmp_path / f"dart-v1.1.1-full-{part}.json").write_text(json.dumps(DART * 4), encoding="utf-8")
+    options = ["dart", "--data", str(tmp_path), "--small", "--base", str(tiny_base), "--out", str(tmp_path / "out")]
+    main([*options, "--seeds", "1", "--length-penalty", "0.9", "optim.steps=1", "optim.warmup=0"])
+    row = json.loads((tmp_path / "out" / "seed-0" / "words.jsonl").read_text(encoding="utf-8"))
+    assert row["references"] == ["it joined in 1973 ."] * 4
+    assert (tmp_path / "out" / "seed-0" / "texts-0.9.jsonl").is_file()
+    assert "here, 1 seed " in json.loads((tmp_path / "out" / "scores.json").read_text(encoding="utf-8"))["table"]
+
+
 def test_the_table_has_the_published_rows_and_an_interval_over_seeds() -> None:
     assert interval([68.0, 69.0, 70.0]) == "69.00 ± 2.48" and interval([68.0]) == "68.00"
     shown = table("e2e", "gpt2-medium", [{"BLEU": 68.0, "NIST": 8.6}, {"BLEU": 69.0, "NIST": 8.6}]).splitlines()
