@@ -145,6 +145,9 @@ class DataSection(Section):
     """Tokens per block; `auto` is the context length of the base (1,024 for GPT-2)."""
     packing: bool = True
     """Lay several documents in one row; `false` gives each a row of its own, sorted by length. Same result."""
+    one_document_per_block: bool = False
+    """Make each document a block of its own (a longer one several): a step then learns from `batch.global_size`
+    documents, as in most papers, instead of that many full blocks."""
     new_tokens: NewTokens = []
     """Texts that become one token each (`<|name|>`, …) and that the base's tokenizer does not know. Their rows of the
     embedding begin as the mean of all and are trained, no others are; the adapter holds them and the tokenizer."""

@@ -16,7 +16,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 import torch
 
-from peftune.data.packing import Packing, Windows, cut_into_windows, pack
+from peftune.data.packing import Packing, Windows, cut_into_windows, one_each, pack
 from peftune.data.tokens.store import TokenStore
 
 NOT_SCORED = -100
@@ -59,11 +59,16 @@ class Blocks:
     """Scored tokens of each span, (spans,) int64."""
 
     @staticmethod
-    def of(store: TokenStore, documents: np.ndarray, block_size: int) -> Blocks:
-        """Pack the given documents of a store; windows in which nothing is scored (long prompts) are left out."""
+    def of(store: TokenStore, documents: np.ndarray, block_size: int, alone: bool = False) -> Blocks:
+        """Pack the given documents of a store, or with `alone` make each window a block.
+
+        Windows in which nothing is scored (long prompts) are left out.
+        """
         windows = cut_into_windows(store.lengths[documents], block_size)
         supervised = _supervised_per_window(store, documents, windows)
         scored = supervised > 0
+        if alone:
+            return Blocks(store, documents, one_each(windows.chosen(scored), block_size), supervised[scored])
         packing, order = pack(windows.chosen(scored), block_size)
         return Blocks(store, documents, packing, supervised[scored][order])
 

@@ -64,6 +64,11 @@ def cut_into_windows(lengths: np.ndarray, block_size: int) -> Windows:
     return Windows(example, start, np.minimum(start + block_size, lengths[example]))
 
 
+def one_each(windows: Windows, block_size: int) -> Packing:
+    """A block for each window, in their order."""
+    return Packing(block_size, np.arange(len(windows.start) + 1), windows.example, windows.start, windows.stop)
+
+
 def pack(windows: Windows, block_size: int) -> tuple[Packing, np.ndarray]:
     """The packing, and the window that each of its spans is; deterministic.
 

@@ -128,13 +128,13 @@ def check_search(
 def _continue(
     model: Model, tokenizer: PreTrainedTokenizerFast, prompt: str, settings: GenerationSettings, parse: bool
 ) -> list[Generation]:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
     end, positions = end_of_text_id(tokenizer), model.config.n_positions
     config = GenerationConfig(  # type: ignore[no-untyped-call]  # all is given: generation_config.json changes nothing
         num_beams=settings.beams,
         repetition_penalty=float(settings.repetition_penalty),
-        no_repeat_ngram_size=settings.no_repeat_ngram_size or None,
+        no_repeat_ngram_size=None if settings.repeat_prompt else settings.no_repeat_ngram_size or None,
         do_sample=False,
         num_return_sequences=settings.num_return_sequences,
         length_penalty=float(settings.length_penalty),
@@ -146,6 +146,7 @@ def _continue(
         output_logits=True,
         return_dict_in_generate=True,
     )
+    unrepeated = NoRepeatNGramLogitsProcessor(settings.no_repeat_ngram_size) if settings.repeat_prompt else None
     context = context_ids(tokenizer, prompt, parse)
     outputs = [Detokenizer(tokenizer, settings, context) for _ in range(settings.num_return_sequences)]
     texts = [""] * len(outputs)
@@ -154,8 +155,16 @@ def _continue(
         room, written = positions + 1 - len(window), len(outputs[0].ids)  # the last token needs no position
         config.max_new_tokens = min(room, settings.max_new_tokens - written)
         config.min_new_tokens = min(config.max_new_tokens, max(0, settings.min_new_tokens - written)) or None
-        ids = torch.tensor([window], device=model.device)
-        found: Any = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)  # type: ignore[misc]
+        ids, asked = torch.tensor([window], device=model.device), max(0, len(window) - written)
+        processors = LogitsProcessorList()
+        if unrepeated is not None:  # only of what was written, not of the first `asked` tokens
+            processors.append(lambda seen, scores, asked=asked: unrepeated(seen[:, asked:], scores))
+        found: Any = model.generate(  # type: ignore[misc]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            logits_processor=processors,
+        )
         if not all(bool(torch.isfinite(logits).all()) for logits in found.logits):
             raise CheckFailed(f"the model's logits are not finite in {model.dtype}; try fp32")
         rows = found.sequences[:, len(window) :].tolist()

@@ -35,6 +35,7 @@ class GenerationSettings:
     `length_penalty`       of beams: a text's score is the sum of its tokens' log-probabilities (nats), the one that
                            ended it included, by their number to this power; 0 = the plain sum, more = longer texts
     `no_repeat_ngram_size` no run of so many tokens, the prompt's included, comes twice; 0 = off
+    `repeat_prompt`        runs of tokens of the prompt do not count there, so that a text may copy its names
     `num_return_sequences` texts for each prompt: the best of the beams, best first, or so many samples
     `seed`                 of every prompt's own random stream; None = another text each time
     `stop`                 the text ends before the first of these strings, which is not part of it
@@ -60,6 +61,7 @@ class GenerationSettings:
     length_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     num_return_sequences: int = 1
+    repeat_prompt: bool = False
 
     def __post_init__(self) -> None:
         refuse_bare_string(self.stop, "stop")
@@ -99,6 +101,8 @@ class GenerationSettings:
 
     def _problems_of_search(self) -> list[str]:
         several = self.num_return_sequences
+        if self.repeat_prompt and not self.no_repeat_ngram_size:
+            return ["repeat_prompt without no_repeat_ngram_size changes nothing; give both"]
         if self.beams == 1 and self.length_penalty != 1:
             return [f"length_penalty is {self.length_penalty} without beams: only beam search has one; give beams too"]
         if self.beams > 1 and several > self.beams:

@@ -211,7 +211,7 @@ def _load_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, base: Base,
     left_out = {name: asdict(s.left_out) for name, s in stores.items() if s.left_out}
     found = findings(store.special_tokens, base.tokenizer, how.special_tokens == "parse") + found
     found = [finding for s in stores.values() for finding in of_rows(s.left_out)] + found
-    learnt_from = Blocks.of(store, train, block)
+    learnt_from = Blocks.of(store, train, block, how.one_document_per_block)
     return Corpus(learnt_from, domains, prints, chat, tuple(found), also_trained_on, left_out, tuple(notes))
 
 

@@ -127,6 +127,19 @@ def test_batches_are_those_of_a_plain_loop(rows, block_size, micro_size, packed_
         assert blocks.supervised[i] == store.window(len(store) - 1 - int(packing.example[i]), *window)[1][1:].sum()
 
 
+def test_a_block_may_be_one_document(tokenizer, tmp_path):
+    rows = [{"prompt": "cat " * n, "completion": "the dog"} for n in (1, 9, 3, 40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    store = prepare([Source(path=str(tmp_path / "a.jsonl"))], tokenizer, "t", " ", "auto", tmp_path)
+    block = int(store.lengths[1])
+    blocks = Blocks.of(store, np.arange(4), block, alone=True)
+    assert blocks.packing.example.tolist() == [0, 1, 2, 3]  # the beginning of the last, a prompt alone, teaches nothing
+    assert blocks.tokens() == Blocks.of(store, np.arange(4), block).tokens()
+    (batch,) = blocks.batches([2, 0], 2)
+    assert len(batch.ids) == 2 and batch.supervised() == blocks.tokens_of([0, 2])
+    assert batch.ids[0].tolist() == store.window(2, 0, int(store.lengths[2]))[0].tolist()
+
+
 def test_e2e_fills_its_blocks(gpt2_tokenizer, shared, write, tmp_path):
     source = shared / "e2e" / "valid.txt"
     if not source.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import string
 from collections.abc import Callable
 from pathlib import Path
 
@@ -146,6 +147,22 @@ def test_runs_of_tokens_that_may_not_come_twice_are_those_of_transformers(
         assert answer.ids == reference(model, tokenizer, answer.prompt, max_new_tokens=20, no_repeat_ngram_size=size)
     assert [one.ids for one in answers] != [one.ids for one in free]
     assert generate_with_transformers(model, tokenizer, prompts, settings) == answers
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_what_the_prompt_holds_may_come_again_once(
+    bank: AdapterBank, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, beams: int
+) -> None:
+    settings = dataclasses.replace(GREEDY, beams=beams, no_repeat_ngram_size=1, repeat_prompt=True)
+    prompt = string.printable[:40]
+    (found,) = generate_with_transformers(model, tokenizer, [prompt], settings)
+    counted = dataclasses.replace(settings, repeat_prompt=False)
+    (barred,) = generate_with_transformers(model, tokenizer, [prompt], counted)
+    asked = set(context_ids(tokenizer, prompt))
+    assert asked & set(found.ids) and not asked & set(barred.ids)
+    assert len(set(found.ids)) == len(found.ids) == 20
+    if beams == 1:
+        assert bank.generate([prompt], settings) == [found]
 
 
 def test_where_every_token_would_repeat_something_still_comes(bank: AdapterBank) -> None:

@@ -17,6 +17,9 @@ from typing import Any
 import pytest
 import torch
 
+from peftune.adapters.merge.merge import merge
+from peftune.model.base import BUILTIN
+
 
 def python_of(client: str) -> str:
     """The interpreter that has the client; skips the test where nobody named one."""
@@ -117,3 +120,83 @@ def test_lm_eval(server: Any, tmp_path: Path) -> None:
         nats = server.bank.logits(torch.tensor([ids]), ["a1"])[0].double().log_softmax(-1)
         expected = sum(float(nats[at - 1, ids[at]]) for at in range(least, len(ids)))
         assert found == pytest.approx(expected, abs=1e-3)
+
+
+TASKS = """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/rows.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{metric: acc}, {metric: acc_norm}]
+---
+task: tiny_text
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/rows.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[answer]}}"
+generation_kwargs: {until: ["\\n\\n", "Q:", "</s>", "###", "<|end|>"], max_gen_toks: 8, do_sample: false}
+metric_list: [{metric: exact_match}]
+---
+task: tiny_perplexity
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/rows.jsonl}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list: [{metric: word_perplexity}]
+"""
+QUESTIONS = [("def main(", ["self):", "argv):"]), ("import", [" os", " sys"]), ("The value of", [" x is", " the"])]
+
+
+def measured(folder: Path) -> dict[str, float | str]:
+    """Every result of one run, and its answer to every request."""
+    (results,) = folder.rglob("results_*.json")
+    found = {
+        f"{task} {metric}": value
+        for task, values in json.loads(results.read_text())["results"].items()
+        for metric, value in values.items()
+        if isinstance(value, float) and "stderr" not in metric
+    }
+    for path in folder.rglob("samples_*.jsonl"):
+        task = path.name.split("_20")[0].removeprefix("samples_")
+        for sample in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            answers = [answer for (answer,) in sample["resps"]]
+            for number, answer in enumerate(answers):
+                value = answer[0] if isinstance(answer, list) else answer  # nats, whether greedy says so
+                found[f"{task} {sample['doc_id']} {number}"] = value if task == "tiny_text" else float(value)
+    return found
+
+
+def test_lm_eval_measures_the_same_by_adapter_merged_checkpoint_and_server(
+    server: Any, root: Path, tmp_path: Path
+) -> None:
+    """By the commands of docs/evaluate.md; a perplexity brings the begin of text itself, so there nothing adds one."""
+    python, base = python_of("LM_EVAL"), BUILTIN["builtin:small"]
+    merge(root / "a1", tmp_path / "merged")
+    rows = [{"question": question, "choices": choices, "answer": 0} for question, choices in QUESTIONS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for number, task in enumerate(TASKS.replace("FOLDER", str(tmp_path)).split("---\n")):
+        (tmp_path / f"{number}.yaml").write_text(task)
+    adapter, merged = f"pretrained={base},peft={root / 'a1'},dtype=float32", f"pretrained={tmp_path / 'merged'}"
+    served = f"model=a1,base_url={server.url}/v1/completions,tokenizer={base},tokenizer_backend=huggingface"
+    for tasks, ways in {
+        "tiny_choice,tiny_text": (("hf", f"{adapter},add_bos_token=True"), ("hf", merged)),
+        "tiny_perplexity": (("hf", adapter), ("hf", f"{merged},add_bos_token=False")),
+    }.items():
+        found = []
+        for model, arguments in (*ways, ("local-completions", f"{served},max_length=511")):
+            out = tmp_path / f"{tasks}{len(found)}"
+            call = ["-m", "lm_eval", "--model", model, "--model_args", arguments, "--tasks", tasks, "--device", "cpu"]
+            call += ["--include_path", str(tmp_path), "--log_samples", "--output_path", str(out)]
+            run(python, *call, folder=tmp_path)
+            found.append(measured(out))
+        assert len(found[0]) == (3 + 6 + 3 if "," in tasks else 1 + 3)
+        for other in found[1:]:
+            assert other == {k: v if isinstance(v, str) else pytest.approx(v, rel=1e-5) for k, v in found[0].items()}

@@ -38,6 +38,9 @@ def generate(
     frequency_penalty: Annotated[float, typer.Option(help="The same, each time that it does; 0 is off.")] = 0.0,
     min_new_tokens: Annotated[int, typer.Option(help="At least so many tokens.")] = 0,
     no_repeat_ngram_size: Annotated[int, typer.Option(help="No run of so many tokens comes twice; 0 is off.")] = 0,
+    repeat_prompt: Annotated[
+        bool, typer.Option("--repeat-prompt", help="There what the prompt holds does not count.")
+    ] = False,
     stop_token_id: Annotated[list[int] | None, typer.Option(help="Token that ends a text. May be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="The end-of-text token ends no text.")] = False,
     beams: Annotated[int, typer.Option(help="Beam search with so many beams; 1 is off.")] = 1,
@@ -59,7 +62,7 @@ def generate(
     settings = GenerationSettings(
         max_new_tokens, temperature, top_k, top_p, repetition_penalty, beams, seed, tuple(stop or ()), min_new_tokens,
         min_p, presence_penalty, frequency_penalty, (), tuple(stop_token_id or ()), ignore_eos, length_penalty,
-        no_repeat_ngram_size, num_return_sequences,
+        no_repeat_ngram_size, num_return_sequences, repeat_prompt,
     )  # fmt: skip
     folders = {name: Path(folder) for name, folder in named("--adapter", adapters).items()}
     if test_set is not None and (prompt or prompts):

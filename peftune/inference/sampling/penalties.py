@@ -91,7 +91,8 @@ class LogitAdjuster:
             logits_V = penalise_presence(logits_V, self._counts, chosen.presence_penalty, chosen.frequency_penalty)
         barred = self._ends if self._must_go_on else []
         if chosen.no_repeat_ngram_size:
-            barred = barred + completing([*self._prompt, *self._written], chosen.no_repeat_ngram_size)
+            before = [] if chosen.repeat_prompt else self._prompt
+            barred = barred + completing([*before, *self._written], chosen.no_repeat_ngram_size)
         if 0 < len(set(barred)) < len(logits_V):  # something must come
             logits_V = logits_V.index_fill(0, torch.tensor(barred, device=logits_V.device), -torch.inf)
         return logits_V
