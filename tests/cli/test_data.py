@@ -83,7 +83,7 @@ def test_run_prints_and_writes_json(source, tmp_path, capsys):
 
 def test_columns_from_the_command_line_are_checked():
     assert source_of("a", {"encoding": "cp1252", "split_on": "file", "unknown_files": "skip"}).codec() == "cp1252"
-    with pytest.raises(UserError, match="a: 'zip' is no encoding of text; expected one such as utf-8"):
+    with pytest.raises(UserError, match="a: encoding: 'zip' is no encoding of text; expected one such as utf-8"):
         source_of("a", {"encoding": "zip"})
     with pytest.raises(UserError, match=r"a: .*'refuse' or 'skip'"):
         source_of("a", {"unknown_files": "yes"})

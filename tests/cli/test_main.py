@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import peftune
-from peftune.cli import main
+from peftune.cli import main, options
 from peftune.errors import CheckFailed, Interrupted, PeftuneError
 
 VERBS = ["quickstart", "data", "train", "eval", "merge", "generate", "serve", "doctor"]
@@ -179,12 +179,12 @@ def test_what_is_not_raised_on_purpose_is_a_bug_with_its_traceback(monkeypatch: 
 
 
 def test_adapters_and_domains_are_named_or_named_after_their_path() -> None:
-    assert main.named("--adapter", ["a=x/y", "adapters/v1.2", "runs/lr=1e-4"]) == {
+    assert options.named("--adapter", ["a=x/y", "adapters/v1.2", "runs/lr=1e-4"]) == {
         "a": "x/y",
         "v1.2": "adapters/v1.2",
         "lr=1e-4": "runs/lr=1e-4",
     }
-    assert main.named("--data", ["held/poems.txt", "c=a=b.txt"]) == {"poems": "held/poems.txt", "c": "a=b.txt"}
+    assert options.named("--data", ["held/poems.txt", "c=a=b.txt"]) == {"poems": "held/poems.txt", "c": "a=b.txt"}
 
 
 def test_data_is_described_for_a_base_given_by_its_directory(tiny_base: Path, tmp_path: Path, capsys: Captured) -> None:
@@ -208,7 +208,7 @@ def test_a_matrix_of_the_base_alone_is_written_as_json(tiny_base: Path, tmp_path
 LIMITED = """
 import resource, sys
 import transformers, peftune.inference.bank, peftune.inference.perplexity
-from peftune.cli import main
+from peftune.cli import main, options
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (200 << 20),) * 2)
 codes = [main.run(call.split()) for call in sys.argv[1:]]

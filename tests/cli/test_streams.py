@@ -16,7 +16,7 @@ Captured = pytest.CaptureFixture[str]
 
 RESULTS = {
     "data text.jsonl --base BASE": "documents +9",
-    "eval --base BASE --adapter a --data x=text.jsonl": "Held-out perplexity",
+    "eval --base BASE --adapter a --data x=text.jsonl": "Perplexity",
     "eval --routing --base BASE --adapter a --adapter b --data a=text.jsonl": "Where prompts are sent",
     "generate --base BASE --prompt the --max-new-tokens 3 --temperature 0": "the",
     "generate --base BASE --prompt the --prompt a --max-new-tokens 3 --temperature 0": "=== 1 of 2 ===",
@@ -64,7 +64,8 @@ def test_in_a_pipe_no_name_is_cut_and_no_row_wraps(here: Path, tiny_base: Path, 
     data = [word for name in domains for word in ("--data", f"{name}=text.jsonl")]
     assert main.run(["eval", "--base", str(tiny_base), "--adapter", f"[red]={long}", "--adapter", long, *data]) == 0
     out = capfd.readouterr().out
-    header, *rows = [line for line in out.splitlines() if "d" * 60 in line or long in line or "[red]" in line]
+    matrices = out.split("With 95 %")[0]
+    header, *rows = [line for line in matrices.splitlines() if "d" * 60 in line or long in line or "[red]" in line]
     assert all(name in header for name in domains) and any(long in row for row in rows)
     assert all(len(re.findall(r"\d\.\d\d", row)) == 4 for row in rows if long in row or "[red]" in row)
     assert "…" not in out and "[red]" in out
