@@ -153,6 +153,10 @@ class DataSection(Section):
     on_bad_row: OnBadRow = "refuse"
     """What becomes of a row that cannot be learnt from (a missing column, null, no JSON, an unknown role): `refuse` the
     file, or `skip` the row; skipped rows are counted, and a file of nothing else is refused."""
+    lint: Literal["off", "strict", "warn"] = "warn"
+    """What becomes of faults that texts show (mojibake, control characters, credentials, templates left open, held-out
+    text that is trained on, …): `warn` tells the grave ones at the start in a line each, `strict` refuses the text and
+    tells all, near-duplicates and e-mail addresses among them. `peftune data` shows all without a run."""
     special_tokens: Literal["parse", "text"] = "text"
     """How `<|title|>` and other special tokens of the base's tokenizer are read where a text spells them out: as the
     `text` that it is, or as the token (`parse`), in training and in the prompts of the adapter that comes out."""

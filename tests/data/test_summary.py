@@ -8,7 +8,7 @@ import pytest
 
 from peftune.config.data_section import Source
 from peftune.data.documents import Document
-from peftune.data.lint import lint
+from peftune.data.lint.text_rules import lint
 from peftune.data.sources.chat_template import turns_of
 from peftune.data.summary import summarize
 

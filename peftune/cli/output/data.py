@@ -53,8 +53,8 @@ def render(summary: dict[str, Any], console: SafeConsole) -> None:
     _render_histogram(summary, console)
     for finding in summary["findings"]:
         problem = "! {what}: {documents:,} documents, first {first}".format(**finding)
-        console.print(problem, style="yellow", soft_wrap=True)
-        console.print(f"  {finding['advice']}", soft_wrap=True)
+        console.print(problem, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  {finding['advice']}", markup=False, highlight=False, soft_wrap=True)
     if summary["chat"]:
         console.print(
             "of a chat, what the assistant says is scored, and what ends its turn: a blank line and User:, or the end",
