@@ -1,4 +1,4 @@
-"""Everything that lint says of one corpus, or of all that a run reads: from what was noted while reading, and tokens."""
+"""Everything that lint says of one corpus, or of all that a run reads, by its text and its tokens."""
 
 from __future__ import annotations
 

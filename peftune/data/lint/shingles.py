@@ -1,7 +1,7 @@
 """Runs of tokens as hashes: which documents are nearly equal, and which share long runs with others.
 
-Written here because the tokens are at hand as arrays: datasketch and rensa take every run as a Python string, 12 million
-for 50 MB of text, where numpy takes a second for all.
+Written here because the tokens are at hand as arrays: datasketch and rensa take every run as a Python string, 12
+million for 50 MB of text, where numpy takes seconds for all.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def runs_of(store: TokenStore, documents: np.ndarray, tokens: int, scored_only: 
 def near_duplicates(store: TokenStore, documents: np.ndarray) -> np.ndarray:
     """Documents, rising, that are nearly one before them: at least 0.85 of their runs of three tokens in common.
 
-    One permutation hashing with empty bins filled from the next (Shrivastava and Li 2014), bands of five bins, and every
-    pair that shares a band compared run by run.
+    One permutation hashing with empty bins filled from the next (Shrivastava and Li 2014), bands of five bins, and
+    every pair that shares a band compared run by run.
     """
     long = documents[store.lengths[documents] >= _LEAST]
     buckets: dict[tuple[int, bytes], int] = {}
@@ -102,7 +102,7 @@ def near_duplicates(store: TokenStore, documents: np.ndarray) -> np.ndarray:
 def shared_runs(
     store: TokenStore, documents: np.ndarray, known: TokenStore, known_documents: np.ndarray, tokens: int, holders: int
 ) -> dict[int, list[int]]:
-    """Of documents with runs of so many scored tokens that just so many known documents hold: where, rising, they begin.
+    """Of documents with runs of so many scored tokens that just `holders` known ones hold: where, rising, they begin.
 
     What more of the known documents say is a turn of phrase, and no sign that one of them was copied.
     """

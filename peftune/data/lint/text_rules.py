@@ -25,7 +25,9 @@ class _Rule(NamedTuple):
 
 _DAMAGED = "the model learns to write it so; the text was damaged by an earlier conversion: export it again as UTF-8"
 RULES: Mapping[str, _Rule] = {
-    "blank": _Rule("rows with no scored text", "nothing is learnt from them and they are left out; fill or remove them"),
+    "blank": _Rule(
+        "rows with no scored text", "nothing is learnt from them and they are left out; fill or remove them"
+    ),
     "prompt-space": _Rule(
         "prompt ends in white space",
         "GPT-2 puts a space into the word after it: leave it out of prompts, here and when generating",
@@ -72,7 +74,8 @@ RULES: Mapping[str, _Rule] = {
     ),
 }
 
-_CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]")  # a form feed is white space of old texts
+CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]")
+"""Characters that no text needs; a form feed is white space of old texts, U+0085 a line end."""
 _PAIRS = (("[INST]", "[/INST]"), ("<<SYS>>", "<</SYS>>"), ("<|im_start|>", "<|im_end|>"))
 _OPEN_FIELD = re.compile(r"\{\{[ \t]*[A-Za-z_][^{}]*(?:\{\{|\Z)")
 _SECRETS = {
@@ -88,7 +91,9 @@ _SECRETS = {
     "://": r"://[^\s/:@'\"<>]{1,64}:[^\s/:@'\"<>]{1,64}@[\w\[]",
 }
 _PATTERNS = {mark: re.compile(pattern) for mark, pattern in _SECRETS.items()}
-_E_MAIL = re.compile(r"(?<=[\w+-])@(?!example\b)[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){0,4}\.(?:[a-z]{2}|com|org|net|edu|gov|info)\b")
+_E_MAIL = re.compile(
+    r"(?<=[\w+-])@(?!example\b)[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){0,4}\.(?:[a-z]{2}|com|org|net|edu|gov|info)\b"
+)
 
 
 def watched(documents: Iterable[Document], faults: MutableMapping[str, SkippedRows]) -> Iterator[Document]:
@@ -145,7 +150,7 @@ def _faults_of(document: Document) -> Iterator[str]:
         yield "replacement"
     if is_mojibake(text):
         yield "mojibake"
-    if _CONTROL.search(text):
+    if CONTROL.search(text):
         yield "control"
     if any(text.count(begin) != text.count(end) for begin, end in _PAIRS) or (
         "{{" in text and _OPEN_FIELD.search(text)

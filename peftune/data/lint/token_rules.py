@@ -1,4 +1,4 @@
-"""What is probably wrong with a corpus that its tokens tell: odd texts, repeats, and held-out text that was trained on."""
+"""What is probably wrong with a corpus, by its tokens: odd texts, repeats, held-out text that is trained on."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def too_long(store: TokenStore, documents: np.ndarray, block: int, places: Place
     """Documents with a prompt or turns that are over a block."""
     partly = store.supervised_counts[documents] < store.lengths[documents] - 1
     long = documents[partly & (store.lengths[documents] > block)]
-    advice = "what is scored beyond the first block is learnt without its prompt; shorten them, or raise data.block_size"
+    advice = (
+        "what is scored beyond the first block is learnt without its prompt; shorten them, or raise data.block_size"
+    )
     return finding(f"prompt and completion over a block of {block:,} tokens", long, places, advice, False)
 
 

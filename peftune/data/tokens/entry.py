@@ -5,7 +5,7 @@
 | `ids.bin`        | all token ids, document after document, uint16 (uint32 for a vocabulary above 65,536)   |
 | `supervised.bin` | one bit per token, most significant bit first                                           |
 | `documents.bin`  | per document: tokens, scored tokens, scored bytes (int64 each), digest (uint64)         |
-| `meta.json`      | format, key, dtype, counts, what was left out, how files were cut, special tokens, lint, all SHA-256 |
+| `meta.json`      | format, key, dtype, counts, what was left out, how files were cut, special tokens, lint, hashes |
 
 Files stay open from the moment they are hashed, so that what is used is what was checked.
 """

@@ -31,9 +31,12 @@ def lossy(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, par
             for kind, applies in zip(found, (unknown in ids, given_back != text), strict=True):
                 if applies:
                     kind.add(document.source)
-    whats = ("text that the tokenizer has no token for", _UNKNOWN.format(token=tokenizer.unk_token)), (
-        "text that its tokens do not give back",
-        _CHANGED,
+    whats = (
+        ("text that the tokenizer has no token for", _UNKNOWN.format(token=tokenizer.unk_token)),
+        (
+            "text that its tokens do not give back",
+            _CHANGED,
+        ),
     )
     return [
         Finding(what, kind.rows, joined(kind.first), advice)

@@ -41,7 +41,7 @@ def without_special(backend: Tokenizer) -> str:
 
 
 class SpecialTextCounter:
-    """In how many of the documents that pass each special token is spelt out, and where the first three of them stand."""
+    """In how many of the documents that pass each special token is spelt out, and where the first three stand."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         tokens = sorted(special_texts(tokenizer), key=len, reverse=True)
