@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from peftune.data.documents import Document, FileCut, ReadStats, SkippedRows
 from peftune.data.lint.finding import Finding, joined
-from peftune.data.lint.mojibake import is_mojibake
+from peftune.data.lint.mojibake import is_mojibake, mended
 from peftune.data.sources.chat_template import names_a_turn
 from peftune.data.sources.plain_text import END_OF_TEXT
 
@@ -150,7 +150,7 @@ def _faults_of(document: Document) -> Iterator[str]:
         yield "replacement"
     if is_mojibake(text):
         yield "mojibake"
-    if CONTROL.search(text):
+    if CONTROL.search(mended(text)):
         yield "control"
     if any(text.count(begin) != text.count(end) for begin, end in _PAIRS) or (
         "{{" in text and _OPEN_FIELD.search(text)
