@@ -73,7 +73,8 @@ def near_duplicates(store: TokenStore, documents: np.ndarray) -> np.ndarray:
     buckets: dict[tuple[int, bytes], int] = {}
     pairs: dict[int, set[int]] = defaultdict(set)
     for hashes, document, _ in runs_of(store, long, _NEAR_TOKENS, scored_only=False):
-        numbers, inverse = np.unique(document, return_inverse=True)
+        numbers = _distinct(document)
+        inverse = np.searchsorted(numbers, document)
         least = np.full((len(numbers), _BINS), _EMPTY)
         np.minimum.at(least, (inverse, (hashes % _BINS).astype(np.int64)), hashes)
         for _ in range(_BINS):
@@ -99,6 +100,12 @@ def near_duplicates(store: TokenStore, documents: np.ndarray) -> np.ndarray:
     return np.fromiter(found, np.int64)
 
 
+def _distinct(values: np.ndarray) -> np.ndarray:
+    """The distinct values, rising; numpy's `unique` goes through a hash table here, at twenty times the time."""
+    values = np.sort(values)
+    return np.asarray(values[np.diff(values, prepend=values[:1] + 1) != 0])
+
+
 def shared_runs(
     store: TokenStore, documents: np.ndarray, known: TokenStore, known_documents: np.ndarray, tokens: int, holders: int
 ) -> dict[int, list[int]]:
@@ -110,16 +117,18 @@ def shared_runs(
     if not found:
         return {}
     runs = Runs(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
-    hashes = np.unique(runs.hashes)
-    maybe = np.zeros(1 << 22, dtype=bool)  # a filter that tells most runs at once
+    hashes = _distinct(runs.hashes)
+    maybe = np.zeros(1 << 25, dtype=bool)  # a filter that tells most runs at once
     maybe[hashes % len(maybe)] = True
-    seen = [(np.zeros(0, np.uint64), np.zeros(0, np.int64))]
+    held_by = np.zeros(len(hashes), np.int64)  # known documents, of which none is in two parts
     for one in runs_of(known, known_documents, tokens, scored_only=True):
         likely = np.flatnonzero(maybe[one.hashes % len(maybe)])
-        seen.append((one.hashes[likely], one.document[likely]))
-    places = np.unique(np.rec.fromarrays([np.concatenate(part) for part in zip(*seen, strict=True)], names="hash,of"))
-    held, counts = np.unique(places["hash"], return_counts=True)
-    hits = np.isin(runs.hashes, held[counts == holders])
+        likely = likely[np.argsort(one.hashes[likely])]  # in this order they are found faster
+        number = np.minimum(np.searchsorted(hashes, one.hashes[likely]), len(hashes) - 1)
+        equal = hashes[number] == one.hashes[likely]
+        pairs = _distinct(number[equal] << 32 | one.document[likely][equal])
+        held_by += np.bincount(pairs >> 32, minlength=len(hashes))
+    hits = (held_by == holders)[np.searchsorted(hashes, runs.hashes)]
     starts: dict[int, list[int]] = defaultdict(list)
     for document, start in zip(runs.document[hits].tolist(), runs.start[hits].tolist(), strict=True):
         starts[document].append(start)

@@ -14,7 +14,7 @@ from peftune.data.lint.clean import write_clean
 from peftune.data.sources.read import read_documents
 from peftune.errors import UserError
 
-BROKEN = "café – it’s".encode().decode("cp1252")
+BROKEN = "café €5 é".encode().decode("cp1252")
 
 
 def texts(path: Path, **options: Any) -> list[str]:
@@ -25,7 +25,7 @@ def test_rows_are_mended_and_every_change_is_counted(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"prompt": "Why? ", "completion": BROKEN, "id": 1},
         {"prompt": "Why?", "completion": "a\x07b\r\nc", "id": 2, "tags": [BROKEN], "half": "\ud800"},
-        {"prompt": "Why?", "completion": "café – it’s", "id": 3},
+        {"prompt": "Why?", "completion": "café €5 é", "id": 3},
         {"prompt": "How?", "completion": " ", "id": 4},
         {"prompt": "Where?", "id": 5},
         {"prompt": "Who?", "completion": "AKIAIOSFODNN7ABCDEFG", "id": 6},
@@ -37,8 +37,8 @@ def test_rows_are_mended_and_every_change_is_counted(tmp_path: Path) -> None:
     assert path.read_bytes() == before
     mended = [json.loads(line) for line in (tmp_path / "out/data/rows.jsonl").read_text().splitlines()]
     assert mended == [
-        {"prompt": "Why?", "completion": "café – it’s", "id": 1},
-        {"prompt": "Why?", "completion": "ab\nc", "id": 2, "tags": ["café – it’s"], "half": "\ud800"},
+        {"prompt": "Why?", "completion": "café €5 é", "id": 1},
+        {"prompt": "Why?", "completion": "ab\nc", "id": 2, "tags": ["café €5 é"], "half": "\ud800"},
         rows[4],
         rows[5],
     ]

@@ -31,9 +31,7 @@ def prose(seed: int, words: int = 50) -> str:
 
 
 def clean_rows(count: int = 40, seed: int = 0) -> Rows:
-    return [
-        {"prompt": f"{prose(seed + n, 6)}?", "completion": prose(seed + n + 500)} for n in range(count)
-    ]
+    return [{"prompt": f"{prose(seed + n, 6)}?", "completion": prose(seed + n + 500)} for n in range(count)]
 
 
 def written(path: Path, rows: Rows) -> Source:
@@ -56,7 +54,7 @@ def completion(text: str) -> Planted:
     return lambda rows: rows[6].update(completion=text)
 
 
-MOJIBAKE = "café – it’s".encode().decode("cp1252")
+MOJIBAKE = "café €5 é".encode().decode("cp1252")
 PLANTED: dict[str, tuple[Planted, str]] = {
     "prompt space": (lambda rows: rows[6].update(prompt="Why? "), "prompt ends in white space"),
     "blank prompt": (lambda rows: rows[6].update(prompt=" "), "prompt is blank"),
@@ -147,7 +145,8 @@ def test_built_in_corpora_raise_no_alarm(domain: str, small: PreTrainedTokenizer
 
 
 GOOD = (
-    "Ã la carte, “MANHÔ, SÃO PAULO\f", "É”", "f'{{{x}}}' and {{name}} {{'a': 1}}", r"\frac{{\bf a}}{b}", "[INST] a [/INST]",
+    "Ã la carte, “MANHÔ, SÃO PAULO\f", "É”", "f'{{{x}}}' and {{name}} {{'a': 1}}", r"\frac{{\bf a}}{b}",
+    "[INST] a [/INST]",
     "a@b, x @ y, self@weight, me@example.com", "task-force, sk-learn-is-a-library-of-models", "http://host:80/a@b",
     "AKIA", "naïve café\tœuvre €5\u00a0%", "日本語のテキスト。",
 )  # fmt: skip
@@ -158,8 +157,8 @@ def test_good_text_raises_no_alarm(text: str) -> None:
     assert lint([Document(text)]) == []
 
 
-HOSTILE = ("{{a", "{{ ", "{{", "[INST]", "<|im_", "://a:", "://", "@a.", "a@a.", "sk-", "sk-a", "gh", "Ã ", "ÐÑ", "â", "AKIA", "\x00",
-           "-----BEGIN ", "PRIVATE KEY", "\r", "eyJ")  # fmt: skip
+HOSTILE = ("{{a", "{{ ", "{{", "[INST]", "<|im_", "://a:", "://", "@a.", "a@a.", "sk-", "sk-a", "gh", "Ã ",
+           "ÐÑ", "â", "AKIA", "\x00", "-----BEGIN ", "PRIVATE KEY", "\r", "eyJ")  # fmt: skip
 
 
 @pytest.mark.parametrize("piece", HOSTILE)
