@@ -79,20 +79,21 @@ CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]")
 _PAIRS = (("[INST]", "[/INST]"), ("<<SYS>>", "<</SYS>>"), ("<|im_start|>", "<|im_end|>"))
 _OPEN_FIELD = re.compile(r"\{\{[ \t]*[A-Za-z_][^{}]*(?:\{\{|\Z)")
 _SECRETS = {
-    "AKIA": r"\bAKIA[0-9A-Z]{16}\b",
-    "ASIA": r"\bASIA[0-9A-Z]{16}\b",
+    "AKIA": r"AKIA(?<!\wAKIA)[0-9A-Z]{16}\b",
+    "ASIA": r"ASIA(?<!\wASIA)[0-9A-Z]{16}\b",
     "PRIVATE KEY": r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY",
-    "gh": r"\bgh[pousr]_[A-Za-z0-9]{30}|\bgithub_pat_\w{22}",
-    "sk-": r"\bsk-(?=[A-Za-z_-]{0,40}[0-9])[A-Za-z0-9_-]{20}",
-    "xox": r"\bxox[abprs]-[0-9A-Za-z-]{10}",
-    "AIza": r"\bAIza[0-9A-Za-z_-]{35}",
-    "glpat-": r"\bglpat-[0-9A-Za-z_-]{20}",
-    "hf_": r"\bhf_[A-Za-z0-9]{30}",
+    **{mark: mark + "[A-Za-z0-9]{30}" for mark in ("ghp_", "gho_", "ghu_", "ghs_", "ghr_")},
+    "github_pat_": r"github_pat_\w{22}",
+    "sk-": r"sk-(?<!\wsk-)(?=[A-Za-z_-]{0,40}[0-9])[A-Za-z0-9_-]{20}",
+    "xox": r"xox[abprs]-[0-9A-Za-z-]{10}",
+    "AIza": r"AIza[0-9A-Za-z_-]{35}",
+    "glpat-": r"glpat-[0-9A-Za-z_-]{20}",
+    "hf_": r"hf_(?<!\whf_)[A-Za-z0-9]{30}",
     "://": r"://[^\s/:@'\"<>]{1,64}:[^\s/:@'\"<>]{1,64}@[\w\[]",
 }
 _PATTERNS = {mark: re.compile(pattern) for mark, pattern in _SECRETS.items()}
 _E_MAIL = re.compile(
-    r"(?<=[\w+-])@(?!example\b)[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){0,4}\.(?:[a-z]{2}|com|org|net|edu|gov|info)\b"
+    r"@(?<=[\w+-]@)(?!example\b)[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){0,4}\.(?:[a-z]{2}|com|org|net|edu|gov|info)\b"
 )
 
 

@@ -22,7 +22,8 @@ _ODD_SHARE = 0.45  # of the corpus's median of bytes a token
 _ODD_TOKENS = 32  # shorter ones vary by themselves
 _RUN, _WORDS, _LETTERS = 13, 13, 50  # tokens that are compared; words, or characters without spaces, that count
 _SAMPLE, _MORE = 2_000, 2  # training documents by which is judged what is usual, and how many times that is too much
-_FORMULAS = 10  # so many of them share passages where that is usual
+_SAMPLE_TOKENS = 500_000
+_FORMULAS = 10  # so many of them, or one in ten, share passages where that is usual
 
 
 def finding(what: str, numbers: Sequence[int] | np.ndarray, places: Places, advice: str, loud: bool) -> list[Finding]:
@@ -81,9 +82,12 @@ def leaks(
     found = _long_runs(shared_runs(store, documents, known, known_documents, _RUN, 1), store, tokenizer)
     if not found:
         return []
-    sample = known_documents[:: -(-len(known_documents) // _SAMPLE)]
+    size = max(len(known_documents) / _SAMPLE, known.lengths[known_documents].sum() / _SAMPLE_TOKENS)
+    sample = known_documents[:: int(np.ceil(size))]
     usual = _long_runs(shared_runs(known, sample, known, known_documents, _RUN, 2), known, tokenizer)
-    if len(usual) >= _FORMULAS and len(found) * len(sample) <= _MORE * len(usual) * len(documents):
+    if len(usual) >= min(_FORMULAS, len(sample) / 10) and len(found) * len(sample) <= _MORE * len(usual) * len(
+        documents
+    ):
         return []  # training texts are as much alike among themselves
     what = f"{name}: documents with long passages of the training text"
     advice = "its figures are better than those of new text; hold out whole works or sources instead"
