@@ -72,9 +72,10 @@ def data(
     special_tokens: SpecialTokens = "text",
     chat: Chat = "plain",
     block_size: BlockSize = None,
+    fix: Annotated[Path | None, typer.Option(help="Write a cleaned copy and a report there; must not exist.")] = None,
     json_path: Json = None,
 ) -> None:
-    """Show what is in a corpus: documents, tokens, lengths, how full blocks get, and what is scored.
+    """Show what is in a corpus: documents, tokens, lengths, what is scored, and what is probably wrong with it.
 
     Example:  peftune data answers.jsonl --column prompt=question --column completion=answer --base gpt2
     """
@@ -83,7 +84,7 @@ def data(
     from peftune.model.base import open_base
 
     given = [source_of(path, columns) for path in sources]
-    run(given, open_base(base), block_size, split_on, json_path, special_tokens, chat)
+    run(given, open_base(base), block_size, split_on, json_path, special_tokens, chat, fix)
 
 
 app.command()(train)

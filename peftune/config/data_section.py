@@ -15,6 +15,7 @@ from peftune.config.text_codecs import codec_named
 
 SplitOn = Literal["auto", "blank-line", "endoftext", "file", "line", "wide-gap"]
 UnknownFiles = Literal["refuse", "skip"]
+Lint = Literal["off", "strict", "warn"]
 
 
 def _known_encoding(name: str) -> str:
@@ -156,6 +157,10 @@ class DataSection(Section):
     on_bad_row: OnBadRow = "refuse"
     """What becomes of a row that cannot be learnt from (a missing column, null, no JSON, an unknown role): `refuse` the
     file, or `skip` the row; skipped rows are counted, and a file of nothing else is refused."""
+    lint: Annotated[Lint, BeforeValidator(lambda value: "off" if value is False else value)] = "warn"  # YAML's off
+    """What becomes of faults that texts show (mojibake, control characters, credentials, templates left open, held-out
+    text that is trained on, …): `warn` tells the grave ones at the start in a line each, `strict` refuses the text and
+    tells all, near-duplicates and e-mail addresses among them. `peftune data` shows all without a run."""
     special_tokens: Literal["parse", "text"] = "text"
     """How `<|title|>` and other special tokens of the base's tokenizer are read where a text spells them out: as the
     `text` that it is, or as the token (`parse`), in training and in the prompts of the adapter that comes out."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,7 +44,8 @@ class BadRow(UserError):
         self.location, self.reason = location, reason[:100]
 
 
-_REASONS, _PLACES, _PLACE_LENGTH = 12, 3, 200
+FIRST_PLACES = 3
+_REASONS, _PLACE_LENGTH = 12, 200
 
 
 @dataclass
@@ -52,6 +54,12 @@ class SkippedRows:
 
     rows: int = 0
     first: list[str] = field(default_factory=list)
+
+    def add(self, place: str) -> None:
+        """Count one more, at `place`."""
+        self.rows += 1
+        if len(self.first) < FIRST_PLACES:
+            self.first.append(place[-_PLACE_LENGTH:])
 
 
 @dataclass
@@ -67,10 +75,7 @@ class LeftOut:
     def skip(self, error: BadRow) -> None:
         """Count a bad row."""
         few = error.reason in self.skipped or len(self.skipped) < _REASONS
-        group = self.skipped.setdefault(error.reason if few else "other reasons", SkippedRows())
-        group.rows += 1
-        if len(group.first) < _PLACES:
-            group.first.append(error.location[-_PLACE_LENGTH:])
+        self.skipped.setdefault(error.reason if few else "other reasons", SkippedRows()).add(error.location)
 
     def __bool__(self) -> bool:
         return bool(self.unwanted or self.skipped or self.never)
@@ -99,6 +104,8 @@ class ReadStats:
         self.blank = 0
         self.left_out = LeftOut()
         self.cuts: list[list[FileCut]] = []
+        self.faults: defaultdict[str, SkippedRows] = defaultdict(SkippedRows)
+        """What text has that lint (`data.lint.text_rules`) knows, by the name of the rule."""
         self._finished = 0  # bytes of files that were read to their end
         self._file: BinaryIO | None = None
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import chain, islice, pairwise
+from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,14 @@ import numpy as np
 
 from peftune.config.data_section import Source
 from peftune.data.batches import Blocks
-from peftune.data.documents import Document, ReadStats, first_of_equals
-from peftune.data.lint import Finding, lint, of_rows
+from peftune.data.documents import ReadStats, first_of_equals
+from peftune.data.lint.corpus import of_corpus
+from peftune.data.lint.finding import Finding
+from peftune.data.lint.token_rules import Places, finding, leaks, repeated, too_long
 from peftune.data.packing import Packing
 from peftune.data.sources.read import places_of, read_documents, settle_split
 from peftune.data.sources.text_files import cut_lines, left_out_lines
 from peftune.data.tokens.round_trip import lossy
-from peftune.data.tokens.special_text import findings as special_findings
 from peftune.data.tokens.store import TokenStore, prepare
 
 if TYPE_CHECKING:
@@ -44,29 +46,18 @@ def summarize(
     split_on, stats = settle_split(sources, split_on), ReadStats()
     sizes: list[int] = []
     is_chat = False
-
-    def documents() -> Iterator[Document]:
-        nonlocal is_chat
-        for source in sources:
-            sizes.append(0)
-            for document in read_documents(source, split_on, stats, chat):
-                sizes[-1] += 1
-                is_chat = is_chat or document.turns is not None
-                yield document
-
-    findings = lint(documents())
-    findings += _in_several(store.digests, sizes, sources, split_on)
-    special = special_findings(store.special_tokens, tokenizer, special_tokens == "parse")
-    known = {one.what for one in special}
-    findings = [*of_rows(store.left_out), *special, *(one for one in findings if one.what not in known)]
+    for source in sources:
+        sizes.append(0)
+        for document in read_documents(source, split_on, stats, chat):
+            sizes[-1] += 1
+            is_chat = is_chat or document.turns is not None
+    parse, numbers = special_tokens == "parse", np.arange(len(store))
+    places = partial(places_of, sources, split_on)
+    findings = of_corpus(store, numbers, tokenizer, parse, places)
+    findings += _in_several(store, sizes, sources, tokenizer, places)
     every = chain.from_iterable(read_documents(source, split_on, None, chat) for source in sources)
-    findings += lossy(every, tokenizer, special_tokens == "parse")
-    repeats = np.setdiff1d(np.arange(len(store)), first_of_equals(store.digests))
-    if len(repeats):
-        every = chain.from_iterable(read_documents(source, split_on, None, chat) for source in sources)
-        place = next(islice(every, int(repeats[0]), None)).source
-        advice = "a text is learnt as often as it stands there; data.repeats: drop uses each once"
-        findings.append(Finding("repeats of another document", len(repeats), place, advice))
+    findings += lossy(every, tokenizer, parse)
+    findings += [*too_long(store, numbers, block_size, places), *repeated(store, numbers, places)]
     if len(store) < _FEW:
         advice = "a fraction for validation is coarse; if documents were joined, choose split_on"
         findings.append(Finding("very few documents", len(store), sources[0].path, advice))
@@ -76,7 +67,7 @@ def summarize(
         "documents": len(store),
         "blank": store.blank,
         "left_out": asdict(store.left_out),
-        "duplicates": len(repeats),
+        "duplicates": len(store) - len(first_of_equals(store.digests)),
         "notes": [*cut_lines(sources, store.cuts), *left_out_lines(sources)],
         "files": [asdict(cut) for cuts in stats.cuts for cut in cuts],
         "tokens": int(store.lengths.sum()),
@@ -95,14 +86,18 @@ def summarize(
     }
 
 
-def _in_several(digests: np.ndarray, sizes: list[int], sources: Sequence[Source], split_on: str) -> list[Finding]:
+def _in_several(
+    store: TokenStore, sizes: list[int], sources: Sequence[Source], tokenizer: PreTrainedTokenizerFast, places: Places
+) -> list[Finding]:
     """Sources whose documents are those of a source before: text for training beside text for validation, perhaps."""
     found, begins = [], np.cumsum([0, *sizes])
-    for source, begin, end in zip(sources, begins, begins[1:], strict=False):
-        if len(same := np.flatnonzero(np.isin(digests[begin:end], digests[:begin]))):
-            first = places_of([source], split_on, {int(same[0])})[int(same[0])]
-            what = f"documents of {source.path} that another source holds too"
-            found.append(Finding(what, len(same), first, "what is trained on is not held out: validate on other text"))
+    advice = "what is trained on is not held out: validate on other text"
+    for source, begin, end in zip(sources[1:], begins[1:], begins[2:], strict=False):
+        own, before = np.arange(begin, end), np.arange(begin)
+        same = np.isin(store.digests[own], store.digests[before])
+        what = f"documents of {source.path} that another source holds too"
+        found += finding(what, own[same], places, advice, True)
+        found += leaks(source.path, store, own[~same], store, before, tokenizer, places)
     return found
 
 

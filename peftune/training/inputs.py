@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from peftune.config.data_section import Source
 from peftune.config.recipe import Recipe
 from peftune.data.batches import Blocks, steps_per_epoch, total_steps
 from peftune.data.documents import split_by_digest
-from peftune.data.lint import Finding, of_rows
+from peftune.data.lint.corpus import Part, of_run
+from peftune.data.lint.finding import Finding, of_rows, refuse_all
+from peftune.data.lint.token_rules import finding
 from peftune.data.prepared import Prepared, prepare_as
 from peftune.data.sources.read import holds_chat, places_of, settle_split
-from peftune.data.tokens.special_text import findings
+from peftune.data.tokens.store import TokenStore
 from peftune.errors import UserError
 from peftune.model import lora, quantized
 from peftune.model.base import Base, open_base
@@ -46,7 +49,7 @@ class Corpus:
     fingerprints: dict[str, str]
     chat: bool
     findings: tuple[Finding, ...] = ()
-    """What to know about rows that were skipped, special tokens in the training text, and what is validated on."""
+    """What to know about the text (`data.lint`), rows that were skipped, and what is validated on."""
     also_trained_on: dict[str, int] = field(default_factory=dict)
     """Of each domain that is not held out: how many of its documents are training documents too."""
     left_out: dict[str, Any] = field(default_factory=dict)
@@ -83,8 +86,7 @@ class RunInputs:
                 "works on it alone"
             )
         yield from self.corpus.notes
-        for finding in self.corpus.findings:
-            yield f"{finding.what}: {finding.documents:,} documents, first {finding.first}: {finding.advice}"
+        yield from (one.line() for one in self.corpus.findings)
 
     def description(self, micro_size: int) -> str:
         """What is about to be learnt, and how often; what it is validated on."""
@@ -181,11 +183,14 @@ def _load_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, base: Base,
         notes.extend(f"{name}: {note}" for note in found.notes)
         return found
 
+    def part(name: str, sources: Sequence[Source], store: TokenStore, documents: np.ndarray) -> Part:
+        return Part(name, store, documents, partial(places_of, how.read_as(sources), split_on))
+
     store, train, _ = read("train", how.train)
     chat = all(holds_chat(source, split_on) for source in how.read_as(how.train))
     prints, validation = {"train": store.fingerprint}, how.validation
     also_trained_on: dict[str, int] = {}
-    found: list[Finding] = []
+    found, same = list[Finding](), list[Finding]()
     if isinstance(validation, float | int):
         learnt, heldout = split_by_digest(store.digests[train], float(validation))
         train, heldout = train[learnt], train[heldout]
@@ -193,6 +198,7 @@ def _load_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, base: Base,
             raise UserError(f"data.validation {validation} leaves no document to learn from; {len(store)} in all")
         domains = {"validation": Blocks.of(store, heldout, block)} if len(heldout) else {}
         stores = {}
+        held_out = [part("validation", how.train, store, heldout)]
         if validation and not domains:
             found.append(_nothing_held_out(recipe, len(store)))
     else:
@@ -201,17 +207,27 @@ def _load_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, base: Base,
         domains = {name: Blocks.of(one.store, one.used, block) for name, one in read_as.items()}
         stores = {f"validation/{name}": one.store for name, one in read_as.items()}
         prints |= {name: one.fingerprint for name, one in stores.items()}
-        for name, one in read_as.items():
-            if len(same := np.flatnonzero(np.isin(one.store.digests, store.digests))):
-                also_trained_on[name], first = len(same), int(same[0])
-                place = places_of(how.read_as(named[name]), split_on, {first})[first]
-                what = f"{_domain(name)} ({len(one.store):,} documents) holds documents that are trained on too"
-                found.append(Finding(what, len(same), place, _NOT_HELD_OUT))
+        held_out = [part(_domain(name), named[name], one.store, one.used) for name, one in read_as.items()]
+        for name, one in zip(read_as, held_out, strict=True):
+            if len(equal := np.flatnonzero(np.isin(one.store.digests, store.digests))):
+                also_trained_on[name] = len(equal)
+                what = f"{one.name} ({len(one.store):,} documents) holds documents that are trained on too"
+                same += finding(what, equal, one.places, _NOT_HELD_OUT, True)
     stores = {"train": store} | stores
     left_out = {name: asdict(s.left_out) for name, s in stores.items() if s.left_out}
+<<<<<<< HEAD
     found = findings(store.special_tokens, base.tokenizer, how.special_tokens == "parse") + found
     found = [finding for s in stores.values() for finding in of_rows(s.left_out)] + found
     learnt_from = Blocks.of(store, train, block, how.one_document_per_block)
+=======
+    if how.lint == "off":
+        found = [one for s in stores.values() for one in of_rows(s.left_out)] + found
+    else:
+        found = of_run(how, block, base.tokenizer, part("train", how.train, store, train), held_out) + found + same
+    if how.lint == "strict":
+        refuse_all(found)
+    learnt_from = Blocks.of(store, train, block)
+>>>>>>> lint
     return Corpus(learnt_from, domains, prints, chat, tuple(found), also_trained_on, left_out, tuple(notes))
 
 

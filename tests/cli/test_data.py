@@ -115,3 +115,17 @@ def test_rows_that_are_left_out_are_told_with_reason_and_place(tmp_path, tokeniz
     assert "where leaves out 1 of 3 rows bad rows, skipped 1 of 3 rows documents 1" in lines
     assert "! skipped rows, column 'text' holds null: 1 documents, first" in lines
     assert "! where asks for what no row holds: d 'z'" in lines
+
+
+def test_bad_rows_are_refused_after_all_else_was_shown_and_a_copy_was_made(tmp_path, capsys):
+    rows = [*ROWS[:8], {"prompt": "Name"}, {"prompt": "Why? ", "completion": "Yes."}]
+    (path := tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r"rows\.jsonl:9: no column 'completion'"):
+        run([Source(path=str(path))], open_base("builtin:small"), 64, fix=tmp_path / "clean")
+    said = capsys.readouterr().out
+    assert (
+        "skipped rows, no column 'completion'" in said
+        and f"prompt ends in white space: 1 documents, first {path}:10" in said
+    )
+    assert f"{tmp_path}/clean: a cleaned copy is in {tmp_path}/clean/data" in said
+    assert "white space at the end of prompts removed: 1, first" in said

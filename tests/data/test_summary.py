@@ -8,7 +8,7 @@ import pytest
 
 from peftune.config.data_section import Source
 from peftune.data.documents import Document
-from peftune.data.lint import lint
+from peftune.data.lint.text_rules import lint
 from peftune.data.sources.chat_template import turns_of
 from peftune.data.summary import summarize
 
@@ -64,10 +64,10 @@ def test_a_continued_document_shows_its_repeated_token_as_context(write, tokeniz
 def test_documents_that_two_sources_hold_are_counted_with_the_first_place(write, tokenizer):
     lines = [f"the cat {number}" for number in range(30)]
     first, second = write("a.txt", "\n\n".join(lines)), write("b.txt", "\n\n".join(["new", *lines[4:9]]))
-    report = summarize([Source(path=str(path)) for path in (first, second)], tokenizer, "t", 64)
-    (found,) = report["findings"]
-    assert found["what"] == f"documents of {second} that another source holds too"
-    assert found["documents"] == 5 and found["first"] == f"{second}:3"
+    report = summarize([Source(path=str(path)) for path in (first, second)], tokenizer, "t", 64, split_on="blank-line")
+    found, repeats = report["findings"]
+    assert repeats["documents"] == 5 and found["what"] == f"documents of {second} that another source holds too"
+    assert found["documents"] == 5 and found["first"] == f"{second}:3, {second}:5, {second}:7"
     assert summarize([Source(path=str(first))], tokenizer, "t", 64)["findings"] == []
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from peftune.cli.options import save_json
 from peftune.cli.output.text_output import results
 from peftune.console import SafeConsole
+from peftune.errors import UserError
 
 if TYPE_CHECKING:
     from peftune.config.data_section import Source
@@ -32,16 +33,35 @@ def run(
     json_path: Path | None = None,
     special_tokens: str = "text",
     chat: str = "plain",
+    fix: Path | None = None,
 ) -> None:
-    """Print the summary on stdout and, if asked for, write it as JSON; blocks are as long as the context by default."""
+    """Print the summary on stdout and, if asked for, write it as JSON; blocks are as long as the context by default.
+
+    With `fix` a cleaned copy of the sources is written there. UserError for bad rows, after what the others are.
+    """
+    from peftune.data.lint.clean import DATA, write_clean
     from peftune.data.summary import summarize
 
+    told = [] if fix is None else [f"  {line}" for line in write_clean(sources, fix, split_on, chat).lines()]
     block_size = block_size or base.config.n_positions
     tokenizer, fingerprint = base.tokenizer, base.tokenizer_fingerprint
     options = split_on, None, special_tokens, chat
-    summary = summarize(sources, tokenizer, fingerprint, block_size, " ", *options)
+    refused = None
+    try:
+        summary = summarize(sources, tokenizer, fingerprint, block_size, " ", *options)
+    except UserError as error:
+        refused, sources = error, [one.model_copy(update={"on_bad_row": "skip"}) for one in sources]
+        try:  # to show what else there is
+            summary = summarize(sources, tokenizer, fingerprint, block_size, " ", *options)
+        except UserError:
+            raise error from None
     save_json(json_path, summary)
     render(summary, results())
+    if fix is not None:
+        for line in (f"{fix}: a cleaned copy is in {fix / DATA}, what was done in report.txt and report.json", *told):
+            results().print(line, markup=False, highlight=False, soft_wrap=True)
+    if refused is not None:
+        raise refused
 
 
 def render(summary: dict[str, Any], console: SafeConsole) -> None:
@@ -53,8 +73,8 @@ def render(summary: dict[str, Any], console: SafeConsole) -> None:
     _render_histogram(summary, console)
     for finding in summary["findings"]:
         problem = "! {what}: {documents:,} documents, first {first}".format(**finding)
-        console.print(problem, style="yellow", soft_wrap=True)
-        console.print(f"  {finding['advice']}", soft_wrap=True)
+        console.print(problem, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  {finding['advice']}", markup=False, highlight=False, soft_wrap=True)
     if summary["chat"]:
         console.print(
             "of a chat, what the assistant says is scored, and what ends its turn: a blank line and User:, or the end",

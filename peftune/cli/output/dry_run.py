@@ -43,7 +43,7 @@ def _comments(found: DryRun) -> Iterator[str]:
     for name, blocks in corpus.domains.items():
         yield f"# evaluates on {name}: {_size(blocks)}"
     for finding in corpus.findings:
-        yield f"# {finding.what}: {finding.documents:,} documents, first {finding.first}: {finding.advice}"
+        yield f"# {finding.line()}"
     epochs = found.inputs.total_steps * recipe.batch.global_size / len(corpus.train)
     yield (
         f"# steps: {found.inputs.total_steps:,} of {recipe.batch.global_size} blocks ({epochs:.2g} epochs), "

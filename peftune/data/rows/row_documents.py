@@ -164,6 +164,7 @@ class RowReader:
         if any(map(str.strip, scored)):
             return document
         self.stats.blank += 1
+        self.stats.faults["blank"].add(location)
         return None
 
     def _look_for_columns(self, row: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 
 from peftune.data.documents import ReadStats
@@ -70,7 +71,9 @@ def open_text(
             raw.seek(len(mark))
             try:
                 with stats.reading(raw) if stats else nullcontext():
-                    yield io.TextIOWrapper(raw, encoding=codec, errors="strict", newline=newline)
+                    yield (file := io.TextIOWrapper(raw, encoding=codec, errors="strict", newline=newline))
+                if stats and newline is None and isinstance(file.newlines, tuple):
+                    stats.faults["line-ends"].add(f"{path}:{_other_end(path, codec)}")
             except UnicodeDecodeError as error:
                 bad = error.object[error.start : error.start + 1]
                 what = f"not {codec.replace('_', '-').upper()} at byte {raw.tell() - len(error.object) + error.start}"
@@ -93,6 +96,13 @@ def looks_like_text(path: Path) -> bool:
     with open(path, "rb") as raw:
         head = raw.read(_HEAD)
     return b"\0" not in head or head.startswith(tuple(mark for mark, _ in _MARKS))
+
+
+def _other_end(path: Path, codec: str) -> int:
+    """The first line of a file that ends in another way than the line before it."""
+    with open(path, encoding=codec, newline="") as file:
+        ends = (line[len(line.rstrip("\r\n")) :] for line in file)
+        return next((number for number, (a, b) in enumerate(pairwise(ends), start=2) if a != b), 1)
 
 
 def _unmarked(head: bytes) -> str:

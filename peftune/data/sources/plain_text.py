@@ -57,7 +57,11 @@ def split_text(
             found = enumerate(file, start=1)
         else:
             found = iter([(1, file.read())])
-        for line, text in found:
+        empty = 0  # line of an end of text that another follows
+        for number, (line, text) in enumerate(found):
+            if empty and stats is not None:
+                stats.faults["end-doubled"].add(f"{path}:{empty}")
+            empty = line if number and rule == "endoftext" and not text.strip() else 0
             if text.strip():
                 leading = len(text) - len(text.lstrip("\n")) if text[0] == "\n" else 0
                 yield line + leading, text.strip("\n")

@@ -5,7 +5,7 @@
 | `ids.bin`        | all token ids, document after document, uint16 (uint32 for a vocabulary above 65,536)   |
 | `supervised.bin` | one bit per token, most significant bit first                                           |
 | `documents.bin`  | per document: tokens, scored tokens, scored bytes (int64 each), digest (uint64)         |
-| `meta.json`      | format, key, dtype, counts, what was left out, how files were cut, special tokens, all SHA-256 |
+| `meta.json`      | format, key, dtype, counts, what was left out, how files were cut, special tokens, lint, hashes |
 
 Files stay open from the moment they are hashed, so that what is used is what was checked.
 """
@@ -25,19 +25,20 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from peftune.cache import open_private
-from peftune.data.documents import LeftOut, ReadStats
+from peftune.data.documents import LeftOut, ReadStats, SkippedRows
 from peftune.data.sources.text_files import RuleCount, by_rule
 from peftune.data.tokens.encode import Examples
 from peftune.errors import UserError
 from peftune.files import parse_json
 
-FORMAT = 2
+FORMAT = 3
 FILES = ("ids.bin", "supervised.bin", "documents.bin")
 DOCUMENT = np.dtype([("tokens", "<i8"), ("supervised", "<i8"), ("bytes", "<i8"), ("digest", "<u8")])
 _FINGERPRINT = 1  # not FORMAT: a run that an earlier version began goes on if its tokens are the same
 _CHUNK = 1 << 20
 _SPECIAL = TypeAdapter(dict[str, tuple[int, str]])
 _LEFT_OUT = TypeAdapter(LeftOut)
+_FAULTS = TypeAdapter(dict[str, SkippedRows])
 _CUTS = TypeAdapter(list[list[RuleCount]])
 _META_BYTES = 1 << 22
 
@@ -59,6 +60,8 @@ class Entry:
     left_out: LeftOut = field(default_factory=LeftOut)
     cuts: list[list[RuleCount]] = field(default_factory=list)
     """How the text files of each source were cut."""
+    faults: dict[str, SkippedRows] = field(default_factory=dict)
+    """What lint found in the texts, by the name of its rule."""
 
     def check_unchanged(self) -> None:
         """UserError where a file was written to or cut since it was read: its pages would be others, or none."""
@@ -111,6 +114,7 @@ def read_entry(directory: Path, key: str, vocabulary: int) -> Entry | None:
         special = _SPECIAL.validate_python(meta.get("special_tokens", {}))
         left_out = _LEFT_OUT.validate_python(meta.get("left_out", {}))
         cuts = _CUTS.validate_python(meta["cuts"])
+        faults = _FAULTS.validate_python(meta.get("faults", {}))
         stated = meta["sha256"], meta["dtype"], meta.get("key")  # of another key: one that was moved here
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -124,7 +128,7 @@ def read_entry(directory: Path, key: str, vocabulary: int) -> Entry | None:
     )
     if not fits:
         return None
-    return Entry(ids, bits, documents, _fingerprint(dtype, hashes), meta["blank"], special, left_out, cuts)
+    return Entry(ids, bits, documents, _fingerprint(dtype, hashes), meta["blank"], special, left_out, cuts, faults)
 
 
 class Writer:
@@ -168,6 +172,7 @@ class Writer:
             "cuts": [[asdict(count) for count in by_rule(cuts)] for cuts in stats.cuts],
             "sha256": {name: digest.hexdigest() for name, digest in self.hashes.items()},
             **({"special_tokens": dict(special)} if special else {}),
+            **({"faults": {name: asdict(found) for name, found in stats.faults.items()}} if stats.faults else {}),
             **({"left_out": asdict(stats.left_out)} if stats.left_out else {}),
         }
         text = json.dumps(meta | {"sha256_of_meta": _hash_of_meta(meta)}, indent=1) + "\n"

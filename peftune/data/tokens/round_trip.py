@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from peftune.data.documents import Document
-from peftune.data.lint import Finding
+from peftune.data.documents import Document, SkippedRows
+from peftune.data.lint.finding import Finding, joined
 from peftune.data.tokens.encode import encode_texts
 
 if TYPE_CHECKING:
@@ -23,24 +23,26 @@ def lossy(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, par
     backend, unknown = tokenizer.backend_tokenizer, tokenizer.unk_token_id
     if type(backend.decoder).__name__ == "ByteLevel" and backend.normalizer is None:
         return []
-    counts, first = [0, 0], ["", ""]
+    found = [SkippedRows(), SkippedRows()]
     for batch in _batches(documents):
         texts = [document.content() for document in batch]
         for document, text, ids in zip(batch, texts, encode_texts(texts, tokenizer, parse), strict=True):
             given_back = backend.decode(ids, skip_special_tokens=False)
-            for kind, found in enumerate((unknown in ids, given_back != text)):
-                if found:
-                    counts[kind], first[kind] = counts[kind] + 1, first[kind] or document.source
-    findings = (
-        Finding(
-            "text that the tokenizer has no token for",
-            counts[0],
-            first[0],
-            _UNKNOWN.format(token=tokenizer.unk_token),
+            for kind, applies in zip(found, (unknown in ids, given_back != text), strict=True):
+                if applies:
+                    kind.add(document.source)
+    whats = (
+        ("text that the tokenizer has no token for", _UNKNOWN.format(token=tokenizer.unk_token)),
+        (
+            "text that its tokens do not give back",
+            _CHANGED,
         ),
-        Finding("text that its tokens do not give back", counts[1], first[1], _CHANGED),
     )
-    return [finding for finding in findings if finding.documents]
+    return [
+        Finding(what, kind.rows, joined(kind.first), advice)
+        for kind, (what, advice) in zip(found, whats, strict=True)
+        if kind.rows
+    ]
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

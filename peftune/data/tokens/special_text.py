@@ -8,8 +8,8 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from peftune.data.documents import Document
-from peftune.data.lint import Finding
+from peftune.data.documents import FIRST_PLACES, Document
+from peftune.data.lint.finding import Finding
 from peftune.data.sources.plain_text import END_OF_TEXT
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def without_special(backend: Tokenizer) -> str:
 
 
 class SpecialTextCounter:
-    """In how many of the documents that pass each special token is spelt out, and where the first of them stands."""
+    """In how many of the documents that pass each special token is spelt out, and where the first three stand."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         tokens = sorted(special_texts(tokenizer), key=len, reverse=True)
@@ -52,8 +52,9 @@ class SpecialTextCounter:
         """The documents as they come."""
         for document in documents:
             for token in set(self._pattern.findall(document.content())):
-                count, first = self.found.get(token, (0, document.source))
-                self.found[token] = count + 1, first
+                count, first = self.found.get(token, (0, ""))
+                places = [*filter(None, [first]), *([document.source] if count < FIRST_PLACES else [])]
+                self.found[token] = count + 1, ", ".join(places)
             yield document
 
 

@@ -23,6 +23,7 @@ from peftune.cache import cache_directory, can_write, check_private
 from peftune.config.data_section import Source
 from peftune.console import Console
 from peftune.data.documents import ReadStats
+from peftune.data.lint.text_rules import watched, without_an_end
 from peftune.data.sources.read import identity, read_documents, settle_split, size_of, state_of
 from peftune.data.tokens.encode import begin_of_text_id, end_of_text_id, rules_of
 from peftune.data.tokens.entry import FORMAT, Entry, Writer, read_entry
@@ -41,7 +42,7 @@ class TokenStore:
     `lengths`, `supervised_counts`, `supervised_bytes` (n,) int64, `digests` (n,) uint64. `fingerprint` is a SHA-256
     of the tokens and what is scored, whatever files they came from. `blank` documents were skipped in the sources,
     and the rows of `left_out`; `special_tokens` are those that a text spells out, with how many documents do, and the
-    first; `cuts` say by source how text files were cut.
+    first; `cuts` say by source how text files were cut, `faults` what lint found in the texts.
     """
 
     def __init__(self, entry: Entry) -> None:
@@ -54,6 +55,7 @@ class TokenStore:
         self.special_tokens = entry.special
         self.left_out = entry.left_out
         self.cuts = entry.cuts
+        self.faults = entry.faults
         self._entry = entry
         self._first = np.zeros(len(self.lengths) + 1, dtype=np.int64)
         np.cumsum(self.lengths, out=self._first[1:])
@@ -111,12 +113,14 @@ def prepare(
     def fill(directory: Path) -> TokenStore:
         directory.chmod(0o700)
         stats, special = ReadStats(), SpecialTextCounter(tokenizer)
-        documents = (document for source in sources for document in read_documents(source, split_on, stats, chat))
+        read = (document for source in sources for document in read_documents(source, split_on, stats, chat))
+        documents = special.watch(watched(read, stats.faults))
         writer = Writer(directory, key, vocabulary)
         with Console().reading("tokenising", size_of(sources)) as show:
-            for examples in tokenized(special.watch(documents), tokenizer, join, parse):
+            for examples in tokenized(documents, tokenizer, join, parse):
                 writer.append(examples)
                 show(stats.bytes_read(), f"{writer.documents:,} documents, {writer.tokens:,} tokens")
+        without_an_end(stats.cuts, stats.faults)
         writer.finish(stats, special.found)
         for source, state in zip(sources, before, strict=True):
             if state_of(source) != state:

@@ -1,0 +1,51 @@
+"""What is said of a corpus: one kind of fault, how often, where, what it does to training, and the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+
+from peftune.data.documents import FIRST_PLACES, LeftOut
+from peftune.errors import UserError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of problem: how many documents have it, the first three of them, and what it does and what to do.
+
+    What is not `loud` is told by `peftune data` and where `data.lint` is strict, not at the start of every run.
+    """
+
+    what: str
+    documents: int
+    first: str
+    advice: str
+    loud: bool = True
+
+    def line(self) -> str:
+        """The finding in one line."""
+        return f"{self.what}: {self.documents:,} documents, first {self.first}: {self.advice}"
+
+
+def joined(places: Iterable[str]) -> str:
+    """The first few of some places."""
+    return ", ".join(islice(places, FIRST_PLACES))
+
+
+def of_rows(left_out: LeftOut) -> list[Finding]:
+    """A finding for each reason for which rows were skipped, the commonest first, and for what `where` never found."""
+    advice = "nothing is learnt from them; mend them, or look whether the right columns are read"
+    several = sorted(left_out.skipped.items(), key=lambda item: -item[1].rows)
+    found = [Finding(f"skipped rows, {why}", group.rows, joined(group.first), advice) for why, group in several]
+    if left_out.never:
+        what = f"where asks for what no row holds: {', '.join(left_out.never)}"
+        found.append(Finding(what, 0, "nowhere", "look for a spelling mistake, or leave it out"))
+    return found
+
+
+def refuse_all(found: list[Finding]) -> None:
+    """UserError that names every finding, where there is one (`data.lint: strict`)."""
+    if found:
+        listed = "; ".join(f"({number}) {one.line()}" for number, one in enumerate(found, start=1))
+        raise UserError(f"data.lint is strict, and there is something to mend in the text: {listed}")

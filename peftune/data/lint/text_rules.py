@@ -1,0 +1,163 @@
+"""What is probably wrong with texts: faults that train without an error and spoil the result, found while reading.
+
+The names of rules are kept with the tokens, so that a text is looked through once. Every pattern is linear in the text,
+and most texts are dismissed by a search for a few fixed strings.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import NamedTuple
+
+from peftune.data.documents import Document, FileCut, ReadStats, SkippedRows
+from peftune.data.lint.finding import Finding, joined
+from peftune.data.lint.mojibake import is_mojibake, mended
+from peftune.data.sources.chat_template import names_a_turn
+from peftune.data.sources.plain_text import END_OF_TEXT
+
+
+class _Rule(NamedTuple):
+    what: str
+    advice: str
+    loud: bool = True
+
+
+_DAMAGED = "the model learns to write it so; the text was damaged by an earlier conversion: export it again as UTF-8"
+RULES: Mapping[str, _Rule] = {
+    "blank": _Rule(
+        "rows with no scored text", "nothing is learnt from them and they are left out; fill or remove them"
+    ),
+    "prompt-space": _Rule(
+        "prompt ends in white space",
+        "GPT-2 puts a space into the word after it: leave it out of prompts, here and when generating",
+    ),
+    "prompt-blank": _Rule(
+        "prompt is blank", "the completion then begins the document; is the column the right one? Else fill it"
+    ),
+    "completion-space": _Rule(
+        "completion ends in white space", "it is scored and learnt; strip it unless you want it written", False
+    ),
+    "end-inside": _Rule(
+        f"{END_OF_TEXT} inside a text",
+        "it is read as plain text there; split the documents at it (split_on: endoftext) or remove it",
+    ),
+    "end-doubled": _Rule(
+        f"{END_OF_TEXT} doubled",
+        "what lies between is no document and is left out; a text may be missing there: fill it, or keep one of them",
+    ),
+    "end-missing": _Rule(
+        f"files without {END_OF_TEXT} beside others that are cut at it",
+        "each is read as one document, so what it holds is learnt as one text; mark the ends in it too, or read it "
+        "with split_on of its own",
+    ),
+    "names-a-turn": _Rule(
+        "a message of a chat names a turn (such as User: after a blank line)",
+        "a space is put before the name, so that it begins no turn; if it should be one, make it a message of its own",
+    ),
+    "replacement": _Rule("replacement character U+FFFD", _DAMAGED),
+    "mojibake": _Rule("UTF-8 that was read as Latin-1 (such as Ã© for é)", _DAMAGED),
+    "control": _Rule("control characters", "remove them, or a model will learn to write them"),
+    "line-ends": _Rule(
+        "files with mixed line ends", "all become LF when they are read; save them with one kind of line end", False
+    ),
+    "template": _Rule(
+        "template or control text that is not closed (such as [INST], {{name or <|im_start|> without its end)",
+        "a model learns to leave it open; close it, fill it in, or remove it",
+    ),
+    "credentials": _Rule(
+        "what looks like a credential (a key, a token, or a password in a URL)",
+        "a model can learn it by heart and write it for anyone: remove it, and have it replaced where it is valid",
+    ),
+    "e-mail": _Rule(
+        "e-mail addresses", "a model can learn and write them: replace them unless they are meant to be known", False
+    ),
+}
+
+CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]")
+"""Characters that no text needs; a form feed is white space of old texts, U+0085 a line end."""
+_PAIRS = (("[INST]", "[/INST]"), ("<<SYS>>", "<</SYS>>"), ("<|im_start|>", "<|im_end|>"))
+_OPEN_FIELD = re.compile(r"\{\{[ \t]*[A-Za-z_][^{}]*(?:\{\{|\Z)")
+_SECRETS = {
+    "AKIA": r"AKIA(?<!\wAKIA)[0-9A-Z]{16}\b",
+    "ASIA": r"ASIA(?<!\wASIA)[0-9A-Z]{16}\b",
+    "PRIVATE KEY": r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY",
+    **{mark: mark + "[A-Za-z0-9]{30}" for mark in ("ghp_", "gho_", "ghu_", "ghs_", "ghr_")},
+    "github_pat_": r"github_pat_\w{22}",
+    "sk-": r"sk-(?<!\wsk-)(?=[A-Za-z_-]{0,40}[0-9])[A-Za-z0-9_-]{20}",
+    "xox": r"xox[abprs]-[0-9A-Za-z-]{10}",
+    "AIza": r"AIza[0-9A-Za-z_-]{35}",
+    "glpat-": r"glpat-[0-9A-Za-z_-]{20}",
+    "hf_": r"hf_(?<!\whf_)[A-Za-z0-9]{30}",
+    "://": r"://[^\s/:@'\"<>]{1,64}:[^\s/:@'\"<>]{1,64}@[\w\[]",
+}
+_PATTERNS = {mark: re.compile(pattern) for mark, pattern in _SECRETS.items()}
+_E_MAIL = re.compile(
+    r"@(?<=[\w+-]@)(?!example\b)[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){0,4}\.(?:[a-z]{2}|com|org|net|edu|gov|info)\b"
+)
+
+
+def watched(documents: Iterable[Document], faults: MutableMapping[str, SkippedRows]) -> Iterator[Document]:
+    """The documents as they come; `faults`, which makes what it lacks, counts those that a rule applies to."""
+    for document in documents:
+        for name in _faults_of(document):
+            faults[name].add(document.source)
+        yield document
+
+
+def lint(documents: Iterable[Document]) -> list[Finding]:
+    """Findings over a stream of documents, in a fixed order, only those that occur."""
+    stats = ReadStats()
+    for _ in watched(documents, stats.faults):
+        pass
+    return findings_of(stats.faults)
+
+
+def findings_of(faults: Mapping[str, SkippedRows]) -> list[Finding]:
+    """What was counted by the name of a rule, as findings."""
+    return [
+        Finding(rule.what, faults[name].rows, joined(faults[name].first), rule.advice, rule.loud)
+        for name, rule in RULES.items()
+        if name in faults
+    ]
+
+
+def without_an_end(cuts: Iterable[Sequence[FileCut]], faults: MutableMapping[str, SkippedRows]) -> None:
+    """Count the text files that `auto` did not cut at the end of text where it cut others of the source there."""
+    for files in cuts:
+        if any(cut.rule == "endoftext" for cut in files):
+            for cut in files:
+                if cut.rule != "endoftext" and cut.documents:
+                    faults["end-missing"].add(f"{cut.file}:1")
+
+
+def _faults_of(document: Document) -> Iterator[str]:
+    text, prompt = document.content(), document.prompt
+    if prompt is not None:
+        if not prompt.strip():
+            yield "prompt-blank"
+        elif prompt[-1].isspace():
+            yield "prompt-space"
+        if document.text[-1:].isspace():
+            yield "completion-space"
+        text = f"{prompt}\n{document.text}"
+    if document.turns is not None and not document.ends_turns and names_a_turn(text):
+        yield "names-a-turn"
+    if END_OF_TEXT in text:
+        yield "end-inside"
+        if END_OF_TEXT * 2 in text:
+            yield "end-doubled"
+    if "\ufffd" in text:
+        yield "replacement"
+    if is_mojibake(text):
+        yield "mojibake"
+    if CONTROL.search(mended(text)):
+        yield "control"
+    if any(text.count(begin) != text.count(end) for begin, end in _PAIRS) or (
+        "{{" in text and _OPEN_FIELD.search(text)
+    ):
+        yield "template"
+    if any(mark in text and pattern.search(text) for mark, pattern in _PATTERNS.items()):
+        yield "credentials"
+    if "@" in text and _E_MAIL.search(text):
+        yield "e-mail"
