@@ -74,7 +74,7 @@ def _draw(curves: Sequence[Curve], unit: str, title: str) -> bytes:
             axes.plot(x, y, color=colour, linestyle=style, linewidth=1.5, marker=marker, markersize=3.5)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(unit)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(axis="y", color="#dde1e6", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)

@@ -123,7 +123,7 @@ def _held_out(runs: Sequence[RecordedRun], domains: Row) -> list[Sheet]:
                 rows.append([domain, run.name, _number(pair[1].get("tokens"), ",g"), *perplexities, changed, *bits])
     head = ["domain", "run", "tokens", "perplexity before", "with adapter", "change", "bits per byte before", "after"]
     note = "Before: at the first step. With adapter: of what was delivered, or of the last evaluation so far."
-    return [Sheet("", head, rows, note)] if rows else []
+    return [Sheet("", head, rows, note, "numbers")] if rows else []
 
 
 def _intervals(evaluated: dict[str, Any] | None) -> list[Sheet]:
@@ -142,8 +142,9 @@ def _intervals(evaluated: dict[str, Any] | None) -> list[Sheet]:
                 rows.append([str(domain), str(model), _number(facts["documents"], ",g"), *cells])
     except (KeyError, TypeError, AttributeError, ValueError):
         raise UserError("the evaluation holds no figures with intervals; expected the JSON of peftune eval") from None
+    note = "Against the base, below 0 is better."
     head = ["domain", "model", "documents", "perplexity", "against the base, nats per token"]
-    return [Sheet("Evaluated, with 95 % intervals over documents", head, rows, "Below 0 is better than the base.")]
+    return [Sheet("Evaluated, with 95 % intervals over documents", head, rows, note, "numbers")]
 
 
 def _spread(value: Any, interval: Any, form: str) -> str:
@@ -211,8 +212,8 @@ _OVERVIEW: Facts = [
     ("time", _time_taken),
 ]
 _DATA: Facts = [
-    ("training text", lambda run: _text(_paths(recorded(run.recipe, "data", "train")))),
-    ("validation text", lambda run: _text(_paths(recorded(run.recipe, "data", "validation")))),
+    ("training text", lambda run: _paths(recorded(run.recipe, "data", "train"))),
+    ("validation text", lambda run: _paths(recorded(run.recipe, "data", "validation"))),
     ("summary", _of_start("data")),
     ("blocks", _of_start("blocks", ",")),
     ("tokens a block", _of_start("block_size", ",")),
@@ -240,11 +241,11 @@ _PROVENANCE: Facts = [
 ]
 
 
-def _paths(sources: Any) -> Any:
+def _paths(sources: Any) -> str:
     """Sources by their paths alone."""
     if isinstance(sources, dict):
-        return {name: _paths(source) for name, source in sources.items()}
-    return [recorded(source, "path") for source in sources] if isinstance(sources, list) else sources
+        return "; ".join(f"{name}: {_paths(source)}" for name, source in sources.items())
+    return ", ".join(_text(recorded(s, "path")) for s in sources) if isinstance(sources, list) else _text(sources)
 
 
 def _chain(run: RecordedRun, key: str) -> str:
@@ -270,7 +271,7 @@ def _memory(runs: Sequence[RecordedRun]) -> Sheet:
             rows += [[run.name, "peak, predicted", _megabytes(predicted), off]]
         for rank, parts in enumerate(_of_ranks(run)):
             rows += [[run.name, f"rank {rank}: {name}", _megabytes(number(size)), ""] for name, size in parts.items()]
-    return Sheet("", ["run", "what", "MB", "against measured"], rows[:_ROWS])
+    return Sheet("", ["run", "what", "MB", "against measured"], rows[:_ROWS], look="numbers")
 
 
 def _of_ranks(run: RecordedRun) -> list[dict[str, Any]]:
@@ -303,6 +304,8 @@ def _text(value: Any, form: str = "") -> str:
         return value or ""
     if type(value) in (int, float):
         return f"{value:{form}}"
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {_text(child)}" for name, child in value.items())
     return json.dumps(value, ensure_ascii=False)
 
 
