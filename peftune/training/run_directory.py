@@ -31,7 +31,7 @@ def sole_writer(out: Path, accelerator: Accelerator) -> Iterator[None]:
 
 def is_being_written(out: Path) -> bool:
     """Whether a run of this machine holds the lock of `out`; a run that begins in this very moment would be refused."""
-    if not (out / ".lock").is_file():
+    if not os.path.isfile(out / ".lock"):  # False for a name that is too long
         return False
     try:
         with FileLock(out / ".lock", timeout=0):

@@ -164,13 +164,14 @@ def _samples(runs: Sequence[RecordedRun]) -> list[Sheet]:
         steps = sorted(by_step)
         last = len(steps) - 1
         kept = [steps[round(i * last / (_STEPS - 1))] for i in range(_STEPS)] if last >= _STEPS else steps
-        rows = [[f"{step:g}", *(by_step[step].get(run.name, "") for run in runs)] for step in kept]
-        sheets.append(Sheet(prompt, ["step", *(run.name for run in runs)], rows, look="samples"))
+        names = [run.name for run in runs if any(run.name in texts for texts in by_step.values())]
+        rows = [[f"{step:g}", *(by_step[step].get(name, "") for name in names)] for step in kept]
+        sheets.append(Sheet(prompt, ["step", *names], rows, look="samples"))
     return sheets
 
 
 def _differences(runs: Sequence[RecordedRun]) -> list[Sheet]:
-    flat = [{key: _text(value) for key, value in flatten(run.recipe).items()} for run in runs]
+    flat = [{key: _text(value) for key, value in flatten(_given(run.recipe)).items()} for run in runs]
     keys = dict.fromkeys(key for recipe in flat for key in recipe)
     rows = [[key, *(recipe.get(key, "") for recipe in flat)] for key in keys]
     return [Sheet("", ["key", *(run.name for run in runs)], [row for row in rows if len(set(row[1:])) > 1][:_ROWS])]
@@ -257,7 +258,8 @@ def _chain(run: RecordedRun, key: str) -> str:
 
 
 def _notes(runs: Sequence[RecordedRun]) -> list[Sheet]:
-    rows = [[run.name, str(note)] for run in runs for note in run.start.get("notes") or []]
+    told = [(run.name, run.start.get("notes")) for run in runs]
+    rows = [[name, str(note)] for name, notes in told if isinstance(notes, list) for note in notes]
     return [Sheet("Findings", ["run", "what was found when the run began"], rows[:_ROWS])] if rows else []
 
 
