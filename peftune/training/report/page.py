@@ -131,7 +131,7 @@ def _intervals(evaluated: dict[str, Any] | None) -> list[Sheet]:
         return []
     rows = []
     try:
-        for domain, facts in evaluated["domains"].items():
+        for domain, counted in evaluated["domains"].items():
             for model, row in evaluated["rows"].items():
                 around, figures = evaluated["intervals"][model][domain], row[domain]
                 against = around.get("against_base") or {}
@@ -139,7 +139,7 @@ def _intervals(evaluated: dict[str, Any] | None) -> list[Sheet]:
                     _spread(figures["perplexity"], around["perplexity"], ",.2f"),
                     _spread(against.get("loss"), against.get("interval"), "+.4f"),
                 ]
-                rows.append([str(domain), str(model), figure_of(facts["documents"], ",g"), *cells])
+                rows.append([str(domain), str(model), figure_of(counted["documents"], ",g"), *cells])
     except (KeyError, TypeError, AttributeError, ValueError):
         raise UserError("the evaluation holds no figures with intervals; expected the JSON of peftune eval") from None
     note = "Against the base, below 0 is better."
