@@ -22,6 +22,7 @@ from peftune.cli.options import BASE_HELP, BlockSize, Columns, Json, columns_of,
 from peftune.cli.output.text_output import echo
 from peftune.cli.output.verbosity import one_call, with_verbosity
 from peftune.cli.plan import plan
+from peftune.cli.report import report, watch
 from peftune.cli.serve import serve
 from peftune.cli.stop import end_with
 from peftune.cli.train import train
@@ -134,7 +135,7 @@ def merge(
         print_losses(text.path, {**before, "merged": losses(str(out), text)["base"]})
 
 
-for _verb in (generate, score, serve, launch, plan, doctor, configs, export, push):
+for _verb in (generate, score, serve, launch, plan, report, watch, doctor, configs, export, push):
     app.command()(_verb)
 
 

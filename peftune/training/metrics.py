@@ -13,7 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from peftune.errors import UserError
-from peftune.files import parse_json
+from peftune.files import parse_json, read_bytes
 from peftune.training.checkpoint import State, free_name
 from peftune.training.distributed.agreement import flatten
 
@@ -105,7 +105,7 @@ class MetricsLog:
             return []
         if hashlib.sha256(content).digest() != self.digest.digest():
             self.lost = f"{self.path} was changed while the run wrote it: the plot shows what is left"
-        return _events(content)
+        return events_in(content)
 
     def close(self) -> None:
         """End the file and the trackers."""
@@ -116,11 +116,15 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All events of a metrics file, up to a line that is none: the last may have been cut short by a crash."""
-    return _events(path.read_bytes())
+    """All events of a metrics file, up to a line that is none: the last may have been cut short by a crash.
+
+    UserError where it cannot be read.
+    """
+    return events_in(read_bytes(path, str(path)))
 
 
-def _events(content: bytes) -> list[dict[str, Any]]:
+def events_in(content: bytes) -> list[dict[str, Any]]:
+    """`read_metrics` of what a file holds."""
     events = []
     for line in content.split(b"\n"):  # not at U+2028 and its like, which a text may hold
         try:

@@ -158,6 +158,7 @@ def _begin(run: Run, found: Checkpoint | None) -> None:
             "packing_fill": round(train.packing.fill(), 4), "tokens_per_epoch": train.tokens(),
             "total_steps": run.inputs.total_steps, "micro_size": state.micro_size,
             "ranks": run.accelerator.num_processes, "function": forward.description, **facts,
+            "data": run.inputs.description(state.micro_size), "notes": [*run.inputs.notes()],
         }  # fmt: skip
         if not forward.is_collective:  # else a rank has a shard, of which the event "memory" tells
             numbers |= {"base_bytes": base.held, "base_bytes_fp32": base.fp32, "base_bytes_bf16": base.bf16}

@@ -29,6 +29,17 @@ def sole_writer(out: Path, accelerator: Accelerator) -> Iterator[None]:
         lock.release()
 
 
+def is_being_written(out: Path) -> bool:
+    """Whether a run of this machine holds the lock of `out`; a run that begins in this very moment would be refused."""
+    if not os.path.isfile(out / ".lock"):  # False for a name that is too long
+        return False
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            return False
+    except (Timeout, OSError):  # one that may only be read is not tried
+        return True
+
+
 def check_writable(out: Path) -> None:
     """UserError where a run could not write its directory; nothing is made."""
     with _told_of(out):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,26 +9,15 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import pytest
 import torch
+from browsers import chromium
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'peftune[dev]'")
-
-FLAGS = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium without a screen; elsewhere than in CI its tests are skipped, by name, where there is none."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None and not os.environ.get("CI"):
-        pytest.skip("no Chromium here: install it (Debian: apt-get install chromium) to test the playground")
-    assert path is not None, "CI tests the playground: .ci/run installs chromium"
-    with sync_api.sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=path, args=FLAGS)
+    with chromium() as launched:
         yield launched
-        launched.close()
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ def loss_axes(axes: Axes, events: list[dict[str, Any]], title: str) -> None:
     if train:
         steps, losses = np.array(train).T
         axes.plot(steps, losses, color=PALE, linewidth=0.8, alpha=0.7)
-        axes.plot(steps, _smoothed(losses), color=INK, linewidth=1.8, label="training (smoothed)")
+        axes.plot(steps, smoothed(losses), color=INK, linewidth=1.8, label="training (smoothed)")
     for number, domain in enumerate(dict.fromkeys(e["domain"] for e in events if e["event"] == "eval")):
         points = [(e["step"], e["loss"]) for e in events if e["event"] == "eval" and e["domain"] == domain]
         colour = COLOURS[number % len(COLOURS)]
@@ -88,7 +88,7 @@ def _cut(name: str, length: int) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
-def _smoothed(values: np.ndarray) -> np.ndarray:
+def smoothed(values: np.ndarray) -> np.ndarray:
     """Mean over a window of a tenth of the run that trails each step."""
     window = max(1, len(values) // 10)
     sums, ends = np.cumsum(np.concatenate([[0.0], values])), np.arange(1, len(values) + 1)

@@ -1,0 +1,334 @@
+"""The verbs `report` and `watch`, on runs that are finished, in progress, damaged, or written by somebody else."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from browsers import chromium
+from filelock import FileLock
+
+from peftune.cli import main
+from peftune.config.recipe import recipe_from
+from peftune.training.report.curves import thinned
+
+RECIPE = recipe_from(
+    {
+        "base": "gpt2", "data": {"train": ["poems.txt"], "validation": {"poems": "held.txt", "code": "code.txt"}},
+        "optim": {"steps": 40, "clip": None}, "run": {"out": "adapters/poems", "samples": ["Once"]},
+    },
+    [],
+)  # fmt: skip
+EVIL = "</pre><script>alert(1)</script><img src=http://evil.test/x onerror=alert(1)>\" onload='alert(1)\ud800\0\u202e"
+
+
+def events_of(steps: int = 40, lr: float = 1e-3, ended: bool = True) -> list[dict[str, Any]]:
+    """What a run of 40 steps on two domains writes."""
+    recipe = RECIPE.model_dump(mode="json")
+    recipe["optim"]["lr"] = lr
+    events: list[dict[str, Any]] = [{
+        "event": "start", "recipe": recipe, "total_steps": 40, "blocks": 7, "block_size": 64, "precision": "bf16",
+        "layout": "1 process", "data": "430,080 tokens to learn", "notes": ["empty documents: 3, first poems.txt:7"],
+    }]  # fmt: skip
+    for step in range(steps + 1):
+        if step:
+            figures = {"lr": lr, "grad_norm": 1.0, "tokens": 100 * step, "tokens_per_second": 50.0}
+            events.append({"event": "train", "step": step, "loss": 4 - step / 20, **figures})
+        if step % 20 == 0:
+            for domain, loss in (("poems", 4 - step / 40), ("code", 3 + step / 40)):
+                figures = {"perplexity": 2.718**loss, "bits_per_byte": loss / 3, "tokens": 1000}
+                events.append({"event": "eval", "step": step, "domain": domain, "loss": loss, **figures})
+            events.append({"event": "sample", "step": step, "prompt": "Once", "text": f" upon {step} times"})
+    events.append({"event": "warning", "step": steps, "text": "a spike, loss 9.000"})
+    if ended:
+        events.append({"event": "peak_memory", "measured_bytes": 2_000_000_000, "predicted_bytes": 1_900_000_000})
+        events.append({"event": "end", "step": steps, "delivered_step": steps, "tokens": 4000, "seconds": 80})
+    return events
+
+
+def lines_of(events: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(event) + "\n" for event in events)
+
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """`make(name, events)`: the directory of a run, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str = "a", events: list[dict[str, Any]] | None = None, **provenance: Any) -> Path:
+        Path(name).mkdir()
+        (Path(name) / "metrics.jsonl").write_text(lines_of(events_of() if events is None else events))
+        if provenance:
+            (Path(name) / "peftune.json").write_text(json.dumps(provenance))
+        return Path(name)
+
+    return run
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: tags with their attributes, and texts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def report(*words: str, code: int = 0) -> Page:
+    assert main.run(["report", *words]) == code
+    return Page(Path("report.html").read_text(encoding="utf-8"))
+
+
+def test_a_report_holds_the_whole_run(make: Make) -> None:
+    page = report(str(make(versions={"torch": "2.13"}, peftune="0.1", init=[{"adapter": "old", "base": "gpt2"}])))
+    for told in (
+        "ended after step 40", "gpt2", "430,080 tokens to learn", "empty documents: 3, first poems.txt:7",
+        "step 40: a spike, loss 9.000", "Once", " upon 20 times", "old (None, base gpt2)", "80 s",
+        "2,000.0", "1,900.0", "-5 %", "2.13", "54.58", "20.08",
+    ):  # fmt: skip
+        assert any(told in text for text in page.texts), told
+    titles = [str(picture["alt"]).removesuffix(", by step") for picture in page.all("img")]
+    losses = ["training loss", "validation loss: poems", "validation loss: code"]
+    assert titles == [*losses, "learning rate", "gradient norm", "speed"]
+    assert not [m for m in page.all("meta") if m.get("http-equiv") == "refresh"]
+
+
+def test_the_recipe_in_a_report_is_the_recipe_of_the_run(make: Make) -> None:
+    page = report(str(make()))
+    text = next(text for text in page.texts if text.startswith("base: gpt2"))
+    assert recipe_from(yaml.safe_load(text), []) == RECIPE.model_copy(
+        update={"optim": RECIPE.optim.model_copy(update={"lr": 1e-3})}
+    )
+    assert any("peftune train recipe.yaml run.out=adapters/poems-again" in text for text in page.texts)
+
+
+def test_several_runs_share_the_curves_and_a_table_of_what_differs(make: Make) -> None:
+    make("x"), make("y", events_of(lr=5e-4))
+    page = report("x", "y")
+    assert len(page.all("img")) == 6
+    keys = page.texts[page.texts.index("Recipe keys that differ") :]
+    assert keys[1:7] == ["key", "x", "y", "optim.lr", "0.001", "0.0005"] and keys[7] == "Data"
+
+
+def test_nothing_that_a_run_recorded_becomes_markup(make: Make) -> None:
+    def planted(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: planted(child) for key, child in value.items()} | {EVIL: EVIL}
+        if isinstance(value, list):
+            return [planted(child) for child in value]
+        return value + EVIL if isinstance(value, str) else value
+
+    events = [planted(event) | {"event": event["event"]} for event in events_of()]
+    name = "a" + EVIL.replace("/", "|").replace("\0", "").replace("\ud800", "")
+    figures = {"base": {"perplexity": 3.0}, "adapter": {"perplexity": 2.0}}
+    make(name, events, peftune=EVIL, versions={"torch": EVIL}, metrics={EVIL: figures}, init=[{"adapter": EVIL}])
+    evaluated = {"domains": {EVIL: {"documents": 3}}, "rows": {EVIL: {EVIL: {"perplexity": 3.0}}}}
+    evaluated["intervals"] = {EVIL: {EVIL: {"perplexity": [2.0, 4.0]}}}
+    Path("eval.json").write_text(json.dumps(evaluated))
+    page = report(name, "--eval", "eval.json")
+    plain = "html head meta title style body header h1 p main ul li div table thead tr th tbody td section h2 h3 pre"
+    assert {tag for tag, _ in page.tags} == {*plain.split(), "figure", "figcaption", "img"}
+    attributes = {key for _, attributes in page.tags for key in attributes}
+    assert attributes <= {
+        "lang",
+        "charset",
+        "http-equiv",
+        "content",
+        "name",
+        "class",
+        "scope",
+        "aria-label",
+        "alt",
+        "src",
+    }
+    assert {str(picture["src"])[:26] for picture in page.all("img")} == {"data:image/svg+xml;base64,"}
+    pictures = [base64.b64decode(str(picture["src"])[26:]) for picture in page.all("img")]
+    assert not [picture for picture in pictures if b"script" in picture or b"evil" in picture]
+    assert sum("<script>alert(1)</script>" in text for text in page.texts) > 20
+    assert not re.search("[\0\u202e\ud800]", "".join(page.texts))
+
+
+def test_figures_with_intervals_come_from_eval(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"perplexity": [2.0, 4.0], "against_base": {"loss": -0.5, "interval": [-0.75, -0.25]}}
+    found = {
+        "domains": {"d": {"documents": 3}},
+        "rows": {"a": {"d": {"perplexity": 3.0}}},
+        "intervals": {"a": {"d": row}},
+    }
+    Path("eval.json").write_text(json.dumps(found))
+    page = report(str(make()), "--eval", "eval.json")
+    assert "3.00 [2.00, 4.00]" in page.texts and "-0.5000 [-0.7500, -0.2500]" in page.texts
+    Path("eval.json").write_text(json.dumps({"domains": {"d": []}, "rows": {"a": 3}}))
+    report("a", "--eval", "eval.json", code=2)
+    assert capsys.readouterr().err.startswith("peftune: the evaluation holds no figures with intervals; expected")
+
+
+DAMAGED = {
+    b'{"event": "train", "step": 41, "lo': "",  # as a crash leaves it
+    b"\0\0\xff\n{}\n{}\n": "damaged; it and the 2 after it are left out",
+    b'{"event": "train", "step": "x", "loss": []}\n': "damaged; it and the 0 after it are left out",
+    b'{"event": "sample", "step": {}, "prompt": [1]}\n{"event": "memory", "bytes_per_rank": 7}\n': "",
+    b'{"event": "start", "recipe": 5, "total_steps": "x", "notes": 7}\n': "",
+}
+
+
+def test_of_damaged_runs_the_report_shows_what_is_left(make: Make) -> None:
+    for number, damage in enumerate(DAMAGED):
+        path = make(str(number), events_of(25, ended=False)) / "metrics.jsonl"
+        path.write_bytes(path.read_bytes() + damage)
+        os.utime(path, (1, 1))
+    page = report(*map(str, range(len(DAMAGED))))
+    assert page.texts.count("stopped, step 25 of 40") == len(DAMAGED) and len(page.all("img")) == 6
+    for number, told in enumerate(DAMAGED.values()):
+        problems = [text for text in page.texts if text.startswith(f"{number}: {number}/metrics.jsonl")]
+        assert len(problems) == bool(told) and all(text.endswith(told) for text in problems)
+
+
+def test_a_run_without_its_beginning_or_its_metrics_has_a_report(make: Make) -> None:
+    make("headless", events_of()[1:]), make("empty", [], recipe=RECIPE.model_dump(mode="json"), step=7)
+    (make("damaged") / "peftune.json").write_text("{")
+    make("strange", [{"event": "start", "recipe": 5, "total_steps": True, "notes": 7}], versions=3, metrics={"d": 4})
+    page = report("headless", "empty/peftune.json", "damaged/metrics.jsonl", "strange")
+    assert page.texts.count("ended after step 40") == 2 and "ended after step 7" in page.texts
+    assert any("damaged: peftune.json: cannot be read" in text for text in page.texts)
+
+
+@pytest.mark.parametrize("verb", ["report", "watch"])
+def test_what_is_no_run_is_refused_in_one_line(make: Make, capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    Path("text.txt").write_text("poem\n")
+    Path("pipe").mkdir()
+    os.mkfifo("pipe/metrics.jsonl")
+    for given in ("none", "text.txt", "pipe", ".", "x" * 300):
+        assert main.run([verb, given]) == 2, given
+        assert re.fullmatch(
+            "peftune: [^\n]*(no run is there, expected|cannot be read)[^\n]*\n", capsys.readouterr().err
+        )
+
+
+def test_a_long_run_makes_a_page_of_bounded_size_and_keeps_its_spikes(make: Make) -> None:
+    one = events_of(1, ended=False)
+    train = {"event": "train", "lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 5.0}
+    losses = [9.0 if step == 4321 else 2 + (step * 7919 % 100) / 100 for step in range(12_000)]
+    make("a", one + [{**train, "step": step, "loss": loss} for step, loss in enumerate(losses)])
+    report("a")
+    assert Path("report.html").stat().st_size < 1_000_000
+    import numpy as np
+
+    x, y = thinned((np.arange(12_000), np.array(losses)))
+    assert len(x) <= 2000 and y.max() == 9.0 and x[y.argmax()] == 4321
+
+
+def test_a_report_is_rewritten_until_the_run_ends(make: Make) -> None:
+    path = make("a", events_of(20, ended=False)) / "metrics.jsonl"
+    seen: list[bool] = []
+
+    def end_the_run() -> None:
+        while not Path("report.html").exists():
+            time.sleep(0.05)
+        seen.append('http-equiv="refresh" content="1"' in Path("report.html").read_text())
+        path.write_text(lines_of(events_of()))
+
+    thread = threading.Thread(target=end_the_run)
+    thread.start()
+    page = report("a", "--every", "1")
+    thread.join()
+    assert seen == [True] and "ended after step 40" in page.texts
+    assert not [m for m in page.all("meta") if m.get("http-equiv") == "refresh"]
+
+
+def test_watch_tells_a_run_line_by_line_until_it_ends(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make("a", events_of(20, ended=False)) / "metrics.jsonl"
+    timer = threading.Timer(1.5, lambda: path.write_text(lines_of(events_of())))
+    timer.start()
+    assert main.run(["watch", "a"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "warning at step 20: a spike, loss 9.000"
+    assert lines[1].startswith(
+        "a: in progress, step 20 of 40, loss 3.0000, validation poems 3.5000, validation code 3.5000"
+    )
+    assert lines[1].endswith("about 0:00:40 left for the steps")
+    assert lines[-1].startswith("a: ended after step 40, loss 2.0000")
+
+
+def test_watch_waits_for_a_run_that_loads_and_sees_one_that_was_killed(
+    make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("a").mkdir()
+    lock = FileLock("a/.lock", thread_local=False)  # let go by another thread
+
+    def train() -> None:
+        metrics = Path("a/metrics.jsonl")
+        metrics.write_text(lines_of(events_of(20, ended=False)))
+        os.utime(metrics, (1, 1))  # nothing has come for long: now the lock tells
+        time.sleep(1.5)
+        lock.release(force=True)
+
+    lock.acquire()
+    timer = threading.Timer(1.5, train)
+    timer.start()
+    assert main.run(["watch", "a"]) == 0
+    timer.join()
+    out = capsys.readouterr().out
+    assert "a: is being loaded\n" in out and "a: in progress, step 20 of 40" in out
+    assert out.splitlines()[-1].startswith("a: stopped, step 20 of 40")
+
+
+def test_ctrl_c_ends_a_watch_on_a_terminal(make: Make) -> None:
+    pty = pytest.importorskip("pty")
+    make("a", events_of(20, ended=False))
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
+    program = [sys.executable, "-m", "peftune", "watch", "a"]
+    process = subprocess.Popen(program, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    while b"a spike" not in shown:
+        shown += os.read(ours, 65536)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    text = shown.decode()
+    assert "a: in progress, step 20 of 40" in text and "█" in text and "━" in text
+
+
+def test_a_browser_loads_nothing_and_the_page_fits_its_width(make: Make) -> None:
+    make("a"), make("b" + "long" * 20, events_of(lr=5e-4))
+    report("a", "b" + "long" * 20)
+    said, asked = [], []
+    with chromium() as browser:
+        page = browser.new_context().new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("request", lambda request: asked.append(request.url[:5]))
+        page.goto(Path("report.html").absolute().as_uri())
+        for width in (1280, 390):
+            page.set_viewport_size({"width": width, "height": 900})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+        loaded = page.evaluate("[...document.images].map(i => i.complete && i.naturalWidth > 0)")
+    assert loaded == [True] * 6
+    assert said == [] and set(asked) <= {"file:", "data:"}
