@@ -215,19 +215,13 @@ def _load_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, base: Base,
                 same += finding(what, equal, one.places, _NOT_HELD_OUT, True)
     stores = {"train": store} | stores
     left_out = {name: asdict(s.left_out) for name, s in stores.items() if s.left_out}
-<<<<<<< HEAD
-    found = findings(store.special_tokens, base.tokenizer, how.special_tokens == "parse") + found
-    found = [finding for s in stores.values() for finding in of_rows(s.left_out)] + found
-    learnt_from = Blocks.of(store, train, block, how.one_document_per_block)
-=======
     if how.lint == "off":
         found = [one for s in stores.values() for one in of_rows(s.left_out)] + found
     else:
         found = of_run(how, block, base.tokenizer, part("train", how.train, store, train), held_out) + found + same
     if how.lint == "strict":
         refuse_all(found)
-    learnt_from = Blocks.of(store, train, block)
->>>>>>> lint
+    learnt_from = Blocks.of(store, train, block, how.one_document_per_block)
     return Corpus(learnt_from, domains, prints, chat, tuple(found), also_trained_on, left_out, tuple(notes))
 
 
