@@ -277,8 +277,8 @@ def _log_memory(run: Run) -> int:
     here = run.strategy.memory_bytes(run.adapted.model)
     here |= {"gradient": run.gradient.flat.nbytes, "peak": peak_memory(run.accelerator.device)}
     predicted = run.program + tensors_at_most(run.inputs, run.forward, run.accelerator)
-    every = all_gather(run.accelerator, here)
-    run.metrics.write("memory", step=run.state.step, bytes_per_rank=every, predicted_peak_bytes=predicted)
+    facts = {"bytes_per_rank": all_gather(run.accelerator, here), "predicted_peak_bytes": predicted}
+    run.metrics.write("memory", step=run.state.step, **facts)
     return predicted
 
 
