@@ -274,11 +274,11 @@ def _save(run: Run) -> None:
 
 def _log_memory(run: Run) -> int:
     """Once a start, after the first step has made the optimizer's state: the memory of each rank; the peak foreseen."""
-    here = run.strategy.memory_bytes(run.adapted.model)
-    here |= {"gradient": run.gradient.flat.nbytes, "peak": peak_memory(run.accelerator.device)}
-    predicted = run.program + tensors_at_most(run.inputs, run.forward, run.accelerator)
-    facts = {"bytes_per_rank": all_gather(run.accelerator, here), "predicted_peak_bytes": predicted}
-    run.metrics.write("memory", step=run.state.step, **facts)
+    gradient, peak = run.gradient.flat.nbytes, peak_memory(run.accelerator.device)
+    here = run.strategy.memory_bytes(run.adapted.model) | {"gradient": gradient, "peak": peak}
+    every, predicted = all_gather(run.accelerator, here), tensors_at_most(run.inputs, run.forward, run.accelerator)
+    predicted += run.program
+    run.metrics.write("memory", step=run.state.step, bytes_per_rank=every, predicted_peak_bytes=predicted)
     return predicted
 
 

@@ -271,7 +271,7 @@ def test_metrics_are_in_the_text_format_and_count(server: Any) -> None:
         ("peftune_inter_token_latency_seconds", 'model="a5"', answer_tokens - 1),
     ):
         assert server.metric(f"{name}_count{{{labels}}}") >= count > 0, name
-        assert 0 <= server.metric(f"{name}_sum{{{labels}}}") < 60
+        assert 0 <= server.metric(f"{name}_sum{{{labels}}}") < 3600  # seconds of all requests so far
 
 
 def test_the_series_of_an_adapter_go_with_it(server: Any) -> None:
