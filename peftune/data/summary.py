@@ -74,7 +74,7 @@ def summarize(
     return {
         "sources": [source.path for source in sources],
         "documents": len(store),
-        "blank": store.blank,
+        "blank": store.blank + sum(not cut.documents for cuts in stats.cuts for cut in cuts),
         "left_out": asdict(store.left_out),
         "duplicates": len(repeats),
         "notes": [*cut_lines(sources, store.cuts), *left_out_lines(sources)],
