@@ -136,3 +136,8 @@ def change(value: float, base: float) -> str:
     """How `value` compares with `base`: in percent, from ten times up as a factor."""
     ratio = value / base
     return f"{ratio:,.0f} times" if ratio >= 10 else f"{100 * (ratio - 1):+.0f} %"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 block`, `2,048 blocks`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -34,5 +34,6 @@ def prepare_as(
     if how.repeats == "keep":
         return Prepared(store, np.arange(len(store)), notes)
     used = first_of_equals(store.digests)
-    told = f"{len(store) - len(used):,} of {len(store):,} documents repeat another and are dropped (data.repeats)"
-    return Prepared(store, used, [*notes, told])
+    dropped = len(store) - len(used)
+    told = f"{dropped:,} of {len(store):,} documents repeat another and are dropped (data.repeats)"
+    return Prepared(store, used, [*notes, told] if dropped else notes)

@@ -65,7 +65,7 @@ def summarize(
     return {
         "sources": [source.path for source in sources],
         "documents": len(store),
-        "blank": store.blank,
+        "blank": store.blank + sum(not cut.documents for cuts in stats.cuts for cut in cuts),
         "left_out": asdict(store.left_out),
         "duplicates": len(store) - len(first_of_equals(store.digests)),
         "notes": [*cut_lines(sources, store.cuts), *left_out_lines(sources)],

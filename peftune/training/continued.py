@@ -226,8 +226,8 @@ def _new_tokens(recipe: Recipe, adapter: Adapter, base: Base) -> list[str]:
     found = {name: sorted(rows) for name, rows in trained.items()} if isinstance(trained, dict) else {"wte": trained}
     if not tokens and found:
         raise UserError(
-            f"{where}: trains rows of {len(found['wte'])} tokens and does not say which tokens these are; name them as "
-            "data.new_tokens"
+            f"{where}: trains rows of {len(found['wte'])} tokens and does not say which tokens these are; if they "
+            "are new to the base, name them as data.new_tokens, else fold it in with peftune merge and train on that"
         )
     rows = rows_of(base, tokens) if tokens else []
     if any(sorted(value) != rows for value in found.values()) or (tokens and not found):

@@ -19,6 +19,7 @@ from peftune.adapters.base_of import base_of
 from peftune.adapters.provenance import merged_text
 from peftune.config.data_section import Source
 from peftune.config.recipe import Recipe
+from peftune.console import counted
 from peftune.data.batches import Blocks, steps_per_epoch, total_steps
 from peftune.data.documents import split_by_digest
 from peftune.data.lint.corpus import Part, of_run
@@ -96,12 +97,13 @@ class RunInputs:
         if passes < 1:
             seen = f"{self.total_steps * size:,} of the {len(train):,} blocks, {passes:.2g} passes"
         domains = [
-            f"{_domain(name)}: {len(blocks.documents):,} documents, {blocks.tokens():,} tokens"
+            f"{_domain(name)}: {counted(len(blocks.documents), 'document')}, {blocks.tokens():,} tokens"
             for name, blocks in self.corpus.domains.items()
         ]
+        steps = f"{counted(self.total_steps, 'step')} of {counted(size, 'block')}"
         return (
             f"{train.tokens():,} tokens to learn in {len(train):,} blocks of {train.packing.block_size} "
-            f"({train.packing.fill():.1%} full), {self.total_steps} steps of {size} blocks ({micro_size} a forward): "
+            f"({train.packing.fill():.1%} full), {steps} ({micro_size} a forward): "
             f"{'; '.join([seen, *(domains or ['validation: none'])])}"
         )
 

@@ -219,9 +219,8 @@ def _loop(run: Run, stop: StopRequest) -> None:
             if not predicted:
                 predicted = _log_memory(run)
             run.health.after_step(done.loss)
-            progress.update(
-                task, completed=state.step, note=f"loss {done.loss:.3f}  lr {done.lr:.1e}  {rate:,.0f} tok/s"
-            )
+            note = f"loss {done.loss:.3f}  lr {done.lr:.1e}  {rate:,.0f} tok/s"
+            progress.update(task, completed=state.step, note=note)
     except StopNow:
         state.seconds = time.monotonic() - began
         if saved_step != state.step:

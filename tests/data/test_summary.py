@@ -35,6 +35,14 @@ def test_numbers_add_up(source, tokenizer):
     assert json.loads(json.dumps(report)) == report
 
 
+def test_blank_text_files_are_counted_as_their_line_says(tmp_path, tokenizer):
+    for name, text in {"a": "One.", "b": "Two.", "blank": " \n"}.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    report = summarize([Source(path=str(tmp_path))], tokenizer, "t", 64)
+    assert (report["documents"], report["blank"]) == (2, 1)
+    assert "2 documents (1 blank, left out)" in report["notes"][0]
+
+
 def test_repeats_are_found_with_the_first(source, tokenizer):
     [repeat] = [f for f in summarize([source], tokenizer, "t", 64)["findings"] if f["what"].startswith("repeats")]
     assert (

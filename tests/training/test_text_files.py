@@ -44,6 +44,7 @@ def test_a_training_says_how_it_reads_its_texts_and_what_it_leaves_out(
         f"validation: {tmp_path / 'held.txt'}: 1 document, one for each file; data.split_on: blank-line would make 2",
     ):
         assert f"{line}\n" in said
+    assert "validation: 0 of 1" not in said
 
 
 def test_rows_are_read_without_a_word(recipe: Make) -> None:

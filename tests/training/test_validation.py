@@ -74,7 +74,7 @@ def test_the_first_line_says_how_much_of_the_text_the_run_sees(
 ) -> None:
     train(recipe("optim.steps=1", "batch.global_size=2", "batch.micro_size=2", "data.validation=0.2"))
     first = capsys.readouterr().err.splitlines()[0]
-    assert "1 steps of 2 blocks (2 a forward): 2 of the " in first and " blocks, 0.1" in first and " passes; " in first
+    assert "1 step of 2 blocks (2 a forward): 2 of the " in first and " blocks, 0.1" in first and " passes; " in first
     assert " passes; validation: " in first and first.endswith(" tokens")
 
 

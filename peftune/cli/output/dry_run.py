@@ -10,6 +10,7 @@ import yaml
 
 from peftune.cli.output.text_output import echo
 from peftune.config.recipe import Recipe
+from peftune.console import counted
 from peftune.data.batches import Blocks
 from peftune.training.checkpoint import Checkpoint
 from peftune.training.export.adapter import Delivery
@@ -68,7 +69,8 @@ def _comments(found: DryRun) -> Iterator[str]:
 def _size(blocks: Blocks) -> str:
     block = blocks.packing.block_size
     return (
-        f"{len(blocks.documents):,} documents, {blocks.tokens():,} scored tokens in {len(blocks):,} blocks of {block}"
+        f"{counted(len(blocks.documents), 'document')}, {blocks.tokens():,} scored tokens in "
+        f"{counted(len(blocks), 'block')} of {block}"
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
+from peftune.console import counted
 from peftune.data.documents import FIRST_PLACES, LeftOut
 from peftune.errors import UserError
 
@@ -25,7 +26,7 @@ class Finding:
 
     def line(self) -> str:
         """The finding in one line."""
-        return f"{self.what}: {self.documents:,} documents, first {self.first}: {self.advice}"
+        return f"{self.what}: {counted(self.documents, 'document')}, first {self.first}: {self.advice}"
 
 
 def joined(places: Iterable[str]) -> str:

@@ -70,6 +70,8 @@ def name_all(error: NotDecodable, others: Sequence[Path], source: Source) -> Use
         advice = "the bytes are UTF-8: leave encoding out"
     elif error.likely and {one.likely for one in bad} == {error.likely}:
         advice += f", or try encoding: {error.likely}{error.why}"
+    elif likely := [f"{one.path} {one.likely}" for one in bad if one.likely]:
+        advice += f", or make each a source with its encoding; they look like {name_some(likely)}"
     return UserError(f"{what}; {advice}")
 
 

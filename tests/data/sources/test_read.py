@@ -273,6 +273,9 @@ def test_all_files_in_another_encoding_are_named_at_once(write, tmp_path):
     assert "3 files cannot be decoded: " in message and "try encoding: cp1252" in message and "b.txt" not in message
     assert all(place in message for place in ("a.txt: not UTF-8 at byte 3", "c.csv: not UTF-8 at byte 7", "d.md: not"))
     assert texts(tmp_path / "x", encoding="cp1252") == ["café", "fine", "naïve", "“a”"]
+    write("x/e.txt", "Bare.".encode("utf-16-le"))
+    with pytest.raises(UserError, match=r"each a source with its encoding; .*a\.txt cp1252.*e\.txt utf-16-le"):
+        texts(tmp_path / "x")
 
 
 @pytest.mark.parametrize(
