@@ -125,7 +125,7 @@ def test_bad_rows_are_refused_after_all_else_was_shown_and_a_copy_was_made(tmp_p
     said = capsys.readouterr().out
     assert (
         "skipped rows, no column 'completion'" in said
-        and f"prompt ends in white space: 1 documents, first {path}:10" in said
+        and f"prompt ends in white space: 1 document, first {path}:10" in said
     )
     assert f"{tmp_path}/clean: a cleaned copy is in {tmp_path}/clean/data" in said
     assert "white space at the end of prompts removed: 1, first" in said

@@ -45,7 +45,7 @@ def test_every_adapter_is_clearly_better_on_its_own_domain(made: tuple[Path, sub
 @pytest.mark.slow
 def test_it_says_what_it_made_and_what_to_do_next(made: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     out, process = made
-    for word in ("perplexity", "modules applied", "adapter unicode", "Next:", "peftune generate"):
+    for word in ("Perplexity", "modules applied", "adapter unicode", "Next:", "peftune generate"):
         assert word in process.stdout, process.stdout
     assert (out / "quickstart.png").read_bytes().startswith(b"\x89PNG")
     assert "Traceback" not in process.stderr and "Warning" not in process.stderr, process.stderr

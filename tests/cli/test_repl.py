@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from peftune.cli import repl
+from peftune.cli.writing import repl
 from peftune.data.sources.chat_template import STOPS, render_chat
 from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank

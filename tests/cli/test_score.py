@@ -90,7 +90,7 @@ def test_what_does_not_fit_together_is_refused_before_the_work(
     base: Path, test_set: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     generating = ["generate", "--base", str(base), "--test-set", "test.tsv"]
-    assert "test.tsv:2: no column 'text'; found mr, ref" in refusal(capfd, *generating)
+    assert "test.tsv: no column 'text'; found mr, ref" in refusal(capfd, *generating)
     assert "no/h.txt: cannot be written" in refusal(capfd, *generating, *COLUMNS, "--out", "no/h.txt")
     assert "--test-set has prompts of its own" in refusal(capfd, *generating, "--prompt", "a")
     assert "--column names columns of --test-set" in refusal(capfd, *generating[:3], "--prompt", "a", *COLUMNS)
