@@ -125,9 +125,13 @@ class ReadStats:
 _SAMPLE = 1000  # documents
 
 
-def sample_of(digests: np.ndarray) -> str:
-    """The smallest of the distinct digests (n,) uint64 as hexadecimal text, by which the documents are known later."""
-    return np.unique(digests)[:_SAMPLE].astype(">u8").tobytes().hex()
+def sample_of(digests: np.ndarray, earlier: str = "") -> str:
+    """The smallest of the distinct digests (n,) uint64 as hexadecimal text, by which the documents are known later.
+
+    With the sample of `earlier` documents it is one of both. ValueError for a text that is no sample.
+    """
+    known = np.frombuffer(bytes.fromhex(earlier), dtype=">u8").astype(np.uint64)
+    return np.union1d(digests, known)[:_SAMPLE].astype(">u8").tobytes().hex()
 
 
 def count_known(sample: str, digests: np.ndarray) -> tuple[int, int]:

@@ -113,7 +113,7 @@ def test_rows_that_are_left_out_are_told_with_reason_and_place(tmp_path, tokeniz
     assert summary["left_out"] == {"rows": 3, "unwanted": 1, "skipped": skipped, "never": ["d 'z'"]}
     lines = " ".join(shown(summary).split())
     assert "where leaves out 1 of 3 rows bad rows, skipped 1 of 3 rows documents 1" in lines
-    assert "! skipped rows, column 'text' holds null: 1 document, first" in lines
+    assert "! skipped rows, column 'text' holds null: 1 row, first" in lines
     assert "! where asks for what no row holds: d 'z'" in lines
 
 

@@ -200,6 +200,10 @@ def test_the_chain_is_recorded_and_told(
     chain = written(made.run.out)["init"]
     second = read_adapter(tmp_path / "second")
     assert [entry["adapter"] for entry in chain] == ["second", "first"]
+    known = [bytes.fromhex(written(out)["training_documents"]) for out in (first, made.run.out)]
+    assert {known[0][i : i + 8] for i in range(0, len(known[0]), 8)} <= {
+        known[1][i : i + 8] for i in range(0, len(known[1]), 8)
+    }  # what the first learnt is still known
     assert chain[0]["adapter_fingerprint"] == second.fingerprint and chain[0]["step"] == 3
     assert all(entry["base_fingerprint"] == written(first)["base_fingerprint"] for entry in chain)
     # the figures at the start are those of the adapter, not of the base

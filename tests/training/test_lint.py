@@ -24,7 +24,7 @@ def test_faults_are_told_refused_or_left_alone(recipe: Make, tmp_path: Path) -> 
     settings = f"data.train={path}", "data.validation=0.2"
     for _ in range(2):  # read anew, and from the cache
         [note] = read_inputs(recipe(*settings)).notes()
-        assert note.startswith("UTF-8 that was read as") and f"1 documents, first {path}:4: " in note
+        assert note.startswith("UTF-8 that was read as") and f"1 document, first {path}:4: " in note
     assert list(read_inputs(recipe(*settings, "data.lint=off")).notes()) == []
     with pytest.raises(UserError, match=rf"\(1\) UTF-8.*{path}:4.*\(2\) e-mail addresses.*{path}:6") as refused:
         read_inputs(recipe(*settings, "data.lint=strict"))
@@ -38,5 +38,5 @@ def test_passages_of_the_training_text_in_validation_are_told(recipe: Make, tmp_
     held.write_text(f"Something new.\n\nThey say that {passage}, but who knows?")
     settings = f"data.train={train}", f"data.validation={held}", "data.split_on=blank-line"
     [note] = [one for one in read_inputs(recipe(*settings)).notes() if "passages" in one]
-    assert note.startswith("validation: documents with long passages of the training text: 1 documents")
+    assert note.startswith("validation: documents with long passages of the training text: 1 document,")
     assert f"first {held}:3: its figures are better" in note

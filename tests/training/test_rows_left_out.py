@@ -34,8 +34,8 @@ def test_rows_that_are_left_out_are_told_at_the_start_and_recorded(
     made = recipe(f"data.train={source}", f"data.validation={held}", "data.on_bad_row=skip", "optim.steps=1")
     train(made)
     said = capsys.readouterr().err
-    assert f"skipped rows, nothing in {{a}}: 3 documents, first {table}:4, {table}:5, {table}:7: nothing is" in said
-    assert f"skipped rows, column 'a' holds null: 1 document, first {table}:5" in said
+    assert f"skipped rows, nothing in {{a}}: 3 rows, first {table}:4, {table}:5, {table}:7: nothing is" in said
+    assert f"skipped rows, column 'a' holds null: 1 row, first {table}:5" in said
     written = json.loads((tmp_path / "adapter" / "peftune.json").read_text())["rows_left_out"]
     skipped = {"nothing in {a}": {"rows": 3, "first": [f"{table}:{line}" for line in (4, 5, 7)]}}
     assert written["train"] == {"rows": 30, "unwanted": 10, "skipped": skipped, "never": []}

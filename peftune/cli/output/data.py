@@ -11,7 +11,7 @@ from rich.text import Text
 
 from peftune.cli.options import save_json
 from peftune.cli.output.text_output import results
-from peftune.console import SafeConsole, counted
+from peftune.console import SafeConsole
 from peftune.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,9 +71,10 @@ def render(summary: dict[str, Any], console: SafeConsole) -> None:
     _render_files(summary["files"], console)
     _render_numbers(summary, console)
     _render_histogram(summary, console)
+    from peftune.data.lint.finding import Finding
+
     for finding in summary["findings"]:
-        problem = f"! {finding['what']}: {counted(finding['documents'], 'document')}, first {finding['first']}"
-        console.print(problem, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"! {Finding(**finding).head()}", style="yellow", markup=False, highlight=False, soft_wrap=True)
         console.print(f"  {finding['advice']}", markup=False, highlight=False, soft_wrap=True)
     if summary["chat"]:
         console.print(

@@ -23,10 +23,16 @@ class Finding:
     first: str
     advice: str
     loud: bool = True
+    unit: str = "document"
+    """What is counted: documents, or rows of which none was made."""
+
+    def head(self) -> str:
+        """The fault, how often it is there, and where; without a count it is no fault of single documents."""
+        return f"{self.what}: {counted(self.documents, self.unit)}, first {self.first}" if self.documents else self.what
 
     def line(self) -> str:
         """The finding in one line."""
-        return f"{self.what}: {counted(self.documents, 'document')}, first {self.first}: {self.advice}"
+        return f"{self.head()}: {self.advice}"
 
 
 def joined(places: Iterable[str]) -> str:
@@ -38,10 +44,12 @@ def of_rows(left_out: LeftOut) -> list[Finding]:
     """A finding for each reason for which rows were skipped, the commonest first, and for what `where` never found."""
     advice = "nothing is learnt from them; mend them, or look whether the right columns are read"
     several = sorted(left_out.skipped.items(), key=lambda item: -item[1].rows)
-    found = [Finding(f"skipped rows, {why}", group.rows, joined(group.first), advice) for why, group in several]
+    found = [
+        Finding(f"skipped rows, {why}", group.rows, joined(group.first), advice, unit="row") for why, group in several
+    ]
     if left_out.never:
         what = f"where asks for what no row holds: {', '.join(left_out.never)}"
-        found.append(Finding(what, 0, "nowhere", "look for a spelling mistake, or leave it out"))
+        found.append(Finding(what, 0, "", "look for a spelling mistake, or leave it out"))
     return found
 
 

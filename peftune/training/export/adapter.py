@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import platform
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from peftune.adapters.directory import read_adapter, refuse_other_files, write_adapter
 from peftune.adapters.model_card import model_card
-from peftune.adapters.provenance import INIT, first_row, merged_text, read_provenance, recorded_dict
+from peftune.adapters.provenance import INIT, first_row, merged_text, read_provenance, recorded, recorded_dict
 from peftune.config.recipe import Recipe
 from peftune.console import Console
 from peftune.data.documents import sample_of
@@ -175,6 +177,14 @@ def _before_and_after(state: State, events: list[dict[str, Any]], *rows: tuple[s
     return figures
 
 
+def _sample(digests: np.ndarray, inputs: RunInputs) -> str:
+    """Of what was learnt here, and before in the adapter that the run goes on from."""
+    earlier = recorded(inputs.init.adapter.provenance, "training_documents") if inputs.init else None
+    with suppress(ValueError):
+        return sample_of(digests, earlier if isinstance(earlier, str) else "")
+    return sample_of(digests)
+
+
 def _provenance(inputs: RunInputs, state: State, delivery: Delivery, run_facts: dict[str, Any]) -> dict[str, Any]:
     """What peftune.json holds: enough to know what made this adapter, and to refuse another base."""
     versions = {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
@@ -186,7 +196,7 @@ def _provenance(inputs: RunInputs, state: State, delivery: Delivery, run_facts: 
         **({"init": inputs.init.chain()} if inputs.init else {}),
         "data_fingerprints": inputs.corpus.fingerprints,
         **({"rows_left_out": inputs.corpus.left_out} if inputs.corpus.left_out else {}),
-        "training_documents": sample_of(train.store.digests[train.documents]),
+        "training_documents": _sample(train.store.digests[train.documents], inputs),
         **({"validation_also_trained_on": also} if (also := inputs.corpus.also_trained_on) else {}),
         "recipe": inputs.recipe.model_dump(mode="json"),
         "chat": inputs.corpus.chat,
