@@ -54,10 +54,10 @@ def test_a_step_on_the_fast_path_enters_at_most_twelve_files(recipe: Make, monke
     assert len(found) <= 12, "\n".join(sorted(found))
 
 
-def test_a_small_run_with_validation_enters_at_most_fifty_eight_files(recipe: Make, tmp_path: Path) -> None:
+def test_a_small_run_with_validation_enters_at_most_sixty_files(recipe: Make, tmp_path: Path) -> None:
     """Plain text, tokenised by the run before, as everywhere but in the first run; JSON lines take three more.
 
-    Of these 8 read sources and tell how they were cut, 4 foresee memory, and 2 watch over the run.
+    Of these 12 read sources and look for what spoils them, 4 foresee memory, and 2 watch over the run.
     """
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"the cat sat on mat {number} and one dog ran to my log" for number in range(60)))
@@ -67,4 +67,4 @@ def test_a_small_run_with_validation_enters_at_most_fifty_eight_files(recipe: Ma
     with entered_files(found):
         run.train(again)
     assert "training/run.py" in found and "training/export/adapter.py" in found
-    assert len(found) <= 58, "\n".join(sorted(found))
+    assert len(found) <= 60, "\n".join(sorted(found))
