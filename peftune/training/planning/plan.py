@@ -25,7 +25,16 @@ from peftune.training.device import CPU_TOKENS, choose_precision
 from peftune.training.distributed.start import zero_stage
 from peftune.training.distributed.zero import refuse_for_zero3
 from peftune.training.inputs import RunInputs
-from peftune.training.planning.memory_model import SHIPPED, Format, Shapes, Way, bytes_per_rank, shapes_of, shared_out
+from peftune.training.planning.memory_model import (
+    SHIPPED,
+    Format,
+    RankMemory,
+    Shapes,
+    Way,
+    bytes_per_rank,
+    shapes_of,
+    shared_out,
+)
 from peftune.training.planning.trace import Device, activations
 from peftune.training.step import ForwardFn
 
@@ -166,7 +175,7 @@ def plan(recipe: Recipe, config: GPT2Config, machine: Machine) -> Plan:
         else:
             size = asked_size
         kept = first + (size - 1) * more
-        peak = held + max(kept + memory.gathered, memory.update)
+        peak = max(held + max(kept + memory.gathered, memory.update), program + loading(shapes, memory, machine.device))
         wire = _wire(
             shapes, layout.way, machine.count, precision, -(-recipe.batch.global_size // machine.count // size)
         )
@@ -183,6 +192,11 @@ def with_slack(first: int, each: int, device: Device) -> tuple[int, int]:
     if device == "cuda":  # its allocator's own figures are those of tensors
         return first, each
     return int(first * (1 + _KEPT_FREE)) + _LIBRARIES, int(each * (1 + _KEPT_FREE))
+
+
+def loading(shapes: Shapes, memory: RankMemory, device: Device) -> int:
+    """Bytes while the base is loaded into main memory: its file in fp32, which is mapped, beside its tensors."""
+    return 4 * sum(shapes.frozen()) + memory.base if device == "cpu" else 0
 
 
 def precision_of(recipe: Recipe, machine: Machine) -> Format:
@@ -239,8 +253,10 @@ def tensors_at_most(inputs: RunInputs, forward: ForwardFn, accelerator: Accelera
     kind: Any = "cpu" if device.type == "cpu" else "cuda"
     recipe, config, blocks = inputs.recipe, inputs.base.config, inputs.corpus.train
     precision: Any = NAME_OF[forward.dtype]
-    memory = bytes_per_rank(shapes_of(config, recipe.lora), way, ranks, precision, recipe.quantize)
+    shapes = shapes_of(config, recipe.lora)
+    memory = bytes_per_rank(shapes, way, ranks, precision, recipe.quantize)
     first, each = activations(config, recipe, forward.dtype, blocks.packing.block_size, kind, stage == 3)
     first, each = with_slack(first, each, kind)
     size = min(forward.micro_size, len(blocks), -(-recipe.batch.global_size // ranks))
-    return int(memory.held + max(first + (size - 1) * each + memory.gathered, memory.update))
+    step = memory.held + max(first + (size - 1) * each + memory.gathered, memory.update)
+    return int(max(step, loading(shapes, memory, kind)))
