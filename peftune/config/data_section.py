@@ -177,6 +177,12 @@ class DataSection(Section):
     repeats: Literal["keep", "drop"] = "keep"
     """Documents that are equal byte for byte: `keep` all, or `drop` all but the first, over all sources."""
 
+    def validation_sources(self) -> dict[str, list[Source]]:
+        """Sources to validate on by domain; none where a fraction of the training text is held out."""
+        if isinstance(self.validation, float | int):
+            return {}
+        return self.validation if isinstance(self.validation, dict) else {"validation": self.validation}
+
     def read_as(self, sources: Sequence[Source]) -> list[Source]:
         """The sources with what the section says of all of them."""
         return [

@@ -12,7 +12,6 @@ from torch import nn
 
 from peftune.console import Console
 from peftune.data.batches import blocks_of_step, share_of
-from peftune.data.sources.read import places_of
 from peftune.errors import CheckFailed
 from peftune.inference.perplexity import Score
 from peftune.inference.request import Generation
@@ -267,7 +266,7 @@ def what_broke(
     rows = [range(span, span + 1) for spans in at_fault[:_AT_FAULT] for span in spans]
     bad = [row.start for row, is_broken in zip(rows, broken(rows), strict=True) if is_broken]
     numbers = {int(train.documents[train.packing.example[span]]) for span in bad}
-    here = places_of(recipe.data.train, recipe.data.split_on, numbers).values()
+    here = inputs.corpus.places(numbers).values()
     ranks = all_gather(accelerator, ((len(blocks), len(at_fault), len(rows), len(bad)), list(here)))
     tried, failing, documents, broken_documents = (
         sum(counts) for counts in zip(*(counts for counts, _ in ranks), strict=True)

@@ -24,7 +24,7 @@ from peftune.data.batches import Blocks, steps_per_epoch, total_steps
 from peftune.data.documents import split_by_digest
 from peftune.data.lint.corpus import Part, of_run
 from peftune.data.lint.finding import Finding, of_rows, refuse_all
-from peftune.data.lint.token_rules import finding
+from peftune.data.lint.token_rules import Places, finding
 from peftune.data.prepared import Prepared, prepare_as
 from peftune.data.sources.read import holds_chat, places_of, settle_split
 from peftune.data.tokens.store import TokenStore
@@ -49,6 +49,8 @@ class Corpus:
     domains: dict[str, Blocks]
     fingerprints: dict[str, str]
     chat: bool
+    places: Places
+    """Where training documents stand, by their numbers in the store."""
     findings: tuple[Finding, ...] = ()
     """What to know about the text (`data.lint`), rows that were skipped, and what is validated on."""
     also_trained_on: dict[str, int] = field(default_factory=dict)
@@ -190,10 +192,10 @@ def _load_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, base: Base,
 
     store, train, _ = read("train", how.train)
     chat = all(holds_chat(source, split_on) for source in how.read_as(how.train))
-    prints, validation = {"train": store.fingerprint}, how.validation
+    prints, named = {"train": store.fingerprint}, how.validation_sources()
     also_trained_on: dict[str, int] = {}
     found, same = list[Finding](), list[Finding]()
-    if isinstance(validation, float | int):
+    if isinstance(validation := how.validation, float | int):
         learnt, heldout = split_by_digest(store.digests[train], float(validation))
         train, heldout = train[learnt], train[heldout]
         if len(train) == 0:
@@ -204,7 +206,6 @@ def _load_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, base: Base,
         if validation and not domains:
             found.append(_nothing_held_out(recipe, len(store)))
     else:
-        named = validation if isinstance(validation, dict) else {"validation": validation}
         read_as = {name: read(name, sources) for name, sources in named.items()}
         domains = {name: Blocks.of(one.store, one.used, block) for name, one in read_as.items()}
         stores = {f"validation/{name}": one.store for name, one in read_as.items()}
@@ -215,16 +216,16 @@ def _load_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, base: Base,
                 also_trained_on[name] = len(equal)
                 what = f"{one.name} ({len(one.store):,} documents) holds documents that are trained on too"
                 same += finding(what, equal, one.places, _NOT_HELD_OUT, True)
-    stores = {"train": store} | stores
+    stores, learnt_part = {"train": store} | stores, part("train", how.train, store, train)
     left_out = {name: asdict(s.left_out) for name, s in stores.items() if s.left_out}
     if how.lint == "off":
         found = [one for s in stores.values() for one in of_rows(s.left_out)] + found
     else:
-        found = of_run(how, block, base.tokenizer, part("train", how.train, store, train), held_out) + found + same
+        found = of_run(how, block, base.tokenizer, learnt_part, held_out) + found + same
     if how.lint == "strict":
         refuse_all(found)
-    learnt_from = Blocks.of(store, train, block, how.one_document_per_block)
-    return Corpus(learnt_from, domains, prints, chat, tuple(found), also_trained_on, left_out, tuple(notes))
+    learnt_from, places = Blocks.of(store, train, block, how.one_document_per_block), learnt_part.places
+    return Corpus(learnt_from, domains, prints, chat, places, tuple(found), also_trained_on, left_out, tuple(notes))
 
 
 def _domain(name: str) -> str:

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
 
-from peftune.config.recipe import Recipe
+from peftune.cli import main
+from peftune.config.recipe import Recipe, load_recipe
 from peftune.data.batches import blocks_of_step
 from peftune.errors import CheckFailed, UserError
 from peftune.model.base import Base
@@ -186,6 +188,18 @@ def test_what_a_recipe_says_in_other_words_is_the_same(recipe: Make, first: Path
     made = recipe(f"run.init={first}", f"lora.targets={names}", "lora.layers=[0, 1]", "lora.dropout=0.25")
     lora = read_inputs(made).recipe.lora
     assert (lora.rank, lora.targets, lora.layers, lora.dropout) == (4, "all", None, 0.25)
+
+
+def test_a_dry_run_prints_the_adapter_that_the_run_goes_on_with(
+    recipe: Make, first: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = recipe("lora={}", f"run.init={first}", f"run.out={tmp_path}/second")
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(made.model_dump(mode="json", exclude_unset=True)))
+    assert main.run(["train", str(path), "--dry-run"]) == 0
+    path.write_text(out := capfd.readouterr().out)
+    assert yaml.safe_load(out)["lora"]["rank"] == 4 and "# 4,096 trainable parameters" in out
+    assert train(load_recipe(path)).step == 3
 
 
 def test_the_chain_is_recorded_and_told(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from peftune.data.batches import Batch
 from peftune.errors import CheckFailed
 from peftune.inference.perplexity import Score
 from peftune.training import checkpoint, run, step
+from peftune.training.inputs import read_inputs
 from peftune.training.metrics import read_metrics
 from peftune.training.optimizer import Gradient
 from peftune.training.run import train
@@ -115,8 +118,6 @@ def test_documents_that_break_the_loss_are_named_and_the_state_before_is_saved(
 
     monkeypatch.setattr(run, "train_step", counting)
     made = recipe(f"data.train={texts}", "batch.global_size=64", "batch.micro_size=auto", "optim.steps=9")
-    from peftune.training.inputs import read_inputs
-
     tokenizer = read_inputs(made).tokenizer
     (rare,) = tokenizer.encode("~")
     with pytest.raises(CheckFailed) as error:
@@ -125,6 +126,24 @@ def test_documents_that_break_the_loss_are_named_and_the_state_before_is_saved(
     assert found.startswith("step 3: loss nan") and f"this document is to blame: {texts}:35; look" in found
     assert f"the last good state: {made.run.out}/checkpoints/step-2" in found
     assert checkpoint.read(Path(made.run.out) / "checkpoints" / "step-2").state.step == 2
+
+
+def test_a_document_at_fault_is_named_as_training_cut_and_skipped_the_text(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Several text files, each one document; rows of a table that are skipped."""
+    stories = [tmp_path / f"{number}.txt" for number in range(4)]
+    for number, path in enumerate(stories):
+        path.write_text(f"the cat sat on mat {number}\n\none dog ran to my log{'~' * (number == 2)}\n\nand sat")
+    rows = [{"text": "a dog"}, {"text": None}, {"text": "the log"}, {"text": "a mat~"}, {"text": "my cat"}]
+    (table := tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (rare,) = read_inputs(recipe()).tokenizer.encode("~")
+    not_finite(monkeypatch, lambda batch: bool((batch.ids == rare).any()))
+    several = ", ".join(map(str, stories))
+    for source, place in ((f"[{several}]", f"{stories[2]}:1"), (str(table), f"{table}:4")):
+        made = recipe(f"data.train={source}", "data.on_bad_row=skip", f"run.out={tmp_path / 'out' / place[-3:]}")
+        with pytest.raises(CheckFailed, match=f"this document is to blame: {re.escape(place)}; look"):
+            train(made)
 
 
 @pytest.mark.parametrize(("good", "blamed"), [(0, "the base itself is at fault"), (2, "too high; try 0.001, or set")])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,10 +71,12 @@ def dry_run(recipe: Recipe, way: Way = "one", ranks: int = 1, cpu: bool = False)
     if inputs is None:  # which has told of the first fault that it met
         if not problems[-1].startswith("base "):  # a hub is not waited for twice
             check(_read_base, recipe.base)
-        for source in _sources(recipe):
-            check(_read_through, source, recipe.data.split_on)
+        for sources in (recipe.data.train, *recipe.data.validation_sources().values()):
+            for source in recipe.data.read_as(sources):
+                check(_read_through, source, recipe.data.split_on)
     if problems:
         raise UserError("; ".join(problems))
+    recipe = inputs.recipe  # with what an adapter decides that the run goes on from
     config, block = inputs.base.config, inputs.corpus.train.packing.block_size
     per_rank = -(-min(recipe.batch.global_size, len(inputs.corpus.train)) // ranks)
     micro = recipe.batch.micro_size
@@ -104,10 +106,3 @@ def _read_base(name: str) -> None:
 def _read_through(source: Source, split_on: str) -> None:
     for _ in read_documents(source, split_on):
         pass
-
-
-def _sources(recipe: Recipe) -> Sequence[Source]:
-    validation = recipe.data.validation
-    named = [] if isinstance(validation, float | int) else validation
-    listed = named.values() if isinstance(named, dict) else [named]
-    return recipe.data.read_as([*recipe.data.train, *(source for sources in listed for source in sources)])
