@@ -58,13 +58,8 @@ def first_micro_size(config: GPT2Config, block: int, per_rank: int, dtype: torch
     if device.type != "cpu":
         return per_rank
     available = psutil.virtual_memory().available
-    fitting = int(0.4 * available) // activation_bytes(config, block, dtype)
-    return max(1, min(per_rank, CPU_TOKENS // block, fitting))
-
-
-def activation_bytes(config: GPT2Config, block: int, dtype: torch.dtype) -> int:
-    """What autograd keeps of a forward for each block of tokens in it, where nothing is computed again."""
-    return block * config.n_layer * config.n_embd * LIVE_TENSORS * dtype.itemsize
+    a_block = block * config.n_layer * config.n_embd * LIVE_TENSORS * dtype.itemsize
+    return max(1, min(per_rank, CPU_TOKENS // block, int(0.4 * available) // a_block))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

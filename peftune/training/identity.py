@@ -34,10 +34,8 @@ _MOST_FILES = 1000  # that are recorded
 
 def sizes_of_files(recipe: Recipe) -> dict[str, dict[str, int]]:
     """Bytes of the files behind each fingerprint of data, by path; of data of many files, or of a hub, nothing."""
-    found, validation = (
-        {},
-        {f"validation/{name}": sources for name, sources in recipe.data.validation_sources().items()},
-    )
+    validation = {f"validation/{name}": sources for name, sources in recipe.data.validation_sources().items()}
+    found = {}
     for name, sources in {"train": recipe.data.train, **validation}.items():
         sizes = {path: size for source in recipe.data.read_as(sources) for path, _, size, *_ in state_of(source)}
         if 0 < len(sizes) <= _MOST_FILES:

@@ -57,12 +57,9 @@ def _comments(found: DryRun) -> Iterator[str]:
         "optimizer": memory.optimizer_state, "engine": memory.engine,
     }  # fmt: skip
     held = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in parts.items() if size)
-    working = max(found.activations + memory.gathered, memory.update)
-    less = " or less, as activations are computed again" if recipe.run.checkpointing else ""
-    yield (
-        f"# memory of a rank in MB: {held}; while it computes about {working / 1e6:,.0f} more{less}; besides Python "
-        "and its libraries"
-    )
+    working = memory.working(found.activations) / 1e6
+    at_work = f"while it computes about {working:,.0f} more"
+    yield f"# memory of a rank in MB: {held}; {at_work}; besides Python and its libraries"
     yield f"# {_outcome(found)}"
 
 

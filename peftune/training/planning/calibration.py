@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+import re
 import time
 from collections.abc import Callable
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config
 
-from peftune.config.recipe import Recipe
-from peftune.model import lora as adapters
+from peftune.config.recipe import LoraSection, Recipe
 from peftune.model.load import move_to, recompute_activations, with_dropout
 from peftune.model.loss import LossModel
 from peftune.model.train.forward import reason_against, train_forward
 from peftune.training.optimizer import Gradient
+from peftune.training.planning.memory_model import skeleton
 
 SECONDS = 10.0
+_BLOCK = re.compile(r"^.*\bh\.\d+\.")  # what names a block before the module within it
 _CPU_WORK = 2e11  # multiplications of a timed forward, at most: a few seconds of two cores
 
 
@@ -45,15 +47,25 @@ def seconds_per_block(
     return (one + (config.n_layer - 1) * max(0.0, two - one)) * block / tokens
 
 
+def _in_every_block(lora: LoraSection) -> LoraSection:
+    """The adapter with what it has in some blocks in all of them: the timed model has one or two."""
+
+    def suffixes(names: list[str]) -> list[str]:
+        return sorted({_BLOCK.sub("", name) for name in names})
+
+    targets = lora.targets if isinstance(lora.targets, str) else suffixes(lora.targets)
+    return lora.model_copy(
+        update={"layers": None, "targets": targets, "modules_to_save": suffixes(lora.modules_to_save)}
+    )
+
+
 def _one_pass(
     config: GPT2Config, recipe: Recipe, dtype: torch.dtype, tokens: int, device: torch.device, layers: int
 ) -> Callable[[], None]:
     """A function that runs forward and backward of `tokens` tokens through so many layers."""
     config = copy.copy(with_dropout(config, recipe.run.base_dropout))
     config.n_layer = layers
-    section = recipe.lora.model_copy(update={"variant": "lora", "layers": None})
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        adapted = adapters.inject(GPT2LMHeadModel(config), section, seed=0)
+    adapted = skeleton(config, _in_every_block(recipe.lora))
     adapted.model.to_empty(device=device)
     with torch.no_grad():
         for tensor in (*adapted.model.parameters(), *adapted.model.buffers()):

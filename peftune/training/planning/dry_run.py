@@ -17,12 +17,13 @@ from peftune.model import quantized
 from peftune.model.base import open_base
 from peftune.model.load import DTYPES
 from peftune.training.checkpoint import Checkpoint
-from peftune.training.device import activation_bytes, choose_precision, first_micro_size
+from peftune.training.device import choose_precision, first_micro_size
 from peftune.training.distributed.start import require_trackers
 from peftune.training.distributed.zero import refuse_for_zero3
 from peftune.training.export.adapter import left_by_earlier_run
 from peftune.training.inputs import RunInputs, read_inputs
 from peftune.training.planning.memory_model import RankMemory, Way, bytes_per_rank, shapes_of
+from peftune.training.planning.trace import activations
 from peftune.training.run_directory import check_writable
 
 
@@ -39,7 +40,7 @@ class DryRun:
     memory: RankMemory
     """Of a rank."""
     activations: int
-    """Bytes of a forward on a rank, at most: without recomputation."""
+    """Bytes that a forward on a rank keeps, at most."""
     found: object
     """A finished adapter of this recipe, a checkpoint to go on from, or None."""
 
@@ -94,8 +95,9 @@ def dry_run(recipe: Recipe, way: Way = "one", ranks: int = 1, cpu: bool = False)
     )
     rows = len(recipe.data.new_tokens) * config.n_embd
     memory = bytes_per_rank(shapes, way, ranks, precision, recipe.quantize)
-    activations = min(micro, per_rank) * activation_bytes(config, block, DTYPES[precision])
-    return DryRun(resolved, inputs, way, ranks, shapes.adapter + rows, memory, activations, found)
+    first, each = activations(config, recipe, DTYPES[precision], block, "cuda" if cuda else "cpu", way == "zero3")
+    kept = first + (min(micro, per_rank) - 1) * each
+    return DryRun(resolved, inputs, way, ranks, shapes.adapter + rows, memory, kept, found)
 
 
 def _read_base(name: str) -> None:

@@ -24,12 +24,13 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftune.config.recipe import BLOCK_LINEARS, LoraSection
-from peftune.model import lora as adapters
 from peftune.model.load import DTYPES, only_blocks_are_trained
+from peftune.model.lora import Adapted, inject
 from peftune.model.quantized import Kind
 
 Way = Literal["one", "ddp", "zero1", "zero2", "zero3"]
 Format = Literal["fp32", "bf16", "fp16"]
+_STARTS = ("pissa", "loftq")
 _NF4_BLOCK = 64  # weights that share a scale
 _NF4_TABLE = 16  # fp32 values that four bits choose from, with each matrix
 
@@ -76,10 +77,7 @@ class Shapes:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank. All but the last two are allocated from the first step to the last.
-
-    The peak of a step is `held` + max(activations + `gathered`, `update`).
-    """
+    """Bytes on one rank. All but the last two are allocated from the first step to the last."""
 
     base: int
     """Frozen weights, scales of quantised ones included; under ZeRO-3 this rank's shard, and what stays complete."""
@@ -103,13 +101,25 @@ class RankMemory:
         """Bytes between two steps."""
         return self.base + self.adapter + self.gradient + self.optimizer_state + self.engine
 
+    def working(self, activations: int) -> int:
+        """Bytes beside `held` in the worst moment of a step whose forward keeps so much."""
+        return max(activations + self.gathered, self.update)
+
+
+def skeleton(config: GPT2Config, lora: LoraSection) -> Adapted:
+    """A base with its adapter, without weights; UserError for an adapter that cannot be.
+
+    PiSSA and LoftQ have the shapes of a plain LoRA; what they compute from weights is left out.
+    """
+    if lora.variant in _STARTS:
+        lora = lora.model_copy(update={"variant": "lora"})
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return inject(GPT2LMHeadModel(config), lora, seed=0)
+
 
 def shapes_of(config: GPT2Config, lora: LoraSection) -> Shapes:
     """Elements of what would be loaded, from a skeleton without weights; UserError for an adapter that cannot be."""
-    starts = lora.variant in ("pissa", "loftq")
-    plain = lora.model_copy(update={"variant": "lora"}) if starts else lora  # the same shapes, no arithmetic
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        adapted = adapters.inject(GPT2LMHeadModel(config), plain, seed=0)
+    adapted = skeleton(config, lora)
     frozen = {name: p.shape for name, p in adapted.model.named_parameters() if not p.requires_grad}
     matrices = {
         name: (shape[0], shape[1])
@@ -121,7 +131,7 @@ def shapes_of(config: GPT2Config, lora: LoraSection) -> Shapes:
         others=tuple(shape.numel() for name, shape in frozen.items() if name not in matrices),
         trained=tuple(p.numel() for p in adapted.trainable().values()),
         exact=not only_blocks_are_trained(adapted),
-        starts=starts,
+        starts=lora.variant in _STARTS,
     )
 
 

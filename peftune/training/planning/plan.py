@@ -160,13 +160,12 @@ def plan(recipe: Recipe, config: GPT2Config, machine: Machine) -> Plan:
         return traces[key]
 
     def option(layout: Layout) -> Option:
-        if reason := _refusal(recipe, layout, machine):
+        if reason := _refusal(recipe, layout):
             return Option(layout, reason)
         memory = bytes_per_rank(shapes, layout.way, machine.count, precision, layout.quantize)
         base = 0 if layout.offload and layout.way == "zero3" else memory.base
         held = memory.held - memory.base + base - (memory.optimizer_state if layout.offload else 0) + program
-        first, more = traced(layout)
-        first, more = with_slack(first, more, machine.device)
+        first, more = with_slack(*traced(layout), machine.device)
         room = machine.usable - held - memory.gathered
         share, asked_size = -(-recipe.batch.global_size // machine.count), recipe.batch.micro_size
         if asked_size == "auto":
@@ -175,10 +174,8 @@ def plan(recipe: Recipe, config: GPT2Config, machine: Machine) -> Plan:
         else:
             size = asked_size
         kept = first + (size - 1) * more
-        peak = max(held + max(kept + memory.gathered, memory.update), program + loading(shapes, memory, machine.device))
-        wire = _wire(
-            shapes, layout.way, machine.count, precision, -(-recipe.batch.global_size // machine.count // size)
-        )
+        peak = max(held + memory.working(kept), program + loading(shapes, memory, machine.device))
+        wire = _wire(shapes, layout.way, machine.count, precision, -(-share // size))
         return Option(layout, "", size, held, kept, peak, peak <= machine.usable, wire)
 
     options = [option(layout) for layout in _layouts(recipe, machine)]
@@ -220,7 +217,7 @@ def _layouts(recipe: Recipe, machine: Machine) -> Iterator[Layout]:
                     yield Layout(way, kind, recompute, True)
 
 
-def _refusal(recipe: Recipe, layout: Layout, machine: Machine) -> str:
+def _refusal(recipe: Recipe, layout: Layout) -> str:
     """Why training would refuse this combination, or nothing."""
     changed = recipe.model_dump() | {"quantize": layout.quantize}
     try:
@@ -255,8 +252,8 @@ def tensors_at_most(inputs: RunInputs, forward: ForwardFn, accelerator: Accelera
     precision: Any = NAME_OF[forward.dtype]
     shapes = shapes_of(config, recipe.lora)
     memory = bytes_per_rank(shapes, way, ranks, precision, recipe.quantize)
-    first, each = activations(config, recipe, forward.dtype, blocks.packing.block_size, kind, stage == 3)
-    first, each = with_slack(first, each, kind)
+    traced = activations(config, recipe, forward.dtype, blocks.packing.block_size, kind, stage == 3)
+    first, each = with_slack(*traced, kind)
     size = min(forward.micro_size, len(blocks), -(-recipe.batch.global_size // ranks))
-    step = memory.held + max(first + (size - 1) * each + memory.gathered, memory.update)
-    return int(max(step, loading(shapes, memory, kind)))
+    step = memory.held + memory.working(first + (size - 1) * each)
+    return max(step, loading(shapes, memory, kind))

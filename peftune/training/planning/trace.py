@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import weakref
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -16,19 +17,20 @@ from typing import Any, Literal
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
+from transformers import AttentionInterface, GPT2Config
 
 from peftune.config.recipe import Recipe
 from peftune.data.batches import NOT_SCORED
-from peftune.model import lora as adapters
 from peftune.model.load import only_blocks_are_trained, recompute_activations, with_dropout
 from peftune.model.loss import chunk_rows, summed_nats
 from peftune.model.train.attention import CPU_KERNEL, Kernel
 from peftune.model.train.forward import reason_against, train_forward
 from peftune.training.optimizer import Gradient
+from peftune.training.planning.memory_model import skeleton
 
 Device = Literal["cpu", "cuda"]
 _KEPT = "shapes_of_a_fused_kernel"
+_IN_A_BLOCK = re.compile(r"\bh\.\d")  # a module of one block by its name
 _SHALLOW, _DEEPER = 3, 5  # layers that are traced for a base of any number
 
 
@@ -65,8 +67,8 @@ def activations(
 ) -> tuple[int, int]:
     """Bytes of the first block of a micro-batch, and of each further one; arguments as of `activation_peak`.
 
-    Every layer keeps the same and so does every block, so a few of each are traced, unless the adapter is on some
-    layers only.
+    Every layer keeps the same and so does every block, so a few of each are traced; all layers where the adapter is on
+    some of them only.
     """
 
     few = -(-chunk_rows(torch.device(device)) // block)  # from here on each block adds the same; below, at most that
@@ -77,7 +79,9 @@ def activations(
         some, more = (activation_peak(shallow, recipe, dtype, block, few + n, device, sharded) for n in (0, 1))
         return some - (few - 1) * (more - some), more - some
 
-    if recipe.lora.layers is not None or config.n_layer <= _DEEPER:
+    modules = [*recipe.lora.modules_to_save, *([] if isinstance(recipe.lora.targets, str) else recipe.lora.targets)]
+    uneven = recipe.lora.layers is not None or any(map(_IN_A_BLOCK.search, modules))
+    if uneven or config.n_layer <= _DEEPER:
         return peaks(config.n_layer)
     steps = (config.n_layer - _SHALLOW) / (_DEEPER - _SHALLOW)
     (first, each), (deeper, deeper_each) = peaks(_SHALLOW), peaks(_DEEPER)
@@ -93,10 +97,7 @@ def activation_peak(
     those of Transformers and PEFT.
     """
     config = with_dropout(config, recipe.run.base_dropout)
-    plain = recipe.lora.variant in ("pissa", "loftq")
-    section = recipe.lora.model_copy(update={"variant": "lora"}) if plain else recipe.lora
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        adapted = adapters.inject(GPT2LMHeadModel(config), section, seed=0)
+    adapted = skeleton(config, recipe.lora)
     if only_blocks_are_trained(adapted):
         for parameter in adapted.model.parameters():
             if not parameter.requires_grad:

@@ -53,7 +53,9 @@ def test_the_trace_counts_what_a_real_step_keeps(dtype: torch.dtype, recompute: 
 
 
 @pytest.mark.parametrize(
-    "overrides", [(), ("run.checkpointing=true",), ("lora.variant=dora",), ("lora.dropout=0.1",)], ids=str
+    "overrides",
+    [(), ("run.checkpointing=true",), ("lora.variant=dora",), ("lora.dropout=0.1",), ("lora.targets=[h.6.mlp.c_fc]",)],
+    ids=str,
 )
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_few_layers_and_blocks_say_what_all_keep(overrides: tuple[str, ...], device: Any) -> None:
@@ -107,8 +109,9 @@ def test_offloading_takes_the_optimizer_off_the_gpu() -> None:
     assert held[True] == held[False] - 12 * -(-found.trained // 4)
 
 
-def test_a_block_is_timed() -> None:
-    seconds = seconds_per_block(CONFIG, recipe(), torch.float32, 64, torch.device("cpu"), seconds=0.0)
+@pytest.mark.parametrize("override", ["lora.targets=all", "lora.targets=[h.6.mlp.c_fc]", "lora.variant=dora"])
+def test_a_block_is_timed(override: str) -> None:
+    seconds = seconds_per_block(CONFIG, recipe(override), torch.float32, 64, torch.device("cpu"), seconds=0.0)
     assert 0 < seconds < 60
 
 
