@@ -10,6 +10,7 @@ import typer
 
 from peftune.cli.options import Json, save_json
 from peftune.cli.output.text_output import echo
+from peftune.console import counted
 from peftune.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def plan(
         f"{asked.base}: {found.trained:,} elements to train; {batch} blocks of {found.block_size:,} tokens a step "
         f"({batch * found.block_size:,} tokens at most), {found.precision}"
     )
-    echo(f"{machine.count} {unit}{'s' * (machine.count > 1)} with {_gb(machine.memory)} each ({where})")
+    echo(f"{counted(machine.count, unit)} with {_gb(machine.memory)} each ({where})")
     _show(found)
     best, seconds = found.recommended, None
     if best is not None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from peftune.config.data_section import Source
 from peftune.data.batches import Blocks
-from peftune.data.documents import ReadStats, first_of_equals
+from peftune.data.documents import Document, ReadStats, first_of_equals
 from peftune.data.lint.corpus import of_corpus
 from peftune.data.lint.finding import Finding
 from peftune.data.lint.token_rules import Places, finding, leaks, repeated, too_long
@@ -46,17 +47,24 @@ def summarize(
     split_on, stats = settle_split(sources, split_on), ReadStats()
     sizes: list[int] = []
     is_chat = False
-    for source in sources:
-        sizes.append(0)
-        for document in read_documents(source, split_on, stats, chat):
-            sizes[-1] += 1
-            is_chat = is_chat or document.turns is not None
+
+    def documents() -> Iterator[Document]:
+        nonlocal is_chat
+        for source in sources:
+            sizes.append(0)
+            for document in read_documents(source, split_on, stats, chat):
+                sizes[-1] += 1
+                is_chat = is_chat or document.turns is not None
+                yield document
+
+    every = documents()
     parse, numbers = special_tokens == "parse", np.arange(len(store))
     places = partial(places_of, sources, split_on)
+    unfaithful = lossy(every, tokenizer, parse)
+    deque(every, maxlen=0)  # what it did not look at
     findings = of_corpus(store, numbers, tokenizer, parse, places)
     findings += _in_several(store, sizes, sources, tokenizer, places)
-    every = chain.from_iterable(read_documents(source, split_on, None, chat) for source in sources)
-    findings += lossy(every, tokenizer, parse)
+    findings += unfaithful
     findings += [*too_long(store, numbers, block_size, places), *repeated(store, numbers, places)]
     if len(store) < _FEW:
         advice = "a fraction for validation is coarse; if documents were joined, choose split_on"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,30 +59,6 @@ class Score:
             )
         bits = self.nats / math.log(2) / max(1, self.text_bytes)
         return {"loss": self.loss, "perplexity": perplexity, "bits_per_byte": bits}
-
-
-@torch.no_grad()
-def summed_nats_over(
-    scorer: torch.nn.Module,
-    blocks: Blocks,
-    chosen: Sequence[int],
-    micro_size: int,
-    device: torch.device,
-    on_batch: Callable[[int], None] | None = None,
-) -> float:
-    """Summed nats of the chosen blocks in evaluation mode; `on_batch` hears how many blocks a batch had."""
-    training = scorer.training
-    scorer.eval()
-    try:
-        total = 0.0
-        for batch in blocks.batches(chosen, micro_size):
-            moved = batch.to(device)
-            total += float(scorer(moved.ids, moved.positions, moved.targets, moved.segments))
-            if on_batch is not None:
-                on_batch(len(batch.ids))
-        return total
-    finally:
-        scorer.train(training)
 
 
 def evaluate(

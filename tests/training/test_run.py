@@ -72,12 +72,12 @@ def test_plain_peft_loads_the_adapter_and_computes_what_was_evaluated(recipe: Ma
     with quiet_peft():
         model = PeftModel.from_pretrained(load_model(Base(tiny_base)), made.run.out)
     from peftune.data.batches import Blocks
-    from peftune.inference.perplexity import summed_nats_over
+    from peftune.inference.evaluation.documents import nats_by_document
     from peftune.model.loss import LossModel
     from peftune.training.inputs import read_inputs
 
     blocks: Blocks = read_inputs(made).corpus.domains["validation"]
-    nats = summed_nats_over(LossModel(model), blocks, range(len(blocks)), 4, torch.device("cpu"))
+    nats = nats_by_document(LossModel(model), blocks, 4, torch.device("cpu"))[:, 0].sum()
     np.testing.assert_allclose(nats / blocks.tokens(), wanted["loss"], rtol=1e-6)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peftune.config.data_section import Source
+from peftune.console import counted
 from peftune.data.documents import Document, FileCut, ReadStats
 from peftune.data.sources import plain_text
 from peftune.data.sources.decode import NotDecodable, check_decodable
@@ -80,14 +81,14 @@ def by_rule(cuts: Sequence[FileCut]) -> list[RuleCount]:
     return _summed([RuleCount(cut.rule, 1, int(not cut.documents), cut.documents, cut.others) for cut in cuts])
 
 
-def cut_lines(sources: Sequence[Source], counted: Sequence[Sequence[RuleCount]], chosen: bool = False) -> list[str]:
+def cut_lines(sources: Sequence[Source], cuts: Sequence[Sequence[RuleCount]], chosen: bool = False) -> list[str]:
     """A line for each source with text files: how they were cut, and into what other rules would cut them.
 
     With `chosen` only where `auto` chose one of several ways, or left out blank files.
     """
     texts = [
         (source.path, counts)
-        for source, counts in zip(sources, counted, strict=True)
+        for source, counts in zip(sources, cuts, strict=True)
         if any(not chosen or count.blank or len({*count.others.values()}) > 1 for count in counts)
     ]
     if len(texts) > _FEW:
@@ -120,12 +121,11 @@ def _summed(counts: Sequence[RuleCount]) -> list[RuleCount]:
 
 def _told(count: RuleCount) -> str:
     files = "" if count.files == 1 else f"{count.files:,} files, "
-    noun = "document" if count.documents == 1 else "documents"
     blank = f" ({count.blank:,} blank, left out)" if count.blank else ""
     made = {n: rule for rule, n in reversed(count.others.items()) if n != count.documents}  # of equal ones the first
     others = [f"{rule} would make {n:,}" for n, rule in reversed(made.items())]
     alternative = f"; data.split_on: {', '.join(others)}" if others else ""
-    return f"{files}{count.documents:,} {noun}{blank}, {_HOW[count.rule]}{alternative}"
+    return f"{files}{counted(count.documents, 'document')}{blank}, {_HOW[count.rule]}{alternative}"
 
 
 def _one_line(text: str) -> str:
