@@ -78,6 +78,9 @@ def test_the_store_listens_where_other_machines_can_reach_it(address: str, port:
         ({0: 4, 1: -9}, None, 4, ""),
         ({0: 3, 1: 3}, None, 3, ""),  # the launcher of another machine has the signal
         ({0: 3, 1: -9}, None, 1, "rank 1 on HOST was killed by SIGKILL (often for want of memory)"),
+        ({0: -6, 1: -9}, None, 1, "rank 1 on HOST was killed by SIGKILL (often for want of memory)"),
+        ({0: 1, 1: -6}, None, 1, "rank 0 on HOST failed, see above"),  # the other aborted when it found it gone
+        ({0: -6, 1: -6}, None, 1, "ranks 0, 1 on HOST were killed by SIGABRT"),
         ({0: 3, 1: -9}, "SIGTERM", 3, ""),
         ({0: -15, 1: -15}, "SIGINT", 3, "SIGINT came before training had begun or after its end"),
         ({0: 143, 1: 143}, "SIGTERM", 3, ""),  # while they were importing; the first has said so

@@ -149,6 +149,9 @@ def verdict(codes: dict[int, int], stop: StopSignals) -> tuple[int, str]:
     """The exit code that says most about ranks that ended with `codes`, and the reason where no rank has printed it."""
     killed = {rank: -code for rank, code in codes.items() if code < 0 and -code not in NUMBERS}
     failed = [rank for rank, code in codes.items() if code == PeftuneError.exit_code]
+    # A rank whose neighbour is gone may abort: gloo's threads still run when its exception ends it.
+    first = {rank: number for rank, number in killed.items() if number != signal.SIGABRT}
+    killed = first if first or failed else killed
     has_said = any(
         code - 128 in NUMBERS for code in codes.values()
     )  # stopped before training, and the first rank said so
@@ -166,7 +169,8 @@ def verdict(codes: dict[int, int], stop: StopSignals) -> tuple[int, str]:
         how = f"had not ended {stop.grace} s after {stop.first} (PEFTUNE_GRACE=SECONDS gives more time)"
     elif killed:
         name = signal.Signals(min(killed.values())).name
-        how = f"was killed by {name}{' (often for want of memory)' if name == 'SIGKILL' else ''}"
+        how = f"{'were' if len(killed) > 1 else 'was'} killed by {name}"
+        how += " (often for want of memory)" * (name == "SIGKILL")
     elif failed:
         how = "failed, see above"
     elif codes:
