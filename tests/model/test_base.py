@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from peftune.errors import UserError
 from peftune.model import architecture
 from peftune.model.base import BUILTIN, Base, open_base
-from peftune.model.load import load_model
+from peftune.model.load import KERNELS_KEPT, load_model
 
 WEIGHTS = "model.safetensors"
 
@@ -328,3 +329,14 @@ def test_labels_without_number_are_not_made(tiny_base: Path, tmp_path: Path) -> 
     stored = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(stored | {"num_labels": 10**9}))
     assert len(Base(base).config.id2label) == 2
+
+
+def test_a_process_keeps_few_kernels_unless_its_user_says_how_many(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in KERNELS_KEPT:
+        monkeypatch.setenv(variable, "")  # so that what the load sets is gone after the test
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    load_model(Base(tiny_base))
+    assert {variable: os.environ[variable] for variable in KERNELS_KEPT} == KERNELS_KEPT | {"LRU_CACHE_CAPACITY": "7"}
