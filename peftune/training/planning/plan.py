@@ -19,6 +19,7 @@ from transformers import GPT2Config
 
 from peftune.config.recipe import Recipe
 from peftune.errors import UserError
+from peftune.model.base import open_base
 from peftune.model.load import DTYPES, NAME_OF
 from peftune.model.quantized import Kind
 from peftune.training.device import CPU_TOKENS, choose_precision
@@ -139,8 +140,14 @@ def config_of(name: str, load: Callable[[], GPT2Config]) -> GPT2Config:
     return GPT2Config(n_layer=layers, n_embd=width, n_head=heads)
 
 
-def plan(recipe: Recipe, config: GPT2Config, machine: Machine) -> Plan:
-    """Every way of running the recipe on the machine, the fastest first; UserError for what cannot run on any."""
+def plan(recipe: Recipe, config: GPT2Config | None = None, machine: Machine | None = None) -> Plan:
+    """What each way of running a recipe would take, the fastest first, from shapes alone: no weight is read.
+
+    `config` None is that of the recipe's base, known for gpt2 to gpt2-xl; `machine` None is this one. Sizes are bytes
+    of one rank. On a CPU they begin with what this process holds already. UserError for what cannot run anywhere.
+    """
+    config = config or config_of(recipe.base, lambda: open_base(recipe.base).config)
+    machine = machine or this_machine()
     asked = recipe.data.block_size
     block = config.n_positions if asked == "auto" else asked
     if block > config.n_positions:
