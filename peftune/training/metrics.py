@@ -119,7 +119,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The events of a run, from its directory or its metrics.jsonl, also while it goes on: one mapping for each.
 
     `event` says what it is: "start", "train" (`loss` in nats per token, `lr`, `tokens` so far, `tokens_per_second`),
-    "eval" (also `domain`, `perplexity`, `bits_per_byte`), "sample", "warning", …; all but the first have `step`. Events
+    "eval" (also `domain`, `perplexity`, `bits_per_byte`), "sample", "warning", …; most have `step`. Events
     end at a line that is none: the last may have been cut short by a crash. UserError where the file cannot be read.
     """
     path = Path(path) / "metrics.jsonl" if os.path.isdir(path) else Path(path)

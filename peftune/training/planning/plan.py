@@ -54,7 +54,9 @@ class Machine:
     """What a run is planned for: `count` ranks on one machine, each with `memory` bytes of its own."""
 
     device: Device
+    """cpu or cuda."""
     memory: int
+    """Bytes."""
     count: int
     here: bool
     """Whether it is this machine, so that a step can be timed."""
@@ -91,16 +93,21 @@ class Option:
     """A layout with its micro-batch (blocks a forward) and bytes: of one rank, in the worst moment of a step."""
 
     layout: Layout
+    """`way` (one, ddp, zero2, zero3), `quantize`, `checkpointing`, `offload`."""
     refused: str
     """Why the recipe cannot run this way; then all figures are 0."""
     micro_size: int = 0
+    """Blocks in a forward of one rank."""
     held: int = 0
-    """Between two steps, the program of a CPU rank included."""
+    """Bytes between two steps, the program of a CPU rank included."""
     activations: int = 0
+    """Bytes that a forward keeps for its backward."""
     peak: int = 0
+    """Bytes in the worst moment."""
     fits: bool = False
+    """Whether the peak is within what may be used."""
     wire: int = 0
-    """That a rank sends in an optimizer step."""
+    """Bytes that a rank sends in an optimizer step."""
 
     def overrides(self, recipe: Recipe) -> list[str]:
         """KEY=VALUE that make the recipe run this way."""
@@ -119,12 +126,15 @@ class Plan:
     machine: Machine
     precision: Format
     block_size: int
+    """Tokens."""
     program: int
     """Bytes that Python and its libraries take in main memory; 0 for a GPU, where they are not."""
     trained: int
     """Elements; an adapter file has four bytes for each, a checkpoint twelve."""
     options: list[Option]
+    """From the fastest to the smallest."""
     recommended: Option | None
+    """The first that fits; None where nothing does."""
 
     def json(self) -> dict[str, Any]:
         """For a file of figures."""
