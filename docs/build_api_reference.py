@@ -3,7 +3,7 @@
 
     python docs/build_api_reference.py
 
-Prose and examples are written in the page. What stands between `<!-- peftune.NAME -->` and `<!-- end -->` comes from here.
+Prose and examples are written in the page; what stands between `<!-- peftune.NAME -->` and `<!-- end -->` is made here.
 """
 
 from __future__ import annotations

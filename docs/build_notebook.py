@@ -46,7 +46,7 @@ def run(notebook: Any) -> Any:
 def clean(notebook: Any, folder: str) -> Any:
     """Without what differs from run to run for no reason; an error where an output names a place of this machine.
 
-    What libraries write to stderr is left out, and so is how far a slow machine was: peftune's own messages are displayed.
+    What libraries write to stderr is left out, and so is how far a slow machine was; peftune's messages are displayed.
     """
     notebook.metadata = nbformat.from_dict(METADATA)
     count = 0

@@ -47,8 +47,8 @@ class Delivery:
     step: int
     """That was delivered: the last, or with early stopping the best."""
     metrics: dict[str, Figures]
-    """By domain of the validation text, then `base` (or `init`, where the run began with an adapter) and `adapter`: loss
-    in nats per token, perplexity, bits per byte, tokens."""
+    """By domain of the validation text, then `base` (`init`, where a run began with an adapter) and `adapter`: loss in
+    nats per token, perplexity, bits per byte, tokens."""
     seconds: float
     """Of all starts together."""
 

@@ -1,4 +1,4 @@
-"""What a corpus holds and what is probably wrong with it, as a base's tokenizer reads it: before anything is trained."""
+"""What a corpus holds and what is probably wrong with it, as a base's tokenizer reads it."""
 
 from __future__ import annotations
 
