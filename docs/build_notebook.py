@@ -70,7 +70,7 @@ def joined(outputs: list[Any]) -> list[Any]:
     for output in outputs:
         if output.output_type == "display_data" and output.data.get("text/html", "").startswith("<pre"):
             text = output.data["text/plain"]
-            output = nbformat.v4.new_output("stream", name="stderr", text=text)  # where it goes outside of a notebook
+            output = nbformat.v4.new_output("stream", name="stdout", text=text)
             if _PROGRESS.match(text):
                 continue
         elif output.output_type == "stream" and output.name == "stderr":
