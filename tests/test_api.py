@@ -39,6 +39,18 @@ def test_the_reference_has_every_public_name_and_all_that_other_pages_import() -
             found = re.findall(r"^ *from (peftune[\w.]*) import ([\w, ]+)$", block, re.MULTILINE)
             imported |= {f"{module}.{name.strip()}" for module, names in found for name in names.split(",")}
     homes = {f"peftune.{home}.{name}" for name, home in peftune._HOMES.items()}
+    examples = "".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
+    shown = {name for name in placed if re.search(rf"\b{name.rpartition('.')[2]}\(", examples)}
+    results = {
+        "Plan",
+        "Option",
+        "Delivery",
+        "Generation",
+        "LoadedAdapter",
+        "Route",
+        "MergeReport",
+    }  # others return them
+    assert {name.rpartition(".")[2] for name in placed - shown} == results | {"PeftuneError", "UserError"}
     own = {"peftune.config.recipe.Source", "peftune.model.base.open_base", "peftune.model.load.load_model"}  # in prose
     assert len(imported) > 10
     assert imported - homes - own <= placed
