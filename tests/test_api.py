@@ -97,6 +97,17 @@ _LISTS = {  # what takes several, given one string: each would take it letter by
 }
 
 
+def test_a_recipe_is_made_of_values_as_of_a_file(tmp_path: Path) -> None:
+    values = {"base": "builtin:small", "data": {"train": "poems.txt"}, "run": {"out": "adapters/x"}}
+    (tmp_path / "recipe.yaml").write_text("base: builtin:small\ndata: {train: poems.txt}\nrun: {out: adapters/x}\n")
+    assert peftune.load_recipe(values, ["lora.rank=4"]) == peftune.load_recipe(
+        tmp_path / "recipe.yaml", ["lora.rank=4"]
+    )
+    assert values["data"] == {"train": "poems.txt"} and "lora" not in values, "the values given are not changed"
+    with pytest.raises(peftune.UserError, match=r"^recipe: unknown key optim\.lrr.*lr"):
+        peftune.load_recipe(values | {"optim": {"lrr": 1}})
+
+
 @pytest.mark.parametrize("what", _LISTS)
 def test_a_string_in_the_place_of_several_is_refused_by_name(what: str, tiny_base: Path) -> None:
     with pytest.raises(peftune.UserError, match=rf"^{what.split()[0] if what != 'recipe' else 'train'} .*expected"):
