@@ -7,7 +7,9 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -44,6 +46,26 @@ def test_the_stored_notebook_is_small_whole_and_of_no_machine() -> None:
     assert len(pictures) == 1
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1))
+
+
+def test_the_shape_knows_words_and_kinds_but_no_numbers() -> None:
+    shape = runpy.run_path(str(SCRIPT))["shape"]
+
+    def of(text: str, tags: Sequence[str] = (), name: str = "stdout") -> list[Any]:
+        cell = nbformat.v4.new_code_cell(metadata={"tags": list(tags)})
+        cell.outputs = [nbformat.v4.new_output("stream", name=name, text=text)]
+        return list(shape(nbformat.v4.new_notebook(cells=[cell])))
+
+    assert of("loss  3.25 after 8 steps") == of("loss -13.5 after 1,000 steps") != of("perplexity 3.25 after 8 steps")
+    assert of("a text", ["varies"]) == of("another", ["varies"]) != of("another", ["varies"], "stderr")
+
+
+def test_an_output_that_names_a_place_of_this_machine_is_refused(tmp_path: Path) -> None:
+    clean = runpy.run_path(str(SCRIPT))["clean"]
+    cell = nbformat.v4.new_code_cell()
+    cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=f"written: {tmp_path}/a")]
+    with pytest.raises(AssertionError, match="an output names"):
+        clean(nbformat.v4.new_notebook(cells=[cell]), str(tmp_path))
 
 
 def test_links_of_the_notebook_lead_somewhere() -> None:
