@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from peftune.inference.generate import generate
     from peftune.inference.perplexity import evaluate
     from peftune.inference.settings import GenerationSettings
+    from peftune.training.metrics import read_metrics
+    from peftune.training.planning.plan import plan
+    from peftune.training.planning.summary import summarize_data
     from peftune.training.run import train
 
 _HOMES = {
@@ -38,6 +41,9 @@ _HOMES = {
     "generate": "inference.generate",
     "load_recipe": "config.recipe",
     "merge": "adapters.merge.merge",
+    "plan": "training.planning.plan",
+    "read_metrics": "training.metrics",
+    "summarize_data": "training.planning.summary",
     "train": "training.run",
 }
 __all__ = [  # in the order of the alphabet; a test compares it with what is offered
@@ -51,6 +57,9 @@ __all__ = [  # in the order of the alphabet; a test compares it with what is off
     "generate",
     "load_recipe",
     "merge",
+    "plan",
+    "read_metrics",
+    "summarize_data",
     "train",
 ]
 

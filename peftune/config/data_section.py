@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import date
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
@@ -132,6 +133,16 @@ Validation = Annotated[
 
 _OF_ALL = ("on_bad_row", "unknown_files")
 """Keys of a source that it takes from the section where it has none of its own."""
+
+
+Documents = str | Path | Source | Sequence[str | Path | Source]
+"""In Python: a file, glob, `builtin:DOMAIN/PART` or hub data set, or several."""
+
+
+def as_sources(documents: Documents) -> list[Source]:
+    """The sources of some documents."""
+    several = [documents] if isinstance(documents, str | Path | Source) else documents
+    return [one if isinstance(one, Source) else Source(path=str(one)) for one in several]
 
 
 class DataSection(Section):

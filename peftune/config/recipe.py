@@ -175,10 +175,15 @@ class Recipe(Section):
         return self
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe file and apply `key=value` overrides; UserError names every problem in one line."""
+def load_recipe(recipe: str | Path | dict[str, Any], overrides: list[str] | None = None) -> Recipe:
+    """Check a recipe, a YAML file or its values as a mapping, with `key=value` overrides applied.
+
+    UserError names every problem in one line: an unknown key with the nearest known one, a value with what is expected.
+    """
     refuse_bare_string(overrides, "overrides")
-    return recipe_from(read_yaml(Path(path)), overrides or [], str(path))
+    if isinstance(recipe, dict):
+        return recipe_from(recipe, overrides or [])
+    return recipe_from(read_yaml(Path(recipe)), overrides or [], str(recipe))
 
 
 def recipe_from(values: dict[str, Any], overrides: list[str], name: str = "recipe") -> Recipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from peftune.adapters.attach import fit, load_with_rows
 from peftune.adapters.base_of import base_of
 from peftune.adapters.provenance import chat_of, check_base, parses_special_tokens, read_provenance, recorded
-from peftune.config.data_section import Source
+from peftune.config.data_section import Documents, as_sources
 from peftune.console import Console
 from peftune.data.batches import Blocks
 from peftune.data.documents import count_known
@@ -30,7 +30,6 @@ from peftune.model.load import dtype_of, load_model
 from peftune.model.loss import LossModel, nats_to_perplexity
 
 Figures = dict[str, float]
-Documents = str | Path | Source | Sequence[str | Path | Source]
 
 
 @dataclass(frozen=True)
@@ -196,14 +195,10 @@ def read_blocks(
     """Tokenise (with the base's tokenizer or this one) and pack a domain; what is packed already stays as it is."""
     if isinstance(documents, Blocks):
         return documents
-    positions = base.config.n_positions
-    if block_size is not None and not 8 <= block_size <= positions:
-        raise UserError(f"block size {block_size}: expected 8 to {positions}, the positions of the base")
-    several = [documents] if isinstance(documents, str | Path | Source) else documents
-    sources = [one if isinstance(one, Source) else Source(path=str(one)) for one in several]
+    block_size, sources = base.block_size(block_size), as_sources(documents)
     store = prepare(
         sources, tokenizer or base.tokenizer, base.tokenizer_fingerprint, " ", "auto", None, special_tokens, chat
     )
     for line in cut_lines(sources, store.cuts, chosen=True):
         Console().say(line)
-    return Blocks.of(store, np.arange(len(store)), block_size or positions)
+    return Blocks.of(store, np.arange(len(store)), block_size)

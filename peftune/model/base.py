@@ -111,6 +111,13 @@ class Base:
         self._check(self.directory / name for name in tokenizer.FILES)
         return tokenizer.load_tokenizer(self.directory, self.config, self.stored_config)
 
+    def block_size(self, asked: int | None) -> int:
+        """Tokens of a block: `asked`, or None for all positions; UserError where it has fewer."""
+        positions = self.config.n_positions
+        if asked is not None and not 8 <= asked <= positions:
+            raise UserError(f"block size {asked}: expected 8 to {positions}, the positions of the base")
+        return asked or positions
+
     @cached_property
     def weights(self) -> weights.Weights:
         """The stored tensors by name, read one at a time; none is missing and all have the shapes of `config`."""

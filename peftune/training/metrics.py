@@ -115,11 +115,14 @@ class MetricsLog:
             self.accelerator.end_training()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All events of a metrics file, up to a line that is none: the last may have been cut short by a crash.
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The events of a run, from its directory or its metrics.jsonl, also while it goes on: one mapping for each.
 
-    UserError where it cannot be read.
+    `event` says what it is: "start", "train" (`loss` in nats per token, `lr`, `tokens` so far, `tokens_per_second`),
+    "eval" (also `domain`, `perplexity`, `bits_per_byte`), "sample", "warning", …; most have `step`. Events
+    end at a line that is none: the last may have been cut short by a crash. UserError where the file cannot be read.
     """
+    path = Path(path) / "metrics.jsonl" if os.path.isdir(path) else Path(path)
     return events_in(read_bytes(path, str(path)))
 
 

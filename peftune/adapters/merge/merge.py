@@ -52,9 +52,11 @@ def merge(
 ) -> MergeReport:
     """Fold `adapter` into its base and write `out`, an ordinary GPT-2 directory with merge.json.
 
-    `base` overrides the name that the adapter records; `texts` are what logits are compared on (default: the
-    language reference); `max_shard_bytes` cuts the weights into files of at most so many. Raises UserError for input
-    that cannot be merged, CheckFailed where the result is not the model that was trained; then there is no `out`.
+    `base` overrides the name that the adapter records; `dtype` is what weights are stored in: float32, bfloat16 or
+    float16. With `verify` the files are read back, and logits compared with those of base and adapter on `texts`
+    (default: Python's language reference; the first 64 tokens of the first 8). `max_shard_bytes` cuts the weights into
+    files of at most so many. Raises UserError for input that cannot be merged, CheckFailed where the result is not the
+    model that was trained; then there is no `out`.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")

@@ -40,19 +40,17 @@ def run(
     With `fix` a cleaned copy of the sources is written there. UserError for bad rows, after what the others are.
     """
     from peftune.data.lint.clean import DATA, write_clean
-    from peftune.data.summary import summarize
+    from peftune.training.planning.summary import summarize_data
 
     told = [] if fix is None else [f"  {line}" for line in write_clean(sources, fix, split_on, chat).lines()]
-    block_size = block_size or base.config.n_positions
-    tokenizer, fingerprint = base.tokenizer, base.tokenizer_fingerprint
-    options = split_on, None, special_tokens, chat
+    options = base, block_size, split_on, special_tokens, chat
     refused = None
     try:
-        summary = summarize(sources, tokenizer, fingerprint, block_size, " ", *options)
+        summary = summarize_data(sources, *options)
     except UserError as error:
         refused, sources = error, [one.model_copy(update={"on_bad_row": "skip"}) for one in sources]
         try:  # to show what else there is
-            summary = summarize(sources, tokenizer, fingerprint, block_size, " ", *options)
+            summary = summarize_data(sources, *options)
         except UserError:
             raise error from None
     save_json(json_path, summary)

@@ -33,10 +33,11 @@ _BETA = -math.log(0.5) / math.log(1.5) ** 2  # a text of two thirds the length c
 
 
 def score_texts(systems: Mapping[str, Texts], references: References, meteor: bool = False) -> dict[str, Any]:
-    """Scores of each system's texts, one for each item, with 95 % intervals over items.
+    """BLEU, NIST, ROUGE-L, CIDEr and, if asked for, METEOR of each system's texts, with 95 % intervals over items.
 
-    `references` holds one or more texts for each item. The first system is what the others are compared with, on the
-    same draws: `against` is the difference to it. Raises UserError where a library, or Java for METEOR, is missing.
+    `systems` maps a name to a text for each item, `references` holds one or more for each. All but NIST (bits) and
+    CIDEr are in percent. The first system is what the others are compared with, on the same draws: `against` is the
+    difference to it. Raises UserError where a library, or Java for METEOR, is missing.
     """
     tidy = [[" ".join(text.split()) for text in texts] for texts in references]
     hypotheses = {name: [" ".join(text.split()) for text in texts] for name, texts in systems.items()}

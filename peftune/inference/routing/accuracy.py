@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from peftune.adapters.base_of import base_of
+from peftune.config.data_section import Documents
 from peftune.console import Console
 from peftune.data.tokens.store import TokenStore
 from peftune.errors import CheckFailed, UserError
 from peftune.inference.bank import AdapterBank
-from peftune.inference.perplexity import Documents, chat_of_all, read_blocks, special_tokens_of
+from peftune.inference.perplexity import chat_of_all, read_blocks, special_tokens_of
 from peftune.inference.routing.route import THRESHOLD, Route, route
 from peftune.model.base import Base
 

@@ -41,12 +41,16 @@ _VERSIONS = ("torch", "transformers", "peft", "accelerate", "safetensors", "toke
 
 @dataclass(frozen=True)
 class Delivery:
-    """A finished adapter directory: per domain the figures of the base (step 0) and of the adapter."""
+    """A finished adapter directory."""
 
     out: Path
     step: int
+    """That was delivered: the last, or with early stopping the best."""
     metrics: dict[str, Figures]
+    """By domain of the validation text, then `base` (`init`, where a run began with an adapter) and `adapter`: loss in
+    nats per token, perplexity, bits per byte, tokens."""
     seconds: float
+    """Of all starts together."""
 
     def summary(self) -> str:
         """One line: where the adapter lies, and per domain the perplexity before and after."""

@@ -19,6 +19,7 @@ from transformers import GPT2Config
 
 from peftune.config.recipe import Recipe
 from peftune.errors import UserError
+from peftune.model.base import open_base
 from peftune.model.load import DTYPES, NAME_OF
 from peftune.model.quantized import Kind
 from peftune.training.device import CPU_TOKENS, choose_precision
@@ -53,7 +54,9 @@ class Machine:
     """What a run is planned for: `count` ranks on one machine, each with `memory` bytes of its own."""
 
     device: Device
+    """cpu or cuda."""
     memory: int
+    """Bytes."""
     count: int
     here: bool
     """Whether it is this machine, so that a step can be timed."""
@@ -90,16 +93,21 @@ class Option:
     """A layout with its micro-batch (blocks a forward) and bytes: of one rank, in the worst moment of a step."""
 
     layout: Layout
+    """`way` (one, ddp, zero2, zero3), `quantize`, `checkpointing`, `offload`."""
     refused: str
     """Why the recipe cannot run this way; then all figures are 0."""
     micro_size: int = 0
+    """Blocks in a forward of one rank."""
     held: int = 0
-    """Between two steps, the program of a CPU rank included."""
+    """Bytes between two steps, the program of a CPU rank included."""
     activations: int = 0
+    """Bytes that a forward keeps for its backward."""
     peak: int = 0
+    """Bytes in the worst moment."""
     fits: bool = False
+    """Whether the peak is within what may be used."""
     wire: int = 0
-    """That a rank sends in an optimizer step."""
+    """Bytes that a rank sends in an optimizer step."""
 
     def overrides(self, recipe: Recipe) -> list[str]:
         """KEY=VALUE that make the recipe run this way."""
@@ -118,12 +126,15 @@ class Plan:
     machine: Machine
     precision: Format
     block_size: int
+    """Tokens."""
     program: int
     """Bytes that Python and its libraries take in main memory; 0 for a GPU, where they are not."""
     trained: int
     """Elements; an adapter file has four bytes for each, a checkpoint twelve."""
     options: list[Option]
+    """From the fastest to the smallest."""
     recommended: Option | None
+    """The first that fits; None where nothing does."""
 
     def json(self) -> dict[str, Any]:
         """For a file of figures."""
@@ -139,8 +150,14 @@ def config_of(name: str, load: Callable[[], GPT2Config]) -> GPT2Config:
     return GPT2Config(n_layer=layers, n_embd=width, n_head=heads)
 
 
-def plan(recipe: Recipe, config: GPT2Config, machine: Machine) -> Plan:
-    """Every way of running the recipe on the machine, the fastest first; UserError for what cannot run on any."""
+def plan(recipe: Recipe, config: GPT2Config | None = None, machine: Machine | None = None) -> Plan:
+    """What each way of running a recipe would take, the fastest first, from shapes alone: no weight is read.
+
+    `config` None is that of the recipe's base, known for gpt2 to gpt2-xl; `machine` None is this one. Sizes are bytes
+    of one rank. On a CPU they begin with what this process holds already. UserError for what cannot run anywhere.
+    """
+    config = config or config_of(recipe.base, lambda: open_base(recipe.base).config)
+    machine = machine or this_machine()
     asked = recipe.data.block_size
     block = config.n_positions if asked == "auto" else asked
     if block > config.n_positions:
