@@ -170,7 +170,7 @@ def quantized(setup: Setup) -> Result:
 
 
 def plan(setup: Setup) -> Result:
-    """What `peftune plan` foresees of memory against what runs of two steps take, each in a process of its own.
+    """What `peftune plan` foresees of memory against what runs of twelve steps take, each in a process of its own.
 
     python -m benchmarks.train plan [--grid 4x768:fp32:512:1,12x768:bf16:256:4:recompute]
 
@@ -184,7 +184,7 @@ def plan(setup: Setup) -> Result:
         base = corpus.base_of_shape(setup.root, Shape(layers, width, width // 64), setup.arguments.tokenizer, 0)
         out = fresh(setup.root / "plan")
         values = {
-            "base": str(base), "quantize": precision if precision in ("int8", "nf4") else None, "optim": {"steps": 2},
+            "base": str(base), "quantize": precision if precision in ("int8", "nf4") else None, "optim": {"steps": 12},
             "data": {"train": list(corpus.CORPORA), "validation": 0, "block_size": int(block)},
             "batch": {"global_size": int(blocks), "micro_size": int(blocks)},
             "run": {"out": str(out / "run"), "precision": "bf16" if precision in ("int8", "nf4") else precision,
