@@ -11,7 +11,7 @@ from peftune.config.data_section import Source
 from peftune.data.sources.records import Rows
 from peftune.errors import UserError
 
-_TIMEOUT = 10.0  # seconds until the hub counts as out of reach
+_TIMEOUT = 5.0  # seconds until the hub counts as out of reach
 
 
 def identity(source: Source) -> str:
