@@ -7,6 +7,7 @@ import io
 import os
 import re
 import sys
+from contextvars import copy_context
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -168,7 +169,7 @@ def run(arguments: list[str]) -> int:
     """The exit code of one call (errors.py lists them); anything not raised on purpose is a bug and passes through."""
     try:
         with one_call():
-            code = int(app(arguments, prog_name="peftune", standalone_mode=False) or 0)
+            code = int(copy_context().run(app, arguments, prog_name="peftune", standalone_mode=False) or 0)
             sys.stdout.flush()  # here, where what fails is told in one line
     except ReportedElsewhere as error:
         record_for_launcher(f"peftune: {error.reason}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from peftune.config.spelling import spelling
 from peftune.errors import BaseNotFound, PeftuneError, UserError
 from peftune.files import check_writable, json_document, write_json
 
@@ -31,7 +33,20 @@ _COLUMN_HELP = (
     "Column to read: text=, prompt=, completion= or messages=; of a hub data set also split=, subset=. Also "
     "where.COLUMN=VALUE, explode=, delimiter=, encoding=, split_on=, unknown_files=, on_bad_row=, as in a recipe."
 )
-Columns = Annotated[list[str] | None, typer.Option("--column", metavar="KEY=VALUE", help=_COLUMN_HELP)]
+
+
+def _spell_as_columns(values: list[str] | None) -> list[str] | None:
+    """Have messages about a source name the option of the verb in use, until the end of the call."""
+    spelling.set(lambda settings: " ".join(
+        f"--column {shlex.quote(f'{key}={value}')}" for key, value in settings.items() if key != "path"
+    ))  # fmt: skip
+    return values
+
+
+Columns = Annotated[
+    list[str] | None,
+    typer.Option("--column", metavar="KEY=VALUE", help=_COLUMN_HELP, callback=_spell_as_columns),
+]
 BlockSize = Annotated[int | None, typer.Option(min=8, help="Tokens per block. Default: the base's context.")]
 
 

@@ -177,8 +177,16 @@ class Recipe(Section):
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe file and apply `key=value` overrides; UserError names every problem in one line."""
+    return recipe_from(recipe_values(path, overrides), [], str(path))
+
+
+def recipe_values(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """What a recipe file says, with `key=value` overrides applied and nothing checked."""
     refuse_bare_string(overrides, "overrides")
-    return recipe_from(read_yaml(Path(path)), overrides or [], str(path))
+    values = read_yaml(Path(path))
+    for override in overrides or []:
+        apply_override(values, override)
+    return values
 
 
 def recipe_from(values: dict[str, Any], overrides: list[str], name: str = "recipe") -> Recipe:

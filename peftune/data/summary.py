@@ -68,7 +68,7 @@ def summarize(
     findings += [*too_long(store, numbers, block_size, places), *repeated(store, numbers, places)]
     if len(store) < _FEW:
         advice = "a fraction for validation is coarse; if documents were joined, choose split_on"
-        findings.append(Finding("very few documents", len(store), sources[0].path, advice))
+        findings += finding("very few documents", numbers, places, advice, True)
     low, median, high, top = np.percentile(store.lengths, [0, 50, 95, 100]).tolist()
     return {
         "sources": [source.path for source in sources],

@@ -8,9 +8,11 @@ import json
 import pytest
 from rich.console import Console
 
+from peftune.cli import main
 from peftune.cli.options import columns_of, source_of
 from peftune.cli.output.data import render, run
 from peftune.config.data_section import Source
+from peftune.data.sources.read import read_documents
 from peftune.data.summary import summarize
 from peftune.errors import UserError
 from peftune.model.base import open_base
@@ -100,6 +102,29 @@ def test_columns_from_the_command_line_are_checked():
     ):  # fmt: skip
         with pytest.raises(UserError, match=problem):
             source_of("a.csv", columns_of([told]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "advice"),
+    [
+        ("a.jsonl", '{"q": "a"}', "--column text=COLUMN or --column prompt=COLUMN --column completion=COLUMN"),
+        ("a.jsonl", '{"rows": [{"q": "a"}]}', "--column explode=rows --column 'text={rows.COLUMN}'"),
+        ("a.jsonl", '{"text": "a"}\n{"text": null}', "--column on_bad_row=skip"),
+        ("a.csv", "text;id\na;1", "--column 'delimiter=;'"),
+        ("a.txt", b"caf\xe9", "--column encoding=cp1252"),
+        ("", "", "--column unknown_files=skip"),
+    ],
+)
+def test_what_to_mend_is_named_as_the_verb_takes_it(tmp_path, capsys, name, content, advice):
+    if name:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    else:
+        (tmp_path / "a.docx").write_text("x")
+    assert main.run(["data", str(tmp_path / name)]) == 2
+    assert advice in capsys.readouterr().err
+    with pytest.raises(UserError) as recipe:  # what the verb was told does not outlast it
+        list(read_documents(Source(path=str(tmp_path / name)), "auto"))
+    assert "--column" not in str(recipe.value) and advice.split("=")[0].split()[-1].strip("'") in str(recipe.value)
 
 
 def test_rows_that_are_left_out_are_told_with_reason_and_place(tmp_path, tokenizer):

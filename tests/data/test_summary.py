@@ -98,7 +98,9 @@ def test_lint_finds(document, what):
 
 
 def test_very_few_documents_are_remarked_on(source, tokenizer):
-    assert summarize([source], tokenizer, "t", 64)["findings"][-1]["what"] == "very few documents"
+    found = summarize([source], tokenizer, "t", 64)["findings"][-1]
+    assert found["what"] == "very few documents"
+    assert found["first"] == ", ".join(f"{source.path}:{line}" for line in (1, 2, 3))
 
 
 def test_lint_is_silent_about_good_text():

@@ -8,6 +8,7 @@ from contextlib import closing
 from typing import Any
 
 from peftune.config.data_section import Source
+from peftune.config.spelling import spelt
 from peftune.data.documents import BadRow, Document, ReadStats
 from peftune.data.rows.row_columns import (
     columns_in,
@@ -111,7 +112,7 @@ class RowReader:
         so_far = f"the first {self.rows:,}" if self._counted_enough() else f"{self.rows:,}"
         reasons = "; ".join(f"{reason}: {count:,}" for reason, count in self.bad.most_common(_REASONS_TOLD))
         counted = f"{bad:,} of {so_far} rows cannot be used{f' ({reasons})' if len(self.bad) > 1 else ''}"
-        return UserError(f"{first}. {counted}: mend them, or leave them out with on_bad_row: skip")
+        return UserError(f"{first}. {counted}: mend them, or leave them out with {spelt(on_bad_row='skip')}")
 
     def _wanted(self, rows: records.Rows) -> Iterator[records.Row]:
         """The rows that `where` wants, with one for each entry of what is to be exploded."""
@@ -144,9 +145,10 @@ class RowReader:
             if all(column in found for column in columns):
                 return columns
         names = " and ".join(map(repr, missing)) or "'text'"
-        advice = "name yours as {path: …, text: COLUMN} or {path: …, prompt: COLUMN, completion: COLUMN}"
+        pair = spelt(path="…", prompt="COLUMN", completion="COLUMN")
+        advice = f"name yours as {spelt(path='…', text='COLUMN')} or {pair}"
         if table is not None:
-            advice = f"if the rows are in {table!r}, {{explode: {table}, text: '{{{table}.COLUMN}}'}} reads them"
+            advice = f"if the rows are in {table!r}, {spelt(explode=table, text=f'{{{table}.COLUMN}}')} reads them"
         raise BadRow(location, f"no column {names}", f"; found {', '.join(found) or 'none'}; {advice}")
 
     def _document(self, row: dict[str, Any], location: str) -> Document | None:

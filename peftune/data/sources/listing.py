@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from peftune.config.data_section import Source
+from peftune.config.spelling import spelt
 from peftune.data.sources import records
 from peftune.data.sources.decode import looks_like_text
 from peftune.errors import UserError
@@ -178,7 +179,7 @@ def _leave_out_unknown(found: Listing, source: Source) -> None:
     ]
     if unknown and source.unknown_files != "skip":
         names = name_some(path.name for path in unknown)
-        todo = [*_advice(unknown), "move them away, or leave them out with unknown_files: skip"]
+        todo = [*_advice(unknown), f"move them away, or leave them out with {spelt(unknown_files='skip')}"]
         raise UserError(
             f"{source.path}: {len(unknown):,} of {len(found.files):,} files are neither text nor data: {names}; "
             f"{'; '.join(todo)}"

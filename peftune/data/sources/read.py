@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from peftune.config.data_section import Source
+from peftune.config.data_section import DataSection, Source
 from peftune.data.documents import Document, ReadStats
 from peftune.data.rows.row_documents import RowReader
 from peftune.data.sources import builtin, hub, records
@@ -145,6 +145,22 @@ def files_of(source: Source) -> list[Path] | None:
     if source.delimiter and not any(path.suffix.lower() in (".csv", ".tsv") for path in found.files):
         raise UserError(f"{source.path}: delimiter belongs to csv and tsv files, and this is none; leave it out")
     return found.files
+
+
+def missing_files(section: Any) -> list[str]:
+    """Why sources cannot be read that a recipe's `data` names, whatever else is wrong with it, as far as they tell."""
+    try:
+        read = DataSection.model_validate({key: section[key] for key in ("train", "validation") if key in section})
+    except (TypeError, ValueError):
+        return []
+    problems = []
+    for source in [*read.train, *(source for each in read.validation_sources().values() for source in each)]:
+        try:
+            if not source.path.startswith("builtin:"):
+                list_files(source)
+        except UserError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _refuse_columns(source: Source, kind: str) -> None:

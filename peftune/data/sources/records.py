@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
+from peftune.config.spelling import spelt
 from peftune.data.documents import BadRow, ReadStats
 from peftune.data.rows.row_columns import kind_of
 from peftune.data.sources.decode import open_text
@@ -199,7 +200,7 @@ def _csv(
                     problem = f" ({', '.join(named)}); put texts that hold the separator or line ends in double quotes"
                     bad(BadRow(location, f"{len(values)} fields, but the header has {len(named)}", problem))
         except csv.Error as error:
-            hint = "" if named else '; if other characters separate its fields, say so, such as delimiter: ";"'
+            hint = "" if named else f"; if other characters separate its fields, say so, such as {spelt(delimiter=';')}"
             raise UserError(f"{path}:{begins}: not {path.suffix[1:].upper()}: {error}{hint}") from None
         if not named:
             raise UserError(f"{path}: empty; expected a header line with the names of the columns")
@@ -221,7 +222,7 @@ def _header(values: list[str], path: Path, delimiter: str, choose: Callable[[lis
     if not chosen and other is not None:
         raise UserError(
             f"{path}: the header is one column, {names[0][:80]!r}; if its fields are separated by {other!r}, say "
-            f"delimiter: {json.dumps(other)} beside the path"
+            f"{spelt(delimiter=other)} beside the path"
         )
     if (twice := repeated(name for name in names if name in chosen)) is not None:
         raise UserError(f"{path}:1: the header names column {twice!r} twice; rename one")

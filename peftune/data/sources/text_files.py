@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peftune.config.data_section import Source
+from peftune.config.spelling import spelt
 from peftune.console import counted
 from peftune.data.documents import Document, FileCut, ReadStats
 from peftune.data.sources import plain_text
@@ -70,7 +71,7 @@ def name_all(error: NotDecodable, others: Sequence[Path], source: Source) -> Use
     if error.likely == "utf-8":
         advice = "the bytes are UTF-8: leave encoding out"
     elif error.likely and {one.likely for one in bad} == {error.likely}:
-        advice += f", or try encoding: {error.likely}{error.why}"
+        advice += f", or try {spelt(encoding=error.likely)}{error.why}"
     elif likely := [f"{one.path} {one.likely}" for one in bad if one.likely]:
         advice += f", or make each a source with its encoding; they look like {name_some(likely)}"
     return UserError(f"{what}; {advice}")
