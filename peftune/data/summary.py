@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from peftune.config.data_section import Source
+from peftune.config.data_section import DataSection, Source
 from peftune.data.batches import Blocks
 from peftune.data.documents import Document, ReadStats, first_of_equals
 from peftune.data.lint.corpus import of_corpus
@@ -31,39 +31,24 @@ _FEW = 20  # documents
 
 
 def summarize(
-    sources: Sequence[Source],
-    tokenizer: PreTrainedTokenizerFast,
-    tokenizer_fingerprint: str,
-    block_size: int,
-    join: str = " ",
-    split_on: str = "auto",
-    cache: Path | None = None,
-    special_tokens: str = "text",
-    chat: str = "plain",
+    how: DataSection, tokenizer: PreTrainedTokenizerFast, fingerprint: str, block_size: int, cache: Path | None = None
 ) -> dict[str, Any]:
-    """The summary as plain values; token counts include both `<|endoftext|>`, bytes are of the scored text."""
-    store = prepare(sources, tokenizer, tokenizer_fingerprint, join, split_on, cache, special_tokens, chat)
+    """The summary, as plain values, of what `how` trains on; `fingerprint` is the tokenizer's, `cache` as in `prepare`.
+
+    Token counts include both `<|endoftext|>`, bytes are of the scored text.
+    """
+    sources = how.read_as(how.train)
+    store = prepare(sources, tokenizer, fingerprint, how.join, how.split_on, cache, how.special_tokens, how.chat)
     packing = Blocks.of(store, np.arange(len(store)), block_size).packing
-    split_on, stats = settle_split(sources, split_on), ReadStats()
-    sizes: list[int] = []
-    is_chat = False
-
-    def documents() -> Iterator[Document]:
-        nonlocal is_chat
-        for source in sources:
-            sizes.append(0)
-            for document in read_documents(source, split_on, stats, chat):
-                sizes[-1] += 1
-                is_chat = is_chat or document.turns is not None
-                yield document
-
-    every = documents()
-    parse, numbers = special_tokens == "parse", np.arange(len(store))
+    split_on = settle_split(sources, how.split_on)
+    again = _ReadAgain(sources, split_on, how.chat)
+    parse, numbers = how.special_tokens == "parse", np.arange(len(store))
     places = partial(places_of, sources, split_on)
+    every = again.documents()
     unfaithful = lossy(every, tokenizer, parse)
     deque(every, maxlen=0)  # what it did not look at
     findings = of_corpus(store, numbers, tokenizer, parse, places)
-    findings += _in_several(store, sizes, sources, tokenizer, places)
+    findings += _in_several(store, again.sizes, sources, tokenizer, places)
     findings += unfaithful
     findings += [*too_long(store, numbers, block_size, places), *repeated(store, numbers, places)]
     if len(store) < _FEW:
@@ -73,11 +58,11 @@ def summarize(
     return {
         "sources": [source.path for source in sources],
         "documents": len(store),
-        "blank": store.blank + sum(not cut.documents for cuts in stats.cuts for cut in cuts),
+        "blank": store.report.blank + sum(not cut.documents for cuts in again.stats.cuts for cut in cuts),
         "left_out": asdict(store.left_out),
         "duplicates": len(store) - len(first_of_equals(store.digests)),
         "notes": [*cut_lines(sources, store.cuts), *left_out_lines(sources)],
-        "files": [asdict(cut) for cuts in stats.cuts for cut in cuts],
+        "files": [asdict(cut) for cuts in again.stats.cuts for cut in cuts],
         "tokens": int(store.lengths.sum()),
         "supervised_tokens": int(store.supervised_counts.sum()),
         "bytes": int(store.supervised_bytes.sum()),
@@ -88,10 +73,28 @@ def summarize(
         "fill": packing.fill(),
         "longer_than_block": int((store.lengths > block_size).sum()),
         "findings": [asdict(finding) for finding in findings],
-        "chat": is_chat,
+        "chat": again.is_chat,
         "preview": preview(store, packing, tokenizer),
         "fingerprint": store.fingerprint,
     }
+
+
+class _ReadAgain:
+    """The documents once more, for what the token store does not know: how many each source has, and text files."""
+
+    def __init__(self, sources: Sequence[Source], split_on: str, chat: str) -> None:
+        self.sources, self.split_on, self.chat = sources, split_on, chat
+        self.stats, self.is_chat = ReadStats(), False
+        self.sizes: list[int] = []
+
+    def documents(self) -> Iterator[Document]:
+        """All of them in order."""
+        for source in self.sources:
+            self.sizes.append(0)
+            for document in read_documents(source, self.split_on, self.stats, self.chat):
+                self.sizes[-1] += 1
+                self.is_chat = self.is_chat or document.turns is not None
+                yield document
 
 
 def _in_several(

@@ -198,7 +198,7 @@ def _from_hub(name: str) -> Path:
             directory = Path(snapshot_download(name, allow_patterns=[*_WANTED, *weights]))
     except errors.HFValidationError:
         raise UserError(f"base {name!r}: neither a directory nor a valid hub name") from None
-    except (OSError, *errors.HfHubHTTPError.__bases__) as error:  # the root of the client that it is built on
+    except errors.HfHubHTTPError.__bases__ as error:  # type: ignore[misc]  # OSError, and the root of its client
         copy = _copy_here(name)
         if copy is None and isinstance(error, errors.RepositoryNotFoundError):
             raise BaseNotFound(f"base {name}: no such directory, and the hub knows no such model") from None

@@ -244,4 +244,4 @@ def _nothing_held_out(recipe: Recipe, documents: int) -> Finding:
             f"{what} ({documents:,} in all), and run.early_stopping needs validation; cut the text into documents "
             "(data.split_on), name files in data.validation, or leave early stopping out"
         )
-    return Finding(what, documents, recipe.data.train[0].path, advice)
+    return Finding(what, 0, "", advice)

@@ -10,15 +10,7 @@ from typing import Any
 from peftune.config.data_section import Source
 from peftune.config.spelling import spelt
 from peftune.data.documents import BadRow, Document, ReadStats
-from peftune.data.rows.row_columns import (
-    columns_in,
-    is_template,
-    kind_of,
-    missing_column,
-    reach,
-    text_of,
-    top_column,
-)
+from peftune.data.rows.row_columns import columns_in, is_template, kind_of, missing_column, reach, text_of, top_column
 from peftune.data.rows.row_filter import RowFilter
 from peftune.data.sources import chat_template, plain_text, records
 from peftune.errors import UserError
@@ -180,12 +172,9 @@ class RowReader:
         if columns == [self.source.messages] or (columns in (["messages"], ["conversations"]) and not self.named):
             if columns[0] not in row:
                 raise missing_column(row, columns[0], location)
-            turns, ends = (
-                chat_template.turns_of(row[columns[0]], location, self.chat),
-                self.chat == chat_template.EOS_TURNS,
-            )
+            turns = chat_template.turns_of(row[columns[0]], location, self.chat)
             text = _whole("".join(text for text, _ in turns), columns[0], location)
-            return Document(text, turns=turns, source=location, ends_turns=ends)
+            return Document(text, turns=turns, source=location, ends_turns=self.chat == chat_template.EOS_TURNS)
         values = [_whole(text_of(row, column, location), column, location) for column in columns]
         return Document(values[-1], prompt=values[0] if len(values) == 2 else None, source=location)
 
