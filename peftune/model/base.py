@@ -202,6 +202,8 @@ def _from_hub(name: str) -> Path:
         copy = _copy_here(name)
         if copy is None and isinstance(error, errors.RepositoryNotFoundError):
             raise BaseNotFound(f"base {name}: no such directory, and the hub knows no such model") from None
+        if copy is None and isinstance(error, OSError) and error.errno is not None:  # a full disk, no right to write
+            raise UserError(f"base {name}: its download cannot be kept: {error}") from None
         if copy is None:
             raise BaseNotFound(
                 f"base {name}: no such directory here, and the hub could not be reached "

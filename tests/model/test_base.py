@@ -172,6 +172,18 @@ def test_without_a_network_a_hub_name_is_answered_within_seconds_by_the_copy_her
             assert time.monotonic() - began < 15
 
 
+def test_a_download_that_cannot_be_kept_is_no_hub_out_of_reach(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub import ModelInfo, errors
+
+    def full(*_: object, local_files_only: bool = False, **__: object) -> str:
+        raise errors.LocalEntryNotFoundError("none") if local_files_only else OSError(28, "No space left", "/cache")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: ModelInfo(id="a", siblings=[]))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    assert "cannot be kept: [Errno 28] No space left: '/cache'" in refusal(lambda: open_base("someone/else"))
+
+
 def test_without_a_network_a_copy_has_one_format_of_the_several_that_the_hub_has(hub: Path) -> None:
     """A download lists beside its copy all that the hub holds, and takes the safer format only."""
     names = [*(path.name for path in hub.iterdir()), "pytorch_model.bin", "flax_model.msgpack"]

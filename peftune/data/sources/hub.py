@@ -58,6 +58,8 @@ def _one_line_errors(what: str) -> Iterator[None]:
     # the bases are OSError, and the root of the client that it is built on
     except (ValueError, RuntimeError, DatasetsError, *HfHubHTTPError.__bases__) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{what}: {reason[:200]}{'…' if len(reason) > 200 else ''}") from None
+        unreachable = isinstance(error, HfHubHTTPError.__bases__) and not isinstance(error, HfHubHTTPError)
+        advice = "; where the hub cannot be reached, give files" if unreachable else ""
+        raise UserError(f"{what}: {reason[:200]}{'…' if len(reason) > 200 else ''}{advice}") from None
     finally:
         log.setLevel(level)
