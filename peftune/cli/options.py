@@ -38,11 +38,15 @@ _COLUMN_HELP = (
 )
 
 
+def _as_columns(settings: dict[str, str]) -> str:
+    """Settings of a source as a shell takes them."""
+    pairs = [f"{key}={value}" for key, value in settings.items() if key != "path"]
+    return " ".join(f"--column {shlex.quote(pair)}" for pair in pairs)
+
+
 def _spell_as_columns(values: list[str] | None) -> list[str] | None:
     """Have messages about a source name the option of the verb in use, until the end of the call."""
-    spelling.set(lambda settings: " ".join(
-        f"--column {shlex.quote(f'{key}={value}')}" for key, value in settings.items() if key != "path"
-    ))  # fmt: skip
+    spelling.set(_as_columns)
     return values
 
 
