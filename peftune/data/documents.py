@@ -112,6 +112,10 @@ class ReadStats:
         """What text has that lint (`data.lint.text_rules`) knows, by the name of the rule."""
         self.special_tokens: defaultdict[str, Occurrences] = defaultdict(Occurrences)
         """Those that a text spells out."""
+        self.documents: list[int] = []
+        """By source, as far as it was read to its end: how many."""
+        self.chats: list[int] = []
+        """By source: how many of them are conversations."""
         self._finished = 0  # bytes of files that were read to their end
         self._file: BinaryIO | None = None
 

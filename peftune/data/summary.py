@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
@@ -14,7 +14,7 @@ import numpy as np
 
 from peftune.config.data_section import DataSection, Source
 from peftune.data.batches import Blocks
-from peftune.data.documents import Document, ReadStats, first_of_equals
+from peftune.data.documents import ReadStats, first_of_equals
 from peftune.data.lint.corpus import of_corpus
 from peftune.data.lint.finding import Finding
 from peftune.data.lint.token_rules import Places, finding, leaks, repeated, too_long
@@ -41,14 +41,15 @@ def summarize(
     store = prepare(sources, tokenizer, fingerprint, how.join, how.split_on, cache, how.special_tokens, how.chat)
     packing = Blocks.of(store, np.arange(len(store)), block_size).packing
     split_on = settle_split(sources, how.split_on)
-    again = _ReadAgain(sources, split_on, how.chat)
+    stats = ReadStats()
+    again = (document for source in sources for document in read_documents(source, split_on, stats, how.chat))
     parse, numbers = how.special_tokens == "parse", np.arange(len(store))
     places = partial(places_of, sources, split_on)
-    every = again.documents()
-    unfaithful = lossy(every, tokenizer, parse)
-    deque(every, maxlen=0)  # what it did not look at
+    unfaithful = lossy(again, tokenizer, parse)
+    if any(store.cuts):
+        deque(again, maxlen=0)  # to the end, for how each text file was cut
     findings = of_corpus(store, numbers, tokenizer, parse, places)
-    findings += _in_several(store, again.sizes, sources, tokenizer, places)
+    findings += _in_several(store, store.report.documents, sources, tokenizer, places)
     findings += unfaithful
     findings += [*too_long(store, numbers, block_size, places), *repeated(store, numbers, places)]
     if len(store) < _FEW:
@@ -58,11 +59,11 @@ def summarize(
     return {
         "sources": [source.path for source in sources],
         "documents": len(store),
-        "blank": store.report.blank + sum(not cut.documents for cuts in again.stats.cuts for cut in cuts),
+        "blank": store.report.blank + sum(count.blank for counts in store.cuts for count in counts),
         "left_out": asdict(store.left_out),
         "duplicates": len(store) - len(first_of_equals(store.digests)),
         "notes": [*cut_lines(sources, store.cuts), *left_out_lines(sources)],
-        "files": [asdict(cut) for cuts in again.stats.cuts for cut in cuts],
+        "files": [asdict(cut) for cuts in stats.cuts for cut in cuts],
         "tokens": int(store.lengths.sum()),
         "supervised_tokens": int(store.supervised_counts.sum()),
         "bytes": int(store.supervised_bytes.sum()),
@@ -73,28 +74,10 @@ def summarize(
         "fill": packing.fill(),
         "longer_than_block": int((store.lengths > block_size).sum()),
         "findings": [asdict(finding) for finding in findings],
-        "chat": again.is_chat,
+        "chat": any(store.report.chats),
         "preview": preview(store, packing, tokenizer),
         "fingerprint": store.fingerprint,
     }
-
-
-class _ReadAgain:
-    """The documents once more, for what the token store does not know: how many each source has, and text files."""
-
-    def __init__(self, sources: Sequence[Source], split_on: str, chat: str) -> None:
-        self.sources, self.split_on, self.chat = sources, split_on, chat
-        self.stats, self.is_chat = ReadStats(), False
-        self.sizes: list[int] = []
-
-    def documents(self) -> Iterator[Document]:
-        """All of them in order."""
-        for source in self.sources:
-            self.sizes.append(0)
-            for document in read_documents(source, self.split_on, self.stats, self.chat):
-                self.sizes[-1] += 1
-                self.is_chat = self.is_chat or document.turns is not None
-                yield document
 
 
 def _in_several(

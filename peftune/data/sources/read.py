@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Generator, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -62,20 +62,6 @@ def read_documents(
         except NotDecodable as error:
             raise name_all(error, (files or [])[number:], source) from None
     reader.check()
-
-
-def holds_chat(source: Source, split_on: str) -> bool:
-    """Whether a source's documents are conversations: its first row tells, which is all that is read."""
-    if source.messages is not None:
-        return True
-    if source.text is not None or source.prompt is not None or source.is_builtin():
-        return False
-    files = files_of(source)
-    if files is not None and not has_rows(files[0]):
-        return False
-    with closing(read_documents(source, split_on)) as documents:
-        first = next(documents, None)
-    return first is not None and first.turns is not None
 
 
 def places_of(sources: Sequence[Source], split_on: str, numbers: Collection[int]) -> dict[int, str]:

@@ -42,10 +42,13 @@ _META_BYTES = 1 << 22
 class ReadReport:
     """What was seen of the sources while they were read, as it is kept with the tokens.
 
-    `blank` documents were skipped, and the rows of `left_out`; `cuts` say by source how text files were cut;
-    `special_tokens` are those that a text spells out, `faults` what lint found in the texts, by the name of its rule.
+    `documents` by source, of which `chats` are conversations; `blank` ones were skipped, and the rows of `left_out`.
+    `cuts` say by source how text files were cut; `special_tokens` are those that a text spells out, `faults` what lint
+    found in the texts, by the name of its rule.
     """
 
+    documents: list[int]
+    chats: list[int]
     blank: int
     left_out: LeftOut
     cuts: list[list[RuleCount]]
@@ -163,8 +166,10 @@ class Writer:
         """Write what is left and `meta.json` with the hashes of all files; the directory is then an entry."""
         for name in FILES:
             self._write(name, np.packbits(self.partial_byte).tobytes() if name == "supervised.bin" else b"")
-        cuts = [by_rule(cuts) for cuts in stats.cuts]
-        report = ReadReport(stats.blank, stats.left_out, cuts, dict(stats.special_tokens), dict(stats.faults))
+        report = ReadReport(
+            stats.documents, stats.chats, stats.blank, stats.left_out, [by_rule(cuts) for cuts in stats.cuts],
+            dict(stats.special_tokens), dict(stats.faults),
+        )  # fmt: skip
         meta: dict[str, Any] = {
             "format": FORMAT,
             "key": self.key,

@@ -142,7 +142,11 @@ class _Text(NamedTuple):
         """All of them in order; `stats` learns what is in them."""
         special = special_pattern(self.tokenizer)
         for source in self.sources:
+            stats.documents.append(0)
+            stats.chats.append(0)
             for document in read_documents(source, self.split_on, stats, self.chat):
+                stats.documents[-1] += 1
+                stats.chats[-1] += document.turns is not None
                 count_faults(document, stats.faults)
                 for token in set(special.findall(document.content())):
                     stats.special_tokens[token].add(document.source)
