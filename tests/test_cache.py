@@ -146,14 +146,14 @@ def test_tokens_that_the_vocabulary_does_not_have_are_built_again(cache: Path, f
     assert tokens_of(fill()) == true
 
 
-@pytest.mark.parametrize("key", ["format", "dtype", "documents", "tokens", "blank", "sha256", "sha256_of_meta"])
+@pytest.mark.parametrize("key", ["format", "dtype", "documents", "tokens", "report", "sha256", "sha256_of_meta"])
 @pytest.mark.parametrize("value", ["<u1", 7, None, [], {}])
 def test_everything_in_meta_is_covered(cache: Path, fill: Fill, key: str, value: object) -> None:
     true, entry = fill(), entry_of(cache)
     meta = json.loads((entry / "meta.json").read_text())
     overwrite(entry / "meta.json", json.dumps(meta | {key: value}).encode())
     found = fill()
-    assert found.fingerprint == true.fingerprint and found.blank == 0 and tokens_of(found) == tokens_of(true)
+    assert found.fingerprint == true.fingerprint and found.report.blank == 0 and tokens_of(found) == tokens_of(true)
 
 
 @pytest.mark.parametrize("name", ["meta.json", *FILES])

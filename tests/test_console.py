@@ -84,5 +84,8 @@ def test_a_download_says_that_it_goes_on(
         assert said.startswith("downloading me/poems: 0:00:0")
         return str(shutil.copytree(BUILTIN["builtin:small"], tmp_path / "copy"))
 
+    files = [{"rfilename": "model.safetensors"}]
+    found = huggingface_hub.ModelInfo(id="me/poems", siblings=files)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: found)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert open_base("me/poems").directory == tmp_path / "copy"

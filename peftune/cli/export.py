@@ -31,7 +31,7 @@ def export(
     from peftune.model.base import open_base
 
     for path in export_gguf(open_base(model), out, adapter or [], kind):
-        typer.echo(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
+        echo(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
 
 
 def push(

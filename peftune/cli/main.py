@@ -7,6 +7,7 @@ import io
 import os
 import re
 import sys
+from contextvars import copy_context
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -18,7 +19,17 @@ from peftune.cli.export import export, push
 from peftune.cli.launcher.launch import configs, launch
 from peftune.cli.measure.perplexity_matrix import evaluate
 from peftune.cli.measure.score import score
-from peftune.cli.options import BASE_HELP, BlockSize, Columns, Json, columns_of, save_json, source_of, told
+from peftune.cli.options import (
+    BASE_HELP,
+    BlockSize,
+    Columns,
+    Json,
+    columns_of,
+    data_section_of,
+    save_json,
+    source_of,
+    told,
+)
 from peftune.cli.output.text_output import echo
 from peftune.cli.output.verbosity import one_call, with_verbosity
 from peftune.cli.plan import plan
@@ -27,6 +38,7 @@ from peftune.cli.serve import serve
 from peftune.cli.stop import end_with
 from peftune.cli.train import train
 from peftune.cli.writing.generation import generate
+from peftune.config.choices import Chat, SpecialTokens, SplitOn
 from peftune.errors import PeftuneError, ReportedElsewhere, UserError, record_for_launcher
 from peftune.model.quantized import quiet
 from peftune.version import __version__
@@ -41,13 +53,6 @@ app = typer.Typer(
 )
 app.add_typer(adapters.app)
 app.add_typer(cache.app)
-
-SplitOn = Annotated[
-    Literal["auto", "blank-line", "endoftext", "file", "line", "wide-gap"],
-    typer.Option(help="How a text file becomes documents."),
-]
-Chat = Annotated[Literal["eos-turns", "plain"], typer.Option(help="How the messages of a chat become one text.")]
-SpecialTokens = Annotated[Literal["parse", "text"], typer.Option(help="How a token that a text spells out is read.")]
 
 
 @app.command()
@@ -69,9 +74,9 @@ def data(
     sources: Annotated[list[str], typer.Argument(help="Files, globs, builtin:DOMAIN/PART, or hub data sets.")],
     base: Annotated[str, typer.Option(help=f"Whose tokenizer counts. {BASE_HELP}")] = "builtin:small",
     column: Columns = None,
-    split_on: SplitOn = "auto",
-    special_tokens: SpecialTokens = "text",
-    chat: Chat = "plain",
+    split_on: Annotated[SplitOn, typer.Option(help="How a text file becomes documents.")] = "auto",
+    special_tokens: Annotated[SpecialTokens, typer.Option(help="How a token that a text spells out is read.")] = "text",
+    chat: Annotated[Chat, typer.Option(help="How the messages of a chat become one text.")] = "plain",
     block_size: BlockSize = None,
     fix: Annotated[Path | None, typer.Option(help="Write a cleaned copy and a report there; must not exist.")] = None,
     json_path: Json = None,
@@ -80,12 +85,11 @@ def data(
 
     Example:  peftune data answers.jsonl --column prompt=question --column completion=answer --base gpt2
     """
-    columns = columns_of(column)
+    how = data_section_of(sources, columns_of(column), split_on=split_on, special_tokens=special_tokens, chat=chat)
     from peftune.cli.output.data import run
     from peftune.model.base import open_base
 
-    given = [source_of(path, columns) for path in sources]
-    run(given, open_base(base), block_size, split_on, json_path, special_tokens, chat, fix)
+    run(how, open_base(base), block_size, json_path, fix)
 
 
 app.command()(train)
@@ -168,7 +172,7 @@ def run(arguments: list[str]) -> int:
     """The exit code of one call (errors.py lists them); anything not raised on purpose is a bug and passes through."""
     try:
         with one_call():
-            code = int(app(arguments, prog_name="peftune", standalone_mode=False) or 0)
+            code = int(copy_context().run(app, arguments, prog_name="peftune", standalone_mode=False) or 0)
             sys.stdout.flush()  # here, where what fails is told in one line
     except ReportedElsewhere as error:
         record_for_launcher(f"peftune: {error.reason}")

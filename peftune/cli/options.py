@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import io
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
 
 import typer
 
+from peftune.config.spelling import spelling
 from peftune.errors import BaseNotFound, PeftuneError, UserError
 from peftune.files import check_writable, json_document, write_json
 
 if TYPE_CHECKING:
-    from peftune.config.data_section import Source
+    from peftune.config.data_section import DataSection, Source
+    from peftune.config.section import Section
+
+_Section = TypeVar("_Section", bound="Section")
 
 BASE_HELP = "Hub name, directory, or builtin:small."
 _ADAPTER_HELP = "Adapter directory, with the name to show; a bare DIR is named after its last part. May be repeated."
@@ -31,7 +36,24 @@ _COLUMN_HELP = (
     "Column to read: text=, prompt=, completion= or messages=; of a hub data set also split=, subset=. Also "
     "where.COLUMN=VALUE, explode=, delimiter=, encoding=, split_on=, unknown_files=, on_bad_row=, as in a recipe."
 )
-Columns = Annotated[list[str] | None, typer.Option("--column", metavar="KEY=VALUE", help=_COLUMN_HELP)]
+
+
+def _as_columns(settings: dict[str, str]) -> str:
+    """Settings of a source as a shell takes them."""
+    pairs = [f"{key}={value}" for key, value in settings.items() if key != "path"]
+    return " ".join(f"--column {shlex.quote(pair)}" for pair in pairs)
+
+
+def _spell_as_columns(values: list[str] | None) -> list[str] | None:
+    """Have messages about a source name the option of the verb in use, until the end of the call."""
+    spelling.set(_as_columns)
+    return values
+
+
+Columns = Annotated[
+    list[str] | None,
+    typer.Option("--column", metavar="KEY=VALUE", help=_COLUMN_HELP, callback=_spell_as_columns),
+]
 BlockSize = Annotated[int | None, typer.Option(min=8, help="Tokens per block. Default: the base's context.")]
 
 
@@ -101,18 +123,26 @@ def source_of(path: str, columns: dict[str, Any] | None = None) -> Source:
     """A `Source` from the command line; UserError for columns that do not go together."""
     from peftune.config.data_section import Source
 
+    return _valid(Source, {"path": path, **(columns or {})}, f"{path}: ")
+
+
+def data_section_of(paths: list[str], columns: dict[str, Any], **settings: str) -> DataSection:
+    """What `data` of a recipe would say of these paths; UserError for columns or settings that do not go together."""
+    from peftune.config.data_section import DataSection
+
+    return _valid(DataSection, {"train": [source_of(path, columns) for path in paths], **settings})
+
+
+def _valid(section: type[_Section], values: dict[str, Any], name: str = "") -> _Section:
+    from pydantic import ValidationError
+
+    from peftune.config.messages import validation_messages
+
     try:
-        return Source.model_validate({"path": path, **(columns or {})})
-    except ValueError as error:
-        first = error.errors()[0] if hasattr(error, "errors") else {"msg": str(error), "loc": ()}
-        reason = ".".join(map(str, first["loc"][:1])) + (": " if first["loc"] else "")
-        raise UserError(f"{path}: {reason}{str(first['msg']).removeprefix('Value error, ')}") from None
-
-
-_COLUMN_KEYS = (
-    "text", "prompt", "completion", "messages", "explode", "delimiter", "encoding", "split_on", "on_bad_row",
-    "unknown_files", "split", "subset",
-)  # fmt: skip
+        return section.model_validate(values)
+    except ValidationError as error:
+        problems = validation_messages(error, {"": list(section.model_fields)})
+        raise UserError(f"{name}{'; '.join(problems)}") from None
 
 
 def columns_of(values: list[str] | None) -> dict[str, Any]:
@@ -120,14 +150,16 @@ def columns_of(values: list[str] | None) -> dict[str, Any]:
 
     `where.COLUMN=VALUE` may be repeated, with one value of a column or several.
     """
+    from peftune.config.data_section import Source
     from peftune.config.yaml_loader import parse_yaml
 
+    known = [key for key in Source.model_fields if key not in ("path", "where")]
     wanted = [value.removeprefix("where.") for value in values or [] if value.startswith("where.")]
     columns: dict[str, Any] = named("--column", [value for value in values or [] if not value.startswith("where.")])
     for key in columns:
-        if key not in _COLUMN_KEYS:
-            known = ", ".join((*_COLUMN_KEYS, "where.COLUMN"))
-            raise UserError(f"--column {key}={columns[key]}: expected one of {known} before the =")
+        if key not in known:
+            names = ", ".join([*known, "where.COLUMN"])
+            raise UserError(f"--column {key}={columns[key]}: expected one of {names} before the =")
     where: dict[str, list[Any]] = {}
     for pair in wanted:
         column, separator, text = pair.partition("=")

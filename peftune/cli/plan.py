@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peftune.cli.options import Json, save_json
-from peftune.cli.output.text_output import echo
+from peftune.cli.output.text_output import echo, print_table
 from peftune.console import counted
 from peftune.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from peftune.config.recipe import Recipe
     from peftune.training.planning.plan import Layout, Option, Plan
 
@@ -102,14 +100,10 @@ def command(option: Option, recipe: Recipe, path: Path, overrides: list[str], de
 
 
 def _show(found: Plan) -> None:
-    from rich.table import Column, Table
+    from rich.text import Text
 
-    from peftune.cli.output.text_output import print_table
-
-    names = ("way", "base in", "recomputed", "blocks a forward", "held", "peak", "fits", "sent a step")
-    right = names[3:]
-    columns = [Column(name, justify="right" if name in right else "left", no_wrap=True) for name in names]
-    table: Table = Table(*columns, header_style="bold", pad_edge=False)
+    columns = ("way", "base in", "recomputed", "blocks a forward", "held", "peak", "fits", "sent a step")
+    rows: list[list[Text]] = []
     reasons: dict[str, None] = {}
     for option in found.options:
         if option.refused:
@@ -118,8 +112,9 @@ def _show(found: Plan) -> None:
         cells = [_way(option.layout), _held_in(option.layout, found), "yes" if option.layout.checkpointing else "no"]
         cells += [str(option.micro_size), _gb(option.held), _gb(option.peak), "yes" if option.fits else "no"]
         cells.append(_gb(option.wire) if found.machine.count > 1 else "")
-        table.add_row(*cells, style="bold green" if option is found.recommended else "")
-    print_table("Ways to run it", table)
+        style = "bold green" if option is found.recommended else ""
+        rows.append([Text(cell, style) for cell in cells])
+    print_table("Ways to run it", columns, rows, left=3)
     for reason in reasons:
         echo(f"refused: {reason}")
 

@@ -30,17 +30,17 @@ def train(
 
     This is one process on at most one GPU. `peftune launch` starts several.
     """
-    from peftune.config.recipe import load_recipe
-
-    with report_once_per_machine():
-        checked = load_recipe(recipe, overrides)  # before torch is imported: a wrong recipe is refused at once
     speaks = os.environ.get("RANK", "0") == "0"  # of several ranks the first
     if dry_run:
         from peftune.cli.output.dry_run import print_dry_run
 
         if speaks:
-            print_dry_run(checked)
+            print_dry_run(recipe, overrides)
         return
+    from peftune.config.recipe import load_recipe
+
+    with report_once_per_machine():
+        checked = load_recipe(recipe, overrides)  # before torch is imported: a wrong recipe is refused at once
     from peftune.training.distributed.start import process_group
     from peftune.training.run import train
 

@@ -9,22 +9,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from peftune.config.choices import Chat, Lint, OnBadRow, SpecialTokens, SplitOn, UnknownFiles
 from peftune.config.messages import short
 from peftune.config.new_tokens import NewTokens
 from peftune.config.section import Fraction, NonEmpty, Section
 from peftune.config.text_codecs import codec_named
 
-SplitOn = Literal["auto", "blank-line", "endoftext", "file", "line", "wide-gap"]
-UnknownFiles = Literal["refuse", "skip"]
-Lint = Literal["off", "strict", "warn"]
-
 
 def _known_encoding(name: str) -> str:
     codec_named(name)
     return name
-
-
-OnBadRow = Literal["refuse", "skip"]
 
 
 def _a_date_is_its_text(value: Any) -> Any:
@@ -95,6 +89,10 @@ class Source(Section):
     """Split of a hub data set (default `train`)."""
     subset: str | None = None
     """Configuration name of a hub data set."""
+
+    def is_builtin(self) -> bool:
+        """Whether it names a corpus that every Python carries."""
+        return self.path.startswith("builtin:")
 
     def codec(self) -> str | None:
         """Python's codec for `encoding`."""
@@ -172,10 +170,10 @@ class DataSection(Section):
     """What becomes of faults that texts show (mojibake, control characters, credentials, templates left open, held-out
     text that is trained on, …): `warn` tells the grave ones at the start in a line each, `strict` refuses the text and
     tells all, near-duplicates and e-mail addresses among them. `peftune data` shows all without a run."""
-    special_tokens: Literal["parse", "text"] = "text"
+    special_tokens: SpecialTokens = "text"
     """How `<|title|>` and other special tokens of the base's tokenizer are read where a text spells them out: as the
     `text` that it is, or as the token (`parse`), in training and in the prompts of the adapter that comes out."""
-    chat: Literal["eos-turns", "plain"] = "plain"
+    chat: Chat = "plain"
     """How the messages of a chat become one text, in training and when the adapter is asked: `plain` with names
     (`User: …`, a blank line, `Assistant: …`), or `eos-turns`, each followed by the end-of-text token, as DialoGPT's."""
     split_on: SplitOn = "auto"

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
+
+from peftune.config.messages import short
+
+_MOST = 100  # characters
 
 
 def _is_token(value: str) -> str:
+    if not 2 <= len(value) <= _MOST:
+        raise ValueError(f"expected a name of 2 to {_MOST} characters like <|name|>, found {short(value)}")
     if value != value.strip() or not value.isprintable():
         raise ValueError(f"{value!r} has white space at an end or a control character; expected a name like <|name|>")
     return value
@@ -20,7 +26,7 @@ def _each_once(value: list[str]) -> list[str]:
     return value
 
 
-_Token = Annotated[str, Field(min_length=2, max_length=100), AfterValidator(_is_token)]
+_Token = Annotated[str, AfterValidator(_is_token)]
 NewTokens = Annotated[list[_Token], AfterValidator(_each_once)]
 """Texts that become one token each."""
 

@@ -180,10 +180,19 @@ def load_recipe(recipe: str | Path | dict[str, Any], overrides: list[str] | None
 
     UserError names every problem in one line: an unknown key with the nearest known one, a value with what is expected.
     """
-    refuse_bare_string(overrides, "overrides")
     if isinstance(recipe, dict):
+        refuse_bare_string(overrides, "overrides")
         return recipe_from(recipe, overrides or [])
-    return recipe_from(read_yaml(Path(recipe)), overrides or [], str(recipe))
+    return recipe_from(recipe_values(recipe, overrides), [], str(recipe))
+
+
+def recipe_values(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """What a recipe file says, with `key=value` overrides applied and nothing checked."""
+    refuse_bare_string(overrides, "overrides")
+    values = read_yaml(Path(path))
+    for override in overrides or []:
+        apply_override(values, override)
+    return values
 
 
 def recipe_from(values: dict[str, Any], overrides: list[str], name: str = "recipe") -> Recipe:

@@ -73,7 +73,7 @@ class Blocks:
         return Blocks(store, documents, packing, supervised[scored][order])
 
     def __len__(self) -> int:
-        return len(self.packing.first) - 1
+        return len(self.packing)
 
     def tokens(self) -> int:
         """Scored tokens over all blocks."""
@@ -96,8 +96,7 @@ class Blocks:
 
         Packed: `micro_size` blocks, one a row. Padded: each span is a row, rows sorted by length.
         """
-        first_span = self.packing.first
-        spans = [range(int(first_span[block]), int(first_span[block + 1])) for block in blocks]
+        spans = [self.packing.spans(int(block)) for block in blocks]
         if packed:
             for first in range(0, len(spans), micro_size):
                 yield self.batch(spans[first : first + micro_size])

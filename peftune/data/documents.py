@@ -49,8 +49,8 @@ _REASONS, _PLACE_LENGTH = 12, 200
 
 
 @dataclass
-class SkippedRows:
-    """Rows with the same fault: how many, and where the first of them stand."""
+class Occurrences:
+    """How many rows or documents have something, and where the first of them stand."""
 
     rows: int = 0
     first: list[str] = field(default_factory=list)
@@ -61,6 +61,10 @@ class SkippedRows:
         if len(self.first) < FIRST_PLACES:
             self.first.append(place[-_PLACE_LENGTH:])
 
+    def places(self) -> str:
+        """Where the first of them stand, for people."""
+        return ", ".join(self.first)
+
 
 @dataclass
 class LeftOut:
@@ -68,14 +72,14 @@ class LeftOut:
 
     rows: int = 0
     unwanted: int = 0
-    skipped: dict[str, SkippedRows] = field(default_factory=dict)
+    skipped: dict[str, Occurrences] = field(default_factory=dict)
     never: list[str] = field(default_factory=list)
     """What `where` asks for, among other values, and no row holds."""
 
     def skip(self, error: BadRow) -> None:
         """Count a bad row."""
         few = error.reason in self.skipped or len(self.skipped) < _REASONS
-        self.skipped.setdefault(error.reason if few else "other reasons", SkippedRows()).add(error.location)
+        self.skipped.setdefault(error.reason if few else "other reasons", Occurrences()).add(error.location)
 
     def __bool__(self) -> bool:
         return bool(self.unwanted or self.skipped or self.never)
@@ -104,8 +108,14 @@ class ReadStats:
         self.blank = 0
         self.left_out = LeftOut()
         self.cuts: list[list[FileCut]] = []
-        self.faults: defaultdict[str, SkippedRows] = defaultdict(SkippedRows)
+        self.faults: defaultdict[str, Occurrences] = defaultdict(Occurrences)
         """What text has that lint (`data.lint.text_rules`) knows, by the name of the rule."""
+        self.special_tokens: defaultdict[str, Occurrences] = defaultdict(Occurrences)
+        """Those that a text spells out."""
+        self.documents: list[int] = []
+        """By source, as far as it was read to its end: how many."""
+        self.chats: list[int] = []
+        """By source: how many of them are conversations."""
         self._finished = 0  # bytes of files that were read to their end
         self._file: BinaryIO | None = None
 

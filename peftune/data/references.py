@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from peftune.data.documents import Document, ReadStats
 from peftune.data.rows.row_columns import kind_of
 from peftune.data.sources import records
 from peftune.data.sources.decode import open_text
+from peftune.data.sources.listing import has_rows
 from peftune.data.sources.read import read_documents
 from peftune.errors import UserError
 from peftune.files import write_text
@@ -67,7 +68,7 @@ def read_references(source: Source) -> list[Item]:
     line is an item.
     """
     path = Path(source.path)
-    if path.is_file() and source.prompt is None and path.suffix.lower() not in records.SUFFIXES:
+    if path.is_file() and source.prompt is None and not has_rows(path):
         with open_text(path) as file:
             text = "\n".join(map(str.strip, file)).strip("\n")
         groups = [group.split("\n") for group in re.split("\n\n+", text)]
@@ -85,19 +86,26 @@ def read_hypotheses(path: Path) -> tuple[list[str], list[Item] | None]:
 
     Raises UserError naming the row that has none.
     """
-    if path.suffix.lower() not in records.SUFFIXES:
+    if not has_rows(path):
         with open_text(path) as file:
             lines = file.read()
         return lines.removesuffix("\n").split("\n") if lines else [], None
     texts, items = [], list[Item]()
     for where, row in _rows(path, ("hypothesis", "prompt", "references")):
-        if not isinstance(row.get("hypothesis"), str):
-            found = kind_of(row["hypothesis"]) if "hypothesis" in row else f"only {', '.join(row) or 'nothing'}"
-            raise UserError(f'{where}: expected {{"hypothesis": "text"}} in every row, found {found}')
-        texts.append(row["hypothesis"])
+        texts.append(_text_in(row, "hypothesis", where))
         if row.get("references"):
             items.append(_item(where, row))
     return texts, _checked(items, path) if texts and len(items) == len(texts) else None
+
+
+def read_prompts(path: Path) -> Iterator[str]:
+    """One prompt a line, blank lines left out; from rows their `prompt`. UserError naming the row that has none."""
+    if has_rows(path):
+        for where, row in _rows(path, ("prompt",)):
+            yield _text_in(row, "prompt", where)
+    else:
+        with open_text(path) as lines:
+            yield from (line.rstrip("\n") for line in lines if line.strip())
 
 
 def write_hypotheses(path: Path, items: Sequence[Item], texts: Sequence[str]) -> None:
@@ -123,6 +131,14 @@ def as_line(text: str) -> str:
 
 def _rows(path: Path, columns: Sequence[str]) -> list[records.Row]:
     return list(records.rows(path, lambda names: [name for name in names if name in columns]))
+
+
+def _text_in(row: dict[str, Any], column: str, where: str) -> str:
+    text = row.get(column)
+    if not isinstance(text, str):
+        found = f"{column} is {kind_of(text)}" if column in row else f"no {column}"
+        raise UserError(f'{where}: {found}; expected {{"{column}": "text"}} in every row')
+    return text
 
 
 def _item(where: str, row: dict[str, Any]) -> Item:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from peftune.config.data_section import Source
+from peftune.config.data_section import DataSection, Source
 from peftune.data.batches import Blocks
-from peftune.data.documents import Document, ReadStats, first_of_equals
+from peftune.data.documents import ReadStats, first_of_equals
 from peftune.data.lint.corpus import of_corpus
 from peftune.data.lint.finding import Finding
 from peftune.data.lint.token_rules import Places, finding, leaks, repeated, too_long
@@ -31,49 +31,35 @@ _FEW = 20  # documents
 
 
 def summarize(
-    sources: Sequence[Source],
-    tokenizer: PreTrainedTokenizerFast,
-    tokenizer_fingerprint: str,
-    block_size: int,
-    join: str = " ",
-    split_on: str = "auto",
-    cache: Path | None = None,
-    special_tokens: str = "text",
-    chat: str = "plain",
+    how: DataSection, tokenizer: PreTrainedTokenizerFast, fingerprint: str, block_size: int, cache: Path | None = None
 ) -> dict[str, Any]:
-    """The summary as plain values; token counts include both `<|endoftext|>`, bytes are of the scored text."""
-    store = prepare(sources, tokenizer, tokenizer_fingerprint, join, split_on, cache, special_tokens, chat)
+    """The summary, as plain values, of what `how` trains on; `fingerprint` is the tokenizer's, `cache` as in `prepare`.
+
+    Token counts include both `<|endoftext|>`, bytes are of the scored text.
+    """
+    sources = how.read_as(how.train)
+    store = prepare(sources, tokenizer, fingerprint, how.join, how.split_on, cache, how.special_tokens, how.chat)
     packing = Blocks.of(store, np.arange(len(store)), block_size).packing
-    split_on, stats = settle_split(sources, split_on), ReadStats()
-    sizes: list[int] = []
-    is_chat = False
-
-    def documents() -> Iterator[Document]:
-        nonlocal is_chat
-        for source in sources:
-            sizes.append(0)
-            for document in read_documents(source, split_on, stats, chat):
-                sizes[-1] += 1
-                is_chat = is_chat or document.turns is not None
-                yield document
-
-    every = documents()
-    parse, numbers = special_tokens == "parse", np.arange(len(store))
+    split_on = settle_split(sources, how.split_on)
+    stats = ReadStats()
+    again = (document for source in sources for document in read_documents(source, split_on, stats, how.chat))
+    parse, numbers = how.special_tokens == "parse", np.arange(len(store))
     places = partial(places_of, sources, split_on)
-    unfaithful = lossy(every, tokenizer, parse)
-    deque(every, maxlen=0)  # what it did not look at
+    unfaithful = lossy(again, tokenizer, parse)
+    if any(store.cuts):
+        deque(again, maxlen=0)  # to the end, for how each text file was cut
     findings = of_corpus(store, numbers, tokenizer, parse, places)
-    findings += _in_several(store, sizes, sources, tokenizer, places)
+    findings += _in_several(store, store.report.documents, sources, tokenizer, places)
     findings += unfaithful
     findings += [*too_long(store, numbers, block_size, places), *repeated(store, numbers, places)]
     if len(store) < _FEW:
         advice = "a fraction for validation is coarse; if documents were joined, choose split_on"
-        findings.append(Finding("very few documents", len(store), sources[0].path, advice))
+        findings += finding("very few documents", numbers, places, advice, True)
     low, median, high, top = np.percentile(store.lengths, [0, 50, 95, 100]).tolist()
     return {
         "sources": [source.path for source in sources],
         "documents": len(store),
-        "blank": store.blank + sum(not cut.documents for cuts in stats.cuts for cut in cuts),
+        "blank": store.report.blank + sum(count.blank for counts in store.cuts for count in counts),
         "left_out": asdict(store.left_out),
         "duplicates": len(store) - len(first_of_equals(store.digests)),
         "notes": [*cut_lines(sources, store.cuts), *left_out_lines(sources)],
@@ -88,7 +74,7 @@ def summarize(
         "fill": packing.fill(),
         "longer_than_block": int((store.lengths > block_size).sum()),
         "findings": [asdict(finding) for finding in findings],
-        "chat": is_chat,
+        "chat": any(store.report.chats),
         "preview": preview(store, packing, tokenizer),
         "fingerprint": store.fingerprint,
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property, partial
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 MERGE = "merge.json"
 """What a merge writes beside the model: its figures, and the SHA-256 of every file."""
 BUILTIN = {"builtin:small": Path(__file__).with_name("small")}
+_TIMEOUT = 5.0  # seconds until the hub counts as out of reach
 _WANTED = ["*.json", "merges.txt", "vocab.txt", "*.model"]
 _FORMATS = (("model.safetensors", "model-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*.bin"))
 
@@ -192,34 +194,50 @@ def _checked(path: Path, name: str) -> Path:
     return path
 
 
-def _weights_on_hub(name: str) -> list[str]:
-    """Patterns of the weights in one format, the safer that the repository has; in any where that is not known."""
-    from huggingface_hub import HfApi
-
-    any_format = [pattern for patterns in _FORMATS for pattern in patterns]
-    try:
-        files = HfApi().list_repo_files(name)
-    except Exception:  # no such repository, no network: the download says it, or finds the copy that is here
-        return any_format
-    held = ([p for p in patterns if any(fnmatch(file, p) for file in files)] for patterns in _FORMATS)
-    return next(filter(None, held), any_format)
-
-
 def _from_hub(name: str) -> Path:
-    from huggingface_hub import errors, snapshot_download
+    """The hub's newest copy; where it gives none within seconds, the one that an earlier download left here."""
+    from huggingface_hub import HfApi, errors, snapshot_download
 
     try:
         with Console().waiting(f"downloading {name}"):
-            directory = Path(snapshot_download(name, allow_patterns=[*_WANTED, *_weights_on_hub(name)]))
+            held = HfApi().model_info(name, timeout=_TIMEOUT).siblings or []
+            weights = _one_format([file.rfilename for file in held])
+            directory = Path(snapshot_download(name, allow_patterns=[*_WANTED, *weights]))
     except errors.HFValidationError:
         raise UserError(f"base {name!r}: neither a directory nor a valid hub name") from None
-    except errors.RepositoryNotFoundError:
-        raise BaseNotFound(f"base {name}: no such directory, and the hub knows no such model") from None
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
-        cause = first_line(error).partition(". ")[0]
-        raise BaseNotFound(f"base {name}: no such directory here, and the hub could not be reached ({cause})") from None
+    except errors.HfHubHTTPError.__bases__ as error:  # type: ignore[misc]  # OSError, and the root of its client
+        copy = _copy_here(name)
+        if copy is None and isinstance(error, errors.RepositoryNotFoundError):
+            raise BaseNotFound(f"base {name}: no such directory, and the hub knows no such model") from None
+        if copy is None and isinstance(error, OSError) and error.errno is not None:  # a full disk, no right to write
+            raise UserError(f"base {name}: its download cannot be kept: {error}") from None
+        if copy is None:
+            raise BaseNotFound(
+                f"base {name}: no such directory here, and the hub could not be reached "
+                f"({first_line(error).partition('. ')[0]}); offline, give a directory or builtin:small"
+            ) from None
+        directory = copy
     if any(directory.glob("*.safetensors")) or any(directory.glob("*.bin")):
         return _checked(directory, name)
     raise UserError(
         f"base {name}: the hub's copy holds no weights in safetensors or .bin form (TensorFlow's are not read)"
     )
+
+
+def _one_format(files: Sequence[str]) -> list[str]:
+    """Patterns of the weights among these files in one format, the safer that there is."""
+    held = ([p for p in patterns if any(fnmatch(file, p) for file in files)] for patterns in _FORMATS)
+    return next(filter(None, held), [])
+
+
+def _copy_here(name: str) -> Path | None:
+    """What an earlier download left, which has one format of weights, though the hub may have several."""
+    from huggingface_hub import errors, snapshot_download
+
+    copy = None
+    for patterns in _FORMATS:
+        with suppress(errors.LocalEntryNotFoundError):
+            copy = Path(snapshot_download(name, allow_patterns=[*_WANTED, *patterns], local_files_only=True))
+            if any(file for pattern in patterns for file in copy.glob(pattern)):
+                break
+    return copy

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from peftune.config.recipe import Recipe
+from peftune.console import name_some
 from peftune.data.sources.read import state_of
 from peftune.errors import UserError
 from peftune.training.distributed.agreement import flatten, where_they_differ
@@ -91,12 +92,8 @@ def _changed_files(before: dict[str, Any], after: dict[str, Any]) -> str:
         "added": after.keys() - before.keys(), "removed": before.keys() - after.keys(),
         "changed": {path for path in before.keys() & after.keys() if before[path] != after[path]},
     }  # fmt: skip
-    told = [f"{kind}: {_few(sorted(paths))}" for kind, paths in kinds.items() if paths]
+    told = [f"{kind}: {name_some(sorted(paths), 3)}" for kind, paths in kinds.items() if paths]
     return f" ({', '.join(told) or 'the same files with the same sizes, with other text'})"
-
-
-def _few(paths: list[str]) -> str:
-    return " ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 _EMPTY = Recipe.model_validate({"base": "-", "data": {"train": "-"}, "run": {"out": "-"}})

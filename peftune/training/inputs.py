@@ -26,7 +26,7 @@ from peftune.data.lint.corpus import Part, of_run
 from peftune.data.lint.finding import Finding, of_rows, refuse_all
 from peftune.data.lint.token_rules import Places, finding
 from peftune.data.prepared import Prepared, prepare_as
-from peftune.data.sources.read import holds_chat, places_of, settle_split
+from peftune.data.sources.read import places_of, settle_split
 from peftune.data.tokens.store import TokenStore
 from peftune.errors import UserError
 from peftune.model import lora, quantized
@@ -191,7 +191,7 @@ def _load_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, base: Base,
         return Part(name, store, documents, partial(places_of, how.read_as(sources), split_on))
 
     store, train, _ = read("train", how.train)
-    chat = all(holds_chat(source, split_on) for source in how.read_as(how.train))
+    chat = store.report.chats == store.report.documents
     prints, named = {"train": store.fingerprint}, how.validation_sources()
     also_trained_on: dict[str, int] = {}
     found, same = list[Finding](), list[Finding]()
@@ -244,4 +244,4 @@ def _nothing_held_out(recipe: Recipe, documents: int) -> Finding:
             f"{what} ({documents:,} in all), and run.early_stopping needs validation; cut the text into documents "
             "(data.split_on), name files in data.validation, or leave early stopping out"
         )
-    return Finding(what, documents, recipe.data.train[0].path, advice)
+    return Finding(what, 0, "", advice)

@@ -11,7 +11,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from peftune.data.documents import Document
+from peftune.data.documents import Document, ReadStats
+from peftune.data.lint.finding import Finding
+from peftune.data.lint.text_rules import count_faults, findings_of
 from peftune.data.tokens.encode import begin_of_text_id, end_of_text_id, tokenize_batch
 from peftune.data.tokens.tiktoken_encoder import backends_of
 
@@ -23,6 +25,19 @@ class Example:
     ids: np.ndarray
     supervised: np.ndarray
     supervised_bytes: int
+
+
+@pytest.fixture
+def lint() -> Callable[[Sequence[Document]], list[Finding]]:
+    """What the rules about single texts find in documents."""
+
+    def found(documents: Sequence[Document]) -> list[Finding]:
+        stats = ReadStats()
+        for document in documents:
+            count_faults(document, stats.faults)
+        return findings_of(stats.faults)
+
+    return found
 
 
 @pytest.fixture(scope="session")

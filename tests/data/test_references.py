@@ -90,8 +90,8 @@ def test_references_that_cannot_be_used_are_refused(
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ('{"hypothesis": "a"}\n{"hypothesis": 3}\n', "h.jsonl:2: expected .* found a number"),
-        ('{"text": "a"}\n', 'h.jsonl:1: expected {"hypothesis": "text"} in every row, found only text'),
+        ('{"hypothesis": "a"}\n{"hypothesis": 3}\n', "h.jsonl:2: hypothesis is a number; expected"),
+        ('{"text": "a"}\n', 'h.jsonl:1: no hypothesis; expected {"hypothesis": "text"} in every row'),
         ('{"hypothesis": "a", "references": 5}\n', "h.jsonl:1: references is a number; expected a list of texts"),
     ],
 )

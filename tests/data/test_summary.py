@@ -6,9 +6,8 @@ import json
 
 import pytest
 
-from peftune.config.data_section import Source
+from peftune.config.data_section import DataSection, Source
 from peftune.data.documents import Document
-from peftune.data.lint.text_rules import lint
 from peftune.data.sources.chat_template import turns_of
 from peftune.data.summary import summarize
 
@@ -26,7 +25,7 @@ def source(write) -> Source:
 
 
 def test_numbers_add_up(source, tokenizer):
-    report = summarize([source], tokenizer, "t", 64)
+    report = summarize(DataSection(train=[source]), tokenizer, "t", 64)
     assert (report["documents"], report["blank"], report["duplicates"]) == (9, 1, 1)
     assert report["bytes"] == 9 * len(" It is good.")
     assert sum(bin["documents"] for bin in report["histogram"]) == 9
@@ -38,13 +37,17 @@ def test_numbers_add_up(source, tokenizer):
 def test_blank_text_files_are_counted_as_their_line_says(tmp_path, tokenizer):
     for name, text in {"a": "One.", "b": "Two.", "blank": " \n"}.items():
         (tmp_path / f"{name}.txt").write_text(text)
-    report = summarize([Source(path=str(tmp_path))], tokenizer, "t", 64)
+    report = summarize(DataSection(train=[Source(path=str(tmp_path))]), tokenizer, "t", 64)
     assert (report["documents"], report["blank"]) == (2, 1)
     assert "2 documents (1 blank, left out)" in report["notes"][0]
 
 
 def test_repeats_are_found_with_the_first(source, tokenizer):
-    [repeat] = [f for f in summarize([source], tokenizer, "t", 64)["findings"] if f["what"].startswith("repeats")]
+    [repeat] = [
+        f
+        for f in summarize(DataSection(train=[source]), tokenizer, "t", 64)["findings"]
+        if f["what"].startswith("repeats")
+    ]
     assert (
         repeat["documents"] == 1 and repeat["first"] == f"{source.path}:9" and "data.repeats: drop" in repeat["advice"]
     )
@@ -53,7 +56,7 @@ def test_repeats_are_found_with_the_first(source, tokenizer):
 def test_files_are_told_with_their_rule_and_what_was_left_out(write, tmp_path, tokenizer):
     for name in ("a.txt", "b.txt", ".DS_Store"):
         write(f"my stories/{name}", f"{name}\n\nmore")
-    report = summarize([Source(path=str(tmp_path / "my stories"))], tokenizer, "t", 64)
+    report = summarize(DataSection(train=[Source(path=str(tmp_path / "my stories"))]), tokenizer, "t", 64)
     assert [(cut["rule"], cut["documents"], cut["others"]["blank-line"]) for cut in report["files"]] == [
         ("file", 1, 2)
     ] * 2
@@ -64,7 +67,7 @@ def test_files_are_told_with_their_rule_and_what_was_left_out(write, tmp_path, t
 
 def test_a_continued_document_shows_its_repeated_token_as_context(write, tokenizer):
     path = write("a.txt", "xyz " * 60)
-    report = summarize([Source(path=str(path))], tokenizer, "t", 64)
+    report = summarize(DataSection(train=[Source(path=str(path))]), tokenizer, "t", 64)
     assert report["longer_than_block"] == 1 and report["blocks"] > 1
     assert not report["preview"]["spans"][0]["pieces"][0]["supervised"]
 
@@ -72,11 +75,16 @@ def test_a_continued_document_shows_its_repeated_token_as_context(write, tokeniz
 def test_documents_that_two_sources_hold_are_counted_with_the_first_place(write, tokenizer):
     lines = [f"the cat {number}" for number in range(30)]
     first, second = write("a.txt", "\n\n".join(lines)), write("b.txt", "\n\n".join(["new", *lines[4:9]]))
-    report = summarize([Source(path=str(path)) for path in (first, second)], tokenizer, "t", 64, split_on="blank-line")
+    report = summarize(
+        DataSection(train=[Source(path=str(path)) for path in (first, second)], split_on="blank-line"),
+        tokenizer,
+        "t",
+        64,
+    )
     found, repeats = report["findings"]
     assert repeats["documents"] == 5 and found["what"] == f"documents of {second} that another source holds too"
     assert found["documents"] == 5 and found["first"] == f"{second}:3, {second}:5, {second}:7"
-    assert summarize([Source(path=str(first))], tokenizer, "t", 64)["findings"] == []
+    assert summarize(DataSection(train=[Source(path=str(first))]), tokenizer, "t", 64)["findings"] == []
 
 
 @pytest.mark.parametrize(
@@ -92,15 +100,17 @@ def test_documents_that_two_sources_hold_are_counted_with_the_first_place(write,
         (Document("a\x1bb"), "control characters"),
     ],
 )
-def test_lint_finds(document, what):
+def test_lint_finds(lint, document, what):
     [finding] = lint([Document("fine"), document, document])
     assert finding.what.startswith(what) and finding.documents == 2
 
 
 def test_very_few_documents_are_remarked_on(source, tokenizer):
-    assert summarize([source], tokenizer, "t", 64)["findings"][-1]["what"] == "very few documents"
+    found = summarize(DataSection(train=[source]), tokenizer, "t", 64)["findings"][-1]
+    assert found["what"] == "very few documents"
+    assert found["first"] == ", ".join(f"{source.path}:{line}" for line in (1, 2, 3))
 
 
-def test_lint_is_silent_about_good_text():
+def test_lint_is_silent_about_good_text(lint):
     assert lint([Document("Ã la carte “naïve”\n\tx"), Document("c", prompt="p")]) == []
     assert lint([Document("", turns=turns_of([FORGED[1]] * 2, "x")), Document("a\n\n User: b")]) == []

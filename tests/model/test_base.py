@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,14 +92,13 @@ def test_the_builtin_base_a_directory_and_a_hub_name_are_found(tiny_base: Path, 
          ["pytorch_model.bin"], ["training_args.bin", "tf_model.h5"]),
         (["pytorch_model-00001-of-00001.bin", "vocab.txt", "spiece.model"],
          ["pytorch_model-00001-of-00001.bin", "vocab.txt", "spiece.model"], ["rust_model.ot"]),
-        (None, ["model.safetensors", "pytorch_model.bin"], []),
     ],
 )  # fmt: skip
 def test_the_hub_is_asked_for_one_weight_format(
-    hub: Path, monkeypatch: pytest.MonkeyPatch, held: list[str] | None, wanted: list[str], left: list[str]
+    hub: Path, monkeypatch: pytest.MonkeyPatch, held: list[str], wanted: list[str], left: list[str]
 ) -> None:
-    """A repository whose files cannot be listed (no network) is asked for any; the copy that is here is found."""
     import huggingface_hub
+    from huggingface_hub import ModelInfo
     from huggingface_hub.utils import filter_repo_objects
 
     asked: list[str] = []
@@ -106,13 +107,11 @@ def test_the_hub_is_asked_for_one_weight_format(
         asked.extend(allow_patterns)
         return str(hub)
 
-    def listing(api: object, name: str) -> list[str]:
-        if held is None:
-            raise ConnectionError("no network")
-        return held
+    def listing(api: object, name: str, timeout: float) -> ModelInfo:
+        return ModelInfo(id=name, siblings=[{"rfilename": file} for file in held])
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", listing)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", listing)
     assert open_base("someone/tiny").directory == hub
     assert list(filter_repo_objects([*wanted, *left], allow_patterns=asked)) == wanted
 
@@ -154,6 +153,46 @@ def test_a_recipe_with_a_hub_name_trains(hub: Path) -> None:
 def test_a_name_that_leads_nowhere_is_one_line(hub: Path, name: str, expected: str) -> None:
     message = refusal(lambda: open_base(name))
     assert (expected in message and message.startswith(f"base {name[:200]}")) or message.startswith(f"base {name!r}")
+
+
+def test_without_a_network_a_hub_name_is_answered_within_seconds_by_the_copy_here_or_a_line(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub of the first call refuses connections; that of the second takes them and never answers."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("peftune.model.base._TIMEOUT", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for port in (1, silent.getsockname()[1]):
+            monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+            began = time.monotonic()
+            assert open_base("someone/tiny").directory == hub
+            message = refusal(lambda: open_base("someone/else"))
+            assert "the hub could not be reached" in message and "offline, give a directory" in message
+            assert time.monotonic() - began < 15
+
+
+def test_a_download_that_cannot_be_kept_is_no_hub_out_of_reach(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub import ModelInfo, errors
+
+    def full(*_: object, local_files_only: bool = False, **__: object) -> str:
+        raise errors.LocalEntryNotFoundError("none") if local_files_only else OSError(28, "No space left", "/cache")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: ModelInfo(id="a", siblings=[]))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    assert "cannot be kept: [Errno 28] No space left: '/cache'" in refusal(lambda: open_base("someone/else"))
+
+
+def test_without_a_network_a_copy_has_one_format_of_the_several_that_the_hub_has(hub: Path) -> None:
+    """A download lists beside its copy all that the hub holds, and takes the safer format only."""
+    names = [*(path.name for path in hub.iterdir()), "pytorch_model.bin", "flax_model.msgpack"]
+    listing = {"format_version": 1, "files": {name: {"size": 1, "blob_id": "0" * 40} for name in names}}
+    trees = hub.parents[1] / "trees"
+    trees.mkdir()
+    (trees / f"{hub.name}.json").write_text(json.dumps(listing))
+    assert open_base("someone/tiny").directory == hub
 
 
 def test_a_directory_without_a_model_or_with_an_adapter_is_explained(base: Path, tmp_path: Path) -> None:

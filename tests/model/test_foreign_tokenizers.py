@@ -108,14 +108,14 @@ def test_a_recipe_on_such_a_base_trains_evaluates_and_merges(kind: str, begins: 
 
 
 def test_the_summary_says_what_a_tokenizer_does_not_give_back(tmp_path: Path) -> None:
-    from peftune.config.data_section import Source
+    from peftune.config.data_section import DataSection, Source
     from peftune.data.summary import summarize
 
     (tmp_path / "t.txt").write_text("The cat\n\na Ω\n\nthe cat")
     found = {}
     for kind in ("vocab.txt alone", "<s> and </s>"):
         base = checkpoint(tmp_path / kind.replace("/", ""), kind)
-        summary = summarize([Source(path=str(tmp_path / "t.txt"))], base.tokenizer, kind, 32)
+        summary = summarize(DataSection(train=[Source(path=str(tmp_path / "t.txt"))]), base.tokenizer, kind, 32)
         found[kind] = [(one["what"][:25], one["documents"]) for one in summary["findings"][:-1]]
     assert found["vocab.txt alone"] == [("text that the tokenizer h", 1), ("text that its tokens do n", 2)]
     assert found["<s> and </s>"] == []

@@ -80,6 +80,21 @@ def test_every_problem_is_told_at_once(recipe: Make, tmp_path: Path) -> None:
         assert str(error.value).count(words) >= 1, words
 
 
+def test_a_recipe_with_a_wrong_key_still_tells_of_files_that_are_missing(file: Path, capfd: Captured) -> None:
+    gone = ["data.train=[none.txt, builtin:docs/train]", "data.validation={a: absent.txt}"]
+    for verb in (["train"], ["launch", "cpu"]):
+        assert main.run([*verb, str(file), "--dry-run", "optim.lrr=1", "data.blocksize=8", *gone]) == 2
+        said = capfd.readouterr().err
+        for words in (
+            "unknown key optim.lrr",
+            "unknown key data.blocksize",
+            "none.txt: no such",
+            "absent.txt: no such",
+        ):
+            assert said.count(words) == 1, words
+    assert main.run(["train", str(file), "--dry-run", "data=3"]) == 2
+
+
 def test_a_launch_foresees_the_memory_of_its_ranks(file: Path, capfd: Captured) -> None:
     said = {}
     for config in ("cpu", "cpu-2", "cpu-2-zero2"):

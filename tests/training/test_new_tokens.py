@@ -192,6 +192,10 @@ def test_a_resumed_run_gives_the_same_rows(
         (['data.new_tokens=["the"]'], "the is a token of the base already"),
         (['data.new_tokens=["<|a|>", "<|a|>"]'], "named twice"),
         (['data.new_tokens=[" a"]'], "white space at an end"),
+        (
+            ['data.new_tokens=["&"]'],
+            "data.new_tokens.0: expected a name of 2 to 100 characters like <|name|>, found '&'",
+        ),
         (['data.new_tokens=["a\\nb"]'], "control character"),
         (["lora.modules_to_save=[wte]"], "leave wte out of lora"),
         (["lora.targets=[c_attn, lm_head]"], "leave lm_head out of lora"),

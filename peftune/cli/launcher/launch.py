@@ -70,10 +70,9 @@ def launch(
     options = configuration.read(config, processes, nodes)
     if dry_run:
         from peftune.cli.output.dry_run import print_dry_run
-        from peftune.config.recipe import load_recipe
 
         on_cpu = "CUDA_VISIBLE_DEVICES" in options.environment
-        print_dry_run(load_recipe(recipe, overrides), options.way(), options.ranks(), on_cpu)
+        print_dry_run(Path(recipe), overrides, options.way(), options.ranks(), on_cpu)
         return 0
     options.apply()
     train = ["-m", "peftune", "train", *arguments_of_verbosity()]

@@ -41,13 +41,7 @@ def evaluate(
     Example:  peftune eval --base gpt2 --adapter poems=adapters/poems --data poems=held.txt --data code=code.jsonl
     """
     folders, columns, paths = named("--adapter", adapters), columns_of(column), named("--data", data)
-    from peftune.cli.output.evaluate import (
-        print_intervals,
-        print_matrix,
-        print_memorised,
-        print_not_held_out,
-        print_routing,
-    )
+    from peftune.cli.output import evaluate as tables
     from peftune.inference.evaluation.memorisation import Window
     from peftune.inference.perplexity import evaluate
     from peftune.inference.routing.accuracy import measure_routing
@@ -55,15 +49,15 @@ def evaluate(
     domains = {name: source_of(path, columns) for name, path in paths.items()}
     if routing:
         found = measure_routing(base, domains, folders, prompt_tokens, prompts, threshold)
-        print_routing(found, [*folders, "base"])
+        tables.print_routing(found, [*folders, "base"])
     else:
         learnt = {name: source_of(path, columns) for name, path in named("--trained-on", trained_on).items()}
         window = Window(prompt_tokens, continued_tokens)
         found = evaluate(base, domains, folders, batch, precision, block_size, learnt, window)
         for key in ("perplexity", "bits_per_byte"):
-            print_matrix(found["rows"], key)
-        print_intervals(found)
+            tables.print_matrix(found["rows"], key)
+        tables.print_intervals(found)
         if learnt:
-            print_memorised(found)
-        print_not_held_out(found)
+            tables.print_memorised(found)
+        tables.print_not_held_out(found)
     save_json(json_path, found)

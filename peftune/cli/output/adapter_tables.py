@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-
-from rich.table import Table
-from rich.text import Text
 
 from peftune.adapters.edit.combine import CombineResult
 from peftune.adapters.edit.extract import ExtractResult
@@ -25,6 +22,7 @@ from peftune.adapters.provenance import (
     recorded_list,
 )
 from peftune.cli.output.text_output import print_table, results
+from peftune.console import name_some
 from peftune.model.lora import ALL, ATTENTION
 
 _BAR = 24
@@ -39,20 +37,10 @@ def lines(*texts: str) -> None:
         results().print(" ".join(text.split("\n")), soft_wrap=True)
 
 
-def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], left: int = 1) -> None:
-    """Print a table whose first `left` columns are words and whose others are figures."""
-    made = Table(header_style="bold", pad_edge=False)
-    for number, name in enumerate(columns):
-        made.add_column(name, justify="left" if number < left or not name else "right", overflow="fold")
-    for row in rows:
-        made.add_row(*(Text(" ".join(cell.split("\n"))) for cell in row))
-    print_table(title, made)
-
-
 def figures(title: str, first: str, columns: Columns, rows: Mapping[str, Mapping[str, Any]]) -> None:
     """Print a table of figures by module, or by what `first` says."""
     cells = ([short(name), *(text(row.get(key)) for key, text in columns.values())] for name, row in rows.items())
-    table(title, (first, *columns), cells)
+    print_table(title, (first, *columns), cells)
 
 
 def print_scan(found: ScanResult) -> None:
@@ -63,7 +51,7 @@ def print_scan(found: ScanResult) -> None:
         lines(f"{found.directory}: no adapter here or below")
     if usable:
         columns = ("adapter", "base", "variant", "targets", "rank", "MB", "steps", "validation loss")
-        table(f"{len(usable)} adapters in {found.directory}", columns, map(_row, usable), left=4)
+        print_table(f"{len(usable)} adapters in {found.directory}", columns, map(_row, usable), left=4)
     if broken:
         lines(f"{len(broken)} that cannot be used:", *broken)
     lines(*found.notes())
@@ -134,7 +122,7 @@ def print_comparison(found: Comparison) -> None:
             lines(f"only in the {which}: {', '.join(map(short, names))}")
     if found.differences:
         rows = [[key, _abbreviated(a), _abbreviated(b)] for key, (a, b) in found.differences.items()]
-        table("What differs in how they were made", ("", "first", "second"), rows, left=3)
+        print_table("What differs in how they were made", ("", "first", "second"), rows, left=3)
     lines(*(f"note: {note}" for note in found.notes))
 
 
@@ -204,7 +192,7 @@ def _ranks(modules: dict[str, ModuleDescription]) -> Iterator[str]:
     for name, module in modules.items():
         groups.setdefault((module.rank, module.alpha, module.scale), []).append(short(name))
     for (rank, alpha, scale), names in sorted(groups.items()):
-        where = f": {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+        where = f": {name_some(names, 4)}"
         yield f"rank {rank}, alpha {alpha:g}, scale {scale:.4g}{where if len(groups) > 1 else ''}"
 
 
@@ -244,7 +232,7 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
         values = [recorded(of, model, key) for key in ("loss", "perplexity") for model in (first, "adapter")]
         rows.append([domain, *(f"{value:,.3f}" if isinstance(value, int | float) else "-" for value in values)])
     if rows:
-        table(
+        print_table(
             "How well",
             ["validated on", f"loss, {before}", "with adapter", f"perplexity, {before}", "with adapter"],
             rows,
@@ -266,7 +254,7 @@ def _print_norms(found: AdapterDescription) -> None:
     if rows:
         measured = any(module.relative is not None for module in found.modules.values())
         title = f"Norm {found.norms_are}, by block{' (and in % of the norm of the weight)' if measured else ''}"
-        table(title, ("block", *columns, "all", ""), rows)
+        print_table(title, ("block", *columns, "all", ""), rows)
 
 
 def _provenance(found: AdapterDescription) -> Iterator[str]:

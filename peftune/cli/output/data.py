@@ -15,7 +15,7 @@ from peftune.console import SafeConsole
 from peftune.errors import UserError
 
 if TYPE_CHECKING:
-    from peftune.config.data_section import Source
+    from peftune.config.data_section import DataSection
     from peftune.model.base import Base
 
 _BAR_WIDTH = 40  # characters
@@ -26,38 +26,31 @@ _SPAN_LIMIT = 6  # documents shown of the preview
 
 
 def run(
-    sources: list[Source],
-    base: Base,
-    block_size: int | None,
-    split_on: str = "auto",
-    json_path: Path | None = None,
-    special_tokens: str = "text",
-    chat: str = "plain",
-    fix: Path | None = None,
+    how: DataSection, base: Base, block_size: int | None, json_path: Path | None = None, fix: Path | None = None
 ) -> None:
-    """Print the summary on stdout and, if asked for, write it as JSON; blocks are as long as the context by default.
+    """Print the summary of what `how` trains on and, if asked for, write it as JSON; by default a block is the context.
 
     With `fix` a cleaned copy of the sources is written there. UserError for bad rows, after what the others are.
     """
     from peftune.data.lint.clean import DATA, write_clean
-    from peftune.training.planning.summary import summarize_data
+    from peftune.data.summary import summarize
 
-    told = [] if fix is None else [f"  {line}" for line in write_clean(sources, fix, split_on, chat).lines()]
-    options = base, block_size, split_on, special_tokens, chat
+    told = [] if fix is None else [f"  {line}" for line in write_clean(how, fix).lines()]
+    of_base = base.tokenizer, base.tokenizer_fingerprint, base.block_size(block_size)
     refused = None
     try:
-        summary = summarize_data(sources, *options)
+        summary = summarize(how, *of_base)
     except UserError as error:
-        refused, sources = error, [one.model_copy(update={"on_bad_row": "skip"}) for one in sources]
+        refused, skipping = error, [one.model_copy(update={"on_bad_row": "skip"}) for one in how.train]
         try:  # to show what else there is
-            summary = summarize_data(sources, *options)
+            summary = summarize(how.model_copy(update={"train": skipping}), *of_base)
         except UserError:
             raise error from None
     save_json(json_path, summary)
     render(summary, results())
     if fix is not None:
         for line in (f"{fix}: a cleaned copy is in {fix / DATA}, what was done in report.txt and report.json", *told):
-            results().print(line, markup=False, highlight=False, soft_wrap=True)
+            results().print(line, soft_wrap=True)
     if refused is not None:
         raise refused
 
@@ -65,15 +58,15 @@ def run(
 def render(summary: dict[str, Any], console: SafeConsole) -> None:
     """Print a summary; what is scored is in colour, or between ⟦ and ⟧ where there is none."""
     for line in summary["notes"]:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     _render_files(summary["files"], console)
     _render_numbers(summary, console)
     _render_histogram(summary, console)
     from peftune.data.lint.finding import Finding
 
     for finding in summary["findings"]:
-        console.print(f"! {Finding(**finding).head()}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-        console.print(f"  {finding['advice']}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"! {Finding(**finding).head()}", style="yellow", soft_wrap=True)
+        console.print(f"  {finding['advice']}", soft_wrap=True)
     if summary["chat"]:
         console.print(
             "of a chat, what the assistant says is scored, and what ends its turn: a blank line and User:, or the end",
@@ -85,9 +78,9 @@ def render(summary: dict[str, Any], console: SafeConsole) -> None:
 def _render_files(files: list[dict[str, Any]], console: SafeConsole) -> None:
     for cut in files[:_FILE_LIMIT] if len(files) > 1 else ():
         line = f"  {cut['documents']:>9,}  {' '.join(cut['file'].split())}  ({cut['rule']})"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     if len(files) > _FILE_LIMIT:
-        console.print(f"  and {len(files) - _FILE_LIMIT:,} more files", highlight=False)
+        console.print(f"  and {len(files) - _FILE_LIMIT:,} more files")
 
 
 def _render_numbers(summary: dict[str, Any], console: SafeConsole) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import yaml
 
 from peftune.cli.output.text_output import echo
-from peftune.config.recipe import Recipe
+from peftune.config.recipe import recipe_from, recipe_values
 from peftune.console import counted
 from peftune.data.batches import Blocks
+from peftune.data.sources.read import missing_files
+from peftune.errors import UserError
 from peftune.training.checkpoint import Checkpoint
 from peftune.training.export.adapter import Delivery
 from peftune.training.planning.dry_run import DryRun, dry_run
@@ -20,8 +22,13 @@ from peftune.training.planning.memory_model import Way
 _LAYOUTS = {"one": "1 process", "ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 
 
-def print_dry_run(recipe: Recipe, way: Way = "one", ranks: int = 1, cpu: bool = False) -> None:
+def print_dry_run(path: Path, overrides: list[str] | None, way: Way = "one", ranks: int = 1, cpu: bool = False) -> None:
     """Print what a run would do; UserError names every problem that can be found."""
+    values = recipe_values(path, overrides)
+    try:
+        recipe = recipe_from(values, [], str(path))
+    except UserError as error:
+        raise UserError("; ".join([str(error), *missing_files(values.get("data"))])) from None
     found = dry_run(recipe, way, ranks, cpu)
     values = found.recipe.model_dump(mode="json")
     data = values["data"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Column, Table
 from rich.text import Text
 
 from peftune.cli.output.text_output import echo, print_table
@@ -18,18 +16,15 @@ Matrix = Mapping[str, Mapping[str, Mapping[str, float]]]
 def print_matrix(rows: Matrix, key: str = "perplexity") -> None:
     """Print rows (the base first, then adapters) by domains; the best is green, changes are against the base."""
     title = {"perplexity": "Perplexity (lower is better)", "bits_per_byte": "Bits per byte"}.get(key, key)
-    domains = list(next(iter(rows.values())))
-    table = _table("model", domains)
-    best = {domain: min(figures[domain][key] for figures in rows.values()) for domain in domains}
-    for name, figures in rows.items():
-        cells = []
-        for domain in domains:
-            value, base = figures[domain][key], rows["base"][domain][key]
-            against = f" ({change(value, base)})" if name != "base" and base else ""
-            is_best = len(rows) > 1 and value == best[domain]
-            cells.append(Text(f"{value:,.2f}{against}", "bold green" if is_best else ""))
-        table.add_row(Text(name), *cells)
-    print_table(title, table)
+    best = {domain: min(figures[domain][key] for figures in rows.values()) for domain in rows["base"]}
+
+    def cell(name: str, domain: str) -> Text:
+        value, base = rows[name][domain][key], rows["base"][domain][key]
+        against = f" ({change(value, base)})" if name != "base" and base else ""
+        is_best = len(rows) > 1 and value == best[domain]
+        return Text(f"{value:,.2f}{against}", "bold green" if is_best else "")
+
+    print_table(title, ["model", *best], ([name, *(cell(name, domain) for domain in best)] for name in rows))
 
 
 def print_not_held_out(found: Mapping[str, Any]) -> None:
@@ -48,51 +43,47 @@ def print_intervals(found: Mapping[str, Any]) -> None:
     Green is surely better than the base, red surely worse: on another domain than its own, what an adapter forgot.
     """
     title = "With 95 % intervals over documents; against the base in nats per token, below 0 is better"
-    table = _table("domain", ["documents", "model", "perplexity", "against the base"])
+    rows = []
     for domain, facts in found["domains"].items():
         for name, row in found["intervals"].items():
-            first, against = name == "base", row[domain].get("against_base")
-            cells: list[str | Text] = [
-                Text(domain if first else ""),
-                f"{facts['documents']:,}" if first else "",
-                Text(name),
-            ]
-            cells.append(_with_interval(found["rows"][name][domain]["perplexity"], row[domain]["perplexity"], ",.2f"))
+            against = row[domain].get("against_base")
             low, high = against["interval"] or (0, 0) if against else (0, 0)
             style = "green" if high < 0 else "red" if low > 0 else ""
             change = _with_interval(against["loss"], against["interval"], "+.4f") if against else ""
-            table.add_row(*cells, Text(change, style))
-    print_table(title, table)
+            perplexity = _with_interval(found["rows"][name][domain]["perplexity"], row[domain]["perplexity"], ",.2f")
+            begins = [domain, f"{facts['documents']:,}"] if name == "base" else ["", ""]
+            rows.append([*begins, name, perplexity, Text(change, style)])
+    print_table(title, ["domain", "documents", "model", "perplexity", "against the base"], rows)
 
 
 def print_memorised(found: Mapping[str, Any]) -> None:
     """Print training texts by models: how many windows greedy decoding reproduces."""
     window = found["window"]
     title = f"Memorised: {window['continued']} tokens reproduced after {window['prompt']} of training text"
-    table = _table("training text", ["windows", "model", "reproduced", "share"])
+    rows = []
     for source in found["memorised"]["base"]:
         for name, row in found["memorised"].items():
-            facts, first = row[source], name == "base"
+            facts = row[source]
             share = _with_interval(facts["share"], facts["interval"], ".1%")
-            windows = f"{facts['windows']:,}" if first else ""
-            table.add_row(Text(source if first else ""), windows, Text(name), f"{facts['reproduced']:,}", share)
-    print_table(title, table)
+            begins = [source, f"{facts['windows']:,}"] if name == "base" else ["", ""]
+            rows.append([*begins, name, f"{facts['reproduced']:,}", share])
+    print_table(title, ["training text", "windows", "model", "reproduced", "share"], rows)
 
 
 def print_scores(found: Mapping[str, Any]) -> None:
     """Print systems by metrics with 95 % intervals, from the second system on also against the first."""
     systems = found["systems"]
     title = f"{found['items']:,} items, {found['references']:,} references; 95 % intervals over items"
-    first = next(iter(systems))
-    table = _table("texts", ["metric", "score", *([f"against {first}"] if len(systems) > 1 else [])])
+    rows = []
     for name, scores in systems.items():
-        for number, (metric, facts) in enumerate(scores.items()):
-            cells = [metric, _with_interval(facts["score"], facts.get("interval"), ",.2f")]
-            if len(systems) > 1:
-                against = facts.get("against")
-                cells.append(_with_interval(against["score"], against["interval"], "+,.2f") if against else "")
-            table.add_row(Text("" if number else name), *cells)
-    print_table(title, table)
+        for metric, facts in scores.items():
+            begins = [name if metric == next(iter(scores)) else "", metric]
+            against = facts.get("against")
+            compared = _with_interval(against["score"], against["interval"], "+,.2f") if against else ""
+            rows.append([*begins, _with_interval(facts["score"], facts.get("interval"), ",.2f"), compared])
+    columns = ["texts", "metric", "score", f"against {next(iter(systems))}"]
+    shown = len(columns) if len(systems) > 1 else len(columns) - 1
+    print_table(title, columns[:shown], (row[:shown] for row in rows))
 
 
 def _with_interval(value: float, interval: Sequence[float] | None, form: str) -> str:
@@ -103,11 +94,11 @@ def _with_interval(value: float, interval: Sequence[float] | None, form: str) ->
 
 def print_routing(found: Mapping[str, Any], names: Sequence[str]) -> None:
     """Print what `measure_routing` found: where prompts went, and both errors here and at the calibrated threshold."""
-    table = _table("prompts of", [*names, "right"])
+    rows = []
     for domain, facts in found["routing"].items():
-        cells = [Text(str(facts["to"].get(name, 0)), "green" if name == domain else "") for name in names]
-        table.add_row(Text(domain), *cells, f"{facts['accuracy']:.1%}")
-    print_table("Where prompts are sent", table)
+        sent = [Text(str(facts["to"].get(name, 0)), "green" if name == domain else "") for name in names]
+        rows.append([domain, *sent, f"{facts['accuracy']:.1%}"])
+    print_table("Where prompts are sent", ["prompts of", *names, "right"], rows)
     says = {
         "false_accept": "of the prompts of no domain go to an adapter",
         "false_reject": "of the prompts of a domain go to the base",
@@ -118,8 +109,3 @@ def print_routing(found: Mapping[str, Any], names: Sequence[str]) -> None:
                 f"{share:.1%} {says[name]}" for name, share in errors.get("errors", errors).items() if name in says
             ]
             echo(f"{which} {errors['threshold']:g}: {', '.join(shares)}")
-
-
-def _table(first: str, others: Sequence[str]) -> Table:
-    columns = (Column(first, overflow="fold"), *(Column(escape(o), justify="right", overflow="fold") for o in others))
-    return Table(*columns, header_style="bold", pad_edge=False)

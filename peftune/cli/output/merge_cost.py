@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from rich.table import Table
-
 from peftune.cli.output.text_output import print_table
 from peftune.config.data_section import Source
 from peftune.inference.perplexity import evaluate
@@ -27,11 +25,9 @@ def losses(base: str | None, text: Source, adapter: Path | None = None) -> dict[
 
 def print_losses(text: str, figures: Mapping[str, Figures]) -> None:
     """Print loss and perplexity by model, each with its distance to base + adapter."""
-    table = Table("model", header_style="bold", pad_edge=False)
-    for name in ("nats per token", "against base + adapter", "perplexity"):
-        table.add_column(name, justify="right")
+    rows = []
     for name, of in figures.items():
         against = f"{of['loss'] - figures['adapter']['loss']:+.4f}" if name != "adapter" else ""
         label = "base + adapter" if name == "adapter" else name
-        table.add_row(label, f"{of['loss']:.4f}", against, f"{of['perplexity']:,.2f}")
-    print_table(f"On {text}", table)
+        rows.append([label, f"{of['loss']:.4f}", against, f"{of['perplexity']:,.2f}"])
+    print_table(f"On {text}", ["model", "nats per token", "against base + adapter", "perplexity"], rows)

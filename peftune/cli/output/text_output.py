@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 
 import typer
 from rich.table import Table
@@ -26,9 +27,16 @@ def results() -> SafeConsole:
     return SafeConsole(highlight=False, markup=False, width=None if sys.stdout.isatty() else _UNLIMITED)
 
 
-def print_table(title: str, table: Table) -> None:
-    """A table under its title, which would wrap at the table's width if it were the table's own."""
-    console = results()
+def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str | Text]], left: int = 1) -> None:
+    """A table whose first `left` columns are words and whose others are figures; each cell is one line.
+
+    The title stands above: as the table's own it would wrap at the table's width.
+    """
+    table, console = Table(header_style="bold", pad_edge=False), results()
+    for number, name in enumerate(columns):
+        table.add_column(Text(name), justify="left" if number < left or not name else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else Text(" ".join(cell.split("\n"))) for cell in row))
     console.print(Text(title, style="bold"), soft_wrap=True)
     console.print(table)
 

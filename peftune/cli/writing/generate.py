@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,11 +16,8 @@ from peftune.cli.options import save_json
 from peftune.cli.output.text_output import CONTINUATION, HEADER, PROMPT, TextPrinter
 from peftune.config.data_section import Source
 from peftune.console import Console
-from peftune.data.references import Item, as_line, read_items, write_hypotheses
-from peftune.data.rows.row_columns import kind_of
-from peftune.data.sources import records
+from peftune.data.references import Item, as_line, read_items, read_prompts, write_hypotheses
 from peftune.data.sources.chat_template import EOS_TURNS, STOPS
-from peftune.data.sources.decode import open_text
 from peftune.errors import UserError
 from peftune.inference.generate import TextGenerator, check_search, text_generator
 from peftune.inference.request import Generation, context_ids, slide
@@ -172,20 +169,3 @@ def gather(given: Sequence[str], file: Path | None) -> list[str]:
         except UnicodeEncodeError as error:
             raise UserError(f"prompt {number}: not valid UTF-8 at character {error.start + 1}; expected text") from None
     return prompts
-
-
-def read_prompts(file: Path) -> Iterator[str]:
-    """One prompt a line, blank lines left out; from jsonl, json, csv, tsv or parquet the column `prompt`.
-
-    A byte order mark and CRLF line ends are understood. Raises UserError that says where something cannot be read.
-    """
-    if file.suffix.lower() in records.SUFFIXES:
-        for where, columns in records.rows(file, lambda names: [name for name in names if name == "prompt"]):
-            prompt = columns.get("prompt")
-            if not isinstance(prompt, str):
-                found = f"prompt is {kind_of(prompt)}" if "prompt" in columns else "no prompt"
-                raise UserError(f'{where}: {found}; expected {{"prompt": "text"}} in every row')
-            yield prompt
-    else:
-        with open_text(file) as lines:
-            yield from (line.rstrip("\n") for line in lines if line.strip())

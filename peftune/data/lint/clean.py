@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from peftune.config.data_section import Source
-from peftune.data.documents import Document, ReadStats, SkippedRows
-from peftune.data.lint.finding import Finding, joined
+from peftune.config.data_section import DataSection, Source
+from peftune.data.documents import Document, Occurrences, ReadStats
+from peftune.data.lint.finding import Finding
 from peftune.data.lint.mojibake import mended
-from peftune.data.lint.text_rules import CONTROL, findings_of, watched
+from peftune.data.lint.text_rules import CONTROL, count_faults, findings_of
 from peftune.data.rows.row_documents import RowReader
 from peftune.data.sources import plain_text, records
 from peftune.data.sources.listing import has_rows
@@ -37,7 +37,7 @@ _GAPS = {
 class Cleaned:
     """What was changed, by kind with the first places; what lint still finds; and the files, from and to."""
 
-    changes: dict[str, SkippedRows] = field(default_factory=dict)
+    changes: dict[str, Occurrences] = field(default_factory=dict)
     remaining: list[Finding] = field(default_factory=list)
     files: list[dict[str, Any]] = field(default_factory=list)
 
@@ -45,16 +45,20 @@ class Cleaned:
         """The report for people."""
         kept, read = (sum(file[key] for file in self.files) for key in ("kept", "read"))
         yield f"{kept:,} of {read:,} documents kept, in {sum(bool(file['to']) for file in self.files):,} files"
-        yield from (f"{kind}: {one.rows:,}, first {joined(one.first)}" for kind, one in self.changes.items())
+        yield from (f"{kind}: {one.rows:,}, first {one.places()}" for kind, one in self.changes.items())
         if not self.changes:
             yield "nothing was to be changed"
         yield from (f"left as it is: {finding.line()}" for finding in self.remaining)
 
 
-def write_clean(sources: Sequence[Source], out: Path, split_on: str = "auto", chat: str = "plain") -> Cleaned:
-    """Write `out`, which must not exist: `data/`, report.json, report.txt. UserError for what cannot be read."""
+def write_clean(how: DataSection, out: Path) -> Cleaned:
+    """Clean what `how` trains on into `out`, which must not exist: `data/`, report.json, report.txt.
+
+    UserError for what cannot be read.
+    """
+    sources = how.read_as(how.train)
     files = [(source, path) for source in sources for path in _files(source, out)]
-    split_on, cleaner = settle_split(sources, split_on), _Cleaner(chat)
+    split_on, cleaner = settle_split(sources, how.split_on), _Cleaner(how.chat)
     with staging_directory(out) as directory:
         for number, (source, path) in enumerate(files):
             name = _name(source, path)
@@ -108,23 +112,22 @@ class _Cleaner:
 
     def rows(self, source: Source, path: Path, target: Path) -> tuple[Path, int, int]:
         """Write the cleaned rows of a file; where, and how many were read and kept."""
-        table = path.suffix.lower() in (".csv", ".tsv")
-        target = target if table else target.with_suffix(".jsonl")
+        separator = records.DELIMITED.get(path.suffix.lower())
+        target = target if separator else target.with_suffix(".jsonl")
         read = kept = 0
-        delimiter = source.delimiter or ("\t" if path.suffix.lower() == ".tsv" else ",")
 
         def bad(error: Any) -> None:
             self._count("rows that cannot be read, left out", error.location)
 
         with target.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
+            writer = csv.writer(file, delimiter=source.delimiter or separator or ",", lineterminator="\n")
             for place, row in records.rows(path, list, None, source.codec(), source.delimiter, bad):
                 read += 1
                 clean = {name: self._clean_value(value, place) for name, value in row.items()}
                 self._strip_prompt(source, clean, place)
                 if not self._keep_row(source, clean, place):
                     continue
-                if table:
+                if separator:
                     if not kept:
                         writer.writerow(clean)
                     writer.writerow(clean.values())
@@ -153,8 +156,8 @@ class _Cleaner:
             self._count("repeats of another document, left out", place)
             return False
         self.seen.add(digest)
-        for _ in watched(documents, self.faults):
-            pass
+        for document in documents:
+            count_faults(document, self.faults)
         return True
 
     def _cleaned(self, text: str, place: str) -> str:
@@ -180,7 +183,7 @@ class _Cleaner:
             self._count("white space at the end of prompts removed", place)
 
     def _count(self, kind: str, place: str) -> None:
-        self.found.changes.setdefault(kind, SkippedRows()).add(place)
+        self.found.changes.setdefault(kind, Occurrences()).add(place)
 
     def _count_line_ends(self, path: Path) -> None:
         with path.open("rb") as file:
@@ -200,7 +203,7 @@ def _line_of(row: dict[str, Any]) -> str:
 def _files(source: Source, out: Path) -> list[Path]:
     if out.exists() or out.is_symlink():
         raise UserError(f"{out}: exists; give a directory that does not")
-    files = None if source.path.startswith("builtin:") else files_of(source)
+    files = files_of(source)
     if files is None:
         raise UserError(f"{source.path}: only files can be cleaned, not a built-in corpus or a hub data set")
     if Path(source.path).is_dir() and out.resolve().is_relative_to(Path(source.path).resolve()):

@@ -23,9 +23,9 @@ def of_corpus(
     store: TokenStore, documents: np.ndarray, tokenizer: PreTrainedTokenizerFast, parse: bool, places: Places
 ) -> list[Finding]:
     """Findings about rows, special tokens, texts, and the tokens of the documents that are used."""
-    special = special_findings(store.special_tokens, tokenizer, parse)
+    special = special_findings(store.report.special_tokens, tokenizer, parse)
     known = {one.what for one in special}
-    texts = [one for one in findings_of(store.faults) if one.what not in known]
+    texts = [one for one in findings_of(store.report.faults) if one.what not in known]
     return [*of_rows(store.left_out), *special, *texts, *odd_texts(store, documents, places)]
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 
 from peftune.console import counted
-from peftune.data.documents import FIRST_PLACES, LeftOut
+from peftune.data.documents import LeftOut
 from peftune.errors import UserError
 
 
@@ -35,18 +33,11 @@ class Finding:
         return f"{self.head()}: {self.advice}"
 
 
-def joined(places: Iterable[str]) -> str:
-    """The first few of some places."""
-    return ", ".join(islice(places, FIRST_PLACES))
-
-
 def of_rows(left_out: LeftOut) -> list[Finding]:
     """A finding for each reason for which rows were skipped, the commonest first, and for what `where` never found."""
     advice = "nothing is learnt from them; mend them, or look whether the right columns are read"
     several = sorted(left_out.skipped.items(), key=lambda item: -item[1].rows)
-    found = [
-        Finding(f"skipped rows, {why}", group.rows, joined(group.first), advice, unit="row") for why, group in several
-    ]
+    found = [Finding(f"skipped rows, {why}", group.rows, group.places(), advice, unit="row") for why, group in several]
     if left_out.never:
         what = f"where asks for what no row holds: {', '.join(left_out.never)}"
         found.append(Finding(what, 0, "", "look for a spelling mistake, or leave it out"))

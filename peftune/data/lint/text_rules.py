@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import NamedTuple
 
-from peftune.data.documents import Document, FileCut, ReadStats, SkippedRows
-from peftune.data.lint.finding import Finding, joined
+from peftune.data.documents import Document, FileCut, Occurrences
+from peftune.data.lint.finding import Finding
 from peftune.data.lint.mojibake import is_mojibake, mended
 from peftune.data.sources.chat_template import names_a_turn
 from peftune.data.sources.plain_text import END_OF_TEXT
@@ -97,32 +97,22 @@ _E_MAIL = re.compile(
 )
 
 
-def watched(documents: Iterable[Document], faults: MutableMapping[str, SkippedRows]) -> Iterator[Document]:
-    """The documents as they come; `faults`, which makes what it lacks, counts those that a rule applies to."""
-    for document in documents:
-        for name in _faults_of(document):
-            faults[name].add(document.source)
-        yield document
+def count_faults(document: Document, faults: MutableMapping[str, Occurrences]) -> None:
+    """Count a document in `faults`, which makes what it lacks, under each rule that applies to it."""
+    for name in _faults_of(document):
+        faults[name].add(document.source)
 
 
-def lint(documents: Iterable[Document]) -> list[Finding]:
-    """Findings over a stream of documents, in a fixed order, only those that occur."""
-    stats = ReadStats()
-    for _ in watched(documents, stats.faults):
-        pass
-    return findings_of(stats.faults)
-
-
-def findings_of(faults: Mapping[str, SkippedRows]) -> list[Finding]:
+def findings_of(faults: Mapping[str, Occurrences]) -> list[Finding]:
     """What was counted by the name of a rule, as findings."""
     return [
-        Finding(rule.what, faults[name].rows, joined(faults[name].first), rule.advice, rule.loud)
+        Finding(rule.what, faults[name].rows, faults[name].places(), rule.advice, rule.loud)
         for name, rule in RULES.items()
         if name in faults
     ]
 
 
-def without_an_end(cuts: Iterable[Sequence[FileCut]], faults: MutableMapping[str, SkippedRows]) -> None:
+def without_an_end(cuts: Iterable[Sequence[FileCut]], faults: MutableMapping[str, Occurrences]) -> None:
     """Count the text files that `auto` did not cut at the end of text where it cut others of the source there."""
     for files in cuts:
         if any(cut.rule == "endoftext" for cut in files):

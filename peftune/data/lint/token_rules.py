@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from peftune.data.documents import FIRST_PLACES, first_of_equals
-from peftune.data.lint.finding import Finding, joined
+from peftune.data.lint.finding import Finding
 from peftune.data.lint.shingles import near_duplicates, shared_runs
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def finding(what: str, numbers: Sequence[int] | np.ndarray, places: Places, advi
         return []
     first = [int(number) for number in numbers[:FIRST_PLACES]]
     where = places(first)
-    return [Finding(what, len(numbers), joined(where[number] for number in first), advice, loud)]
+    return [Finding(what, len(numbers), ", ".join(where[number] for number in first), advice, loud)]
 
 
 def odd_texts(store: TokenStore, documents: np.ndarray, places: Places) -> list[Finding]:

@@ -120,9 +120,7 @@ def _joined(row: Mapping[str, Any], name: str, location: str, optional: bool) ->
     if text is None and isinstance(value, dict):
         raise BadRow(location, f"{{{name}}} is an object", f"; name a part of it, such as {{{name}.{_first(value)}}}")
     if text is None and not optional and top_column(name, row) not in row:
-        raise BadRow(
-            location, f"no column {top_column(name, row)!r} in this row", f"; found {', '.join(row) or 'none'}"
-        )
+        raise missing_column(row, top_column(name, row), location)
     if text is None and not optional:
         raise BadRow(location, f"nothing in {{{name}}}", "; what may be missing stands in [[…]]")
     return "" if text is None or (optional and not text.strip()) else text

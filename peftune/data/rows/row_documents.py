@@ -8,16 +8,9 @@ from contextlib import closing
 from typing import Any
 
 from peftune.config.data_section import Source
+from peftune.config.spelling import spelt
 from peftune.data.documents import BadRow, Document, ReadStats
-from peftune.data.rows.row_columns import (
-    columns_in,
-    is_template,
-    kind_of,
-    missing_column,
-    reach,
-    text_of,
-    top_column,
-)
+from peftune.data.rows.row_columns import columns_in, is_template, kind_of, missing_column, reach, text_of, top_column
 from peftune.data.rows.row_filter import RowFilter
 from peftune.data.sources import chat_template, plain_text, records
 from peftune.errors import UserError
@@ -25,6 +18,40 @@ from peftune.errors import UserError
 _KINDS = (["text"], ["prompt", "completion"], ["messages"], ["conversations"])
 _COUNTED_ON = 100_000  # rows after the first bad one, to say how many there are
 _REASONS_TOLD = 3
+
+
+class _BadRows:
+    """Those of one file: skipped, or refused once `count_on` more rows were read to say how many there are."""
+
+    def __init__(self, skips: bool, count_on: int) -> None:
+        self.skips, self.count_on = skips, count_on
+        self.reasons, self.first_row, self.first = Counter[str](), 0, ""
+
+    def add(self, error: BadRow, row: int) -> None:
+        """Count the row of this number."""
+        if not self.reasons:
+            self.first_row, self.first = row, str(error)
+        self.reasons[error.reason] += 1
+
+    def refuses(self) -> bool:
+        """Whether the file is refused, so that nothing more of it is used."""
+        return bool(self.reasons) and not self.skips
+
+    def counted_enough(self, rows: int) -> bool:
+        """Whether no more rows need be read to refuse the file."""
+        return self.refuses() and rows >= self.first_row + self.count_on
+
+    def check(self, rows: int) -> None:
+        """UserError with the first bad row and how many there are, where all of them or any may not be bad."""
+        bad = self.reasons.total()
+        if not bad or (self.skips and bad < rows):
+            return
+        if bad == rows:
+            raise UserError(self.first if bad == 1 else f"{self.first} (none of the {bad:,} rows can be used)")
+        so_far = f"the first {rows:,}" if self.counted_enough(rows) else f"{rows:,}"
+        reasons = "; ".join(f"{reason}: {count:,}" for reason, count in self.reasons.most_common(_REASONS_TOLD))
+        counted = f"{bad:,} of {so_far} rows cannot be used{f' ({reasons})' if len(self.reasons) > 1 else ''}"
+        raise UserError(f"{self.first}. {counted}: mend them, or leave them out with {spelt(on_bad_row='skip')}")
 
 
 class RowReader:
@@ -39,13 +66,12 @@ class RowReader:
         named = (source.text, source.prompt, source.completion, source.messages)
         self.named = [name for name in named if name is not None]
         self.filter = RowFilter(source.where) if source.where else None
-        self.skips = source.on_bad_row == "skip"
         self._unseen: set[str] | None = None  # columns of templates that no row has had yet
         self._begin(_COUNTED_ON)
 
     def _begin(self, count_on: int) -> None:
         self.columns: list[str] | None = None
-        self.rows, self.bad, self.first, self.count_on = 0, Counter[str](), (0, ""), count_on
+        self.rows, self.bad = 0, _BadRows(self.source.on_bad_row == "skip", count_on)
 
     def documents(self, rows: records.Rows, count_on: int = _COUNTED_ON) -> Iterator[Document]:
         """Documents of a file or hub data set.
@@ -57,24 +83,22 @@ class RowReader:
             try:
                 for location, row in self._wanted(rows):
                     document = self._document(row, location)
-                    if self._counted_enough():
+                    if self.bad.counted_enough(self.rows):
                         break
-                    if document is not None and (self.skips or not self.bad):
+                    if document is not None and not self.bad.refuses():
                         yield document
             except UserError:
-                if self.skips or not self.bad:
+                if not self.bad.refuses():
                     raise  # of the whole file; a bad row before it comes first
         self.stats.left_out.rows += self.rows
-        if self.bad and not (self.skips and self.bad.total() < self.rows):
-            raise self._refusal()
+        self.bad.check(self.rows)
 
     def bad_row(self, error: BadRow) -> None:
         """Skip a row, or remember it until its file is refused."""
-        if self.skips:
+        if self.bad.skips:
             self.stats.left_out.skip(error)
-        self.first = self.first if self.bad else (self.rows, str(error))
-        self.bad[error.reason] += 1
-        if self._counted_enough():
+        self.bad.add(error, self.rows)
+        if self.bad.counted_enough(self.rows):
             raise error
 
     def unreadable(self, error: BadRow) -> None:
@@ -99,19 +123,6 @@ class RowReader:
             self.stats.left_out.never += self.filter.check(self.source.path)
         if self._unseen:
             raise UserError(f"{self.source.path}: no row has the column {min(self._unseen)!r} of the template")
-
-    def _counted_enough(self) -> bool:
-        return not self.skips and bool(self.bad) and self.rows >= self.first[0] + self.count_on
-
-    def _refusal(self) -> UserError:
-        """The first bad row, and how many there are."""
-        bad, first = self.bad.total(), self.first[1]
-        if bad == self.rows:
-            return UserError(first if bad == 1 else f"{first} (none of the {bad:,} rows can be used)")
-        so_far = f"the first {self.rows:,}" if self._counted_enough() else f"{self.rows:,}"
-        reasons = "; ".join(f"{reason}: {count:,}" for reason, count in self.bad.most_common(_REASONS_TOLD))
-        counted = f"{bad:,} of {so_far} rows cannot be used{f' ({reasons})' if len(self.bad) > 1 else ''}"
-        return UserError(f"{first}. {counted}: mend them, or leave them out with on_bad_row: skip")
 
     def _wanted(self, rows: records.Rows) -> Iterator[records.Row]:
         """The rows that `where` wants, with one for each entry of what is to be exploded."""
@@ -144,9 +155,10 @@ class RowReader:
             if all(column in found for column in columns):
                 return columns
         names = " and ".join(map(repr, missing)) or "'text'"
-        advice = "name yours as {path: …, text: COLUMN} or {path: …, prompt: COLUMN, completion: COLUMN}"
+        pair = spelt(path="…", prompt="COLUMN", completion="COLUMN")
+        advice = f"name yours as {spelt(path='…', text='COLUMN')} or {pair}"
         if table is not None:
-            advice = f"if the rows are in {table!r}, {{explode: {table}, text: '{{{table}.COLUMN}}'}} reads them"
+            advice = f"if the rows are in {table!r}, {spelt(explode=table, text=f'{{{table}.COLUMN}}')} reads them"
         raise BadRow(location, f"no column {names}", f"; found {', '.join(found) or 'none'}; {advice}")
 
     def _document(self, row: dict[str, Any], location: str) -> Document | None:
@@ -178,12 +190,9 @@ class RowReader:
         if columns == [self.source.messages] or (columns in (["messages"], ["conversations"]) and not self.named):
             if columns[0] not in row:
                 raise missing_column(row, columns[0], location)
-            turns, ends = (
-                chat_template.turns_of(row[columns[0]], location, self.chat),
-                self.chat == chat_template.EOS_TURNS,
-            )
+            turns = chat_template.turns_of(row[columns[0]], location, self.chat)
             text = _whole("".join(text for text, _ in turns), columns[0], location)
-            return Document(text, turns=turns, source=location, ends_turns=ends)
+            return Document(text, turns=turns, source=location, ends_turns=self.chat == chat_template.EOS_TURNS)
         values = [_whole(text_of(row, column, location), column, location) for column in columns]
         return Document(values[-1], prompt=values[0] if len(values) == 2 else None, source=location)
 

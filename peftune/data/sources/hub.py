@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
 from peftune.config.data_section import Source
-from peftune.data.sources.records import Rows
+from peftune.data.sources.records import Choose, Rows
 from peftune.errors import UserError
 
-_TIMEOUT = 10.0  # seconds until the hub counts as out of reach
+_TIMEOUT = 5.0  # seconds until the hub counts as out of reach
 
 
 def identity(source: Source) -> str:
@@ -28,7 +28,7 @@ def revision_of(name: str) -> str:
         return str(HfApi().dataset_info(name, timeout=_TIMEOUT).sha)
 
 
-def rows(source: Source, revision: str | None, choose: Callable[[list[str]], list[str]]) -> Rows:
+def rows(source: Source, revision: str | None, choose: Choose) -> Rows:
     """Rows of a data set by hub name (or a directory that `datasets` understands), read as they are needed.
 
     `choose` says which of the columns found to read. Raises UserError where the data set cannot be loaded.
@@ -58,6 +58,8 @@ def _one_line_errors(what: str) -> Iterator[None]:
     # the bases are OSError, and the root of the client that it is built on
     except (ValueError, RuntimeError, DatasetsError, *HfHubHTTPError.__bases__) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{what}: {reason[:200]}{'…' if len(reason) > 200 else ''}") from None
+        unreachable = isinstance(error, HfHubHTTPError.__bases__) and not isinstance(error, HfHubHTTPError)
+        advice = "; where the hub cannot be reached, give files" if unreachable else ""
+        raise UserError(f"{what}: {reason[:200]}{'…' if len(reason) > 200 else ''}{advice}") from None
     finally:
         log.setLevel(level)

@@ -6,12 +6,14 @@ import difflib
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from peftune.config.data_section import Source
+from peftune.config.spelling import spelt
+from peftune.console import name_some
 from peftune.data.sources import records
 from peftune.data.sources.decode import looks_like_text
 from peftune.errors import UserError
@@ -35,7 +37,6 @@ _WHAT_TO_DO = {  # with files that hold text in a form that is not read
 }
 _ABOUT = {"license", "licence", "copying", "notice", "readme", "authors", "contributing", "changelog", "makefile"}
 _OF_THE_SYSTEM = {"thumbs.db", "desktop.ini", "__macosx"}
-_NAMED = 10  # in one message
 
 
 @dataclass
@@ -48,7 +49,9 @@ class Listing:
 
 
 def list_files(source: Source) -> Listing | None:
-    """What a source means, or None where it names a hub data set; UserError for a path without files to read."""
+    """What a source means, or None for a built-in corpus or a hub data set; UserError for a path without files."""
+    if source.is_builtin():
+        return None
     if not source.path or "\0" in source.path:
         raise UserError(f"{source.path!r}: expected a path, a glob, builtin:DOMAIN/PART or a hub data set")
     try:
@@ -77,12 +80,6 @@ def list_files(source: Source) -> Listing | None:
 def has_rows(path: Path) -> bool:
     """Whether a file holds rows with columns, by its name; any other is text."""
     return path.suffix.lower() in records.SUFFIXES
-
-
-def name_some(names: Iterable[str]) -> str:
-    """The first names of a list, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else "")
 
 
 def _existing_files(path: Path) -> Listing | None:
@@ -177,8 +174,8 @@ def _leave_out_unknown(found: Listing, source: Source) -> None:
         and (_advice([path]) or path.name.lower() in _ABOUT or not looks_like_text(path))
     ]
     if unknown and source.unknown_files != "skip":
-        names = name_some(path.name for path in unknown)
-        todo = [*_advice(unknown), "move them away, or leave them out with unknown_files: skip"]
+        names = name_some([path.name for path in unknown])
+        todo = [*_advice(unknown), f"move them away, or leave them out with {spelt(unknown_files='skip')}"]
         raise UserError(
             f"{source.path}: {len(unknown):,} of {len(found.files):,} files are neither text nor data: {names}; "
             f"{'; '.join(todo)}"

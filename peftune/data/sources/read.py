@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Generator, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from peftune.config.data_section import Source
+from peftune.config.data_section import DataSection, Source
 from peftune.data.documents import Document, ReadStats
 from peftune.data.rows.row_documents import RowReader
 from peftune.data.sources import builtin, hub, records
@@ -27,6 +27,9 @@ from peftune.data.sources.listing import has_rows, list_files
 from peftune.data.sources.text_files import name_all, text_documents
 from peftune.errors import UserError
 from peftune.files import sha256_of
+
+FileStates = list[tuple[str, int, int, int, int]]
+"""Of the files of a source: each name, with what changes when somebody writes to it or puts another in its place."""
 
 
 def read_documents(
@@ -40,7 +43,7 @@ def read_documents(
     stats = stats if stats is not None else ReadStats()
     reader = RowReader(source, stats, chat)
     stats.cuts.append([])
-    if source.path.startswith("builtin:"):
+    if source.is_builtin():
         _refuse_columns(source, "a built-in corpus")
         yield from _builtin_documents(source.path)
         return
@@ -61,20 +64,6 @@ def read_documents(
     reader.check()
 
 
-def holds_chat(source: Source, split_on: str) -> bool:
-    """Whether a source's documents are conversations: its first row tells, which is all that is read."""
-    if source.messages is not None:
-        return True
-    if source.text is not None or source.prompt is not None or source.path.startswith("builtin:"):
-        return False
-    files = files_of(source)
-    if files is not None and not has_rows(files[0]):
-        return False
-    with closing(read_documents(source, split_on)) as documents:
-        first = next(documents, None)
-    return first is not None and first.turns is not None
-
-
 def places_of(sources: Sequence[Source], split_on: str, numbers: Collection[int]) -> dict[int, str]:
     """Where some documents stand (`poems.txt:17`), by their number in the order of reading; reads up to the last.
 
@@ -91,25 +80,19 @@ def places_of(sources: Sequence[Source], split_on: str, numbers: Collection[int]
 
 def size_of(sources: Sequence[Source]) -> int | None:
     """Bytes of all files that will be read; None where a source is not a file."""
-    found = [None if source.path.startswith("builtin:") else files_of(source) for source in sources]
+    found = [files_of(source) for source in sources]
     return None if None in found else sum(path.stat().st_size for files in found for path in files or ())
 
 
 def identity(source: Source) -> list[Any]:
     """Values that are equal where, and only where, `read_documents` gives the same texts (the path is not part)."""
-    columns: list[Any] = [
-        source.text,
-        source.prompt,
-        source.completion,
-        source.messages,
-        source.codec(),
-        source.split_on,
-    ]
+    named = (source.text, source.prompt, source.completion, source.messages)
+    columns: list[Any] = [*named, source.codec(), source.split_on]
     rules = source.model_dump(mode="json", include={"where", "explode", "delimiter"}, exclude_none=True)
     if source.on_bad_row == "skip":
         rules["on_bad_row"] = "skip"
     columns += [rules] if rules else []
-    if source.path.startswith("builtin:"):
+    if source.is_builtin():
         texts = "".join(f"{document.text}\0" for document in _builtin_documents(source.path))
         return ["builtin", hashlib.sha256(texts.encode()).hexdigest()]
     files = files_of(source)
@@ -121,30 +104,44 @@ def identity(source: Source) -> list[Any]:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror or error}") from None
 
 
-def state_of(source: Source) -> list[tuple[str, int, int, int, int]]:
+def state_of(source: Source) -> FileStates:
     """What changes when somebody writes to a file of a source, puts another in its place, or adds one."""
-    files = None if source.path.startswith("builtin:") else files_of(source)
     try:
-        stats = [(str(path), path.stat()) for path in files or ()]
+        stats = [(str(path), path.stat()) for path in files_of(source) or ()]
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror or error}") from None
     return [(path, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in stats]
 
 
 def files_of(source: Source) -> list[Path] | None:
-    """The files that a source means, or None where it names a hub data set; UserError for a path without files."""
+    """The files that a source means, or None as `list_files`; UserError for settings that do not go with it."""
     found = list_files(source)
     if found is None:
-        if source.encoding is not None:
+        if source.encoding is not None and not source.is_builtin():
             raise UserError(f"{source.path}: encoding belongs to files, and this is a hub data set; leave it out")
         return None
     if source.split is not None or source.subset is not None:
         raise UserError(f"{source.path}: split and subset belong to hub data sets, and this is a file; leave them out")
     if not any(map(has_rows, found.files)):
         _refuse_columns(source, "a text file")
-    if source.delimiter and not any(path.suffix.lower() in (".csv", ".tsv") for path in found.files):
+    if source.delimiter and not any(path.suffix.lower() in records.DELIMITED for path in found.files):
         raise UserError(f"{source.path}: delimiter belongs to csv and tsv files, and this is none; leave it out")
     return found.files
+
+
+def missing_files(section: Any) -> list[str]:
+    """Why sources cannot be read that a recipe's `data` names, whatever else is wrong with it, as far as they tell."""
+    try:
+        read = DataSection.model_validate({key: section[key] for key in ("train", "validation") if key in section})
+    except (TypeError, ValueError):
+        return []
+    problems = []
+    for source in [*read.train, *(source for each in read.validation_sources().values() for source in each)]:
+        try:
+            list_files(source)
+        except UserError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _refuse_columns(source: Source, kind: str) -> None:
@@ -161,8 +158,7 @@ def settle_split(sources: Sequence[Source], split_on: str) -> str:
     """
     if split_on != "auto":
         return split_on
-    read = [s for s in sources if not s.path.startswith("builtin:") and (len(sources) == 1 or s.split_on is None)]
-    listed = (files_of(source) for source in read)
+    listed = (files_of(source) for source in sources if len(sources) == 1 or source.split_on is None)
     texts = sum(not has_rows(path) for files in listed for path in files or ())
     return "auto/several" if texts > 1 else "auto/one"
 

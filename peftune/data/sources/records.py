@@ -10,14 +10,17 @@ Where it cannot be told where the next row begins (within a list, after an unclo
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import sys
 from collections.abc import Callable, Generator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from peftune.config.spelling import spelt
 from peftune.data.documents import BadRow, ReadStats
 from peftune.data.rows.row_columns import kind_of
 from peftune.data.sources.decode import open_text
@@ -26,8 +29,13 @@ from peftune.files import repeated
 
 Row = tuple[str, dict[str, Any]]
 Bad = Callable[[BadRow], None]
+Choose = Callable[[list[str]], list[str]]
 Rows = Generator[Row, None, None]  # to be closed where reading stops early: a file is open
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+Opened = Callable[..., AbstractContextManager[io.TextIOWrapper]]
+"""`open_text` of a file, to which `newline` may be given."""
+DELIMITED = {".csv": ",", ".tsv": "\t"}
+"""What separates the fields of tables, where nothing else was said."""
+SUFFIXES = (".jsonl", ".ndjson", ".json", *DELIMITED, ".parquet")
 _CHUNK = 1 << 20
 _SLACK = 1 << 30  # bytes that unpacking may take in any case
 _MOST_UNPACKED = 100  # times the packed size; text is packed to a twentieth at best
@@ -43,7 +51,7 @@ def refuse(error: BadRow) -> NoReturn:
 
 def rows(
     path: Path,
-    choose: Callable[[list[str]], list[str]],
+    choose: Choose,
     stats: ReadStats | None = None,
     encoding: str | None = None,
     delimiter: str | None = None,
@@ -56,26 +64,26 @@ def rows(
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _parquet(path, choose, stats)
-    if suffix in (".csv", ".tsv"):
-        return _csv(path, delimiter or ("," if suffix == ".csv" else "\t"), choose, stats, bad, encoding)
-    if _is_one_value_a_line(path, encoding):
-        return _json_lines(path, stats, bad, encoding)
-    return _json_values(path, stats, bad, encoding)
+    opened = partial(open_text, path, stats=stats, encoding=encoding)
+    if suffix in DELIMITED:
+        return _csv(path, opened, delimiter or DELIMITED[suffix], choose, bad)
+    whole_lines = _is_one_value_a_line(partial(open_text, path, encoding=encoding))
+    return (_json_lines if whole_lines else _json_values)(path, opened, bad)
 
 
-def _is_one_value_a_line(path: Path, encoding: str | None) -> bool:
+def _is_one_value_a_line(opened: Opened) -> bool:
     """Whether the first line can be JSON by itself: it begins no list, and no object that goes on in the next line."""
-    with open_text(path, encoding=encoding) as file:
+    with opened() as file:
         if _JsonStream(file.read).peek() == "[":
             return False
-    with open_text(path, encoding=encoding) as file:
+    with opened() as file:
         lines = iter(lambda: file.readline(_CHUNK), "")
         first = next((line.strip() for line in lines if line.strip()), "")
     return first[-1:] not in ("{", "[", ",")
 
 
-def _json_lines(path: Path, stats: ReadStats | None, bad: Bad, encoding: str | None) -> Rows:
-    with open_text(path, stats=stats, encoding=encoding) as file:
+def _json_lines(path: Path, opened: Opened, bad: Bad) -> Rows:
+    with opened() as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 location = f"{path}:{number}"
@@ -96,9 +104,9 @@ def _object(value: Any, location: str) -> dict[str, Any]:
     return value
 
 
-def _json_values(path: Path, stats: ReadStats | None, bad: Bad, encoding: str | None) -> Rows:
+def _json_values(path: Path, opened: Opened, bad: Bad) -> Rows:
     """Elements of one list, or objects one after another, decoded one at a time as the file is read."""
-    with open_text(path, stats=stats, encoding=encoding) as file:
+    with opened() as file:
         text = _JsonStream(file.read)
         end = "]" if text.peek() == "[" else ""
         if end:
@@ -165,17 +173,10 @@ class _JsonStream:
                 raise UserError(f"{location}: not JSON that can be read: {error}") from None
 
 
-def _csv(
-    path: Path,
-    delimiter: str,
-    choose: Callable[[list[str]], list[str]],
-    stats: ReadStats | None,
-    bad: Bad,
-    encoding: str | None,
-) -> Rows:
+def _csv(path: Path, opened: Opened, delimiter: str, choose: Choose, bad: Bad) -> Rows:
     if csv.field_size_limit() < sys.maxsize:
         csv.field_size_limit(sys.maxsize)  # the default refuses a text over 128 KiB
-    with open_text(path, "", stats, encoding) as file:
+    with opened(newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         names: list[str] = []
         named: list[str] = []  # without those at the end that have no name
@@ -199,13 +200,13 @@ def _csv(
                     problem = f" ({', '.join(named)}); put texts that hold the separator or line ends in double quotes"
                     bad(BadRow(location, f"{len(values)} fields, but the header has {len(named)}", problem))
         except csv.Error as error:
-            hint = "" if named else '; if other characters separate its fields, say so, such as delimiter: ";"'
+            hint = "" if named else f"; if other characters separate its fields, say so, such as {spelt(delimiter=';')}"
             raise UserError(f"{path}:{begins}: not {path.suffix[1:].upper()}: {error}{hint}") from None
         if not named:
             raise UserError(f"{path}: empty; expected a header line with the names of the columns")
 
 
-def _header(values: list[str], path: Path, delimiter: str, choose: Callable[[list[str]], list[str]]) -> list[str]:
+def _header(values: list[str], path: Path, delimiter: str, choose: Choose) -> list[str]:
     """The names of the columns; one without a name is not read."""
     names = [value.strip() for value in values]
     while not names[-1]:
@@ -221,14 +222,14 @@ def _header(values: list[str], path: Path, delimiter: str, choose: Callable[[lis
     if not chosen and other is not None:
         raise UserError(
             f"{path}: the header is one column, {names[0][:80]!r}; if its fields are separated by {other!r}, say "
-            f"delimiter: {json.dumps(other)} beside the path"
+            f"{spelt(delimiter=other)} beside the path"
         )
     if (twice := repeated(name for name in names if name in chosen)) is not None:
         raise UserError(f"{path}:1: the header names column {twice!r} twice; rename one")
     return names
 
 
-def _parquet(path: Path, choose: Callable[[list[str]], list[str]], stats: ReadStats | None) -> Rows:
+def _parquet(path: Path, choose: Choose, stats: ReadStats | None) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

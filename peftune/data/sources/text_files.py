@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peftune.config.data_section import Source
-from peftune.console import counted
+from peftune.config.spelling import spelt
+from peftune.console import counted, name_some
 from peftune.data.documents import Document, FileCut, ReadStats
 from peftune.data.sources import plain_text
 from peftune.data.sources.decode import NotDecodable, check_decodable
-from peftune.data.sources.listing import list_files, name_some
+from peftune.data.sources.listing import list_files
 from peftune.errors import UserError
 
 _HOW = {
@@ -70,7 +71,7 @@ def name_all(error: NotDecodable, others: Sequence[Path], source: Source) -> Use
     if error.likely == "utf-8":
         advice = "the bytes are UTF-8: leave encoding out"
     elif error.likely and {one.likely for one in bad} == {error.likely}:
-        advice += f", or try encoding: {error.likely}{error.why}"
+        advice += f", or try {spelt(encoding=error.likely)}{error.why}"
     elif likely := [f"{one.path} {one.likely}" for one in bad if one.likely]:
         advice += f", or make each a source with its encoding; they look like {name_some(likely)}"
     return UserError(f"{what}; {advice}")
@@ -101,7 +102,7 @@ def left_out_lines(sources: Sequence[Source]) -> list[str]:
     """A line for each directory or glob in which files are not read, with their names."""
     lines = []
     for source in sources:
-        found = None if source.path.startswith("builtin:") else list_files(source)
+        found = list_files(source)
         if found and (found.hidden or found.unknown):
             kinds = (("hidden", found.hidden), ("neither text nor data", found.unknown))
             told = "; ".join(f"{kind}: {name_some(names)}" for kind, names in kinds if names)

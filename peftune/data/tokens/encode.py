@@ -108,14 +108,9 @@ def rules_of(tokenizer: PreTrainedTokenizerFast) -> str:
         part.__getstate__().decode() if part is not None else "" for part in (backend.normalizer, backend.pre_tokenizer)
     ]
     names = (
-        "dropout",
-        "unk_token",
-        "continuing_subword_prefix",
-        "end_of_word_suffix",
-        "fuse_unk",
-        "byte_fallback",
+        "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
         "ignore_merges",
-    )
+    )  # fmt: skip
     options = [type(backend.model).__name__, *(str(getattr(backend.model, name, None)) for name in names)]
     added = [f"{number} {token!r}" for number, token in sorted(tokenizer.added_tokens_decoder.items())]
     return "\n".join(parts + options + added)

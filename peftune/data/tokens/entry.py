@@ -5,7 +5,7 @@
 | `ids.bin`        | all token ids, document after document, uint16 (uint32 for a vocabulary above 65,536)   |
 | `supervised.bin` | one bit per token, most significant bit first                                           |
 | `documents.bin`  | per document: tokens, scored tokens, scored bytes (int64 each), digest (uint64)         |
-| `meta.json`      | format, key, dtype, counts, what was left out, how files were cut, special tokens, lint, hashes |
+| `meta.json`      | format, key, dtype, counts, what was seen while the sources were read, hashes            |
 
 Files stay open from the moment they are hashed, so that what is used is what was checked.
 """
@@ -16,8 +16,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +24,39 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from peftune.cache import open_private
-from peftune.data.documents import LeftOut, ReadStats, SkippedRows
+from peftune.data.documents import LeftOut, Occurrences, ReadStats
 from peftune.data.sources.text_files import RuleCount, by_rule
 from peftune.data.tokens.encode import Examples
 from peftune.errors import UserError
 from peftune.files import parse_json
 
-FORMAT = 3
+FORMAT = 4
 FILES = ("ids.bin", "supervised.bin", "documents.bin")
 DOCUMENT = np.dtype([("tokens", "<i8"), ("supervised", "<i8"), ("bytes", "<i8"), ("digest", "<u8")])
 _FINGERPRINT = 1  # not FORMAT: a run that an earlier version began goes on if its tokens are the same
 _CHUNK = 1 << 20
-_SPECIAL = TypeAdapter(dict[str, tuple[int, str]])
-_LEFT_OUT = TypeAdapter(LeftOut)
-_FAULTS = TypeAdapter(dict[str, SkippedRows])
-_CUTS = TypeAdapter(list[list[RuleCount]])
 _META_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class ReadReport:
+    """What was seen of the sources while they were read, as it is kept with the tokens.
+
+    `documents` by source, of which `chats` are conversations; `blank` ones were skipped, and the rows of `left_out`.
+    `cuts` say by source how text files were cut; `special_tokens` are those that a text spells out, `faults` what lint
+    found in the texts, by the name of its rule.
+    """
+
+    documents: list[int]
+    chats: list[int]
+    blank: int
+    left_out: LeftOut
+    cuts: list[list[RuleCount]]
+    special_tokens: dict[str, Occurrences]
+    faults: dict[str, Occurrences]
+
+
+_REPORT = TypeAdapter(ReadReport)
 
 
 @dataclass(frozen=True)
@@ -54,14 +70,7 @@ class Entry:
     bits: MappedFile
     documents: np.ndarray
     fingerprint: str
-    blank: int
-    special: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """Documents that spell out each special token, and the first of them."""
-    left_out: LeftOut = field(default_factory=LeftOut)
-    cuts: list[list[RuleCount]] = field(default_factory=list)
-    """How the text files of each source were cut."""
-    faults: dict[str, SkippedRows] = field(default_factory=dict)
-    """What lint found in the texts, by the name of its rule."""
+    report: ReadReport
 
     def check_unchanged(self) -> None:
         """UserError where a file was written to or cut since it was read: its pages would be others, or none."""
@@ -111,10 +120,7 @@ def read_entry(directory: Path, key: str, vocabulary: int) -> Entry | None:
         ids, bits, table = (MappedFile(directory / name, kind) for name, kind in zip(FILES, kinds, strict=True))
         hashes = {name: file.sha256 for name, file in zip(FILES, (ids, bits, table), strict=True)}
         documents = table.array.copy()
-        special = _SPECIAL.validate_python(meta.get("special_tokens", {}))
-        left_out = _LEFT_OUT.validate_python(meta.get("left_out", {}))
-        cuts = _CUTS.validate_python(meta["cuts"])
-        faults = _FAULTS.validate_python(meta.get("faults", {}))
+        report = _REPORT.validate_python(meta["report"])
         stated = meta["sha256"], meta["dtype"], meta.get("key")  # of another key: one that was moved here
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -126,9 +132,7 @@ def read_entry(directory: Path, key: str, vocabulary: int) -> Entry | None:
         and -(-tokens // 8) == len(bits.array)
         and bool((lengths >= 2).all())  # the token that begins a document and the one that ends it
     )
-    if not fits:
-        return None
-    return Entry(ids, bits, documents, _fingerprint(dtype, hashes), meta["blank"], special, left_out, cuts, faults)
+    return Entry(ids, bits, documents, _fingerprint(dtype, hashes), report) if fits else None
 
 
 class Writer:
@@ -158,22 +162,22 @@ class Writer:
         self.documents += len(table)
         self.tokens += int(table["tokens"].sum())
 
-    def finish(self, stats: ReadStats, special: Mapping[str, tuple[int, str]]) -> None:
+    def finish(self, stats: ReadStats) -> None:
         """Write what is left and `meta.json` with the hashes of all files; the directory is then an entry."""
         for name in FILES:
             self._write(name, np.packbits(self.partial_byte).tobytes() if name == "supervised.bin" else b"")
+        report = ReadReport(
+            stats.documents, stats.chats, stats.blank, stats.left_out, [by_rule(cuts) for cuts in stats.cuts],
+            dict(stats.special_tokens), dict(stats.faults),
+        )  # fmt: skip
         meta: dict[str, Any] = {
             "format": FORMAT,
             "key": self.key,
             "dtype": self.dtype.str,
             "documents": self.documents,
             "tokens": self.tokens,
-            "blank": stats.blank,
-            "cuts": [[asdict(count) for count in by_rule(cuts)] for cuts in stats.cuts],
+            "report": asdict(report),
             "sha256": {name: digest.hexdigest() for name, digest in self.hashes.items()},
-            **({"special_tokens": dict(special)} if special else {}),
-            **({"faults": {name: asdict(found) for name, found in stats.faults.items()}} if stats.faults else {}),
-            **({"left_out": asdict(stats.left_out)} if stats.left_out else {}),
         }
         text = json.dumps(meta | {"sha256_of_meta": _hash_of_meta(meta)}, indent=1) + "\n"
         (self.directory / "meta.json").write_text(text, encoding="utf-8")
@@ -203,7 +207,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
     with open(open_private(path), "rb") as file:
         meta = parse_json(file.read(_META_BYTES))
     stated = meta.pop("sha256_of_meta") if isinstance(meta, dict) else None
-    if stated != _hash_of_meta(meta) or meta["format"] != FORMAT or type(meta["blank"]) is not int:
+    if stated != _hash_of_meta(meta) or meta["format"] != FORMAT:
         raise ValueError(f"{path}: not what was written")
     return meta  # type: ignore[no-any-return]
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from peftune.data.documents import Document, SkippedRows
-from peftune.data.lint.finding import Finding, joined
+from peftune.data.documents import Document, Occurrences
+from peftune.data.lint.finding import Finding
 from peftune.data.tokens.encode import encode_texts
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def lossy(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, par
     backend, unknown = tokenizer.backend_tokenizer, tokenizer.unk_token_id
     if type(backend.decoder).__name__ == "ByteLevel" and backend.normalizer is None:
         return []
-    found = [SkippedRows(), SkippedRows()]
+    found = [Occurrences(), Occurrences()]
     for batch in _batches(documents):
         texts = [document.content() for document in batch]
         for document, text, ids in zip(batch, texts, encode_texts(texts, tokenizer, parse), strict=True):
@@ -33,13 +33,10 @@ def lossy(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, par
                     kind.add(document.source)
     whats = (
         ("text that the tokenizer has no token for", _UNKNOWN.format(token=tokenizer.unk_token)),
-        (
-            "text that its tokens do not give back",
-            _CHANGED,
-        ),
+        ("text that its tokens do not give back", _CHANGED),
     )
     return [
-        Finding(what, kind.rows, joined(kind.first), advice)
+        Finding(what, kind.rows, kind.places(), advice)
         for kind, (what, advice) in zip(found, whats, strict=True)
         if kind.rows
     ]

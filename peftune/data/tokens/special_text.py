@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from peftune.data.documents import FIRST_PLACES, Document
+from peftune.data.documents import Occurrences
 from peftune.data.lint.finding import Finding
 from peftune.data.sources.plain_text import END_OF_TEXT
 
@@ -40,22 +40,10 @@ def without_special(backend: Tokenizer) -> str:
     return json.dumps(state)
 
 
-class SpecialTextCounter:
-    """In how many of the documents that pass each special token is spelt out, and where the first three stand."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        tokens = sorted(special_texts(tokenizer), key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
-        self.found: dict[str, tuple[int, str]] = {}
-
-    def watch(self, documents: Iterable[Document]) -> Iterator[Document]:
-        """The documents as they come."""
-        for document in documents:
-            for token in set(self._pattern.findall(document.content())):
-                count, first = self.found.get(token, (0, ""))
-                places = [*filter(None, [first]), *([document.source] if count < FIRST_PLACES else [])]
-                self.found[token] = count + 1, ", ".join(places)
-            yield document
+def special_pattern(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
+    """Matches each special token of the tokenizer where a text spells it out."""
+    tokens = sorted(special_texts(tokenizer), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
 
 
 def special_texts(tokenizer: PreTrainedTokenizerFast) -> set[str]:
@@ -64,12 +52,13 @@ def special_texts(tokenizer: PreTrainedTokenizerFast) -> set[str]:
     return {text for text in added | set(tokenizer.all_special_tokens) if text}
 
 
-def findings(found: Mapping[str, tuple[int, str]], tokenizer: PreTrainedTokenizerFast, parse: bool) -> list[Finding]:
+def findings(found: Mapping[str, Occurrences], tokenizer: PreTrainedTokenizerFast, parse: bool) -> list[Finding]:
     """What to know about special tokens in a corpus: that they were read as text, or that a token that ends was not."""
     ends = {tokenizer.bos_token, tokenizer.eos_token}
+    told = {token: _ENDS if parse else _SPLIT if token == END_OF_TEXT else _TEXT for token in sorted(found)}
     return [
-        Finding(f"{token} inside a text", count, first, _ENDS if parse else _SPLIT if token == END_OF_TEXT else _TEXT)
-        for token, (count, first) in sorted(found.items())
+        Finding(f"{token} inside a text", found[token].rows, found[token].places(), advice)
+        for token, advice in told.items()
         if not parse or token in ends
     ]
 

@@ -11,24 +11,24 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from peftune.cache import cache_directory, can_write, check_private
 from peftune.config.data_section import Source
 from peftune.console import Console
-from peftune.data.documents import ReadStats
-from peftune.data.lint.text_rules import watched, without_an_end
-from peftune.data.sources.read import identity, read_documents, settle_split, size_of, state_of
+from peftune.data.documents import Document, ReadStats
+from peftune.data.lint.text_rules import count_faults, without_an_end
+from peftune.data.sources.read import FileStates, identity, read_documents, settle_split, size_of, state_of
 from peftune.data.tokens.encode import begin_of_text_id, end_of_text_id, rules_of
 from peftune.data.tokens.entry import FORMAT, Entry, Writer, read_entry
 from peftune.data.tokens.pipeline import tokenized
-from peftune.data.tokens.special_text import SpecialTextCounter
+from peftune.data.tokens.special_text import special_pattern
 from peftune.errors import CheckFailed, UserError
 from peftune.files import beside, remove, remove_all_leftovers, staging_directory
 
@@ -40,9 +40,8 @@ class TokenStore:
     """Tokenised documents; tokens are memory-mapped, arrays over documents are in reading order.
 
     `lengths`, `supervised_counts`, `supervised_bytes` (n,) int64, `digests` (n,) uint64. `fingerprint` is a SHA-256
-    of the tokens and what is scored, whatever files they came from. `blank` documents were skipped in the sources,
-    and the rows of `left_out`; `special_tokens` are those that a text spells out, with how many documents do, and the
-    first; `cuts` say by source how text files were cut, `faults` what lint found in the texts.
+    of the tokens and what is scored, whatever files they came from; `report` tells of the sources, `left_out` and
+    `cuts` are parts of it.
     """
 
     def __init__(self, entry: Entry) -> None:
@@ -51,11 +50,7 @@ class TokenStore:
         self.supervised_bytes = np.ascontiguousarray(entry.documents["bytes"])
         self.digests = np.ascontiguousarray(entry.documents["digest"])
         self.fingerprint = entry.fingerprint
-        self.blank = entry.blank
-        self.special_tokens = entry.special
-        self.left_out = entry.left_out
-        self.cuts = entry.cuts
-        self.faults = entry.faults
+        self.report, self.left_out, self.cuts = entry.report, entry.report.left_out, entry.report.cuts
         self._entry = entry
         self._first = np.zeros(len(self.lengths) + 1, dtype=np.int64)
         np.cumsum(self.lengths, out=self._first[1:])
@@ -101,38 +96,9 @@ def prepare(
     may prepare the same content at once. Where no cache can be written it is done without. Raises UserError for
     unreadable sources, and where there is no document.
     """
-    vocabulary, before = len(tokenizer), [state_of(source) for source in sources]
-    identities, split_on = [identity(source) for source in sources], settle_split(sources, split_on)
-    begin, end = begin_of_text_id(tokenizer), end_of_text_id(tokenizer)
-    rules = [tokenizer_fingerprint, rules_of(tokenizer), end, *([begin] if begin != end else [])]
-    parse = special_tokens == "parse"
-    decisive = [FORMAT, rules, join, split_on, identities, *(["parse special tokens"] if parse else [])]
-    decisive += [f"chat {chat}"] if chat != "plain" else []
-    key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:40]
-
-    def fill(directory: Path) -> TokenStore:
-        directory.chmod(0o700)
-        stats, special = ReadStats(), SpecialTextCounter(tokenizer)
-        read = (document for source in sources for document in read_documents(source, split_on, stats, chat))
-        documents = special.watch(watched(read, stats.faults))
-        writer = Writer(directory, key, vocabulary)
-        with Console().reading("tokenising", size_of(sources)) as show:
-            for examples in tokenized(documents, tokenizer, join, parse):
-                writer.append(examples)
-                show(stats.bytes_read(), f"{writer.documents:,} documents, {writer.tokens:,} tokens")
-        without_an_end(stats.cuts, stats.faults)
-        writer.finish(stats, special.found)
-        for source, state in zip(sources, before, strict=True):
-            if state_of(source) != state:
-                raise UserError(f"{source.path}: was changed while it was read; start again when it is complete")
-        written = open_store(directory, key, vocabulary)  # stays mapped when the directory gets its name
-        if written is None:
-            raise CheckFailed(f"{directory}: the token files differ from what was written; is the disk full or faulty?")
-        if not len(written):
-            names = ", ".join(source.path for source in sources)
-            raise UserError(f"{names}: no document found ({stats.blank} blank); expected at least one with text")
-        return written
-
+    before = [state_of(source) for source in sources]  # of the files, before any is read
+    text = _Text(sources, tokenizer, join, settle_split(sources, split_on), special_tokens == "parse", chat)
+    key, vocabulary = text.key(tokenizer_fingerprint), len(tokenizer)
     root = cache or cache_directory()
     entry = check_private(root, "tokens", key)
     known = open_store(entry, key, vocabulary)
@@ -142,14 +108,70 @@ def prepare(
         if not can_write(root, "tokens"):
             _say_there_is_no_cache(root)
             with tempfile.TemporaryDirectory(prefix="peftune-", ignore_cleanup_errors=True) as temporary:
-                return fill(Path(temporary))  # its files stay mapped when they have no name any more
+                return _tokenize(text, before, key, Path(temporary))  # its files stay mapped without a name
         remove_all_leftovers(entry.parent)
         with staging_directory(entry) as directory:
-            written = fill(directory)
+            written = _tokenize(text, before, key, directory)
             _publish(directory, entry, key, vocabulary)
     except OSError as error:
         reason = f"cannot write the token cache: {error.strerror or error}"
         raise UserError(f"{root}: {reason}; set PEFTUNE_CACHE to a directory with room") from None
+    return written
+
+
+class _Text(NamedTuple):
+    """What is tokenised, and all that decides which tokens come of it; `split_on` is settled."""
+
+    sources: Sequence[Source]
+    tokenizer: PreTrainedTokenizerFast
+    join: str
+    split_on: str
+    parse: bool
+    chat: str
+
+    def key(self, tokenizer_fingerprint: str) -> str:
+        """Of the cache: equal where the bytes of the entry are."""
+        begin, end = begin_of_text_id(self.tokenizer), end_of_text_id(self.tokenizer)
+        rules = [tokenizer_fingerprint, rules_of(self.tokenizer), end, *([begin] if begin != end else [])]
+        decisive = [FORMAT, rules, self.join, self.split_on, [identity(source) for source in self.sources]]
+        decisive += ["parse special tokens"] if self.parse else []
+        decisive += [f"chat {self.chat}"] if self.chat != "plain" else []
+        return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:40]
+
+    def documents(self, stats: ReadStats) -> Iterator[Document]:
+        """All of them in order; `stats` learns what is in them."""
+        special = special_pattern(self.tokenizer)
+        for source in self.sources:
+            stats.documents.append(0)
+            stats.chats.append(0)
+            for document in read_documents(source, self.split_on, stats, self.chat):
+                stats.documents[-1] += 1
+                stats.chats[-1] += document.turns is not None
+                count_faults(document, stats.faults)
+                for token in set(special.findall(document.content())):
+                    stats.special_tokens[token].add(document.source)
+                yield document
+
+
+def _tokenize(text: _Text, before: Sequence[FileStates], key: str, directory: Path) -> TokenStore:
+    """Write the entry into an empty directory, and read it back; the store stays mapped when that gets its name."""
+    directory.chmod(0o700)
+    stats, writer = ReadStats(), Writer(directory, key, len(text.tokenizer))
+    with Console().reading("tokenising", size_of(text.sources)) as show:
+        for examples in tokenized(text.documents(stats), text.tokenizer, text.join, text.parse):
+            writer.append(examples)
+            show(stats.bytes_read(), f"{writer.documents:,} documents, {writer.tokens:,} tokens")
+    without_an_end(stats.cuts, stats.faults)
+    writer.finish(stats)
+    for source, state in zip(text.sources, before, strict=True):
+        if state_of(source) != state:
+            raise UserError(f"{source.path}: was changed while it was read; start again when it is complete")
+    written = open_store(directory, key, len(text.tokenizer))
+    if written is None:
+        raise CheckFailed(f"{directory}: the token files differ from what was written; is the disk full or faulty?")
+    if not len(written):
+        names = ", ".join(source.path for source in text.sources)
+        raise UserError(f"{names}: no document found ({stats.blank} blank); expected at least one with text")
     return written
 
 

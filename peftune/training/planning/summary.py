@@ -5,8 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peftune.config.data_section import Documents, as_sources
+from pydantic import ValidationError
+
+from peftune.config.choices import Chat, SpecialTokens, SplitOn
+from peftune.config.data_section import DataSection, Documents, as_sources
+from peftune.config.messages import validation_messages
 from peftune.data.summary import summarize
+from peftune.errors import UserError
 from peftune.model.base import Base, open_base
 
 
@@ -14,9 +19,9 @@ def summarize_data(
     data: Documents,
     base: str | Path | Base = "builtin:small",
     block_size: int | None = None,
-    split_on: str = "auto",
-    special_tokens: str = "text",
-    chat: str = "plain",
+    split_on: SplitOn = "auto",
+    special_tokens: SpecialTokens = "text",
+    chat: Chat = "plain",
 ) -> dict[str, Any]:
     """Count what a corpus holds, and look for what spoils training: what `peftune data` prints, as plain values.
 
@@ -24,9 +29,12 @@ def summarize_data(
     `block_size` (tokens) None is its context; `split_on`, `special_tokens` and `chat` are those of the recipe.
 
     Lengths are in tokens, `bytes` are of the scored text. `findings` are mappings: `what` is wrong, in how many
-    `documents`, the `first` places as file:line, and `advice`. Raises UserError for text that cannot be read.
+    `documents`, the `first` places as file:line, and `advice`. Raises UserError for text that cannot be read and
+    for settings that a recipe refuses.
     """
     found = open_base(base)
-    block_size, sources = found.block_size(block_size), as_sources(data)
-    tokenizer, fingerprint = found.tokenizer, found.tokenizer_fingerprint
-    return summarize(sources, tokenizer, fingerprint, block_size, " ", split_on, None, special_tokens, chat)
+    try:
+        how = DataSection(train=as_sources(data), split_on=split_on, special_tokens=special_tokens, chat=chat)
+    except ValidationError as error:
+        raise UserError("; ".join(validation_messages(error, {"": list(DataSection.model_fields)}))) from None
+    return summarize(how, found.tokenizer, found.tokenizer_fingerprint, found.block_size(block_size))

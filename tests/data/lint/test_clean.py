@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from peftune.config.data_section import Source
+from peftune.config.data_section import DataSection, Source
 from peftune.data.lint.clean import write_clean
 from peftune.data.sources.read import read_documents
 from peftune.errors import UserError
@@ -33,7 +33,7 @@ def test_rows_are_mended_and_every_change_is_counted(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows) + "{no json\n")
     before = path.read_bytes()
-    found = write_clean([Source(path=str(path))], tmp_path / "out")
+    found = write_clean(DataSection(train=[Source(path=str(path))]), tmp_path / "out")
     assert path.read_bytes() == before
     mended = [json.loads(line) for line in (tmp_path / "out/data/rows.jsonl").read_text().splitlines()]
     assert mended == [
@@ -67,7 +67,7 @@ def test_rows_are_mended_and_every_change_is_counted(tmp_path: Path) -> None:
 )
 def test_text_files_stay_text_files_that_are_cut_the_same_way(content: bytes, expected: str, tmp_path: Path) -> None:
     (path := tmp_path / "a.txt").write_bytes(content)
-    write_clean([Source(path=str(path))], tmp_path / "out")
+    write_clean(DataSection(train=[Source(path=str(path))]), tmp_path / "out")
     copy = tmp_path / "out/data/a.txt"
     assert copy.read_text() == expected
     assert [text.strip() for text in texts(copy)] == [
@@ -80,7 +80,7 @@ def test_a_directory_keeps_its_names_and_tables_stay_tables(tmp_path: Path) -> N
     (corpus / "b").mkdir(parents=True)
     (corpus / "a.csv").write_text('text,n\n"x ""y"", z",1\n"x ""y"", z",2\n')
     (corpus / "b/a.json").write_text('[{"text": "one"}, {"text": "two"}]')
-    write_clean([Source(path=str(corpus)), Source(path=str(corpus / "a.csv"))], tmp_path / "out")
+    write_clean(DataSection(train=[str(corpus), str(corpus / "a.csv")]), tmp_path / "out")
     names = sorted(str(path.relative_to(tmp_path / "out/data")) for path in (tmp_path / "out/data").rglob("*.*"))
     assert names == ["a.csv", "b/a.jsonl"]  # of the second source nothing was left
     with (tmp_path / "out/data/a.csv").open() as file:
@@ -104,5 +104,5 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
     (tmp_path / "blank.jsonl").write_text('{"text": " "}')
     path = source if ":" in source else str(tmp_path / source)
     with pytest.raises(UserError, match=message):
-        write_clean([Source(path=path)], tmp_path / out)
+        write_clean(DataSection(train=[Source(path=path)]), tmp_path / out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "blank.jsonl"]

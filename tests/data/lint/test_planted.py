@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from peftune.config.data_section import Source
+from peftune.config.data_section import DataSection, Source
 from peftune.data.documents import Document
-from peftune.data.lint.text_rules import lint
+from peftune.data.lint.finding import Finding
 from peftune.data.summary import summarize
 from peftune.files import json_text
 from peftune.model.base import open_base
 
 Rows = list[dict[str, Any]]
 Planted = Callable[[Rows], object]
+Lint = Callable[[list[Document]], list[Finding]]
 WORDS = (Path(__file__).parents[3] / "README.md").read_text("utf-8").split()
 
 
@@ -46,7 +47,7 @@ def small() -> PreTrainedTokenizerFast:
 
 def found(sources: list[Source], tokenizer: PreTrainedTokenizerFast, **options: Any) -> dict[str, str]:
     """The places of each finding."""
-    report = summarize(sources, tokenizer, "t", 512, **options)
+    report = summarize(DataSection(train=sources, **options), tokenizer, "t", 512)
     return {one["what"]: one["first"] for one in report["findings"] if one["what"] != "very few documents"}
 
 
@@ -153,7 +154,7 @@ GOOD = (
 
 
 @pytest.mark.parametrize("text", GOOD)
-def test_good_text_raises_no_alarm(text: str) -> None:
+def test_good_text_raises_no_alarm(lint: Lint, text: str) -> None:
     assert lint([Document(text)]) == []
 
 
@@ -162,7 +163,7 @@ HOSTILE = ("{{a", "{{ ", "{{", "[INST]", "<|im_", "://a:", "://", "@a.", "a@a.",
 
 
 @pytest.mark.parametrize("piece", HOSTILE)
-def test_hostile_text_takes_linear_time(piece: str) -> None:
+def test_hostile_text_takes_linear_time(lint: Lint, piece: str) -> None:
     text = piece * (500_000 // len(piece))
     began = time.process_time()
     lint([Document(text), Document(text + "PRIVATE KEY gh")])

@@ -12,7 +12,7 @@ import pytest
 from peftune.config.data_section import Source
 from peftune.data.documents import ReadStats
 from peftune.data.rows import row_documents
-from peftune.data.sources.read import holds_chat, read_documents
+from peftune.data.sources.read import read_documents
 from peftune.data.tokens.store import prepare
 from peftune.errors import UserError
 
@@ -92,7 +92,7 @@ def test_a_first_row_may_be_bad(source):
     assert texts == ["one"] and [count for count, _ in skipped.values()] == [1, 1]
 
 
-def test_chats_that_cannot_be_read_are_skipped(source):
+def test_chats_that_cannot_be_read_are_skipped(source, tokenizer, tmp_path):
     chats = source([json.dumps({"messages": chat}) for chat in CHATS[1:] + CHATS[:1]])
     texts, skipped = skipping(chats)
     assert texts == ["User: u\n\nAssistant: two", "User: u\n\nAssistant: one"]
@@ -103,7 +103,8 @@ def test_chats_that_cannot_be_read_are_skipped(source):
         "messages are a text that is not JSON": (1, ["4"]),
         "expected a list of messages, found null": (1, ["5"]),
     }
-    assert holds_chat(chats.model_copy(update={"on_bad_row": "skip"}), "auto")
+    skip = chats.model_copy(update={"on_bad_row": "skip"})
+    assert prepare([skip], tokenizer, "t", " ", "auto", tmp_path / "cache").report.chats == [2]
 
 
 def test_rows_of_another_length_are_skipped_and_an_open_quote_is_not(source):

@@ -99,7 +99,9 @@ def test_json_is_read_in_any_layout_under_any_suffix(read, name):
 
 def test_a_table_inside_of_an_object_is_told_and_can_be_read(read):
     content = json.dumps({"version": 1, "data": [{"text": "one"}, {"text": "two"}]})
-    with pytest.raises(UserError, match=r"found version, data; if the rows are in 'data', \{explode: data, text: '\{d"):
+    with pytest.raises(
+        UserError, match=r"found version, data; if the rows are in 'data', \{explode: data, text: \"\{d"
+    ):
         read(content, "a.json")
     assert texts(read(content, "a.json", explode="data", text="{data.text}")) == ["one", "two"]
 

@@ -11,8 +11,9 @@ import pytest
 from peftune.config.data_section import Source
 from peftune.data.documents import Document
 from peftune.data.sources import hub
-from peftune.data.sources.read import ReadStats, files_of, holds_chat, identity, read_documents, settle_split
+from peftune.data.sources.read import ReadStats, files_of, identity, read_documents, settle_split
 from peftune.data.sources.text_files import by_rule, cut_lines, left_out_lines
+from peftune.data.tokens.store import prepare
 from peftune.errors import UserError
 
 TEXTS = ["One.", 'Two "quoted", with\na line.', "Drei äöü 🙂"]
@@ -348,17 +349,20 @@ def test_rows_of_a_data_set_are_streamed(write, tmp_path):
 def test_a_hub_out_of_reach_is_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     hub.revision_of.cache_clear()
-    with pytest.raises(UserError, match=r"^no file nobody/poems and no hub data set of that name could be loaded: .+"):
+    with pytest.raises(
+        UserError,
+        match=r"^no file nobody/poems and no hub data set .* could be loaded: .+; where the hub cannot",
+    ):
         read("nobody/poems")
 
 
-def test_conversations_are_known_by_their_column_or_by_the_first_row(write):
+def test_conversations_are_known_by_their_column(write, tokenizer, tmp_path):
     row = {"chat": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     named = write("named.jsonl", json.dumps(row) + "\n")
-    found = write("found.jsonl", json.dumps({"messages": row["chat"]}) + "\n" + "not read")
+    found = write("found.jsonl", f"{json.dumps({'messages': row['chat']})}\n" * 2)
     both = write("both.jsonl", json.dumps({"messages": row["chat"], "text": "c"}) + "\n")
-    assert holds_chat(Source(path=str(named), messages="chat"), "auto")
-    assert holds_chat(Source(path=str(found)), "auto")
-    for other in (Source(path=str(both)), Source(path=str(write("a.txt", "User: a\n\nAssistant: b")))):
-        assert not holds_chat(other, "auto")
-    assert not holds_chat(Source(path="builtin:code/train"), "auto")
+    text = write("a.txt", "User: a\n\nAssistant: b")
+    sources = [Source(path=str(named), messages="chat"), *(Source(path=str(path)) for path in (found, both, text))]
+    for _ in range(2):  # read, and from the cache
+        report = prepare(sources, tokenizer, "t", " ", "file", tmp_path / "cache").report
+        assert (report.documents, report.chats) == ([1, 2, 1, 1], [1, 2, 0, 0])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from peftune.config.data_section import Source
+from peftune.config.data_section import DataSection, Source
 from peftune.data.sources.chat_exports import jinja_template
 from peftune.data.tokens.store import prepare
 from peftune.inference.request import chat_ids
@@ -83,6 +83,6 @@ def test_what_peftune_data_shows_has_the_ends(
     from peftune.data.summary import summarize
 
     path = write("talk.jsonl", json.dumps({"messages": messages(*TALK)}) + "\n")
-    summary = summarize([Source(path=str(path))], tokenizer, "t", 64, cache=tmp_path / "cache", chat="eos-turns")
+    summary = summarize(DataSection(train=[str(path)], chat="eos-turns"), tokenizer, "t", 64, tmp_path / "cache")
     pieces = summary["preview"]["spans"][0]["pieces"]
     assert "".join(piece["text"] for piece in pieces if piece["supervised"]) == f"Depends.{END}you{END}"

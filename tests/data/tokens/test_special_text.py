@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from peftune.config.data_section import Source
+from peftune.config.data_section import DataSection, Source
 from peftune.data.sources.read import identity
 from peftune.data.summary import summarize
 from peftune.data.tokens.encode import encode_texts, end_of_text_id, rules_of
@@ -56,7 +56,9 @@ def test_the_summary_says_where_tokens_are_spelt_out(titled: Any, tmp_path: Path
     source = Source(path=str(write("a.txt", TEXT)))
 
     def found(way: str) -> list[tuple[str, int, str]]:
-        summary = summarize([source], titled, "t", 64, " ", "blank-line", tmp_path / "cache", way)
+        summary = summarize(
+            DataSection(train=[source], split_on="blank-line", special_tokens=way), titled, "t", 64, tmp_path / "cache"
+        )
         return [(one["what"], one["documents"], one["advice"]) for one in summary["findings"][:-1]]
 
     for _ in range(2):  # tokenised, and from the cache

@@ -187,7 +187,7 @@ def test_any_meta_of_an_entry_is_read_or_built_again(data, sealed, tokenizer, tm
     (entry / "meta.json").write_bytes(content)
     with deadline():
         store = open_store(entry, key, len(tokenizer))
-    assert store is None or (len(store) == 2 and type(store.blank) is int)
+    assert store is None or (len(store) == 2 and type(store.report.blank) is int)
 
 
 def test_a_failure_leaves_nothing_behind(write, tokenizer, tmp_path):
@@ -292,7 +292,7 @@ def test_several_text_files_are_a_document_each_whichever_way_they_are_named(wri
 
 def test_blank_documents_are_counted_even_from_the_cache(write, tokenizer, tmp_path):
     source = Source(path=str(write("a.jsonl", '{"text": "a"}\n{"text": " "}')))
-    assert [prepare([source], tokenizer, "t", " ", "auto", tmp_path).blank for _ in range(2)] == [1, 1]
+    assert [prepare([source], tokenizer, "t", " ", "auto", tmp_path).report.blank for _ in range(2)] == [1, 1]
 
 
 def test_a_vocabulary_above_65536_is_stored_in_32_bits(write, tokenizer, tmp_path):

@@ -1,0 +1,12 @@
+"""What settings of data may be, for the recipe and for the options that have the same name; nothing is imported."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Chat = Literal["eos-turns", "plain"]
+Lint = Literal["off", "strict", "warn"]
+OnBadRow = Literal["refuse", "skip"]
+SpecialTokens = Literal["parse", "text"]
+SplitOn = Literal["auto", "blank-line", "endoftext", "file", "line", "wide-gap"]
+UnknownFiles = Literal["refuse", "skip"]
