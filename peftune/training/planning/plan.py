@@ -6,7 +6,7 @@ keeps grows by the same bytes with every block, so two traces give all sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from transformers import GPT2Config
 
 from peftune.config.recipe import Recipe
 from peftune.errors import UserError
+from peftune.model.base import open_base
 from peftune.model.load import DTYPES, NAME_OF
 from peftune.model.quantized import Kind
+from peftune.training.continued import continued_from
 from peftune.training.device import CPU_TOKENS, choose_precision
 from peftune.training.distributed.start import zero_stage
 from peftune.training.distributed.zero import refuse_for_zero3
@@ -130,13 +132,17 @@ class Plan:
         return asdict(self)
 
 
-def config_of(name: str, load: Callable[[], GPT2Config]) -> GPT2Config:
-    """The configuration of a base: the published shape of a checkpoint that is known, else what `load()` reads."""
-    shape = FAMILY.get(name.removeprefix("openai-community/"))
-    if shape is None or Path(name).is_dir():
-        return load()
-    layers, width, heads = shape
-    return GPT2Config(n_layer=layers, n_embd=width, n_head=heads)
+def what_is_planned(recipe: Recipe) -> tuple[Recipe, GPT2Config]:
+    """The recipe with what an adapter decides that it goes on from, and the configuration of its base.
+
+    A known checkpoint's is not read: its shape is published. UserError for a base that cannot be read.
+    """
+    shape = FAMILY.get(recipe.base.removeprefix("openai-community/"))
+    if shape is not None and recipe.run.init is None and not Path(recipe.base).is_dir():
+        layers, width, heads = shape
+        return recipe, GPT2Config(n_layer=layers, n_embd=width, n_head=heads)
+    base = open_base(recipe.base)
+    return continued_from(recipe, base)[0] if recipe.run.init is not None else recipe, base.config
 
 
 def plan(recipe: Recipe, config: GPT2Config, machine: Machine) -> Plan:
