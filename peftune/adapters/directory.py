@@ -17,10 +17,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
-from transformers import GPT2Config
 
 from peftune.adapters import peft_config
-from peftune.adapters.layout import AdapterLayout, layout_of
 from peftune.adapters.provenance import (
     PROVENANCE,
     read_provenance,
@@ -35,7 +33,7 @@ from peftune.errors import CheckFailed, UserError, first_line
 from peftune.files import flush_directory, hashes_of, publish, read_bytes, read_object, staging_directory
 from peftune.model.fingerprint import bytes_of
 from peftune.model.pickles import load_pickle
-from peftune.model.weights import WTE, all_finite, save_tensors
+from peftune.model.weights import all_finite, save_tensors
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -96,27 +94,6 @@ def read_adapter(directory: Path) -> Adapter:
             continue
         raise UserError(f"adapter {directory}: {name} {problem}")
     return Adapter(directory, config, tensors, provenance)
-
-
-def check_fits(adapter_dir: Path, base: GPT2Config, tokens: int | None = None) -> tuple[Adapter, AdapterLayout]:
-    """What an adapter holds and what it changes, if it can be put on a base of this shape; UserError if not.
-
-    `tokens` is how many the base's tokenizer knows, where that is to make the ids: rows of others are refused.
-    """
-    adapter = read_adapter(adapter_dir)
-    layout = layout_of(adapter.config, adapter.tensors, base, str(adapter_dir))
-    if layout.vocabulary != base.vocab_size:
-        raise UserError(
-            f"adapter {adapter_dir}: has {layout.vocabulary} tokens, the base has {base.vocab_size}; "
-            "fold it in with peftune merge first"
-        )
-    rows = layout.rows.get(WTE)
-    if tokens is not None and rows is not None and rows.height(tokens) > tokens:
-        raise UserError(
-            f"adapter {adapter_dir}: has rows up to token {rows.height(tokens) - 1:,}, the base's tokenizer knows "
-            f"{tokens:,} tokens, so no text would use them; fold it in with peftune merge first"
-        )
-    return adapter, layout
 
 
 def check_free(out: Path, what: str) -> None:

@@ -16,17 +16,17 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from transformers import GPT2LMHeadModel
 
-from peftune.adapters.directory import Adapter, read_adapter
+from peftune.adapters.base_of import read_for
+from peftune.adapters.directory import Adapter
 from peftune.adapters.layout import (
     AdapterLayout,
     block_of,
     changes_base,
-    layout_of,
     module_of,
     plain_name,
     suffix_in_block,
 )
-from peftune.adapters.provenance import INIT, check_base, recorded, recorded_dict, recorded_list
+from peftune.adapters.provenance import INIT, recorded, recorded_dict, recorded_list
 from peftune.config.recipe import LoraSection, Recipe, recipe_from
 from peftune.errors import UserError
 from peftune.model.base import Base
@@ -99,11 +99,9 @@ def continued_from(recipe: Recipe, base: Base) -> tuple[Recipe, Continued]:
     something else than it, and where its moments are asked for and not there.
     """
     where = Path(str(recipe.run.init))
-    adapter = read_adapter(where)
+    adapter, layout = read_for(where, base)
     if where.resolve() == Path(recipe.run.out).resolve():
         raise UserError(f"run.out is run.init ({where}), which is not overwritten; give the new adapter another name")
-    check_base(where, base)
-    layout = layout_of(adapter.config, adapter.tensors, base.config, str(where))
     if reason := _reason_against(adapter, layout, base):
         raise UserError(f"run.init {where}: {reason}")
     lora = _resolved_section(recipe, adapter, layout, base)

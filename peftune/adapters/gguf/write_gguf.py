@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from peftune.adapters.directory import check_free, read_adapter
+from peftune.adapters.base_of import read_for
+from peftune.adapters.directory import check_free
 from peftune.adapters.gguf.tensors import GgufTensor, base_tensors, check_graph, lora_tensors
 from peftune.adapters.gguf.vocabulary import gguf_vocabulary
-from peftune.adapters.layout import layout_of
-from peftune.adapters.provenance import chat_of, check_base, read_provenance
+from peftune.adapters.provenance import chat_of, read_provenance
 from peftune.console import Console
 from peftune.data.sources.chat_exports import ollama_lines
 from peftune.data.sources.chat_template import EOS_TURNS
@@ -43,7 +43,7 @@ def export_gguf(base: Base, out: Path, adapters: Sequence[Path] = (), kind: str 
     names = [adapter.resolve().name for adapter in adapters]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise UserError(f"two adapters are called {min(repeated)}; each becomes a file of its name")
-    loras = [_lora(base, adapter) for adapter in adapters]
+    loras = [list(lora_tensors(read_for(adapter, base)[1], base, str(adapter))) for adapter in adapters]
     try:
         with staging_directory(out) as staging, Console().progress as progress:
             tensors = list(base_tensors(base))
@@ -60,13 +60,6 @@ def export_gguf(base: Base, out: Path, adapters: Sequence[Path] = (), kind: str 
     except OSError as error:
         raise UserError(f"{out}: cannot write the export: {error.strerror or error}") from None
     return [out / name for name in written]
-
-
-def _lora(base: Base, adapter: Path) -> list[GgufTensor]:
-    read = read_adapter(adapter)
-    check_base(adapter, base)
-    layout = layout_of(read.config, read.tensors, base.config, str(adapter))
-    return list(lora_tensors(layout, base, str(adapter)))
 
 
 def _write_model(path: Path, base: Base, tensors: list[GgufTensor], kind: str, done: Callable[[], None]) -> None:

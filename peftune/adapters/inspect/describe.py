@@ -17,7 +17,7 @@ from peftune.adapters.directory import Adapter, read_adapter
 from peftune.adapters.fold import MergedTensors
 from peftune.adapters.layout import AdapterLayout, LoraTarget, block_of, model_order
 from peftune.adapters.low_rank import delta_of, norm
-from peftune.adapters.provenance import check_base, directory_of, place_of_base, recorded
+from peftune.adapters.provenance import directory_of, place_of_base, recorded
 from peftune.model.base import open_base
 from peftune.model.weights import Weights
 
@@ -82,7 +82,6 @@ def describe(directory: Path, base: str | None = None) -> AdapterDescription:
         layout = read_layout(adapter)
     else:
         opened = open_base(base)
-        check_base(directory, opened)
         adapter, layout, _ = fit(directory, opened)
         weights = opened.weights
     missing = beyond_factors(layout)

@@ -16,15 +16,15 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
-from peftune.adapters.base_of import base_of
-from peftune.adapters.directory import Adapter, check_free, read_adapter
+from peftune.adapters.base_of import base_of, read_for
+from peftune.adapters.directory import Adapter, check_free
 from peftune.adapters.fold import MergedTensors
-from peftune.adapters.layout import layout_of, refuse_biased_head
+from peftune.adapters.layout import refuse_biased_head
 from peftune.adapters.merge.report import MergeReport
 from peftune.adapters.merge.shards import write_weights
 from peftune.adapters.merge.tokenizer_files import begins_texts, write_tokenizer
 from peftune.adapters.merge.verify import base_quantization, verify_merge
-from peftune.adapters.provenance import INIT, chat_of, check_base, parses_special_tokens, recorded_list
+from peftune.adapters.provenance import INIT, chat_of, parses_special_tokens, recorded_list
 from peftune.console import Console
 from peftune.data.sources.builtin import documents
 from peftune.data.sources.chat_exports import jinja_template
@@ -64,9 +64,7 @@ def merge(
         raise UserError(f"{out}: is the adapter itself; choose another directory")
     check_free(out, "the merged model")
     found = open_base(base if base is not None else base_of(adapter), fresh=True)
-    read = read_adapter(adapter)
-    check_base(adapter, found)
-    layout = layout_of(read.config, read.tensors, found.config, str(adapter))
+    read, layout = read_for(adapter, found)
     refuse_biased_head(layout, str(adapter))
     merged = MergedTensors(found.weights, layout)
     try:

@@ -14,7 +14,7 @@ from peftune.console import Console
 from peftune.data.tokens.store import TokenStore
 from peftune.errors import CheckFailed, UserError
 from peftune.inference.bank import AdapterBank
-from peftune.inference.perplexity import Documents, chat_of_all, read_blocks, special_tokens_of
+from peftune.inference.perplexity import Documents, how_to_read, read_blocks
 from peftune.inference.routing.route import THRESHOLD, Route, route
 from peftune.model.base import Base
 
@@ -41,10 +41,9 @@ def measure_routing(
     bank = AdapterBank(base or base_of(Path(next(iter(adapters.values())))))
     for name, directory in adapters.items():
         bank.add(name, directory, new_tokens=False)
-    folders = {name: Path(directory) for name, directory in adapters.items()}
-    prompts, how = {}, (special_tokens_of(bank.base, folders), chat_of_all(bank.base, folders))
+    prompts, how = {}, how_to_read(bank.base, {name: bank.get(name).provenance for name in adapters})
     for domain, documents in data.items():
-        prompts[domain] = prompts_of(read_blocks(bank.base, documents, None, *how).store, prompt_tokens, max_prompts)
+        prompts[domain] = prompts_of(read_blocks(bank.base, documents, **how).store, prompt_tokens, max_prompts)
         if not prompts[domain]:
             raise UserError(f"routing: no document of {domain} has a token to judge it by")
     routes: dict[str, list[Route]] = {domain: [] for domain in prompts}
