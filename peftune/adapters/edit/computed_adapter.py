@@ -8,11 +8,9 @@ Target modules are named in full: a short name would match modules in every bloc
 from __future__ import annotations
 
 import math
-import platform
 import re
 from collections import Counter
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,11 @@ from transformers import GPT2Config
 
 from peftune.adapters.directory import check_free, write_adapter
 from peftune.adapters.layout import layout_of
-from peftune.adapters.low_rank import LowRankDelta
+from peftune.adapters.low_rank import LowRankDelta, stored_tensors
 from peftune.adapters.model_card import model_card
 from peftune.errors import CheckFailed
 from peftune.model.lora import config_to_json
-from peftune.version import __version__
+from peftune.version import __version__, versions_of
 
 _VERSIONS = ("torch", "transformers", "peft", "safetensors")
 
@@ -47,15 +45,14 @@ def write_computed_adapter(
     deltas, and what `write_adapter` raises.
     """
     config = _lora_config(deltas, scale)
-    tensors = {f"base_model.model.{d.name}.{part}": tensor for d in deltas for part, tensor in d.parts().items()}
+    tensors = stored_tensors(deltas)
     targets = layout_of(config, tensors, shape, str(out)).targets
     for delta in deltas:
         read = targets.get(delta.name)
         if read is None or not math.isclose(read.scale, scale) or not _same_factors(read.parts, delta.parts()):
             raise CheckFailed(f"{out}: PEFT would read {delta.name} as another update; nothing was written")
     check_free(out, "the adapter")
-    versions = {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
-    provenance = {"peftune": __version__, **base, **source, "versions": versions}
+    provenance = {"peftune": __version__, **base, **source, "versions": versions_of(*_VERSIONS)}
     body = f"{card}\n\n`peftune.json` holds fingerprints of what it was made from."
     write_adapter(out, config, tensors, provenance, {"README.md": model_card(base["base"], str(out), body)})
 

@@ -167,12 +167,9 @@ def _extract_module(name: str, delta: torch.Tensor, size: float, rank: int) -> t
     if not math.isfinite(norm):
         raise UserError(f"{name}.weight: base or fine-tune holds values that are not finite")
     update = strongest(name, "conv1d", delta, rank)
-    stored = update.as_stored()
-    missed = float(torch.linalg.matrix_norm(torch.addmm(delta, stored.left, stored.right, alpha=-1)))
-    return update, {
-        "rank": update.rank, "norm": norm, "relative_change": norm / size if size else None,
-        "relative_error": missed / norm,
-    }  # fmt: skip
+    relative = norm / size if size else None
+    error = update.missed(delta) / norm
+    return update, {"rank": update.rank, "norm": norm, "relative_change": relative, "relative_error": error}
 
 
 def strongest(name: str, kind: Kind, delta: torch.Tensor, rank: int) -> LowRankDelta:

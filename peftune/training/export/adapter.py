@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import platform
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,7 +28,7 @@ from peftune.training.identity import refuse_other_run
 from peftune.training.inputs import RunInputs
 from peftune.training.metrics import MetricsLog
 from peftune.training.optimizer import Tensors
-from peftune.version import __version__
+from peftune.version import __version__, versions_of
 
 ROWS = ("base", "adapter")
 """Of the figures of a domain: those of step 0 (`init` in place of `base` where a run began with an adapter), and those
@@ -187,7 +185,6 @@ def _sample(digests: np.ndarray, inputs: RunInputs) -> str:
 
 def _provenance(inputs: RunInputs, state: State, delivery: Delivery, run_facts: dict[str, Any]) -> dict[str, Any]:
     """What peftune.json holds: enough to know what made this adapter, and to refuse another base."""
-    versions = {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
     train = inputs.corpus.train
     return {
         "peftune": __version__,
@@ -208,7 +205,7 @@ def _provenance(inputs: RunInputs, state: State, delivery: Delivery, run_facts: 
         **run_facts,
         "metrics": delivery.metrics,
         **({"metrics_begin_at_step": state.records_from} if state.records_from else {}),
-        "versions": versions | quantized.versions(inputs.recipe.quantize),
+        "versions": versions_of(*_VERSIONS) | quantized.versions(inputs.recipe.quantize),
     }
 
 

@@ -19,6 +19,7 @@ from transformers import GPT2Config
 
 from peftune.config.recipe import Recipe
 from peftune.errors import UserError
+from peftune.model.architecture import FAMILY
 from peftune.model.base import open_base
 from peftune.model.load import DTYPES, NAME_OF
 from peftune.model.quantized import Kind
@@ -40,8 +41,6 @@ from peftune.training.planning.memory_model import (
 from peftune.training.planning.trace import Device, activations
 from peftune.training.step import ForwardFn
 
-FAMILY = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20), "gpt2-xl": (48, 1600, 25)}
-"""Layers, width and heads of the checkpoints that need not be downloaded to be planned for."""
 _GPU_TOKENS = 65_536  # more a forward gains nothing
 _GPU_SHARE, _CONTEXT = 0.94, 500_000_000  # of a GPU's memory, and what CUDA takes for itself: not measured here
 _CPU_SHARE = 0.9  # of what is available
