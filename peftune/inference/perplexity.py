@@ -97,10 +97,10 @@ def evaluate(
     windows = {name: windows_of(store, name, window, base.config.n_positions) for name, store in learnt.items()}
     models: dict[str, Callable[[], torch.nn.Module]] = {"base": partial(load_model, base)}
     models |= {name: partial(load_with_rows, base, folders[name], layout) for name, (_, layout, _) in fitted.items()}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found: dict[str, dict[str, np.ndarray]] = {}
     rows: dict[str, dict[str, Figures]] = {}
+    found: dict[str, dict[str, np.ndarray]] = {}
     memorised: dict[str, dict[str, Any]] = {}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Console().progress as progress:
         task = progress.add_task("evaluating", total=len(models) * sum(map(len, domains.values())), note="")
         for name, load in models.items():
@@ -108,16 +108,11 @@ def evaluate(
             blocks = domains
             if name in own:
                 blocks = {domain: read(texts, block_size, tokenizer=own[name]) for domain, texts in data.items()}
-            scorer = LossModel(load()).to(device)
+            scorer, done = LossModel(load()).to(device), partial(progress.advance, task)
             with torch.autocast(device.type, dtype_of(precision), enabled=precision != "fp32"):
-                found[name] = {
-                    domain: nats_by_document(scorer, packed, batch, device, lambda n: progress.advance(task, n))
-                    for domain, packed in blocks.items()
-                }
-                memorised[name] = {
-                    source: share_reproduced(scorer, ids, window, batch, device) for source, ids in windows.items()
-                }
-            rows[name] = {domain: _figures(name, domain, found[name][domain], blocks[domain]) for domain in blocks}
+                found[name] = {d: nats_by_document(scorer, b, batch, device, done) for d, b in blocks.items()}
+                memorised[name] = {t: share_reproduced(scorer, w, window, batch, device) for t, w in windows.items()}
+            rows[name] = {domain: _figures(name, domain, nats, blocks[domain]) for domain, nats in found[name].items()}
     facts = {
         name: {"documents": len(blocks.documents), "tokens": blocks.tokens(), "bytes": blocks.text_bytes()}
         for name, blocks in domains.items()

@@ -1,4 +1,4 @@
-"""The directory of a run: its lock, what an earlier start left there, and what the end of this one writes."""
+"""What a run delivers: what an earlier start left of it, and what the end of this one writes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from peftune.adapters.directory import read_adapter, refuse_other_files, write_adapter
-from peftune.adapters.model_card import model_card
-from peftune.adapters.provenance import INIT, first_row, merged_text, read_provenance, recorded, recorded_dict
+from peftune.adapters.model_card import training_card
+from peftune.adapters.provenance import INIT, first_row, read_provenance, recorded, recorded_dict
 from peftune.config.recipe import Recipe
 from peftune.console import Console
 from peftune.data.documents import sample_of
@@ -149,7 +149,7 @@ def deliver(
     provenance = _provenance(inputs, state, delivery, run_facts)
     title = f"{out.name}: {recipe.base} with {recipe.lora.variant}, rank {recipe.lora.rank}"
     files: dict[str, bytes | str] = {
-        **_tokenizer_files(inputs), _CARD: _model_card(provenance), _PLOT: draw_loss(events, title)
+        **_tokenizer_files(inputs), _CARD: training_card(provenance), _PLOT: draw_loss(events, title)
     }  # fmt: skip
     write_adapter(out, config, tensors, provenance, files)
     return delivery
@@ -207,70 +207,3 @@ def _provenance(inputs: RunInputs, state: State, delivery: Delivery, run_facts: 
         **({"metrics_begin_at_step": state.records_from} if state.records_from else {}),
         "versions": versions_of(*_VERSIONS) | quantized.versions(inputs.recipe.quantize),
     }
-
-
-def _model_card(provenance: dict[str, Any]) -> str:
-    recipe = provenance["recipe"]
-    lora, optim = recipe["lora"], recipe["optim"]
-    targets = lora["targets"] if isinstance(lora["targets"], str) else ", ".join(lora["targets"])
-    sources = ", ".join(f"`{source['path']}`" for source in recipe["data"]["train"])
-    quantised = (
-        ""
-        if recipe["quantize"] is None
-        else f"""\
-The base was quantised to {recipe["quantize"]} meanwhile, and the figures below were measured on that; the adapter is
-one for the full-precision base.
-
-"""
-    )
-    also = provenance.get("validation_also_trained_on", {}).items()
-    leaked = "".join(f"{count:,} documents of {domain} were trained on too. " for domain, count in also)
-    first = provenance.get("metrics_begin_at_step")
-    since = f" since step {first} (what was before was lost)" if first else ""
-    body = f"""\
-A {lora["variant"]} adapter (rank {lora["rank"]}, alpha {lora["alpha"]:g}, targets: {targets}) for `{recipe["base"]}`,
-{provenance["trainable_parameters"]:,} trained parameters, trained with peftune {provenance["peftune"]} on {sources}.
-
-{quantised}{_origins(provenance)}{_table(provenance["metrics"])}
-{leaked}
-
-Learning: {provenance["step"]} steps of {recipe["batch"]["global_size"]} blocks, {provenance["tokens"]:,} tokens,
-peak rate {optim["lr"]:g} ({optim["schedule"]}), {provenance["precision"]}, seed {recipe["run"]["seed"]},
-{provenance["seconds"]:,.0f} seconds. `peftune.json` holds the full recipe and the fingerprints of base and data,
-`metrics.jsonl` every step{since}.
-
-![Course of the loss](loss.png)"""
-    return model_card(recipe["base"], recipe["run"]["out"], body)
-
-
-def _origins(provenance: dict[str, Any]) -> str:
-    """Paragraphs on what the adapter began with and what was merged into its base; empty where there is nothing."""
-    paragraphs = []
-    if merged := provenance.get("base_merged"):
-        paragraphs.append(
-            f"Its base is {merged_text(merged)}. It is relative to that merged model: load it on that, not on "
-            f"`{merged[-1].get('base')}`."
-        )
-    if chain := provenance.get("init"):
-        named = [
-            f"`{e['adapter']}` ({str(e['adapter_fingerprint'])[:12]}, step {e.get('step', 'unknown')})" for e in chain
-        ]
-        paragraphs.append(f"Its training went on from the adapter {', and that from '.join(named)}.")
-    return "".join(f"{paragraph}\n\n" for paragraph in paragraphs)
-
-
-def _table(metrics: dict[str, Figures]) -> str:
-    if not metrics:
-        return "It was not evaluated: the recipe has no validation data."
-    first = first_row(next(iter(metrics.values())))
-    of = "at the start" if first == INIT else first
-    rows = [
-        f"| domain | scored tokens | perplexity, {of} | with adapter | bits per byte, {of} | with adapter |",
-        "|---|---|---|---|---|---|",
-    ]
-    for domain, figures in metrics.items():
-        pairs = [(figures.get(row), key) for key in ("perplexity", "bits_per_byte") for row in (first, "adapter")]
-        cells = [f"{row[key]:.3f}" if row else "not measured" for row, key in pairs]
-        tokens = next(iter(figures.values()))["tokens"]
-        rows.append(f"| {domain} | {tokens:,} | {' | '.join(cells)} |")
-    return "\n".join(rows)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -153,16 +154,13 @@ def plan(recipe: Recipe, config: GPT2Config, machine: Machine) -> Plan:
     precision = precision_of(recipe, machine)
     program = psutil.Process().memory_info().rss if machine.device == "cpu" else 0
     shapes = shapes_of(config, recipe.lora)
-    traces: dict[tuple[bool, bool], tuple[int, int]] = {}
 
-    def traced(layout: Layout) -> tuple[int, int]:
+    @cache
+    def traced(recompute: bool, sharded: bool) -> tuple[int, int]:
         """Bytes of activations of the first block of a micro-batch, and of each further one."""
-        key = layout.checkpointing, layout.way == "zero3"
-        if key not in traces:
-            run = recipe.run.model_copy(update={"checkpointing": layout.checkpointing})
-            changed = recipe.model_copy(update={"run": run})
-            traces[key] = activations(config, changed, DTYPES[precision], block, machine.device, key[1])
-        return traces[key]
+        run = recipe.run.model_copy(update={"checkpointing": recompute})
+        changed = recipe.model_copy(update={"run": run})
+        return activations(config, changed, DTYPES[precision], block, machine.device, sharded)
 
     def option(layout: Layout) -> Option:
         if reason := _refusal(recipe, layout):
@@ -170,7 +168,7 @@ def plan(recipe: Recipe, config: GPT2Config, machine: Machine) -> Plan:
         memory = bytes_per_rank(shapes, layout.way, machine.count, precision, layout.quantize)
         base = 0 if layout.offload and layout.way == "zero3" else memory.base
         held = memory.held - memory.base + base - (memory.optimizer_state if layout.offload else 0) + program
-        first, more = with_slack(*traced(layout), machine.device)
+        first, more = with_slack(*traced(layout.checkpointing, layout.way == "zero3"), machine.device)
         room = machine.usable - held - memory.gathered
         share, asked_size = -(-recipe.batch.global_size // machine.count), recipe.batch.micro_size
         if asked_size == "auto":
@@ -184,9 +182,8 @@ def plan(recipe: Recipe, config: GPT2Config, machine: Machine) -> Plan:
         return Option(layout, "", size, held, kept, peak, peak <= machine.usable, wire)
 
     options = [option(layout) for layout in _layouts(recipe, machine)]
-    fitting = [option for option in options if option.fits]
-    a = shapes.adapter
-    return Plan(machine, precision, block, program, a, options, fitting[0] if fitting else None)
+    fastest = next((option for option in options if option.fits), None)
+    return Plan(machine, precision, block, program, shapes.adapter, options, fastest)
 
 
 def with_slack(first: int, each: int, device: Device) -> tuple[int, int]:
