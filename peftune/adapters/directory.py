@@ -38,7 +38,7 @@ from peftune.model.weights import all_finite, save_tensors
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
-_COMMIT = ".commit"
+COMMIT = ".commit"
 Tensors = dict[str, torch.Tensor]
 
 
@@ -121,7 +121,7 @@ def write_adapter(
     existed = out.exists()
     if existed and not out.is_dir():
         raise UserError(f"{out}: is a file; expected a directory for the adapter")
-    target = out / _COMMIT if existed else out
+    target = out / COMMIT if existed else out
     try:
         _finish_commit(out)
         with staging_directory(target) as staging:
@@ -155,7 +155,7 @@ def _finish_commit(out: Path) -> None:
 
     Only for who writes to `out`. Can be repeated. Raises UserError for what no write of peftune leaves, such as links.
     """
-    commit = out / _COMMIT
+    commit = out / COMMIT
     if not _is_interrupted(commit):
         return
     last = commit / CONFIG
@@ -184,7 +184,7 @@ def _is_interrupted(commit: Path) -> bool:
 
 def refuse_other_files(out: Path, names: Iterable[str]) -> None:
     """UserError where `out` holds a file of these names, or an adapter, that peftune did not write."""
-    if _is_interrupted(out / _COMMIT) or os.path.lexists(out / PROVENANCE):
+    if _is_interrupted(out / COMMIT) or os.path.lexists(out / PROVENANCE):
         return
     for name in (CONFIG, TENSORS, *names):
         if os.path.lexists(out / name):
@@ -216,7 +216,7 @@ def read_any_settings(directory: Path) -> tuple[dict[str, Any], dict[str, Any] |
     path = directory / CONFIG
     if not path.is_file():
         hints = {
-            _COMMIT: "its last write was interrupted; start the same training again, which completes it",
+            COMMIT: "its last write was interrupted; start the same training again, which completes it",
             "config.json": "it is a complete model; pass it as the base",
             "checkpoints": "its training has not finished",
             "state.json": "it is a checkpoint; take the directory of its run, where a finished adapter lies",

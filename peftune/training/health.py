@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -266,18 +267,24 @@ def what_broke(
     rows = [range(span, span + 1) for spans in at_fault[:_AT_FAULT] for span in spans]
     bad = [row.start for row, is_broken in zip(rows, broken(rows), strict=True) if is_broken]
     numbers = {int(train.documents[train.packing.example[span]]) for span in bad}
-    here = inputs.corpus.places(numbers).values()
-    ranks = all_gather(accelerator, ((len(blocks), len(at_fault), len(rows), len(bad)), list(here)))
-    tried, failing, documents, broken_documents = (
-        sum(counts) for counts in zip(*(counts for counts, _ in ranks), strict=True)
+    here = ((len(blocks), len(at_fault), len(rows), len(bad)), list(inputs.corpus.places(numbers).values()))
+    counts, places = zip(*all_gather(accelerator, here), strict=True)
+    return _blame(
+        np.sum(counts, axis=0).tolist(), [place for found in places for place in found], inputs, state, forward
     )
-    places = [place for _, found in ranks for place in found]
-    where = ", ".join(places[:_AT_FAULT])
-    if not broken_documents:
+
+
+def _blame(
+    counts: list[int], places: list[str], inputs: RunInputs, state: State, forward: ForwardFn
+) -> tuple[str, bool]:
+    """`counts` of blocks, of those that break, of documents tried in them, and of those that break; their `places`."""
+    tried, failing, documents, broken = counts
+    where, lr = ", ".join(places[:_AT_FAULT]), inputs.recipe.optim.lr
+    if not broken:
         return "it does not come back when each block is computed alone: start again from the last checkpoint", True
-    if failing < tried or broken_documents < documents:
-        which = "these documents are" if broken_documents > 1 else "this document is"
-        more = " and more" if max(broken_documents, failing) > _AT_FAULT else ""
+    if failing < tried or broken < documents:
+        which = "these documents are" if broken > 1 else "this document is"
+        more = " and more" if max(broken, failing) > _AT_FAULT else ""
         fp32 = "" if forward.dtype == torch.float32 else ", or take run.precision=fp32"
         return f"{which} to blame: {where}{more}; look at that text and remove it{fp32}, with another run.out", True
     if state.step == 0:
@@ -287,7 +294,7 @@ def what_broke(
             False,
         )
     return (
-        f"every document of the step is affected (first {where}), so the adapter is at fault: optim.lr="
-        f"{recipe.optim.lr:g} is too high; try {recipe.optim.lr / 10:.2g}, or set optim.clip, with another run.out",
+        f"every document of the step is affected (first {where}), so the adapter is at fault: optim.lr={lr:g} is too "
+        f"high; try {lr / 10:.2g}, or set optim.clip, with another run.out",
         False,
     )

@@ -84,15 +84,7 @@ def merge(
                 raise CheckFailed(f"merge: {len(unused)} tensors of the adapter were not applied, such as {unused[0]}")
             _check_loadable(staging)
             figures = verify_merge(written, read, merged, dtype, sequences, advance) if verify else {}
-            report = MergeReport(
-                len(layout.modules()), len(layout.modules()), dtype, found.fingerprint, read.fingerprint, found.name,
-                merged.tied, layout.vocabulary, trained_on=base_quantization(read), left_out=found.weights.left_out,
-                special_tokens="parse" if parses_special_tokens(read.provenance) else "text",
-                begin_of_text=str(written.tokenizer.convert_ids_to_tokens(begin_of_text_id(written.tokenizer))),
-                tokenizer_begins_texts=begins_texts(written),
-                merged=(_merged_entry(read, found), *found.merged), changes_nothing=not merged.changes_a_weight,
-                chat=chat_of(read.provenance), **figures,
-            )  # fmt: skip
+            report = _report(written, found, read, merged, dtype, figures)
             hashes = hashes_of(staging, [path.name for path in staging.iterdir()])  # `model.base` checks them
             write_json(staging / MERGE, {**vars(report), "sha256": hashes})
             check_free(out, "the merged model")  # nobody has put anything there meanwhile
@@ -100,6 +92,20 @@ def merge(
     except OSError as error:
         raise UserError(f"{out}: cannot write the merged model: {error.strerror or error}") from None
     return report
+
+
+def _report(
+    written: Base, base: Base, adapter: Adapter, merged: MergedTensors, dtype: str, figures: dict[str, Any]
+) -> MergeReport:
+    layout, tokenizer = merged.layout, written.tokenizer
+    return MergeReport(
+        len(layout.modules()), len(layout.modules()), dtype, base.fingerprint, adapter.fingerprint, base.name,
+        merged.tied, layout.vocabulary, trained_on=base_quantization(adapter), left_out=base.weights.left_out,
+        special_tokens="parse" if parses_special_tokens(adapter.provenance) else "text",
+        begin_of_text=str(tokenizer.convert_ids_to_tokens(begin_of_text_id(tokenizer))),
+        tokenizer_begins_texts=begins_texts(written), changes_nothing=not merged.changes_a_weight,
+        merged=(_merged_entry(adapter, base), *base.merged), chat=chat_of(adapter.provenance), **figures,
+    )  # fmt: skip
 
 
 def _merged_entry(adapter: Adapter, base: Base) -> dict[str, Any]:

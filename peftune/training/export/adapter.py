@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from peftune.adapters.directory import read_adapter, refuse_other_files, write_adapter
+from peftune.adapters.directory import CONFIG, read_adapter, refuse_other_files, write_adapter
 from peftune.adapters.model_card import training_card
 from peftune.adapters.provenance import INIT, first_row, read_provenance, recorded, recorded_dict
 from peftune.config.recipe import Recipe
@@ -62,7 +62,7 @@ _DELIVERIES = TypeAdapter(Delivery)
 def already_delivered(out: Path, now: dict[str, Any]) -> Delivery | None:
     """What an earlier run of the same recipe left in `out`; UserError where another run's adapter is there."""
     written = read_provenance(out)
-    if written is None or not (out / "adapter_config.json").is_file():
+    if written is None or not (out / CONFIG).is_file():
         return None
     refuse_other_run(recorded_dict(written, "identity"), now, str(out))
     read_adapter(out)

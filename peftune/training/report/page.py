@@ -18,7 +18,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from peftune.adapters.provenance import first_row, recorded, recorded_dict
+from peftune.adapters.provenance import recorded
 from peftune.console import change
 from peftune.errors import UserError, printable
 from peftune.training.distributed.agreement import flatten
@@ -57,7 +57,7 @@ def build_page(runs: Sequence[RecordedRun], evaluated: dict[str, Any] | None = N
 
     UserError where `evaluated` is something else.
     """
-    domains = list(dict.fromkeys(str(name) for run in runs for name in _figures(run)))
+    domains = list(dict.fromkeys(str(name) for run in runs for name in run.figures))
     sections = [
         PagePart("Held-out text", _held_out(runs, domains) + _intervals(evaluated)),
         PagePart("Samples", _samples(runs)),
@@ -99,23 +99,11 @@ def _warnings(run: RecordedRun) -> Row:
     return told[:_WARNINGS] + ([f"{more:,} more warnings"] if more > 0 else [])
 
 
-def _figures(run: RecordedRun) -> dict[str, list[dict[str, Any]]]:
-    """By domain the figures of the first evaluation and of what was delivered, or of the last evaluation."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for event in run.of("eval"):
-        found[event["domain"]] = [found.get(event["domain"], [event])[0], event]
-    for domain, rows in recorded_dict(run.provenance, "metrics").items():
-        pair = [recorded_dict(rows, row) for row in (first_row(rows), "adapter")]
-        if all(pair):
-            found[domain] = pair
-    return found
-
-
 def _held_out(runs: Sequence[RecordedRun], domains: Row) -> list[Sheet]:
     rows = []
     for domain in domains[:MOST_ROWS]:
         for run in runs:
-            if pair := _figures(run).get(domain):
+            if pair := run.figures.get(domain):
                 before, after = (number(each.get("perplexity")) for each in pair)
                 changed = change(after, before) if before > 0 and math.isfinite(after) else ""
                 bits = [figure_of(each.get("bits_per_byte"), ",.3f") for each in pair]
