@@ -8,11 +8,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerFast
+from peft import PeftModel
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from peftune.adapters.attach import fit, load_with_rows
 from peftune.adapters.base_of import base_of
@@ -86,7 +87,7 @@ def evaluate(
     base = base if isinstance(base, Base) else open_base(base or base_of(*folders.values()))
     fitted = {name: fit(directory, base) for name, directory in folders.items()}
     origins = {name: adapter.provenance for name, (adapter, _, _) in fitted.items()}
-    read = partial(read_blocks, base, **how_to_read(base, origins))
+    read = partial(read_blocks, base, how=how_to_read(base, origins))
     domains = {name: read(documents, block_size) for name, documents in data.items()}
     own = {name: tokenizer for name, (_, _, tokenizer) in fitted.items() if tokenizer is not base.tokenizer}
     if own:
@@ -95,7 +96,7 @@ def evaluate(
         )
     learnt = {name: read(texts).store for name, texts in (trained_on or {}).items()}
     windows = {name: windows_of(store, name, window, base.config.n_positions) for name, store in learnt.items()}
-    models: dict[str, Callable[[], torch.nn.Module]] = {"base": partial(load_model, base)}
+    models: dict[str, Callable[[], GPT2LMHeadModel | PeftModel]] = {"base": partial(load_model, base)}
     models |= {name: partial(load_with_rows, base, folders[name], layout) for name, (_, layout, _) in fitted.items()}
     rows: dict[str, dict[str, Figures]] = {}
     found: dict[str, dict[str, np.ndarray]] = {}
@@ -162,8 +163,15 @@ def not_held_out(origins: Mapping[str, Any], domains: Mapping[str, Blocks]) -> d
     return {"trained_on": found} if found else {}
 
 
-def how_to_read(base: Base, origins: Mapping[str, Any]) -> dict[str, str]:
-    """`special_tokens` and `chat` of `read_blocks`: as adapters were trained, where none tells as the base.
+class Reading(NamedTuple):
+    """How texts are read: special tokens that they spell out, `parse` or `text`; conversations, by which template."""
+
+    special_tokens: str = "text"
+    chat: str = "plain"
+
+
+def how_to_read(base: Base, origins: Mapping[str, Any]) -> Reading:
+    """As adapters were trained; where none tells, as the base was.
 
     `origins` are their peftune.json by name. UserError where they differ: their figures would be of different tokens.
     """
@@ -176,18 +184,14 @@ def how_to_read(base: Base, origins: Mapping[str, Any]) -> dict[str, str]:
         names = ", ".join(name for name, chat in chats.items() if chat == "eos-turns")
         raise UserError(f"{names}: trained with data.chat: eos-turns, others not; evaluate them separately")
     parses = next(iter(parse.values()), base.parses_special_tokens)
-    return {
-        "special_tokens": "parse" if parses else "text",
-        "chat": next(iter(chats.values()), base.chat or "plain"),
-    }
+    return Reading("parse" if parses else "text", next(iter(chats.values()), base.chat or "plain"))
 
 
 def read_blocks(
     base: Base,
     documents: Documents | Blocks,
     block_size: int | None = None,
-    special_tokens: str = "text",
-    chat: str = "plain",
+    how: Reading = Reading(),
     tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Blocks:
     """Tokenise (with the base's tokenizer or this one) and pack a domain; what is packed already stays as it is."""
@@ -198,9 +202,7 @@ def read_blocks(
         raise UserError(f"block size {block_size}: expected 8 to {positions}, the positions of the base")
     several = [documents] if isinstance(documents, str | Path | Source) else documents
     sources = [one if isinstance(one, Source) else Source(path=str(one)) for one in several]
-    store = prepare(
-        sources, tokenizer or base.tokenizer, base.tokenizer_fingerprint, " ", "auto", None, special_tokens, chat
-    )
+    store = prepare(sources, tokenizer or base.tokenizer, base.tokenizer_fingerprint, " ", "auto", None, *how)
     for line in cut_lines(sources, store.cuts, chosen=True):
         Console().say(line)
     return Blocks.of(store, np.arange(len(store)), block_size or positions)

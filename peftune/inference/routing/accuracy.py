@@ -44,7 +44,7 @@ def measure_routing(
     how = how_to_read(bank.base, {name: bank.get(name).provenance for name in adapters})
     prompts: dict[str, list[list[int]]] = {}
     for domain, documents in data.items():
-        prompts[domain] = prompts_of(read_blocks(bank.base, documents, **how).store, prompt_tokens, max_prompts)
+        prompts[domain] = prompts_of(read_blocks(bank.base, documents, how=how).store, prompt_tokens, max_prompts)
         if not prompts[domain]:
             raise UserError(f"routing: no document of {domain} has a token to judge it by")
     routes = _routes(bank, prompts)
