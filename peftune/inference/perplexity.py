@@ -191,7 +191,7 @@ def read_blocks(
     base: Base,
     documents: Documents | Blocks,
     block_size: int | None = None,
-    how: Reading = Reading(),
+    how: Reading | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Blocks:
     """Tokenise (with the base's tokenizer or this one) and pack a domain; what is packed already stays as it is."""
@@ -202,7 +202,9 @@ def read_blocks(
         raise UserError(f"block size {block_size}: expected 8 to {positions}, the positions of the base")
     several = [documents] if isinstance(documents, str | Path | Source) else documents
     sources = [one if isinstance(one, Source) else Source(path=str(one)) for one in several]
-    store = prepare(sources, tokenizer or base.tokenizer, base.tokenizer_fingerprint, " ", "auto", None, *how)
+    store = prepare(
+        sources, tokenizer or base.tokenizer, base.tokenizer_fingerprint, " ", "auto", None, *(how or Reading())
+    )
     for line in cut_lines(sources, store.cuts, chosen=True):
         Console().say(line)
     return Blocks.of(store, np.arange(len(store)), block_size or positions)
