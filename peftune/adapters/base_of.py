@@ -20,7 +20,6 @@ from peftune.adapters.provenance import (
     FROM_ADAPTER,
     directory_of,
     place_of_base,
-    read_provenance,
     recorded,
     recorded_dict,
 )
@@ -53,11 +52,12 @@ def base_of(*adapter_dirs: Path) -> str:
     Raises UserError where one does not say, where they name several, where there is no adapter, and where the directory
     that they name is found neither from here nor from the adapter.
     """
-    named = {place_of_base(path, *read_settings(path)) or "": path for path in adapter_dirs}
+    settings = {path: read_settings(path) for path in adapter_dirs}
+    named = {place_of_base(path, *both) or "": path for path, both in settings.items()}
     if "" in named:
         raise UserError(f"adapter {named['']}: {_UNNAMED}")
     for name, path in named.items():
-        way = recorded(read_provenance(path), FROM_ADAPTER)
+        way = recorded(settings[path][1], FROM_ADAPTER)
         if way is not None and directory_of(name) is None:
             raise BaseNotFound(
                 f"adapter {path}: its base {name} is found neither from here nor from the adapter ({way}); pass the "

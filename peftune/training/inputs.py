@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from peftune.adapters.base_of import base_of
 from peftune.adapters.provenance import merged_text
@@ -123,22 +123,28 @@ def read_inputs(recipe: Recipe, fresh: bool = False, lint: bool = True) -> RunIn
         recipe, init = continued_from(recipe, base)
     if recipe.quantize is not None:
         quantized.require(recipe.quantize)
-    asked, positions = recipe.data.block_size, base.config.n_positions
-    if asked != "auto" and asked > positions:
-        raise UserError(
-            f"data.block_size is {asked}, but {recipe.base} has only {positions} positions; use that, or auto"
-        )
+    block = block_size_of(recipe, base.config)
     if init is None or init.settings is None:
         with torch.device("meta"):
             lora.peft_config(GPT2LMHeadModel(base.config), recipe.lora)
     tokenizer = with_new_tokens(base.tokenizer, recipe.data.new_tokens)  # before the weights: its errors come first
     fingerprints = {"base": base.fingerprint, "tokenizer": base.tokenizer_fingerprint}
     fingerprints |= {"config": base.config_fingerprint, **(init.fingerprints() if init else {})}
-    corpus = _load_corpus(recipe, tokenizer, base, positions if asked == "auto" else asked, lint)
+    corpus = _load_corpus(recipe, tokenizer, base, block, lint)
     fingerprints |= {f"data {name}": value for name, value in corpus.fingerprints.items()}
     identity = identity_of(recipe, fingerprints) | {FILES: sizes_of_files(recipe)}
     total = total_steps(len(corpus.train), recipe.batch.global_size, recipe.optim.epochs, recipe.optim.steps)
     return RunInputs(recipe, base, tokenizer, corpus, identity, total, init)
+
+
+def block_size_of(recipe: Recipe, base: GPT2Config) -> int:
+    """Tokens of a block; UserError for more than the base has positions."""
+    asked, positions = recipe.data.block_size, base.n_positions
+    if asked != "auto" and asked > positions:
+        raise UserError(
+            f"data.block_size is {asked}, but {recipe.base} has only {positions} positions; use that, or auto"
+        )
+    return positions if asked == "auto" else asked
 
 
 def _refuse_adapter_as_base(recipe: Recipe) -> None:

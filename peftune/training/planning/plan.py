@@ -28,7 +28,7 @@ from peftune.training.continued import continued_from
 from peftune.training.device import CPU_TOKENS, choose_precision
 from peftune.training.distributed.start import zero_stage
 from peftune.training.distributed.zero import refuse_for_zero3
-from peftune.training.inputs import RunInputs
+from peftune.training.inputs import RunInputs, block_size_of
 from peftune.training.planning.memory_model import (
     SHIPPED,
     Format,
@@ -147,11 +147,7 @@ def what_is_planned(recipe: Recipe) -> tuple[Recipe, GPT2Config]:
 
 def plan(recipe: Recipe, config: GPT2Config, machine: Machine) -> Plan:
     """Every way of running the recipe on the machine, the fastest first; UserError for what cannot run on any."""
-    asked = recipe.data.block_size
-    block = config.n_positions if asked == "auto" else asked
-    if block > config.n_positions:
-        raise UserError(f"data.block_size is {block}, but the base has only {config.n_positions} positions")
-    precision = precision_of(recipe, machine)
+    block, precision = block_size_of(recipe, config), precision_of(recipe, machine)
     program = psutil.Process().memory_info().rss if machine.device == "cpu" else 0
     shapes = shapes_of(config, recipe.lora)
 
