@@ -7,6 +7,7 @@ rank on the untouched base.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -91,7 +92,7 @@ def skeleton(
     if lora.variant in STARTS:
         lora = lora.model_copy(update={"variant": "lora"})
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = GPT2LMHeadModel(config)
+        model = GPT2LMHeadModel(copy.deepcopy(config))  # new rows change it
         if rows and rows[-1] >= config.vocab_size:
             model.resize_token_embeddings(rows[-1] + 1, mean_resizing=False)
         return inject(model, lora, 0, rows=rows, settings=settings)

@@ -52,11 +52,10 @@ class CheckpointDiff:
     def squared_norms(self, name: str) -> tuple[float, float]:
         """(‖D‖², ‖W_base‖²) of one tensor, read in slices."""
         changed, size = 0.0, 0.0
-        readers = (weights.chunks(weights.stored_name(name)) for weights in (self.base, self.tuned))
-        for chunks in zip(*readers, strict=True):
-            for before, after in zip(*(torch.split(chunk.reshape(-1), _SLICE) for chunk in chunks), strict=True):
-                changed += float((after.double() - before.double()).square().sum())
-                size += float(before.double().square().sum())
+        readers = (weights.chunks(weights.stored_name(name), _SLICE) for weights in (self.base, self.tuned))
+        for before, after in zip(*readers, strict=True):
+            changed += float((after.double() - before.double()).square().sum())
+            size += float(before.double().square().sum())
         return changed, size
 
     def notes(self) -> list[str]:
