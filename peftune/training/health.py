@@ -50,7 +50,7 @@ class Health:
         self.metrics, self.console = metrics, console
         self.first_step = state.step
         self.parameters = dict(model.named_parameters())
-        self.before = self._checksums()
+        self.before = _checksums(self.parameters)
         self.losses: list[float] = []
         self.told: list[str] = []
 
@@ -176,11 +176,8 @@ class Health:
                 most=_SPIKES,
             )
 
-    def _checksums(self) -> dict[str, int]:
-        return {name: _checksum(parameter) for name, parameter in self.parameters.items()}
-
     def _check_what_moved(self) -> None:
-        after, step = self._checksums(), self.state.step
+        after, step = _checksums(self.parameters), self.state.step
         still = {name for name, value in after.items() if value == self.before[name]}
         frozen = {name for name, parameter in self.parameters.items() if not parameter.requires_grad}
         # Of a sharded matrix a rank may have a part that holds nothing.
@@ -228,11 +225,14 @@ def never_better(state: State, total: int) -> str:
     )
 
 
-def _checksum(parameter: torch.Tensor) -> int:
-    """Sum of the bit patterns of all values that this rank holds: another one where any single value changes."""
-    flat = getattr(parameter, "ds_tensor", parameter).detach().reshape(-1)
-    bits = flat.view(_INTEGERS[flat.element_size()])
-    return sum(int(part.sum(dtype=torch.int64)) for part in bits.split(_SUMMED))
+def _checksums(parameters: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Sums of the bit patterns of all values that this rank holds: another one where any single value changes."""
+    found = {}
+    for name, parameter in parameters.items():
+        flat = getattr(parameter, "ds_tensor", parameter).detach().reshape(-1)
+        bits = flat.view(_INTEGERS[flat.element_size()])
+        found[name] = sum(int(part.sum(dtype=torch.int64)) for part in bits.split(_SUMMED))
+    return found
 
 
 def _some(names: set[str]) -> str:
@@ -268,10 +268,9 @@ def what_broke(
     bad = [row.start for row, is_broken in zip(rows, broken(rows), strict=True) if is_broken]
     numbers = {int(train.documents[train.packing.example[span]]) for span in bad}
     here = ((len(blocks), len(at_fault), len(rows), len(bad)), list(inputs.corpus.places(numbers).values()))
-    counts, places = zip(*all_gather(accelerator, here), strict=True)
-    return _blame(
-        np.sum(counts, axis=0).tolist(), [place for found in places for place in found], inputs, state, forward
-    )
+    counts, found = zip(*all_gather(accelerator, here), strict=True)
+    places = [place for of_rank in found for place in of_rank]
+    return _blame(np.sum(counts, axis=0).tolist(), places, inputs, state, forward)
 
 
 def _blame(

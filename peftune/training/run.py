@@ -275,10 +275,8 @@ def _log_memory(run: Run) -> int:
     """Once a start, after the first step has made the optimizer's state: the memory of each rank; the peak foreseen."""
     gradient, peak = run.gradient.flat.nbytes, peak_memory(run.accelerator.device)
     here = run.strategy.memory_bytes(run.adapted.model) | {"gradient": gradient, "peak": peak}
-    every = all_gather(run.accelerator, here)
-    predicted = run.program + broadcast(
-        run.accelerator, lambda: tensors_at_most(run.inputs, run.forward, run.accelerator)
-    )
+    every, predicted = all_gather(run.accelerator, here), tensors_at_most(run.inputs, run.forward, run.accelerator)
+    predicted += run.program
     run.metrics.write("memory", step=run.state.step, bytes_per_rank=every, predicted_peak_bytes=predicted)
     return predicted
 

@@ -133,4 +133,4 @@ def test_ranks_that_differ_end_with_2_and_the_first_says_how(ended: Ended, case:
 
 @pytest.mark.slow
 def test_the_first_rank_alone_looks_for_shared_passages_and_foresees_the_memory(ended: Ended) -> None:
-    assert [done for _, _, done in ended["nothing"]] == [{"of_run": 1, "tensors_at_most": 1}, {}]
+    assert [done for _, _, done in ended["nothing"]] == [{"of_run": 1, "activations": 1}, {}]

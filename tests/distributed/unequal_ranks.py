@@ -19,6 +19,7 @@ from peftune.config.recipe import load_recipe
 from peftune.errors import PeftuneError
 from peftune.training import inputs, run
 from peftune.training.distributed import start
+from peftune.training.planning import plan
 
 done: Counter[str] = Counter()
 
@@ -35,7 +36,7 @@ def count(module: Any, name: str) -> None:
 
 
 count(inputs, "of_run")
-count(run, "tensors_at_most")
+count(plan, "activations")
 folder = Path(sys.argv[1])
 true_versions = start.versions
 with start.process_group():

@@ -26,6 +26,7 @@ from peftune.model.load import DTYPES, NAME_OF
 from peftune.model.quantized import Kind
 from peftune.training.continued import continued_from
 from peftune.training.device import CPU_TOKENS, choose_precision
+from peftune.training.distributed.collectives import broadcast
 from peftune.training.distributed.start import zero_stage
 from peftune.training.distributed.zero import refuse_for_zero3
 from peftune.training.inputs import RunInputs, block_size_of
@@ -242,7 +243,11 @@ def _wire(shapes: Shapes, way: Way, ranks: int, precision: Format, micro_batches
 
 
 def tensors_at_most(inputs: RunInputs, forward: ForwardFn, accelerator: Accelerator) -> int:
-    """Bytes by which this rank grows, at most, from before the base is loaded."""
+    """Bytes by which a rank grows, at most, from before the base is loaded; a collective, which the first computes."""
+    return broadcast(accelerator, lambda: _tensors_at_most(inputs, forward, accelerator))
+
+
+def _tensors_at_most(inputs: RunInputs, forward: ForwardFn, accelerator: Accelerator) -> int:
     stage, ranks, device = zero_stage(accelerator), accelerator.num_processes, accelerator.device
     way: Any = f"zero{stage}" if stage else "ddp" if ranks > 1 else "one"
     kind: Any = "cpu" if device.type == "cpu" else "cuda"
