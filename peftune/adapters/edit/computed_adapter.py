@@ -57,6 +57,12 @@ def write_computed_adapter(
     write_adapter(out, config, tensors, provenance, {"README.md": model_card(base["base"], str(out), body)})
 
 
+def read_as(parses_special_tokens: bool, chat: str | None) -> dict[str, Any]:
+    """What `source` says of how texts are read; `chat` is the template of its conversations, if it knows any."""
+    special = {"special_tokens": "parse"} if parses_special_tokens else {}
+    return special | ({"chat": True, "chat_template": chat} if chat is not None else {})
+
+
 def _same_factors(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> bool:
     return found.keys() == wanted.keys() and all(torch.equal(found[part], wanted[part]) for part in wanted)
 

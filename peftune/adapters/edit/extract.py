@@ -17,7 +17,7 @@ import torch
 from transformers import GPT2Config
 
 from peftune.adapters.directory import check_free
-from peftune.adapters.edit.computed_adapter import write_computed_adapter
+from peftune.adapters.edit.computed_adapter import read_as, write_computed_adapter
 from peftune.adapters.layout import Kind
 from peftune.adapters.low_rank import LowRankDelta
 from peftune.console import Console
@@ -111,19 +111,7 @@ def extract(base: str, tuned: str, rank: int, out: Path, targets: str = "all") -
     names = [f"transformer.h.{block}.{suffix}" for block in range(before.config.n_layer) for suffix in suffixes]
     # the output head is one of the tensors where either checkpoint has its own
     others = sorted({*before.weights.names(), *after.weights.names()} - {f"{name}.weight" for name in names})
-    modules: dict[str, Figures] = {}
-    updates, rest = [], {}
-    with Console().progress as progress:
-        task = progress.add_task("extracting", total=len(names) + len(others), note="")
-        for name in names:
-            delta, size = diff.difference(f"{name}.weight")  # (in, out), as GPT-2 stores the matrices of its blocks
-            if delta.any():
-                update, modules[name] = _extract_module(name, delta.T, size, rank)
-                updates.append(update)
-            progress.advance(task)
-        for name in others:
-            rest[name] = diff.squared_norms(name)
-            progress.advance(task)
+    updates, modules, rest = _changes(diff, names, others, rank)
     if not updates:
         changed = [name for name, (square, _) in rest.items() if square]
         if not changed:
@@ -141,12 +129,28 @@ def extract(base: str, tuned: str, rank: int, out: Path, targets: str = "all") -
     )  # fmt: skip
     source = {key: getattr(result, key) for key in ("tuned", "rank", "relative_error", "held")}
     source = {"extracted": source | {"tuned_fingerprint": after.fingerprint}}
-    if after.parses_special_tokens:
-        source["special_tokens"] = "parse"
-    if after.chat is not None:
-        source |= {"chat": True, "chat_template": after.chat}
+    source |= read_as(after.parses_special_tokens, after.chat)
     write_computed_adapter(out, identity, before.config, updates, source, _card(result))
     return result
+
+
+def _changes(
+    diff: CheckpointDiff, names: list[str], others: list[str], rank: int
+) -> tuple[list[LowRankDelta], dict[str, Figures], dict[str, tuple[float, float]]]:
+    """The updates of the modules that changed, and their figures; of all other tensors the squared norms."""
+    updates, modules, rest = [], dict[str, Figures](), {}
+    with Console().progress as progress:
+        task = progress.add_task("extracting", total=len(names) + len(others), note="")
+        for name in names:
+            delta, size = diff.difference(f"{name}.weight")  # (in, out), as GPT-2 stores the matrices of its blocks
+            if delta.any():
+                update, modules[name] = _extract_module(name, delta.T, size, rank)
+                updates.append(update)
+            progress.advance(task)
+        for name in others:
+            rest[name] = diff.squared_norms(name)
+            progress.advance(task)
+    return updates, modules, rest
 
 
 def _module_names(targets: str) -> tuple[str, ...]:
