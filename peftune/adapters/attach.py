@@ -64,7 +64,20 @@ def load_onto(model: GPT2LMHeadModel | PeftModel, adapter_dir: Path, name: str =
         raise UserError(f"adapter {adapter_dir}: {beyond}")
     if isinstance(model, PeftModel):
         _check_compatible(model, adapter, name)
-    _check_embedding(adapter, core)
+    return _put_on(model, adapter, layout, name)
+
+
+def load_with_rows(base: Base, adapter: Adapter, layout: AdapterLayout) -> PeftModel:
+    """The base with rows for all tokens that the adapter has, and the adapter on it; arguments as of `fit`."""
+    model = load_model(base)
+    if layout.vocabulary > base.config.vocab_size:
+        model.resize_token_embeddings(layout.vocabulary, mean_resizing=False)
+    return _put_on(model, adapter, layout, "default")
+
+
+def _put_on(model: GPT2LMHeadModel | PeftModel, adapter: Adapter, layout: AdapterLayout, name: str) -> PeftModel:
+    _check_embedding(adapter, model.get_base_model() if isinstance(model, PeftModel) else model)
+    directory = str(adapter.directory)
     # Loading with low memory assigns tensors instead of copying them: tied tensors of the base would become untied.
     low_memory = not changes_base(adapter.config) and not layout.replaced
     options: dict[str, Any] = {"low_cpu_mem_usage": low_memory}
@@ -76,27 +89,19 @@ def load_onto(model: GPT2LMHeadModel | PeftModel, adapter_dir: Path, name: str =
         try:
             if isinstance(model, PeftModel):
                 model.add_adapter(name, settings, **options)
-                model.load_adapter(str(adapter_dir), name, **weights)
+                model.load_adapter(directory, name, **weights)
             else:
-                model = PeftModel.from_pretrained(model, str(adapter_dir), name, config=settings, **weights)
+                model = PeftModel.from_pretrained(model, directory, name, config=settings, **weights)
         except (ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"adapter {adapter_dir}: PEFT cannot load it: {first_line(error)}") from None
+            raise UserError(f"adapter {directory}: PEFT cannot load it: {first_line(error)}") from None
         loaded = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     # PEFT only warns about names that it does not know, so what it holds now is compared with the file
     tensors = {plain_name(key): tensor for key, tensor in adapter.tensors.items()}
     for key, tensor in loaded.items():
         stored = tensors.get(plain_name(key))
         if stored is None or not torch.equal(stored.to(tensor.dtype), tensor.detach().cpu()):
-            raise CheckFailed(f"adapter {adapter_dir}: {key} did not arrive in the model as it is in the file")
+            raise CheckFailed(f"adapter {directory}: {key} did not arrive in the model as it is in the file")
     return model
-
-
-def load_with_rows(base: Base, adapter_dir: Path, layout: AdapterLayout) -> PeftModel:
-    """The base with rows for all tokens that the adapter has, and the adapter on it; errors as of `load_onto`."""
-    model = load_model(base)
-    if layout.vocabulary > base.config.vocab_size:
-        model.resize_token_embeddings(layout.vocabulary, mean_resizing=False)
-    return load_onto(model, adapter_dir)
 
 
 def _beyond(layout: AdapterLayout, base: GPT2Config, known: int | None = None) -> str:

@@ -64,7 +64,7 @@ def text_generator(
         else:  # in full precision, so that one which changes the base (PiSSA) is rounded once
             read, layout, tokenizer = fit(Path(adapter), base)
             parse = parses_special_tokens(read.provenance)
-            model = load_with_rows(base, Path(adapter), layout)
+            model = load_with_rows(base, read, layout)
         model.to("cuda" if torch.cuda.is_available() else "cpu", dtype_of(precision))  # type: ignore[arg-type]
         return lambda prompts, on_text: generate_with_transformers(model, tokenizer, prompts, chosen, on_text, parse)
     bank, name = AdapterBank(base, precision), "adapter" if adapter is not None else None

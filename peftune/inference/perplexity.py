@@ -97,7 +97,7 @@ def evaluate(
     learnt = {name: read(texts).store for name, texts in (trained_on or {}).items()}
     windows = {name: windows_of(store, name, window, base.config.n_positions) for name, store in learnt.items()}
     models: dict[str, Callable[[], GPT2LMHeadModel | PeftModel]] = {"base": partial(load_model, base)}
-    models |= {name: partial(load_with_rows, base, folders[name], layout) for name, (_, layout, _) in fitted.items()}
+    models |= {name: partial(load_with_rows, base, *found) for name, (*found, _) in fitted.items()}
     rows: dict[str, dict[str, Figures]] = {}
     found: dict[str, dict[str, np.ndarray]] = {}
     memorised: dict[str, dict[str, Any]] = {}
