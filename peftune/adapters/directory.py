@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,21 @@ def check_free(out: Path, what: str) -> None:
         raise UserError(f"{str(out)[:200]}: cannot write {what}: {error.strerror or error}") from None
     if taken:
         raise UserError(f"{out}: exists already and is not overwritten; choose another directory or remove it")
+
+
+@contextmanager
+def new_directory(out: Path, what: str) -> Iterator[Path]:
+    """A directory to be filled, which is called `out` at the end; it is not there where anything went wrong.
+
+    UserError where it cannot be written, or somebody has taken the name meanwhile; `what` is written there.
+    """
+    try:
+        with staging_directory(out) as staging:
+            yield staging
+            check_free(out, what)
+            publish(staging, out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot write {what}: {error.strerror or error}") from None
 
 
 def write_adapter(

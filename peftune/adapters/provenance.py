@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,11 @@ def _hash_of(provenance: Mapping[str, Any]) -> str:
     """Of its values, however the file spells them, without its own hash."""
     values = {key: value for key, value in provenance.items() if key != _OWN_HASH}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    """What peftune.json records of these: their versions by name, that of Python first."""
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def recorded(provenance: Any, *keys: str) -> Any:

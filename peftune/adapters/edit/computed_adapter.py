@@ -22,9 +22,10 @@ from peftune.adapters.directory import check_free, write_adapter
 from peftune.adapters.layout import layout_of
 from peftune.adapters.low_rank import LowRankDelta, stored_tensors
 from peftune.adapters.model_card import model_card
+from peftune.adapters.provenance import versions_of
 from peftune.errors import CheckFailed
 from peftune.model.lora import config_to_json
-from peftune.version import __version__, versions_of
+from peftune.version import __version__
 
 _VERSIONS = ("torch", "transformers", "peft", "safetensors")
 

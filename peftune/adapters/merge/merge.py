@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
 from peftune.adapters.base_of import base_of, read_for
-from peftune.adapters.directory import Adapter, check_free
+from peftune.adapters.directory import Adapter, check_free, new_directory
 from peftune.adapters.fold import MergedTensors
 from peftune.adapters.layout import refuse_biased_head
 from peftune.adapters.merge.report import MergeReport
@@ -30,7 +30,7 @@ from peftune.data.sources.builtin import documents
 from peftune.data.sources.chat_exports import jinja_template
 from peftune.data.tokens.encode import begin_of_text_id, encode_texts
 from peftune.errors import CheckFailed, UserError, refuse_bare_string
-from peftune.files import hashes_of, publish, staging_directory, write_json
+from peftune.files import hashes_of, write_json
 from peftune.model.base import MERGE, Base, open_base
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,30 +67,25 @@ def merge(
     read, layout = read_for(adapter, found)
     refuse_biased_head(layout, str(adapter))
     merged = MergedTensors(found.weights, layout)
-    try:
-        with staging_directory(out) as staging, Console().progress as progress:
-            written = Base(staging)
-            _write_settings(staging, found, read, merged, dtype)
-            sequences = _sequences(written, texts) if verify else []
-            blocks = written.config.n_layer if verify else 0
-            task = progress.add_task("merging", total=len(merged.shapes()) + blocks, note="")
+    with new_directory(out, "the merged model") as staging, Console().progress as progress:
+        written = Base(staging)
+        _write_settings(staging, found, read, merged, dtype)
+        sequences = _sequences(written, texts) if verify else []
+        blocks = written.config.n_layer if verify else 0
+        task = progress.add_task("merging", total=len(merged.shapes()) + blocks, note="")
 
-            def advance(*_: str) -> None:
-                progress.advance(task)
+        def advance(*_: str) -> None:
+            progress.advance(task)
 
-            chunks = partial(merged.chunks, elements=_COPIED_VALUES)
-            write_weights(staging, merged.shapes(), DTYPES[dtype], chunks, max_shard_bytes, advance)
-            if unused := sorted(layout.tensors() - merged.used):
-                raise CheckFailed(f"merge: {len(unused)} tensors of the adapter were not applied, such as {unused[0]}")
-            _check_loadable(staging)
-            figures = verify_merge(written, read, merged, dtype, sequences, advance) if verify else {}
-            report = _report(written, found, read, merged, dtype, figures)
-            hashes = hashes_of(staging, [path.name for path in staging.iterdir()])  # `model.base` checks them
-            write_json(staging / MERGE, {**vars(report), "sha256": hashes})
-            check_free(out, "the merged model")  # nobody has put anything there meanwhile
-            publish(staging, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot write the merged model: {error.strerror or error}") from None
+        chunks = partial(merged.chunks, elements=_COPIED_VALUES)
+        write_weights(staging, merged.shapes(), DTYPES[dtype], chunks, max_shard_bytes, advance)
+        if unused := sorted(layout.tensors() - merged.used):
+            raise CheckFailed(f"merge: {len(unused)} tensors of the adapter were not applied, such as {unused[0]}")
+        _check_loadable(staging)
+        figures = verify_merge(written, read, merged, dtype, sequences, advance) if verify else {}
+        report = _report(written, found, read, merged, dtype, figures)
+        hashes = hashes_of(staging, [path.name for path in staging.iterdir()])  # `model.base` checks them
+        write_json(staging / MERGE, {**vars(report), "sha256": hashes})
     return report
 
 

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from peftune.adapters.directory import CONFIG, read_adapter, refuse_other_files, write_adapter
 from peftune.adapters.model_card import training_card
-from peftune.adapters.provenance import INIT, first_row, read_provenance, recorded, recorded_dict
+from peftune.adapters.provenance import INIT, first_row, read_provenance, recorded, recorded_dict, versions_of
 from peftune.config.recipe import Recipe
 from peftune.console import Console
 from peftune.data.documents import sample_of
@@ -28,7 +28,7 @@ from peftune.training.identity import refuse_other_run
 from peftune.training.inputs import RunInputs
 from peftune.training.metrics import MetricsLog
 from peftune.training.optimizer import Tensors
-from peftune.version import __version__, versions_of
+from peftune.version import __version__
 
 ROWS = ("base", "adapter")
 """Of the figures of a domain: those of step 0 (`init` in place of `base` where a run began with an adapter), and those
