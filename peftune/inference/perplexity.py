@@ -32,6 +32,7 @@ from peftune.model.load import dtype_of, load_model
 from peftune.model.loss import LossModel, nats_to_perplexity
 
 Figures = dict[str, float]
+Model = GPT2LMHeadModel | PeftModel
 Documents = str | Path | Source | Sequence[str | Path | Source]
 
 
@@ -96,23 +97,19 @@ def evaluate(
         )
     learnt = {name: read(texts).store for name, texts in (trained_on or {}).items()}
     windows = {name: windows_of(store, name, window, base.config.n_positions) for name, store in learnt.items()}
-    models: dict[str, Callable[[], GPT2LMHeadModel | PeftModel]] = {"base": partial(load_model, base)}
-    models |= {name: partial(load_with_rows, base, *found) for name, (*found, _) in fitted.items()}
+    models: dict[str, Callable[[], Model]] = {"base": partial(load_model, base)}
+    models |= {name: partial(load_with_rows, base, *adapter) for name, (*adapter, _) in fitted.items()}
     rows: dict[str, dict[str, Figures]] = {}
     found: dict[str, dict[str, np.ndarray]] = {}
     memorised: dict[str, dict[str, Any]] = {}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Console().progress as progress:
         task = progress.add_task("evaluating", total=len(models) * sum(map(len, domains.values())), note="")
         for name, load in models.items():
             progress.update(task, description=f"evaluating {name}")
-            blocks = domains
+            blocks, done = domains, partial(progress.advance, task)
             if name in own:
                 blocks = {domain: read(texts, block_size, tokenizer=own[name]) for domain, texts in data.items()}
-            scorer, done = LossModel(load()).to(device), partial(progress.advance, task)
-            with torch.autocast(device.type, dtype_of(precision), enabled=precision != "fp32"):
-                found[name] = {d: nats_by_document(scorer, b, batch, device, done) for d, b in blocks.items()}
-                memorised[name] = {t: share_reproduced(scorer, w, window, batch, device) for t, w in windows.items()}
+            found[name], memorised[name] = _measured(load(), blocks, windows, window, batch, precision, done)
             rows[name] = {domain: _figures(name, domain, nats, blocks[domain]) for domain, nats in found[name].items()}
     facts = {
         name: {"documents": len(blocks.documents), "tokens": blocks.tokens(), "bytes": blocks.text_bytes()}
@@ -132,6 +129,19 @@ def _named_adapters(data: Mapping[str, Any], adapters: Mapping[str, Path | str])
     if "base" in adapters:
         raise UserError("an adapter cannot be called base: that row is the base itself; name the adapter otherwise")
     return {name: Path(directory) for name, directory in adapters.items()}
+
+
+def _measured(
+    model: Model, domains: Mapping[str, Blocks], windows: Mapping[str, torch.Tensor], window: Window, batch: int,
+    precision: str, done: Callable[[int], None],
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:  # fmt: skip
+    """`nats_by_document` of each domain, and `share_reproduced` of each text's windows; `done` hears of batches."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scorer = LossModel(model).to(device)
+    with torch.autocast(device.type, dtype_of(precision), enabled=precision != "fp32"):
+        found = {name: nats_by_document(scorer, blocks, batch, device, done) for name, blocks in domains.items()}
+        shares = {name: share_reproduced(scorer, chosen, window, batch, device) for name, chosen in windows.items()}
+    return found, shares
 
 
 def _figures(model: str, domain: str, by_document: np.ndarray, blocks: Blocks) -> Figures:
