@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,16 @@ def check_base(adapter: Adapter, base: Base) -> None:
             )
     read, tokenizer = recorded_dict(recorded(adapter.provenance, "recipe"), "data"), base.tokenizer
     if read and "special_tokens" not in read and tokenizer.bos_token not in (None, tokenizer.eos_token):
-        Console().say(  # recipes have that key since texts begin with the tokenizer's own first token
+        _say_once(  # recipes have that key since texts begin with the tokenizer's own first token
             f"adapter {adapter.directory}: an older release trained it on texts that began with {tokenizer.eos_token}; "
             f"now they begin with {tokenizer.bos_token}, so it is asked otherwise than it was trained: train it again"
         )
+
+
+@cache
+def _say_once(text: str) -> None:
+    """A command may read an adapter more than once."""
+    Console().say(text)
 
 
 def base_mismatch(first: Adapter, second: Adapter) -> str:
