@@ -98,7 +98,8 @@ def evaluate(
     learnt = {name: read(texts).store for name, texts in (trained_on or {}).items()}
     windows = {name: windows_of(store, name, window, base.config.n_positions) for name, store in learnt.items()}
     models: dict[str, Callable[[], Model]] = {"base": partial(load_model, base)}
-    models |= {name: partial(load_with_rows, base, *adapter) for name, (*adapter, _) in fitted.items()}
+    for name, (adapter, layout, _) in fitted.items():
+        models[name] = partial(load_with_rows, base, adapter, layout)
     rows: dict[str, dict[str, Figures]] = {}
     found: dict[str, dict[str, np.ndarray]] = {}
     memorised: dict[str, dict[str, Any]] = {}
