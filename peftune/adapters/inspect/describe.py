@@ -62,13 +62,10 @@ class AdapterDescription:
 
     def as_json(self) -> dict[str, Any]:
         """What `peftune adapters show` writes as JSON; its keys are a contract."""
-        return {
-            "adapter": str(self.directory), "name": self.name, "base": self.base, "base_place": self.base_place,
-            "variant": self.variant, "parameters": self.parameters, "megabytes": self.megabytes,
-            "fingerprint": self.fingerprint, "whole": self.replaced, "rows": self.rows, "norms_are": self.norms_are,
-            "provenance": self.provenance, "layers": self.layers(),
-            "modules": {name: vars(module) for name, module in self.modules.items()},
-        }  # fmt: skip
+        values = {key: value for key, value in vars(self).items() if key not in ("directory", "replaced")}
+        modules = {name: vars(module) for name, module in self.modules.items()}
+        own = {"whole": self.replaced, "layers": self.layers(), "modules": modules}
+        return {"adapter": str(self.directory), **values, **own}
 
 
 def describe(directory: Path, base: str | None = None) -> AdapterDescription:
