@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,7 +70,7 @@ def plan(
                 f"layers timed here{' without unpacking' if best.layout.quantize else ''}; what ranks send comes on top"
             )
         echo(f"take: {command(best, asked, recipe, overrides or [], machine.device, machine.count)}")
-    save_json(json_path, asdict(found) | {"seconds_per_block": seconds})
+    save_json(json_path, found.json() | {"seconds_per_block": seconds})
     if best is None:
         least = min((option for option in found.options if not option.refused), key=lambda o: o.peak)
         raise UserError(

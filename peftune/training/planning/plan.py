@@ -7,7 +7,7 @@ keeps grows by the same bytes with every block, so two traces give all sizes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,10 @@ class Plan:
     """Elements; an adapter file has four bytes for each, a checkpoint twelve."""
     options: list[Option]
     recommended: Option | None
+
+    def json(self) -> dict[str, Any]:
+        """For a file of figures."""
+        return asdict(self)
 
 
 def what_is_planned(recipe: Recipe) -> tuple[Recipe, GPT2Config]:
