@@ -77,11 +77,11 @@ def speed(setup: Setup) -> Result:
         f"datasets.map batched, num_proc={a.processes}": ("map", a.processes),
         "load, datasets.map, TRL's packing": ("packed", None),
     }  # fmt: skip
+    job = {"base": str(setup.base), "file": str(file), "block": a.block, "megabytes": a.megabytes}
     everyone = []
-    for i, (name, (way, processes)) in enumerate(ways.items()):
-        job = {"base": str(setup.base), "file": str(file), "block": a.block, "megabytes": a.megabytes}
-        job |= {"way": way, "processes": processes, "scratch": str(setup.root / f"scratch-{i}")}
-        everyone.append(Contestant(name, "benchmarks.data:speed_worker", job, "MB/s", name == OURS))
+    for name, (way, processes) in ways.items():
+        own = {"way": way, "processes": processes, "scratch": str(setup.root / f"scratch-{len(everyone)}")}
+        everyone.append(Contestant(name, "benchmarks.data:speed_worker", job | own, "MB/s", name == OURS))
     setup.interleave(everyone)
     counts = {c.name: c.rounds[-1]["tokens"] for c in everyone if c.rounds}
     if len(set(counts.values())) > 1:

@@ -141,10 +141,11 @@ def speed(setup: Setup) -> Result:
         "PEFT, set_adapter": ("peft", base, one, a.batch),
         "PEFT, mixed batch": ("peft", base, each, a.batch),
     }
-    everyone = []
-    for name, (way, model, rows, count) in batches.items():
-        own = job | {"way": way, "base": model, "rows": rows[:count]}
-        everyone.append(Contestant(name, "benchmarks.decode:decode_worker", own, "tok/s", way == "ours"))
+    worker = "benchmarks.decode:decode_worker"
+    everyone = [
+        Contestant(name, worker, job | {"way": way, "base": model, "rows": rows[:count]}, "tok/s", way == "ours")
+        for name, (way, model, rows, count) in batches.items()
+    ]
     for count in sorted({a.batch, a.many}):  # one size after the other: all at once may not fit
         setup.interleave([c for c in everyone if len(c.job["rows"]) == count])
     settings = {key: job[key] for key in ("prompt", "new", "precision")}
@@ -209,12 +210,11 @@ def swap(setup: Setup) -> Result:
     `AdapterBank.add` and `remove`, with all that is checked: the base's fingerprint, every name, shape and value.
     """
     job = {"base": str(setup.base), "adapters": setup.adapters(2), "device": setup.arguments.device}
+    job |= {"precision": "fp32"}
     names = {"use": "in memory", "slot": "in memory, two slots", "add": "from disk",
              "set_adapter": "PEFT set_adapter", "hotswap": "PEFT hotswap_adapter"}  # fmt: skip
-    everyone = []
-    for way, name in names.items():
-        own = job | {"way": way, "precision": "fp32"}
-        everyone.append(Contestant(name, "benchmarks.decode:swap_worker", own, "ms", not name.startswith("PEFT")))
+    worker, ours = "benchmarks.decode:swap_worker", ("use", "slot", "add")
+    everyone = [Contestant(name, worker, job | {"way": way}, "ms", way in ours) for way, name in names.items()]
     result = setup.measure("B7", "from one adapter to another", everyone)
     use, slot, add, set_adapter, hotswap = everyone
     peft = f"PEFT {versions().get('peft', '?')}"

@@ -43,13 +43,18 @@ def server(arguments: Namespace, adapters: dict[str, str], root: Path) -> Iterat
         process.communicate()
 
 
-async def load(arguments: Namespace, url: str, names: list[str]) -> tuple[dict[str, list[float]], int]:
-    """All requests at once, then each alone: figures of each round, and how many answers were compared."""
+def client_of(url: str) -> Any:
+    """OpenAI's own client of a server, which tries nothing twice."""
     from openai import AsyncOpenAI
 
+    return AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
+
+
+async def load(arguments: Namespace, url: str, names: list[str]) -> tuple[dict[str, list[float]], int]:
+    """All requests at once, then each alone: figures of each round, and how many answers were compared."""
     wanted = [(names[i % len(names)], _PROMPTS[i // len(names) % len(_PROMPTS)]) for i in range(arguments.requests)]
     found: dict[str, list[float]] = {"p50": [], "p95": [], "tokens per second": []}
-    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client:
+    async with client_of(url) as client:
 
         async def ask(model: str, prompt: str, length: int = arguments.length) -> tuple[str, int, float]:
             start = time.perf_counter()
@@ -121,10 +126,8 @@ def load_test(setup: Setup) -> Result:
 
 async def gaps(arguments: Namespace, url: str, names: list[str], prompt: list[int]) -> dict[str, list[float]]:
     """Longest time in ms between two events of a stream: streams alone, and in every kind of company."""
-    from openai import AsyncOpenAI
-
     found: dict[str, list[float]] = {}
-    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client:
+    async with client_of(url) as client:
 
         async def stream(model: str) -> list[float]:
             events: list[float] = []

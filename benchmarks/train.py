@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.harness import corpus, machine
+from benchmarks.harness import corpus
 from benchmarks.harness.options import DECLARED, Setup, fresh, main, prepared
 from benchmarks.harness.ours import gate, gradient_contestant
 from benchmarks.harness.report import Result, compare, drawn, fastest, number, row, spread
@@ -43,7 +43,7 @@ def measured(
 ) -> tuple[Result, list[Contestant], Contestant]:
     """Gate, then rounds in turns, the calibration among them; the result, the peers, and the calibration."""
     checked = gate(setup)
-    peers, peak = [setup.peer(peer) for peer in setup.arguments.peers], machine.calibration(setup)
+    peers, peak = [setup.peer(peer) for peer in setup.arguments.peers], setup.calibration()
     result = setup.measure(target, title, [*ours, *peers, peak], at_once)
     return replace(result, gate=checked), peers, peak
 
@@ -350,7 +350,7 @@ def curve(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             setup = stack.enter_context(prepared(a))
             lora = setup.recipe(name)["lora"] | {"layers": list(range(a.first, a.shape.layers))}
             points.append((x, setup, setup.ours(f"{name} {x}", lora=lora)))
-        peak = machine.calibration(points[0][1])
+        peak = points[0][1].calibration()
         points[0][1].interleave([*(contestant for _, _, contestant in points), peak])
     measured = [_point(x, contestant.values(), setup.arguments) for x, setup, contestant in points]
     return {"name": name, "label": found["label"], "calibration": statistics.median(peak.values()), "points": measured}

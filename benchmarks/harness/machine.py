@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import platform
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
 from torch.utils.benchmark import Timer
 
-from benchmarks.harness.workers import Channel, Contestant
-
-if TYPE_CHECKING:
-    from benchmarks.harness.options import Setup
-    from benchmarks.harness.shapes import Shape
+from benchmarks.harness.shapes import Shape
+from benchmarks.harness.workers import Channel
 
 _FLAGS = ("avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "neon", "bf16", "sve")
 _PACKAGES = (
@@ -73,12 +70,6 @@ def _seconds(work: str, **names: torch.Tensor) -> float:
     """Median time, warm, CUDA's own included, on as many threads as this process has."""
     timer = Timer(work, globals=names, num_threads=torch.get_num_threads())
     return float(timer.blocked_autorange(min_run_time=0.2).median)
-
-
-def calibration(setup: Setup) -> Contestant:
-    """GEMM peak and bandwidth, measured in the same rounds as what they are compared with."""
-    job = {"sizes": products(setup.arguments.shape, 2048), "device": setup.arguments.device}
-    return Contestant("calibration", "benchmarks.harness.machine", job, "GFLOP/s")
 
 
 def worker(job: dict[str, Any], channel: Channel) -> None:

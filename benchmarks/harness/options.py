@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from benchmarks.harness import corpus
+from benchmarks.harness import corpus, machine
 from benchmarks.harness.report import Result
 from benchmarks.harness.shapes import parse_shape, target_modules
 from benchmarks.harness.workers import ROOT, Contestant, interleave
@@ -165,6 +165,11 @@ class Setup:
         job |= {"peer": asdict(peer), "base": str(self.base), "documents": str(self.documents)}
         job |= {"targets": target_modules(a.targets)}
         return Contestant(peer.name, "benchmarks.harness.peer_loop", job, "tok/s")
+
+    def calibration(self) -> Contestant:
+        """GEMM peak and bandwidth, measured in the same rounds as what they are compared with."""
+        job = {"sizes": machine.products(self.arguments.shape, 2048), "device": self.arguments.device}
+        return Contestant("calibration", "benchmarks.harness.machine", job, "GFLOP/s")
 
     def adapters(self, count: int) -> list[str]:
         """Directories of so many random adapters of this base."""

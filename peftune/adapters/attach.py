@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from peftune.adapters.directory import Adapter, check_fits, read_adapter
-from peftune.adapters.layout import AdapterLayout, changes_base, layout_of, plain_name
+from peftune.adapters.base_of import read_for, read_layout
+from peftune.adapters.directory import Adapter, read_adapter
+from peftune.adapters.layout import AdapterLayout, changes_base, plain_name
 from peftune.errors import CheckFailed, UserError, first_line
 from peftune.model.base import Base
 from peftune.model.load import load_model
@@ -20,17 +21,20 @@ from peftune.model.tokenizer import VOCABULARIES, load_tokenizer
 from peftune.model.weights import WTE
 
 
-def fit(adapter_dir: Path, base: Base) -> tuple[Adapter, AdapterLayout, PreTrainedTokenizerFast]:
+def fit(
+    adapter_dir: Path, base: Base, new_tokens: bool = True
+) -> tuple[Adapter, AdapterLayout, PreTrainedTokenizerFast]:
     """What an adapter holds and changes, and the tokenizer of its texts: its own where it has rows for new tokens.
 
-    UserError where it does not fit the base, or has rows for tokens without a tokenizer that knows them.
+    UserError where it does not fit the base, and where it has rows for tokens without a tokenizer that knows them, or
+    though `new_tokens` are not wanted.
     """
-    adapter = read_adapter(adapter_dir)
-    layout = layout_of(adapter.config, adapter.tensors, base.config, str(adapter_dir))
-    rows, known = layout.rows.get(WTE), len(base.tokenizer)
-    grows = layout.vocabulary != base.config.vocab_size or (rows is not None and rows.height(known) > known)
-    if not grows or not any((adapter_dir / name).is_file() for name in VOCABULARIES):
-        return *check_fits(adapter_dir, base.config, known), base.tokenizer
+    adapter, layout = read_for(adapter_dir, base)
+    beyond = _beyond(layout, base.config, len(base.tokenizer))
+    if not beyond:
+        return adapter, layout, base.tokenizer
+    if not new_tokens or not any((adapter_dir / name).is_file() for name in VOCABULARIES):
+        raise UserError(f"adapter {adapter_dir}: {beyond}")
     config = copy.copy(base.config)
     config.vocab_size = layout.vocabulary
     try:
@@ -54,10 +58,26 @@ def load_onto(model: GPT2LMHeadModel | PeftModel, adapter_dir: Path, name: str =
     that are missing or left over, a name that is taken, or settings that would change the base under other adapters.
     """
     core: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    adapter, layout = check_fits(adapter_dir, core.config)
+    adapter = read_adapter(adapter_dir)
+    layout = read_layout(adapter, core.config)
+    if beyond := _beyond(layout, core.config):
+        raise UserError(f"adapter {adapter_dir}: {beyond}")
     if isinstance(model, PeftModel):
         _check_compatible(model, adapter, name)
-    _check_embedding(adapter, core)
+    return _put_on(model, adapter, layout, name)
+
+
+def load_with_rows(base: Base, adapter: Adapter, layout: AdapterLayout) -> PeftModel:
+    """The base with rows for all tokens that the adapter has, and the adapter on it; arguments as of `fit`."""
+    model = load_model(base)
+    if layout.vocabulary > base.config.vocab_size:
+        model.resize_token_embeddings(layout.vocabulary, mean_resizing=False)
+    return _put_on(model, adapter, layout, "default")
+
+
+def _put_on(model: GPT2LMHeadModel | PeftModel, adapter: Adapter, layout: AdapterLayout, name: str) -> PeftModel:
+    _check_embedding(adapter, model.get_base_model() if isinstance(model, PeftModel) else model)
+    directory = str(adapter.directory)
     # Loading with low memory assigns tensors instead of copying them: tied tensors of the base would become untied.
     low_memory = not changes_base(adapter.config) and not layout.replaced
     options: dict[str, Any] = {"low_cpu_mem_usage": low_memory}
@@ -69,27 +89,33 @@ def load_onto(model: GPT2LMHeadModel | PeftModel, adapter_dir: Path, name: str =
         try:
             if isinstance(model, PeftModel):
                 model.add_adapter(name, settings, **options)
-                model.load_adapter(str(adapter_dir), name, **weights)
+                model.load_adapter(directory, name, **weights)
             else:
-                model = PeftModel.from_pretrained(model, str(adapter_dir), name, config=settings, **weights)
+                model = PeftModel.from_pretrained(model, directory, name, config=settings, **weights)
         except (ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"adapter {adapter_dir}: PEFT cannot load it: {first_line(error)}") from None
+            raise UserError(f"adapter {directory}: PEFT cannot load it: {first_line(error)}") from None
         loaded = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     # PEFT only warns about names that it does not know, so what it holds now is compared with the file
     tensors = {plain_name(key): tensor for key, tensor in adapter.tensors.items()}
     for key, tensor in loaded.items():
         stored = tensors.get(plain_name(key))
         if stored is None or not torch.equal(stored.to(tensor.dtype), tensor.detach().cpu()):
-            raise CheckFailed(f"adapter {adapter_dir}: {key} did not arrive in the model as it is in the file")
+            raise CheckFailed(f"adapter {directory}: {key} did not arrive in the model as it is in the file")
     return model
 
 
-def load_with_rows(base: Base, adapter_dir: Path, layout: AdapterLayout) -> PeftModel:
-    """The base with rows for all tokens that the adapter has, and the adapter on it; errors as of `load_onto`."""
-    model = load_model(base)
-    if layout.vocabulary > base.config.vocab_size:
-        model.resize_token_embeddings(layout.vocabulary, mean_resizing=False)
-    return load_onto(model, adapter_dir)
+def _beyond(layout: AdapterLayout, base: GPT2Config, known: int | None = None) -> str:
+    """Why a base has too few tokens for an adapter, or its tokenizer, which knows so many; empty where neither has."""
+    if layout.vocabulary != base.vocab_size:
+        reason = f"has {layout.vocabulary} tokens, the base has {base.vocab_size}"
+    elif known is not None and (rows := layout.rows.get(WTE)) is not None and rows.height(known) > known:
+        reason = (
+            f"has rows up to token {rows.height(known) - 1:,}, the base's tokenizer knows {known:,} tokens, so no text "
+            "would use them"
+        )
+    else:
+        return ""
+    return f"{reason}; fold it in with peftune merge first"
 
 
 def _check_compatible(model: PeftModel, adapter: Adapter, name: str) -> None:

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from transformers import GPT2Config
 
-from peftune.adapters.directory import Adapter, read_settings
+from peftune.adapters.directory import Adapter, read_adapter, read_settings
 from peftune.adapters.layout import AdapterLayout, base_name, layout_of, module_of
 from peftune.adapters.provenance import (
     FINGERPRINTS,
     FROM_ADAPTER,
-    check_base,
     directory_of,
     place_of_base,
-    read_provenance,
     recorded,
+    recorded_dict,
 )
 from peftune.adapters.token_rows import named_tokens
+from peftune.console import Console
 from peftune.errors import BaseNotFound, UserError
 from peftune.model.base import Base
 
@@ -52,11 +53,12 @@ def base_of(*adapter_dirs: Path) -> str:
     Raises UserError where one does not say, where they name several, where there is no adapter, and where the directory
     that they name is found neither from here nor from the adapter.
     """
-    named = {place_of_base(path, *read_settings(path)) or "": path for path in adapter_dirs}
+    settings = {path: read_settings(path) for path in adapter_dirs}
+    named = {place_of_base(path, *both) or "": path for path, both in settings.items()}
     if "" in named:
         raise UserError(f"adapter {named['']}: {_UNNAMED}")
     for name, path in named.items():
-        way = recorded(read_provenance(path), FROM_ADAPTER)
+        way = recorded(settings[path][1], FROM_ADAPTER)
         if way is not None and directory_of(name) is None:
             raise BaseNotFound(
                 f"adapter {path}: its base {name} is found neither from here nor from the adapter ({way}); pass the "
@@ -76,7 +78,7 @@ def shared_base(adapters: Sequence[Adapter], base: Base | None) -> dict[str, str
     """
     if base is not None:
         for adapter in adapters:
-            check_base(adapter.directory, base)
+            check_base(adapter, base)
         return base.identity()
     for second in adapters[1:]:
         if reason := base_mismatch(adapters[0], second):
@@ -86,6 +88,35 @@ def shared_base(adapters: Sequence[Adapter], base: Base | None) -> dict[str, str
     if name is None:
         raise UserError(f"adapter {adapters[0].directory}: {_UNNAMED}")
     return {"base": name, **fingerprints}
+
+
+def check_base(adapter: Adapter, base: Base) -> None:
+    """Refuse an adapter on another base or tokenizer than it was trained with.
+
+    Adapters without fingerprints (plain PEFT) pass; their shapes are checked on loading. Raises UserError. Where an
+    older release trained it on texts that began otherwise, that is said.
+    """
+    trained = recorded(adapter.provenance, "base") or "its base"
+    for key, expected in _fingerprints(adapter).items():
+        found: str = getattr(base, key.removeprefix("base_"))
+        if found != expected:
+            what = FINGERPRINTS[key]
+            raise UserError(
+                f"adapter {adapter.directory} was trained on {trained} ({what} {expected[:12]}), but {base.directory} "
+                f"has other {what} ({found[:12]}); pass the base that it was trained on"
+            )
+    read, tokenizer = recorded_dict(recorded(adapter.provenance, "recipe"), "data"), base.tokenizer
+    if read and "special_tokens" not in read and tokenizer.bos_token not in (None, tokenizer.eos_token):
+        _say_once(  # recipes have that key since texts begin with the tokenizer's own first token
+            f"adapter {adapter.directory}: an older release trained it on texts that began with {tokenizer.eos_token}; "
+            f"now they begin with {tokenizer.bos_token}, so it is asked otherwise than it was trained: train it again"
+        )
+
+
+@cache
+def _say_once(text: str) -> None:
+    """A command may read an adapter more than once."""
+    Console().say(text)
 
 
 def base_mismatch(first: Adapter, second: Adapter) -> str:
@@ -108,14 +139,21 @@ def base_mismatch(first: Adapter, second: Adapter) -> str:
 
 
 def _fingerprints(adapter: Adapter) -> dict[str, str]:
-    recorded = adapter.provenance or {}
-    return {key: recorded[key] for key in FINGERPRINTS if isinstance(recorded.get(key), str)}
+    known = adapter.provenance or {}
+    return {key: known[key] for key in FINGERPRINTS if isinstance(known.get(key), str)}
 
 
 def read_layout(adapter: Adapter, base: GPT2Config | None = None) -> AdapterLayout:
     """The adapter sorted by modules, for `base` or for the architecture that its tensors imply; UserError as there."""
     config = base if base is not None else infer_config([adapter])
     return layout_of(adapter.config, adapter.tensors, config, str(adapter.directory))
+
+
+def read_for(directory: Path, base: Base) -> tuple[Adapter, AdapterLayout]:
+    """An adapter, and what it changes in its base; UserError where it is of another one, or is broken."""
+    adapter = read_adapter(directory)
+    check_base(adapter, base)
+    return adapter, read_layout(adapter, base.config)
 
 
 def infer_config(adapters: Sequence[Adapter]) -> GPT2Config:

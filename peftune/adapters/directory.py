@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
-from transformers import GPT2Config
 
 from peftune.adapters import peft_config
-from peftune.adapters.layout import AdapterLayout, layout_of
 from peftune.adapters.provenance import (
     PROVENANCE,
     read_provenance,
@@ -35,12 +34,12 @@ from peftune.errors import CheckFailed, UserError, first_line
 from peftune.files import flush_directory, hashes_of, publish, read_bytes, read_object, staging_directory
 from peftune.model.fingerprint import bytes_of
 from peftune.model.pickles import load_pickle
-from peftune.model.weights import WTE, all_finite, save_tensors
+from peftune.model.weights import all_finite, save_tensors
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
-_COMMIT = ".commit"
+COMMIT = ".commit"
 Tensors = dict[str, torch.Tensor]
 
 
@@ -98,27 +97,6 @@ def read_adapter(directory: Path) -> Adapter:
     return Adapter(directory, config, tensors, provenance)
 
 
-def check_fits(adapter_dir: Path, base: GPT2Config, tokens: int | None = None) -> tuple[Adapter, AdapterLayout]:
-    """What an adapter holds and what it changes, if it can be put on a base of this shape; UserError if not.
-
-    `tokens` is how many the base's tokenizer knows, where that is to make the ids: rows of others are refused.
-    """
-    adapter = read_adapter(adapter_dir)
-    layout = layout_of(adapter.config, adapter.tensors, base, str(adapter_dir))
-    if layout.vocabulary != base.vocab_size:
-        raise UserError(
-            f"adapter {adapter_dir}: has {layout.vocabulary} tokens, the base has {base.vocab_size}; "
-            "fold it in with peftune merge first"
-        )
-    rows = layout.rows.get(WTE)
-    if tokens is not None and rows is not None and rows.height(tokens) > tokens:
-        raise UserError(
-            f"adapter {adapter_dir}: has rows up to token {rows.height(tokens) - 1:,}, the base's tokenizer knows "
-            f"{tokens:,} tokens, so no text would use them; fold it in with peftune merge first"
-        )
-    return adapter, layout
-
-
 def check_free(out: Path, what: str) -> None:
     """Refuse a directory that is there already, or whose name cannot be; `what` is to be written there."""
     try:
@@ -127,6 +105,21 @@ def check_free(out: Path, what: str) -> None:
         raise UserError(f"{str(out)[:200]}: cannot write {what}: {error.strerror or error}") from None
     if taken:
         raise UserError(f"{out}: exists already and is not overwritten; choose another directory or remove it")
+
+
+@contextmanager
+def new_directory(out: Path, what: str) -> Iterator[Path]:
+    """A directory to be filled, which is called `out` at the end; it is not there where anything went wrong.
+
+    UserError where it cannot be written, or somebody has taken the name meanwhile; `what` is written there.
+    """
+    try:
+        with staging_directory(out) as staging:
+            yield staging
+            check_free(out, what)
+            publish(staging, out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot write {what}: {error.strerror or error}") from None
 
 
 def write_adapter(
@@ -144,7 +137,7 @@ def write_adapter(
     existed = out.exists()
     if existed and not out.is_dir():
         raise UserError(f"{out}: is a file; expected a directory for the adapter")
-    target = out / _COMMIT if existed else out
+    target = out / COMMIT if existed else out
     try:
         _finish_commit(out)
         with staging_directory(target) as staging:
@@ -178,7 +171,7 @@ def _finish_commit(out: Path) -> None:
 
     Only for who writes to `out`. Can be repeated. Raises UserError for what no write of peftune leaves, such as links.
     """
-    commit = out / _COMMIT
+    commit = out / COMMIT
     if not _is_interrupted(commit):
         return
     last = commit / CONFIG
@@ -207,7 +200,7 @@ def _is_interrupted(commit: Path) -> bool:
 
 def refuse_other_files(out: Path, names: Iterable[str]) -> None:
     """UserError where `out` holds a file of these names, or an adapter, that peftune did not write."""
-    if _is_interrupted(out / _COMMIT) or os.path.lexists(out / PROVENANCE):
+    if _is_interrupted(out / COMMIT) or os.path.lexists(out / PROVENANCE):
         return
     for name in (CONFIG, TENSORS, *names):
         if os.path.lexists(out / name):
@@ -239,7 +232,7 @@ def read_any_settings(directory: Path) -> tuple[dict[str, Any], dict[str, Any] |
     path = directory / CONFIG
     if not path.is_file():
         hints = {
-            _COMMIT: "its last write was interrupted; start the same training again, which completes it",
+            COMMIT: "its last write was interrupted; start the same training again, which completes it",
             "config.json": "it is a complete model; pass it as the base",
             "checkpoints": "its training has not finished",
             "state.json": "it is a checkpoint; take the directory of its run, where a finished adapter lies",

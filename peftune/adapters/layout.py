@@ -28,7 +28,7 @@ from peftune.model.weights import HEAD, WTE
 
 Kind = Literal["conv1d", "linear", "embedding"]
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _LORA_PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.(weight|bias)|lora_embedding_[AB]|lora_magnitude_vector"
     r"|token_adapter\.trainable_tokens_delta)"
@@ -176,7 +176,7 @@ def _refuse_unknown_settings(config: dict[str, Any]) -> None:
 
 def plain_name(name: str) -> str:
     """A stored tensor's name without PEFT's prefix; DoRA's magnitude has been written with and without `.weight`."""
-    plain = name.removeprefix(_PREFIX)
+    plain = name.removeprefix(PREFIX)
     return plain.removesuffix(".weight") if "lora_magnitude" in plain else plain
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peftune.adapters.layout import Kind, LoraTarget
+from peftune.adapters.layout import PREFIX, Kind, LoraTarget
 
 _SPANNED = 1e-6  # directions weaker than this part of the strongest one are rounding of the float32 they came from
 
@@ -47,6 +47,16 @@ class LowRankDelta:
     def as_stored(self) -> LowRankDelta:
         """The same after rounding to float32."""
         return LowRankDelta(self.name, self.kind, self.left.float().double(), self.right.float().double())
+
+    def missed(self, delta: torch.Tensor) -> float:
+        """‖`delta` - ΔW‖ of a dense matrix in float64, once this is stored."""
+        stored = self.as_stored()
+        return float(torch.linalg.matrix_norm(torch.addmm(delta, stored.left, stored.right, alpha=-1)))
+
+
+def stored_tensors(deltas: Iterable[LowRankDelta]) -> dict[str, torch.Tensor]:
+    """The factors of all of these by the names of PEFT's file."""
+    return {f"{PREFIX}{delta.name}.{part}": tensor for delta in deltas for part, tensor in delta.parts().items()}
 
 
 def delta_of(target: LoraTarget, weight: float = 1.0) -> LowRankDelta:

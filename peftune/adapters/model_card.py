@@ -1,7 +1,11 @@
-"""The model card (README.md) of an adapter: what every card of peftune's says around a body."""
+"""Model cards (README.md): of an adapter, whatever made it, of one that was trained, and of a merged model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from peftune.adapters.provenance import INIT, first_row, merged_text
 from peftune.model.base import BUILTIN
 
 
@@ -37,6 +41,70 @@ base (GPT-2's `<|endoftext|>`), as in training; peftune does so itself, and so d
 
 _WHERE = """, on the machine where it was made. Elsewhere, give `PeftModel.from_pretrained` the base out of an installed
 peftune: `AutoModelForCausalLM.from_pretrained(peftune.model.base.open_base("builtin:small").directory)`"""
+
+
+def training_card(provenance: Mapping[str, Any]) -> str:
+    """The card of an adapter that was trained; `provenance` is its peftune.json."""
+    recipe = provenance["recipe"]
+    lora, optim = recipe["lora"], recipe["optim"]
+    targets = lora["targets"] if isinstance(lora["targets"], str) else ", ".join(lora["targets"])
+    sources = ", ".join(f"`{source['path']}`" for source in recipe["data"]["train"])
+    also = provenance.get("validation_also_trained_on", {}).items()
+    leaked = "".join(f"{count:,} documents of {domain} were trained on too. " for domain, count in also)
+    first = provenance.get("metrics_begin_at_step")
+    since = f" since step {first} (what was before was lost)" if first else ""
+    body = f"""\
+A {lora["variant"]} adapter (rank {lora["rank"]}, alpha {lora["alpha"]:g}, targets: {targets}) for `{recipe["base"]}`,
+{provenance["trainable_parameters"]:,} trained parameters, trained with peftune {provenance["peftune"]} on {sources}.
+
+{_origins(provenance)}{_table(provenance["metrics"])}
+{leaked}
+
+Learning: {provenance["step"]} steps of {recipe["batch"]["global_size"]} blocks, {provenance["tokens"]:,} tokens,
+peak rate {optim["lr"]:g} ({optim["schedule"]}), {provenance["precision"]}, seed {recipe["run"]["seed"]},
+{provenance["seconds"]:,.0f} seconds. `peftune.json` holds the full recipe and the fingerprints of base and data,
+`metrics.jsonl` every step{since}.
+
+![Course of the loss](loss.png)"""
+    return model_card(recipe["base"], recipe["run"]["out"], body)
+
+
+def _origins(provenance: Mapping[str, Any]) -> str:
+    """Paragraphs on its base, quantised or merged, and on what it began with; empty where there is nothing to say."""
+    paragraphs = []
+    if kind := provenance["recipe"]["quantize"]:
+        paragraphs.append(
+            f"The base was quantised to {kind} meanwhile, and the figures below were measured on that; the adapter is\n"
+            "one for the full-precision base."
+        )
+    if merged := provenance.get("base_merged"):
+        paragraphs.append(
+            f"Its base is {merged_text(merged)}. It is relative to that merged model: load it on that, not on "
+            f"`{merged[-1].get('base')}`."
+        )
+    if chain := provenance.get("init"):
+        named = [
+            f"`{e['adapter']}` ({str(e['adapter_fingerprint'])[:12]}, step {e.get('step', 'unknown')})" for e in chain
+        ]
+        paragraphs.append(f"Its training went on from the adapter {', and that from '.join(named)}.")
+    return "".join(f"{paragraph}\n\n" for paragraph in paragraphs)
+
+
+def _table(metrics: Mapping[str, Any]) -> str:
+    if not metrics:
+        return "It was not evaluated: the recipe has no validation data."
+    first = first_row(next(iter(metrics.values())))
+    of = "at the start" if first == INIT else first
+    rows = [
+        f"| domain | scored tokens | perplexity, {of} | with adapter | bits per byte, {of} | with adapter |",
+        "|---|---|---|---|---|---|",
+    ]
+    for domain, figures in metrics.items():
+        pairs = [(figures.get(row), key) for key in ("perplexity", "bits_per_byte") for row in (first, "adapter")]
+        cells = [f"{row[key]:.3f}" if row else "not measured" for row, key in pairs]
+        tokens = next(iter(figures.values()))["tokens"]
+        rows.append(f"| {domain} | {tokens:,} | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def merged_card(repository: str, base: str | None, begins_texts: bool) -> str:

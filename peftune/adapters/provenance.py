@@ -1,4 +1,4 @@
-"""Which base and tokenizer an adapter belongs to: fingerprints of content, and the check that they are the same.
+"""What peftune.json records of an adapter: its base and tokenizer, how texts were read, and the way to its base.
 
 A fingerprint is a sha256 (64 hex digits) over names, shapes, dtypes and bytes, so it does not depend on sharding, key
 prefixes or file format (`Base.fingerprint`).
@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peftune.console import Console
 from peftune.errors import UserError
 from peftune.files import read_object_if_present
-from peftune.model.base import BUILTIN, Base
+from peftune.model.base import BUILTIN
 
 FINGERPRINTS = {
     "base_fingerprint": "weights", "tokenizer_fingerprint": "tokenizer", "config_fingerprint": "architecture",
@@ -63,6 +64,11 @@ def _hash_of(provenance: Mapping[str, Any]) -> str:
     """Of its values, however the file spells them, without its own hash."""
     values = {key: value for key, value in provenance.items() if key != _OWN_HASH}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    """What peftune.json records of these: their versions by name, that of Python first."""
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def recorded(provenance: Any, *keys: str) -> Any:
@@ -163,30 +169,3 @@ def place_of_base(adapter_dir: Path, config: Mapping[str, Any], provenance: Mapp
             if (place / "config.json").is_file():
                 return name if directory_of(name) == place.resolve() else str(place.resolve())
     return name
-
-
-def check_base(adapter_dir: Path, base: Base) -> None:
-    """Refuse an adapter on another base or tokenizer than it was trained with.
-
-    Adapters without fingerprints (plain PEFT) pass; their shapes are checked on loading. Raises UserError. Where an
-    older release trained it on texts that began otherwise, that is said.
-    """
-    provenance = read_provenance(adapter_dir) or {}
-    trained = provenance.get("base", "its base")
-    for key, what in FINGERPRINTS.items():
-        expected = provenance.get(key)
-        if not isinstance(expected, str):
-            continue
-        found: str = getattr(base, key.removeprefix("base_"))
-        if found != expected:
-            raise UserError(
-                f"adapter {adapter_dir} was trained on {trained} ({what} {expected[:12]}), but {base.directory} has "
-                f"other {what} ({found[:12]}); pass the base that it was trained on"
-            )
-    read = recorded_dict(recorded(provenance, "recipe"), "data")
-    tokenizer = base.tokenizer
-    if read and "special_tokens" not in read and tokenizer.bos_token not in (None, tokenizer.eos_token):
-        Console().say(  # recipes have that key since texts begin with the tokenizer's own first token
-            f"adapter {adapter_dir}: an older release trained it on texts that began with {tokenizer.eos_token}; now "
-            f"they begin with {tokenizer.bos_token}, so it is asked otherwise than it was trained: train it again"
-        )

@@ -40,13 +40,12 @@ def plan(
     asked, memory = load_recipe(recipe, overrides), size_of(gpu) if gpu is not None else None
     import torch
 
-    from peftune.model.base import open_base
     from peftune.model.load import DTYPES
     from peftune.training.planning import calibration
-    from peftune.training.planning.plan import Machine, config_of, plan, this_machine
+    from peftune.training.planning.plan import Machine, plan, this_machine, what_is_planned
 
     machine = this_machine(count) if memory is None else Machine("cuda", memory, count or 1, False)
-    config = config_of(asked.base, lambda: open_base(asked.base).config)
+    asked, config = what_is_planned(asked)
     found = plan(asked, config, machine)
     batch = asked.batch.global_size
     where = "this machine" if machine.here else "planned, not measured"

@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftune.adapters.attach import fit
-from peftune.adapters.directory import check_fits
 from peftune.adapters.fold import MergedTensors
 from peftune.adapters.layout import AdapterLayout, refuse_biased_head
-from peftune.adapters.provenance import chat_of, check_base, parses_special_tokens
+from peftune.adapters.provenance import chat_of, parses_special_tokens
 from peftune.data.tokens.encode import begin_of_text_id, end_of_text_id
 from peftune.errors import CheckFailed, UserError, refuse_bare_string
 from peftune.inference.detokenize import decode_plain
@@ -112,10 +111,7 @@ class AdapterBank:
         with self._lock:  # PEFT's own construction is not made for several threads
             if name in self._loaded and not replace:
                 raise UserError(f"adapter {name}: there is one of this name already ({self._loaded[name].directory})")
-            check_base(directory, self.base)
-            if not new_tokens:
-                check_fits(directory, self.config, len(self.tokenizer))
-            adapter, layout, tokenizer = fit(directory, self.base)
+            adapter, layout, tokenizer = fit(directory, self.base, new_tokens)
             refuse_biased_head(layout, str(directory))
             rank = max((target.rank for target in layout.targets.values()), default=0)
             lora, model = _plain_lora(layout, self.spec.device), self._base_variant.model

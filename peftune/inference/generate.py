@@ -10,7 +10,7 @@ import torch
 
 from peftune.adapters.attach import fit, load_with_rows
 from peftune.adapters.base_of import base_of
-from peftune.adapters.provenance import check_base, parses_special_tokens, read_provenance
+from peftune.adapters.provenance import parses_special_tokens
 from peftune.data.tokens.encode import begin_of_text_id, end_of_text_id
 from peftune.errors import CheckFailed, UserError, refuse_bare_string
 from peftune.inference.bank import AdapterBank
@@ -62,10 +62,9 @@ def text_generator(
         if adapter is None:
             model: Model = load_model(base)
         else:  # in full precision, so that one which changes the base (PiSSA) is rounded once
-            check_base(Path(adapter), base)
-            _, layout, tokenizer = fit(Path(adapter), base)
-            parse = parses_special_tokens(read_provenance(Path(adapter)))
-            model = load_with_rows(base, Path(adapter), layout)
+            read, layout, tokenizer = fit(Path(adapter), base)
+            parse = parses_special_tokens(read.provenance)
+            model = load_with_rows(base, read, layout)
         model.to("cuda" if torch.cuda.is_available() else "cpu", dtype_of(precision))  # type: ignore[arg-type]
         return lambda prompts, on_text: generate_with_transformers(model, tokenizer, prompts, chosen, on_text, parse)
     bank, name = AdapterBank(base, precision), "adapter" if adapter is not None else None

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerFast
+from peft import PeftModel
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from peftune.adapters.attach import fit, load_with_rows
 from peftune.adapters.base_of import base_of
-from peftune.adapters.provenance import chat_of, check_base, parses_special_tokens, read_provenance, recorded
+from peftune.adapters.provenance import chat_of, parses_special_tokens, recorded
 from peftune.config.data_section import Documents, as_sources
 from peftune.console import Console
 from peftune.data.batches import Blocks
@@ -30,6 +32,7 @@ from peftune.model.load import dtype_of, load_model
 from peftune.model.loss import LossModel, nats_to_perplexity
 
 Figures = dict[str, float]
+Model = GPT2LMHeadModel | PeftModel
 
 
 @dataclass(frozen=True)
@@ -80,116 +83,125 @@ def evaluate(
     `intervals` are those of `loss_intervals`, over documents. With `trained_on`, named texts that adapters have learnt,
     also `memorised`: what share of their windows (`window`: of how many tokens) each model reproduces.
     """
-    for what, named in (("data", data), ("adapters", adapters or {})):
-        if not isinstance(named, Mapping):
-            raise UserError(f"{what} is {str(named)[:40]!r}, expected a mapping of names, such as {{'poems': {what}}}")
-    folders = {name: Path(directory) for name, directory in (adapters or {}).items()}
-    if not data:
-        raise UserError("nothing to evaluate on; give at least one domain by name, with its documents")
-    if "base" in folders:
-        raise UserError("an adapter cannot be called base: that row is the base itself; name the adapter otherwise")
+    folders, window = _named_adapters(data, adapters or {}), window or Window()
     base = base if isinstance(base, Base) else open_base(base or base_of(*folders.values()))
-    read, chat = special_tokens_of(base, folders), chat_of_all(base, folders)
-    domains = {name: read_blocks(base, documents, block_size, read, chat) for name, documents in data.items()}
-    for directory in folders.values():
-        check_base(directory, base)
-    fitting = {name: fit(directory, base)[1:] for name, directory in folders.items()}
-    own = {name: tokenizer for name, (_, tokenizer) in fitting.items() if tokenizer is not base.tokenizer}
+    fitted = {name: fit(directory, base) for name, directory in folders.items()}
+    origins = {name: adapter.provenance for name, (adapter, _, _) in fitted.items()}
+    read = partial(read_blocks, base, how=how_to_read(base, origins))
+    domains = {name: read(documents, block_size) for name, documents in data.items()}
+    own = {name: tokenizer for name, (_, _, tokenizer) in fitted.items() if tokenizer is not base.tokenizer}
     if own:
         Console().say(
             f"{', '.join(own)}: with tokens of its own (data.new_tokens): compare bits per byte with other rows"
         )
-    window = window or Window()
-    learnt = {name: read_blocks(base, texts, None, read, chat).store for name, texts in (trained_on or {}).items()}
+    learnt = {name: read(texts).store for name, texts in (trained_on or {}).items()}
     windows = {name: windows_of(store, name, window, base.config.n_positions) for name, store in learnt.items()}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    autocast = torch.autocast(device.type, dtype_of(precision), enabled=precision != "fp32")
+    models: dict[str, Callable[[], Model]] = {"base": partial(load_model, base)}
+    for name, (adapter, layout, _) in fitted.items():
+        models[name] = partial(load_with_rows, base, adapter, layout)
     rows: dict[str, dict[str, Figures]] = {}
-    by_document: dict[str, dict[str, np.ndarray]] = {}
+    found: dict[str, dict[str, np.ndarray]] = {}
     memorised: dict[str, dict[str, Any]] = {}
     with Console().progress as progress:
-        task = progress.add_task("evaluating", total=(1 + len(folders)) * sum(map(len, domains.values())), note="")
-        for name, adapter in {"base": None, **folders}.items():
+        task = progress.add_task("evaluating", total=len(models) * sum(map(len, domains.values())), note="")
+        for name, load in models.items():
             progress.update(task, description=f"evaluating {name}")
-            model = load_model(base) if adapter is None else load_with_rows(base, adapter, fitting[name][0])
-            scorer = LossModel(model).to(device)
-            rows[name], by_document[name] = {}, {}
-            with autocast:
-                for domain, packed in domains.items():
-                    blocks = packed
-                    if name in own:
-                        blocks = read_blocks(base, data[domain], block_size, read, chat, own[name])
-                    found = nats_by_document(scorer, blocks, batch, device, lambda n: progress.advance(task, n))
-                    score = Score(float(found[:, 0].sum()), blocks.tokens(), blocks.text_bytes())
-                    try:
-                        rows[name][domain] = score.figures()
-                    except CheckFailed as error:
-                        raise CheckFailed(f"{name} on {domain}: {error}") from None
-                    by_document[name][domain] = found
-                memorised[name] = {
-                    source: share_reproduced(scorer, ids, window, batch, device) for source, ids in windows.items()
-                }
+            blocks, done = domains, partial(progress.advance, task)
+            if name in own:
+                blocks = {domain: read(texts, block_size, tokenizer=own[name]) for domain, texts in data.items()}
+            found[name], memorised[name] = _measured(load(), blocks, windows, window, batch, precision, done)
+            rows[name] = {domain: _figures(name, domain, nats, blocks[domain]) for domain, nats in found[name].items()}
     facts = {
         name: {"documents": len(blocks.documents), "tokens": blocks.tokens(), "bytes": blocks.text_bytes()}
         for name, blocks in domains.items()
     }
-    result = {"domains": facts, "rows": rows, "intervals": loss_intervals(by_document)}
-    result |= not_held_out(folders, domains)
+    result = {"domains": facts, "rows": rows, "intervals": loss_intervals(found), **not_held_out(origins, domains)}
     return result | ({"memorised": memorised, "window": vars(window)} if windows else {})
 
 
-def not_held_out(adapters: Mapping[str, Path], domains: Mapping[str, Blocks]) -> dict[str, Any]:
+def _named_adapters(data: Mapping[str, Any], adapters: Mapping[str, Path | str]) -> dict[str, Path]:
+    """The adapters' directories; UserError where a name is missing or means something else."""
+    for what, named in (("data", data), ("adapters", adapters)):
+        if not isinstance(named, Mapping):
+            raise UserError(f"{what} is {str(named)[:40]!r}, expected a mapping of names, such as {{'poems': {what}}}")
+    if not data:
+        raise UserError("nothing to evaluate on; give at least one domain by name, with its documents")
+    if "base" in adapters:
+        raise UserError("an adapter cannot be called base: that row is the base itself; name the adapter otherwise")
+    return {name: Path(directory) for name, directory in adapters.items()}
+
+
+def _measured(
+    model: Model, domains: Mapping[str, Blocks], windows: Mapping[str, torch.Tensor], window: Window, batch: int,
+    precision: str, done: Callable[[int], None],
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:  # fmt: skip
+    """`nats_by_document` of each domain, and `share_reproduced` of each text's windows; `done` hears of batches."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scorer = LossModel(model).to(device)
+    with torch.autocast(device.type, dtype_of(precision), enabled=precision != "fp32"):
+        found = {name: nats_by_document(scorer, blocks, batch, device, done) for name, blocks in domains.items()}
+        shares = {name: share_reproduced(scorer, chosen, window, batch, device) for name, chosen in windows.items()}
+    return found, shares
+
+
+def _figures(model: str, domain: str, by_document: np.ndarray, blocks: Blocks) -> Figures:
+    """Of what `nats_by_document` found; CheckFailed where one is not finite."""
+    try:
+        return Score(float(by_document[:, 0].sum()), blocks.tokens(), blocks.text_bytes()).figures()
+    except CheckFailed as error:
+        raise CheckFailed(f"{model} on {domain}: {error}") from None
+
+
+def not_held_out(origins: Mapping[str, Any], domains: Mapping[str, Blocks]) -> dict[str, Any]:
     """`trained_on`, where adapters record that they were trained on documents of a domain: how many, of how many.
 
-    A record of many documents tells of some of them only; one of an older release of equal corpora alone.
+    `origins` are their peftune.json by name. A record of many documents tells of some of them only; one of an older
+    release of equal corpora alone.
     """
     found: dict[str, dict[str, list[int]]] = {}
-    for name, directory in adapters.items():
-        provenance = read_provenance(directory)
-        sample = recorded(provenance, "training_documents")
+    for name, origin in origins.items():
+        sample = recorded(origin, "training_documents")
         for domain, blocks in domains.items():
             known, told = 0, len(blocks.documents)
             if isinstance(sample, str):
                 with suppress(ValueError):
                     known, told = count_known(sample, blocks.store.digests[blocks.documents])
-            elif recorded(provenance, "data_fingerprints", "train") == blocks.store.fingerprint:
+            elif recorded(origin, "data_fingerprints", "train") == blocks.store.fingerprint:
                 known = told
             if known:
                 found.setdefault(name, {})[domain] = [known, told]
     return {"trained_on": found} if found else {}
 
 
-def special_tokens_of(base: Base, adapters: Mapping[str, Path]) -> str:
-    """How a text's special tokens are read, `parse` or `text`: as the adapters were trained, without any as the base.
+class Reading(NamedTuple):
+    """How texts are read: special tokens that they spell out, `parse` or `text`; conversations, by which template."""
 
-    UserError where adapters differ in it: their figures would be of different tokens.
+    special_tokens: str = "text"
+    chat: str = "plain"
+
+
+def how_to_read(base: Base, origins: Mapping[str, Any]) -> Reading:
+    """As adapters were trained; where none tells, as the base was.
+
+    `origins` are their peftune.json by name. UserError where they differ: their figures would be of different tokens.
     """
-    parse = {name: parses_special_tokens(read_provenance(directory)) for name, directory in adapters.items()}
+    parse = {name: parses_special_tokens(origin) for name, origin in origins.items()}
     if len(set(parse.values())) > 1:
         names = ", ".join(name for name in parse if parse[name])
         raise UserError(f"{names}: trained with data.special_tokens: parse, the others not; evaluate them separately")
-    return "parse" if next(iter(parse.values()), base.parses_special_tokens) else "text"
-
-
-def chat_of_all(base: Base, adapters: Mapping[str, Path]) -> str:
-    """By which template conversations are read: as the adapters were trained that know any, without one as the base.
-
-    UserError where adapters differ in it.
-    """
-    found = {name: chat_of(read_provenance(directory)) for name, directory in adapters.items()}
-    known = {chat for chat in found.values() if chat is not None} or {base.chat or "plain"}
-    if len(known) > 1:
-        names = ", ".join(name for name, chat in found.items() if chat == "eos-turns")
+    chats = {name: chat for name, origin in origins.items() if (chat := chat_of(origin)) is not None}
+    if len(set(chats.values())) > 1:
+        names = ", ".join(name for name, chat in chats.items() if chat == "eos-turns")
         raise UserError(f"{names}: trained with data.chat: eos-turns, others not; evaluate them separately")
-    return known.pop()
+    parses = next(iter(parse.values()), base.parses_special_tokens)
+    return Reading("parse" if parses else "text", next(iter(chats.values()), base.chat or "plain"))
 
 
 def read_blocks(
     base: Base,
     documents: Documents | Blocks,
     block_size: int | None = None,
-    special_tokens: str = "text",
-    chat: str = "plain",
+    how: Reading | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Blocks:
     """Tokenise (with the base's tokenizer or this one) and pack a domain; what is packed already stays as it is."""
@@ -197,7 +209,7 @@ def read_blocks(
         return documents
     block_size, sources = base.block_size(block_size), as_sources(documents)
     store = prepare(
-        sources, tokenizer or base.tokenizer, base.tokenizer_fingerprint, " ", "auto", None, special_tokens, chat
+        sources, tokenizer or base.tokenizer, base.tokenizer_fingerprint, " ", "auto", None, *(how or Reading())
     )
     for line in cut_lines(sources, store.cuts, chosen=True):
         Console().say(line)

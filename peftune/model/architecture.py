@@ -27,6 +27,8 @@ _CLASSES = {
 }  # fmt: skip
 TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 """Three spellings of one function: GELU, approximated with tanh."""
+FAMILY = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20), "gpt2-xl": (48, 1600, 25)}
+"""Layers, width and heads of the published checkpoints."""
 _TRANSFORMERS = (5, 4)
 Size = Annotated[int, Field(gt=0, le=1 << 24)]
 Layers = Annotated[int, Field(gt=0, le=1_000)]  # each is built to know its tensors, before any is looked for

@@ -7,6 +7,7 @@ rank on the untouched base.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from peftune.config.recipe import LoraSection
@@ -27,6 +28,8 @@ from peftune.model.train.attention_parts import QUERY_VALUE, stacked_alpha, untr
 
 ATTENTION = ("attn.c_attn", "attn.c_proj")
 ALL = (*ATTENTION, "mlp.c_fc", "mlp.c_proj")
+STARTS = ("pissa", "loftq")
+"""Variants whose first values are computed from the base, and kept to the end."""
 _ADAPTABLE = (Conv1D, nn.Linear, nn.Embedding)
 
 
@@ -73,10 +76,26 @@ def inject(
     if lora.variant == "loftq":
         assert original is not None, "LoftQ compares with the base before it was quantised"
         correct_quantisation(adapted.get_base_model(), original)
-    if lora.variant in ("pissa", "loftq"):
+    if lora.variant in STARTS:
         initial = {n: p.detach().clone() for n, p in adapted.named_parameters() if ".lora_A." in n or ".lora_B." in n}
     parts, width = QUERY_VALUE, model.config.n_embd
     return Adapted(adapted, initial, untrained_mask(parts, lora.rank, width) if lora.targets == "query-value" else None)
+
+
+def skeleton(
+    config: GPT2Config, lora: LoraSection, rows: Sequence[int] = (), settings: LoraConfig | None = None
+) -> Adapted:
+    """A base with its adapter, without weights; arguments and UserError as of `inject`.
+
+    PiSSA and LoftQ have the shapes of a plain LoRA; what they compute from weights is left out.
+    """
+    if lora.variant in STARTS:
+        lora = lora.model_copy(update={"variant": "lora"})
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = GPT2LMHeadModel(copy.deepcopy(config))  # new rows change it
+        if rows and rows[-1] >= config.vocab_size:
+            model.resize_token_embeddings(rows[-1] + 1, mean_resizing=False)
+        return inject(model, lora, 0, rows=rows, settings=settings)
 
 
 @contextmanager
@@ -166,7 +185,7 @@ def _rank_problems(modules: dict[str, nn.Module], lora: LoraSection, targets: li
     adaptable = {path: module for path, module in modules.items() if isinstance(module, _ADAPTABLE)}
     adapted = {path: m for path, m in adaptable.items() if any(_named(path, target) for target in targets)}
     shapes = {path: _shape(module) for path, module in adapted.items()}
-    if lora.variant in ("pissa", "loftq"):
+    if lora.variant in STARTS:
         if any(path == "lm_head" or isinstance(module, nn.Embedding) for path, module in adapted.items()):
             return [f"lora: {_INSIDE_BLOCKS[lora.variant]}"]
         small = [(path, min(shape)) for path, shape in shapes.items() if lora.rank > min(shape)][:1]

@@ -27,24 +27,19 @@ class Metrics(Collector):
         self._bank, self._engine = bank, engine
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each one
         self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "peftune_requests_total",
-            "Requests answered; status 499 where the client disconnected before.",
-            ["endpoint", "model", "status"],
-            registry=self.registry,
-        )
-        self.cancelled = self._per_model("peftune_cancelled_total", "Choices cancelled before they were complete.")
-        self.prompt_tokens = self._per_model("peftune_prompt_tokens_total", "Tokens of accepted prompts.")
-        self.generation_tokens = self._per_model("peftune_generation_tokens_total", "Tokens generated.")
+        self.requests = self._counter(
+            "peftune_requests_total", "Requests answered; status 499 where the client disconnected before.",
+            "endpoint", "model", "status",
+        )  # fmt: skip
+        self.cancelled = self._counter("peftune_cancelled_total", "Choices cancelled before they were complete.")
+        self.prompt_tokens = self._counter("peftune_prompt_tokens_total", "Tokens of accepted prompts.")
+        self.generation_tokens = self._counter("peftune_generation_tokens_total", "Tokens generated.")
+        self.routed = self._counter("peftune_routed_total", "Prompts that the model auto sent to this model.")
         self.queue_time = self._seconds(
             "peftune_request_queue_time_seconds", "From a choice's acceptance to its slot.", _FIRST_TOKEN, "model"
         )
-        self.routed = self._per_model("peftune_routed_total", "Prompts that the model auto sent to this model.")
-        self.routing = Histogram(
-            "peftune_routing_seconds",
-            "In which the model auto chose, the wait for its turn included.",
-            buckets=_FIRST_TOKEN,
-            registry=self.registry,
+        self.routing = self._seconds(
+            "peftune_routing_seconds", "In which the model auto chose, the wait for its turn included.", _FIRST_TOKEN
         )
         self.first_token = self._seconds(
             "peftune_time_to_first_token_seconds", "From a request's arrival to its first token.", _FIRST_TOKEN,
@@ -54,11 +49,9 @@ class Metrics(Collector):
             "peftune_inter_token_latency_seconds", "From a choice's token to its next one.", _INTER_TOKEN, "model"
         )
         self.duration = self._seconds(
-            "peftune_request_duration_seconds",
-            "From a request's arrival to the end of its response.",
-            _DURATION,
+            "peftune_request_duration_seconds", "From a request's arrival to the end of its response.", _DURATION,
             "endpoint",
-        )
+        )  # fmt: skip
         self.registry.register(self)
 
     def remove_model(self, model: str) -> None:
@@ -77,8 +70,9 @@ class Metrics(Collector):
         yield GaugeMetricFamily("peftune_adapters_loaded", "Adapters in memory.", len(self._bank.names))
         yield CounterMetricFamily("peftune_engine_steps", "Forward passes of the batch.", load.steps)
 
-    def _per_model(self, name: str, description: str) -> Counter:
-        return Counter(name, description, ["model"], registry=self.registry)
+    def _counter(self, name: str, description: str, *labels: str) -> Counter:
+        """By model, unless it has other labels."""
+        return Counter(name, description, labels or ("model",), registry=self.registry)
 
     def _seconds(self, name: str, description: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(name, description, labels, buckets=buckets, registry=self.registry)

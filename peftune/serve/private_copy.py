@@ -26,7 +26,7 @@ def private_copy(directory: Path, roots: Sequence[Path]) -> Iterator[Path]:
         try:
             for entry in sorted(directory.iterdir()):
                 real = Path(os.path.realpath(entry))
-                if not any(real.is_relative_to(root) for root in roots):
+                if not is_inside(real, roots):
                     raise UserError(f"adapter {directory}: {entry.name} lies outside the directories to load from")
                 if real.is_dir():
                     (copy / entry.name).mkdir()  # where a file should be, the reader says so
@@ -35,6 +35,11 @@ def private_copy(directory: Path, roots: Sequence[Path]) -> Iterator[Path]:
         except OSError as error:
             raise UserError(f"adapter {directory}: cannot be read: {error.strerror}") from None
         yield copy
+
+
+def is_inside(path: Path, roots: Sequence[Path]) -> bool:
+    """Whether a path without links lies below one of these."""
+    return any(path.is_relative_to(root) for root in roots)
 
 
 def _copy(path: Path, target: Path) -> None:

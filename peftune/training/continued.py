@@ -16,23 +16,23 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from transformers import GPT2LMHeadModel
 
-from peftune.adapters.directory import Adapter, read_adapter
+from peftune.adapters.base_of import read_for
+from peftune.adapters.directory import Adapter
 from peftune.adapters.layout import (
     AdapterLayout,
     block_of,
     changes_base,
-    layout_of,
     module_of,
     plain_name,
     suffix_in_block,
 )
-from peftune.adapters.provenance import INIT, check_base, recorded, recorded_dict, recorded_list
+from peftune.adapters.provenance import INIT, recorded, recorded_list
 from peftune.config.recipe import LoraSection, Recipe, recipe_from
 from peftune.errors import UserError
 from peftune.model.base import Base
 from peftune.model.fingerprint import bytes_of
-from peftune.model.load import rows_of, with_dropout
-from peftune.model.lora import ALL, ATTENTION, Adapted, adapted_modules, inject, quiet_peft
+from peftune.model.load import rows_of
+from peftune.model.lora import ALL, ATTENTION, Adapted, adapted_modules, quiet_peft, skeleton
 from peftune.model.train.attention_parts import QUERY_VALUE, stacked_alpha, untrained_mask
 from peftune.model.weights import HEAD, WTE
 from peftune.training import checkpoint
@@ -99,11 +99,9 @@ def continued_from(recipe: Recipe, base: Base) -> tuple[Recipe, Continued]:
     something else than it, and where its moments are asked for and not there.
     """
     where = Path(str(recipe.run.init))
-    adapter = read_adapter(where)
+    adapter, layout = read_for(where, base)
     if where.resolve() == Path(recipe.run.out).resolve():
         raise UserError(f"run.out is run.init ({where}), which is not overwritten; give the new adapter another name")
-    check_base(where, base)
-    layout = layout_of(adapter.config, adapter.tensors, base.config, str(where))
     if reason := _reason_against(adapter, layout, base):
         raise UserError(f"run.init {where}: {reason}")
     lora = _resolved_section(recipe, adapter, layout, base)
@@ -217,8 +215,9 @@ def _adapts_parts(adapter: Adapter, layout: AdapterLayout, base: Base, asked: bo
 def _new_tokens(recipe: Recipe, adapter: Adapter, base: Base) -> list[str]:
     """The tokens whose rows it trains; UserError where the recipe names others, or nothing tells which they are."""
     where, asked = f"run.init {adapter.directory}", recipe.data.new_tokens
-    recorded_tokens = recorded_dict(recorded(adapter.provenance, "recipe"), "data").get("new_tokens")
-    known = recorded_tokens if isinstance(recorded_tokens, list) and all(map(_is_text, recorded_tokens)) else None
+    known = recorded(adapter.provenance, "recipe", "data", "new_tokens")
+    if not isinstance(known, list) or not all(isinstance(token, str) for token in known):
+        known = None
     if "new_tokens" in recipe.data.model_fields_set and known is not None and asked != known:
         raise UserError(f"{where}: data.new_tokens is {asked}, it has {known}; leave that out of the recipe")
     tokens = asked or known or []
@@ -235,10 +234,6 @@ def _new_tokens(recipe: Recipe, adapter: Adapter, base: Base) -> list[str]:
     return tokens
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
 def _moments(adapter: Adapter, base: Base, recipe: Recipe, settings: LoraConfig | None) -> Tensors:
     """AdamW's moments of the checkpoint that the adapter was delivered from; UserError where there is none such."""
     folder, step = adapter.directory / "checkpoints", recorded(adapter.provenance, "step")
@@ -248,13 +243,8 @@ def _moments(adapter: Adapter, base: Base, recipe: Recipe, settings: LoraConfig 
             "leave it out, and AdamW begins anew"
         )
     saved = checkpoint.read(folder / f"step-{step}")
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        rows = rows_of(base, recipe.data.new_tokens) if recipe.data.new_tokens else []
-        skeleton = GPT2LMHeadModel(with_dropout(base.config, 0.0))
-        if rows and rows[-1] >= base.config.vocab_size:
-            skeleton.resize_token_embeddings(rows[-1] + 1, mean_resizing=False)
-        adapted = inject(skeleton, recipe.lora, 0, rows=rows, settings=settings)
-    values = Continued(adapter, settings).first_values(adapted)
+    rows = rows_of(base, recipe.data.new_tokens) if recipe.data.new_tokens else []
+    values = Continued(adapter, settings).first_values(skeleton(base.config, recipe.lora, rows, settings))
     same = saved.values.keys() == values.keys() and all(torch.equal(saved.values[n], v) for n, v in values.items())
     if not same or saved.moments.keys() != {f"{name}/{key}" for name in values for key in MOMENTS}:
         raise UserError(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -49,7 +50,7 @@ class Health:
         self.metrics, self.console = metrics, console
         self.first_step = state.step
         self.parameters = dict(model.named_parameters())
-        self.before = self._checksums()
+        self.before = _checksums(self.parameters)
         self.losses: list[float] = []
         self.told: list[str] = []
 
@@ -175,11 +176,8 @@ class Health:
                 most=_SPIKES,
             )
 
-    def _checksums(self) -> dict[str, int]:
-        return {name: _checksum(parameter) for name, parameter in self.parameters.items()}
-
     def _check_what_moved(self) -> None:
-        after, step = self._checksums(), self.state.step
+        after, step = _checksums(self.parameters), self.state.step
         still = {name for name, value in after.items() if value == self.before[name]}
         frozen = {name for name, parameter in self.parameters.items() if not parameter.requires_grad}
         # Of a sharded matrix a rank may have a part that holds nothing.
@@ -227,11 +225,14 @@ def never_better(state: State, total: int) -> str:
     )
 
 
-def _checksum(parameter: torch.Tensor) -> int:
-    """Sum of the bit patterns of all values that this rank holds: another one where any single value changes."""
-    flat = getattr(parameter, "ds_tensor", parameter).detach().reshape(-1)
-    bits = flat.view(_INTEGERS[flat.element_size()])
-    return sum(int(part.sum(dtype=torch.int64)) for part in bits.split(_SUMMED))
+def _checksums(parameters: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Sums of the bit patterns of all values that this rank holds: another one where any single value changes."""
+    found = {}
+    for name, parameter in parameters.items():
+        flat = getattr(parameter, "ds_tensor", parameter).detach().reshape(-1)
+        bits = flat.view(_INTEGERS[flat.element_size()])
+        found[name] = sum(int(part.sum(dtype=torch.int64)) for part in bits.split(_SUMMED))
+    return found
 
 
 def _some(names: set[str]) -> str:
@@ -266,18 +267,23 @@ def what_broke(
     rows = [range(span, span + 1) for spans in at_fault[:_AT_FAULT] for span in spans]
     bad = [row.start for row, is_broken in zip(rows, broken(rows), strict=True) if is_broken]
     numbers = {int(train.documents[train.packing.example[span]]) for span in bad}
-    here = inputs.corpus.places(numbers).values()
-    ranks = all_gather(accelerator, ((len(blocks), len(at_fault), len(rows), len(bad)), list(here)))
-    tried, failing, documents, broken_documents = (
-        sum(counts) for counts in zip(*(counts for counts, _ in ranks), strict=True)
-    )
-    places = [place for _, found in ranks for place in found]
-    where = ", ".join(places[:_AT_FAULT])
-    if not broken_documents:
+    here = ((len(blocks), len(at_fault), len(rows), len(bad)), list(inputs.corpus.places(numbers).values()))
+    counts, found = zip(*all_gather(accelerator, here), strict=True)
+    places = [place for of_rank in found for place in of_rank]
+    return _blame(np.sum(counts, axis=0).tolist(), places, inputs, state, forward)
+
+
+def _blame(
+    counts: list[int], places: list[str], inputs: RunInputs, state: State, forward: ForwardFn
+) -> tuple[str, bool]:
+    """`counts` of blocks, of those that break, of documents tried in them, and of those that break; their `places`."""
+    tried, failing, documents, broken = counts
+    where, lr = ", ".join(places[:_AT_FAULT]), inputs.recipe.optim.lr
+    if not broken:
         return "it does not come back when each block is computed alone: start again from the last checkpoint", True
-    if failing < tried or broken_documents < documents:
-        which = "these documents are" if broken_documents > 1 else "this document is"
-        more = " and more" if max(broken_documents, failing) > _AT_FAULT else ""
+    if failing < tried or broken < documents:
+        which = "these documents are" if broken > 1 else "this document is"
+        more = " and more" if max(broken, failing) > _AT_FAULT else ""
         fp32 = "" if forward.dtype == torch.float32 else ", or take run.precision=fp32"
         return f"{which} to blame: {where}{more}; look at that text and remove it{fp32}, with another run.out", True
     if state.step == 0:
@@ -287,7 +293,7 @@ def what_broke(
             False,
         )
     return (
-        f"every document of the step is affected (first {where}), so the adapter is at fault: optim.lr="
-        f"{recipe.optim.lr:g} is too high; try {recipe.optim.lr / 10:.2g}, or set optim.clip, with another run.out",
+        f"every document of the step is affected (first {where}), so the adapter is at fault: optim.lr={lr:g} is too "
+        f"high; try {lr / 10:.2g}, or set optim.clip, with another run.out",
         False,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from peftune.adapters.provenance import recorded_dict
 from peftune.config.recipe import Recipe
 from peftune.console import name_some
 from peftune.data.sources.read import state_of
@@ -49,7 +50,7 @@ def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> 
     # What an older release did not record had its default, or cannot be compared.
     unrecorded = _DEFAULTS | {key: now[key] for key in now if key == "fingerprint of config"}
     saved = {key: value for key, value in saved.items() if key not in HARMLESS}
-    files = [_mapping(_mapping(values).get(FILES)) for values in (saved, now)]
+    files = [recorded_dict(values, FILES) for values in (saved, now)]
     before, after = (
         dict(leaf for key, value in sorted(values.items()) if key != FILES for leaf in _leaves(key, value))
         for values in (unrecorded | saved, _DEFAULTS | now)
@@ -59,7 +60,7 @@ def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], where: str) -> 
         if before.get(key) != after.get(key):
             was, is_now = where_they_differ(*(str(values.get(key, "not there")) for values in (before, after)))
             name = key.removeprefix("fingerprint of data ")
-            told = _changed_files(*(_mapping(each.get(name)) for each in files)) if name != key else ""
+            told = _changed_files(*(recorded_dict(each, name) for each in files)) if name != key else ""
             changed.append(f"{key} was {was}, is {is_now}{told}")
     if changed:
         raise UserError(
@@ -78,10 +79,6 @@ def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from _leaves(f"{key}[{number}]", inner)
     elif value is not None:
         yield key, value
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def _changed_files(before: dict[str, Any], after: dict[str, Any]) -> str:

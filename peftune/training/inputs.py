@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from peftune.adapters.base_of import base_of
 from peftune.adapters.provenance import merged_text
-from peftune.config.data_section import Source
+from peftune.config.data_section import DataSection, Source
 from peftune.config.recipe import Recipe
 from peftune.console import counted
 from peftune.data.batches import Blocks, steps_per_epoch, total_steps
@@ -110,10 +110,11 @@ class RunInputs:
         )
 
 
-def read_inputs(recipe: Recipe, fresh: bool = False) -> RunInputs:
+def read_inputs(recipe: Recipe, fresh: bool = False, lint: bool = True) -> RunInputs:
     """Find base and data and check all that can be checked without weights; UserError for what does not fit.
 
-    With `fresh` the base's fingerprints are computed from its bytes, not remembered.
+    With `fresh` the base's fingerprints are computed from its bytes, not remembered. Without `lint` nothing is found
+    in the text: another process looks for that.
     """
     _refuse_adapter_as_base(recipe)
     base = open_base(recipe.base, fresh)
@@ -122,22 +123,28 @@ def read_inputs(recipe: Recipe, fresh: bool = False) -> RunInputs:
         recipe, init = continued_from(recipe, base)
     if recipe.quantize is not None:
         quantized.require(recipe.quantize)
-    asked, positions = recipe.data.block_size, base.config.n_positions
-    if asked != "auto" and asked > positions:
-        raise UserError(
-            f"data.block_size is {asked}, but {recipe.base} has only {positions} positions; use that, or auto"
-        )
+    block = block_size_of(recipe, base.config)
     if init is None or init.settings is None:
         with torch.device("meta"):
             lora.peft_config(GPT2LMHeadModel(base.config), recipe.lora)
     tokenizer = with_new_tokens(base.tokenizer, recipe.data.new_tokens)  # before the weights: its errors come first
     fingerprints = {"base": base.fingerprint, "tokenizer": base.tokenizer_fingerprint}
     fingerprints |= {"config": base.config_fingerprint, **(init.fingerprints() if init else {})}
-    corpus = _load_corpus(recipe, tokenizer, base, positions if asked == "auto" else asked)
+    corpus = _load_corpus(recipe, tokenizer, base, block, lint)
     fingerprints |= {f"data {name}": value for name, value in corpus.fingerprints.items()}
     identity = identity_of(recipe, fingerprints) | {FILES: sizes_of_files(recipe)}
     total = total_steps(len(corpus.train), recipe.batch.global_size, recipe.optim.epochs, recipe.optim.steps)
     return RunInputs(recipe, base, tokenizer, corpus, identity, total, init)
+
+
+def block_size_of(recipe: Recipe, base: GPT2Config) -> int:
+    """Tokens of a block; UserError for more than the base has positions."""
+    asked, positions = recipe.data.block_size, base.n_positions
+    if asked != "auto" and asked > positions:
+        raise UserError(
+            f"data.block_size is {asked}, but {recipe.base} has only {positions} positions; use that, or auto"
+        )
+    return positions if asked == "auto" else asked
 
 
 def _refuse_adapter_as_base(recipe: Recipe) -> None:
@@ -151,14 +158,14 @@ def _refuse_adapter_as_base(recipe: Recipe) -> None:
 
 
 def read_inputs_on_all_ranks(recipe: Recipe, accelerator: Accelerator) -> RunInputs:
-    """`read_inputs` on every rank: the first of each machine fills the cache, the others find it there.
+    """`read_inputs` on every rank: the first of each machine fills the cache and lints, the others find the text there.
 
     UserError, on all ranks, where another has read another base, tokenizer or text.
     """
     with raise_on_all_ranks(accelerator):
         inputs = read_inputs(recipe, fresh=True) if accelerator.is_local_main_process else None
     with raise_on_all_ranks(accelerator):
-        inputs = inputs or read_inputs(recipe)
+        inputs = inputs or read_inputs(recipe, lint=False)
     refuse_different_ranks(accelerator, _what_was_read(inputs))
     return inputs
 
@@ -176,8 +183,8 @@ def _what_was_read(inputs: RunInputs) -> dict[str, object]:
     }
 
 
-def _load_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, base: Base, block: int) -> Corpus:
-    """Tokenise (or find in the cache) and pack all sources of a recipe."""
+def _load_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, base: Base, block: int, lint: bool) -> Corpus:
+    """Tokenise (or find in the cache) and pack all sources of a recipe; look at what they say where `lint` asks."""
 
     how, notes = recipe.data, list[str]()
     split_on = settle_split(how.read_as(how.train), how.split_on)  # validation texts are cut as those to learn from
@@ -216,16 +223,28 @@ def _load_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, base: Base,
                 also_trained_on[name] = len(equal)
                 what = f"{one.name} ({len(one.store):,} documents) holds documents that are trained on too"
                 same += finding(what, equal, one.places, _NOT_HELD_OUT, True)
-    stores, learnt_part = {"train": store} | stores, part("train", how.train, store, train)
+    learnt_from, stores = part("train", how.train, store, train), {"train": store} | stores
+    findings = _findings(how, block, base, [learnt_from, *held_out], found, same) if lint else ()
     left_out = {name: asdict(s.left_out) for name, s in stores.items() if s.left_out}
+    blocks = Blocks.of(store, train, block, how.one_document_per_block)
+    return Corpus(blocks, domains, prints, chat, learnt_from.places, findings, also_trained_on, left_out, tuple(notes))
+
+
+def _findings(
+    how: DataSection, block: int, base: Base, parts: list[Part], noticed: list[Finding], same: list[Finding]
+) -> tuple[Finding, ...]:
+    """What to know about the text, the first of these parts being that which is learnt from.
+
+    `same` are validation documents that are trained on too. UserError for anything at all where `data.lint` is strict.
+    """
+    learnt, *held_out = parts
     if how.lint == "off":
-        found = [one for s in stores.values() for one in of_rows(s.left_out)] + found
-    else:
-        found = of_run(how, block, base.tokenizer, learnt_part, held_out) + found + same
+        stores = {id(part.store): part.store for part in parts}.values()
+        return (*(one for store in stores for one in of_rows(store.left_out)), *noticed)
+    found = [*of_run(how, block, base.tokenizer, learnt, held_out), *noticed, *same]
     if how.lint == "strict":
         refuse_all(found)
-    learnt_from, places = Blocks.of(store, train, block, how.one_document_per_block), learnt_part.places
-    return Corpus(learnt_from, domains, prints, chat, places, tuple(found), also_trained_on, left_out, tuple(notes))
+    return tuple(found)
 
 
 def _domain(name: str) -> str:

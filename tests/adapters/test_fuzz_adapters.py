@@ -16,10 +16,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from peftune.adapters.attach import load_onto
+from peftune.adapters.base_of import read_for
 from peftune.adapters.inspect.compare import compare
 from peftune.adapters.inspect.describe import AdapterDescription, describe
 from peftune.adapters.inspect.scan import scan
-from peftune.adapters.provenance import check_base
 from peftune.cli.output.adapter_tables import print_comparison, print_description, print_scan
 from peftune.errors import PeftuneError
 from peftune.files import json_text
@@ -78,7 +78,7 @@ def use(adapter: Path, base: Path) -> None:
             print_description(shown)
             read_or_refuse(lambda: print_comparison(compare(adapter, adapter)))
         print_scan(scan(adapter))
-        read_or_refuse(lambda: check_base(adapter, Base(base)))
+        read_or_refuse(lambda: read_for(adapter, Base(base)))
         read_or_refuse(lambda: load_onto(load_model(Base(base)), adapter))
 
 

@@ -106,7 +106,6 @@ def kill_while_writing(write: Callable[[], Any], parent: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("peftune.adapters.directory.publish", killed)
-        patch.setattr("peftune.adapters.merge.merge.publish", killed)
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
         with pytest.raises(Killed):
             write()

@@ -12,7 +12,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from peftune.adapters.provenance import check_base
+from peftune.adapters.base_of import check_base
+from peftune.adapters.directory import read_adapter
 from peftune.errors import UserError
 from peftune.model.base import Base
 
@@ -41,7 +42,7 @@ def test_it_is_said_that_an_older_adapter_saw_texts_begin_otherwise(
     tokenizer.bos_token = bos and tokenizer.convert_ids_to_tokens(5)
     tokenizer.save_pretrained(base)
     (adapter / "peftune.json").write_text(json.dumps({"peftune": "0.1.0", "recipe": {"data": data}}))
-    check_base(adapter, Base(base))
+    check_base(read_adapter(adapter), Base(base))
     assert ("began with <|endoftext|>; now they begin with" in " ".join(capsys.readouterr().err.split())) is told
 
 
@@ -154,7 +155,7 @@ def test_adapter_is_refused_on_another_base_and_on_another_tokenizer(
     adapter = make_adapter()
     recorded = Base(tiny_base, "poet").identity()
     (adapter / "peftune.json").write_text(json.dumps(recorded))
-    check_base(adapter, Base(tiny_base))
+    check_base(read_adapter(adapter), Base(tiny_base))
     weights, tokens = copy(tiny_base, tmp_path / "weights"), copy(tiny_base, tmp_path / "tokens")
     heads = copy(tiny_base, tmp_path / "heads")
     config = json.loads((heads / "config.json").read_text())
@@ -169,10 +170,10 @@ def test_adapter_is_refused_on_another_base_and_on_another_tokenizer(
         (heads, "config_fingerprint", Base(heads).config_fingerprint),
     ):
         with pytest.raises(UserError, match="was trained on poet") as caught:
-            check_base(adapter, Base(other))
+            check_base(read_adapter(adapter), Base(other))
         message = str(caught.value)
         assert recorded[key][:12] in message and found[:12] in message and found not in message and "\n" not in message
 
 
 def test_plain_peft_adapters_pass(tiny_base: Path, make_adapter: Any) -> None:
-    check_base(make_adapter(), Base(tiny_base))
+    check_base(read_adapter(make_adapter()), Base(tiny_base))

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from peftune.adapters.attach import load_onto
-from peftune.adapters.directory import check_fits
+from peftune.adapters.base_of import read_layout
+from peftune.adapters.directory import read_adapter
 from peftune.adapters.edit.combine import combine
 from peftune.adapters.gguf.write_gguf import export_gguf
 from peftune.adapters.inspect.compare import compare
@@ -174,4 +175,4 @@ def test_indices_that_make_no_sense_are_refused(
         save_file(stored, adapter / "adapter_model.safetensors")
     tools.edit_config(adapter, trainable_token_indices=indices)
     with pytest.raises(UserError, match=message):
-        check_fits(adapter, GPT2Config.from_pretrained(tiny_base))
+        read_layout(read_adapter(adapter), GPT2Config.from_pretrained(tiny_base))

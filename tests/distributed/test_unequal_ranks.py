@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu-2.yaml"]
-Ended = dict[str, list[tuple[int, str]]]
+Ended = dict[str, list[tuple[int, str, dict[str, int]]]]
 TEXT = "".join(f"the cat sat on mat {n} and the dog on the log\n\n" for n in range(40))
 
 
@@ -87,7 +87,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.fixture(scope="module")
 def ended(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """(exit code, message) of each rank in each case; the two ranks are started once for all cases."""
+    """(exit code, message, how often what) of each rank in each case; the two ranks are started once for all cases."""
     folder = tmp_path_factory.mktemp("unequal ranks")
     recipe = {
         "base": "base",
@@ -123,9 +123,14 @@ def ended(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_that_differ_end_with_2_and_the_first_says_how(ended: Ended, case: str) -> None:
     said = CASES[case][1]
-    (code, line), (other_code, other_line) = ended[case]
+    (code, line, _), (other_code, other_line, _) = ended[case]
     if not said:
         assert (code, other_code) == (0, 0)
         return
     assert (code, other_code, other_line) == (2, 2, "")
     assert "rank 1 on" in line and said in line and "\n" not in line
+
+
+@pytest.mark.slow
+def test_the_first_rank_alone_looks_for_shared_passages_and_foresees_the_memory(ended: Ended) -> None:
+    assert [done for _, _, done in ended["nothing"]] == [{"of_run": 1, "activations": 1}, {}]

@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2LMHeadModel
 
+from peftune.adapters import directory
 from peftune.cli import main
 from peftune.model.base import Base
 from peftune.model.lora import quiet_peft
@@ -115,6 +116,13 @@ def test_an_adapter_is_scored_as_peft_computes_it(evaluate: Evaluate, tiny_base:
         nats, tokens = plain_loop(model, tokenizer, texts)
         np.testing.assert_allclose(found["rows"]["mine"][name]["loss"], nats / tokens, rtol=1e-6)
         assert abs(found["rows"]["base"][name]["loss"] - nats / tokens) > 1e-3
+
+
+def test_an_adapter_is_read_once(evaluate: Evaluate, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    monkeypatch.setattr(directory, "read_provenance", lambda path: read.append(path))
+    evaluate("--adapter", f"mine={adapter}", "--adapter", f"other={adapter}")
+    assert read == [adapter, adapter]
 
 
 def test_the_json_holds_what_the_design_says(evaluate: Evaluate, adapter: Path) -> None:

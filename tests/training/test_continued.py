@@ -202,6 +202,18 @@ def test_a_dry_run_prints_the_adapter_that_the_run_goes_on_with(
     assert train(load_recipe(path)).step == 3
 
 
+def test_a_plan_is_of_the_adapter_that_the_run_goes_on_with(
+    recipe: Make, tiny_base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    adapter = with_peft(tiny_base, tmp_path / "peft", r=2, lora_alpha=2)
+    made = recipe(*BARE, f"run.init={adapter}", f"run.out={tmp_path}/second")
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(made.model_dump(mode="json", exclude_unset=True)))
+    assert main.run(["plan", str(path), "--no-time"]) == 0
+    trained = sum(tensor.numel() for tensor in weights(adapter).values())
+    assert f"{tiny_base}: {trained:,} elements to train" in capfd.readouterr().out
+
+
 def test_the_chain_is_recorded_and_told(
     recipe: Make, first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

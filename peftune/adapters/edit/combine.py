@@ -17,7 +17,7 @@ import torch
 
 from peftune.adapters.base_of import infer_config, read_layout, shared_base
 from peftune.adapters.directory import Adapter, check_free, read_adapter
-from peftune.adapters.edit.computed_adapter import write_computed_adapter
+from peftune.adapters.edit.computed_adapter import read_as, write_computed_adapter
 from peftune.adapters.layout import AdapterLayout, model_order
 from peftune.adapters.low_rank import LowRankDelta, added, best_of_rank, delta_of, distance, norm
 from peftune.adapters.provenance import chat_of, parses_special_tokens
@@ -96,17 +96,20 @@ def combine(
     for directory, weight in zip(directories, weights, strict=True):  # one that is given twice counts twice
         by_path[str(directory)] = by_path.get(str(directory), 0.0) + weight
     result = CombineResult(out, identity["base"], by_path, rank, modules, error / size)
+    write_computed_adapter(out, identity, config, stored, _source(adapters, weights, result), _card(result))
+    return result
+
+
+def _source(adapters: Sequence[Adapter], weights: Sequence[float], result: CombineResult) -> dict[str, Any]:
+    """What peftune.json says of where it comes from, and how its texts are read."""
     sources = [
         {"adapter": str(adapter.directory), "weight": weight, "fingerprint": adapter.fingerprint}
         for adapter, weight in zip(adapters, weights, strict=True)
     ]
-    source: dict[str, Any] = {"combined": {"adapters": sources, "rank": rank, "relative_error": result.relative_error}}
-    if any(parses_special_tokens(adapter.provenance) for adapter in adapters):  # the others saw none
-        source["special_tokens"] = "parse"
-    if len(chats := {chat_of(adapter.provenance) for adapter in adapters}) == 1 and None not in chats:
-        source |= {"chat": True, "chat_template": chats.pop()}
-    write_computed_adapter(out, identity, config, stored, source, _card(result))
-    return result
+    said = {"adapters": sources, "rank": result.rank, "relative_error": result.relative_error}
+    parses = any(parses_special_tokens(adapter.provenance) for adapter in adapters)  # the others saw none
+    chats = {chat_of(adapter.provenance) for adapter in adapters}
+    return {"combined": said} | read_as(parses, chats.pop() if len(chats) == 1 else None)
 
 
 def _check_weights(directories: Sequence[Path], weights: Sequence[float]) -> None:

@@ -8,11 +8,9 @@ Target modules are named in full: a short name would match modules in every bloc
 from __future__ import annotations
 
 import math
-import platform
 import re
 from collections import Counter
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,9 @@ from transformers import GPT2Config
 
 from peftune.adapters.directory import check_free, write_adapter
 from peftune.adapters.layout import layout_of
-from peftune.adapters.low_rank import LowRankDelta
+from peftune.adapters.low_rank import LowRankDelta, stored_tensors
 from peftune.adapters.model_card import model_card
+from peftune.adapters.provenance import versions_of
 from peftune.errors import CheckFailed
 from peftune.model.lora import config_to_json
 from peftune.version import __version__
@@ -47,17 +46,22 @@ def write_computed_adapter(
     deltas, and what `write_adapter` raises.
     """
     config = _lora_config(deltas, scale)
-    tensors = {f"base_model.model.{d.name}.{part}": tensor for d in deltas for part, tensor in d.parts().items()}
+    tensors = stored_tensors(deltas)
     targets = layout_of(config, tensors, shape, str(out)).targets
     for delta in deltas:
         read = targets.get(delta.name)
         if read is None or not math.isclose(read.scale, scale) or not _same_factors(read.parts, delta.parts()):
             raise CheckFailed(f"{out}: PEFT would read {delta.name} as another update; nothing was written")
     check_free(out, "the adapter")
-    versions = {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
-    provenance = {"peftune": __version__, **base, **source, "versions": versions}
+    provenance = {"peftune": __version__, **base, **source, "versions": versions_of(*_VERSIONS)}
     body = f"{card}\n\n`peftune.json` holds fingerprints of what it was made from."
     write_adapter(out, config, tensors, provenance, {"README.md": model_card(base["base"], str(out), body)})
+
+
+def read_as(parses_special_tokens: bool, chat: str | None) -> dict[str, Any]:
+    """What `source` says of how texts are read; `chat` is the template of its conversations, if it knows any."""
+    special = {"special_tokens": "parse"} if parses_special_tokens else {}
+    return special | ({"chat": True, "chat_template": chat} if chat is not None else {})
 
 
 def _same_factors(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> bool:

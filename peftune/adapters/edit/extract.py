@@ -17,7 +17,7 @@ import torch
 from transformers import GPT2Config
 
 from peftune.adapters.directory import check_free
-from peftune.adapters.edit.computed_adapter import write_computed_adapter
+from peftune.adapters.edit.computed_adapter import read_as, write_computed_adapter
 from peftune.adapters.layout import Kind
 from peftune.adapters.low_rank import LowRankDelta
 from peftune.console import Console
@@ -52,11 +52,10 @@ class CheckpointDiff:
     def squared_norms(self, name: str) -> tuple[float, float]:
         """(‖D‖², ‖W_base‖²) of one tensor, read in slices."""
         changed, size = 0.0, 0.0
-        readers = (weights.chunks(weights.stored_name(name)) for weights in (self.base, self.tuned))
-        for chunks in zip(*readers, strict=True):
-            for before, after in zip(*(torch.split(chunk.reshape(-1), _SLICE) for chunk in chunks), strict=True):
-                changed += float((after.double() - before.double()).square().sum())
-                size += float(before.double().square().sum())
+        readers = (weights.chunks(weights.stored_name(name), _SLICE) for weights in (self.base, self.tuned))
+        for before, after in zip(*readers, strict=True):
+            changed += float((after.double() - before.double()).square().sum())
+            size += float(before.double().square().sum())
         return changed, size
 
     def notes(self) -> list[str]:
@@ -112,19 +111,7 @@ def extract(base: str, tuned: str, rank: int, out: Path, targets: str = "all") -
     names = [f"transformer.h.{block}.{suffix}" for block in range(before.config.n_layer) for suffix in suffixes]
     # the output head is one of the tensors where either checkpoint has its own
     others = sorted({*before.weights.names(), *after.weights.names()} - {f"{name}.weight" for name in names})
-    modules: dict[str, Figures] = {}
-    updates, rest = [], {}
-    with Console().progress as progress:
-        task = progress.add_task("extracting", total=len(names) + len(others), note="")
-        for name in names:
-            delta, size = diff.difference(f"{name}.weight")  # (in, out), as GPT-2 stores the matrices of its blocks
-            if delta.any():
-                update, modules[name] = _extract_module(name, delta.T, size, rank)
-                updates.append(update)
-            progress.advance(task)
-        for name in others:
-            rest[name] = diff.squared_norms(name)
-            progress.advance(task)
+    updates, modules, rest = _changes(diff, names, others, rank)
     if not updates:
         changed = [name for name, (square, _) in rest.items() if square]
         if not changed:
@@ -142,12 +129,28 @@ def extract(base: str, tuned: str, rank: int, out: Path, targets: str = "all") -
     )  # fmt: skip
     source = {key: getattr(result, key) for key in ("tuned", "rank", "relative_error", "held")}
     source = {"extracted": source | {"tuned_fingerprint": after.fingerprint}}
-    if after.parses_special_tokens:
-        source["special_tokens"] = "parse"
-    if after.chat is not None:
-        source |= {"chat": True, "chat_template": after.chat}
+    source |= read_as(after.parses_special_tokens, after.chat)
     write_computed_adapter(out, identity, before.config, updates, source, _card(result))
     return result
+
+
+def _changes(
+    diff: CheckpointDiff, names: list[str], others: list[str], rank: int
+) -> tuple[list[LowRankDelta], dict[str, Figures], dict[str, tuple[float, float]]]:
+    """The updates of the modules that changed, and their figures; of all other tensors the squared norms."""
+    updates, modules, rest = [], dict[str, Figures](), {}
+    with Console().progress as progress:
+        task = progress.add_task("extracting", total=len(names) + len(others), note="")
+        for name in names:
+            delta, size = diff.difference(f"{name}.weight")  # (in, out), as GPT-2 stores the matrices of its blocks
+            if delta.any():
+                update, modules[name] = _extract_module(name, delta.T, size, rank)
+                updates.append(update)
+            progress.advance(task)
+        for name in others:
+            rest[name] = diff.squared_norms(name)
+            progress.advance(task)
+    return updates, modules, rest
 
 
 def _module_names(targets: str) -> tuple[str, ...]:
@@ -167,12 +170,9 @@ def _extract_module(name: str, delta: torch.Tensor, size: float, rank: int) -> t
     if not math.isfinite(norm):
         raise UserError(f"{name}.weight: base or fine-tune holds values that are not finite")
     update = strongest(name, "conv1d", delta, rank)
-    stored = update.as_stored()
-    missed = float(torch.linalg.matrix_norm(torch.addmm(delta, stored.left, stored.right, alpha=-1)))
-    return update, {
-        "rank": update.rank, "norm": norm, "relative_change": norm / size if size else None,
-        "relative_error": missed / norm,
-    }  # fmt: skip
+    relative = norm / size if size else None
+    error = update.missed(delta) / norm
+    return update, {"rank": update.rank, "norm": norm, "relative_change": relative, "relative_error": error}
 
 
 def strongest(name: str, kind: Kind, delta: torch.Tensor, rank: int) -> LowRankDelta:

@@ -86,10 +86,16 @@ def publishable(
 
 def check_repository(name: str) -> None:
     """UserError for what cannot be the name of a repository."""
+    if not _is_repository(name):
+        raise UserError(f"repository {name[:200]!r}: expected a name on the hub, such as me/poems")
+
+
+def _is_repository(name: str) -> bool:
     try:
         validate_repo_id(name)
     except HFValidationError:
-        raise UserError(f"repository {name[:200]!r}: expected a name on the hub, such as me/poems") from None
+        return False
+    return True
 
 
 def _adapter_files(
@@ -123,11 +129,7 @@ def _adapter_files(
 
 def is_hub_name(name: str) -> bool:
     """Whether a base's name means the same everywhere: no directory of this machine, and nothing built in."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not Path(name).exists()
+    return _is_repository(name) and not Path(name).exists()
 
 
 def _without_sources(provenance: Mapping[str, Any], metrics: bool, recipe: bool) -> dict[str, Any]:

@@ -24,19 +24,20 @@ from peftune.adapters.directory import (
 from peftune.adapters.edit.computed_adapter import write_computed_adapter
 from peftune.adapters.imported.loralib import Factors, delta_of_factors, rank_of, read_loralib
 from peftune.adapters.imported.other_methods import converted
-from peftune.adapters.low_rank import LowRankDelta
+from peftune.adapters.low_rank import stored_tensors
 from peftune.adapters.model_card import model_card
 from peftune.adapters.provenance import recorded_base
 from peftune.adapters.training_output import adapters_inside
 from peftune.errors import UserError
 from peftune.files import sha256_of
+from peftune.model.architecture import FAMILY
 from peftune.model.base import Base, open_base
 from peftune.version import __version__
 
 ALPHA = 32.0
 """What microsoft/LoRA's commands for GPT-2 train with; no file of loralib says its alpha."""
 
-_SIZES = {(768, 12): "gpt2", (1024, 24): "gpt2-medium", (1280, 36): "gpt2-large", (1600, 48): "gpt2-xl"}
+_SIZES = {(width, layers): name for name, (layers, width, _) in FAMILY.items()}
 Figures = dict[str, Any]
 
 
@@ -97,8 +98,7 @@ def _import_loralib(
     modules = read_loralib(file)
     scale = (ALPHA if alpha is None else alpha) / rank_of(modules, file)
     deltas = [delta_of_factors(name, factors, parts, file) for name, factors in modules.items()]
-    adapter = _as_adapter(file, deltas)
-    shape = infer_config([adapter])
+    shape = infer_config([Adapter(file, {}, stored_tensors(deltas), None)])
     notes = []
     if alpha is None:
         notes.append(f"loralib's files do not say alpha; {ALPHA:g} is taken, as in microsoft/LoRA's commands for GPT-2")
@@ -125,11 +125,6 @@ def _import_loralib(
 
 def _two_parts(modules: Mapping[str, Factors]) -> bool:
     return any(factors["A"].shape[0] == 2 * factors["B"].shape[1] for factors in modules.values())
-
-
-def _as_adapter(file: Path, deltas: Sequence[LowRankDelta]) -> Adapter:
-    tensors = {f"base_model.model.{d.name}.{part}": tensor for d in deltas for part, tensor in d.parts().items()}
-    return Adapter(file, {}, tensors, None)
 
 
 def _import_lora(adapter: Adapter, out: Path, base: Base | None) -> ImportResult:

@@ -67,9 +67,7 @@ def converted(
         left, right = _adalora(layer) if method == "ADALORA" else _by_peft(layer, min(delta.shape), directory, name)
         exact = LowRankDelta(name, kind, left.double(), right.double())  # type: ignore[arg-type]
         update = best_of_rank(exact, rank or exact.rank)
-        stored = update.as_stored()
-        missed = torch.addmm(delta, stored.left, stored.right, alpha=-1)
-        yield update, float(torch.linalg.matrix_norm(delta)), float(torch.linalg.matrix_norm(missed))
+        yield update, float(torch.linalg.matrix_norm(delta)), update.missed(delta)
 
 
 def _by_peft(layer: Any, rank: int, directory: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,7 @@ from peftune.adapters.directory import Adapter, read_adapter
 from peftune.adapters.fold import MergedTensors
 from peftune.adapters.layout import AdapterLayout, LoraTarget, block_of, model_order
 from peftune.adapters.low_rank import delta_of, norm
-from peftune.adapters.provenance import check_base, directory_of, place_of_base, recorded
+from peftune.adapters.provenance import directory_of, place_of_base, recorded
 from peftune.model.base import open_base
 from peftune.model.weights import Weights
 
@@ -62,13 +62,10 @@ class AdapterDescription:
 
     def as_json(self) -> dict[str, Any]:
         """What `peftune adapters show` writes as JSON; its keys are a contract."""
-        return {
-            "adapter": str(self.directory), "name": self.name, "base": self.base, "base_place": self.base_place,
-            "variant": self.variant, "parameters": self.parameters, "megabytes": self.megabytes,
-            "fingerprint": self.fingerprint, "whole": self.replaced, "rows": self.rows, "norms_are": self.norms_are,
-            "provenance": self.provenance, "layers": self.layers(),
-            "modules": {name: vars(module) for name, module in self.modules.items()},
-        }  # fmt: skip
+        values = {key: value for key, value in vars(self).items() if key not in ("directory", "replaced")}
+        modules = {name: vars(module) for name, module in self.modules.items()}
+        own = {"whole": self.replaced, "layers": self.layers(), "modules": modules}
+        return {"adapter": str(self.directory), **values, **own}
 
 
 def describe(directory: Path, base: str | None = None) -> AdapterDescription:
@@ -82,7 +79,6 @@ def describe(directory: Path, base: str | None = None) -> AdapterDescription:
         layout = read_layout(adapter)
     else:
         opened = open_base(base)
-        check_base(directory, opened)
         adapter, layout, _ = fit(directory, opened)
         weights = opened.weights
     missing = beyond_factors(layout)

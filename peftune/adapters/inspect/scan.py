@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peftune.adapters.base_of import infer_config
-from peftune.adapters.directory import Adapter, check_directory, read_adapter
+from peftune.adapters.directory import COMMIT, CONFIG, PICKLED, TENSORS, Adapter, check_directory, read_adapter
 from peftune.adapters.inspect.describe import lora_variant, size_in_megabytes
 from peftune.adapters.layout import base_name, block_of, module_of, suffix_in_block
 from peftune.adapters.provenance import recorded, recorded_dict
@@ -18,9 +18,7 @@ from peftune.errors import UserError
 from peftune.model.lora import ALL
 
 DEPTH, DIRECTORIES = 8, 20_000
-_ADAPTER_FILES = (
-    "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", ".commit/adapter_config.json",
-)  # fmt: skip
+_ADAPTER_FILES = (CONFIG, TENSORS, PICKLED, f"{COMMIT}/{CONFIG}")
 _A = (".lora_A.weight", ".lora_embedding_A")  # their rows are the rank
 _TRAINING_FILES = ("checkpoints", "metrics.jsonl")
 _SKIPPED = {"checkpoints", "__pycache__", "node_modules"}

@@ -51,13 +51,11 @@ class BlockwiseModel:
         """Embedding vectors (n, width) of sorted row numbers (n,)."""
         replaced, target = self.layout.replaced.get(name), self.layout.targets.get(name.removesuffix(".weight"))
         chunks = self.source.chunks(name) if replaced is None else iter([replaced])
-        if (own := self.layout.rows.get(name)) is not None:
-            found = nn.Embedding.from_pretrained(_gather(chunks, rows))  # type: ignore[no-untyped-call]
-            places = {token: number for number, token in enumerate(rows.tolist())}
-            return self._prepared(_with_rows(found, own, places))(torch.arange(len(rows)))  # type: ignore[no-any-return]
         if target is None:
-            table = nn.Embedding.from_pretrained(_gather(chunks, rows))  # type: ignore[no-untyped-call]
-            return self._prepared(table).weight  # type: ignore[return-value]
+            found: nn.Module = nn.Embedding.from_pretrained(_gather(chunks, rows))  # type: ignore[no-untyped-call]
+            if (own := self.layout.rows.get(name)) is not None:
+                found = _with_rows(found, own, {token: number for number, token in enumerate(rows.tolist())})
+            return self._prepared(found)(torch.arange(len(rows)))  # type: ignore[no-any-return]
         if self.layout.dora:  # its norms run over the complete table
             table, numbers = torch.cat([chunk.float() for chunk in chunks]), rows
         else:
@@ -86,20 +84,17 @@ class BlockwiseModel:
 
     def head(self) -> Iterator[nn.Module]:
         """For each slice of the vocabulary, the function from hidden states (n, width) to logits (n, slice)."""
-        target = self.layout.targets.get("lm_head")
+        target, own = self.layout.targets.get("lm_head"), self.layout.rows.get(HEAD)
         for (start, stop), weight in zip(self.row_slices, self._head_slices(), strict=True):
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            linear.weight = nn.Parameter(weight.float(), requires_grad=False)
-            own = self.layout.rows.get(HEAD)
+            head: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            head.weight = nn.Parameter(weight.float(), requires_grad=False)
             if own is not None:
-                yield self._prepared(_with_rows(linear, own, {token: token - start for token in range(start, stop)}))
-                continue
-            if target is None:
-                yield self._prepared(linear)
-                continue
-            parts = {name: part if name == "lora_A.weight" else part[start:stop] for name, part in target.parts.items()}
-            sliced = {"head": dataclasses.replace(target, parts=parts)}
-            yield self._prepared(_with_peft(nn.ModuleDict({"head": linear}), sliced, self.layout).get_submodule("head"))
+                head = _with_rows(head, own, {token: token - start for token in range(start, stop)})
+            elif target is not None:
+                parts = {n: part if n == "lora_A.weight" else part[start:stop] for n, part in target.parts.items()}
+                sliced = {"head": dataclasses.replace(target, parts=parts)}
+                head = _with_peft(nn.ModuleDict({"head": head}), sliced, self.layout).get_submodule("head")
+            yield self._prepared(head)
 
     def _prepared(self, module: nn.Module) -> nn.Module:
         """The module as this model computes with it; PEFT has built it in float32, as PiSSA needs it."""

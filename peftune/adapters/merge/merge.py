@@ -16,21 +16,21 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
-from peftune.adapters.base_of import base_of
-from peftune.adapters.directory import Adapter, check_free, read_adapter
+from peftune.adapters.base_of import base_of, read_for
+from peftune.adapters.directory import Adapter, check_free, new_directory
 from peftune.adapters.fold import MergedTensors
-from peftune.adapters.layout import layout_of, refuse_biased_head
+from peftune.adapters.layout import refuse_biased_head
 from peftune.adapters.merge.report import MergeReport
 from peftune.adapters.merge.shards import write_weights
 from peftune.adapters.merge.tokenizer_files import begins_texts, write_tokenizer
 from peftune.adapters.merge.verify import base_quantization, verify_merge
-from peftune.adapters.provenance import INIT, chat_of, check_base, parses_special_tokens, recorded_list
+from peftune.adapters.provenance import INIT, chat_of, parses_special_tokens, recorded_list
 from peftune.console import Console
 from peftune.data.sources.builtin import documents
 from peftune.data.sources.chat_exports import jinja_template
 from peftune.data.tokens.encode import begin_of_text_id, encode_texts
 from peftune.errors import CheckFailed, UserError, refuse_bare_string
-from peftune.files import hashes_of, publish, staging_directory, write_json
+from peftune.files import hashes_of, write_json
 from peftune.model.base import MERGE, Base, open_base
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -66,44 +66,43 @@ def merge(
         raise UserError(f"{out}: is the adapter itself; choose another directory")
     check_free(out, "the merged model")
     found = open_base(base if base is not None else base_of(adapter), fresh=True)
-    read = read_adapter(adapter)
-    check_base(adapter, found)
-    layout = layout_of(read.config, read.tensors, found.config, str(adapter))
+    read, layout = read_for(adapter, found)
     refuse_biased_head(layout, str(adapter))
     merged = MergedTensors(found.weights, layout)
-    try:
-        with staging_directory(out) as staging, Console().progress as progress:
-            written = Base(staging)
-            _write_settings(staging, found, read, merged, dtype)
-            sequences = _sequences(written, texts) if verify else []
-            blocks = written.config.n_layer if verify else 0
-            task = progress.add_task("merging", total=len(merged.shapes()) + blocks, note="")
+    with new_directory(out, "the merged model") as staging, Console().progress as progress:
+        written = Base(staging)
+        _write_settings(staging, found, read, merged, dtype)
+        sequences = _sequences(written, texts) if verify else []
+        blocks = written.config.n_layer if verify else 0
+        task = progress.add_task("merging", total=len(merged.shapes()) + blocks, note="")
 
-            def advance(*_: str) -> None:
-                progress.advance(task)
+        def advance(*_: str) -> None:
+            progress.advance(task)
 
-            chunks = partial(merged.chunks, elements=_COPIED_VALUES)
-            write_weights(staging, merged.shapes(), DTYPES[dtype], chunks, max_shard_bytes, advance)
-            if unused := sorted(layout.tensors() - merged.used):
-                raise CheckFailed(f"merge: {len(unused)} tensors of the adapter were not applied, such as {unused[0]}")
-            _check_loadable(staging)
-            figures = verify_merge(written, read, merged, dtype, sequences, advance) if verify else {}
-            report = MergeReport(
-                len(layout.modules()), len(layout.modules()), dtype, found.fingerprint, read.fingerprint, found.name,
-                merged.tied, layout.vocabulary, trained_on=base_quantization(read), left_out=found.weights.left_out,
-                special_tokens="parse" if parses_special_tokens(read.provenance) else "text",
-                begin_of_text=str(written.tokenizer.convert_ids_to_tokens(begin_of_text_id(written.tokenizer))),
-                tokenizer_begins_texts=begins_texts(written),
-                merged=(_merged_entry(read, found), *found.merged), changes_nothing=not merged.changes_a_weight,
-                chat=chat_of(read.provenance), **figures,
-            )  # fmt: skip
-            hashes = hashes_of(staging, [path.name for path in staging.iterdir()])  # `model.base` checks them
-            write_json(staging / MERGE, {**vars(report), "sha256": hashes})
-            check_free(out, "the merged model")  # nobody has put anything there meanwhile
-            publish(staging, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot write the merged model: {error.strerror or error}") from None
+        chunks = partial(merged.chunks, elements=_COPIED_VALUES)
+        write_weights(staging, merged.shapes(), DTYPES[dtype], chunks, max_shard_bytes, advance)
+        if unused := sorted(layout.tensors() - merged.used):
+            raise CheckFailed(f"merge: {len(unused)} tensors of the adapter were not applied, such as {unused[0]}")
+        _check_loadable(staging)
+        figures = verify_merge(written, read, merged, dtype, sequences, advance) if verify else {}
+        report = _report(written, found, read, merged, dtype, figures)
+        hashes = hashes_of(staging, [path.name for path in staging.iterdir()])  # `model.base` checks them
+        write_json(staging / MERGE, {**vars(report), "sha256": hashes})
     return report
+
+
+def _report(
+    written: Base, base: Base, adapter: Adapter, merged: MergedTensors, dtype: str, figures: dict[str, Any]
+) -> MergeReport:
+    layout, tokenizer = merged.layout, written.tokenizer
+    return MergeReport(
+        len(layout.modules()), len(layout.modules()), dtype, base.fingerprint, adapter.fingerprint, base.name,
+        merged.tied, layout.vocabulary, trained_on=base_quantization(adapter), left_out=base.weights.left_out,
+        special_tokens="parse" if parses_special_tokens(adapter.provenance) else "text",
+        begin_of_text=str(tokenizer.convert_ids_to_tokens(begin_of_text_id(tokenizer))),
+        tokenizer_begins_texts=begins_texts(written), changes_nothing=not merged.changes_a_weight,
+        merged=(_merged_entry(adapter, base), *base.merged), chat=chat_of(adapter.provenance), **figures,
+    )  # fmt: skip
 
 
 def _merged_entry(adapter: Adapter, base: Base) -> dict[str, Any]:

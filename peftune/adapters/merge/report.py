@@ -129,10 +129,7 @@ class MergeReport:
         """One line on how far the merged model is from base + adapter."""
         if self.max_abs_logit_difference is None:
             return "not verified: merge.json says so too"
-        return (
-            f"read back, against base + adapter: logits differ by at most {self.max_abs_logit_difference:.1e}, mean KL "
-            f"{self.mean_kl:.1e} nats per token, the same likeliest token in {self.argmax_agreement:.2%}"
-        )
+        return f"read back, against base + adapter: {self._in_words('')}"
 
     def rounding_summary(self) -> str:
         """One line on what storing it in half precision did."""
@@ -147,10 +144,14 @@ class MergeReport:
         comparison = f"trained on the base in {self.trained_on}: against that + adapter"
         if self.max_abs_logit_difference_to_trained is None:
             return f"{comparison} not measured, {MISSING}"
+        return f"{comparison} {self._in_words('_to_trained')}"
+
+    def _in_words(self, to: str) -> str:
+        """The three figures of a comparison, by the end of their names."""
+        differ, kl, agreement = (getattr(self, f"{name}{to}") for name in _FIGURES)
         return (
-            f"{comparison} logits differ by at most {self.max_abs_logit_difference_to_trained:.1e}, mean KL "
-            f"{self.mean_kl_to_trained:.1e} nats per token, the same likeliest token in "
-            f"{self.argmax_agreement_to_trained:.2%}"
+            f"logits differ by at most {differ:.1e}, mean KL {kl:.1e} nats per token, the same likeliest token in "
+            f"{agreement:.2%}"
         )
 
 

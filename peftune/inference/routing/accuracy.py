@@ -15,7 +15,7 @@ from peftune.console import Console
 from peftune.data.tokens.store import TokenStore
 from peftune.errors import CheckFailed, UserError
 from peftune.inference.bank import AdapterBank
-from peftune.inference.perplexity import chat_of_all, read_blocks, special_tokens_of
+from peftune.inference.perplexity import how_to_read, read_blocks
 from peftune.inference.routing.route import THRESHOLD, Route, route
 from peftune.model.base import Base
 
@@ -42,24 +42,13 @@ def measure_routing(
     bank = AdapterBank(base or base_of(Path(next(iter(adapters.values())))))
     for name, directory in adapters.items():
         bank.add(name, directory, new_tokens=False)
-    folders = {name: Path(directory) for name, directory in adapters.items()}
-    prompts, how = {}, (special_tokens_of(bank.base, folders), chat_of_all(bank.base, folders))
+    how = how_to_read(bank.base, {name: bank.get(name).provenance for name in adapters})
+    prompts: dict[str, list[list[int]]] = {}
     for domain, documents in data.items():
-        prompts[domain] = prompts_of(read_blocks(bank.base, documents, None, *how).store, prompt_tokens, max_prompts)
+        prompts[domain] = prompts_of(read_blocks(bank.base, documents, how=how).store, prompt_tokens, max_prompts)
         if not prompts[domain]:
             raise UserError(f"routing: no document of {domain} has a token to judge it by")
-    routes: dict[str, list[Route]] = {domain: [] for domain in prompts}
-    with Console().progress as progress:
-        task = progress.add_task("routing", total=sum(map(len, prompts.values())), note="")
-        for domain, group in prompts.items():
-            for ids in group:
-                routes[domain].append(route(bank, ids, threshold=None))
-                if left_out := adapters.keys() - routes[domain][-1].scores:
-                    raise CheckFailed(
-                        f"routing: a loss under the base or under {min(left_out)} is not a finite number; its weights "
-                        "hold values that are not finite, or are broken"
-                    )
-                progress.advance(task)
+    routes = _routes(bank, prompts)
     domains: dict[str, dict[str, Any]] = {}
     for domain, of_domain in routes.items():
         to, count = Counter(_sent(one, threshold) for one in of_domain), len(of_domain)
@@ -72,6 +61,23 @@ def measure_routing(
         best = min(tried, key=lambda t: (*sorted(_errors(routes, t).values(), reverse=True), abs(t)))
         results["calibrated"] = {"threshold": best, **_errors(routes, best)}
     return results
+
+
+def _routes(bank: AdapterBank, prompts: Mapping[str, Sequence[list[int]]]) -> dict[str, list[Route]]:
+    """The likeliest adapter for each prompt, by domain; CheckFailed where a loss is not finite."""
+    routes: dict[str, list[Route]] = {domain: [] for domain in prompts}
+    with Console().progress as progress:
+        task = progress.add_task("routing", total=sum(map(len, prompts.values())), note="")
+        for domain, ids in ((domain, ids) for domain, group in prompts.items() for ids in group):
+            found = route(bank, ids, threshold=None)
+            if left_out := set(bank.names) - found.scores.keys():
+                raise CheckFailed(
+                    f"routing: a loss under the base or under {min(left_out)} is not a finite number; its weights hold "
+                    "values that are not finite, or are broken"
+                )
+            routes[domain].append(found)
+            progress.advance(task)
+    return routes
 
 
 def _sent(found: Route, threshold: float) -> str:

@@ -16,7 +16,7 @@ from peftune.errors import UserError
 from peftune.serve.openai.body import read_body
 from peftune.serve.openai.errors import ApiError
 from peftune.serve.openai.schema import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
-from peftune.serve.private_copy import private_copy
+from peftune.serve.private_copy import is_inside, private_copy
 from peftune.serve.service import Service, service_of
 
 
@@ -94,7 +94,7 @@ def allowed_directory(path: str, roots: Sequence[Path]) -> Path:
     Raises ApiError 403 for whatever lies outside the roots, the same whether it exists or not; 404 inside.
     """
     outside = ApiError(403, "lora_path lies outside the directories that this server may load from", "lora_path")
-    inside = [found for root in roots if _is_inside(found := Path(os.path.realpath(root / path)), roots)]
+    inside = [found for root in roots if is_inside(found := Path(os.path.realpath(root / path)), roots)]
     if not inside:
         raise outside
     directory = next(filter(os.path.isdir, inside), None)
@@ -104,13 +104,9 @@ def allowed_directory(path: str, roots: Sequence[Path]) -> Path:
         files = [Path(os.path.realpath(entry)) for entry in directory.iterdir()]
     except OSError as error:
         raise ApiError(400, f"lora_path {path!a}: {error.strerror}", "lora_path") from None
-    if not all(_is_inside(file, roots) for file in files):  # a link to a file elsewhere
+    if not all(is_inside(file, roots) for file in files):  # a link to a file elsewhere
         raise outside
     return directory
-
-
-def _is_inside(path: Path, roots: Sequence[Path]) -> bool:
-    return any(path.is_relative_to(root) for root in roots)
 
 
 def _roots(http: Request) -> list[Path]:

@@ -24,7 +24,13 @@ MAX_LOGPROBS = 20
 MAX_CHOICES = 16
 _MAX_MESSAGES, _MAX_PROMPTS, _MAX_STOPS, _MAX_BIASES = 1024, 1024, 64, 1024
 _SEEDS = 2**63
-_TokenId = Annotated[int, Field(ge=0, le=1 << 31)]
+_AS_IN_SETTINGS = (
+    "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias",
+    "ignore_eos",
+)  # fmt: skip
+_Count = Annotated[int, Field(ge=0, le=1 << 31)]
+_Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+_Name = Annotated[str, Field(min_length=1, max_length=512)]
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -79,7 +85,7 @@ _Penalty = Annotated[float, Field(ge=-2, le=2)]
 class SamplingRequest(NeutralFields):
     """The fields that completions and chat share."""
 
-    model: Annotated[str, Field(min_length=1, max_length=512)]
+    model: _Name
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1, le=1 << 31)] = 0
@@ -96,10 +102,10 @@ class SamplingRequest(NeutralFields):
     presence_penalty: _Penalty = 0.0
     frequency_penalty: _Penalty = 0.0
     logit_bias: Annotated[tuple[tuple[int, _Bias], ...], FailFast(), BeforeValidator(_biases)] = ()
-    min_tokens: Annotated[int, Field(ge=0, le=1 << 31)] = 0
+    min_tokens: _Count = 0
     ignore_eos: bool = False
-    stop_token_ids: Annotated[list[_TokenId], FailFast(), Field(max_length=_MAX_STOPS)] = Field(default_factory=list)
-    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    stop_token_ids: Annotated[list[_Count], FailFast(), Field(max_length=_MAX_STOPS)] = Field(default_factory=list)
+    prompt_logprobs: _Logprobs | None = None
 
     @model_validator(mode="after")
     def _check_streaming(self) -> SamplingRequest:
@@ -116,19 +122,12 @@ class SamplingRequest(NeutralFields):
         """
         return GenerationSettings(
             max_new_tokens=max(1, max_tokens),
-            temperature=self.temperature,
+            min_new_tokens=self.min_tokens,
             top_k=max(0, self.top_k),
-            top_p=self.top_p,
-            repetition_penalty=self.repetition_penalty,
             seed=None if self.seed is None else (self.seed + choice) % _SEEDS,
             stop=(*stops, *self.stop),
-            min_new_tokens=self.min_tokens,
-            min_p=self.min_p,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            logit_bias=self.logit_bias,
             stop_token_ids=tuple(self.stop_token_ids),
-            ignore_eos=self.ignore_eos,
+            **{name: getattr(self, name) for name in _AS_IN_SETTINGS},
         )
 
 
@@ -140,8 +139,8 @@ class CompletionRequest(SamplingRequest):
     """
 
     prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts)] = Field(default_factory=lambda: [""])
-    max_tokens: Annotated[int, Field(ge=0, le=1 << 31)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    max_tokens: _Count | None = None
+    logprobs: _Logprobs | None = None
     echo: bool = False
     best_of: Annotated[int, Field(ge=1)] | None = None
     split_special_tokens: bool | None = None
@@ -187,10 +186,10 @@ class ChatCompletionRequest(SamplingRequest, NeutralChatFields):
     """`/v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1, max_length=_MAX_MESSAGES)]
-    max_tokens: Annotated[int, Field(ge=0, le=1 << 31)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=0, le=1 << 31)] | None = None
+    max_tokens: _Count | None = None
+    max_completion_tokens: _Count | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: _Logprobs | None = None
 
     @model_validator(mode="after")
     def _check_combination(self) -> ChatCompletionRequest:
@@ -220,13 +219,13 @@ class LoadLoRAAdapterRequest(OpenAIBaseModel):
 class UnloadLoRAAdapterRequest(OpenAIBaseModel):
     """`/v1/unload_lora_adapter`."""
 
-    lora_name: Annotated[str, Field(min_length=1, max_length=512)]
+    lora_name: _Name
 
 
 class TokenizeRequest(OpenAIBaseModel):
     """`/tokenize`: the ids of a prompt, or of a conversation as it is rendered; without a model the base's."""
 
-    model: Annotated[str, Field(min_length=1, max_length=512)] = "base"
+    model: _Name = "base"
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], FailFast(), Field(max_length=_MAX_MESSAGES)] = Field(default_factory=list)
     split_special_tokens: bool | None = None
@@ -248,5 +247,5 @@ class TokenizeRequest(OpenAIBaseModel):
 class DetokenizeRequest(OpenAIBaseModel):
     """`/detokenize`: the text of `tokens`."""
 
-    model: Annotated[str, Field(min_length=1, max_length=512)] = "base"
-    tokens: Annotated[list[_TokenId], FailFast()]
+    model: _Name = "base"
+    tokens: Annotated[list[_Count], FailFast()]

@@ -1,12 +1,10 @@
-"""The directory of a run: its lock, what an earlier start left there, and what the end of this one writes."""
+"""What a run delivers: what an earlier start left of it, and what the end of this one writes."""
 
 from __future__ import annotations
 
 import json
-import platform
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,9 +12,9 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from peftune.adapters.directory import read_adapter, refuse_other_files, write_adapter
-from peftune.adapters.model_card import model_card
-from peftune.adapters.provenance import INIT, first_row, merged_text, read_provenance, recorded, recorded_dict
+from peftune.adapters.directory import CONFIG, read_adapter, refuse_other_files, write_adapter
+from peftune.adapters.model_card import training_card
+from peftune.adapters.provenance import INIT, first_row, read_provenance, recorded, recorded_dict, versions_of
 from peftune.config.recipe import Recipe
 from peftune.console import Console
 from peftune.data.documents import sample_of
@@ -68,7 +66,7 @@ _DELIVERIES = TypeAdapter(Delivery)
 def already_delivered(out: Path, now: dict[str, Any]) -> Delivery | None:
     """What an earlier run of the same recipe left in `out`; UserError where another run's adapter is there."""
     written = read_provenance(out)
-    if written is None or not (out / "adapter_config.json").is_file():
+    if written is None or not (out / CONFIG).is_file():
         return None
     refuse_other_run(recorded_dict(written, "identity"), now, str(out))
     read_adapter(out)
@@ -155,7 +153,7 @@ def deliver(
     provenance = _provenance(inputs, state, delivery, run_facts)
     title = f"{out.name}: {recipe.base} with {recipe.lora.variant}, rank {recipe.lora.rank}"
     files: dict[str, bytes | str] = {
-        **_tokenizer_files(inputs), _CARD: _model_card(provenance), _PLOT: draw_loss(events, title)
+        **_tokenizer_files(inputs), _CARD: training_card(provenance), _PLOT: draw_loss(events, title)
     }  # fmt: skip
     write_adapter(out, config, tensors, provenance, files)
     return delivery
@@ -191,7 +189,6 @@ def _sample(digests: np.ndarray, inputs: RunInputs) -> str:
 
 def _provenance(inputs: RunInputs, state: State, delivery: Delivery, run_facts: dict[str, Any]) -> dict[str, Any]:
     """What peftune.json holds: enough to know what made this adapter, and to refuse another base."""
-    versions = {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
     train = inputs.corpus.train
     return {
         "peftune": __version__,
@@ -212,72 +209,5 @@ def _provenance(inputs: RunInputs, state: State, delivery: Delivery, run_facts: 
         **run_facts,
         "metrics": delivery.metrics,
         **({"metrics_begin_at_step": state.records_from} if state.records_from else {}),
-        "versions": versions | quantized.versions(inputs.recipe.quantize),
+        "versions": versions_of(*_VERSIONS) | quantized.versions(inputs.recipe.quantize),
     }
-
-
-def _model_card(provenance: dict[str, Any]) -> str:
-    recipe = provenance["recipe"]
-    lora, optim = recipe["lora"], recipe["optim"]
-    targets = lora["targets"] if isinstance(lora["targets"], str) else ", ".join(lora["targets"])
-    sources = ", ".join(f"`{source['path']}`" for source in recipe["data"]["train"])
-    quantised = (
-        ""
-        if recipe["quantize"] is None
-        else f"""\
-The base was quantised to {recipe["quantize"]} meanwhile, and the figures below were measured on that; the adapter is
-one for the full-precision base.
-
-"""
-    )
-    also = provenance.get("validation_also_trained_on", {}).items()
-    leaked = "".join(f"{count:,} documents of {domain} were trained on too. " for domain, count in also)
-    first = provenance.get("metrics_begin_at_step")
-    since = f" since step {first} (what was before was lost)" if first else ""
-    body = f"""\
-A {lora["variant"]} adapter (rank {lora["rank"]}, alpha {lora["alpha"]:g}, targets: {targets}) for `{recipe["base"]}`,
-{provenance["trainable_parameters"]:,} trained parameters, trained with peftune {provenance["peftune"]} on {sources}.
-
-{quantised}{_origins(provenance)}{_table(provenance["metrics"])}
-{leaked}
-
-Learning: {provenance["step"]} steps of {recipe["batch"]["global_size"]} blocks, {provenance["tokens"]:,} tokens,
-peak rate {optim["lr"]:g} ({optim["schedule"]}), {provenance["precision"]}, seed {recipe["run"]["seed"]},
-{provenance["seconds"]:,.0f} seconds. `peftune.json` holds the full recipe and the fingerprints of base and data,
-`metrics.jsonl` every step{since}.
-
-![Course of the loss](loss.png)"""
-    return model_card(recipe["base"], recipe["run"]["out"], body)
-
-
-def _origins(provenance: dict[str, Any]) -> str:
-    """Paragraphs on what the adapter began with and what was merged into its base; empty where there is nothing."""
-    paragraphs = []
-    if merged := provenance.get("base_merged"):
-        paragraphs.append(
-            f"Its base is {merged_text(merged)}. It is relative to that merged model: load it on that, not on "
-            f"`{merged[-1].get('base')}`."
-        )
-    if chain := provenance.get("init"):
-        named = [
-            f"`{e['adapter']}` ({str(e['adapter_fingerprint'])[:12]}, step {e.get('step', 'unknown')})" for e in chain
-        ]
-        paragraphs.append(f"Its training went on from the adapter {', and that from '.join(named)}.")
-    return "".join(f"{paragraph}\n\n" for paragraph in paragraphs)
-
-
-def _table(metrics: dict[str, Figures]) -> str:
-    if not metrics:
-        return "It was not evaluated: the recipe has no validation data."
-    first = first_row(next(iter(metrics.values())))
-    of = "at the start" if first == INIT else first
-    rows = [
-        f"| domain | scored tokens | perplexity, {of} | with adapter | bits per byte, {of} | with adapter |",
-        "|---|---|---|---|---|---|",
-    ]
-    for domain, figures in metrics.items():
-        pairs = [(figures.get(row), key) for key in ("perplexity", "bits_per_byte") for row in (first, "adapter")]
-        cells = [f"{row[key]:.3f}" if row else "not measured" for row, key in pairs]
-        tokens = next(iter(figures.values()))["tokens"]
-        rows.append(f"| {domain} | {tokens:,} | {' | '.join(cells)} |")
-    return "\n".join(rows)

@@ -76,12 +76,17 @@ def loss_axes(axes: Axes, events: list[dict[str, Any]], title: str) -> None:
             *np.array(points, dtype=float).T, "o-", color=colour, markersize=4, linewidth=1.4, label=_cut(domain, 40)
         )
     axes.set_title(_cut(title, 90), loc="left", color=INK, fontweight="bold", fontsize=11)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss, nats per token")
-    axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
+    over_steps(axes, "loss, nats per token")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9)
+
+
+def over_steps(axes: Axes, unit: str) -> None:
+    """Label axes on which something is drawn over the steps of a run."""
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(unit)
+    axes.grid(axis="y", color="#e0e4e8", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _cut(name: str, length: int) -> str:

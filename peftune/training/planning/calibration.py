@@ -11,11 +11,11 @@ import torch
 from transformers import GPT2Config
 
 from peftune.config.recipe import LoraSection, Recipe
-from peftune.model.load import move_to, recompute_activations, with_dropout
+from peftune.model.load import move_to, with_dropout
+from peftune.model.lora import skeleton
 from peftune.model.loss import LossModel
-from peftune.model.train.forward import reason_against, train_forward
 from peftune.training.optimizer import Gradient
-from peftune.training.planning.memory_model import skeleton
+from peftune.training.planning.trace import forward_of
 
 SECONDS = 10.0
 _BLOCK = re.compile(r"^.*\bh\.\d+\.")  # what names a block before the module within it
@@ -74,13 +74,9 @@ def _one_pass(
     adapted.model.train()
     gradient = Gradient(list(p := adapted.trainable().values()), [q.shape for q in p], device)
     ids = torch.zeros(1, tokens, dtype=torch.int64)
-    smoothing, neftune, recompute = recipe.optim.label_smoothing, recipe.optim.neftune, recipe.run.checkpointing
-    if recipe.run.fast and reason_against(adapted) is None:
-        fast = train_forward(adapted, dtype, neftune, smoothing, recompute)
+    if (fast := forward_of(adapted, recipe, dtype)) is not None:
         return lambda: gradient.add(fast(ids, ids, ids, None))
-    if recompute:
-        recompute_activations(adapted)
-    module, there = LossModel(adapted.model, neftune, smoothing), ids.to(device)
+    module, there = LossModel(adapted.model, recipe.optim.neftune, recipe.optim.label_smoothing), ids.to(device)
 
     def run() -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -20,10 +20,10 @@ from peftune.training.checkpoint import Checkpoint
 from peftune.training.device import choose_precision, first_micro_size
 from peftune.training.distributed.start import require_trackers
 from peftune.training.distributed.zero import refuse_for_zero3
-from peftune.training.export.adapter import left_by_earlier_run
+from peftune.training.export.adapter import Delivery, left_by_earlier_run
 from peftune.training.inputs import RunInputs, read_inputs
-from peftune.training.planning.memory_model import RankMemory, Way, bytes_per_rank, shapes_of
-from peftune.training.planning.trace import activations
+from peftune.training.planning.memory_model import Format, RankMemory, Way, bytes_per_rank, shapes_of
+from peftune.training.planning.trace import Device, activations
 from peftune.training.run_directory import check_writable
 
 
@@ -41,7 +41,7 @@ class DryRun:
     """Of a rank."""
     activations: int
     """Bytes that a forward on a rank keeps, at most."""
-    found: object
+    found: Delivery | Checkpoint | None
     """A finished adapter of this recipe, a checkpoint to go on from, or None."""
 
 
@@ -77,14 +77,20 @@ def dry_run(recipe: Recipe, way: Way = "one", ranks: int = 1, cpu: bool = False)
                 check(_read_through, source, recipe.data.split_on)
     if problems:
         raise UserError("; ".join(problems))
-    recipe = inputs.recipe  # with what an adapter decides that the run goes on from
-    config, block = inputs.base.config, inputs.corpus.train.packing.block_size
-    per_rank = -(-min(recipe.batch.global_size, len(inputs.corpus.train)) // ranks)
+    return _foreseen(inputs, found, way, ranks, precision, "cuda" if cuda else "cpu")
+
+
+def _foreseen(
+    inputs: RunInputs, found: Delivery | Checkpoint | None, way: Way, ranks: int, precision: Format, device: Device
+) -> DryRun:
+    """What follows from what was read: the micro-batch, the recipe with numbers, the memory of a rank."""
+    recipe, config, train = inputs.recipe, inputs.base.config, inputs.corpus.train
+    block, per_rank = train.packing.block_size, -(-min(recipe.batch.global_size, len(train)) // ranks)
     micro = recipe.batch.micro_size
-    if micro == "auto":
-        micro = first_micro_size(config, block, per_rank, DTYPES[precision], torch.device("cuda" if cuda else "cpu"))
-        if isinstance(found, Checkpoint) and found.state.micro_size:
-            micro = found.state.micro_size
+    if micro == "auto" and isinstance(found, Checkpoint) and found.state.micro_size:
+        micro = found.state.micro_size
+    elif micro == "auto":
+        micro = first_micro_size(config, block, per_rank, DTYPES[precision], torch.device(device))
     shapes = shapes_of(config, recipe.lora)
     resolved = recipe.model_copy(
         update={
@@ -95,7 +101,7 @@ def dry_run(recipe: Recipe, way: Way = "one", ranks: int = 1, cpu: bool = False)
     )
     rows = len(recipe.data.new_tokens) * config.n_embd
     memory = bytes_per_rank(shapes, way, ranks, precision, recipe.quantize)
-    first, each = activations(config, recipe, DTYPES[precision], block, "cuda" if cuda else "cpu", way == "zero3")
+    first, each = activations(config, recipe, DTYPES[precision], block, device, way == "zero3")
     kept = first + (min(micro, per_rank) - 1) * each
     return DryRun(resolved, inputs, way, ranks, shapes.adapter + rows, memory, kept, found)
 

@@ -20,17 +20,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config
 
 from peftune.config.recipe import BLOCK_LINEARS, LoraSection
 from peftune.model.load import DTYPES, only_blocks_are_trained
-from peftune.model.lora import Adapted, inject
+from peftune.model.lora import STARTS, skeleton
 from peftune.model.quantized import Kind
 
 Way = Literal["one", "ddp", "zero1", "zero2", "zero3"]
 Format = Literal["fp32", "bf16", "fp16"]
-_STARTS = ("pissa", "loftq")
 _NF4_BLOCK = 64  # weights that share a scale
 _NF4_TABLE = 16  # fp32 values that four bits choose from, with each matrix
 
@@ -106,17 +104,6 @@ class RankMemory:
         return max(activations + self.gathered, self.update)
 
 
-def skeleton(config: GPT2Config, lora: LoraSection) -> Adapted:
-    """A base with its adapter, without weights; UserError for an adapter that cannot be.
-
-    PiSSA and LoftQ have the shapes of a plain LoRA; what they compute from weights is left out.
-    """
-    if lora.variant in _STARTS:
-        lora = lora.model_copy(update={"variant": "lora"})
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return inject(GPT2LMHeadModel(config), lora, seed=0)
-
-
 def shapes_of(config: GPT2Config, lora: LoraSection) -> Shapes:
     """Elements of what would be loaded, from a skeleton without weights; UserError for an adapter that cannot be."""
     adapted = skeleton(config, lora)
@@ -131,7 +118,7 @@ def shapes_of(config: GPT2Config, lora: LoraSection) -> Shapes:
         others=tuple(shape.numel() for name, shape in frozen.items() if name not in matrices),
         trained=tuple(p.numel() for p in adapted.trainable().values()),
         exact=not only_blocks_are_trained(adapted),
-        starts=lora.variant in _STARTS,
+        starts=lora.variant in STARTS,
     )
 
 

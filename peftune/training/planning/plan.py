@@ -6,8 +6,9 @@ keeps grows by the same bytes with every block, so two traces give all sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ from transformers import GPT2Config
 
 from peftune.config.recipe import Recipe
 from peftune.errors import UserError
+from peftune.model.architecture import FAMILY
 from peftune.model.base import open_base
 from peftune.model.load import DTYPES, NAME_OF
 from peftune.model.quantized import Kind
+from peftune.training.continued import continued_from
 from peftune.training.device import CPU_TOKENS, choose_precision
+from peftune.training.distributed.collectives import broadcast
 from peftune.training.distributed.start import zero_stage
 from peftune.training.distributed.zero import refuse_for_zero3
-from peftune.training.inputs import RunInputs
+from peftune.training.inputs import RunInputs, block_size_of
 from peftune.training.planning.memory_model import (
     SHIPPED,
     Format,
@@ -39,8 +43,6 @@ from peftune.training.planning.memory_model import (
 from peftune.training.planning.trace import Device, activations
 from peftune.training.step import ForwardFn
 
-FAMILY = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20), "gpt2-xl": (48, 1600, 25)}
-"""Layers, width and heads of the checkpoints that need not be downloaded to be planned for."""
 _GPU_TOKENS = 65_536  # more a forward gains nothing
 _GPU_SHARE, _CONTEXT = 0.94, 500_000_000  # of a GPU's memory, and what CUDA takes for itself: not measured here
 _CPU_SHARE = 0.9  # of what is available
@@ -141,13 +143,17 @@ class Plan:
         return asdict(self)
 
 
-def config_of(name: str, load: Callable[[], GPT2Config]) -> GPT2Config:
-    """The configuration of a base: the published shape of a checkpoint that is known, else what `load()` reads."""
-    shape = FAMILY.get(name.removeprefix("openai-community/"))
-    if shape is None or Path(name).is_dir():
-        return load()
-    layers, width, heads = shape
-    return GPT2Config(n_layer=layers, n_embd=width, n_head=heads)
+def what_is_planned(recipe: Recipe) -> tuple[Recipe, GPT2Config]:
+    """The recipe with what an adapter decides that it goes on from, and the configuration of its base.
+
+    A known checkpoint's is not read: its shape is published. UserError for a base that cannot be read.
+    """
+    shape = FAMILY.get(recipe.base.removeprefix("openai-community/"))
+    if shape is not None and recipe.run.init is None and not Path(recipe.base).is_dir():
+        layers, width, heads = shape
+        return recipe, GPT2Config(n_layer=layers, n_embd=width, n_head=heads)
+    base = open_base(recipe.base)
+    return continued_from(recipe, base)[0] if recipe.run.init is not None else recipe, base.config
 
 
 def plan(recipe: Recipe, config: GPT2Config | None = None, machine: Machine | None = None) -> Plan:
@@ -156,25 +162,19 @@ def plan(recipe: Recipe, config: GPT2Config | None = None, machine: Machine | No
     `config` None is that of the recipe's base, known for gpt2 to gpt2-xl; `machine` None is this one. Sizes are bytes
     of one rank. On a CPU they begin with what this process holds already. UserError for what cannot run anywhere.
     """
-    config = config or config_of(recipe.base, lambda: open_base(recipe.base).config)
+    if config is None:
+        recipe, config = what_is_planned(recipe)
     machine = machine or this_machine()
-    asked = recipe.data.block_size
-    block = config.n_positions if asked == "auto" else asked
-    if block > config.n_positions:
-        raise UserError(f"data.block_size is {block}, but the base has only {config.n_positions} positions")
-    precision = precision_of(recipe, machine)
+    block, precision = block_size_of(recipe, config), precision_of(recipe, machine)
     program = psutil.Process().memory_info().rss if machine.device == "cpu" else 0
     shapes = shapes_of(config, recipe.lora)
-    traces: dict[tuple[bool, bool], tuple[int, int]] = {}
 
-    def traced(layout: Layout) -> tuple[int, int]:
+    @cache
+    def traced(recompute: bool, sharded: bool) -> tuple[int, int]:
         """Bytes of activations of the first block of a micro-batch, and of each further one."""
-        key = layout.checkpointing, layout.way == "zero3"
-        if key not in traces:
-            run = recipe.run.model_copy(update={"checkpointing": layout.checkpointing})
-            changed = recipe.model_copy(update={"run": run})
-            traces[key] = activations(config, changed, DTYPES[precision], block, machine.device, key[1])
-        return traces[key]
+        run = recipe.run.model_copy(update={"checkpointing": recompute})
+        changed = recipe.model_copy(update={"run": run})
+        return activations(config, changed, DTYPES[precision], block, machine.device, sharded)
 
     def option(layout: Layout) -> Option:
         if reason := _refusal(recipe, layout):
@@ -182,7 +182,7 @@ def plan(recipe: Recipe, config: GPT2Config | None = None, machine: Machine | No
         memory = bytes_per_rank(shapes, layout.way, machine.count, precision, layout.quantize)
         base = 0 if layout.offload and layout.way == "zero3" else memory.base
         held = memory.held - memory.base + base - (memory.optimizer_state if layout.offload else 0) + program
-        first, more = with_slack(*traced(layout), machine.device)
+        first, more = with_slack(*traced(layout.checkpointing, layout.way == "zero3"), machine.device)
         room = machine.usable - held - memory.gathered
         share, asked_size = -(-recipe.batch.global_size // machine.count), recipe.batch.micro_size
         if asked_size == "auto":
@@ -196,9 +196,8 @@ def plan(recipe: Recipe, config: GPT2Config | None = None, machine: Machine | No
         return Option(layout, "", size, held, kept, peak, peak <= machine.usable, wire)
 
     options = [option(layout) for layout in _layouts(recipe, machine)]
-    fitting = [option for option in options if option.fits]
-    a = shapes.adapter
-    return Plan(machine, precision, block, program, a, options, fitting[0] if fitting else None)
+    fastest = next((option for option in options if option.fits), None)
+    return Plan(machine, precision, block, program, shapes.adapter, options, fastest)
 
 
 def with_slack(first: int, each: int, device: Device) -> tuple[int, int]:
@@ -261,7 +260,11 @@ def _wire(shapes: Shapes, way: Way, ranks: int, precision: Format, micro_batches
 
 
 def tensors_at_most(inputs: RunInputs, forward: ForwardFn, accelerator: Accelerator) -> int:
-    """Bytes by which this rank grows, at most, from before the base is loaded."""
+    """Bytes by which a rank grows, at most, from before the base is loaded; a collective, which the first computes."""
+    return broadcast(accelerator, lambda: _tensors_at_most(inputs, forward, accelerator))
+
+
+def _tensors_at_most(inputs: RunInputs, forward: ForwardFn, accelerator: Accelerator) -> int:
     stage, ranks, device = zero_stage(accelerator), accelerator.num_processes, accelerator.device
     way: Any = f"zero{stage}" if stage else "ddp" if ranks > 1 else "one"
     kind: Any = "cpu" if device.type == "cpu" else "cuda"

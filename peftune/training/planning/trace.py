@@ -22,11 +22,11 @@ from transformers import AttentionInterface, GPT2Config
 from peftune.config.recipe import Recipe
 from peftune.data.batches import NOT_SCORED
 from peftune.model.load import only_blocks_are_trained, recompute_activations, with_dropout
+from peftune.model.lora import Adapted, skeleton
 from peftune.model.loss import chunk_rows, summed_nats
 from peftune.model.train.attention import CPU_KERNEL, Kernel
-from peftune.model.train.forward import reason_against, train_forward
+from peftune.model.train.forward import TrainGPT2, reason_against, train_forward
 from peftune.training.optimizer import Gradient
-from peftune.training.planning.memory_model import skeleton
 
 Device = Literal["cpu", "cuda"]
 _KEPT = "shapes_of_a_fused_kernel"
@@ -104,7 +104,6 @@ def activation_peak(
                 parameter.data = parameter.data.to(dtype)
     parameters = list(adapted.trainable().values())
     gradient = Gradient(parameters, [p.shape for p in parameters], torch.device("meta"))
-    smoothing, neftune, recompute = recipe.optim.label_smoothing, recipe.optim.neftune, recipe.run.checkpointing
     adapted.model.train()
     ids = torch.zeros(blocks, block, dtype=torch.int64)
     scored = ids.numel()
@@ -112,9 +111,8 @@ def activation_peak(
     if device == "cpu" and not core.lm_head.weight.requires_grad:
         scored = min(scored, chunk_rows(torch.device("cpu")))  # the meta device takes a GPU's chunk of logits
     known = [*adapted.model.parameters(), *adapted.model.buffers(), gradient.flat, ids]
-    if recipe.run.fast and not sharded and reason_against(adapted) is None:
-        forward = train_forward(adapted, dtype, neftune, smoothing, recompute)
-        forward = dataclasses.replace(forward, kernel=CPU_KERNEL if device == "cpu" else _FUSED)
+    if (fast := forward_of(adapted, recipe, dtype, sharded)) is not None:
+        forward = dataclasses.replace(fast, kernel=CPU_KERNEL if device == "cpu" else _FUSED)
         targets = ids.clone()
         targets.view(-1)[scored:] = NOT_SCORED
         with LiveBytes([*known, targets]) as live:
@@ -122,13 +120,21 @@ def activation_peak(
         return int(live.peak)
     AttentionInterface.register(_KEPT, _attention_of_transformers)
     core.config._attn_implementation = _KEPT
-    if recompute:
-        recompute_activations(adapted)
     where = ids.to("meta")
     with LiveBytes([*known, where]) as live:
         hidden = core.transformer(where, position_ids=where, use_cache=False).last_hidden_state.flatten(0, 1)
-        gradient.add(summed_nats(hidden[:scored], core.lm_head, where.view(-1)[:scored], smoothing))
+        gradient.add(summed_nats(hidden[:scored], core.lm_head, where.view(-1)[:scored], recipe.optim.label_smoothing))
     return int(live.peak)
+
+
+def forward_of(adapted: Adapted, recipe: Recipe, dtype: torch.dtype, sharded: bool = False) -> TrainGPT2 | None:
+    """The fast forward that a run would take, or None: then the adapted model is made as that run would have it."""
+    optim, recompute = recipe.optim, recipe.run.checkpointing
+    if recipe.run.fast and not sharded and reason_against(adapted) is None:
+        return train_forward(adapted, dtype, optim.neftune, optim.label_smoothing, recompute)
+    if recompute:
+        recompute_activations(adapted)
+    return None
 
 
 class _Fused(torch.autograd.Function):

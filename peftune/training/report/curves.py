@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from peftune.training.export.plots import COLOURS, smoothed
+from peftune.training.export.plots import COLOURS, over_steps, smoothed
 from peftune.training.report.recorded import RecordedRun, number
 
 _POINTS = 2000  # of a curve
@@ -72,12 +72,9 @@ def _draw(curves: Sequence[Curve], unit: str, title: str) -> bytes:
                 x, y = thinned((curve[0], smoothed(curve[1])))
             marker = "o" if len(x) <= 20 else ""
             axes.plot(x, y, color=colour, linestyle=style, linewidth=1.5, marker=marker, markersize=3.5)
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel(unit)
+        over_steps(axes, unit)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.grid(axis="y", color="#dde1e6", linewidth=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return buffer.getvalue()

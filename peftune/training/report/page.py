@@ -18,26 +18,14 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from peftune.adapters.provenance import first_row, recorded, recorded_dict
+from peftune.adapters.provenance import recorded
 from peftune.console import change
 from peftune.errors import UserError, printable
 from peftune.training.distributed.agreement import flatten
+from peftune.training.report import sheets
 from peftune.training.report.curves import draw_curves, look_of
 from peftune.training.report.recorded import RecordedRun, number
-from peftune.training.report.sheets import (
-    DATA,
-    MOST_ROWS,
-    OVERVIEW,
-    PROVENANCE,
-    Row,
-    Sheet,
-    environment_of,
-    facts,
-    figure_of,
-    memory_of,
-    notes_of,
-    text_of,
-)
+from peftune.training.report.sheets import Row, Sheet, facts, figure_of, text_of
 
 _LONGEST = 20_000  # characters of any one text
 _STEPS, _PROMPTS, _WARNINGS = 12, 20, 100  # shown at most
@@ -57,15 +45,15 @@ def build_page(runs: Sequence[RecordedRun], evaluated: dict[str, Any] | None = N
 
     UserError where `evaluated` is something else.
     """
-    domains = list(dict.fromkeys(str(name) for run in runs for name in _figures(run)))
+    domains = list(dict.fromkeys(str(name) for run in runs for name in run.figures))
     sections = [
         PagePart("Held-out text", _held_out(runs, domains) + _intervals(evaluated)),
         PagePart("Samples", _samples(runs)),
         PagePart("Recipe keys that differ", _differences(runs)),
-        PagePart("Data", [facts(runs, DATA), *notes_of(runs)]),
-        PagePart("Memory", [memory_of(runs)]),
-        PagePart("Environment", [facts(runs, environment_of(runs))]),
-        PagePart("Provenance", [facts(runs, PROVENANCE)]),
+        PagePart("Data", [facts(runs, sheets.DATA), *sheets.notes_of(runs)]),
+        PagePart("Memory", [sheets.memory_of(runs)]),
+        PagePart("Environment", [facts(runs, sheets.environment_of(runs))]),
+        PagePart("Provenance", [facts(runs, sheets.PROVENANCE)]),
         PagePart("How to reproduce", texts=[text for run in runs for text in _reproduction(run, len(runs) > 1)]),
     ]
     # As pictures, in which a browser loads and runs nothing; the alphabet of base64 needs no escape.
@@ -75,7 +63,7 @@ def build_page(runs: Sequence[RecordedRun], evaluated: dict[str, Any] | None = N
     return template.render(
         title=", ".join(run.name for run in runs)[:200],
         runs=[(run, *look_of(index)) for index, run in enumerate(runs)],
-        overview=facts(runs, OVERVIEW),
+        overview=facts(runs, sheets.OVERVIEW),
         troubles=[(run.name, text) for run in runs for text in [*run.problems, *_warnings(run)]],
         curves=curves,
         sections=[s for s in sections if s.texts or any(sheet.rows for sheet in s.sheets)],
@@ -99,23 +87,11 @@ def _warnings(run: RecordedRun) -> Row:
     return told[:_WARNINGS] + ([f"{more:,} more warnings"] if more > 0 else [])
 
 
-def _figures(run: RecordedRun) -> dict[str, list[dict[str, Any]]]:
-    """By domain the figures of the first evaluation and of what was delivered, or of the last evaluation."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for event in run.of("eval"):
-        found[event["domain"]] = [found.get(event["domain"], [event])[0], event]
-    for domain, rows in recorded_dict(run.provenance, "metrics").items():
-        pair = [recorded_dict(rows, row) for row in (first_row(rows), "adapter")]
-        if all(pair):
-            found[domain] = pair
-    return found
-
-
 def _held_out(runs: Sequence[RecordedRun], domains: Row) -> list[Sheet]:
     rows = []
-    for domain in domains[:MOST_ROWS]:
+    for domain in domains[: sheets.MOST_ROWS]:
         for run in runs:
-            if pair := _figures(run).get(domain):
+            if pair := run.figures.get(domain):
                 before, after = (number(each.get("perplexity")) for each in pair)
                 changed = change(after, before) if before > 0 and math.isfinite(after) else ""
                 bits = [figure_of(each.get("bits_per_byte"), ",.3f") for each in pair]
@@ -159,22 +135,23 @@ def _samples(runs: Sequence[RecordedRun]) -> list[Sheet]:
         for event in run.of("sample"):
             step = number(event.get("step"))
             texts.setdefault(str(event.get("prompt")), {}).setdefault(step, {})[run.name] = str(event.get("text"))
-    sheets = []
+    tables = []
     for prompt, by_step in list(texts.items())[:_PROMPTS]:
         steps = sorted(by_step)
         last = len(steps) - 1
         kept = [steps[round(i * last / (_STEPS - 1))] for i in range(_STEPS)] if last >= _STEPS else steps
         names = [run.name for run in runs if any(run.name in texts for texts in by_step.values())]
         rows = [[f"{step:g}", *(by_step[step].get(name, "") for name in names)] for step in kept]
-        sheets.append(Sheet(prompt, ["step", *names], rows, look="samples"))
-    return sheets
+        tables.append(Sheet(prompt, ["step", *names], rows, look="samples"))
+    return tables
 
 
 def _differences(runs: Sequence[RecordedRun]) -> list[Sheet]:
     flat = [{key: text_of(value) for key, value in flatten(_given(run.recipe)).items()} for run in runs]
     keys = dict.fromkeys(key for recipe in flat for key in recipe)
     rows = [[key, *(recipe.get(key, "") for recipe in flat)] for key in keys]
-    return [Sheet("", ["key", *(run.name for run in runs)], [row for row in rows if len(set(row[1:])) > 1][:MOST_ROWS])]
+    differ = [row for row in rows if len(set(row[1:])) > 1]
+    return [Sheet("", ["key", *(run.name for run in runs)], differ[: sheets.MOST_ROWS])]
 
 
 def _reproduction(run: RecordedRun, several: bool) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from peftune.adapters.provenance import PROVENANCE, read_provenance, recorded_dict
+from peftune.adapters.provenance import PROVENANCE, first_row, read_provenance, recorded_dict
 from peftune.errors import UserError
 from peftune.files import read_bytes
 from peftune.training.metrics import events_in
@@ -48,6 +48,18 @@ class RecordedRun:
     def recipe(self) -> dict[str, Any]:
         """The recipe as it was resolved; empty where that is lost."""
         return recorded_dict(self.provenance, "recipe") or recorded_dict(self.start, "recipe")
+
+    @cached_property
+    def figures(self) -> dict[str, list[dict[str, Any]]]:
+        """By domain those of the first evaluation and of what was delivered, or of the last evaluation."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for event in self.of("eval"):
+            found[event["domain"]] = [found.get(event["domain"], [event])[0], event]
+        for domain, rows in recorded_dict(self.provenance, "metrics").items():
+            pair = [recorded_dict(rows, row) for row in (first_row(rows), "adapter")]
+            if all(pair):
+                found[domain] = pair
+        return found
 
     @cached_property
     def step(self) -> int | float:

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftune.adapters.attach import load_onto
+from peftune.adapters.base_of import read_for
 from peftune.adapters.edit.combine import combine
 from peftune.adapters.merge.merge import merge
-from peftune.adapters.provenance import check_base
 from peftune.errors import CheckFailed, UserError
 from peftune.model.base import Base
 from peftune.model.lora import quiet_peft
@@ -143,7 +143,7 @@ def test_it_merges_and_loads_like_any_adapter_and_is_of_its_base_only(
     tensors["transformer.ln_f.bias"] += 1
     save_file(tensors, other / "model.safetensors")
     with pytest.raises(UserError, match="was trained on"):
-        check_base(tmp_path / "sum", Base(other))
+        read_for(tmp_path / "sum", Base(other))
     recorded = json.loads((tmp_path / "sum" / "peftune.json").read_text())["combined"]
     assert [part["weight"] for part in recorded["adapters"]] == [1.0, 1.0]
     assert len({part["fingerprint"] for part in recorded["adapters"]}) == 2
