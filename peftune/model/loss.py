@@ -37,9 +37,10 @@ class LossModel(nn.Module):
 
         Without `segments` each row is one document: no mask, and SDPA's causal kernel (flash attention on a GPU).
         """
-        hidden, scored = self.hidden(ids, positions, segments), targets >= 0
+        hidden = self.hidden(ids, positions, segments).flatten(0, 1)
+        (scored,) = torch.nonzero(targets.flatten() >= 0, as_tuple=True)  # host sync here, instead of one a mask
         smoothing = self.smoothing if self.training else 0.0
-        return summed_nats(hidden[scored], self.causal().lm_head, targets[scored], smoothing)
+        return summed_nats(hidden[scored], self.causal().lm_head, targets.flatten()[scored], smoothing)
 
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
         """What the head reads, (B, T, D); arguments as in `forward`."""
