@@ -32,7 +32,7 @@ CUDA = torch.device("cuda", 0)
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "peftune"
 
-_ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "detach"}
+_ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "detach", "detach_"}
 _READS = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "bincount", "_unique2", "unique_consecutive"}
 _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "linear", "matmul"}
 _INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
@@ -226,11 +226,11 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name, on_gpu = func.overloadpacket.__name__, bool(there) or cuda.place == "cuda"
         if there and len(there) < len(tensors) and not cuda.paused and cuda.place is None:
             self._check(func, name, args, tensors)
-        if on_gpu and not cuda.paused and cuda.place != "cpu":
-            self._count(func, name, args, tensors, there)
-        elif there and cuda.place == "cpu" and not cuda.paused:
-            cuda.launches["copy to the host"] += 1
+        before = {tensor.untyped_storage()._cdata for tensor in tensors if tensor.layout is torch.strided}
         made = func(*args, **kwargs)
+        if on_gpu and not cuda.paused:
+            views = all(o.untyped_storage()._cdata in before for o in tree_leaves(made) if isinstance(o, torch.Tensor))
+            self._count(func, name, tensors, there, views and not func._schema.is_mutable)
         for tensor in tree_leaves(made):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu" and on_gpu and cuda.place != "cpu":
                 cuda.mark(tensor)
@@ -249,15 +249,14 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return None
         return cuda.refuse(f"{name} of tensors on the GPU and on the CPU, {[tuple(t.shape) for t in strangers]}")
 
-    def _count(self, func: Any, name: str, args: Any, tensors: list[torch.Tensor], there: list[torch.Tensor]) -> None:
+    def _count(self, func: Any, name: str, tensors: list[torch.Tensor], there: list[torch.Tensor], views: bool) -> None:
         cuda = self._pretence
         masks = any(t.dtype is torch.bool for t in tensors[1:]) if name in _INDEXED else False
         if there and (name in _READS or masks):
             cuda.wait(name)
         if name in _PRODUCTS:
             cuda.products.update((caller(), t.dtype) for t in there[-1:])
-        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if not views and name not in _ALLOCATIONS:
+        if (not views or name in _READS) and name not in _ALLOCATIONS:
             cuda.launches[name] += 1
 
 

@@ -40,7 +40,7 @@ def frozen_weight(layer: Any, packed: bool, dtype: torch.dtype) -> Tensor:
 
     Of a quantised (`packed`) layer it is unpacked for each product, so that one layer at a time is.
     """
-    return quantized.unpacked(layer).to(dtype).T if packed else layer.weight.to(dtype)
+    return quantized.unpacked(layer, dtype).T if packed else layer.weight.to(dtype)
 
 
 @dataclass(frozen=True)
