@@ -32,7 +32,16 @@ CUDA = torch.device("cuda", 0)
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "peftune"
 
-_ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "detach", "detach_"}
+_ALLOCATIONS = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "lift_fresh",
+    "detach",
+    "detach_",
+}
 _READS = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "bincount", "_unique2", "unique_consecutive"}
 _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "linear", "matmul"}
 _INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
@@ -297,6 +306,10 @@ def _by_document(lengths: list[int], scale: float, *qkv: torch.Tensor) -> torch.
     return torch.cat([_SDPA(*part, is_causal=True, scale=scale) for part in parts], dim=1).transpose(0, 1)
 
 
+def _about_cpu(asked: Any, *_: Any) -> Any:
+    return asked("cpu")
+
+
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 
 
@@ -332,7 +345,8 @@ def pretend(patch: pytest.MonkeyPatch, flash: bool = True) -> PretendedCUDA:
     patch.setattr(torch.cuda, "synchronize", lambda *_: cuda.wait("synchronize"))
     patch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
-        patch.setattr(torch, name, lambda *kind, _asked=getattr(torch, name): _asked("cpu"))
+        patch.setattr(torch, name, partial(_about_cpu, getattr(torch, name)))
+
     def grouped(*given: Any) -> dict[tuple[torch.device, torch.dtype], Any]:
         """Below Python every tensor is the CPU's."""
         found = by_device(*given)

@@ -13,7 +13,7 @@ from peftune.inference.pace import Pace, chunk_tokens
 from peftune.inference.request import ModelProvider
 from peftune.inference.sequence import RunningSequence, sample
 from peftune.model.decode.batch import DecodeBatch
-from peftune.model.train.pinned import to_device
+from peftune.model.train.layers import to_device
 
 _Hidden = list[tuple[RunningSequence, torch.Tensor]]
 """Rows that need their next token, each with its last hidden state (D,)."""

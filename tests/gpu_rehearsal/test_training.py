@@ -209,7 +209,7 @@ def test_a_tensor_left_on_the_cpu_is_found(cuda: PretendedCUDA) -> None:
     ("read", "named"),
     [
         (lambda hidden: hidden * float(hidden.sum() < 1e9), "_local_scalar_dense"),
-        (lambda hidden: hidden if hidden.tolist() else hidden, "tolist"),
+        (lambda hidden: hidden * len(hidden.tolist()), "tolist"),
         (lambda hidden: hidden + hidden[hidden > 1e9].sum(), "index"),
         (lambda hidden: hidden + len(torch.nonzero(hidden > 1e9)), "nonzero"),
         (lambda hidden: hidden + torch.zeros(hidden.shape[1]).to(hidden), "copy from memory that is not pinned"),
@@ -238,7 +238,7 @@ def test_a_layer_in_another_dtype_is_found(cuda: PretendedCUDA) -> None:
     first, *others = planted.forward.blocks
     slipped = replace(first, ln_2=replace(first.ln_2, dtype=torch.float32))
     planted.forward = replace(planted.forward, blocks=(slipped, *others))
-    with pytest.raises((AssertionError, RuntimeError), match="dtype|float"):
+    with pytest.raises((AssertionError, RuntimeError), match=r"dtype|float"):
         planted.run()
 
 
@@ -248,3 +248,17 @@ def test_splitting_a_and_b_in_every_micro_batch_breaks_the_budget(
     monkeypatch.setattr(LoraFactors, "split", lambda factors, dtype: None)
     shallow, deep = micro_batch(cuda, 2).run(), micro_batch(cuda, 4).run()
     assert (deep - shallow).total() > 2 * A_BLOCK
+
+
+def test_rows_of_logits_begin_where_fast_kernels_want_them(
+    cuda: PretendedCUDA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strides, product = set[int](), torch.mm
+
+    def seen(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        strides.add(out.stride(0))
+        return product(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", seen)
+    micro_batch(cuda).run()
+    assert strides == {128}  # for a vocabulary of 97

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftune.inference.settings import GenerationSettings
-from peftune.model.train.pinned import to_device
+from peftune.model.train.layers import to_device
 
 
 def penalise_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from peftune.model.decode.forward import DecodeGPT2
 from peftune.model.decode.kv_cache import KVCache
 from peftune.model.decode.lora_slots import AdapterSlots, LoraWeights
-from peftune.model.train.pinned import to_device
+from peftune.model.train.layers import to_device
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from peftune.model.decode.batch_invariance import by_row, holds
 from peftune.model.decode.kv_cache import KVCache, runs_of
 from peftune.model.decode.lora_slots import LoraFactors, add_lora
 from peftune.model.decode.packed_linear import PackedLinear
-from peftune.model.train.pinned import to_device
+from peftune.model.train.layers import to_device
 
 
 @dataclass(frozen=True)

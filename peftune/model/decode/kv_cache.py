@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from peftune.model.train.pinned import to_device
+from peftune.model.train.layers import to_device
 
 if TYPE_CHECKING:
     from transformers import GPT2Config

@@ -25,8 +25,7 @@ from peftune.model.lora import Adapted
 from peftune.model.loss import add_neftune_noise, summed_nats
 from peftune.model.train.attention import Attend, Kernel, kernel_for, tokens_of
 from peftune.model.train.compiled import compiled
-from peftune.model.train.layers import Elementwise, LoraFactors, LoraLinear, Norm, frozen_weight
-from peftune.model.train.pinned import to_device
+from peftune.model.train.layers import Elementwise, LoraFactors, LoraLinear, Norm, frozen_weight, to_device
 
 NAME = "default"  # PEFT's, of a model's only adapter
 
@@ -80,7 +79,7 @@ class TrainGPT2:
 
     @contextmanager
     def between_updates(self) -> Iterator[None]:
-        """Inside, A and B do not change, and are split into terms of the run's dtype once instead of in each forward."""
+        """Inside, A and B do not change, and are split into terms of the run's dtype once, not in each forward."""
         try:
             with torch.no_grad():
                 for adapter in self._adapters:
@@ -103,7 +102,9 @@ class TrainGPT2:
         attend = self.kernel.plan(tokens.lengths, self.heads, device)
         x = self.wte[ids].float()
         if training and self.neftune:
-            x = add_neftune_noise(x, to_device(torch.from_numpy(tokens.lengths.repeat(tokens.lengths)), device), self.neftune)
+            x = add_neftune_noise(
+                x, to_device(torch.from_numpy(tokens.lengths.repeat(tokens.lengths)), device), self.neftune
+            )
         x = x + self.wpe[positions].float()
         draws = any(adapter.dropout for adapter in self._adapters)
         for block in self.blocks:

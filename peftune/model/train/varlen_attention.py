@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from peftune.model.train.pinned import to_device
+from peftune.model.train.layers import to_device
 
 TOLERANCE = 0.05  # of values about 1 in 8 or 11 bits; a kernel that leaks or turns things round is off by about 1
 
