@@ -315,6 +315,7 @@ _SDPA = torch.nn.functional.scaled_dot_product_attention
 
 def pretend(patch: pytest.MonkeyPatch, flash: bool = True) -> PretendedCUDA:
     """Let torch have one GPU with bf16 while `patch` lasts; without `flash` no attention over documents end to end."""
+    pytest.importorskip("torch.nn.attention.varlen")  # an older torch has none
     cuda = PretendedCUDA()
 
     def varlen_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
