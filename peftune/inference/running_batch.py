@@ -13,6 +13,7 @@ from peftune.inference.pace import Pace, chunk_tokens
 from peftune.inference.request import ModelProvider
 from peftune.inference.sequence import RunningSequence, sample
 from peftune.model.decode.batch import DecodeBatch
+from peftune.model.train.layers import to_device
 
 _Hidden = list[tuple[RunningSequence, torch.Tensor]]
 """Rows that need their next token, each with its last hidden state (D,)."""
@@ -90,7 +91,8 @@ class RunningBatch:
     def _prefill_rows(self, slots: list[int], start: int, width: int) -> _Hidden:
         rows = [self.rows[slot] for slot in slots]
         chunks = [row.chunk() for row in rows]
-        ids = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=self._spec.device)
+        padded = [chunk + [0] * (width - len(chunk)) for chunk in chunks]
+        ids = to_device(torch.tensor(padded), self._spec.device)
         hidden = self._batch.prefill([row.variant for row in rows], slots, ids, start)
         complete: _Hidden = []
         self._turn += 1
@@ -109,7 +111,7 @@ class RunningBatch:
         if not slots:
             return []
         rows = [self.rows[slot] for slot in slots]
-        ids = torch.tensor([row.window[-1] for row in rows], device=self._spec.device)
+        ids = to_device(torch.tensor([row.window[-1] for row in rows]), self._spec.device)
         hidden = self._batch.decode([row.variant for row in rows], slots, ids, [row.computed for row in rows])
         for row in rows:
             row.add_computed(1, 1)
@@ -131,10 +133,10 @@ class RunningBatch:
         """The same for rows whose models have equally many tokens, `known` of them to the tokenizer."""
         rows, hidden = [row for row, _ in complete], torch.stack([states for _, states in complete])
         logits = self._batch.logits([row.variant for row in rows], hidden)
-        finite = logits.sum(-1).isfinite().tolist()  # host sync, as reading the tokens is
-        possible = (logits if all(finite) else logits.nan_to_num())[:, :known]
-        tokens = sample(rows, possible, self._models.end)
-        for row, token, row_logits, good in zip(rows, tokens, logits, finite, strict=True):
+        finite = logits.sum(-1).isfinite()
+        tokens = sample(rows, logits.where(finite[:, None], 0.0)[:, :known], self._models.end)
+        chosen = torch.stack([tokens, finite.to(tokens.dtype)]).tolist()  # host sync here, the only one of a token
+        for row, token, good, row_logits in zip(rows, *chosen, logits, strict=True):
             if good:
                 self.tokens_written += 1
                 row.accept(token, row_logits, self._models.end, self._positions)

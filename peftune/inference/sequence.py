@@ -13,6 +13,7 @@ from peftune.inference.sampling.next_token import next_tokens
 from peftune.inference.sampling.penalties import LogitAdjuster
 from peftune.inference.settings import FinishReason
 from peftune.model.decode.batch import ModelVariant
+from peftune.model.train.layers import to_device
 
 _FINE, _COARSE = 16, 64  # widths that prompts are padded to, up to _COARSE and beyond
 
@@ -80,7 +81,7 @@ class RunningSequence:
             self.prompt.append(TokenLogprob(ids[0], None))
         following = ids[self.computed + 1 : self.computed + 1 + len(logits)]
         nats = logits[: len(following)].log_softmax(-1)
-        self.prompt += [logprob(row, token, count) for row, token in zip(nats, following, strict=True)]
+        self.prompt += token_logprobs(nats, following, count)
 
     def accept(self, token: int, logits: torch.Tensor, end: int, positions: int) -> None:
         """Append the token that was chosen, and hand it to the request's listener."""
@@ -95,7 +96,7 @@ class RunningSequence:
                 text += output.finish("length")
         logprobs: tuple[TokenLogprob, ...] = ()
         if request.logprobs is not None and ids:
-            logprobs = (logprob(logits.log_softmax(-1), token, request.logprobs),)
+            logprobs = tuple(token_logprobs(logits[None].log_softmax(-1), [token], request.logprobs))
         if self.adjuster is not None and ids:
             self.adjuster.add(token)
         prompt, self.prompt = tuple(self.prompt), []
@@ -114,15 +115,21 @@ class RunningSequence:
         self.handle.on_output(RequestOutput(finish_reason=reason, error=error))
 
 
-def logprob(nats_V: torch.Tensor, token: int, count: int) -> TokenLogprob:
-    """A token's log-probability and rank with the `count` likeliest beside it."""
-    values, ids = nats_V.topk(min(count, len(nats_V)))
-    rank = int((nats_V > nats_V[token]).sum()) + 1
-    return TokenLogprob(token, float(nats_V[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)), rank)
+def token_logprobs(nats_TV: torch.Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
+    """Each token's log-probability and rank, with the `count` likeliest beside it."""
+    own = nats_TV.gather(1, to_device(torch.tensor(tokens, dtype=torch.int64), nats_TV.device)[:, None])
+    values, ids = nats_TV.topk(min(count, nats_TV.shape[1]))
+    better = (nats_TV > own).sum(1, keepdim=True)
+    rows = torch.cat([part.double() for part in (own, better, ids, values)], dim=1).tolist()  # host sync here
+    k = ids.shape[1]
+    return [
+        TokenLogprob(token, own, tuple(zip(map(int, beside[:k]), beside[k:], strict=True)), int(better) + 1)
+        for token, (own, better, *beside) in zip(tokens, rows, strict=True)
+    ]
 
 
-def sample(rows: Sequence[RunningSequence], logits_RV: torch.Tensor, end: int) -> list[int]:
-    """The next token of every row, each by its own settings and from its own random stream.
+def sample(rows: Sequence[RunningSequence], logits_RV: torch.Tensor, end: int) -> torch.Tensor:
+    """The next token of every row, (R,) int64, each by its own settings and from its own random stream.
 
     `end` is the id of `<|endoftext|>`.
     """
@@ -137,10 +144,10 @@ def sample(rows: Sequence[RunningSequence], logits_RV: torch.Tensor, end: int) -
             adjusted = adjusted or list(logits_RV.float())
             adjusted[i] = row.adjuster.adjust(logits_RV[i])
     logits_RV = logits_RV if adjusted is None else torch.stack(adjusted)
-    chosen = [0] * len(rows)
+    if len(groups) == 1:
+        return next_tokens(logits_RV, [row.generator for row in rows], *next(iter(groups)))
+    chosen = torch.empty(len(rows), dtype=torch.int64, device=logits_RV.device)
     for filters, members in groups.items():
-        part = logits_RV if len(members) == len(rows) else logits_RV[members]
-        tokens = next_tokens(part, [rows[i].generator for i in members], *filters)
-        for i, token in zip(members, tokens.tolist(), strict=True):
-            chosen[i] = token
+        at = to_device(torch.tensor(members), logits_RV.device)
+        chosen[at] = next_tokens(logits_RV[at], [rows[i].generator for i in members], *filters)
     return chosen

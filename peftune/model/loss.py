@@ -37,9 +37,10 @@ class LossModel(nn.Module):
 
         Without `segments` each row is one document: no mask, and SDPA's causal kernel (flash attention on a GPU).
         """
-        hidden, scored = self.hidden(ids, positions, segments), targets >= 0
+        hidden = self.hidden(ids, positions, segments).flatten(0, 1)
+        (scored,) = torch.nonzero(targets.flatten() >= 0, as_tuple=True)  # host sync here, instead of one a mask
         smoothing = self.smoothing if self.training else 0.0
-        return summed_nats(hidden[scored], self.causal().lm_head, targets[scored], smoothing)
+        return summed_nats(hidden[scored], self.causal().lm_head, targets.flatten()[scored], smoothing)
 
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
         """What the head reads, (B, T, D); arguments as in `forward`."""
@@ -130,6 +131,16 @@ def chunk_rows(device: torch.device) -> int:
     return 128 if device.type == "cpu" else 1024
 
 
+def _for_products(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """A matrix (rows, columns) to be filled; on a GPU, in 16 bits, each row begins at a multiple of 64 numbers.
+
+    Rows of 50,257 numbers begin at odd addresses, which keeps matrix products off the GPU's fast kernels.
+    """
+    aligned = like.device.type == "cuda" and like.dtype.itemsize == 2
+    width = -(-columns // 64) * 64 if aligned else columns
+    return like.new_empty(rows, width)[:, :columns]
+
+
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -141,21 +152,22 @@ class _FrozenHead(torch.autograd.Function):
         dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # scaled only in the backward
         gradient = torch.empty_like(hidden, dtype=dtype) if wanted else None
         chunk = max(1, min(chunk_rows(hidden.device), len(hidden)))
-        logits_CV = hidden.new_empty(chunk, len(weight))  # made once: fresh memory costs more than the softmax
-        probability_CV = logits_CV if logits_CV.dtype == torch.float32 else logits_CV.float()
+        logits_CV = _for_products(hidden, chunk, len(weight))  # made once: fresh memory costs more than the softmax
+        in_place = logits_CV.dtype == torch.float32 and logits_CV.is_contiguous()
+        probability_CV = logits_CV if in_place else hidden.new_empty(chunk, len(weight), dtype=torch.float32)
         for first in range(0, len(hidden), chunk):
             rows, chosen = hidden[first : first + chunk], targets[first : first + chunk, None]
             logits, p = logits_CV[: len(rows)], probability_CV[: len(rows)]
             torch.mm(rows, weight.T, out=logits)
             top, picked = logits.amax(dim=1, keepdim=True).float(), logits.gather(1, chosen).float()
             mean = logits.mean(dim=1, keepdim=True, dtype=torch.float32) if smoothing else picked
-            torch.softmax(logits, dim=1, dtype=torch.float32, out=p)
+            torch.softmax(p if in_place else p.copy_(logits), dim=1, out=p)
             log_z = top - p.amax(dim=1, keepdim=True).log()  # the largest probability is exp(top - log z)
             total += (log_z - (1 - smoothing) * picked - smoothing * mean).sum(dtype=torch.float64)
             if gradient is not None:
                 p.scatter_add_(1, chosen, torch.full_like(top, smoothing - 1))
                 p.sub_(smoothing / len(weight)) if smoothing else None
-                gradient[first : first + chunk] = p.to(weight.dtype) @ weight
+                gradient[first : first + chunk] = (p if in_place else logits.copy_(p)) @ weight
         ctx.save_for_backward(gradient)
         ctx.dtype = hidden.dtype
         return total

@@ -9,6 +9,7 @@ mode alone) and picks outlier columns over a whole batch, so that a loss would d
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 from functools import partial
@@ -78,7 +79,7 @@ def multiply_unpacked(model: nn.Module) -> None:
 def _forward(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     from peftune.model.frozen_linear import frozen_linear
 
-    return frozen_linear(x, lambda dtype: unpacked(module).to(dtype), module.bias)  # type: ignore[arg-type]
+    return frozen_linear(x, lambda dtype: unpacked(module, dtype), module.bias)  # type: ignore[arg-type]
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -87,17 +88,24 @@ def is_quantized(module: nn.Module) -> bool:
     return type(weight).__name__ in ("Int8Params", "Params4bit")
 
 
-def unpacked(module: nn.Module) -> torch.Tensor:
-    """Ŵ (out, in) of a quantised layer, float32."""
-    return _unpack(module.weight)
+def unpacked(module: nn.Module, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Ŵ (out, in) of a quantised layer, float32 or rounded once to `dtype`."""
+    return _unpack(module.weight, dtype)
 
 
-def _unpack(weight: Any) -> torch.Tensor:
+def _unpack(weight: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """In one kernel that writes `dtype`: unpacked to float32 first, several times as much memory would be moved."""
+    import torch
+
+    dtype = dtype or torch.float32
+    if type(weight).__name__ == "Int8Params":
+        scales = (weight.SCB / 127)[:, None]
+        return torch.mul(weight.data, scales, out=torch.empty_like(weight.data, dtype=dtype))
     from bitsandbytes import functional
 
-    if type(weight).__name__ == "Int8Params":
-        return functional.int8_vectorwise_dequant(weight.data, weight.SCB)  # type: ignore[no-any-return]
-    return functional.dequantize_4bit(weight.data, weight.quant_state).float()  # type: ignore[no-any-return]
+    state = copy.copy(weight.quant_state)
+    state.dtype = dtype
+    return functional.dequantize_4bit(weight.data, state)  # type: ignore[no-any-return]
 
 
 def rounded(weight: torch.Tensor, kind: Kind) -> torch.Tensor:

@@ -259,7 +259,7 @@ def what_broke(
             gradient.flat.zero_()
             loss = forward(batch)
             gradient.add(loss)
-            found.append(not math.isfinite(float(loss.detach())) or not math.isfinite(gradient.largest()))
+            found.append(not math.isfinite(float(loss.detach())) or not math.isfinite(float(gradient.largest())))
         return found[: len(rows)]
 
     blocks = [train.packing.spans(int(block)) for block in mine]

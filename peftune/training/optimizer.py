@@ -51,15 +51,15 @@ class Gradient:
     def add(self, loss: torch.Tensor) -> None:
         """Add the gradient of a scalar loss; a parameter that it does not reach gets zero."""
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        for view, gradient in zip(self.views, gradients, strict=True):
-            if gradient is not None:
-                view.add_(gradient)
+        reached = [(view, found) for view, found in zip(self.views, gradients, strict=True) if found is not None]
+        if reached:
+            torch._foreach_add_(*map(list, zip(*reached, strict=True)))
         for view, mask in self._masked:
             view.masked_fill_(mask, 0.0)
 
-    def largest(self) -> float:
-        """Largest magnitude of an element; inf or nan where the gradient is broken."""
-        return float(self.flat.abs().max())  # host sync here
+    def largest(self) -> torch.Tensor:
+        """Largest magnitude of an element, a scalar; inf or nan where the gradient is broken."""
+        return self.flat.abs().max()
 
 
 def build_adamw(parameters: Parameters, optim: OptimSection, fused: bool) -> torch.optim.AdamW:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -73,6 +73,10 @@ class ForwardFn:
         with self.autocast():
             return self.module(moved.ids, moved.positions, moved.targets, moved.segments)  # type: ignore[no-any-return]
 
+    def between_updates(self) -> AbstractContextManager[None]:
+        """Inside, the adapter does not change (`TrainGPT2.between_updates`)."""
+        return self.fast.between_updates() if self.fast is not None else nullcontext()
+
     def autocast(self) -> torch.autocast:
         """Matrix products in the run's precision."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -128,24 +132,25 @@ def train_step(
     tokens = train.tokens_of(blocks)
     rate = lr_at(state.step, inputs.total_steps, recipe.optim)
 
-    def accumulate() -> float:  # this rank's micro-batches; nothing is communicated here but under ZeRO-3
+    def accumulate() -> list[float]:  # this rank's micro-batches; nothing is communicated here but under ZeRO-3
         mine = share_of(blocks, state.micro_size, rank, ranks)
         torch.manual_seed(draw_seed(recipe.run.seed, state.step, rank))
         gradient.flat.zero_()
         nats = torch.zeros((), dtype=torch.float64, device=forward.device)
         batches = train.batches(mine, forward.micro_size, recipe.data.packing)
-        with suppress(StopNow), stop.at_once(not forward.is_collective):
+        with suppress(StopNow), stop.at_once(not forward.is_collective), forward.between_updates():
             for batch in lockstep_batches(accelerator, forward.is_collective, batches, stop):
                 loss = forward(batch)
                 gradient.add(loss * state.loss_scale)
                 nats += loss.detach()
-        return float(nats)  # host sync here
+        found: list[float] = torch.stack([nats, gradient.largest().double()]).tolist()  # host sync here
+        return found
 
     while True:
-        nats = _in_fitting_micro_batches(accumulate, forward, console)
+        nats, largest = _in_fitting_micro_batches(accumulate, forward, console)
         smaller = float(forward.micro_size < state.micro_size)
         nats, largest, stopped, smaller = all_reduce_sum(
-            accelerator, nats, gradient.largest(), float(stop.name is not None), smaller
+            accelerator, nats, largest, float(stop.name is not None), smaller
         )
         if stopped:
             raise StopNow
@@ -183,13 +188,13 @@ def evaluate_domain(
 
     def attempt() -> float:
         console.progress.reset(task)
-        nats = 0.0
+        nats = torch.zeros((), dtype=torch.float64, device=forward.device)
         batches = blocks.batches(mine, forward.micro_size)
-        with suppress(StopNow), stop.at_once(not forward.is_collective):
+        with suppress(StopNow), stop.at_once(not forward.is_collective), forward.between_updates():
             for batch in lockstep_batches(accelerator, forward.is_collective, batches, stop):
-                nats += float(forward(batch))
+                nats += forward(batch)
                 console.progress.advance(task, len(batch.ids))
-        return nats
+        return float(nats)  # host sync here
 
     forward.module.eval()
     try:

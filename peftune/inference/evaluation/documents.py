@@ -11,6 +11,7 @@ import torch
 from peftune.data.batches import Blocks
 from peftune.inference.evaluation.bootstrap import Interval, Statistics, interval, resampled
 from peftune.model.loss import LossModel, nats_and_likeliest
+from peftune.model.train.layers import to_device
 
 
 @torch.no_grad()
@@ -26,21 +27,21 @@ def nats_by_document(
     `on_batch` hears how many blocks a batch had.
     """
     scorer.eval()
-    found, first = np.zeros((len(blocks.documents), 2)), 0
+    documents, nats, first = list[np.ndarray](), list[torch.Tensor](), 0
     for batch in blocks.batches(range(len(blocks)), micro_size):
         moved, rows = batch.to(device), len(batch.ids)
-        scored = moved.targets >= 0
-        hidden = scorer.hidden(moved.ids, moved.positions, moved.segments)[scored]
-        nats, _ = nats_and_likeliest(hidden, scorer.causal().lm_head, moved.targets[scored])
+        scored = (batch.targets >= 0).numpy()
+        places = to_device(torch.from_numpy(np.flatnonzero(scored)), device)
+        hidden = scorer.hidden(moved.ids, moved.positions, moved.segments).flatten(0, 1)[places]
+        nats.append(nats_and_likeliest(hidden, scorer.causal().lm_head, moved.targets.flatten()[places])[0])
         within = np.zeros(batch.ids.shape, dtype=np.int64) if batch.segments is None else batch.segments.numpy()
-        spans = (blocks.packing.first[first : first + rows, None] + within)[scored.cpu().numpy()]
-        documents = blocks.packing.example[spans]
-        found[:, 0] += np.bincount(documents, weights=nats.cpu().numpy(), minlength=len(found))
-        found[:, 1] += np.bincount(documents, minlength=len(found))
+        spans = (blocks.packing.first[first : first + rows, None] + within)[scored]
+        documents.append(blocks.packing.example[spans])
         first += rows
         if on_batch is not None:
             on_batch(rows)
-    return found
+    of, summed = np.concatenate(documents), torch.cat(nats).cpu().numpy()  # one wait for the GPU
+    return np.stack([np.bincount(of, weights, minlength=len(blocks.documents)) for weights in (summed, None)], axis=1)
 
 
 def loss_intervals(models: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, Any]]:

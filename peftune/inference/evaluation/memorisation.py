@@ -67,14 +67,14 @@ def share_reproduced(
 ) -> dict[str, Any]:
     """`reproduced` of how many `windows` (W, T), their `share` and its 95 % interval."""
     scorer.eval()
-    reproduced = 0
+    found = []
     for ids in torch.split(windows.to(device), micro_size):
         positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
         hidden = scorer.hidden(ids, positions, None)[:, window.prompt - 1 : -1]
         targets = ids[:, window.prompt :]
         _, likeliest = nats_and_likeliest(hidden.flatten(0, 1), scorer.causal().lm_head, targets.flatten())
-        reproduced += int(likeliest.view(targets.shape).all(dim=1).sum())
-    total = len(windows)
+        found.append(likeliest.view(targets.shape).all(dim=1))
+    reproduced, total = int(torch.cat(found).sum()), len(windows)
     return {
         "windows": total,
         "reproduced": reproduced,

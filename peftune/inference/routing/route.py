@@ -93,9 +93,13 @@ class Routing:
         variants = [self._variants[number] for number in self._group]
         ids, targets = (self._ids[start + shift : start + width + shift] for shift in (0, 1))
         hidden = self._batch.prefill(variants, range(len(variants)), ids.expand(len(variants), -1), start)
-        for number, variant, states in zip(self._group, variants, hidden, strict=True):
-            logits = self._batch.logits([variant], states[None])[0]
-            self._nats[number] += torch.nn.functional.cross_entropy(logits, targets, reduction="none").tolist()
+        found = [
+            torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+            for variant, states in zip(variants, hidden, strict=True)
+            for logits in self._batch.logits([variant], states[None])
+        ]
+        for number, nats in zip(self._group, torch.stack(found).tolist(), strict=True):  # host sync here
+            self._nats[number] += nats
         if self.is_done:
             self._batch = None
         return len(variants) * width

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from peftune.model.train.layers import to_device
+
 _COLDEST = 1e-6  # a smaller temperature overflows float32 and chooses nothing else
 _TRIES = (64, 2048)  # the nucleus is sought among so many tokens first; sorting all 50,257 takes 5 ms a row
 
@@ -32,6 +34,8 @@ def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
     if p >= 1:
         return logits_BV
     probability_BV = logits_BV.softmax(-1, dtype=torch.float64)
+    if logits_BV.device.type != "cpu":  # where sorting is quick, and asking whether few are enough is not
+        return logits_BV.masked_fill(~_nucleus(probability_BV, p, logits_BV.shape[-1])[0], -torch.inf)
     keep_BV = torch.zeros_like(probability_BV, dtype=torch.bool)
     missing_B = torch.ones(len(logits_BV), dtype=torch.bool, device=logits_BV.device)
     for among in (*_TRIES, logits_BV.shape[-1]):
@@ -91,4 +95,4 @@ def next_tokens(
     logits_BV = keep_min_p(scale_by_temperature(logits_BV, temperature), min_p)
     logits_BV = keep_top_p(keep_top_k(logits_BV, top_k), top_p)
     uniforms = torch.stack([torch.rand((), generator=one, dtype=torch.float64) for one in generators])
-    return draw(logits_BV, uniforms.to(logits_BV.device))
+    return draw(logits_BV, to_device(uniforms, logits_BV.device))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from peftune.inference.settings import GenerationSettings
+from peftune.model.train.layers import to_device
 
 
 def penalise_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
@@ -77,8 +78,8 @@ class LogitAdjuster:
         chosen, logits_V = self._settings, logits_V.float()
         if chosen.logit_bias:
             ids, values = zip(*chosen.logit_bias, strict=True)
-            at = torch.tensor(ids, device=logits_V.device)
-            logits_V = logits_V.index_add(0, at, torch.tensor(values, device=logits_V.device, dtype=torch.float32))
+            at, more = torch.tensor(ids), torch.tensor(values, dtype=torch.float32)
+            logits_V = logits_V.index_add(0, *(to_device(tensor, logits_V.device) for tensor in (at, more)))
         if chosen.repetition_penalty != 1:
             if self._seen is None:
                 self._seen = torch.zeros(len(logits_V), dtype=torch.bool, device=logits_V.device)
@@ -94,5 +95,5 @@ class LogitAdjuster:
             before = [] if chosen.repeat_prompt else self._prompt
             barred = barred + completing([*before, *self._written], chosen.no_repeat_ngram_size)
         if 0 < len(set(barred)) < len(logits_V):  # something must come
-            logits_V = logits_V.index_fill(0, torch.tensor(barred, device=logits_V.device), -torch.inf)
+            logits_V = logits_V.index_fill(0, to_device(torch.tensor(barred), logits_V.device), -torch.inf)
         return logits_V

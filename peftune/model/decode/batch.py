@@ -13,6 +13,7 @@ import torch
 from peftune.model.decode.forward import DecodeGPT2
 from peftune.model.decode.kv_cache import KVCache
 from peftune.model.decode.lora_slots import AdapterSlots, LoraWeights
+from peftune.model.train.layers import to_device
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class DecodeBatch:
         def part(model: DecodeGPT2, rows: list[int]) -> torch.Tensor:
             used = [slots[row] for row in rows]
             lora = self._adapters.factors(used, [variants[row].lora for row in rows])
-            return model.prefill(ids[rows], start, self._cache, used, lora)
+            return model.prefill(_rows_of(ids, rows), start, self._cache, used, lora)
 
         return _by_model(variants, part)
 
@@ -53,14 +54,14 @@ class DecodeBatch:
         def part(model: DecodeGPT2, rows: list[int]) -> torch.Tensor:
             used = [slots[row] for row in rows]
             lora = self._adapters.factors(used, [variants[row].lora for row in rows], one_token=True)
-            return model.decode(ids[rows], [positions[row] for row in rows], cache, used, lora)
+            return model.decode(_rows_of(ids, rows), [positions[row] for row in rows], cache, used, lora)
 
         return _by_model(variants, part)
 
     @torch.inference_mode()
     def logits(self, variants: Sequence[ModelVariant], hidden: torch.Tensor) -> torch.Tensor:
         """Logits (R, …, V), float32, of hidden states (R, …, D); row i is of `variants[i]`."""
-        return _by_model(variants, lambda model, rows: model.logits(hidden[rows]))
+        return _by_model(variants, lambda model, rows: model.logits(_rows_of(hidden, rows)))
 
 
 def _by_model(variants: Sequence[ModelVariant], part: Callable[[DecodeGPT2, list[int]], torch.Tensor]) -> torch.Tensor:
@@ -73,5 +74,10 @@ def _by_model(variants: Sequence[ModelVariant], part: Callable[[DecodeGPT2, list
         return results[0][1]
     combined = results[0][1].new_empty(len(variants), *results[0][1].shape[1:])
     for rows, result in results:
-        combined[rows] = result
+        combined[to_device(torch.tensor(rows), combined.device)] = result
     return combined
+
+
+def _rows_of(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """These rows, in rising order; all of them as they are."""
+    return tensor if len(rows) == len(tensor) else tensor[to_device(torch.tensor(rows), tensor.device)]

@@ -19,6 +19,7 @@ from peftune.model.decode.batch_invariance import by_row, holds
 from peftune.model.decode.kv_cache import KVCache, runs_of
 from peftune.model.decode.lora_slots import LoraFactors, add_lora
 from peftune.model.decode.packed_linear import PackedLinear
+from peftune.model.train.layers import to_device
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class DecodeGPT2:
         overwritten before it is read.
         """
         width, last, device = ids.shape[1], start + ids.shape[1], self.wte.device
-        rows = torch.tensor(slots, device=device)
+        rows = to_device(torch.tensor(slots), device)
         mask = torch.ones(width, last, dtype=torch.bool, device=device).tril_(start) if start else None
 
         def attend(block: int, qkv: torch.Tensor) -> torch.Tensor:
@@ -102,7 +103,7 @@ class DecodeGPT2:
         self, ids: torch.Tensor, positions: Sequence[int], cache: KVCache, slots: Sequence[int], lora: LoraFactors
     ) -> torch.Tensor:
         """Hidden states (R, D) after `ln_f` of one token a row, `ids` (R,), each at its own position."""
-        at, rows = (torch.tensor(numbers, device=self.wte.device) for numbers in (positions, slots))
+        at, rows = to_device(torch.tensor([positions, slots]), self.wte.device)
         lengths = [cache.padded_length(position + 1) for position in positions]
         if all(self._equal_lengths(cache, length, max(lengths)) for length in set(lengths)):
             lengths = [max(lengths)] * len(lengths)  # one product for all

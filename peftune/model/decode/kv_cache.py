@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from peftune.model.train.layers import to_device
+
 if TYPE_CHECKING:
     from transformers import GPT2Config
 
@@ -21,7 +23,7 @@ def select_slots(tensor: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
     first = slots[0]
     if list(slots) == list(range(first, first + len(slots))):
         return tensor[first : first + len(slots)]
-    return tensor.index_select(0, torch.tensor(slots, device=tensor.device))
+    return tensor.index_select(0, to_device(torch.tensor(slots), tensor.device))
 
 
 def runs_of(slots: Sequence[int], lengths: Sequence[int]) -> list[tuple[slice, slice, int]]:

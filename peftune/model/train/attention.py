@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from peftune.model.train import varlen_attention
+from peftune.model.train.layers import to_device
 
 FULL = 0.85  # a rectangle takes documents down to this share of its longest: at most 28 % of T² is padding
 QUERY_BLOCK = 128  # queries at a time: their scores fit the cache, and keys after the last of them are left out
@@ -196,7 +197,7 @@ def rectangles_of(lengths: np.ndarray, heads: int, device: torch.device) -> Rect
     parts, token = _grouped(lengths)
     to_slots, to_tokens = _rows(parts, token, 3, heads)
     _, to_outputs = _rows(parts, token, 1, heads)
-    return Rectangles(parts, *(torch.from_numpy(rows).to(device) for rows in (to_slots, to_tokens, to_outputs)))
+    return Rectangles(parts, *(to_device(torch.from_numpy(rows), device) for rows in (to_slots, to_tokens, to_outputs)))
 
 
 def _grouped(lengths: np.ndarray) -> tuple[tuple[Rectangle, ...], np.ndarray]:

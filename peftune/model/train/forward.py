@@ -9,6 +9,8 @@ Legend: N tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +25,7 @@ from peftune.model.lora import Adapted
 from peftune.model.loss import add_neftune_noise, summed_nats
 from peftune.model.train.attention import Attend, Kernel, kernel_for, tokens_of
 from peftune.model.train.compiled import compiled
-from peftune.model.train.layers import Elementwise, LoraFactors, LoraLinear, Norm, frozen_weight
+from peftune.model.train.layers import Elementwise, LoraFactors, LoraLinear, Norm, frozen_weight, to_device
 
 NAME = "default"  # PEFT's, of a model's only adapter
 
@@ -70,6 +72,23 @@ class TrainGPT2:
     recompute: bool
     """Keep the stream before each block alone, and run the block again in the backward."""
 
+    @property
+    def _adapters(self) -> Iterator[LoraFactors]:
+        layers = (layer for b in self.blocks for layer in (b.c_attn, b.attn_c_proj, b.c_fc, b.mlp_c_proj))
+        return (layer.adapter for layer in layers if layer.adapter is not None)
+
+    @contextmanager
+    def between_updates(self) -> Iterator[None]:
+        """Inside, A and B do not change, and are split into terms of the run's dtype once, not in each forward."""
+        try:
+            with torch.no_grad():
+                for adapter in self._adapters:
+                    adapter.split(self.ln_f.dtype)
+            yield
+        finally:
+            for adapter in self._adapters:
+                adapter.terms.clear()
+
     def __call__(
         self, ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, segments: torch.Tensor | None
     ) -> torch.Tensor:
@@ -79,25 +98,25 @@ class TrainGPT2:
         kept = torch.from_numpy(tokens.indices)
         ids, positions, targets = (tensor.flatten()[kept] for tensor in (ids, positions, targets))
         (scored,) = torch.nonzero(targets >= 0, as_tuple=True)  # here, where it stops no GPU
-        ids, positions, scored, targets = (_moved(t, device) for t in (ids, positions, scored, targets[scored]))
+        ids, positions, scored, targets = (to_device(t, device) for t in (ids, positions, scored, targets[scored]))
         attend = self.kernel.plan(tokens.lengths, self.heads, device)
         x = self.wte[ids].float()
         if training and self.neftune:
-            x = add_neftune_noise(x, torch.from_numpy(tokens.lengths.repeat(tokens.lengths)).to(device), self.neftune)
+            x = add_neftune_noise(
+                x, to_device(torch.from_numpy(tokens.lengths.repeat(tokens.lengths)), device), self.neftune
+            )
         x = x + self.wpe[positions].float()
+        draws = any(adapter.dropout for adapter in self._adapters)
         for block in self.blocks:
             if self.recompute and training:
-                x = checkpoint(block, x, attend, training, self.elementwise, use_reentrant=False)
+                x = checkpoint(
+                    block, x, attend, training, self.elementwise, use_reentrant=False, preserve_rng_state=draws
+                )
             else:
                 x = block(x, attend, training, self.elementwise)
         return summed_nats(
             self.elementwise.normed(x[scored], self.ln_f), self.head, targets, self.smoothing if training else 0.0
         )
-
-
-def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On the device; to a GPU through pinned memory, so that the copy does not stop the host."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def reason_against(adapted: Adapted) -> str | None:
@@ -162,7 +181,7 @@ def _block(layer: Any, dtype: torch.dtype, packed: bool, scale: float, upcast: b
 
 
 def _norm(layer: Any, dtype: torch.dtype) -> Norm:
-    return Norm(layer.weight, layer.bias, layer.eps, dtype)
+    return Norm(layer.weight.float(), layer.bias.float(), layer.eps, dtype)
 
 
 def _linear(layer: Any, dtype: torch.dtype, packed: bool) -> LoraLinear:

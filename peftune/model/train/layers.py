@@ -6,7 +6,7 @@ Legend: N tokens, D width, I and O widths in and out, R rank, P rows of all term
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,11 @@ Weight = Callable[[], Tensor]
 Activation = Callable[[Tensor], Tensor]
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device; to a GPU through pinned memory, so that the host need not wait for the GPU."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 @dataclass(frozen=True)
 class LoraFactors:
     """A (R, I) and B (O, R), trained in fp32 and multiplied without rounding; `scale` is alpha / rank or so."""
@@ -27,6 +32,12 @@ class LoraFactors:
     b: nn.Parameter
     scale: float
     dropout: float
+    terms: list[Tensor] = field(default_factory=list)
+    """Of A and of Bᵀ, where they are known to hold for several forwards."""
+
+    def split(self, dtype: torch.dtype) -> None:
+        """Compute the `terms` for matrix products in `dtype`."""
+        self.terms[:] = _terms(self.a, dtype), _terms(self.b.T, dtype)
 
 
 def frozen_weight(layer: Any, packed: bool, dtype: torch.dtype) -> Tensor:
@@ -34,7 +45,7 @@ def frozen_weight(layer: Any, packed: bool, dtype: torch.dtype) -> Tensor:
 
     Of a quantised (`packed`) layer it is unpacked for each product, so that one layer at a time is.
     """
-    return quantized.unpacked(layer).to(dtype).T if packed else layer.weight.to(dtype)
+    return quantized.unpacked(layer, dtype).T if packed else layer.weight.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ class LoraLinear:
         if adapter is None:
             return _Frozen.apply(x, self.weight, self.bias)  # type: ignore[no-any-return,no-untyped-call]
         dropped = F.dropout(x, adapter.dropout) if training and adapter.dropout else None
-        return _Adapted.apply(x, dropped, self.weight, self.bias, adapter.a, adapter.b, adapter.scale)  # type: ignore[no-any-return,no-untyped-call]
+        return _Adapted.apply(x, dropped, self.weight, self.bias, adapter, adapter.a, adapter.b)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Frozen(torch.autograd.Function):
@@ -72,14 +83,15 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, weight: Weight, bias: Tensor, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
+        ctx: Any, x: Tensor, dropped: Tensor | None, weight: Weight, bias: Tensor, factors: LoraFactors,
+        a: Tensor, b: Tensor,
+    ) -> Tensor:  # fmt: skip
         seen = x if dropped is None else dropped
-        a_PI, b_PO = _terms(a, x.dtype), _terms(b.T, x.dtype)
+        a_PI, b_PO = factors.terms or (_terms(a, x.dtype), _terms(b.T, x.dtype))
         inner_NR = _summed(seen @ a_PI.T, len(a))
         ctx.save_for_backward(seen, inner_NR, a_PI, b_PO)
-        ctx.weight, ctx.scale, ctx.dropped = weight, scale, dropped is not None
-        return torch.addmm(bias, x, weight()).addmm_(_repeated(inner_NR, b_PO), b_PO, alpha=scale)
+        ctx.weight, ctx.scale, ctx.dropped = weight, factors.scale, dropped is not None
+        return torch.addmm(bias, x, weight()).addmm_(_repeated(inner_NR, b_PO), b_PO, alpha=factors.scale)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -93,7 +105,7 @@ class _Adapted(torch.autograd.Function):
             d_seen = _repeated(d_inner_NR, a_PI) @ a_PI
         elif d_x is not None:
             d_x.addmm_(_repeated(d_inner_NR, a_PI), a_PI)
-        return d_x, d_seen, None, None, d_a, d_b, None
+        return d_x, d_seen, None, None, None, d_a, d_b
 
 
 def _terms(matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -120,7 +132,7 @@ def _repeated(inner_NR: Tensor, terms: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Norm:
-    """Weight, bias (D,) and epsilon of a LayerNorm, and the dtype of what comes out."""
+    """Weight, bias (D,), float32, and epsilon of a LayerNorm, and the dtype of what comes out."""
 
     weight: Tensor
     bias: Tensor
@@ -130,7 +142,7 @@ class Norm:
 
 def normed(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, to: torch.dtype) -> Tensor:
     """LayerNorm of the fp32 stream (N, D)."""
-    return F.layer_norm(x, weight.shape, weight.float(), bias.float(), epsilon).to(to)
+    return F.layer_norm(x, weight.shape, weight, bias, epsilon).to(to)
 
 
 def added(

@@ -1,0 +1,264 @@
+"""Training and evaluation on a pretended GPU: devices, waits, dtypes, and budgets that may only go down.
+
+`pretended_cuda` says what this cannot see: CUDA's own kernels and their numbers, races, memory and time among it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from pretended_cuda import PretendedCUDA, WrongDevice, pretend
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from peftune.config.recipe import LoraSection, recipe_from
+from peftune.inference.evaluation.memorisation import Window
+from peftune.inference.perplexity import evaluate
+from peftune.model.load import move_to
+from peftune.model.lora import inject
+from peftune.model.train import forward as forward_module
+from peftune.model.train.forward import TrainGPT2, train_forward
+from peftune.model.train.layers import Elementwise, LoraFactors
+from peftune.training import run
+from peftune.training.metrics import read_metrics
+from peftune.training.optimizer import Gradient
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STEP = {
+    "training/step.py:accumulate (tolist)": 1,
+    "training/optimizer.py:update (_local_scalar_dense)": 1,
+}
+"""Where a step may wait, and how often: for its nats with its largest gradient, and for the norm."""
+OF_A_LIBRARY = STEP | {
+    "model/loss.py:hidden (_local_scalar_dense)": 1,
+    "model/loss.py:forward (nonzero)": 3,
+}
+"""Steps by Transformers and PEFT: which positions are scored, once a batch."""
+
+
+class Steps:
+    """What each step and each evaluation of a run did to the GPU."""
+
+    def __init__(self, cuda: PretendedCUDA, patch: pytest.MonkeyPatch) -> None:
+        self.cuda = cuda
+        self.taken = self.evaluated = 0
+        self.dtype, self.waits, self.launches = torch.float32, dict[str, int](), list[int]()
+        for name in ("train_step", "evaluate_domain"):
+            patch.setattr(run, name, self._checked(name, getattr(run, name)))
+
+    def _checked(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            self.cuda.forget()
+            result = function(*given)
+            if name == "train_step":
+                self.cuda.assert_clean(self.dtype, self.waits)
+                self.taken += 1
+                self.launches.append(sum(self.cuda.launches.values()))
+            else:
+                self.cuda.assert_clean(self.dtype, self.waits | EVALUATION)
+                self.evaluated += 1
+            return result
+
+        return call
+
+
+EVALUATION = {"training/step.py:attempt (_local_scalar_dense)": 1}
+
+
+def train(tiny_base: Path, out: Path, *overrides: str) -> list[float]:
+    """Losses of a run of 4 steps of 2 micro-batches, with 3 evaluations and 2 checkpoints."""
+    corpus = out.parent / "text.jsonl"
+    texts = [" ".join(["the cat sat on the mat"] * (1 + number % 9)) for number in range(60)]
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    values: dict[str, Any] = {
+        "base": str(tiny_base),
+        "data": {"train": str(corpus), "validation": 0.1},
+        "lora": {"rank": 4, "alpha": 8},
+        "optim": {"lr": 1e-2, "steps": 4},
+        "batch": {"global_size": 8, "micro_size": 4},
+        "run": {"out": str(out), "precision": "bf16", "eval_every": 2, "save_every": 2},
+    }
+    run.train(recipe_from(values, list(overrides)))
+    return [event["loss"] for event in read_metrics(out / "metrics.jsonl") if event["event"] == "train"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "flash"),
+    [
+        (["run.checkpointing=true", "lora.dropout=0.1"], True),
+        (["optim.neftune=5", "optim.label_smoothing=0.1", "lora.targets=query-value"], True),
+        (["run.precision=fp32"], True),
+        (["run.precision=fp16"], True),
+        ([], False),
+        (["quantize=int8"], True),
+        (["quantize=nf4", "lora.variant=loftq"], True),
+        (["run.fast=false"], True),
+        (["lora.variant=dora"], True),
+    ],
+    ids=str,
+)
+def test_a_run_keeps_to_the_gpu(
+    overrides: list[str], flash: bool, tiny_base: Path, tmp_path: Path, forgetful: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if any("quantize" in one for one in overrides):
+        pytest.importorskip("bitsandbytes")
+    precision = next((one.split("=")[1] for one in overrides if "precision" in one), "bf16")
+    with pretend(monkeypatch, flash) as cuda:
+        steps = Steps(cuda, monkeypatch)
+        steps.dtype = DTYPES[precision]
+        by_library = any("fast=false" in one or "dora" in one for one in overrides)
+        steps.waits = OF_A_LIBRARY if by_library else STEP
+        losses = train(tiny_base, tmp_path / "adapter", *overrides)
+    assert (steps.taken, steps.evaluated) == (4, 3) and losses[-1] < losses[0]
+
+
+def test_on_rectangles_and_in_fp32_a_gpu_learns_what_a_cpu_learns(
+    tiny_base: Path, tmp_path: Path, forgetful: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = train(tiny_base, tmp_path / "cpu", "run.precision=fp32")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pretend(monkeypatch):
+        assert train(tiny_base, tmp_path / "gpu", "run.precision=fp32") == pytest.approx(wanted, rel=1e-5)
+
+
+def test_evaluating_reads_each_domain_once(tiny_base: Path, tmp_path: Path, cuda: PretendedCUDA) -> None:
+    train(tiny_base, tmp_path / "adapter")
+    cuda.forget()
+    result = evaluate(
+        str(tiny_base),
+        {"text": tmp_path / "text.jsonl"},
+        {"mine": tmp_path / "adapter"},
+        precision="bf16",
+        batch=2,
+        trained_on={"learnt": tmp_path / "text.jsonl"},
+        window=Window(8, 8),
+    )
+    assert result["memorised"]["base"]["learnt"]["windows"] > 2
+    batches = cuda.waits["model/loss.py:hidden (_local_scalar_dense)"]  # Transformers looks for rows of several texts
+    moved = {place: count for place, count in cuda.waits.items() if "perplexity.py:evaluate" in place}
+    read = {
+        "model/loss.py:hidden (_local_scalar_dense)": batches,
+        "inference/evaluation/documents.py:nats_by_document (copy to the host)": 2,
+        "inference/evaluation/memorisation.py:share_reproduced (_local_scalar_dense)": 2,
+        "inference/evaluation/memorisation.py:share_reproduced (copy from memory that is not pinned)": 2,
+    }
+    cuda.assert_clean(torch.bfloat16, moved | read)
+
+
+@dataclass
+class MicroBatch:
+    """A bf16 forward of a GPT-2 with LoRA on all linear layers, on the GPU, and two short documents with padding."""
+
+    forward: TrainGPT2
+    gradient: Gradient
+    cuda: PretendedCUDA
+
+    def run(self) -> Counter[str]:
+        """Launches of a micro-batch between two updates, clean ones."""
+        segments = torch.tensor([[0] * 20 + [1] * 44, [0] * 60 + [-1] * 4])
+        ids, positions = torch.arange(128).view(2, 64) % 97, torch.arange(64).expand(2, 64)
+        targets = torch.where(segments >= 0, ids.roll(-1, 1), -100)
+        with self.forward.between_updates():
+            self.cuda.forget()
+            self.gradient.add(self.forward(ids, positions, targets, segments))
+        self.cuda.assert_clean(torch.bfloat16, {})
+        return Counter(self.cuda.launches)
+
+
+def micro_batch(cuda: PretendedCUDA, layers: int = 2) -> MicroBatch:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "n_positions": 64, "n_embd": 32, "n_layer": layers, "n_head": 4}
+    none = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **none, bos_token_id=0, eos_token_id=0))
+    adapted = inject(model, LoraSection(rank=4), 0)
+    move_to(adapted.model, "cuda", torch.bfloat16)
+    adapted.model.train()
+    parameters = list(adapted.trainable().values())
+    gradient = Gradient(parameters, [p.shape for p in parameters], torch.device("cuda"))
+    return MicroBatch(train_forward(adapted, torch.bfloat16, 0.0, 0.0, False), gradient, cuda)
+
+
+A_BLOCK = 87
+"""Launches of a block in a micro-batch, forward and backward, LoRA on all four linear layers. May only go down."""
+A_MICRO_BATCH = 39
+"""Launches of a micro-batch beside its blocks: embeddings, head, loss, gradients. May only go down."""
+
+
+def test_launches_of_a_micro_batch_stay_within_their_budget(cuda: PretendedCUDA) -> None:
+    shallow, deep = micro_batch(cuda, 2).run(), micro_batch(cuda, 4).run()
+    two_blocks = deep - shallow
+    assert two_blocks.total() <= 2 * A_BLOCK, two_blocks
+    assert (shallow - two_blocks).total() <= A_MICRO_BATCH, shallow - two_blocks
+
+
+def test_a_tensor_left_on_the_cpu_is_found(cuda: PretendedCUDA) -> None:
+    planted = micro_batch(cuda)
+    planted.forward = replace(planted.forward, wpe=planted.forward.wpe.cpu())
+    with pytest.raises(WrongDevice, match=r"model/train/forward.py:__call__: "):
+        planted.run()
+
+
+@pytest.mark.parametrize(
+    ("read", "named"),
+    [
+        (lambda hidden: hidden * float(hidden.sum() < 1e9), "_local_scalar_dense"),
+        (lambda hidden: hidden * len(hidden.tolist()), "tolist"),
+        (lambda hidden: hidden + hidden[hidden > 1e9].sum(), "index"),
+        (lambda hidden: hidden + len(torch.nonzero(hidden > 1e9)), "nonzero"),
+        (lambda hidden: hidden + torch.zeros(hidden.shape[1]).to(hidden), "copy from memory that is not pinned"),
+        (lambda hidden: hidden.cpu().to(hidden.device), "copy to the host"),
+        (lambda hidden: hidden[torch.arange(len(hidden))], "indices from the host"),
+        (lambda hidden: hidden * torch.tensor(1, device="cuda"), "tensor of numbers"),
+    ],
+)
+def test_a_wait_in_a_block_is_found(read: Callable[..., torch.Tensor], named: str, cuda: PretendedCUDA) -> None:
+    planted = micro_batch(cuda)
+    activated = planted.forward.elementwise.activated
+    planted.forward = replace(planted.forward, elementwise=Elementwise(lambda hidden: activated(read(hidden))))
+    with pytest.raises(AssertionError, match=rf"waits for the GPU: .*\({named}\)': [24]"):
+        planted.run()
+
+
+def test_a_copy_that_forgets_to_pin_is_found(cuda: PretendedCUDA, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = micro_batch(cuda)
+    monkeypatch.setattr(forward_module, "to_device", lambda tensor, device: tensor.to(device, non_blocking=True))
+    with pytest.raises(AssertionError, match="not pinned"):
+        planted.run()
+
+
+def test_a_layer_in_another_dtype_is_found(cuda: PretendedCUDA) -> None:
+    planted = micro_batch(cuda)
+    first, *others = planted.forward.blocks
+    slipped = replace(first, ln_2=replace(first.ln_2, dtype=torch.float32))
+    planted.forward = replace(planted.forward, blocks=(slipped, *others))
+    with pytest.raises((AssertionError, RuntimeError), match=r"dtype|float"):
+        planted.run()
+
+
+def test_splitting_a_and_b_in_every_micro_batch_breaks_the_budget(
+    cuda: PretendedCUDA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LoraFactors, "split", lambda factors, dtype: None)
+    shallow, deep = micro_batch(cuda, 2).run(), micro_batch(cuda, 4).run()
+    assert (deep - shallow).total() > 2 * A_BLOCK
+
+
+def test_rows_of_logits_begin_where_fast_kernels_want_them(
+    cuda: PretendedCUDA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strides, product = set[int](), torch.mm
+
+    def seen(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        strides.add(out.stride(0))
+        return product(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", seen)
+    micro_batch(cuda).run()
+    assert strides == {128}  # for a vocabulary of 97

@@ -1,0 +1,373 @@
+"""CUDA, pretended on a CPU: tensors that say they are on a GPU, and a record of all that would slow one or fail on it.
+
+Every tensor is an ordinary CPU tensor and is computed with, so whole runs go through. A storage is marked when
+something asks for `device="cuda"`, or when an operation makes it out of marked ones; Python then reads `cuda:0` as the
+device of its tensors. Below autograd every operation is seen, backward passes included.
+
+What this cannot see: whether CUDA has a kernel for an operation, layout or dtype and computes the same with it; races
+between host, streams and pinned memory; memory; time; CUDA's own autocast lists (a CPU's are used); what happens in
+other threads; and operations inside the kernels that stand in here for those of CUDA (`varlen_attn`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import types
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CUDA = torch.device("cuda", 0)
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "peftune"
+
+_ALLOCATIONS = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "lift_fresh",
+    "detach",
+    "detach_",
+}
+_READS = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "bincount", "_unique2", "unique_consecutive"}
+_PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "linear", "matmul"}
+_INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
+_CAST = (torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu)
+
+
+class WrongDevice(RuntimeError):
+    """An operation whose tensors are on several devices, which CUDA refuses."""
+
+
+class PretendedCUDA(TorchFunctionMode):
+    """While entered, `cuda` is a device; what happened on it is in the counters, since `forget`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen = _Operations(self)
+        self._marked: set[int] = set()
+        self._pinned: set[int] = set()
+        self.place: str | None = None
+        """Where what is made now lies, whatever the inputs."""
+        self.paused = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin to count anew."""
+        self.launches: Counter[str] = Counter()
+        """Kernels by the operation's name; views and allocations launch none."""
+        self.waits: Counter[str] = Counter()
+        """How often the host waits for the GPU, by `file:function`."""
+        self.products: Counter[tuple[str, torch.dtype]] = Counter()
+        """Matrix products by place in the code and dtype."""
+        self.faults: list[str] = []
+        """What CUDA would refuse; also raised as WrongDevice, which code may have caught."""
+
+    def __enter__(self) -> PretendedCUDA:
+        super().__enter__()
+        self._seen.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._seen.__exit__(*error)
+        super().__exit__(*error)
+
+    @contextlib.contextmanager
+    def python_again(self) -> Iterator[None]:
+        """See what Python asks of tensors also inside a function of torch that this mode is being asked about."""
+        if self in _get_current_function_mode_stack():
+            yield
+            return
+        super().__enter__()
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is on the pretended GPU."""
+        return tensor.layout is torch.strided and tensor.untyped_storage()._cdata in self._marked
+
+    def mark(self, tensor: torch.Tensor, kind: str = "cuda") -> None:
+        """Let the tensor's memory be on the GPU, or page-locked."""
+        storage, marks = tensor.untyped_storage(), self._marked if kind == "cuda" else self._pinned
+        if storage._cdata not in marks:
+            marks.add(storage._cdata)
+            weakref.finalize(storage, marks.discard, storage._cdata)
+
+    @contextlib.contextmanager
+    def one_kernel(self, name: str) -> Iterator[None]:
+        """What happens inside counts as one launch, and its results are on the GPU."""
+        self.launches[name] += not self.paused
+        before, self.paused = (self.paused, self.place), True
+        self.place = "cuda"
+        try:
+            yield
+        finally:
+            self.paused, self.place = before
+
+    def kernel(self, name: str, function: Any, *tensors: torch.Tensor) -> torch.Tensor:
+        """`function(*tensors)`, differentiable, as one kernel."""
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return _Kernel.apply(self, name, function, *tensors)  # type: ignore[no-any-return,no-untyped-call]
+        with self.one_kernel(name):
+            return function(*tensors)  # type: ignore[no-any-return]
+
+    def assert_clean(self, dtype: torch.dtype, waits: Mapping[str, int]) -> None:
+        """Nothing failed, matrix products were in `dtype`, and the host waited where it may, at most so often."""
+        assert not self.faults
+        more = {place: count for place, count in self.waits.items() if count > waits.get(place, 0)}
+        assert not more, f"the host waits for the GPU: {more}"
+        others = {place: count for place, count in self.products.items() if place[1] is not dtype}
+        assert not others, f"matrix products that are not in {dtype}: {others}"
+
+    def wait(self, why: str) -> None:
+        """The host waits here."""
+        if self.paused:
+            return
+        self.waits[f"{caller()} ({why})"] += 1
+
+    def refuse(self, message: str) -> None:
+        """CUDA would raise here."""
+        self.faults.append(f"{caller()}: {message}")
+        raise WrongDevice(self.faults[-1])
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        tensor = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        here = tensor is not None and self.holds(tensor)
+        if func == torch.Tensor.device.__get__ and here:  # type: ignore[attr-defined]
+            return CUDA
+        if func in (torch.Tensor.is_cuda.__get__, torch.Tensor.is_cpu.__get__) and here:  # type: ignore[attr-defined]
+            return func == torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
+        if func is torch.Tensor.get_device and here:
+            return 0
+        if func is torch.Tensor.pin_memory:
+            if here:
+                self.refuse("only CPU memory can be pinned")
+            pinned = tensor.clone()
+            self.mark(pinned, "pinned")
+            return pinned
+        if func in (torch.Tensor.numpy, torch.Tensor.__array__) and here:
+            self.refuse("a tensor on the GPU cannot become an array")
+        if func is torch.Tensor.tolist and here:
+            self.wait("tolist")
+        if func is _SDPA and here and not self.paused:
+            return self._attention(*args, **kwargs)
+        if func in _CAST and tensor is not None:
+            return self._moved(func, tensor, here, args[1:], kwargs)
+        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
+            return self._made(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, **named: Any
+    ) -> torch.Tensor:
+        mask = named.pop("attn_mask", mask)
+        if not all(self.holds(tensor) for tensor in (q, k, v, mask) if tensor is not None):
+            self.refuse("attention to tensors on the GPU and on the CPU")
+        return self.kernel("SDPA", partial(_SDPA, attn_mask=mask, **named), q, k, v)
+
+    def _made(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What `func` makes, on the GPU; from numbers of the host it is copied there."""
+        copies = func in (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
+        before, self.place = self.place, "cuda"
+        try:
+            result = func(*args, **kwargs | {"device": "cpu"})
+        finally:
+            self.place = before
+        self.mark(result)
+        if copies:
+            self.wait(f"{func.__name__} of numbers")
+        return result
+
+    def _moved(self, func: Any, tensor: torch.Tensor, here: bool, rest: Any, kwargs: dict[str, Any]) -> Any:
+        """`to`, `cuda` and `cpu`."""
+        given = [*rest, *kwargs.values()]
+        asked = [a for a in given if isinstance(a, torch.device | str)]
+        others = [a for a in given if isinstance(a, torch.Tensor)]
+        to = "cuda" if func is torch.Tensor.cuda else "cpu" if func is torch.Tensor.cpu else None
+        to = to or (torch.device(asked[0]).type if asked else None)
+        to = to or (("cuda" if self.holds(others[0]) else "cpu") if others else None)
+        if to not in ("cuda", "cpu") or (to == "cuda") == here or tensor.device.type == "meta":
+            dtypes = [a for a in given if isinstance(a, torch.dtype)] + [other.dtype for other in others]
+            stays = to in (None, "cuda", "cpu") and tensor.device.type != "meta"
+            if not stays:
+                return func(tensor, *rest, **kwargs)
+            kept = {k: v for k, v in kwargs.items() if k in ("copy", "memory_format")}
+            return tensor.to(dtypes[0], **kept) if dtypes else tensor.to(tensor.dtype, **kept)
+        dtypes = [a for a in given if isinstance(a, torch.dtype)] + [other.dtype for other in others]
+        unhurried = kwargs.get("non_blocking", any(a is True for a in rest))
+        pinned = not here and tensor.untyped_storage()._cdata in self._pinned and not dtypes
+        if not (unhurried and pinned):
+            self.wait("copy to the host" if here else "copy from memory that is not pinned")
+        before, self.place = self.place, to
+        try:
+            return tensor.to(dtypes[0], copy=True) if dtypes else tensor.clone()
+        finally:
+            self.place = before
+
+
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operation below autograd."""
+
+    def __init__(self, pretence: PretendedCUDA) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._pretence = pretence
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cuda, kwargs = self._pretence, kwargs or {}
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        there = [t for t in tensors if cuda.holds(t)]
+        name, on_gpu = func.overloadpacket.__name__, bool(there) or cuda.place == "cuda"
+        if there and len(there) < len(tensors) and not cuda.paused and cuda.place is None:
+            self._check(func, name, args, tensors)
+        before = {tensor.untyped_storage()._cdata for tensor in tensors if tensor.layout is torch.strided}
+        made = func(*args, **kwargs)
+        if on_gpu and not cuda.paused:
+            views = all(o.untyped_storage()._cdata in before for o in tree_leaves(made) if isinstance(o, torch.Tensor))
+            self._count(func, name, tensors, there, views and not func._schema.is_mutable)
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu" and on_gpu and cuda.place != "cpu":
+                cuda.mark(tensor)
+        return made
+
+    def _check(self, func: Any, name: str, args: Any, tensors: list[torch.Tensor]) -> None:
+        """Tensors of both devices: numbers may come from the host, indices are copied, all else fails."""
+        cuda = self._pretence
+        strangers = [t for t in tensors if not cuda.holds(t) and t.numel()]
+        if name == "copy_":
+            blocking = not (len(args) > 2 and args[2] and args[1].untyped_storage()._cdata in cuda._pinned)
+            return cuda.wait("copy_ between host and GPU") if blocking else None
+        if name in _INDEXED and cuda.holds(args[0]):
+            return cuda.wait("indices from the host")
+        if (torch.Tag.pointwise in func.tags or name == "fill_") and all(t.ndim == 0 for t in strangers):
+            return None
+        return cuda.refuse(f"{name} of tensors on the GPU and on the CPU, {[tuple(t.shape) for t in strangers]}")
+
+    def _count(self, func: Any, name: str, tensors: list[torch.Tensor], there: list[torch.Tensor], views: bool) -> None:
+        cuda = self._pretence
+        masks = any(t.dtype is torch.bool for t in tensors[1:]) if name in _INDEXED else False
+        if there and (name in _READS or masks):
+            cuda.wait(name)
+        if name in _PRODUCTS:
+            cuda.products.update((caller(), t.dtype) for t in there[-1:])
+        if (not views or name in _READS) and name not in _ALLOCATIONS:
+            cuda.launches[name] += 1
+
+
+def caller() -> str:
+    """The innermost function of the package, or else of these tests, that runs now, as `file:function`."""
+    frame: types.FrameType | None = sys._getframe(1)
+    of_tests = "?"
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(PACKAGE):
+            return f"{path.relative_to(PACKAGE)}:{frame.f_code.co_name}"
+        if of_tests == "?" and path.is_relative_to(TESTS) and path != Path(__file__):
+            of_tests = f"{path.name}:{frame.f_code.co_name}"
+        frame = frame.f_back
+    return of_tests
+
+
+class _Kernel(torch.autograd.Function):
+    """A function of tensors that counts as one kernel in each direction, whatever a CPU makes of it."""
+
+    @staticmethod
+    def forward(ctx: Any, cuda: PretendedCUDA, name: str, function: Any, *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.cuda, ctx.name, ctx.function = cuda, name, function
+        ctx.save_for_backward(*tensors)
+        with cuda.one_kernel(name):
+            return function(*tensors)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[Any, ...]:
+        with ctx.cuda.one_kernel(f"{ctx.name} backward"), torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+            return None, None, None, *torch.autograd.grad(ctx.function(*leaves), leaves, upstream)
+
+
+def _by_document(lengths: list[int], scale: float, *qkv: torch.Tensor) -> torch.Tensor:
+    """Causal attention of documents that lie end to end; q, k and v (N, H, W)."""
+    parts = zip(*(torch.split(tensor.transpose(0, 1), lengths, dim=1) for tensor in qkv), strict=True)
+    return torch.cat([_SDPA(*part, is_causal=True, scale=scale) for part in parts], dim=1).transpose(0, 1)
+
+
+def _about_cpu(asked: Any, *_: Any) -> Any:
+    return asked("cpu")
+
+
+_SDPA = torch.nn.functional.scaled_dot_product_attention
+
+
+def pretend(patch: pytest.MonkeyPatch, flash: bool = True) -> PretendedCUDA:
+    """Let torch have one GPU with bf16 while `patch` lasts; without `flash` no attention over documents end to end."""
+    pytest.importorskip("torch.nn.attention.varlen")  # an older torch has none
+    cuda = PretendedCUDA()
+
+    def varlen_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
+        ends, other, longest = given[0], given[1], given[2]
+        if not flash:
+            raise RuntimeError("no kernel image is available for execution on the device")
+        if not all(cuda.holds(t) for t in (q, k, v, ends, other)) or ends.dtype != torch.int32:
+            cuda.refuse("varlen_attn takes q, k, v and int32 offsets, all on the GPU")
+        if q.dtype not in (torch.bfloat16, torch.float16) or named["window_size"] != (-1, 0):
+            cuda.refuse(f"varlen_attn of {q.dtype}, window {named['window_size']}")
+        cuda.paused = True
+        lengths = ends.diff().tolist()
+        cuda.paused = False
+        if max(lengths) != longest:
+            cuda.refuse(f"varlen_attn is told {longest}, the longest document has {max(lengths)}")
+        return cuda.kernel("varlen_attn", partial(_by_document, lengths, named["scale"]), q, k, v)
+
+    properties = types.SimpleNamespace(total_memory=80 << 30, name="pretended", major=9, minor=0)
+    functions: dict[str, Any] = {
+        "is_available": True, "device_count": 1, "current_device": 0, "set_device": None, "is_initialized": True,
+        "is_bf16_supported": True, "get_device_properties": properties, "get_device_name": "pretended",
+        "get_device_capability": (9, 0), "mem_get_info": (70 << 30, 80 << 30), "max_memory_allocated": 0,
+        "memory_allocated": 0, "memory_reserved": 0, "reset_peak_memory_stats": None, "empty_cache": None,
+        "is_current_stream_capturing": False, "manual_seed_all": None, "_lazy_init": None,
+    }  # fmt: skip
+    for name, value in functions.items():
+        patch.setattr(torch.cuda, name, lambda *_, _value=value, **__: _value)
+    patch.setattr(torch.cuda, "synchronize", lambda *_: cuda.wait("synchronize"))
+    patch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    for name in ("is_autocast_enabled", "get_autocast_dtype"):
+        patch.setattr(torch, name, partial(_about_cpu, getattr(torch, name)))
+
+    def grouped(*given: Any) -> dict[tuple[torch.device, torch.dtype], Any]:
+        """Below Python every tensor is the CPU's."""
+        found = by_device(*given)
+        first = [next(t for t in lists[0] if t is not None) for lists, _ in found.values()]
+        return {(CUDA if cuda.holds(t) else d, kind): v for t, ((d, kind), v) in zip(first, found.items(), strict=True)}
+
+    by_device: Any = torch._C._group_tensors_by_device_and_dtype
+    patch.setattr(torch._C, "_group_tensors_by_device_and_dtype", grouped)
+    backward: Any = torch.autograd.graph._engine_run_backward
+
+    def seen_backward(*given: Any, **named: Any) -> Any:
+        """Torch calls `autograd.grad` with this mode off, as it does everything that the mode is asked about."""
+        with cuda.python_again():
+            return backward(*given, **named)
+
+    for module in (torch.autograd, torch.autograd.graph):
+        patch.setattr(module, "_engine_run_backward", seen_backward)
+    # Recomputed tensors are compared with those kept before, now and then where this mode is off.
+    kept = torch.utils.checkpoint._allowed_determinism_checks_to_fns
+    patch.setitem(kept, "default", lambda tensor: {"shape": tensor.shape, "dtype": tensor.dtype})
+    begin = torch.autocast.__init__
+    patch.setattr(torch.autocast, "__init__", lambda self, device_type, *a, **k: begin(self, "cpu", *a, **k))
+    return cuda
