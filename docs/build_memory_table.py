@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import GPT2Config
 
 from peftune.config.recipe import LoraSection
-from peftune.training.device import LIVE_TENSORS
+from peftune.device import LIVE_TENSORS
 from peftune.training.planning.memory_model import RankMemory, Shapes, Way, bytes_per_rank, shapes_of
 
 PAGE = Path(__file__).with_name("many-ranks.md")

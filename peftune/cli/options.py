@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
 
@@ -32,6 +32,13 @@ _COLUMN_HELP = (
     "where.COLUMN=VALUE, explode=, delimiter=, encoding=, split_on=, unknown_files=, on_bad_row=, as in a recipe."
 )
 Columns = Annotated[list[str] | None, typer.Option("--column", metavar="KEY=VALUE", help=_COLUMN_HELP)]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"],
+    typer.Option(help="What to compute in; auto is bf16 on a GPU that has it, else fp32."),
+]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute; auto takes a GPU where there is one.")
+]
 BlockSize = Annotated[int | None, typer.Option(min=8, help="Tokens per block. Default: the base's context.")]
 
 

@@ -47,7 +47,7 @@ def plan(
     from peftune.training.planning import calibration
     from peftune.training.planning.plan import Machine, config_of, plan, this_machine
 
-    machine = this_machine(count) if memory is None else Machine("cuda", memory, count or 1, False)
+    machine = this_machine(count, asked.run.device) if memory is None else Machine("cuda", memory, count or 1, False)
     config = config_of(asked.base, lambda: open_base(asked.base).config)
     found = plan(asked, config, machine)
     batch = asked.batch.global_size

@@ -182,7 +182,7 @@ class Engine:
         return Stopping("the engine has failed; start it again" if self.failed else "the engine is stopping", 5.0)
 
     def _run(self) -> None:
-        """Step while there is work, until `stop`, or until after an error there is no cache or no device to go on with."""
+        """Step while there is work, until `stop`, or until an error after which nothing can be computed."""
         while self._wait_for_work():
             error = _attempt(self.step)
             if error is None:

@@ -22,6 +22,7 @@ from peftune.data.batches import Blocks
 from peftune.data.documents import count_known
 from peftune.data.sources.text_files import cut_lines
 from peftune.data.tokens.store import prepare
+from peftune.device import choose_device, device_name, inference_precision
 from peftune.errors import CheckFailed, UserError
 from peftune.inference.evaluation.documents import loss_intervals, nats_by_document
 from peftune.inference.evaluation.memorisation import Window, share_reproduced, windows_of
@@ -66,17 +67,18 @@ def evaluate(
     data: Mapping[str, Documents | Blocks],
     adapters: Mapping[str, Path | str] | None = None,
     batch: int = 8,
-    precision: str = "fp32",
+    precision: str = "auto",
     block_size: int | None = None,
     trained_on: Mapping[str, Documents] | None = None,
     window: Window | None = None,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Figures of the base and of each adapter on each named domain, as `peftune eval` writes them as JSON.
 
     `base` None is the one that all adapters name. `data` maps the name of a domain to a file, to several, or to blocks
     made before; `adapters` names adapter directories. `batch` (blocks per forward) does not change the result;
-    `block_size` None is the base's context. One model is in memory at a time. Raises UserError for input that cannot
-    be scored, and for an adapter of another base.
+    `block_size` None is the base's context; `precision` and `device` are as in `AdapterBank`. One model is in memory at
+    a time. Raises UserError for input that cannot be scored, and for an adapter of another base.
 
     `intervals` are those of `loss_intervals`, over documents. With `trained_on`, named texts that adapters have learnt,
     also `memorised`: what share of their windows (`window`: of how many tokens) each model reproduces.
@@ -89,6 +91,7 @@ def evaluate(
         raise UserError("nothing to evaluate on; give at least one domain by name, with its documents")
     if "base" in folders:
         raise UserError("an adapter cannot be called base: that row is the base itself; name the adapter otherwise")
+    used = choose_device(device)
     base = base if isinstance(base, Base) else open_base(base or base_of(*folders.values()))
     read, chat = special_tokens_of(base, folders), chat_of_all(base, folders)
     domains = {name: read_blocks(base, documents, block_size, read, chat) for name, documents in data.items()}
@@ -103,8 +106,8 @@ def evaluate(
     window = window or Window()
     learnt = {name: read_blocks(base, texts, None, read, chat).store for name, texts in (trained_on or {}).items()}
     windows = {name: windows_of(store, name, window, base.config.n_positions) for name, store in learnt.items()}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    autocast = torch.autocast(device.type, dtype_of(precision), enabled=precision != "fp32")
+    precision = inference_precision(precision, used)
+    autocast = torch.autocast(used.type, dtype_of(precision), enabled=precision != "fp32")
     rows: dict[str, dict[str, Figures]] = {}
     by_document: dict[str, dict[str, np.ndarray]] = {}
     memorised: dict[str, dict[str, Any]] = {}
@@ -113,14 +116,14 @@ def evaluate(
         for name, adapter in {"base": None, **folders}.items():
             progress.update(task, description=f"evaluating {name}")
             model = load_model(base) if adapter is None else load_with_rows(base, adapter, fitting[name][0])
-            scorer = LossModel(model).to(device)
+            scorer = LossModel(model).to(used)
             rows[name], by_document[name] = {}, {}
             with autocast:
                 for domain, packed in domains.items():
                     blocks = packed
                     if name in own:
                         blocks = read_blocks(base, data[domain], block_size, read, chat, own[name])
-                    found = nats_by_document(scorer, blocks, batch, device, lambda n: progress.advance(task, n))
+                    found = nats_by_document(scorer, blocks, batch, used, lambda n: progress.advance(task, n))
                     score = Score(float(found[:, 0].sum()), blocks.tokens(), blocks.text_bytes())
                     try:
                         rows[name][domain] = score.figures()
@@ -128,13 +131,14 @@ def evaluate(
                         raise CheckFailed(f"{name} on {domain}: {error}") from None
                     by_document[name][domain] = found
                 memorised[name] = {
-                    source: share_reproduced(scorer, ids, window, batch, device) for source, ids in windows.items()
+                    source: share_reproduced(scorer, ids, window, batch, used) for source, ids in windows.items()
                 }
     facts = {
         name: {"documents": len(blocks.documents), "tokens": blocks.tokens(), "bytes": blocks.text_bytes()}
         for name, blocks in domains.items()
     }
-    result = {"domains": facts, "rows": rows, "intervals": loss_intervals(by_document)}
+    computed = {"precision": precision, "device": device_name(used)}
+    result = {"domains": facts, "rows": rows, **computed, "intervals": loss_intervals(by_document)}
     result |= not_held_out(folders, domains)
     return result | ({"memorised": memorised, "window": vars(window)} if windows else {})
 

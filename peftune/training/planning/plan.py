@@ -18,11 +18,11 @@ from pydantic import ValidationError
 from transformers import GPT2Config
 
 from peftune.config.recipe import Recipe
+from peftune.device import choose_device, choose_precision
 from peftune.errors import UserError
 from peftune.model.load import DTYPES, NAME_OF
 from peftune.model.quantized import Kind
-from peftune.training.device import CPU_TOKENS, choose_precision
-from peftune.training.distributed.start import zero_stage
+from peftune.training.distributed.start import way_of, zero_stage
 from peftune.training.distributed.zero import refuse_for_zero3
 from peftune.training.inputs import RunInputs
 from peftune.training.planning.memory_model import (
@@ -35,13 +35,12 @@ from peftune.training.planning.memory_model import (
     shapes_of,
     shared_out,
 )
-from peftune.training.planning.trace import Device, activations
+from peftune.training.planning.trace import CPU_TOKENS, GPU_SHARE, GPU_TOKENS, Device, activations
 from peftune.training.step import ForwardFn
 
 FAMILY = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20), "gpt2-xl": (48, 1600, 25)}
 """Layers, width and heads of the checkpoints that need not be downloaded to be planned for."""
-_GPU_TOKENS = 65_536  # more a forward gains nothing
-_GPU_SHARE, _CONTEXT = 0.94, 500_000_000  # of a GPU's memory, and what CUDA takes for itself: not measured here
+_CONTEXT = 500_000_000  # bytes that CUDA takes for itself: not measured here
 _CPU_SHARE = 0.9  # of what is available
 _LIBRARIES, _KEPT_FREE = 40_000_000, 0.15
 """On a CPU: what libraries take in the first step, and the share of activations that the C library keeps when they are
@@ -62,14 +61,14 @@ class Machine:
     def usable(self) -> int:
         """Bytes of a rank that tensors, and on a CPU the program, may take."""
         if self.device == "cuda":
-            return int(_GPU_SHARE * self.memory) - _CONTEXT
+            return int(GPU_SHARE * self.memory) - _CONTEXT
         return int(_CPU_SHARE * self.memory)
 
 
-def this_machine(count: int | None = None) -> Machine:
+def this_machine(count: int | None = None, device: str = "auto") -> Machine:
     """Its GPUs, where it has any, or `count` ranks (one) that share its processors and what memory is free."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpus:
+    if choose_device(device).type == "cuda":
+        gpus = torch.cuda.device_count()
         smallest = min(torch.cuda.get_device_properties(index).total_memory for index in range(gpus))
         return Machine("cuda", smallest, min(count or gpus, gpus), True)
     return Machine("cpu", psutil.virtual_memory().available // (count or 1), count or 1, True)
@@ -169,7 +168,7 @@ def plan(recipe: Recipe, config: GPT2Config, machine: Machine) -> Plan:
         room = machine.usable - held - memory.gathered
         share, asked_size = -(-recipe.batch.global_size // machine.count), recipe.batch.micro_size
         if asked_size == "auto":
-            most = min(share, (CPU_TOKENS if machine.device == "cpu" else _GPU_TOKENS) // block)
+            most = min(share, (CPU_TOKENS if machine.device == "cpu" else GPU_TOKENS) // block)
             size = max(1, min(most, 1 + (room - first) // max(1, more)))
         else:
             size = asked_size
@@ -245,9 +244,8 @@ def _wire(shapes: Shapes, way: Way, ranks: int, precision: Format, micro_batches
 
 def tensors_at_most(inputs: RunInputs, forward: ForwardFn, accelerator: Accelerator) -> int:
     """Bytes by which this rank grows, at most, from before the base is loaded."""
-    stage, ranks, device = zero_stage(accelerator), accelerator.num_processes, accelerator.device
-    way: Any = f"zero{stage}" if stage else "ddp" if ranks > 1 else "one"
-    kind: Any = "cpu" if device.type == "cpu" else "cuda"
+    stage, ranks, way = zero_stage(accelerator), accelerator.num_processes, way_of(accelerator)
+    kind: Any = "cpu" if accelerator.device.type == "cpu" else "cuda"
     recipe, config, blocks = inputs.recipe, inputs.base.config, inputs.corpus.train
     precision: Any = NAME_OF[forward.dtype]
     shapes = shapes_of(config, recipe.lora)
