@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +19,16 @@ DryRunOption = Annotated[
     bool,
     typer.Option("--dry-run", help="Check everything, print the recipe as it would run and what it takes; train not."),
 ]
+
+
+def allocates_in_expandable_segments() -> bool:
+    """Whether CUDA's memory is to grow in place: steps differ in shape, and what is free breaks into pieces.
+
+    Not where that fails at the first allocation (WSL, Jetson) or is not there (Windows), nor where somebody has chosen.
+    """
+    chosen = os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+    elsewhere = "microsoft" in platform.release().lower() or Path("/etc/nv_tegra_release").exists()
+    return sys.platform == "linux" and not chosen and not elsewhere
 
 
 def train(
@@ -34,6 +46,8 @@ def train(
 
     with report_once_per_machine():
         checked = load_recipe(recipe, overrides)  # before torch is imported: a wrong recipe is refused at once
+    if allocates_in_expandable_segments():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # before torch is imported
     speaks = os.environ.get("RANK", "0") == "0"  # of several ranks the first
     if dry_run:
         from peftune.cli.output.dry_run import print_dry_run
