@@ -72,7 +72,8 @@ case ${1:-} in
 --wheels) fill "${2:?--wheels needs a directory}" && exit ;;
 esac
 [[ -n ${OUT:-} ]] || fail "OUT is missing: a directory for the results; bash launch/first-gpu-hour.sh --help"
-mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || fail "OUT is $OUT, which cannot be made"
+mkdir -p "$OUT" || fail "OUT is $OUT, which cannot be made"
+OUT=$(cd "$OUT" && pwd)
 command -v "$python" >/dev/null || fail "PEFTUNE_PYTHON is $python, which is not a program"
 for wanted in "$@"; do
   parts | grep -q "^$wanted " || fail "no part $wanted; there are: $(parts | cut -d' ' -f1 | tr '\n' ' ')"
@@ -94,7 +95,9 @@ if [[ -n ${PEFTUNE_REHEARSAL:-} ]]; then more=(--quick --device cpu --rounds 1);
 # part NAME SECONDS MODULE COMMAND [OPTION ...]
 part() {
   local name=$1 seconds=$2 module=$3 began=$SECONDS code=0 options=("${@:4}")
-  if ((${#more[@]})); then options=("$4"); fi # its sizes would win over those of --quick
+  if ((${#more[@]})); then # its sizes would win over those of --quick; a machine without a GPU may be slow or busy
+    options=("$4") seconds=$((10 * seconds))
+  fi
   if [[ -s $OUT/$name.json ]]; then
     say "$name: done already"
     return

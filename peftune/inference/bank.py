@@ -186,7 +186,8 @@ class AdapterBank:
         on_text: OnText | None = None,
         slots: int = 8,
     ) -> list[Generation]:
-        """Continue every prompt, up to `slots` at a time in one batch; each gets the text that it would get alone.
+        """Continue every prompt, up to `slots` at a time in one batch; each gets the text that it would get alone
+        (on a GPU but for near ties between two tokens: its kernels depend on the number of rows).
 
         With `num_return_sequences` n, the n texts of the first prompt come first (also for `on_text`), then those of
         the second; they sample with seed, seed + 1, ….

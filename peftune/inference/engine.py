@@ -62,8 +62,8 @@ class EngineLoad:
 class Engine:
     """Up to `slots` texts at a time, up to `queue` more waiting.
 
-    Memory is bounded by `slots` times the cache of a full context. A seeded request gets the same text whatever else
-    runs beside it.
+    Memory is bounded by `slots` times the cache of a full context. On a CPU a seeded request gets the same text
+    whatever else runs beside it; on a GPU but for near ties.
     """
 
     def __init__(self, models: ModelProvider, slots: int = 8, queue: int = 256) -> None:
