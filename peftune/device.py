@@ -22,7 +22,7 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 
 _OLDEST_DRIVER = {13: 580, 12: 525}  # of NVIDIA, by the CUDA that torch was built for
 _OTHER_TORCH = "install a torch for CUDA 12.6, from https://download.pytorch.org/whl/cu126 (docs/install.md says how)"
-_INSIST = "to compute on the CPU all the same, give device cpu (in a recipe run.device: cpu)"
+_INSIST = "to compute on the CPU all the same, give device cpu (in a recipe run.device: cpu) or CUDA_VISIBLE_DEVICES="
 _NO_MEMORY = "out of memory", "not enough memory", "can't allocate memory", "STATUS_ALLOC_FAILED"
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from peftune import device
+from peftune.cli import main
 from peftune.device import choose_device, choose_precision, inference_precision, is_out_of_memory
 from peftune.errors import UserError
 
@@ -174,3 +176,30 @@ def test_the_driver_is_asked_for_its_version(monkeypatch: pytest.MonkeyPatch, tm
         program.write_text(f"#!/bin/sh\n{script}\n")
         program.chmod(0o700)
         assert device.nvidia_driver() == version
+
+
+def test_no_test_sees_a_gpu_but_those_that_need_one(request: pytest.FixtureRequest) -> None:
+    assert request.config.getoption("markexpr") == "gpu" or os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "generate --prompt the --base {base} --device cuda",
+        "eval --data text={text} --base {base} --device cuda",
+        "serve --port 0 --base {base} --device cuda",
+        "train {recipe} run.device=cuda",
+        "train {recipe} run.device=cuda --dry-run",
+        "plan {recipe} run.device=cuda",
+    ],
+    ids=lambda words: words.split()[0] + words.split()[-1],
+)
+def test_every_verb_refuses_a_gpu_that_is_not_there_in_one_line(
+    words: str, tiny_base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text, recipe = tmp_path / "text.txt", tmp_path / "recipe.yaml"
+    text.write_text("the cat sat\n\nthe dog ran\n")
+    recipe.write_text(f"base: {tiny_base}\ndata: {{train: {text}, validation: 0}}\nrun: {{out: {tmp_path / 'out'}}}\n")
+    assert main.run(words.format(base=tiny_base, text=text, recipe=recipe).split()) == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith("peftune: device is cuda, and torch finds no GPU here")
+    assert not (tmp_path / "out").exists()
