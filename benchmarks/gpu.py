@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -76,6 +77,7 @@ def repeat(setup: Setup) -> Result:
             name = f"repeat-{deterministic}-{number}"
             values = setup.recipe(name, optim={"lr": 1e-3, "steps": setup.arguments.steps})
             values["run"] |= {"precision": "bf16", "deterministic": deterministic, "device": setup.arguments.device}
+            shutil.rmtree(values["run"]["out"], ignore_errors=True)  # of a part that was cut
             path = setup.root / f"{name}.json"
             path.write_text(json.dumps(values), encoding="utf-8")
             began = time.perf_counter()
