@@ -6,8 +6,8 @@
 #
 #   OUT                where results go
 #   PEFTUNE_PYTHON     an interpreter with torch for CUDA, 2.11 or later (default: python3); no network is needed
-#   PEFTUNE_WHEELS     a directory of wheels to install first, into an environment on top of that interpreter's; packages
-#                      that it has already stay as they are. `--wheels DIRECTORY`, on a machine with a network, fills one
+#   PEFTUNE_WHEELS     a directory of wheels to take first, beside what that interpreter has; nothing of it is changed.
+#                      `--wheels DIRECTORY`, on a machine with a network, fills one
 #   PEFTUNE_REHEARSAL  anything: tiny shapes on the CPU, to see whether all of it runs
 #
 #   --list             the parts: name, seconds at most, command
@@ -41,17 +41,20 @@ parts() {
   echo "plan 120 train plan --grid 12x768:bf16:1024:16,12x768:bf16:1024:32:recompute,48x1600:bf16:1024:2"
 }
 
-# Of each package below the version that is tested with, for Python 3.12 on Linux; bitsandbytes without the libraries of
-# other CUDAs, and deepspeed without compiled operators, which builds anywhere.
+# For Python 3.12 on Linux, the versions that are tested; bitsandbytes without the libraries of other CUDAs, and deepspeed
+# without compiled operators. What a machine with torch and Transformers is likely to have is not among them.
 fill() {
-  local directory=$1 name pins=()
-  for name in pydantic pydantic-core annotated-types typing-inspection datasets trl dill xxhash multiprocess pyarrow; do
-    pins+=("$(sed -n "s/^\($name==[^ ;]*\).*/\1/p" "$root/launch/constraints.txt" | head -n 1)")
+  local name pins=() platforms=()
+  for name in pydantic pydantic-core annotated-types typing-inspection datasets dill multiprocess trl hjson bitsandbytes; do
+    pins+=("$(pin "$name")")
   done
-  "$python" -m pip download --no-deps --only-binary=:all: --python-version 312 --platform manylinux_2_28_x86_64 \
-    --platform manylinux_2_24_x86_64 --platform manylinux2014_x86_64 --dest "$directory" "${pins[@]}" "$(pin bitsandbytes)" || exit 2
-  DS_BUILD_OPS=0 "$python" -m pip wheel --no-deps --wheel-dir "$directory" "$(pin deepspeed)" || exit 2
-  "$python" - "$directory" <<'PYTHON'
+  for name in manylinux_2_28 manylinux_2_27 manylinux_2_24 manylinux_2_17 manylinux2014; do
+    platforms+=(--platform "${name}_x86_64")
+  done
+  "$python" -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp "${platforms[@]}" \
+    --dest "$1" "${pins[@]}" || exit 2
+  DS_BUILD_OPS=0 "$python" -m pip wheel --no-deps --wheel-dir "$1" "$(pin deepspeed)" || exit 2
+  "$python" - "$1" <<'PYTHON'
 import pathlib, re, sys, zipfile
 for path in pathlib.Path(sys.argv[1]).glob("bitsandbytes-*.whl"):
     slim = path.with_suffix(".part")
@@ -63,7 +66,7 @@ for path in pathlib.Path(sys.argv[1]).glob("bitsandbytes-*.whl"):
 PYTHON
 }
 
-pin() { sed -n "s/^\($1==[^ ;]*\).*/\1/p" "$root/launch/constraints.txt" | head -n 1; }
+pin() { sed -n "s/^\($1==[^ ;]*\).*/\1/p" "$root/launch/constraints.txt" | tail -n 1; }
 
 python=${PEFTUNE_PYTHON:-python3}
 case ${1:-} in
@@ -83,12 +86,10 @@ done
 work=${TMPDIR:-/tmp}/peftune-first-gpu-hour-$(id -u)
 mkdir -p "$work"
 if [[ -n ${PEFTUNE_WHEELS:-} ]]; then
-  [[ -x $work/env/bin/python ]] || "$python" -m venv --system-site-packages "$work/env" || fail "could not make $work/env"
-  "$work/env/bin/python" -m pip install --quiet --no-index --no-deps "$PEFTUNE_WHEELS"/*.whl >&2 ||
-    fail "the wheels in $PEFTUNE_WHEELS cannot be installed, see above"
-  python=$work/env/bin/python
+  "$python" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$work/site" \
+    "$PEFTUNE_WHEELS"/*.whl >&2 || fail "the wheels in $PEFTUNE_WHEELS cannot be installed, see above"
 fi
-export PYTHONPATH=$root HF_HUB_OFFLINE=1 PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+export PYTHONPATH=$root:$work/site HF_HUB_OFFLINE=1 PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 more=()
 if [[ -n ${PEFTUNE_REHEARSAL:-} ]]; then more=(--quick --device cpu --rounds 1); fi
 
