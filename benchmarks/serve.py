@@ -28,7 +28,16 @@ _PROMPTS = ("def main(", "The ", "import os\n", "LATIN SMALL LETTER", "class A",
 def server(arguments: Namespace, adapters: dict[str, str], root: Path) -> Iterator[tuple[str, int]]:
     """URL and process id of a server with these adapters, loadable from `root` as well."""
     command = [sys.executable, "-m", "peftune", "serve", "--base", str(arguments.base), "--port", "0"]
-    command += ["--slots", str(arguments.slots), "--queue", "4096", "--adapter-root", str(root)]
+    command += [
+        "--device",
+        arguments.device,
+        "--slots",
+        str(arguments.slots),
+        "--queue",
+        "4096",
+        "--adapter-root",
+        str(root),
+    ]
     command += [part for name, path in adapters.items() for part in ("--adapter", f"{name}={path}")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None

@@ -12,8 +12,8 @@ from pathlib import Path
 from transformers import GPT2Config
 
 from peftune.config.recipe import LoraSection
-from peftune.training.device import LIVE_TENSORS
 from peftune.training.planning.memory_model import RankMemory, Shapes, Way, bytes_per_rank, shapes_of
+from peftune.training.planning.trace import LIVE_TENSORS
 
 PAGE = Path(__file__).with_name("many-ranks.md")
 BEGIN, END = "<!-- written by docs/build_memory_table.py -->", "<!-- end -->"

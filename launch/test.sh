@@ -23,6 +23,9 @@ trap 'rm -f "$types"' EXIT
 # Two tests at a time, one thread each: as fast as two cores can, and not slower where there are more.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 check "tests" pytest -q -n 2 --durations=10 "$@"
+if command -v nvidia-smi >/dev/null; then # the tests before see no GPU
+  check "tests on a GPU" pytest -q -m gpu
+fi
 say "types"
 wait $! || failed+=("types")
 cat "$types"

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from peftune.inference.bank import AdapterBank
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """No test sees a GPU, so that all are the same on every machine; but `pytest -m gpu` runs those that need one."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped, by name and with the reason, where torch finds no CUDA device."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
@@ -26,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
         if not torch.cuda.is_available():
             for item in marked:
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+                item.add_marker(pytest.mark.skip(reason="no CUDA device; where there is one: pytest -m gpu"))
 
 
 # Time is measured in benchmarks/; a busy machine is no reason to fail.

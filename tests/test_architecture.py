@@ -20,7 +20,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first; a package imports from layers below its own.
 LAYERS = (
     {"version", "errors"},
-    {"files", "cache", "console", "config"},
+    {"files", "cache", "console", "config", "device"},
     {"data", "model"},
     {"adapters"},
     {"inference"},

@@ -1,4 +1,4 @@
-"""The same promises on a GPU. Skipped, and counted as skipped, where there is none."""
+"""The same promises on a GPU: `pytest -m gpu`. Skipped, and counted as skipped, where there is none."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,28 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftune.config.recipe import LoraSection, Recipe, recipe_from
+from peftune.device import choose_device, device_name
 from peftune.inference.bank import AdapterBank
 from peftune.inference.settings import GenerationSettings
 from peftune.model import quantized
 from peftune.model.base import Base
 from peftune.model.load import load_model, move_to
-from peftune.model.lora import inject
+from peftune.model.lora import Adapted, inject
 from peftune.model.loss import LossModel
 from peftune.model.train import attention, varlen_attention
+from peftune.model.train.attention import kernel_for
 from peftune.model.train.forward import train_forward
 from peftune.training import run
 from peftune.training.metrics import read_metrics
 from peftune.training.optimizer import ReplicatedStrategy
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]  # libraries warn of other things on a GPU
 ROOT = Path(__file__).parents[1]
+GPU = torch.device("cuda", 0)
 Make = Callable[..., Recipe]
 
 
@@ -50,46 +56,64 @@ def recipe(tiny_base: Path, tmp_path: Path) -> Make:
     return lambda out, *overrides: recipe_from(values, [f"run.out={tmp_path / out}", *overrides])
 
 
-@pytest.fixture
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe], list[float]]:
-    """Train a recipe as on a machine without a GPU; its losses."""
-
-    def start(made: Recipe) -> list[float]:
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.cuda, "is_available", lambda: False)
-            return losses(made)
-
-    return start
-
-
 def losses(made: Recipe) -> list[float]:
+    """Of a run that is made now, on the device that its recipe names, else on the GPU."""
     run.train(made)
-    return told(Path(made.run.out))
+    return told(made)
 
 
-def told(out: Path) -> list[float]:
-    return [event["loss"] for event in read_metrics(out / "metrics.jsonl") if event["event"] == "train"]
+def told(made: Recipe) -> list[float]:
+    events = [*read_metrics(Path(made.run.out) / "metrics.jsonl")]
+    wanted = "CPU" if made.run.device == "cpu" else device_name(GPU)
+    assert [event["device"] for event in events if event["event"] == "start"] == [wanted]
+    return [event["loss"] for event in events if event["event"] == "train"]
+
+
+def needs_bf16() -> None:
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        pytest.skip("this GPU has no bf16")
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 1e-2), ("fp16", 1e-2)])
-def test_a_gpu_learns_what_a_cpu_learns(recipe: Make, on_cpu: Any, precision: str, tolerance: float) -> None:
-    if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        pytest.skip("this GPU has no bf16")
-    wanted = on_cpu(recipe("cpu"))
+def test_a_gpu_learns_what_a_cpu_learns(recipe: Make, precision: str, tolerance: float) -> None:
+    if precision == "bf16":
+        needs_bf16()
+    wanted = losses(recipe("cpu", "run.device=cpu"))
     np.testing.assert_allclose(losses(recipe("gpu", f"run.precision={precision}")), wanted, rtol=tolerance)
 
 
-def test_a_run_begun_on_a_gpu_goes_on_on_a_cpu(recipe: Make, on_cpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = on_cpu(recipe("whole"))
-    taken = iter([run.train_step] * 5)
+def test_a_run_begun_on_a_gpu_goes_on_on_a_cpu(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = losses(recipe("whole", "run.device=cpu"))
+    cut_after(5, recipe("moved"), monkeypatch)
+    run.train(recipe("moved", "run.device=cpu"))
+    np.testing.assert_allclose(told(recipe("moved")), whole, rtol=1e-4)
+
+
+def cut_after(steps: int, made: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begin a run that a signal stops after so many steps."""
+    taken = iter([run.train_step] * steps)
+
+    def stop(*_: object) -> object:
+        raise run.StopNow
+
     with monkeypatch.context() as patch, pytest.raises(Exception, match="the same command"):
-        patch.setattr(run, "train_step", lambda *given: next(taken, _stop)(*given))
-        run.train(recipe("moved"))
-    np.testing.assert_allclose(on_cpu(recipe("moved")), whole, rtol=1e-4)
+        patch.setattr(run, "train_step", lambda *given: next(taken, stop)(*given))
+        run.train(made)
 
 
-def _stop(*_: object) -> object:
-    raise run.StopNow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_equal_deterministic_runs_are_equal_to_the_bit_and_so_is_one_that_is_resumed(
+    recipe: Make, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if precision == "bf16":
+        needs_bf16()
+    settings = f"run.precision={precision}", "run.deterministic=true", "lora.dropout=0.1"
+    made = [recipe(name, *settings) for name in ("one", "two", "resumed")]
+    cut_after(5, made[2], monkeypatch)
+    assert losses(made[0]) == losses(made[1]) == losses(made[2])
+    first, *others = (load_file(Path(each.run.out) / "adapter_model.safetensors") for each in made)
+    for other in others:
+        assert all(torch.equal(other[name], tensor) for name, tensor in first.items())
 
 
 def test_adamw_is_fused_and_batches_come_through_pinned_memory(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,90 +131,128 @@ def test_adamw_is_fused_and_batches_come_through_pinned_memory(recipe: Make, mon
     assert seen and all(seen) and pinned
 
 
-def test_a_gpu_that_is_full_halves_the_micro_batch(recipe: Make, tmp_path: Path) -> None:
-    corpus = tmp_path / "many.jsonl"  # a step of 2,000 blocks keeps about 1.4 GB of activations in one forward
-    corpus.write_text("".join(json.dumps({"text": "the cat sat on the mat " * 11}) + "\n" for _ in range(2000)))
+def test_a_gpu_that_is_full_halves_the_micro_batch(
+    recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The limit is one of this process, of which the estimate of the first micro-batch does not know."""
+    corpus = tmp_path / "many.jsonl"  # a step of 1,000 blocks keeps about 0.7 GB of activations in one forward
+    corpus.write_text("".join(json.dumps({"text": "the cat sat on the mat " * 11}) + "\n" for _ in range(1000)))
+    made = recipe("full", "batch.global_size=1000", f"data.train=[{corpus}]", "optim.steps=2")
     torch.cuda.empty_cache()
-    limit = torch.cuda.memory_allocated() + 500_000_000
+    limit = torch.cuda.memory_allocated() + 300_000_000
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
     try:
-        run.train(recipe("full", "batch.global_size=2000", f"data.train=[{corpus}]", "optim.steps=2"))
+        losses(made)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "out of memory: micro-batches of" in capsys.readouterr().err
     state = json.loads((tmp_path / "full" / "checkpoints" / "step-2" / "state.json").read_text())
-    assert 0 < state["micro_size"] < 2000
+    assert 0 < state["micro_size"] < 1000
+
+
+def test_memory_of_a_run_is_what_was_foreseen(recipe: Make) -> None:
+    made = recipe("memory", "batch.global_size=512", "optim.epochs=1", "optim.steps=2", "run.precision=auto")
+    losses(made)
+    events = [*read_metrics(Path(made.run.out) / "metrics.jsonl")]
+    foreseen = next(event["predicted_peak_bytes"] for event in events if event["event"] == "memory")
+    measured = max(event["peak_memory_bytes"] for event in events if event["event"] == "train")
+    assert measured < 1.1 * foreseen + 50e6  # cuBLAS has a workspace of its own
 
 
 def test_rows_of_one_document_take_flash_attention(tiny_base: Path) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    scorer = LossModel(load_model(Base(tiny_base), torch.bfloat16, "cuda"))
-    ids, positions = torch.randint(0, 299, (2, 64), device="cuda"), torch.arange(64, device="cuda").expand(2, 64)
+    needs_bf16()
+    scorer = LossModel(load_model(Base(tiny_base), torch.bfloat16, GPU))
+    ids, positions = torch.randint(0, 299, (2, 64), device=GPU), torch.arange(64, device=GPU).expand(2, 64)
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION]), torch.no_grad():  # raises where no such kernel takes it
         flash = scorer(ids, positions, ids.roll(-1, dims=1), None)
     masked = scorer(ids, positions, ids.roll(-1, dims=1), torch.zeros_like(ids))
     torch.testing.assert_close(flash, masked, rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("width", [64, 80])
+def test_training_in_bf16_takes_flash_attention_over_documents_end_to_end(width: int) -> None:
+    """From compute capability 8.0 on; the widths of a head of GPT-2 and of one that is odd."""
+    if torch.cuda.get_device_capability(GPU) < (8, 0):
+        pytest.skip("flash attention needs compute capability 8.0")
+    assert kernel_for(GPU, torch.bfloat16, width).name == "flash attention, documents end to end"
+
+
+def adapted_of(base: Path | tuple[int, int]) -> Adapted:
+    """A checkpoint, or random weights of (width, heads) and two blocks, with an adapter whose B is not zero."""
+    if isinstance(base, Path):
+        model = load_model(Base(base))
+    else:
+        torch.manual_seed(0)
+        drop = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=base[0], n_head=base[1], **drop))
+    adapted = inject(model, LoraSection(rank=4, alpha=8), 0)
+    for name, parameter in adapted.trainable().items():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
+    return adapted
+
+
+def gradient(adapted: Adapted, batch: list[torch.Tensor], fast: torch.dtype | None, recompute: bool) -> torch.Tensor:
+    """By the fast forward in this dtype; None is the library's path in fp32."""
+    move_to(adapted.model, GPU, fast or torch.float32)
+    adapted.model.train()
+    if fast is not None:
+        loss = train_forward(adapted, fast, 0.0, 0.0, recompute)(*batch)
+    else:
+        loss = LossModel(adapted.model)(*(tensor.to(GPU) for tensor in batch))
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(adapted.trainable().values()))])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2), (torch.float16, 1e-2)])
+@pytest.mark.parametrize("base", ["tiny", (768, 12), (1600, 25)], ids=str)
 def test_fast_steps_give_the_gradients_of_the_library_path(
-    tiny_base: Path, dtype: torch.dtype, tolerance: float
+    tiny_base: Path, base: Any, dtype: torch.dtype, tolerance: float, recompute: bool
 ) -> None:
-    """Documents of unequal length, one row padded; whichever kernel was chosen for this dtype."""
-    segments = torch.tensor([[0] * 20 + [1] * 44, [0] * 3 + [1] * 37 + [-1] * 24])
-    positions = torch.cat([torch.arange(n) for n in (20, 44, 3, 37, 24)]).view(2, 64)
-    ids = torch.randint(0, 299, (2, 64))
+    """Documents of unequal length, one row padded; whichever kernel this dtype has; GPT-2's and XL's width."""
+    times = 1 if base == "tiny" else 8
+    lengths = [times * n for n in (20, 44, 3, 37, 24)]
+    segments = torch.tensor([0, 1, 0, 1, -1]).repeat_interleave(torch.tensor(lengths)).view(2, -1)
+    positions = torch.cat([torch.arange(n) for n in lengths]).view(2, -1)
+    ids = torch.randint(0, 299, segments.shape, generator=torch.Generator().manual_seed(0))
     targets = torch.where(segments >= 0, ids.roll(-1, dims=1), -100)
-
-    def gradient(number_format: torch.dtype, is_fast: bool) -> torch.Tensor:
-        adapted = inject(load_model(Base(tiny_base)), LoraSection(rank=4, alpha=8), 0)
-        for name, parameter in adapted.trainable().items():
-            if ".lora_B." in name:
-                torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
-        move_to(adapted.model, "cuda", number_format)
-        adapted.model.train()
-        if is_fast:
-            loss = train_forward(adapted, dtype, 0.0, 0.0, recompute=False)(ids, positions, targets, segments)
-        else:
-            loss = LossModel(adapted.model)(ids.cuda(), positions.cuda(), targets.cuda(), segments.cuda())
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(adapted.trainable().values()))])
-
-    found, wanted = gradient(dtype, True), gradient(torch.float32, False)
+    batch, where = [ids, positions, targets, segments], tiny_base if base == "tiny" else base
+    found = gradient(adapted_of(where), batch, dtype, recompute)
+    wanted = gradient(adapted_of(where), batch, None, False)
     assert float((found - wanted).norm() / wanted.norm()) < tolerance
 
 
 @pytest.mark.parametrize("plan", [varlen_attention.plan, attention._fused])
 def test_every_gpu_kernel_is_causal_attention_within_documents(plan: Any) -> None:
-    lengths, heads = np.array([5, 130, 1, 129]), 2
-    qkv = torch.randn(265, 3 * heads * 64, device="cuda", dtype=torch.bfloat16)
-    found = plan(lengths, heads, torch.device("cuda"))(qkv)
-    wanted = attention._by_query_blocks(lengths, heads, torch.device("cpu"))(qkv.float().cpu())
+    lengths, heads, scale = np.array([5, 130, 1, 129]), 2, 0.125
+    qkv = torch.randn(265, 3 * heads * 64, device=GPU, dtype=torch.bfloat16)
+    found = plan(lengths, heads, GPU)(qkv, scale)
+    wanted = attention._by_query_blocks(lengths, heads, torch.device("cpu"))(qkv.float().cpu(), scale)
     torch.testing.assert_close(found.float().cpu(), wanted, rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.skipif(not quantized.is_available(), reason="bitsandbytes is not installed")
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_quantised_base_computes_on_a_gpu_what_it_computes_on_a_cpu(tiny_base: Path, kind: quantized.Kind) -> None:
     ids, positions = torch.randint(0, 299, (2, 64)), torch.arange(64).expand(2, 64)
     targets = ids.roll(-1, dims=1)
     wanted = LossModel(load_model(Base(tiny_base), quantize=kind))(ids, positions, targets, None)
-    scorer = LossModel(load_model(Base(tiny_base), device="cuda", quantize=kind))
-    found = scorer(ids.cuda(), positions.cuda(), targets.cuda(), None)
+    scorer = LossModel(load_model(Base(tiny_base), device=GPU, quantize=kind))
+    found = scorer(ids.to(GPU), positions.to(GPU), targets.to(GPU), None)
     torch.testing.assert_close(found.cpu(), wanted, rtol=1e-4, atol=0)
-
-
-@pytest.fixture
-def gpus() -> Iterator[int]:
-    yield torch.cuda.device_count()
 
 
 def test_a_mixed_batch_writes_on_a_gpu_what_it_writes_on_a_cpu(tiny_base: Path, tmp_path: Path) -> None:
     for seed, name in enumerate(("one", "two")):
         torch.manual_seed(seed)
-        model = get_peft_model(load_model(Base(tiny_base)), LoraConfig(r=4 + seed, target_modules=["c_attn", "c_fc"]))
+        lora = LoraConfig(r=4 + seed, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+        model = get_peft_model(load_model(Base(tiny_base)), lora)
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.data += 0.2 * torch.randn_like(parameter)
         model.save_pretrained(tmp_path / name)
-    banks = [AdapterBank(str(tiny_base), device=device) for device in ("cpu", "cuda")]
+    banks = [AdapterBank(str(tiny_base), "fp32", device) for device in ("cpu", GPU.type)]
     names = ["one", "two", None, "two"]
     for bank in banks:
         for name in ("one", "two"):
@@ -203,6 +265,18 @@ def test_a_mixed_batch_writes_on_a_gpu_what_it_writes_on_a_cpu(tiny_base: Path, 
     assert banks[1].generate(["the cat"] * 4, settings, names) == alone
 
 
+def test_a_bank_computes_in_bf16_on_a_gpu_that_has_it(tiny_base: Path) -> None:
+    needs_bf16()
+    bank = AdapterBank(str(tiny_base))
+    assert (bank.precision, bank.spec.device, bank.spec.dtype) == ("bf16", choose_device(), torch.bfloat16)
+    assert bank.generate(["the cat"], GenerationSettings(max_new_tokens=20, temperature=0))[0].ids
+
+
+@pytest.fixture
+def gpus() -> Iterator[int]:
+    yield torch.cuda.device_count()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("way", ["ddp", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"])
@@ -212,11 +286,13 @@ def test_every_gpu_configuration_gives_the_same_adapter(
     """NCCL between GPUs, offloaded optimizer and weights in pinned memory; one GPU is a world of one."""
     if gpus < ranks:
         pytest.skip(f"{ranks} GPUs needed, {gpus} here")
-    losses(recipe("one"))
-    made = recipe("many", f"batch.micro_size={4 // ranks}")
+    if "zero" in way and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    one, made = recipe("one"), recipe("many", f"batch.micro_size={4 // ranks}")
+    wanted = losses(one)
     (tmp_path / "r.json").write_text(json.dumps(made.model_dump(mode="json")))
     launcher = [sys.executable, "-m", "peftune", "launch", "--processes", str(ranks)]
     command = [*launcher, way, str(tmp_path / "r.json")]
     subprocess.run(command, cwd=ROOT, check=True, timeout=300)
-    np.testing.assert_allclose(told(tmp_path / "many"), told(tmp_path / "one"), rtol=1e-4)
+    np.testing.assert_allclose(told(made), wanted, rtol=1e-4)
     assert distance(tmp_path / "one", tmp_path / "many") <= 1e-3

@@ -37,6 +37,6 @@ def test_every_module_is_imported_without_fcntl_and_resource() -> None:
 
 
 def test_peak_memory_without_resource_is_a_number() -> None:
-    code = "import torch; from peftune.training.device import peak_memory\nassert peak_memory(torch.device('cpu')) >= 0"
+    code = "import torch; from peftune.device import peak_memory\nassert peak_memory(torch.device('cpu')) >= 0"
     done = subprocess.run([sys.executable, "-c", UNIX_ABSENT + code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

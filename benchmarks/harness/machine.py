@@ -56,17 +56,17 @@ def gemm_peak(sizes: list[tuple[int, int, int]], dtype: torch.dtype, device: str
     for rows, inner, columns in sizes:
         x = torch.randn(rows, inner, device=device, dtype=dtype)
         w = torch.randn(inner, columns, device=device, dtype=dtype)
-        rates[f"{rows}x{inner}x{columns}"] = 2e-9 * rows * inner * columns / _seconds("x @ w", x=x, w=w)
+        rates[f"{rows}x{inner}x{columns}"] = 2e-9 * rows * inner * columns / seconds_of("x @ w", x=x, w=w)
     return {**rates, "peak": max(rates.values())}
 
 
 def bandwidth(device: str) -> float:
     """GB/s of copying a tensor far larger than the caches: bytes read plus bytes written (median)."""
     source = torch.ones(2**28, dtype=torch.uint8, device=device)
-    return 2e-9 * source.numel() / _seconds("target.copy_(source)", source=source, target=torch.empty_like(source))
+    return 2e-9 * source.numel() / seconds_of("target.copy_(source)", source=source, target=torch.empty_like(source))
 
 
-def _seconds(work: str, **names: torch.Tensor) -> float:
+def seconds_of(work: str, **names: torch.Tensor) -> float:
     """Median time, warm, CUDA's own included, on as many threads as this process has."""
     timer = Timer(work, globals=names, num_threads=torch.get_num_threads())
     return float(timer.blocked_autorange(min_run_time=0.2).median)

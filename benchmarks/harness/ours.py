@@ -27,9 +27,9 @@ from benchmarks.harness.workers import Channel, Contestant
 from peftune.config.recipe import recipe_from
 from peftune.console import Console
 from peftune.data.batches import blocks_of_step
+from peftune.device import choose_precision
 from peftune.model.load import DTYPES, NAME_OF, footprint, with_dropout
 from peftune.model.lora import peft_config, quiet_peft
-from peftune.training.device import choose_precision
 from peftune.training.distributed import start
 from peftune.training.distributed.signals import StopRequest
 from peftune.training.inputs import read_inputs_on_all_ranks

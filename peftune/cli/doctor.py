@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Annotated
@@ -43,6 +44,8 @@ def doctor(
             return
         yield from machine.check_processor(facts)
         yield from runs.check_gpus(facts)
+        if facts["no_gpu"]:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # told once; the rest is tried on the CPU
         tries = runs.runs_to_try(len(facts["gpus"]))
         with Console().progress as progress:
             task = progress.add_task("trying", total=len(tries), note="")

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeVar
 
 import typer
 
@@ -53,6 +53,13 @@ def _spell_as_columns(values: list[str] | None) -> list[str] | None:
 Columns = Annotated[
     list[str] | None,
     typer.Option("--column", metavar="KEY=VALUE", help=_COLUMN_HELP, callback=_spell_as_columns),
+]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"],
+    typer.Option(help="What to compute in; auto is bf16 on a GPU that has it, else fp32."),
+]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute; auto takes a GPU where there is one.")
 ]
 BlockSize = Annotated[int | None, typer.Option(min=8, help="Tokens per block. Default: the base's context.")]
 

@@ -44,7 +44,7 @@ def plan(
     from peftune.training.planning import calibration
     from peftune.training.planning.plan import Machine, plan, this_machine, what_is_planned
 
-    machine = this_machine(count) if memory is None else Machine("cuda", memory, count or 1, False)
+    machine = this_machine(count, asked.run.device) if memory is None else Machine("cuda", memory, count or 1, False)
     asked, config = what_is_planned(asked)
     found = plan(asked, config, machine)
     batch = asked.batch.global_size

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from peftune.cli.options import BASE_HELP, Adapters, named
+from peftune.cli.options import BASE_HELP, Adapters, Device, Precision, named
 from peftune.cli.output.text_output import echo
 from peftune.errors import UserError
 
@@ -53,7 +53,8 @@ def serve(
     queue: Annotated[int, typer.Option(help="Sequences that may wait; further requests get 429.")] = 256,
     max_body: Annotated[int, typer.Option(metavar="BYTES", help="Largest body of a request.")] = 1 << 20,
     max_adapters: Annotated[int, typer.Option(help="Most adapters in memory.")] = 256,
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="What to compute in.")] = "fp32",
+    precision: Precision = "auto",
+    device: Device = "auto",
     drain: Annotated[
         float, typer.Option(metavar="SECONDS", help="For requests in flight to finish after SIGTERM.")
     ] = 30.0,
@@ -81,7 +82,7 @@ def serve(
         max_body=max_body, max_adapters=max_adapters, drain=drain, routing_threshold=routing_threshold,
     )  # fmt: skip
     try:
-        server.run(base, directories, precision, settings, on_ready=echo)
+        server.run(base, directories, precision, settings, echo, device)
     except key.NoKeyError as error:
         ways = f"give --api-key-file FILE or set {key.VARIABLE}, or --no-auth if anybody may use it"
         raise UserError(f"{error}; {ways}") from None

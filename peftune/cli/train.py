@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +21,16 @@ DryRunOption = Annotated[
 ]
 
 
+def allocates_in_expandable_segments() -> bool:
+    """Whether CUDA's memory is to grow in place: steps differ in shape, and what is free breaks into pieces.
+
+    Not where that fails at the first allocation (WSL, Jetson) or is not there (Windows), nor where somebody has chosen.
+    """
+    chosen = os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+    elsewhere = "microsoft" in platform.release().lower() or Path("/etc/nv_tegra_release").exists()
+    return sys.platform == "linux" and not chosen and not elsewhere
+
+
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file; docs/recipe.md lists every key.")],
     overrides: Overrides = None,
@@ -30,6 +42,8 @@ def train(
 
     This is one process on at most one GPU. `peftune launch` starts several.
     """
+    if allocates_in_expandable_segments():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # before torch is imported
     speaks = os.environ.get("RANK", "0") == "0"  # of several ranks the first
     if dry_run:
         from peftune.cli.output.dry_run import print_dry_run

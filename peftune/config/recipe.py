@@ -104,6 +104,12 @@ class RunSection(Section):
     """With `init`: also take AdamW's moments and step count, from the checkpoint that adapter was delivered from."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Seed of the adapter's initial values, the order of samples and dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: a GPU where there is one, else the CPU; a run on a machine whose NVIDIA GPU torch cannot use is
+    refused. `cpu` and `cuda` insist."""
+    deterministic: bool = False
+    """On a GPU, take only kernels that add up in the same order each time, so that equal runs are equal bit for bit;
+    some are slower. A CPU's always do."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 where the hardware has it, else fp32 (fp16 with loss scaling on GPUs without bf16)."""
     eval_every: Annotated[int, Field(ge=0)] = 50

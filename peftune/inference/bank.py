@@ -25,6 +25,7 @@ from peftune.adapters.fold import MergedTensors
 from peftune.adapters.layout import AdapterLayout, refuse_biased_head
 from peftune.adapters.provenance import chat_of, parses_special_tokens
 from peftune.data.tokens.encode import begin_of_text_id, end_of_text_id
+from peftune.device import choose_device, inference_precision
 from peftune.errors import CheckFailed, UserError, refuse_bare_string
 from peftune.inference.detokenize import decode_plain
 from peftune.inference.engine import Engine
@@ -74,18 +75,20 @@ class LoadedAdapter:
 class AdapterBank:
     """A GPT-2 base, loaded once, and its adapters by name.
 
-    `base` is a hub name, a directory or builtin:small, or a `Base`; `precision` fp32, bf16 or fp16; `begin` and `end`
-    are the ids of the tokens that begin and end texts, for GPT-2 both `<|endoftext|>`. Methods may be called from
-    several threads; an adapter that is removed while texts are generated with it stays in memory until they end. Raises
-    UserError for a base that cannot be used.
+    `base` is a hub name, a directory or builtin:small, or a `Base`; `precision` fp32, bf16, fp16 or
+    auto, which is bf16 on a GPU that has it, else fp32; `device` cpu, cuda or auto (None), a GPU where there is one.
+    `begin` and `end` are the ids of the tokens that begin and end texts, for GPT-2 both `<|endoftext|>`. Methods may be
+    called from several threads; an adapter that is removed while texts are generated with it stays in memory until they
+    end. Raises UserError for a base, or a GPU, that cannot be used.
     """
 
-    def __init__(self, base: str | Path | Base, precision: str = "fp32", device: str | None = None) -> None:
+    def __init__(self, base: str | Path | Base, precision: str = "auto", device: str | None = None) -> None:
         self.base = open_base(base)
         self.config, self.tokenizer = self.base.config, self.base.tokenizer
         self.begin, self.end = begin_of_text_id(self.tokenizer), end_of_text_id(self.tokenizer)
-        used = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.spec = ModelSpec(self.config, dtype_of(precision), used)
+        used = choose_device(device or "auto")
+        self.precision = inference_precision(precision, used)
+        self.spec = ModelSpec(self.config, dtype_of(self.precision), used)
         self._base_variant = ModelVariant(build(self.spec, self.base.weights.tensor, self.base.weights.tied))
         self._loaded: dict[str, LoadedAdapter] = {}
         self._in_use: str | None = None
@@ -179,7 +182,8 @@ class AdapterBank:
         on_text: OnText | None = None,
         slots: int = 8,
     ) -> list[Generation]:
-        """Continue every prompt, up to `slots` at a time in one batch; each gets the text that it would get alone.
+        """Continue every prompt, up to `slots` at a time in one batch; each gets the text that it would get alone
+        (on a GPU but for near ties between two tokens: its kernels depend on the number of rows).
 
         With `num_return_sequences` n, the n texts of the first prompt come first (also for `on_text`), then those of
         the second; they sample with seed, seed + 1, ….

@@ -62,8 +62,8 @@ class EngineLoad:
 class Engine:
     """Up to `slots` texts at a time, up to `queue` more waiting.
 
-    Memory is bounded by `slots` times the cache of a full context. A seeded request gets the same text whatever else
-    runs beside it.
+    Memory is bounded by `slots` times the cache of a full context. On a CPU a seeded request gets the same text
+    whatever else runs beside it; on a GPU but for near ties.
     """
 
     def __init__(self, models: ModelProvider, slots: int = 8, queue: int = 256) -> None:
@@ -172,14 +172,17 @@ class Engine:
 
     def _refuse_when_full(self) -> None:
         if self._closing:
-            raise Stopping("the engine has failed; start it again" if self.failed else "the engine is stopping", 5.0)
+            raise self._stopping()
         waiting = len(self._waiting) + len(self._routings)
         if waiting >= self._queue:
             turns = waiting / self._batch.slots / 4  # until the queue will be shorter by a few
             raise Busy(f"{waiting} requests are waiting already", max(1.0, turns * self._batch.seconds_a_text))
 
+    def _stopping(self) -> Stopping:
+        return Stopping("the engine has failed; start it again" if self.failed else "the engine is stopping", 5.0)
+
     def _run(self) -> None:
-        """Step while there is work, until `stop`, or until after an error there is no new cache to go on with."""
+        """Step while there is work, until `stop`, or until an error after which nothing can be computed."""
         while self._wait_for_work():
             error = _attempt(self.step)
             if error is None:
@@ -230,7 +233,7 @@ class Engine:
         while self._routings:
             future, _ = self._routings.popleft()
             if future.set_running_or_notify_cancel():
-                future.set_exception(Stopping("the engine is stopping", 5.0))
+                future.set_exception(self._stopping())
 
     def _route_some(self) -> None:
         """Some forwards of the prompts that are routed, in turns."""
@@ -247,12 +250,13 @@ class Engine:
                 if error is None and not routing.is_done:
                     self._routings.append((future, routing))
                     continue
-            if not future.set_running_or_notify_cancel():
-                continue
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(routing.result())
+            if future.set_running_or_notify_cancel():
+                if error is not None:
+                    future.set_exception(error)
+                else:
+                    future.set_result(routing.result())
+            if error is not None and not isinstance(error, PeftuneError):
+                self._batch.check_device()  # else all prompts that are routed would fail, and the engine seem well
 
 
 def _attempt(what: Callable[[], object]) -> str | None:

@@ -12,6 +12,7 @@ from peftune.adapters.attach import fit, load_with_rows
 from peftune.adapters.base_of import base_of
 from peftune.adapters.provenance import parses_special_tokens
 from peftune.data.tokens.encode import begin_of_text_id, end_of_text_id
+from peftune.device import choose_device, inference_precision
 from peftune.errors import CheckFailed, UserError, refuse_bare_string
 from peftune.inference.bank import AdapterBank
 from peftune.inference.detokenize import Detokenizer
@@ -34,8 +35,9 @@ def generate(
     base: str | Path | Base | None = None,
     adapter: Path | str | None = None,
     settings: GenerationSettings | None = None,
-    precision: str = "fp32",
+    precision: str = "auto",
     on_text: OnText | None = None,
+    device: str = "auto",
 ) -> list[Generation]:
     """Continue every prompt with the base, or with an adapter on it; `AdapterBank.generate` has the rules.
 
@@ -45,7 +47,7 @@ def generate(
     """
     if base is None:
         base = base_of(*([] if adapter is None else [Path(adapter)]))
-    generator = text_generator(base, adapter, settings, precision)
+    generator = text_generator(base, adapter, settings, precision, device)
     return generator([prompts] if isinstance(prompts, str) else prompts, on_text)
 
 
@@ -53,7 +55,8 @@ def text_generator(
     base: str | Path | Base,
     adapter: Path | str | None = None,
     settings: GenerationSettings | None = None,
-    precision: str = "fp32",
+    precision: str = "auto",
+    device: str = "auto",
 ) -> TextGenerator:
     """Load the model; the function that is returned continues prompts with it, call after call."""
     base, chosen = open_base(base), settings or GenerationSettings()
@@ -65,9 +68,10 @@ def text_generator(
             read, layout, tokenizer = fit(Path(adapter), base)
             parse = parses_special_tokens(read.provenance)
             model = load_with_rows(base, read, layout)
-        model.to("cuda" if torch.cuda.is_available() else "cpu", dtype_of(precision))  # type: ignore[arg-type]
+        used = choose_device(device)
+        model.to(used, dtype_of(inference_precision(precision, used)))  # type: ignore[arg-type]
         return lambda prompts, on_text: generate_with_transformers(model, tokenizer, prompts, chosen, on_text, parse)
-    bank, name = AdapterBank(base, precision), "adapter" if adapter is not None else None
+    bank, name = AdapterBank(base, precision, device), "adapter" if adapter is not None else None
     if adapter is not None:
         bank.add("adapter", adapter)
     return lambda prompts, on_text: bank.generate(prompts, chosen, name, on_text)

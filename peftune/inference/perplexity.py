@@ -24,6 +24,7 @@ from peftune.data.batches import Blocks
 from peftune.data.documents import count_known
 from peftune.data.sources.text_files import cut_lines
 from peftune.data.tokens.store import prepare
+from peftune.device import choose_device, device_name, inference_precision
 from peftune.errors import CheckFailed, UserError
 from peftune.inference.evaluation.documents import loss_intervals, nats_by_document
 from peftune.inference.evaluation.memorisation import Window, share_reproduced, windows_of
@@ -68,22 +69,25 @@ def evaluate(
     data: Mapping[str, Documents | Blocks],
     adapters: Mapping[str, Path | str] | None = None,
     batch: int = 8,
-    precision: str = "fp32",
+    precision: str = "auto",
     block_size: int | None = None,
     trained_on: Mapping[str, Documents] | None = None,
     window: Window | None = None,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Figures of the base and of each adapter on each named domain, as `peftune eval` writes them as JSON.
 
     `base` None is the one that all adapters name. `data` maps the name of a domain to a file, to several, or to blocks
     made before; `adapters` names adapter directories. `batch` (blocks per forward) does not change the result;
-    `block_size` None is the base's context. One model is in memory at a time. Raises UserError for input that cannot
-    be scored, and for an adapter of another base.
+    `block_size` None is the base's context; `precision` and `device` are as in `AdapterBank`. One model is in memory at
+    a time. Raises UserError for input that cannot be scored, and for an adapter of another base.
 
     `intervals` are those of `loss_intervals`, over documents. With `trained_on`, named texts that adapters have learnt,
     also `memorised`: what share of their windows (`window`: of how many tokens) each model reproduces.
     """
     folders, window = _named_adapters(data, adapters or {}), window or Window()
+    used = choose_device(device)
+    precision = inference_precision(precision, used)
     base = base if isinstance(base, Base) else open_base(base or base_of(*folders.values()))
     fitted = {name: fit(directory, base) for name, directory in folders.items()}
     origins = {name: adapter.provenance for name, (adapter, _, _) in fitted.items()}
@@ -109,13 +113,15 @@ def evaluate(
             blocks, done = domains, partial(progress.advance, task)
             if name in own:
                 blocks = {domain: read(texts, block_size, tokenizer=own[name]) for domain, texts in data.items()}
-            found[name], memorised[name] = _measured(load(), blocks, windows, window, batch, precision, done)
+            found[name], memorised[name] = _measured(load(), used, blocks, windows, window, batch, precision, done)
             rows[name] = {domain: _figures(name, domain, nats, blocks[domain]) for domain, nats in found[name].items()}
     facts = {
         name: {"documents": len(blocks.documents), "tokens": blocks.tokens(), "bytes": blocks.text_bytes()}
         for name, blocks in domains.items()
     }
-    result = {"domains": facts, "rows": rows, "intervals": loss_intervals(found), **not_held_out(origins, domains)}
+    computed = {"precision": precision, "device": device_name(used)}
+    result = {"domains": facts, "rows": rows, **computed, "intervals": loss_intervals(found)}
+    result |= not_held_out(origins, domains)
     return result | ({"memorised": memorised, "window": vars(window)} if windows else {})
 
 
@@ -132,11 +138,10 @@ def _named_adapters(data: Mapping[str, Any], adapters: Mapping[str, Path | str])
 
 
 def _measured(
-    model: Model, domains: Mapping[str, Blocks], windows: Mapping[str, torch.Tensor], window: Window, batch: int,
-    precision: str, done: Callable[[int], None],
+    model: Model, device: torch.device, domains: Mapping[str, Blocks], windows: Mapping[str, torch.Tensor],
+    window: Window, batch: int, precision: str, done: Callable[[int], None],
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:  # fmt: skip
     """`nats_by_document` of each domain, and `share_reproduced` of each text's windows; `done` hears of batches."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scorer = LossModel(model).to(device)
     with torch.autocast(device.type, dtype_of(precision), enabled=precision != "fp32"):
         found = {name: nats_by_document(scorer, blocks, batch, device, done) for name, blocks in domains.items()}

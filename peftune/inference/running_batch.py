@@ -44,10 +44,18 @@ class RunningBatch:
         self.rows.append(row)
 
     def reset(self) -> None:
-        """Forget all texts and begin with an empty cache; the old one goes first, since memory may be short."""
+        """Forget all texts and begin with an empty cache; the old one goes first, since memory may be short.
+
+        Raises what the device raises where it gives no memory, or computes nothing any more.
+        """
         self.rows.clear()
         del self._batch, self._cache
         self._allocate()
+        self.check_device()
+
+    def check_device(self) -> None:
+        """Raise what the device raises to every kernel since an error of CUDA; its memory can be had all the same."""
+        torch.ones(1, device=self._spec.device).sum().item()
 
     def _allocate(self) -> None:
         self._cache = self._spec.kv_cache(self.slots)

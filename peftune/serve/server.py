@@ -14,6 +14,7 @@ from types import FrameType
 import uvicorn
 
 from peftune.console import Console
+from peftune.device import device_name
 from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank
 from peftune.inference.engine import Engine
@@ -32,6 +33,7 @@ def run(
     precision: str,
     settings: ServeSettings,
     on_ready: Callable[[str], object],
+    device: str = "auto",
 ) -> None:
     """Serve until SIGTERM or SIGINT; `on_ready` gets one line that says where, once requests are accepted.
 
@@ -40,10 +42,12 @@ def run(
     """
     with listen(settings.host, settings.port) as listener:
         check_reach(listener, settings)
-        Server(make_service(base, adapters, precision, settings), listener, on_ready).run()
+        Server(make_service(base, adapters, precision, settings, device), listener, on_ready).run()
 
 
-def make_service(base: str, adapters: Mapping[str, Path], precision: str, settings: ServeSettings) -> Service:
+def make_service(
+    base: str, adapters: Mapping[str, Path], precision: str, settings: ServeSettings, device: str = "auto"
+) -> Service:
     """The base with its adapters, and an engine that was not started yet.
 
     Raises UserError for adapter names that no model can have.
@@ -53,7 +57,7 @@ def make_service(base: str, adapters: Mapping[str, Path], precision: str, settin
             check_adapter_name(name)
         except ValueError as error:
             raise UserError(f"adapter name {name!a}: {error}") from None
-    bank = AdapterBank(base, precision)
+    bank = AdapterBank(base, precision, device)
     for name, directory in adapters.items():
         if name == bank.base.name:
             raise UserError(f"an adapter is named {name} as the base is; name the adapter otherwise")
@@ -124,6 +128,7 @@ class Server(uvicorn.Server):
         settings, bank = self._service.settings, self._service.bank
         count = len(bank.names)
         self._on_ready(f"peftune serves {bank.base.name} with {count} adapter{'s' * (count != 1)} on {self.url}")
+        Console().say(f"computing in {bank.precision} on {device_name(bank.spec.device)}")
         if settings.no_auth:
             Console().say(f"anybody who reaches {self.url} may use it: no API key is set")
 

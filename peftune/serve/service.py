@@ -40,10 +40,12 @@ class Service:
 
     def refuse_when_down(self) -> None:
         """ApiError 503 where nothing would be answered any more: the server is stopping, or its engine has failed."""
-        if self.draining:
-            raise draining()
-        if self.engine.failed:
-            raise engine_failed()
+        if self.draining or self.engine.failed:
+            raise self.down()
+
+    def down(self) -> ApiError:
+        """Why nothing is answered any more."""
+        return engine_failed() if self.engine.failed else draining()
 
     def metrics_label(self, model: str | None) -> str:
         """The model as a label of metrics: the base or an adapter that is loaded, else empty."""
@@ -79,7 +81,7 @@ class Service:
         try:
             route = await asyncio.wrap_future(self.engine.route(tuple(ids), names, threshold))
         except Stopping:
-            raise draining() from None
+            raise self.down() from None
         except Busy as error:
             raise queue_full("the server's queue is full; try again later", error.retry_after) from None
         except UserError as error:  # an adapter that was unloaded meanwhile

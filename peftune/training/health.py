@@ -13,11 +13,11 @@ from torch import nn
 
 from peftune.console import Console
 from peftune.data.batches import blocks_of_step, share_of
+from peftune.device import peak_memory
 from peftune.errors import CheckFailed
 from peftune.inference.perplexity import Score
 from peftune.inference.request import Generation
 from peftune.training.checkpoint import State
-from peftune.training.device import peak_memory
 from peftune.training.distributed.collectives import all_gather, lockstep_batches
 from peftune.training.distributed.signals import StopRequest
 from peftune.training.inputs import RunInputs

@@ -16,6 +16,7 @@ HARMLESS = frozenset(
     {
         "run.out", "run.init", "run.eval_every", "run.save_every", "run.resume", "run.track", "run.samples",
         "run.early_stopping", "run.checkpointing", "run.fast", "run.compile", "batch.micro_size",
+        "run.device", "run.deterministic",
         "data.lint",
         "data.split_on", "data.unknown_files",  # the fingerprints tell whether other documents come of them
     }

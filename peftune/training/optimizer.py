@@ -16,6 +16,7 @@ from peftune.config.recipe import OptimSection
 
 Parameters = dict[str, nn.Parameter]
 Tensors = dict[str, torch.Tensor]
+_GROWTH_STEPS, _LARGEST_LOSS_SCALE = 200, 65536.0
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter, kept by name as `lora_A…/exp_avg`: a scalar, and two of the parameter's shape."""
 
@@ -169,3 +170,13 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of every tensor that an optimizer remembers."""
     entries = [entry for state in optimizer.state.values() for entry in state.values()]
     return sum(entry.nbytes for entry in entries if torch.is_tensor(entry))
+
+
+def first_loss_scale(dtype: torch.dtype) -> float:
+    """fp16 only: summed nats are differentiated, so a token's gradient is of order one and needs little help."""
+    return 16.0 if dtype == torch.float16 else 1.0
+
+
+def next_loss_scale(scale: float, step: int) -> float:
+    """fp16's scale after a step that went well: doubled now and then. One that overflows is halved and repeated."""
+    return min(_LARGEST_LOSS_SCALE, 2 * scale) if (step + 1) % _GROWTH_STEPS == 0 else scale

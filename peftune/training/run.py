@@ -13,19 +13,13 @@ from accelerate import Accelerator
 
 from peftune.config.recipe import Recipe
 from peftune.console import Console
+from peftune.device import choose_precision, device_name, peak_memory, report_out_of_memory
 from peftune.errors import CheckFailed, Interrupted, UserError
 from peftune.model.load import DTYPES, NAME_OF, footprint, load_adapted
 from peftune.model.lora import Adapted
 from peftune.model.loss import LossModel
 from peftune.training import checkpoint
 from peftune.training.checkpoint import Checkpoint, State
-from peftune.training.device import (
-    FIRST_LOSS_SCALE,
-    choose_precision,
-    first_micro_size,
-    peak_memory,
-    report_out_of_memory,
-)
 from peftune.training.distributed import start, zero
 from peftune.training.distributed.agreement import refuse_different_ranks
 from peftune.training.distributed.collectives import (
@@ -39,8 +33,9 @@ from peftune.training.export.adapter import Delivery, deliver, earlier_run
 from peftune.training.health import Health, what_broke
 from peftune.training.inputs import RunInputs, read_inputs_on_all_ranks
 from peftune.training.metrics import MetricsLog
-from peftune.training.optimizer import Gradient, ReplicatedStrategy, UpdateStrategy, build_adamw
+from peftune.training.optimizer import Gradient, ReplicatedStrategy, UpdateStrategy, build_adamw, first_loss_scale
 from peftune.training.planning.plan import tensors_at_most
+from peftune.training.planning.trace import first_micro_size
 from peftune.training.run_directory import sole_writer
 from peftune.training.samples import continue_prompts
 from peftune.training.step import ForwardFn, NotFinite, StepResult, choose_forward, evaluate_domain, train_step
@@ -107,15 +102,15 @@ def load_run(
 ) -> Run:
     """Load the base, put the adapter on it, build forward and optimizer, open the metrics."""
     recipe, program = inputs.recipe, psutil.Process().memory_info().rss if accelerator.device.type == "cpu" else 0
-    state = found.state if found else State(loss_scale=FIRST_LOSS_SCALE if dtype == torch.float16 else 1.0)
+    state = found.state if found else State(loss_scale=first_loss_scale(dtype))
     state.identity = inputs.identity
     state.earlier_updates = inputs.init.updates if inputs.init else 0
     block, batch = inputs.corpus.train.packing.block_size, recipe.batch
     if batch.micro_size != "auto":
         state.micro_size = batch.micro_size
     elif not state.micro_size:
-        per_rank = -(-min(batch.global_size, len(inputs.corpus.train)) // accelerator.num_processes)
-        fitting = first_micro_size(inputs.base.config, block, per_rank, dtype, accelerator.device)
+        ranks, kind = accelerator.num_processes, accelerator.device.type
+        fitting = first_micro_size(inputs, dtype, start.way_of(accelerator), ranks, kind)
         state.micro_size = min(all_gather(accelerator, fitting))
     if start.zero_stage(accelerator) == 3:
         adapted = zero.load_sharded(recipe, inputs.base, dtype, accelerator, inputs.settings)
@@ -177,8 +172,8 @@ def _begin(run: Run, found: Checkpoint | None) -> None:
         run.console.say(note)
     run.console.say(run.inputs.description(state.micro_size))
     run.console.say(
-        f"{facts['trainable_parameters']:,} trainable parameters, {facts['precision']}, {facts['layout']}; "
-        f"{forward.description}"
+        f"{facts['trainable_parameters']:,} trainable parameters, {facts['precision']}, {facts['layout']}, "
+        f"{facts['device']}; {forward.description}"
     )
     if recipe.quantize is not None:
         run.console.say(base.description(recipe.quantize))
@@ -187,6 +182,7 @@ def _begin(run: Run, found: Checkpoint | None) -> None:
 def _facts(run: Run) -> dict[str, Any]:
     """How the run computes, for its metrics and its provenance."""
     facts = {"precision": NAME_OF[run.forward.dtype], "layout": start.layout(run.accelerator)}
+    facts["device"] = device_name(run.accelerator.device)
     return facts | {"trainable_parameters": run.gradient.trained}
 
 

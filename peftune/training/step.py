@@ -19,16 +19,16 @@ from torch import nn
 from peftune.config.recipe import Recipe
 from peftune.console import Console
 from peftune.data.batches import Batch, Blocks, blocks_of_step, share_of
+from peftune.device import is_out_of_memory
 from peftune.errors import CheckFailed, UserError
 from peftune.inference.perplexity import Score
 from peftune.model.lora import Adapted
 from peftune.model.train.forward import TrainGPT2, reason_against, train_forward
 from peftune.training.checkpoint import State
-from peftune.training.device import is_out_of_memory, next_loss_scale
 from peftune.training.distributed.collectives import all_gather, all_reduce_sum, lockstep_batches
 from peftune.training.distributed.signals import StopNow, StopRequest
 from peftune.training.inputs import RunInputs
-from peftune.training.optimizer import Gradient, UpdateStrategy, lr_at
+from peftune.training.optimizer import Gradient, UpdateStrategy, lr_at, next_loss_scale
 
 Result = TypeVar("Result")
 

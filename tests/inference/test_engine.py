@@ -19,7 +19,8 @@ from peftune.inference.engine import Busy, Engine, Stopping
 from peftune.inference.fair_queue import FairQueue
 from peftune.inference.pace import Pace
 from peftune.inference.request import Request, RequestOutput
-from peftune.inference.routing.route import route
+from peftune.inference.routing.route import Routing, route
+from peftune.inference.running_batch import RunningBatch
 from peftune.inference.settings import GenerationSettings
 from peftune.model.decode.batch import DecodeBatch
 
@@ -350,6 +351,38 @@ def test_an_engine_that_cannot_begin_anew_ends_all_requests_and_takes_no_more(
     for call in (lambda: engine.submit(ask(bank, "the"), print), lambda: engine.route(bank.encode("the"))):
         with pytest.raises(Stopping, match="has failed"):
             call()
+
+
+def broken_device(*_: object) -> None:
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+def test_a_device_that_computes_nothing_any_more_ends_the_engine_though_it_gives_memory(
+    bank: AdapterBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, reasons = failing_engine(bank, monkeypatch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunningBatch, "check_device", broken_device)
+        engine.start()
+        assert engine._thread is not None
+        engine._thread.join(30)
+    assert not engine._thread.is_alive() and engine.failed
+    assert reasons == ["error", "cancelled", "cancelled"]
+
+
+def test_a_device_that_breaks_while_prompts_are_routed_ends_the_engine(
+    bank: AdapterBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(bank)
+    futures = [engine.route(bank.encode("the cat")) for _ in range(2)]
+    monkeypatch.setattr(Routing, "advance", broken_device)
+    monkeypatch.setattr(RunningBatch, "check_device", broken_device)
+    engine.start()
+    errors = [future.exception(timeout=30) for future in futures]
+    assert engine._thread is not None
+    engine._thread.join(30)
+    assert engine.failed and isinstance(errors[0], torch.AcceleratorError)
+    assert isinstance(errors[1], Stopping) and "has failed" in str(errors[1])
 
 
 def test_a_listener_that_fails_takes_nobody_else_down(bank: AdapterBank) -> None:

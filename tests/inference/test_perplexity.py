@@ -127,7 +127,8 @@ def test_an_adapter_is_read_once(evaluate: Evaluate, adapter: Path, monkeypatch:
 
 def test_the_json_holds_what_the_design_says(evaluate: Evaluate, adapter: Path) -> None:
     found = evaluate("--adapter", f"mine={adapter}")
-    assert found.keys() == {"domains", "rows", "intervals"} and found["domains"].keys() == DOCUMENTS.keys()
+    assert found.keys() == {"domains", "rows", "intervals", "precision", "device"}
+    assert (found["precision"], found["device"]) == ("fp32", "CPU") and found["domains"].keys() == DOCUMENTS.keys()
     for row in found["rows"].values():
         assert row.keys() == DOCUMENTS.keys()
         assert all(figures.keys() == {"loss", "perplexity", "bits_per_byte"} for figures in row.values())

@@ -12,13 +12,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from peftune import device
 from peftune.config.recipe import Recipe
 from peftune.data.batches import Batch
 from peftune.errors import CheckFailed, UserError
 from peftune.model.base import Base
 from peftune.model.load import load_model
 from peftune.model.lora import quiet_peft
-from peftune.training import device, optimizer, step
+from peftune.training import optimizer, step
 from peftune.training.metrics import read_metrics
 from peftune.training.run import train
 from peftune.training.step import ForwardFn

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,16 +32,11 @@ def torch_facts() -> tuple[dict[str, Any] | None, str]:
 
 def check_gpus(facts: dict[str, Any]) -> Iterator[CheckResult]:
     """Each GPU that torch finds, with a product of matrices on it; or why it finds none."""
-    driver = _driver()
-    if not facts["gpus"]:
-        if driver is not None and facts["cuda"] is None:
-            advice = "this torch is one for CPUs: install the one for CUDA (pytorch.org/get-started)"
-            yield CheckResult("GPU", "slower", f"there is one (driver {driver}) and {advice}")
-        elif driver is not None:
-            advice = f"torch is for CUDA {facts['cuda']}; update the driver, and look at CUDA_VISIBLE_DEVICES"
-            yield CheckResult("GPU", "slower", f"torch finds none though the driver {driver} is here: {advice}")
-        else:
-            yield CheckResult("GPU", "fine", "none here, the CPU does the work")
+    driver = facts["driver"]
+    if facts["no_gpu"]:
+        yield CheckResult("GPU", "broken", f"{facts['no_gpu']}; CUDA_VISIBLE_DEVICES= uses the CPU")
+    elif not facts["gpus"]:
+        yield CheckResult("GPU", "fine", "none that may be used here, the CPU does the work")
     for number, gpu in enumerate(facts["gpus"]):
         name = f"GPU {number}"
         what = f"{gpu['name']}, {gpu['bytes'] / 1e9:.0f} GB, compute capability {gpu['capability']}, driver {driver}"
@@ -96,15 +89,3 @@ def check_hub() -> CheckResult:
         return CheckResult("hub", "fine", "it can be reached")
     advice = "bases and data by directory work without it; HTTPS_PROXY and HF_ENDPOINT name another way"
     return CheckResult("hub", "broken", f"{answer.failure[:200]}; {advice}")
-
-
-def _driver() -> str | None:
-    """Version of NVIDIA's driver, None where there is none or it does not answer."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    question = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(question, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return next(iter(answer.stdout.split()), None)

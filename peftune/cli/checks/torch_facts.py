@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from peftune.training.device import choose_precision, cpu_multiplies_bf16
+from peftune.device import choose_precision, cpu_multiplies_bf16, nvidia_driver, why_no_gpu, why_no_kernel
 
 
 def _facts() -> dict[str, object]:
@@ -22,7 +22,8 @@ def _facts() -> dict[str, object]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "bf16": cpu_multiplies_bf16(),
         "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda,
+        "driver": nvidia_driver(),
+        "no_gpu": why_no_gpu(),
         "gpus": gpus,
     }
 
@@ -30,6 +31,8 @@ def _facts() -> dict[str, object]:
 def _kernel(number: int) -> dict[str, object]:
     """Whether a product of matrices on a GPU is what the CPU says, in the precision that training would take."""
     torch.cuda.set_device(number)
+    if reason := why_no_kernel(torch.device("cuda", number)):
+        sys.exit(f"peftune: {reason}")
     precision = choose_precision("auto", on_gpu=True)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     torch.manual_seed(0)

@@ -112,8 +112,11 @@ def _gpus(name: str) -> int:
     """GPUs of this machine; UserError where there are none."""
     import torch
 
+    from peftune.device import why_no_gpu
+
     if not torch.cuda.is_available():
-        raise UserError(f"{name} is for GPUs and torch finds none here; cpu.yaml and cpu-2*.yaml need none")
+        reason = why_no_gpu() or "torch finds none here"
+        raise UserError(f"{name} is for GPUs and {reason}; cpu.yaml and cpu-2*.yaml need none")
     return torch.cuda.device_count()
 
 

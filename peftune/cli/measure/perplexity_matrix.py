@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from peftune.cli.options import BASE_HELP, Adapters, BlockSize, Columns, Json, columns_of, named, save_json, source_of
+from peftune.cli.options import (
+    BASE_HELP,
+    Adapters,
+    BlockSize,
+    Columns,
+    Device,
+    Json,
+    Precision,
+    columns_of,
+    named,
+    save_json,
+    source_of,
+)
 
 
 def evaluate(
@@ -14,7 +26,8 @@ def evaluate(
     adapters: Adapters = None,
     base: Annotated[str | None, typer.Option(help=f"{BASE_HELP} Default: what the adapter names.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Blocks per forward; changes nothing in the result.")] = 8,
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="What to compute in.")] = "fp32",
+    precision: Precision = "auto",
+    device: Device = "auto",
     column: Columns = None,
     block_size: BlockSize = None,
     routing: Annotated[
@@ -48,12 +61,12 @@ def evaluate(
 
     domains = {name: source_of(path, columns) for name, path in paths.items()}
     if routing:
-        found = measure_routing(base, domains, folders, prompt_tokens, prompts, threshold)
+        found = measure_routing(base, domains, folders, prompt_tokens, prompts, threshold, precision, device)
         tables.print_routing(found, [*folders, "base"])
     else:
         learnt = {name: source_of(path, columns) for name, path in named("--trained-on", trained_on).items()}
         window = Window(prompt_tokens, continued_tokens)
-        found = evaluate(base, domains, folders, batch, precision, block_size, learnt, window)
+        found = evaluate(base, domains, folders, batch, precision, block_size, learnt, window, device)
         for key in ("perplexity", "bits_per_byte"):
             tables.print_matrix(found["rows"], key)
         tables.print_intervals(found)

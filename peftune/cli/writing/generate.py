@@ -18,6 +18,7 @@ from peftune.config.data_section import Source
 from peftune.console import Console
 from peftune.data.references import Item, as_line, read_items, read_prompts, write_hypotheses
 from peftune.data.sources.chat_template import EOS_TURNS, STOPS
+from peftune.device import choose_device, inference_precision
 from peftune.errors import UserError
 from peftune.inference.generate import TextGenerator, check_search, text_generator
 from peftune.inference.request import Generation, context_ids, slide
@@ -38,9 +39,10 @@ def generate_texts(
     prompts_file: Path | None,
     settings: GenerationSettings,
     json_path: Path | None = None,
-    precision: str = "fp32",
+    precision: str = "auto",
     test_set: Source | None = None,
     out: Sequence[Path] = (),
+    device: str = "auto",
 ) -> None:
     """Continue the prompts given and those of the file, on stdout; with `json_path` as JSON too.
 
@@ -48,7 +50,7 @@ def generate_texts(
     (`write_hypotheses`), which may take those of the other prompts too.
 
     `use` names the adapter, "base" is none of them; None takes the only one. `base` None is the one that the adapter
-    was trained on. `precision` is fp32, bf16 or fp16. A single prompt's text appears as it is generated.
+    was trained on. `precision` is auto, fp32, bf16 or fp16. A single prompt's text appears as it is generated.
     When nobody reads stdout any more, the work ends, or goes on for the JSON. Raises UserError for input that cannot
     be used, CheckFailed where the logits are not finite.
     """
@@ -68,7 +70,9 @@ def generate_texts(
     if settings.beams > 1:
         check_search(settings, texts, tokenizer, found.config.n_positions, parse)
     settings.check_ids(len(tokenizer))
-    generator = text_generator(found, chosen, settings, precision)
+    used = choose_device(device)
+    precision = inference_precision(precision, used)
+    generator = text_generator(found, chosen, settings, precision, used.type)
     _warn_of_cut_prompts(texts, found, tokenizer, parse)
     printer = TextPrinter(outlives_pipe=json_path is not None)
     with suppress(BrokenPipeError):  # nobody reads any more: done
@@ -84,8 +88,8 @@ def generate_texts(
             generations = [_one(generator, texts[0], printer)]
         else:
             generations = _several(generator, texts, several, printer)
-        used = dataclasses.asdict(settings) | {"temperature": settings.sampling_temperature, "precision": precision}
-        facts = {"base": found.name, "adapter": name, "settings": used}
+        told = dataclasses.asdict(settings) | {"temperature": settings.sampling_temperature, "precision": precision}
+        facts = {"base": found.name, "adapter": name, "settings": told}
         save_json(json_path, facts | {"generations": list(map(vars, generations))})
 
 

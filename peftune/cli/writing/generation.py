@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from peftune.cli.options import BASE_HELP, Adapters, Columns, Json, columns_of, named, source_of, writable
+from peftune.cli.options import (
+    BASE_HELP,
+    Adapters,
+    Columns,
+    Device,
+    Json,
+    Precision,
+    columns_of,
+    named,
+    source_of,
+    writable,
+)
 from peftune.errors import UserError
 
 
@@ -48,7 +59,8 @@ def generate(
     num_return_sequences: Annotated[int, typer.Option(help="Texts for each prompt: samples, or the best beams.")] = 1,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string. May be repeated.")] = None,
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="What to compute in.")] = "fp32",
+    precision: Precision = "auto",
+    device: Device = "auto",
     interactive: Annotated[bool, typer.Option("--interactive", help="Prompts at the terminal; /help there.")] = False,
     json_path: Json = None,
 ) -> None:
@@ -71,10 +83,11 @@ def generate(
         raise UserError("--column names columns of --test-set; give it, or in --prompts FILE call the column prompt")
     if not interactive:
         source = source_of(test_set, columns_of(column)) if test_set is not None else None
-        generate_texts(base, folders, use, prompt or [], prompts, settings, json_path, precision, source, out or [])
+        given = base, folders, use, prompt or [], prompts
+        generate_texts(*given, settings, json_path, precision, source, out or [], device)
         return
     if prompt or prompts or json_path or test_set or out:
         raise UserError("--interactive reads its prompts from the terminal; drop other prompts, --out and --json")
     from peftune.cli.writing.repl import start_repl
 
-    start_repl(base, folders, use, settings, precision)
+    start_repl(base, folders, use, settings, precision, device)

@@ -33,11 +33,16 @@ text                     continue it (an empty line begins a document); say it t
 
 
 def start_repl(
-    base: str | None, adapters: Mapping[str, Path], use: str | None, settings: GenerationSettings, precision: str
+    base: str | None,
+    adapters: Mapping[str, Path],
+    use: str | None,
+    settings: GenerationSettings,
+    precision: str,
+    device: str = "auto",
 ) -> None:
     """Read lines from stdin until its end; UserError for a base or an adapter that cannot be used."""
     name = choose_adapter(adapters, use) if use is not None or len(adapters) < 2 else next(iter(adapters))
-    bank = AdapterBank(base or base_of(*([adapters[name]] if name else adapters.values())), precision)
+    bank = AdapterBank(base or base_of(*([adapters[name]] if name else adapters.values())), precision, device)
     for other, directory in adapters.items():
         bank.add(other, directory)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on Ctrl-C ends a text, not the program

@@ -27,6 +27,8 @@ def measure_routing(
     prompt_tokens: int = 32,
     max_prompts: int = 500,
     threshold: float = THRESHOLD,
+    precision: str = "auto",
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Where the prompts of each domain are sent: `prompt_tokens` of at most `max_prompts` documents each.
 
@@ -39,7 +41,7 @@ def measure_routing(
     if len(adapters) < 2 or not data or not data.keys() <= {*adapters, "base"}:
         found = f"the adapters are {', '.join(adapters) or 'none'}, the domains {', '.join(data) or 'none'}"
         raise UserError(f"routing: {found}; expected two adapters or more, and each domain named after its adapter")
-    bank = AdapterBank(base or base_of(Path(next(iter(adapters.values())))))
+    bank = AdapterBank(base or base_of(Path(next(iter(adapters.values())))), precision, device)
     for name, directory in adapters.items():
         bank.add(name, directory, new_tokens=False)
     how = how_to_read(bank.base, {name: bank.get(name).provenance for name in adapters})

@@ -38,9 +38,9 @@ def kernel_for(device: torch.device, dtype: torch.dtype, width: int) -> Kernel:
     """The fastest kernel that gives the right answer for heads of this `width` on this device."""
     if device.type == "cpu":
         return CPU_KERNEL
-    if varlen_attention.is_right(device, dtype, width):
-        return Kernel("flash attention, documents end to end", varlen_attention.plan)
-    return Kernel("SDPA on rectangles", _fused)
+    if reason := varlen_attention.reason_against(device, dtype, width):
+        return Kernel(f"SDPA on rectangles, without flash attention: {reason}", _fused)
+    return Kernel("flash attention, documents end to end", varlen_attention.plan)
 
 
 def _by_query_blocks(lengths: np.ndarray, heads: int, device: torch.device) -> Attend:

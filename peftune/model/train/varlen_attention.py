@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from peftune.device import is_out_of_memory
+from peftune.errors import first_line
 from peftune.model.train.layers import to_device
 
 TOLERANCE = 0.05  # of values about 1 in 8 or 11 bits; a kernel that leaks or turns things round is off by about 1
@@ -29,10 +31,12 @@ def plan(lengths: np.ndarray, heads: int, device: torch.device) -> Callable[[tor
     return attend
 
 
-def is_right(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Whether torch has this kernel, and it gives SDPA's outputs and gradients here, on three short documents."""
-    if device.type != "cuda" or dtype == torch.float32:
-        return False
+def reason_against(device: torch.device, dtype: torch.dtype, width: int) -> str:
+    """Why this kernel is not taken; empty where it gives SDPA's outputs and gradients on three short documents."""
+    if device.type != "cuda":
+        return "it is for NVIDIA GPUs"
+    if dtype == torch.float32:
+        return "it has no fp32"
     lengths, heads = np.array([5, 1, 9]), 2
     numbers = torch.Generator().manual_seed(0)
     qkv = torch.randn(15, 3 * heads * width, generator=numbers).to(device, dtype).requires_grad_()
@@ -40,11 +44,14 @@ def is_right(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     try:
         found = plan(lengths, heads, device)(qkv, 1 / width)
         (d_found,) = torch.autograd.grad(found, qkv, upstream)
-    except (ImportError, RuntimeError, TypeError):  # an older torch or GPU
-        return False
+    except (ImportError, RuntimeError, TypeError) as error:  # an older torch or GPU
+        if is_out_of_memory(error):
+            raise
+        return f"{type(error).__name__}: {first_line(error)}"
     wanted = torch.cat([_by_sdpa(part, heads, 1 / width) for part in torch.split(qkv, lengths.tolist())])
     (d_wanted,) = torch.autograd.grad(wanted, qkv, upstream)
-    return bool((found - wanted).abs().max() < TOLERANCE and (d_found - d_wanted).abs().max() < TOLERANCE)
+    off = [(a - b).abs().max().item() for a, b in ((found, wanted), (d_found, d_wanted))]
+    return "" if all(each < TOLERANCE for each in off) else f"it is off by {off[0]:.2g}, its gradient by {off[1]:.2g}"
 
 
 def _by_sdpa(qkv: torch.Tensor, heads: int, scale: float) -> torch.Tensor:

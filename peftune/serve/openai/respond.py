@@ -20,7 +20,7 @@ from peftune.inference.engine import Busy
 from peftune.inference.request import OnOutput, RequestHandle, RequestOutput
 from peftune.inference.request import Request as EngineRequest
 from peftune.serve.openai.chunks import ChoiceFormatter, Chunk, join
-from peftune.serve.openai.errors import ApiError, draining, internal_error, queue_full
+from peftune.serve.openai.errors import ApiError, internal_error, queue_full
 from peftune.serve.openai.prompts import Prompt, max_new_tokens
 from peftune.serve.openai.schema import SamplingRequest
 from peftune.serve.service import service_of, while_connected
@@ -176,7 +176,7 @@ class PendingResponse:
                     _log.error("the engine gave a request up: %s", output.error)
                     raise internal_error()
                 if output.finish_reason == "cancelled":  # not by us: we would not be listening
-                    raise draining()
+                    raise self._service.down()
                 yield index, self._formatters[index].format(output)
 
     async def _full(self) -> Response:

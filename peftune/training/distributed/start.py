@@ -14,13 +14,16 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 
 from peftune.config.recipe import Recipe
-from peftune.errors import Interrupted, PeftuneError, UserError, report_once_per_machine
+from peftune.device import choose_device
+from peftune.errors import Interrupted, PeftuneError, UserError, first_line, report_once_per_machine
 from peftune.model import quantized
 from peftune.training.distributed import zero
 from peftune.training.distributed.agreement import flatten, refuse_different_ranks, versions
 from peftune.training.distributed.collectives import report_clearly
 from peftune.training.distributed.watchdog import rendezvous_deadline, watch_peers
+from peftune.training.planning.memory_model import Way
 
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"  # of a size that does not change (NVIDIA's documentation of cuBLAS)
 _TIMEOUT = timedelta(hours=6)  # one rank may tokenise for long; the watchdog notices ranks that are gone
 
 
@@ -31,9 +34,11 @@ def watched_ranks(recipe: Recipe) -> Iterator[Accelerator]:
     UserError, on all ranks, where another has another recipe, layout or version; `run.out` may differ, as the first
     rank alone writes and reads it.
     """
+    if recipe.run.deterministic:
+        os.environ.setdefault(*_WORKSPACE)  # before CUDA starts
     with report_once_per_machine(), rendezvous_deadline():
-        accelerator = start(list(recipe.run.track), recipe.run.out)
-    with report_clearly(accelerator), watch_peers(accelerator):
+        accelerator = start(list(recipe.run.track), recipe.run.out, recipe.run.device)
+    with same_order_of_sums(recipe.run.deterministic), report_clearly(accelerator), watch_peers(accelerator):
         values = {k: v for k, v in flatten(recipe.model_dump(mode="json")).items() if k != "run.out"}
         libraries = [
             *quantized.LIBRARIES * (recipe.quantize is not None),
@@ -43,15 +48,38 @@ def watched_ranks(recipe: Recipe) -> Iterator[Accelerator]:
         yield accelerator
 
 
-def start(trackers: list[str], folder: str) -> Accelerator:
-    """Join the other ranks, if there are any; UserError for a tracker, or DeepSpeed, that is not installed."""
+@contextmanager
+def same_order_of_sums(wanted: bool) -> Iterator[None]:
+    """Meanwhile only kernels that add up in the same order each time, if that is `wanted` (`run.deterministic`).
+
+    UserError where torch has none for an operation.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    except RuntimeError as error:
+        if not wanted or "deterministic" not in str(error):
+            raise
+        raise UserError(f"run.deterministic: {first_line(error)}; leave it out, or change what needs it") from None
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def start(trackers: list[str], folder: str, device: str = "auto") -> Accelerator:
+    """Join the other ranks, if there are any; UserError for a tracker, or DeepSpeed, that is not installed, or a GPU.
+
+    `device` is auto, cpu or cuda, as in `device.choose_device`; Accelerate's own settings may insist on the CPU too.
+    """
     require_trackers(trackers)
-    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+    insists = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    on_gpu = choose_device("cpu" if insists else device).type == "cuda"
     wants_zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     if wants_zero:
         zero.prepare_import(on_gpu)
     _stay_on_loopback()
-    AcceleratorState._reset_state()  # an earlier run of this process may have had other settings
+    # An earlier run of this process may have had other settings, or another device.
+    AcceleratorState._reset_state(reset_partial_state=True)
     # Without a backend by name, ZeRO on CPU ranks sees one process on every rank, and all write the same files.
     group = InitProcessGroupKwargs(backend="gloo" if wants_zero and not on_gpu else None, timeout=_TIMEOUT)
     accelerator = Accelerator(
@@ -102,6 +130,12 @@ def process_group() -> Iterator[None]:
 def zero_stage(accelerator: Accelerator) -> int:
     """1, 2 or 3 where ZeRO shards memory, 0 where it does not."""
     return zero.stage_of(accelerator) if str(accelerator.distributed_type.value) == "DEEPSPEED" else 0
+
+
+def way_of(accelerator: Accelerator) -> Way:
+    """How ranks share the work, as `planning.memory_model` calls it."""
+    ways: dict[int, Way] = {1: "zero1", 2: "zero2", 3: "zero3"}
+    return ways.get(zero_stage(accelerator), "ddp" if accelerator.num_processes > 1 else "one")
 
 
 def idle_gpus(accelerator: Accelerator) -> int:

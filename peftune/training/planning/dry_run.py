@@ -12,18 +12,18 @@ import torch
 from peftune.config.data_section import Source
 from peftune.config.recipe import Recipe
 from peftune.data.sources.read import read_documents
+from peftune.device import choose_device, choose_precision
 from peftune.errors import UserError
 from peftune.model import quantized
 from peftune.model.base import open_base
 from peftune.model.load import DTYPES
 from peftune.training.checkpoint import Checkpoint
-from peftune.training.device import choose_precision, first_micro_size
 from peftune.training.distributed.start import require_trackers
 from peftune.training.distributed.zero import refuse_for_zero3
 from peftune.training.export.adapter import Delivery, left_by_earlier_run
 from peftune.training.inputs import RunInputs, read_inputs
 from peftune.training.planning.memory_model import Format, RankMemory, Way, bytes_per_rank, shapes_of
-from peftune.training.planning.trace import Device, activations
+from peftune.training.planning.trace import Device, activations, first_micro_size
 from peftune.training.run_directory import check_writable
 
 
@@ -51,7 +51,6 @@ def dry_run(recipe: Recipe, way: Way = "one", ranks: int = 1, cpu: bool = False)
     With `cpu` the run would use no GPU, though one may be here.
     UserError names every problem that can be found.
     """
-    cuda = torch.cuda.is_available() and not cpu
     problems: list[str] = []
 
     def check(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -61,7 +60,9 @@ def dry_run(recipe: Recipe, way: Way = "one", ranks: int = 1, cpu: bool = False)
             if str(error) not in problems:
                 problems.append(str(error))
 
-    precision = check(choose_precision, recipe.run.precision, cuda)
+    device = check(choose_device, "cpu" if cpu else recipe.run.device) or torch.device("cpu")
+    kind: Any = device.type
+    precision = check(choose_precision, recipe.run.precision, kind == "cuda")
     check(require_trackers, recipe.run.track)
     check(quantized.require, recipe.quantize)
     check(check_writable, Path(recipe.run.out))
@@ -77,7 +78,7 @@ def dry_run(recipe: Recipe, way: Way = "one", ranks: int = 1, cpu: bool = False)
                 check(_read_through, source, recipe.data.split_on)
     if problems:
         raise UserError("; ".join(problems))
-    return _foreseen(inputs, found, way, ranks, precision, "cuda" if cuda else "cpu")
+    return _foreseen(inputs, found, way, ranks, precision, kind)
 
 
 def _foreseen(
@@ -90,7 +91,7 @@ def _foreseen(
     if micro == "auto" and isinstance(found, Checkpoint) and found.state.micro_size:
         micro = found.state.micro_size
     elif micro == "auto":
-        micro = first_micro_size(config, block, per_rank, DTYPES[precision], torch.device(device))
+        micro = first_micro_size(inputs, DTYPES[precision], way, ranks, device)
     shapes = shapes_of(config, recipe.lora)
     resolved = recipe.model_copy(
         update={

@@ -19,15 +19,15 @@ from pydantic import ValidationError
 from transformers import GPT2Config
 
 from peftune.config.recipe import Recipe
+from peftune.device import choose_device, choose_precision
 from peftune.errors import UserError
 from peftune.model.architecture import FAMILY
 from peftune.model.base import open_base
 from peftune.model.load import DTYPES, NAME_OF
 from peftune.model.quantized import Kind
 from peftune.training.continued import continued_from
-from peftune.training.device import CPU_TOKENS, choose_precision
 from peftune.training.distributed.collectives import broadcast
-from peftune.training.distributed.start import zero_stage
+from peftune.training.distributed.start import way_of, zero_stage
 from peftune.training.distributed.zero import refuse_for_zero3
 from peftune.training.inputs import RunInputs, block_size_of
 from peftune.training.planning.memory_model import (
@@ -40,11 +40,10 @@ from peftune.training.planning.memory_model import (
     shapes_of,
     shared_out,
 )
-from peftune.training.planning.trace import Device, activations
+from peftune.training.planning.trace import CPU_TOKENS, GPU_SHARE, GPU_TOKENS, Device, activations
 from peftune.training.step import ForwardFn
 
-_GPU_TOKENS = 65_536  # more a forward gains nothing
-_GPU_SHARE, _CONTEXT = 0.94, 500_000_000  # of a GPU's memory, and what CUDA takes for itself: not measured here
+_CONTEXT = 500_000_000  # bytes that CUDA takes for itself: not measured here
 _CPU_SHARE = 0.9  # of what is available
 _LIBRARIES, _KEPT_FREE = 120_000_000, 0.15
 """On a CPU: what libraries and their kernels take after some dozen steps, and the share of activations that the C
@@ -67,14 +66,14 @@ class Machine:
     def usable(self) -> int:
         """Bytes of a rank that tensors, and on a CPU the program, may take."""
         if self.device == "cuda":
-            return int(_GPU_SHARE * self.memory) - _CONTEXT
+            return int(GPU_SHARE * self.memory) - _CONTEXT
         return int(_CPU_SHARE * self.memory)
 
 
-def this_machine(count: int | None = None) -> Machine:
+def this_machine(count: int | None = None, device: str = "auto") -> Machine:
     """Its GPUs, where it has any, or `count` ranks (one) that share its processors and what memory is free."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpus:
+    if choose_device(device).type == "cuda":
+        gpus = torch.cuda.device_count()
         smallest = min(torch.cuda.get_device_properties(index).total_memory for index in range(gpus))
         return Machine("cuda", smallest, min(count or gpus, gpus), True)
     return Machine("cpu", psutil.virtual_memory().available // (count or 1), count or 1, True)
@@ -186,7 +185,7 @@ def plan(recipe: Recipe, config: GPT2Config | None = None, machine: Machine | No
         room = machine.usable - held - memory.gathered
         share, asked_size = -(-recipe.batch.global_size // machine.count), recipe.batch.micro_size
         if asked_size == "auto":
-            most = min(share, (CPU_TOKENS if machine.device == "cpu" else _GPU_TOKENS) // block)
+            most = min(share, (CPU_TOKENS if machine.device == "cpu" else GPU_TOKENS) // block)
             size = max(1, min(most, 1 + (room - first) // max(1, more)))
         else:
             size = asked_size
@@ -265,9 +264,8 @@ def tensors_at_most(inputs: RunInputs, forward: ForwardFn, accelerator: Accelera
 
 
 def _tensors_at_most(inputs: RunInputs, forward: ForwardFn, accelerator: Accelerator) -> int:
-    stage, ranks, device = zero_stage(accelerator), accelerator.num_processes, accelerator.device
-    way: Any = f"zero{stage}" if stage else "ddp" if ranks > 1 else "one"
-    kind: Any = "cpu" if device.type == "cpu" else "cuda"
+    stage, ranks, way = zero_stage(accelerator), accelerator.num_processes, way_of(accelerator)
+    kind: Any = "cpu" if accelerator.device.type == "cpu" else "cuda"
     recipe, config, blocks = inputs.recipe, inputs.base.config, inputs.corpus.train
     precision: Any = NAME_OF[forward.dtype]
     shapes = shapes_of(config, recipe.lora)
