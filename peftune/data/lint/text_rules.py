@@ -7,7 +7,7 @@ and most texts are dismissed by a search for a few fixed strings.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
 from typing import NamedTuple
 
 from peftune.data.documents import Document, FileCut, Occurrences
@@ -62,8 +62,12 @@ RULES: Mapping[str, _Rule] = {
         "files with mixed line ends", "all become LF when they are read; save them with one kind of line end", False
     ),
     "template": _Rule(
-        "template or control text that is not closed (such as [INST], {{name or <|im_start|> without its end)",
+        "template that is not closed (such as {{name or {% if %} without its end)",
         "a model learns to leave it open; close it, fill it in, or remove it",
+    ),
+    "control-token": _Rule(
+        "what looks like a control token (<|name|>, [INST], …) and is none of this base's",
+        "it is read in pieces, as any text; name it in data.new_tokens to make it a token, or remove it",
     ),
     "credentials": _Rule(
         "what looks like a credential (a key, a token, or a password in a URL)",
@@ -76,8 +80,10 @@ RULES: Mapping[str, _Rule] = {
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]")
 """Characters that no text needs; a form feed is white space of old texts, U+0085 a line end."""
-_PAIRS = (("[INST]", "[/INST]"), ("<<SYS>>", "<</SYS>>"), ("<|im_start|>", "<|im_end|>"))
-_OPEN_FIELD = re.compile(r"\{\{[ \t]*[A-Za-z_][^{}]*(?:\{\{|\Z)")
+_OPEN_FIELD = re.compile(r"\{\{[ \t]*[A-Za-z_][^{}]*(?:\{\{|\Z)|\{%[^{}%]*(?:\{|\Z)")
+_BEGINS, _ENDS = re.compile(r"\{%-?[ \t]*(?:if|for)\b"), re.compile(r"\{%-?[ \t]*end(?:if|for)\b")
+_CONTROL_MARKS = ("<|", "[INST]", "[/INST]", "<<SYS>>", "<start_of_turn>", "[SEP]", "[PAD]", "[MASK]")
+_CONTROL_TOKEN = re.compile("|".join([r"<\|[A-Za-z][\w.-]{0,40}\|>", *map(re.escape, _CONTROL_MARKS[1:])]))
 _SECRETS = {
     "AKIA": r"AKIA(?<!\wAKIA)[0-9A-Z]{16}\b",
     "ASIA": r"ASIA(?<!\wASIA)[0-9A-Z]{16}\b",
@@ -97,9 +103,14 @@ _E_MAIL = re.compile(
 )
 
 
-def count_faults(document: Document, faults: MutableMapping[str, Occurrences]) -> None:
-    """Count a document in `faults`, which makes what it lacks, under each rule that applies to it."""
-    for name in _faults_of(document):
+def count_faults(
+    document: Document, faults: MutableMapping[str, Occurrences], tokens: Set[str] = frozenset({END_OF_TEXT})
+) -> None:
+    """Count a document in `faults`, which makes what it lacks, under each rule that applies to it.
+
+    `tokens` are the texts that the base's tokenizer has as tokens beside its vocabulary.
+    """
+    for name in _faults_of(document, tokens):
         faults[name].add(document.source)
 
 
@@ -121,7 +132,7 @@ def without_an_end(cuts: Iterable[Sequence[FileCut]], faults: MutableMapping[str
                     faults["end-missing"].add(f"{cut.file}:1")
 
 
-def _faults_of(document: Document) -> Iterator[str]:
+def _faults_of(document: Document, tokens: Set[str]) -> Iterator[str]:
     text, prompt = document.content(), document.prompt
     if prompt is not None:
         if not prompt.strip():
@@ -143,10 +154,12 @@ def _faults_of(document: Document) -> Iterator[str]:
         yield "mojibake"
     if CONTROL.search(mended(text)):
         yield "control"
-    if any(text.count(begin) != text.count(end) for begin, end in _PAIRS) or (
-        "{{" in text and _OPEN_FIELD.search(text)
+    if ("{{" in text or "{%" in text) and (
+        _OPEN_FIELD.search(text) or len(_BEGINS.findall(text)) != len(_ENDS.findall(text))
     ):
         yield "template"
+    if any(mark in text for mark in _CONTROL_MARKS) and not tokens >= set(_CONTROL_TOKEN.findall(text)):
+        yield "control-token"
     if any(mark in text and pattern.search(text) for mark, pattern in _PATTERNS.items()):
         yield "credentials"
     if "@" in text and _E_MAIL.search(text):

@@ -140,14 +140,14 @@ class _Text(NamedTuple):
 
     def documents(self, stats: ReadStats) -> Iterator[Document]:
         """All of them in order; `stats` learns what is in them."""
-        special = special_pattern(self.tokenizer)
+        special, tokens = special_pattern(self.tokenizer), set(self.tokenizer.get_added_vocab())
         for source in self.sources:
             stats.documents.append(0)
             stats.chats.append(0)
             for document in read_documents(source, self.split_on, stats, self.chat):
                 stats.documents[-1] += 1
                 stats.chats[-1] += document.turns is not None
-                count_faults(document, stats.faults)
+                count_faults(document, stats.faults, tokens)
                 for token in set(special.findall(document.content())):
                     stats.special_tokens[token].add(document.source)
                 yield document

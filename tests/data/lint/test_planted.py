@@ -22,7 +22,7 @@ from peftune.model.base import open_base
 Rows = list[dict[str, Any]]
 Planted = Callable[[Rows], object]
 Lint = Callable[[list[Document]], list[Finding]]
-WORDS = (Path(__file__).parents[3] / "README.md").read_text("utf-8").split()
+WORDS = (Path(__file__).parents[3] / "LICENSE").read_text("utf-8").split()
 
 
 def prose(seed: int, words: int = 50) -> str:
@@ -66,9 +66,12 @@ PLANTED: dict[str, tuple[Planted, str]] = {
     "replacement": (completion("a \ufffd b"), "replacement character"),
     "control": (completion("a\x07b"), "control characters"),
     "C1 control": (completion("a\x9bb"), "control characters"),
-    "[INST]": (completion("[INST] Do it"), "template"),
     "{{": (completion("Dear {{name, welcome"), "template"),
-    "im_start": (completion("<|im_start|>user Hi"), "template"),
+    "{%": (completion("Dear {% if name, welcome"), "template"),
+    "{% if %}": (completion("Dear {% if name %}you {{ name }}, welcome"), "template"),
+    "[INST]": (completion("[INST] Do it [/INST]"), "what looks like a control token"),
+    "im_start": (completion("<|im_start|>user Hi"), "what looks like a control token"),
+    "<|title|>": (completion("<|title|> The sea"), "what looks like a control token"),
     "end of text": (completion("a text<|endoftext|>"), "<|endoftext|> inside a text"),
     "AWS": (completion("use AKIAIOSFODNN7ABCDEFG"), "what looks like a credential"),
     "private key": (completion("-----BEGIN OPENSSH PRIVATE KEY-----\nb3"), "what looks like a credential"),
@@ -147,7 +150,7 @@ def test_built_in_corpora_raise_no_alarm(domain: str, small: PreTrainedTokenizer
 
 GOOD = (
     "Ã la carte, “MANHÔ, SÃO PAULO\f", "É”", "f'{{{x}}}' and {{name}} {{'a': 1}}", r"\frac{{\bf a}}{b}",
-    "[INST] a [/INST]",
+    "{% if a %}{{ a }}{%- endif %} <| x |> [inst] a|>b<|c", "x <|y", "100 {% of them %}",
     "a@b, x @ y, self@weight, me@example.com", "task-force, sk-learn-is-a-library-of-models", "http://host:80/a@b",
     "AKIA", "naïve café\tœuvre €5\u00a0%", "日本語のテキスト。",
 )  # fmt: skip
