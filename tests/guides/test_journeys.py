@@ -26,14 +26,14 @@ JOURNEYS = [
     ),
     Journey(
         "gpt2-xl",
-        smaller={"peftune train xl.yaml": f"peftune train xl.yaml {SMALL_XL}", "builtin:docs": "builtin:unicode"},
+        smaller={"peftune train xl.yaml": f"peftune train xl.yaml {SMALL_XL}", "builtin:docs/heldout": "xl.yaml"},
         elsewhere={"peftune doctor": "tries each way of training for a minute; tests/cli/test_doctor.py"},
         leaves=("adapters/xl-loftq", "models/xl/merge.json"),
     ),
     Journey(
         "eight-gpus",
         smaller={"peftune launch ddp": "peftune launch cpu-2", "peftune launch zero2": "peftune launch cpu-2-zero2",
-                 "epochs: 4": "steps: 12", "sleep 1": "sleep 0.2", "builtin:docs": "builtin:unicode",
+                 "epochs: 4": "steps: 12", "sleep 1": "sleep 0.2", "builtin:docs/heldout": "node.yaml",
                  "global_size: 16": "global_size: 4", "save_every: 25": "save_every: 0"},
         elsewhere={
             "torchrun --nproc-per-node 8 -m peftune train node.yaml": "tests/distributed starts ranks so",

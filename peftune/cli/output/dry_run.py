@@ -45,9 +45,8 @@ def _comments(found: DryRun) -> Iterator[str]:
         yield f"# evaluates on {name}: {_size(blocks)}"
     for finding in corpus.findings:
         yield f"# {finding.line()}"
-    epochs = found.inputs.total_steps * recipe.batch.global_size / len(corpus.train)
     yield (
-        f"# steps: {found.inputs.total_steps:,} of {recipe.batch.global_size} blocks ({epochs:.2g} epochs), "
+        f"# steps: {found.inputs.total_steps:,} of {recipe.batch.global_size} blocks ({found.inputs.passes:.3g} passes), "
         f"{recipe.batch.micro_size} blocks a forward"
     )
     layout = _LAYOUTS[found.way] if found.ranks == 1 else f"{found.ranks} ranks, {_LAYOUTS[found.way]}"
