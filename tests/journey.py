@@ -58,8 +58,11 @@ def commands(block: str) -> list[str]:
     flat = _LOOP.sub(
         lambda loop: "".join(loop[3].replace(f"${loop[1]}", word) for word in loop[2].split()), block
     ).replace("\\\n", " ")
-    lines = [shlex.join(shlex.split(line, comments=True)) if _plain(line) else line for line in flat.splitlines()]
-    return [line for line in lines if line.strip()]
+    lines = [
+        shlex.join(shlex.split(line, comments=True)) if _plain(line) else line
+        for line in map(str.strip, flat.splitlines())
+    ]
+    return [line for line in lines if line]
 
 
 def _plain(line: str) -> bool:
@@ -123,9 +126,10 @@ class Reader:
     def shell(self, text: str) -> None:
         """Run what asks something of the shell as it stands."""
         line = ["bash", "-euo", "pipefail", "-c", text]
-        done = subprocess.run(line, env=self.environment, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(line, env=self.environment, capture_output=True, text=True, timeout=600, check=False)
         self.printed += done.stdout + done.stderr
-        assert done.returncode == 0, f"{text}\nended with {done.returncode}:\n{done.stdout}{done.stderr}"
+        refused = done.returncode or '{"error"' in done.stdout  # curl ends with 0 where a server refuses
+        assert not refused, f"{text}\nended with {done.returncode}:\n{done.stdout}{done.stderr}"
 
     def serve(self, text: str) -> None:
         """Start a server, as in a second terminal, and wait for the line that says it is ready."""

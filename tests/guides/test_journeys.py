@@ -45,12 +45,13 @@ JOURNEYS = [
     Journey(
         "ten-domains",
         smaller={TEN: THREE, "epochs: 6": "steps: 1", "127.0.0.1:8000": "127.0.0.1:PORT", "[:240]": "[:80]",
-                 "peftune serve": "peftune serve --port PORT", "--prompts 40": "--prompts 8"},
+                 "peftune serve": "peftune serve --port PORT", " --data tibetan=held/tibetan.txt": "",
+                 "--prompts 40": "--prompts 8"},
         leaves=("matrix.json", "routing.json"),
     ),
     Journey(
         "experiment",
-        smaller={"epochs: 2": "steps: 2", "warmup: 20": "warmup: 1", "meanings[8:24]": "meanings[8:12]",
+        smaller={"epochs: 5": "steps: 2", "warmup: 20": "warmup: 1", "meanings[8:24]": "meanings[8:12]",
                  "--max-new-tokens 48": "--max-new-tokens 8", "--beams 4": "--beams 2"},
         leaves=("scores.json", "eval.json", "data.json", "experiment.html"),
     ),
