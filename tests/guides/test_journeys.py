@@ -46,7 +46,7 @@ JOURNEYS = [
         "ten-domains",
         smaller={TEN: THREE, "epochs: 6": "steps: 1", "127.0.0.1:8000": "127.0.0.1:PORT", "[:240]": "[:80]",
                  "peftune serve": "peftune serve --port PORT", " --data tibetan=held/tibetan.txt": "",
-                 "--prompts 40": "--prompts 8"},
+                 "--prompts 40": "--prompts 8", "builtin:code/heldout": "make_texts.py"},
         leaves=("matrix.json", "routing.json"),
     ),
     Journey(
