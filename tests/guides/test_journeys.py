@@ -20,7 +20,7 @@ JOURNEYS = [
     Journey(
         "support",
         smaller={"range(300)": "range(80)", "epochs: 4": "steps: 2", "127.0.0.1:8000": "127.0.0.1:PORT",
-                 "peftune serve": "peftune serve --port PORT", "range(40)": "range(4)",
+                 "serve --base": "serve --port PORT --base", "range(40)": "range(4)",
                  "--data prose=builtin:docs/heldout": "--data prose=make_tickets.py"},
         leaves=("held.json", "answers.jsonl"),
     ),
@@ -45,7 +45,7 @@ JOURNEYS = [
     Journey(
         "ten-domains",
         smaller={TEN: THREE, "epochs: 6": "steps: 1", "127.0.0.1:8000": "127.0.0.1:PORT", "[:240]": "[:80]",
-                 "peftune serve": "peftune serve --port PORT", " --data tibetan=held/tibetan.txt": "",
+                 "serve --base": "serve --port PORT --base", " --data tibetan=held/tibetan.txt": "",
                  "--prompts 40": "--prompts 8", "builtin:code/heldout": "make_texts.py"},
         leaves=("matrix.json", "routing.json"),
     ),
