@@ -33,8 +33,8 @@ _WORD = re.compile(r"[^\W\d_]{2,}")
 class Journey:
     """One guide at small size.
 
-    `smaller`: texts of its blocks, and what stands in their place here (`PORT` is a free one). `elsewhere`: commands
-    that are only parsed here, with the reason. `leaves`: what is there at its end.
+    `smaller`: texts of files and commands, and what stands in their place here (`PORT` is a free one).
+    `elsewhere`: commands that are only parsed here, with the reason. `leaves`: what is there at its end.
     """
 
     page: str
@@ -49,7 +49,8 @@ class Journey:
             port = str(free.getsockname()[1])
         for long, short in self.smaller.items():
             assert any(long in text for _, text in blocks), f"{self.page}.md has no {long!r}"
-            blocks = [(language, text.replace(long, short.replace("PORT", port))) for language, text in blocks]
+            short = short.replace("PORT", port)
+            blocks = [(kind, text if kind == "console" else text.replace(long, short)) for kind, text in blocks]
         return blocks
 
 
