@@ -91,13 +91,17 @@ class RunInputs:
         yield from self.corpus.notes
         yield from (one.line() for one in self.corpus.findings)
 
+    @property
+    def passes(self) -> float:
+        """How often each block is seen; the last step of a pass may hold fewer than the others."""
+        return self.total_steps / steps_per_epoch(len(self.corpus.train), self.recipe.batch.global_size)
+
     def description(self, micro_size: int) -> str:
         """What is about to be learnt, and how often; what it is validated on."""
         train, size = self.corpus.train, self.recipe.batch.global_size
-        passes = self.total_steps / steps_per_epoch(len(train), size)
-        seen = f"{passes:.3g} passes"
-        if passes < 1:
-            seen = f"{self.total_steps * size:,} of the {len(train):,} blocks, {passes:.2g} passes"
+        seen = f"{self.passes:.3g} passes"
+        if self.passes < 1:
+            seen = f"{self.total_steps * size:,} of the {len(train):,} blocks, {self.passes:.2g} passes"
         domains = [
             f"{_domain(name)}: {counted(len(blocks.documents), 'document')}, {blocks.tokens():,} tokens"
             for name, blocks in self.corpus.domains.items()

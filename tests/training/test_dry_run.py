@@ -43,6 +43,8 @@ def test_it_prints_the_recipe_that_runs_and_writes_nothing(file: Path, capfd: Ca
     assert resolved.model_dump(exclude=unchanged) == given.model_dump(exclude=unchanged)  # type: ignore[arg-type]
     for words in ("26 documents", "on b: ", "steps: 3 of 8 blocks", "memory of a rank", f"writes {Path.cwd()}/new"):
         assert words in out
+    blocks = int(out.partition(" scored tokens in ")[2].split()[0])
+    assert blocks % 8 and f"({3 / -(-blocks // 8):.3g} passes)" in out, "a pass ends with a step of fewer blocks"
 
 
 def test_the_numbers_are_those_of_the_run(recipe: Make) -> None:

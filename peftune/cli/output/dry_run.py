@@ -52,11 +52,8 @@ def _comments(found: DryRun) -> Iterator[str]:
         yield f"# evaluates on {name}: {_size(blocks)}"
     for finding in corpus.findings:
         yield f"# {finding.line()}"
-    epochs = found.inputs.total_steps * recipe.batch.global_size / len(corpus.train)
-    yield (
-        f"# steps: {found.inputs.total_steps:,} of {recipe.batch.global_size} blocks ({epochs:.2g} epochs), "
-        f"{recipe.batch.micro_size} blocks a forward"
-    )
+    steps = f"{found.inputs.total_steps:,} of {recipe.batch.global_size} blocks ({found.inputs.passes:.3g} passes)"
+    yield f"# steps: {steps}, {recipe.batch.micro_size} blocks a forward"
     layout = _LAYOUTS[found.way] if found.ranks == 1 else f"{found.ranks} ranks, {_LAYOUTS[found.way]}"
     yield f"# {found.trained:,} trainable parameters, {recipe.run.precision}, {layout}"
     parts = {
