@@ -29,7 +29,7 @@ from peftune.serve.openai import completions, schema
 from peftune.serve.settings import ServeSettings
 from peftune.training import checkpoint
 from peftune.training.distributed import watchdog
-from peftune.training.planning import plan
+from peftune.training.planning import plan, trace
 
 ROOT = Path(__file__).parents[1]
 PAGE = " ".join((ROOT / "docs" / "limits.md").read_text(encoding="utf-8").split())
@@ -59,7 +59,7 @@ CLAIMS = (
     f"log-probabilities a token | {schema.MAX_LOGPROBS} |",
     f"adapters in memory | {SERVER.max_adapters} (`--max-adapters`) |",
     f"The newest {checkpoint._KEPT} checkpoints are kept",
-    f"On a GPU {1 - plan._GPU_SHARE:.0%} and {plan._CONTEXT / 1e9:g} GB".replace("%", " %"),
+    f"On a GPU {1 - trace.GPU_SHARE:.0%} and {plan._CONTEXT / 1e9:g} GB".replace("%", " %"),
     f"base and adapter | {report._EXACT:.0e}, more".replace("e-04", "e-4"),
     f"a line every {console._LINE_EVERY:g} seconds",
     f"missed after {watchdog._LOST_AFTER:g} s",

@@ -19,13 +19,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import peftune
+from peftune import device
 from peftune.cli import main
 from peftune.config.recipe import Recipe
 from peftune.errors import CheckFailed, UserError
 from peftune.files import parse_json
 from peftune.inference.perplexity import Score
 from peftune.model import fingerprint
-from peftune.training import checkpoint, device, run
+from peftune.training import checkpoint, run
 from peftune.training.metrics import read_metrics
 from peftune.training.run import train
 

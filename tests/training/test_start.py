@@ -139,7 +139,7 @@ def test_a_training_process_lets_cuda_memory_grow_in_place(
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("peftune.cli.output.dry_run.print_dry_run", lambda _: None)
+    monkeypatch.setattr("peftune.cli.output.dry_run.print_dry_run", lambda *_: None)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe().model_dump(mode="json")))
     assert CliRunner().invoke(app, ["train", str(path), "--dry-run"]).exit_code == 0
