@@ -29,7 +29,7 @@ NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 KERNELS_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 """Environment of oneDNN and of PyTorch's layer above it: how many kernels each keeps, of those made for one shape of a
 product. As they come it is 1,024 each, and nearly every step has documents of other lengths, so a run in bf16 on a CPU
-would grow by 0.7 GB in its first 40 steps. The shapes of one step fit into 64: it is as fast as it was."""
+would grow by 0.7 GB in its first 40 steps. The shapes of one step fit into 64: it is about as fast as it was."""
 
 
 def dtype_of(precision: str) -> torch.dtype:
