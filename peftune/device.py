@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 import psutil
@@ -174,6 +175,14 @@ def report_out_of_memory() -> Iterator[None]:
             "out of memory before the first step or between steps; use a smaller base, data.block_size or lora.rank, "
             "or a machine with more memory; what was saved is intact"
         ) from None
+
+
+def return_freed_memory() -> None:
+    """Have glibc give back what was freed; it keeps holes for later use, which what comes next may not fit into."""
+    with suppress(TypeError, OSError):  # Windows names no library of the process
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def peak_memory(device: torch.device) -> int:

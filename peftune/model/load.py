@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftune.config.recipe import Recipe
+from peftune.device import return_freed_memory
 from peftune.errors import CheckFailed, UserError, first_line
 from peftune.model import quantized
 from peftune.model.base import Base
@@ -93,6 +94,7 @@ def load_model(
     quantized.multiply_unpacked(model)
     model.requires_grad_(False)
     move_to(model, device, dtype)
+    return_freed_memory()  # of the weights in float32
     return model.eval()  # type: ignore[no-any-return]
 
 

@@ -57,9 +57,14 @@ def too_long(store: TokenStore, documents: np.ndarray, block: int, places: Place
 
 
 def repeated(store: TokenStore, documents: np.ndarray, places: Places) -> list[Finding]:
-    """Documents that are equal to one before them, and those that are nearly so."""
+    """Documents that are equal to one before them, and those that are nearly so.
+
+    Plain texts of less than a line are left out of the former: people say «No, my lord.» more than once.
+    """
     first = documents[first_of_equals(store.digests[documents])]
     equal = np.setdiff1d(documents, first)
+    partly = store.supervised_counts[equal] < store.lengths[equal] - 1
+    equal = equal[partly | (store.supervised_bytes[equal] >= _LETTERS)]
     advice = "a text is learnt as often as it stands there; data.repeats: drop uses each once"
     near = "it is learnt more often than others, and by heart sooner; keep one of them"
     return [

@@ -173,7 +173,7 @@ def plan(recipe: Recipe, config: GPT2Config | None = None, machine: Machine | No
         """Bytes of activations of the first block of a micro-batch, and of each further one."""
         run = recipe.run.model_copy(update={"checkpointing": recompute})
         changed = recipe.model_copy(update={"run": run})
-        return activations(config, changed, DTYPES[precision], block, machine.device, sharded)
+        return grown_by(config, changed, DTYPES[precision], block, machine.device, sharded)
 
     def option(layout: Layout) -> Option:
         if reason := _refusal(recipe, layout):
@@ -181,7 +181,7 @@ def plan(recipe: Recipe, config: GPT2Config | None = None, machine: Machine | No
         memory = bytes_per_rank(shapes, layout.way, machine.count, precision, layout.quantize)
         base = 0 if layout.offload and layout.way == "zero3" else memory.base
         held = memory.held - memory.base + base - (memory.optimizer_state if layout.offload else 0) + program
-        first, more = with_slack(*traced(layout.checkpointing, layout.way == "zero3"), machine.device)
+        first, more = traced(layout.checkpointing, layout.way == "zero3")
         room = machine.usable - held - memory.gathered
         share, asked_size = -(-recipe.batch.global_size // machine.count), recipe.batch.micro_size
         if asked_size == "auto":
@@ -199,11 +199,17 @@ def plan(recipe: Recipe, config: GPT2Config | None = None, machine: Machine | No
     return Plan(machine, precision, block, program, shapes.adapter, options, fastest)
 
 
-def with_slack(first: int, each: int, device: Device) -> tuple[int, int]:
-    """Bytes that the process grows by for activations of the first block and of each further one."""
+def grown_by(
+    config: GPT2Config, recipe: Recipe, dtype: torch.dtype, block: int, device: Device, sharded: bool
+) -> tuple[int, int]:
+    """Bytes that the process grows by for activations of the first block of a micro-batch and of each further one."""
+    first, each = activations(config, recipe, dtype, block, device, sharded)
     if device == "cuda":  # its allocator's own figures are those of tensors
         return first, each
-    return int(first * (1 + _KEPT_FREE)) + _LIBRARIES, int(each * (1 + _KEPT_FREE))
+    holes = 0
+    if recipe.run.checkpointing:  # between what is kept of two layers, one for the widest tensor of what is not
+        holes = config.n_layer * (config.n_inner or 4 * config.n_embd) * block * dtype.itemsize
+    return int(first * (1 + _KEPT_FREE)) + _LIBRARIES + holes, int(each * (1 + _KEPT_FREE)) + holes
 
 
 def loading(shapes: Shapes, memory: RankMemory, device: Device) -> int:
@@ -270,8 +276,7 @@ def _tensors_at_most(inputs: RunInputs, forward: ForwardFn, accelerator: Acceler
     precision: Any = NAME_OF[forward.dtype]
     shapes = shapes_of(config, recipe.lora)
     memory = bytes_per_rank(shapes, way, ranks, precision, recipe.quantize)
-    traced = activations(config, recipe, forward.dtype, blocks.packing.block_size, kind, stage == 3)
-    first, each = with_slack(*traced, kind)
+    first, each = grown_by(config, recipe, forward.dtype, blocks.packing.block_size, kind, stage == 3)
     size = min(forward.micro_size, len(blocks), -(-recipe.batch.global_size // ranks))
     step = memory.held + memory.working(first + (size - 1) * each)
     return max(step, loading(shapes, memory, kind))

@@ -134,6 +134,14 @@ def test_faults_of_text_files_are_found(
     assert found([Source(path=str(path))], small) == {what: f"{path}:{line}"}
 
 
+def test_a_short_speech_may_be_said_twice_and_a_long_one_is_a_repeat(
+    tmp_path: Path, small: PreTrainedTokenizerFast
+) -> None:
+    short, long = "ABRAHAM:\nDo you bite your thumb at us, sir?", f"SAMSON:\n{prose(4, 12)}"
+    (path := tmp_path / "play.txt").write_text("\n\n".join([short, prose(1), short, long, prose(2), long]))
+    assert found([Source(path=str(path))], small) == {"repeats of another document": f"{path}:14"}
+
+
 def test_a_file_without_an_end_of_text_beside_others_is_found(tmp_path: Path, small: PreTrainedTokenizerFast) -> None:
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(f"one {name}<|endoftext|>two {name}")
