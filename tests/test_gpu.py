@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gpu_recipe import values_over_text
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -42,15 +43,7 @@ Make = Callable[..., Recipe]
 @pytest.fixture
 def recipe(tiny_base: Path, tmp_path: Path) -> Make:
     """`recipe(out, "key=value", …)` over a small corpus of long and short documents, fp32 unless told otherwise."""
-    corpus = tmp_path / "text.jsonl"
-    texts = [" ".join(["the cat sat on the mat"] * (1 + number % 9)) for number in range(60)]
-    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    values: dict[str, Any] = {
-        "base": str(tiny_base),
-        "data": {"train": str(corpus), "validation": 0.1},
-        "lora": {"rank": 4, "alpha": 8},
-        "optim": {"lr": 1e-2, "steps": 8},
-        "batch": {"global_size": 8},
+    values = values_over_text(tiny_base, tmp_path) | {
         "run": {"out": "", "precision": "fp32", "eval_every": 0, "save_every": 4},
     }
     return lambda out, *overrides: recipe_from(values, [f"run.out={tmp_path / out}", *overrides])

@@ -61,6 +61,7 @@ def text_generator(
     """Load the model; the function that is returned continues prompts with it, call after call."""
     base, chosen = open_base(base), settings or GenerationSettings()
     if chosen.beams > 1:
+        used = choose_device(device)  # before anything is loaded
         parse, tokenizer = base.parses_special_tokens, base.tokenizer
         if adapter is None:
             model: Model = load_model(base)
@@ -68,7 +69,6 @@ def text_generator(
             read, layout, tokenizer = fit(Path(adapter), base)
             parse = parses_special_tokens(read.provenance)
             model = load_with_rows(base, read, layout)
-        used = choose_device(device)
         model.to(used, dtype_of(inference_precision(precision, used)))  # type: ignore[arg-type]
         return lambda prompts, on_text: generate_with_transformers(model, tokenizer, prompts, chosen, on_text, parse)
     bank, name = AdapterBank(base, precision, device), "adapter" if adapter is not None else None

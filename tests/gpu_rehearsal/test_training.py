@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from gpu_recipe import values_over_text
 from pretended_cuda import PretendedCUDA, WrongDevice, pretend
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -74,18 +74,10 @@ EVALUATION = {"training/step.py:attempt (_local_scalar_dense)": 1}
 
 def train(tiny_base: Path, out: Path, *overrides: str) -> list[float]:
     """Losses of a run of 4 steps of 2 micro-batches, with 3 evaluations and 2 checkpoints."""
-    corpus = out.parent / "text.jsonl"
-    texts = [" ".join(["the cat sat on the mat"] * (1 + number % 9)) for number in range(60)]
-    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    values: dict[str, Any] = {
-        "base": str(tiny_base),
-        "data": {"train": str(corpus), "validation": 0.1},
-        "lora": {"rank": 4, "alpha": 8},
-        "optim": {"lr": 1e-2, "steps": 4},
-        "batch": {"global_size": 8, "micro_size": 4},
+    values = values_over_text(tiny_base, out.parent) | {
         "run": {"out": str(out), "precision": "bf16", "eval_every": 2, "save_every": 2},
     }
-    run.train(recipe_from(values, list(overrides)))
+    run.train(recipe_from(values, ["optim.steps=4", "batch.micro_size=4", *overrides]))
     return [event["loss"] for event in read_metrics(out / "metrics.jsonl") if event["event"] == "train"]
 
 

@@ -1,8 +1,8 @@
 """GPT-2 with LoRA on the real tokens of a batch, without padding: the fast forward of training, and how it is built.
 
-The tensors are those of the model that Transformers loaded and PEFT adapted; nothing is copied. Frozen weights and
-matrix products have the dtype of the run; the stream between blocks, and the adapters, are fp32. Autograd keeps
-nothing below the lowest adapter, because nothing there asks for a gradient.
+The tensors are those of the model that Transformers loaded and PEFT adapted; norms alone are copied, to fp32. Frozen
+weights and matrix products have the dtype of the run; the stream between blocks, and the adapters, are fp32. Autograd
+keeps nothing below the lowest adapter, because nothing there asks for a gradient.
 
 Legend: N tokens, D width.
 """
