@@ -19,7 +19,6 @@ import torch
 from peftune.errors import UserError, first_line
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-DeviceName = Literal["auto", "cpu", "cuda"]
 
 _OLDEST_DRIVER = {13: 580, 12: 525}  # of NVIDIA, by the CUDA that torch was built for
 _OTHER_TORCH = "install a torch for CUDA 12.6, from https://download.pytorch.org/whl/cu126 (docs/install.md says how)"

@@ -8,19 +8,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from peftune.config import choices
 from peftune.config.spelling import spelling
 from peftune.errors import BaseNotFound, PeftuneError, UserError
 from peftune.files import check_writable, json_document, write_json
 
 if TYPE_CHECKING:
     from peftune.config.data_section import DataSection, Source
-    from peftune.config.section import Section
 
-_Section = TypeVar("_Section", bound="Section")
 
 BASE_HELP = "Hub name, directory, or builtin:small."
 _ADAPTER_HELP = "Adapter directory, with the name to show; a bare DIR is named after its last part. May be repeated."
@@ -55,12 +54,10 @@ Columns = Annotated[
     typer.Option("--column", metavar="KEY=VALUE", help=_COLUMN_HELP, callback=_spell_as_columns),
 ]
 Precision = Annotated[
-    Literal["auto", "fp32", "bf16", "fp16"],
+    choices.Precision,
     typer.Option(help="What to compute in; auto is bf16 on a GPU that has it, else fp32."),
 ]
-Device = Annotated[
-    Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute; auto takes a GPU where there is one.")
-]
+Device = Annotated[choices.Device, typer.Option(help="Where to compute; auto takes a GPU where there is one.")]
 BlockSize = Annotated[int | None, typer.Option(min=8, help="Tokens per block. Default: the base's context.")]
 
 
@@ -129,27 +126,17 @@ def named(option: str, values: list[str] | None) -> dict[str, str]:
 def source_of(path: str, columns: dict[str, Any] | None = None) -> Source:
     """A `Source` from the command line; UserError for columns that do not go together."""
     from peftune.config.data_section import Source
+    from peftune.config.messages import validated
 
-    return _valid(Source, {"path": path, **(columns or {})}, f"{path}: ")
+    return validated(Source, {"path": path, **(columns or {})}, f"{path}: ")
 
 
 def data_section_of(paths: list[str], columns: dict[str, Any], **settings: str) -> DataSection:
     """What `data` of a recipe would say of these paths; UserError for columns or settings that do not go together."""
     from peftune.config.data_section import DataSection
+    from peftune.config.messages import validated
 
-    return _valid(DataSection, {"train": [source_of(path, columns) for path in paths], **settings})
-
-
-def _valid(section: type[_Section], values: dict[str, Any], name: str = "") -> _Section:
-    from pydantic import ValidationError
-
-    from peftune.config.messages import validation_messages
-
-    try:
-        return section.model_validate(values)
-    except ValidationError as error:
-        problems = validation_messages(error, {"": list(section.model_fields)})
-        raise UserError(f"{name}{'; '.join(problems)}") from None
+    return validated(DataSection, {"train": [source_of(path, columns) for path in paths], **settings})
 
 
 def columns_of(values: list[str] | None) -> dict[str, Any]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+
+from peftune.errors import UserError
+
+_Section = TypeVar("_Section", bound=BaseModel)
 
 # A field that may hold one thing or another has one message; pydantic reports an error for each.
 _EITHER = {
@@ -28,6 +32,15 @@ _PLAIN = {
     "too_short": "expected at least one",
     "string_too_short": "expected some text",
 }
+
+
+def validated(section: type[_Section], values: dict[str, Any], name: str = "") -> _Section:
+    """A section of these values; UserError with all that is wrong with them, after `name`."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        problems = validation_messages(error, {"": list(section.model_fields)})
+        raise UserError(f"{name}{'; '.join(problems)}") from None
 
 
 def validation_messages(error: ValidationError, keys: Mapping[str, Sequence[str]]) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from peftune.config.choices import Device, Precision
 from peftune.config.data_section import DataSection, Source
 from peftune.config.messages import validation_messages
 from peftune.config.new_tokens import reasons_against
@@ -104,13 +105,13 @@ class RunSection(Section):
     """With `init`: also take AdamW's moments and step count, from the checkpoint that adapter was delivered from."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Seed of the adapter's initial values, the order of samples and dropout."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """`auto`: a GPU where there is one, else the CPU; a run on a machine whose NVIDIA GPU torch cannot use is
     refused. `cpu` and `cuda` insist."""
     deterministic: bool = False
     """On a GPU, take only kernels that add up in the same order each time, so that equal runs are equal bit for bit;
     some are slower. A CPU's always do."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Precision = "auto"
     """`auto`: bf16 where the hardware has it, else fp32 (fp16 with loss scaling on GPUs without bf16)."""
     eval_every: Annotated[int, Field(ge=0)] = 50
     """Steps between evaluations; 0 evaluates before and after only."""

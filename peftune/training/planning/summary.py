@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from peftune.config.choices import Chat, SpecialTokens, SplitOn
 from peftune.config.data_section import DataSection, Documents, as_sources
-from peftune.config.messages import validation_messages
+from peftune.config.messages import validated
 from peftune.data.summary import summarize
-from peftune.errors import UserError
 from peftune.model.base import Base, open_base
 
 
@@ -33,8 +30,6 @@ def summarize_data(
     for settings that a recipe refuses.
     """
     found = open_base(base)
-    try:
-        how = DataSection(train=as_sources(data), split_on=split_on, special_tokens=special_tokens, chat=chat)
-    except ValidationError as error:
-        raise UserError("; ".join(validation_messages(error, {"": list(DataSection.model_fields)}))) from None
+    settings = {"split_on": split_on, "special_tokens": special_tokens, "chat": chat}
+    how = validated(DataSection, {"train": as_sources(data), **settings})
     return summarize(how, found.tokenizer, found.tokenizer_fingerprint, found.block_size(block_size))
