@@ -21,6 +21,7 @@ _MOST = 1_024  # adapters of one run
 _VALUES = 200_000  # of all entries of a file, what they share counted for each
 _TOLD = 50  # adapters whose problems stand in one message
 _NAMES = ("validation", "where")  # their keys are a person's own names: one mapping takes the place of another
+_LONGEST = 255  # bytes of a name that file systems take
 _OUT = ("run", "out")
 
 
@@ -78,16 +79,13 @@ def refuse_problems(members: Sequence[Member]) -> None:
     lines = []
     for file, entries in itertools.groupby(members, key=lambda member: member.file):
         group = list(entries)
-        read = [member.problems for member in group if member.values]
-        shared = set(read[0]).intersection(*read) if len(read) > 1 else set()
-        lines += _line(
-            file, "", list(dict.fromkeys(problem for problem in read[0] if problem in shared)) if read else []
-        )
+        first, *others = [dict.fromkeys(member.problems) for member in group if member.values] or [{}]
+        shared = dict.fromkeys(p for p in first if others and all(p in other for other in others))
+        lines += _line(file, "", [*shared])
         for member in group:
             lines += _line(file, member.entry, [problem for problem in member.problems if problem not in shared])
     if lines:
-        more = f"; {len(lines) - _TOLD:,} more have problems" if len(lines) > _TOLD else ""
-        raise UserError("; ".join(lines[:_TOLD]) + more)
+        raise UserError("; ".join(lines[:_TOLD] + ["more adapters have problems"] * (len(lines) > _TOLD)))
 
 
 def names_of(recipes: Sequence[Recipe]) -> list[str]:
@@ -110,7 +108,13 @@ def _members_of(path: Path, overrides: list[str]) -> list[Member]:
     entries = values.pop(FLEET)
     if problem := _against_fleet(entries, values):
         return [Member(str(path), "", {}, [problem])]
-    return [_of_entry(str(path), number, entry, values, overrides) for number, entry in enumerate(entries)]
+    members, wrong = [], 0
+    for number, entry in enumerate(entries):
+        members.append(_of_entry(str(path), number, entry, values, overrides))
+        wrong += bool(members[-1].problems)
+        if wrong > _TOLD:  # no more are told, and a thousand times the same takes half a minute
+            break
+    return members
 
 
 def _against_fleet(entries: Any, rest: dict[str, Any]) -> str | None:
@@ -154,7 +158,7 @@ def _of_entry(file: str, number: int, entry: Any, rest: dict[str, Any], override
 def _against_name(name: Any) -> str | None:
     if not isinstance(name, str):
         return f"name: expected text, found {short(name)}"
-    if not name or name[0] == "." or not name.isprintable() or set(name) & set("/\\") or name != name.strip():
+    if not 0 < len(name.encode()) <= _LONGEST or name[0] == "." or not name.isprintable() or set(name) & set("/\\"):
         return f"name: expected the name of a directory, with no slash and no dot before it, found {short(name)}"
     return None
 

@@ -132,7 +132,7 @@ WRONG: list[tuple[Any, str]] = [
     ([{"name": None}], "fleet[0] (nothing): name: expected text, found nothing"),
     *(
         ([{"name": name}], "name: expected the name of a directory, with no slash and no dot before it")
-        for name in ("", "..", ".a", "/", "a/b", "a\\b", "a\nb", " a", "a\0", "\x1b[2J")
+        for name in ("", "..", ".a", "/", "a/b", "a\\b", "a\nb", "é" * 128, "a\0", "\x1b[2J")
     ),
     ([{"name": "a", "lora.rank": 4, "lora": {"rank": 8}}], "fleet[0] (a): lora.rank is given twice"),
     ([{"name": "a", "lora": None, "lora.rank": 8}], "fleet[0] (a): lora is given twice"),
@@ -210,6 +210,15 @@ def test_one_recipe_is_not_read_from_a_fleet(file: Path) -> None:
 def _plain(path: Path, more: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(REST | more))
     return path
+
+
+def test_many_wrong_entries_are_told_soon(file: Path) -> None:
+    began = time.process_time()
+    unknown = {f"unknown{n}": 1 for n in range(170)}
+    assert refusal([written(file, [{"name": f"a{n}"} for n in range(1_024)], **unknown)]).count("unknown key unknown9,") == 1
+    line = refusal([written(file, [{"name": f"a{n}", "lora.rank": -n} for n in range(1_024)])])
+    assert line.endswith("greater than or equal to 1, found -49; more adapters have problems")
+    assert time.process_time() - began < 20
 
 
 def test_as_many_values_as_many_entries_repeat_are_refused_soon(file: Path) -> None:
