@@ -20,6 +20,7 @@ from peftune.version import __version__
 
 if TYPE_CHECKING:
     from peftune.adapters.merge.merge import merge
+    from peftune.config.fleet import load_recipes
     from peftune.config.recipe import Recipe, load_recipe
     from peftune.errors import PeftuneError, UserError
     from peftune.inference.bank import AdapterBank
@@ -40,6 +41,7 @@ _HOMES = {
     "evaluate": "inference.perplexity",
     "generate": "inference.generate",
     "load_recipe": "config.recipe",
+    "load_recipes": "config.fleet",
     "merge": "adapters.merge.merge",
     "plan": "training.planning.plan",
     "read_metrics": "training.metrics",
@@ -56,6 +58,7 @@ __all__ = [  # in the order of the alphabet; a test compares it with what is off
     "evaluate",
     "generate",
     "load_recipe",
+    "load_recipes",
     "merge",
     "plan",
     "read_metrics",
