@@ -44,13 +44,15 @@ class Health:
 
     def __init__(
         self, inputs: RunInputs, model: nn.Module, accelerator: Accelerator, state: State, metrics: MetricsLog,
-        console: Console,
+        console: Console, sums: dict[int, int] | None = None,
     ) -> None:  # fmt: skip
+        """`sums` are of frozen weights that several runs share: what one has summed up in a round, others need not."""
         self.inputs, self.accelerator, self.state = inputs, accelerator, state
         self.metrics, self.console = metrics, console
         self.first_step = state.step
         self.parameters = dict(model.named_parameters())
-        self.before = _checksums(self.parameters)
+        self.sums = sums
+        self.before = _checksums(self.parameters, self.sums)
         self.losses: list[float] = []
         self.told: list[str] = []
 
@@ -177,7 +179,7 @@ class Health:
             )
 
     def _check_what_moved(self) -> None:
-        after, step = _checksums(self.parameters), self.state.step
+        after, step = _checksums(self.parameters, self.sums), self.state.step
         still = {name for name, value in after.items() if value == self.before[name]}
         frozen = {name for name, parameter in self.parameters.items() if not parameter.requires_grad}
         # Of a sharded matrix a rank may have a part that holds nothing.
@@ -225,13 +227,21 @@ def never_better(state: State, total: int) -> str:
     )
 
 
-def _checksums(parameters: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Sums of the bit patterns of all values that this rank holds: another one where any single value changes."""
-    found = {}
+def _checksums(parameters: Mapping[str, torch.Tensor], known: dict[int, int] | None) -> dict[str, int]:
+    """Sums of the bit patterns of all values that this rank holds: another one where any single value changes.
+
+    What is frozen is looked up in `known` by its identity, and noted there.
+    """
+    found, known = dict[str, int](), {} if known is None else known
     for name, parameter in parameters.items():
+        if not parameter.requires_grad and id(parameter) in known:
+            found[name] = known[id(parameter)]
+            continue
         flat = getattr(parameter, "ds_tensor", parameter).detach().reshape(-1)
         bits = flat.view(_INTEGERS[flat.element_size()])
         found[name] = sum(int(part.sum(dtype=torch.int64)) for part in bits.split(_SUMMED))
+        if not parameter.requires_grad:
+            known[id(parameter)] = found[name]
     return found
 
 
