@@ -11,6 +11,7 @@ from peftune.device import choose_precision, peak_memory, report_out_of_memory
 from peftune.errors import CheckFailed, Interrupted, UserError
 from peftune.model.load import DTYPES
 from peftune.training import checkpoint
+from peftune.training.broken_step import what_broke
 from peftune.training.checkpoint import Checkpoint
 from peftune.training.distributed import start, zero
 from peftune.training.distributed.agreement import refuse_different_ranks
@@ -22,7 +23,6 @@ from peftune.training.distributed.collectives import (
 )
 from peftune.training.distributed.signals import StopNow
 from peftune.training.export.adapter import Delivery, deliver, earlier_run
-from peftune.training.health import what_broke
 from peftune.training.inputs import read_inputs_on_all_ranks
 from peftune.training.loading import Run, begin, facts_of, load_run
 from peftune.training.planning.plan import tensors_at_most

@@ -57,7 +57,7 @@ def test_compiled_it_ends_in_the_same_place(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("peftune.training.step._WORTH_COMPILING", {"cpu": 0.0})
+    monkeypatch.setattr("peftune.training.loading._WORTH_COMPILING", {"cpu": 0.0})
     common = "data.validation=0.2", "run.eval_every=4", "optim.steps=8", "lora.layers=[1]"
     for name in ("true", "false"):
         train(recipe(*common, f"run.compile={name}", f"run.out={tmp_path / name}"))

@@ -31,11 +31,11 @@ from peftune.model.loss import add_neftune_noise, nats_of_parts
 from peftune.model.train.attention import Attend, Kernel, Rows, Tokens, kernel_for
 from peftune.model.train.compiled import compiled
 from peftune.model.train.layers import (
+    AdapterRows,
     Elementwise,
     LoraFactors,
     LoraLinear,
     Norm,
-    Part,
     frozen_weight,
     same_draws,
     to_device,
@@ -60,7 +60,7 @@ class Block:
     """Attend in fp32 whatever the dtype of the run (`reorder_and_upcast_attn`)."""
 
     def __call__(
-        self, x: torch.Tensor, attend: Attend, parts: Sequence[Part], training: bool, elementwise: Elementwise
+        self, x: torch.Tensor, attend: Attend, parts: Sequence[AdapterRows], training: bool, elementwise: Elementwise
     ) -> torch.Tensor:
         """The stream (N, D) after this block; of each part of the rows there is an adapter in each layer."""
         qkv = self.c_attn(elementwise.normed(x, self.ln_1), parts, training)
@@ -156,7 +156,7 @@ class TrainGPT2:
     def below(self, tokens: Sequence[Tokens], depth: int) -> list[torch.Tensor]:
         """The stream after the first `depth` blocks, none of which has an adapter: (N, D) of each."""
         x, more = self.embedded(tokens)
-        x, attend, all_rows = x + more, self.attending(tokens), [Part(slice(0, len(x)))]
+        x, attend, all_rows = x + more, self.attending(tokens), [AdapterRows(slice(0, len(x)))]
         for block in self.blocks[:depth]:
             x = block(x, attend, all_rows, False, self.elementwise)
         return list(torch.split(x, [len(t.ids) for t in tokens]))
@@ -182,7 +182,7 @@ def nats_of_pieces(pieces: Sequence[Piece]) -> torch.Tensor:
         x, more = first.embedded(tokens)
         x = _with_noise(x, pieces, tokens, strengths) + more if any(strengths) else x + more
     attend, ends = first.attending(tokens), np.cumsum(sizes).tolist()
-    parts = [Part(slice(end - n, end), p.generator) for p, n, end in zip(pieces, sizes, ends, strict=True)]
+    parts = [AdapterRows(slice(end - n, end), p.generator) for p, n, end in zip(pieces, sizes, ends, strict=True)]
     for block in blocks[depth:]:
         if first.recompute and training:
             x = checkpoint(

@@ -52,7 +52,7 @@ def frozen_weight(layer: Any, packed: bool, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Part:
+class AdapterRows:
     """Rows of a batch that one adapter sees; `generator` draws its dropout, None is torch's own."""
 
     rows: slice
@@ -70,7 +70,7 @@ class LoraLinear:
     bias: Tensor
     adapters: tuple[LoraFactors | None, ...]
 
-    def __call__(self, x: Tensor, parts: Sequence[Part], training: bool) -> Tensor:
+    def __call__(self, x: Tensor, parts: Sequence[AdapterRows], training: bool) -> Tensor:
         """(N, I) to (N, O), differentiable in x, A and B; `training` switches the adapters' dropout."""
         adapted = [(part, own) for part, own in zip(parts, self.adapters, strict=True) if own is not None]
         if not adapted:
