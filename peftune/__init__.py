@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from peftune.inference.generate import generate
     from peftune.inference.perplexity import evaluate
     from peftune.inference.settings import GenerationSettings
+    from peftune.training.fleet.train_fleet import train_fleet
     from peftune.training.metrics import read_metrics
     from peftune.training.planning.plan import plan
     from peftune.training.planning.summary import summarize_data
@@ -47,6 +48,7 @@ _HOMES = {
     "read_metrics": "training.metrics",
     "summarize_data": "training.planning.summary",
     "train": "training.run",
+    "train_fleet": "training.fleet.train_fleet",
 }
 __all__ = [  # in the order of the alphabet; a test compares it with what is offered
     "AdapterBank",
@@ -64,6 +66,7 @@ __all__ = [  # in the order of the alphabet; a test compares it with what is off
     "read_metrics",
     "summarize_data",
     "train",
+    "train_fleet",
 ]
 
 

@@ -71,7 +71,7 @@ def train(
 
     if len(recipes) > 1:
         from peftune.cli.output.fleet_results import print_results
-        from peftune.training.fleet import train_fleet
+        from peftune.training.fleet.train_fleet import train_fleet
 
         with process_group():
             results = train_fleet(recipes)

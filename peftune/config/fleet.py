@@ -26,7 +26,7 @@ _OUT = ("run", "out")
 
 
 @dataclass(frozen=True)
-class Member:
+class FleetRecipe:
     """One adapter of a run, as a file tells of it."""
 
     file: str
@@ -50,12 +50,12 @@ def load_recipes(paths: Sequence[str | Path], overrides: list[str] | None = None
     rest of the file, and a `name`, which is its directory inside of `run.out`. UserError names every problem of all of
     them in one line, and two that would write to the same directory.
     """
-    members = read_members(paths, overrides)
+    members = read_fleet(paths, overrides)
     refuse_problems(members)
     return [member.recipe for member in members if member.recipe is not None]
 
 
-def read_members(paths: Sequence[str | Path], overrides: list[str] | None = None) -> list[Member]:
+def read_fleet(paths: Sequence[str | Path], overrides: list[str] | None = None) -> list[FleetRecipe]:
     """The adapters of these files, each with the problems that it has; UserError for overrides that are none."""
     refuse_bare_string(paths, "paths")
     refuse_bare_string(overrides, "overrides")
@@ -63,18 +63,21 @@ def read_members(paths: Sequence[str | Path], overrides: list[str] | None = None
         apply_override({}, override)
         if override.partition("=")[0].split(".")[0] == FLEET:
             raise UserError(f"override {short(override)}: a fleet is written in a file; expected a key of a recipe")
-    members: list[Member] = []
+    members: list[FleetRecipe] = []
     for path in paths:
         members += _members_of(Path(path), overrides or [])
         if len(members) > _MOST:
             raise UserError(f"more than {_MOST:,} adapters, the most of one run; start several runs")
     if not members:
         raise UserError("no recipe is given; expected at least one YAML file")
-    _check_directories([member for member in members if not member.problems])
+    sound = [member for member in members if not member.problems]
+    _check_directories(sound)
+    if members[1:]:
+        _check_company(sound)
     return members
 
 
-def refuse_problems(members: Sequence[Member]) -> None:
+def refuse_problems(members: Sequence[FleetRecipe]) -> None:
     """UserError with the problems of all of them, if there are any; what all entries of a file have is told once."""
     lines = []
     for file, entries in itertools.groupby(members, key=lambda member: member.file):
@@ -98,16 +101,16 @@ def _line(file: str, entry: str, problems: list[str]) -> list[str]:
     return [": ".join(filter(None, (file, entry, "; ".join(problems))))] if problems else []
 
 
-def _members_of(path: Path, overrides: list[str]) -> list[Member]:
+def _members_of(path: Path, overrides: list[str]) -> list[FleetRecipe]:
     try:
         values = read_yaml(path)
     except UserError as error:
-        return [Member("", "", {}, [str(error)])]
+        return [FleetRecipe("", "", {}, [str(error)])]
     if FLEET not in values:
         return [_checked(str(path), "", values, [], overrides)]
     entries = values.pop(FLEET)
     if problem := _against_fleet(entries, values):
-        return [Member(str(path), "", {}, [problem])]
+        return [FleetRecipe(str(path), "", {}, [problem])]
     members, wrong = [], 0
     for number, entry in enumerate(entries):
         members.append(_of_entry(str(path), number, entry, values, overrides))
@@ -129,11 +132,11 @@ def _against_fleet(entries: Any, rest: dict[str, Any]) -> str | None:
     return None
 
 
-def _of_entry(file: str, number: int, entry: Any, rest: dict[str, Any], overrides: list[str]) -> Member:
+def _of_entry(file: str, number: int, entry: Any, rest: dict[str, Any], overrides: list[str]) -> FleetRecipe:
     where = f"{FLEET}[{number}]"
     if not isinstance(entry, dict):
         expected = "expected a mapping of what this adapter has otherwise than the rest of the file"
-        return Member(file, where, {}, [f"{expected}, found {short(entry)}"])
+        return FleetRecipe(file, where, {}, [f"{expected}, found {short(entry)}"])
     values, given, name = _copy(rest), sorted(_keys(entry)), None
     twice = [key for key, other in itertools.pairwise(given) if other[: len(key)] == key]
     problems = [f"{'.'.join(key)[:80]} is given twice" for key in twice]
@@ -194,7 +197,7 @@ def _size(value: Any) -> int:
 
 def _checked(
     file: str, entry: str, values: dict[str, Any], problems: list[str], overrides: list[str], name: str | None = None
-) -> Member:
+) -> FleetRecipe:
     """Apply overrides, put the name below the directory, and validate."""
     for override in overrides:
         try:
@@ -210,12 +213,12 @@ def _checked(
     except ValidationError as error:
         keys = known_keys()
         problems += validation_messages(error, keys if entry else keys | {"": [*keys[""], FLEET]})
-    return Member(file, entry, values, problems, recipe)
+    return FleetRecipe(file, entry, values, problems, recipe)
 
 
-def _check_directories(members: Sequence[Member]) -> None:
+def _check_directories(members: Sequence[FleetRecipe]) -> None:
     """Add a problem to each that would write where another does, or that begins with what another is to make."""
-    owners: dict[str, Member] = {}
+    owners: dict[str, FleetRecipe] = {}
     places = [(member, _place(member.recipe.run.out), member.recipe.run) for member in members if member.recipe]
     for member, place, run in places:
         if place in owners:
@@ -227,6 +230,19 @@ def _check_directories(members: Sequence[Member]) -> None:
                 member.problems.append(f"run.out {run.out} lies in the checkpoints of {owner.label()}")
         if run.init is not None and (owner := owners.get(_place(run.init))) is not None:
             member.problems.append(f"run.init {run.init} is what {owner.label()} makes: train that in a run before")
+
+
+def _check_company(members: Sequence[FleetRecipe]) -> None:
+    """Add a problem to each that cannot be one of several in a run."""
+    runs = [(member, member.recipe.run) for member in members if member.recipe]
+    for member, run in runs:
+        if run.track:
+            member.problems.append(
+                "run.track: trackers log one run at a time; leave it out, each has its metrics.jsonl"
+            )
+        if run.device != runs[0][1].device:
+            first = f"{runs[0][0].label()} has {runs[0][1].device}"
+            member.problems.append(f"run.device is {run.device}, {first}; recipes that run together need one")
 
 
 def _place(directory: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from peftune.cli.output.text_output import echo
-from peftune.config.fleet import read_members, refuse_problems
+from peftune.config.fleet import read_fleet, refuse_problems
 from peftune.console import counted
 from peftune.data.batches import Blocks
 from peftune.data.sources.read import missing_files
@@ -32,7 +32,9 @@ def print_dry_run(
 
     Of a single recipe that is valid, what else is wrong is told as the run would tell it, without the file's name.
     """
-    members, texts = read_members(paths, overrides), []
+    members, texts = read_fleet(paths, overrides), []
+    if members[1:] and way.startswith("zero"):
+        raise UserError("ZeRO shards the state of one adapter; several run on one process, or on ranks with DDP")
     for member in members:
         if member.recipe is None:
             member.problems.extend(missing_files(member.values.get("data")))
@@ -44,7 +46,7 @@ def print_dry_run(
                 raise
             member.problems.append(str(error))
     refuse_problems(members)
-    echo("\n---\n".join(texts))
+    echo("\n---\n".join(texts) + "\n# where adapters learn side by side, the base is held once" * bool(texts[1:]))
 
 
 def _text(found: DryRun) -> str:
