@@ -75,7 +75,7 @@ def test_the_page_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "held-out.txt").write_text("\n\n".join(line.replace("sea", "shore") for line in lines[:9]))
     (tmp_path / "recipe.yaml").write_text("base: builtin:small\ndata: {train: poems.txt}\nrun: {out: adapters/x}\n")
     (tmp_path / "fleet.yaml").write_text(
-        "base: builtin:small\ndata: {train: poems.txt}\nrun: {out: adapters}\n"
+        "base: builtin:small\ndata: {train: poems.txt, block_size: 64}\nrun: {out: adapters}\n"
         "fleet: [{name: a}, {name: b, lora.rank: 4}]\n"
     )
     examples = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

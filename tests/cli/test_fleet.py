@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +168,23 @@ def test_each_adapter_is_a_line_and_the_first_failure_is_the_exit_code(capsys: C
     error = printed([UserError("z"), CheckFailed("x"), delivery("c")], speaks=False)
     assert isinstance(error, ReportedElsewhere) and error.exit_code == 2
     assert capsys.readouterr() == ("", ""), "of several ranks the first speaks"
+
+
+def test_a_fleet_is_trained_as_each_alone_and_one_that_fails_is_told(
+    here: Path, tiny_base: Path, distance: Callable[[Path, Path], float], capfd: Captured
+) -> None:
+    fleet = [{"name": "a"}, {"name": "gone", "data.train": "none.txt"}, {"name": "b", "lora.rank": 2, "run.seed": 1}]
+    path = write("fleet.yaml", tiny_base, fleet=fleet)
+    command = [sys.executable, "-m", "peftune", "train", path, "optim.steps=3", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    first, second = done.stdout.splitlines()
+    assert first.startswith("out/fleet/a: adapter of step 3, ") and second.startswith("out/fleet/b: adapter of step 3,")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("peftune: 2 of 3 adapters are delivered; gone: none.txt: ")
+    changes = {"a": [], "b": ["lora.rank=2", "run.seed=1"]}
+    for name, overrides in changes.items():
+        solo = [write("solo.yaml", tiny_base), f"run.out=solo/{name}", "optim.steps=3", *overrides]
+        assert main.run(["train", *solo]) == 0
+        assert distance(Path("solo") / name, Path("out/fleet") / name) < 1e-6
+        assert main.run(["train", *solo[:1], f"run.out=out/fleet/{name}", *solo[2:]]) == 0
+        assert "this recipe was trained already, nothing to do" in capfd.readouterr().err, "it is that of a solo run"

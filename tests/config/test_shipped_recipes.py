@@ -52,8 +52,11 @@ def test_the_support_recipe_scores_answers_alone() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_shipped_recipe_runs_on_the_built_in_base(path: Path, tmp_path: Path) -> None:
     """As it is but for the base, the user's file, the length of the run and where it goes."""
+    from peftune.training.export.adapter import Delivery
+    from peftune.training.fleet.train_fleet import train_fleet
     from peftune.training.run import train
 
+    made = []
     for number, recipe in enumerate(load_recipes([path])):
         values, source = recipe.model_dump(mode="json"), recipe.data.train[0]
         columns = [column for column in (source.prompt, source.completion) if column] or ["text"]
@@ -63,8 +66,10 @@ def test_a_shipped_recipe_runs_on_the_built_in_base(path: Path, tmp_path: Path) 
         named = dict(zip(("prompt", "completion"), columns, strict=False)) if source.prompt else {}
         fraction = recipe.data.validation if isinstance(recipe.data.validation, float) else 0.2
         values["data"] |= {"train": {"path": str(data), **named}, "validation": fraction, "block_size": 64}
-        out = tmp_path / f"adapter-{number}"
-        short = ["base=builtin:small", "optim.steps=2", f"run.out={out}", "batch.global_size=4"]
+        short = ["base=builtin:small", "optim.steps=2", f"run.out={tmp_path / str(number)}", "batch.global_size=4"]
         micro = [] if recipe.batch.micro_size == "auto" else ["batch.micro_size=2"]
-        assert train(recipe_from(values, short + micro)).step == 2
-        assert (out / "adapter_model.safetensors").is_file()
+        made.append(recipe_from(values, short + micro))
+    outcomes = train_fleet(made) if len(made) > 1 else [train(made[0])]
+    for number, outcome in enumerate(outcomes):
+        assert isinstance(outcome, Delivery) and outcome.step == 2
+        assert (tmp_path / str(number) / "adapter_model.safetensors").is_file()
