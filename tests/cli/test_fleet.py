@@ -110,6 +110,19 @@ def test_a_dry_run_prints_each_adapter_as_a_document(here: Path, tiny_base: Path
         assert ("2 ranks, DDP" in out) == (verb[0] == "launch")
 
 
+def test_what_several_adapters_cannot_have_in_one_run_is_told_before_it_begins(
+    here: Path, tiny_base: Path, capfd: Captured
+) -> None:
+    fleet = [{"name": "a"}, {"name": "b", "run.track": ["tensorboard"]}, {"name": "c", "run.device": "cpu"}]
+    path = write("fleet.yaml", tiny_base, fleet=fleet)
+    line = refusal(capfd, "train", path)
+    assert "fleet[1] (b): run.track: trackers log one run at a time" in line
+    assert f"fleet[2] (c): run.device is cpu, {path}: fleet[0] (a) has auto; recipes that run together need one" in line
+    for config in ("cpu-2-zero1", "cpu-2-zero3"):
+        line = refusal(capfd, "launch", config, path, "run.track=[]", "run.device=cpu", "--dry-run")
+        assert line.startswith("peftune: ZeRO shards the state of one adapter; ")
+
+
 def test_a_dry_run_tells_the_problems_of_all_adapters_together(here: Path, tiny_base: Path, capfd: Captured) -> None:
     fleet = [
         {"name": "a", "data.train": "none.txt"},

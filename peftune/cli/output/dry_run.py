@@ -34,7 +34,7 @@ def print_dry_run(
     """
     members, texts = read_fleet(paths, overrides), []
     if members[1:] and way.startswith("zero"):
-        raise UserError("ZeRO shards the state of one adapter; several run on one process, or on ranks with DDP")
+        raise UserError("ZeRO shards the state of one adapter; a fleet runs on one process or on ranks with DDP")
     for member in members:
         if member.recipe is None:
             member.problems.extend(missing_files(member.values.get("data")))
