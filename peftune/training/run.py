@@ -84,14 +84,11 @@ def train(recipe: Recipe) -> Delivery:
                 console.say(f"{recipe.run.out}: this recipe was trained already, nothing to do")
                 return found
             run = load_run(inputs, accelerator, dtype, console, found)
-            try:
-                with run.stop as stop, report_after_a_signal(stop):
-                    _begin(run, found)
-                    with console.progress:
-                        _loop(run, stop)
-                    delivery = export(run)
-            finally:
-                run.metrics.close()
+            with run.metrics.closed_at_the_end(run.state), run.stop as stop, report_after_a_signal(stop):
+                _begin(run, found)
+                with console.progress:
+                    _loop(run, stop)
+                delivery = export(run)
             if run.metrics.lost:
                 console.say(run.metrics.lost)
             return delivery

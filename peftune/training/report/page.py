@@ -64,7 +64,7 @@ def build_page(runs: Sequence[RecordedRun], evaluated: dict[str, Any] | None = N
         title=", ".join(run.name for run in runs)[:200],
         runs=[(run, *look_of(index)) for index, run in enumerate(runs)],
         overview=facts(runs, sheets.OVERVIEW),
-        troubles=[(run.name, text) for run in runs for text in [*run.problems, *_warnings(run)]],
+        troubles=[(run.name, text) for run in runs for text in _warnings(run)],
         curves=curves,
         sections=[s for s in sections if s.texts or any(sheet.rows for sheet in s.sheets)],
         refresh=refresh,
@@ -82,9 +82,8 @@ def _shown(value: Any) -> Any:
 
 
 def _warnings(run: RecordedRun) -> Row:
-    told = [f"step {event.get('step')}: {event.get('text')}" for event in run.of("warning")]
-    more = len(told) - _WARNINGS
-    return told[:_WARNINGS] + ([f"{more:,} more warnings"] if more > 0 else [])
+    more = len(run.warnings) - _WARNINGS
+    return run.warnings[:_WARNINGS] + ([f"{more:,} more warnings"] if more > 0 else [])
 
 
 def _held_out(runs: Sequence[RecordedRun], domains: Row) -> list[Sheet]:
