@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peftune.cli.output.watch import sparkline
+from peftune.console import shortened
 from peftune.training.metrics import validation_course
 from peftune.training.report.recorded import RecordedRun, number
 
@@ -70,7 +71,7 @@ def _row(run: RecordedRun, has_warned: bool) -> _Row:
     course = list(validation_course(run.of("eval")).values())
     seconds = run.seconds_left() if run.goes_on else None
     cells = {
-        "run": " ".join(run.name.split()),
+        "run": shortened(run.name, 1000),
         "": "",
         "step": f"{run.step:g}" + ("" if run.total_steps is None else f"/{run.total_steps:g}"),
         "loss": _figure(sum(recent) / len(recent) if recent else math.nan, ".3f"),
@@ -107,20 +108,12 @@ def _table(rows: Sequence[_Row], width: int) -> Table:
         table.add_column(Text(name), justify="right" if right else "left", width=need[name], no_wrap=True)
     for row in rows:
         cells: dict[str, Text | ProgressBar] = {name: Text(text) for name, text in row.cells.items()}
-        cells["run"] = Text(_shortened(row.cells["run"], need["run"]), style="bold")
+        cells["run"] = Text(shortened(row.cells["run"], need["run"]), style="bold")
         cells["state"] = Text(row.cells["state"], style=row.style)
         cells[""] = ProgressBar(total=row.run.total_steps or 1, completed=row.run.step, width=_BAR)
         cells["curve"] = Text(sparkline(row.losses, need["curve"]))
         table.add_row(*(cells[name] for name in columns))
     return table
-
-
-def _shortened(name: str, width: int) -> str:
-    """With its beginning and its end, in which names of one fleet differ."""
-    if cell_len(name) <= width or width < 5:
-        return name
-    tail = (width - 1) // 2
-    return f"{name[: width - 1 - tail]}…{name[-tail:]}"
 
 
 def _figure(value: float, form: str) -> str:
