@@ -13,6 +13,7 @@ import typer
 
 from peftune.cli.options import writable
 from peftune.cli.output.text_output import echo, results
+from peftune.console import name_some
 from peftune.files import read_object, write_text
 
 _LEAST = 1.0  # seconds between looks at a run, at least
@@ -48,7 +49,7 @@ def report(
         if not goes_on or every is None:
             break
         time.sleep(every)
-    echo(f"{out}: {', '.join(f'{run.name} ({run.state()})' for run in found)}")
+    echo(f"{out}: {name_some([f'{run.name} ({run.state()})' for run in found])}")
 
 
 def watch(runs: _RUNS) -> None:

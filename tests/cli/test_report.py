@@ -206,18 +206,47 @@ def test_a_report_is_rewritten_until_the_run_ends(make: Make) -> None:
     assert not [m for m in page.all("meta") if m.get("http-equiv") == "refresh"]
 
 
+def make_fleet(make: Make, count: int) -> None:
+    for number in range(count):
+        events = events_of(20 + number % 21, lr=1e-4 * (number + 1), ended=number % 2 == 0)
+        train = [event for event in events if event["event"] == "train"]
+        make(f"fleet/trial-{number}", [*events[:1], *(dict(event, loss=9.0 - number) for event in train), *events[1:]])
+
+
+def test_of_many_runs_the_page_has_short_rows_colours_of_their_own_and_few_bytes(make: Make) -> None:
+    make_fleet(make, 32)
+    page = report("fleet")
+    assert Path("report.html").stat().st_size < 1_500_000
+    assert page.texts[0] == "trial-0 … trial-31, 32 runs · peftune report"
+    titles = [str(picture["alt"]).removesuffix(", by step") for picture in page.all("img")]
+    assert titles[0].startswith("training loss (smoothed)") and titles[3:] == [
+        "learning rate", "gradient norm (smoothed)", "speed (smoothed)"
+    ]  # fmt: skip
+    assert len({line["stroke"] for line in page.all("path")}) == 32
+    tables = Path("report.html").read_text(encoding="utf-8").split("<table")[1:]
+    assert max(table.split("</thead>")[0].count("<th ") for table in tables) <= 8
+    assert page.texts.index("all runs") < page.texts.index("gpt2") < page.texts.index("state")
+    assert (
+        "20: upon 20 times" in page.texts
+        and "trial-0, trial-1, trial-2, trial-3, trial-4, trial-5 and 26 more" in page.texts
+    )
+    assert len(page.all("details")) == 2 * 32
+
+
 def test_a_browser_loads_nothing_and_the_page_fits_its_width(make: Make) -> None:
     make("a"), make("b" + "long" * 20, events_of(lr=5e-4))
-    report("a", "b" + "long" * 20)
+    make_fleet(make, 13)
     said, asked = [], []
     with chromium() as browser:
         page = browser.new_context().new_page()
         page.on("console", lambda message: said.append(message.text))
         page.on("request", lambda request: asked.append(request.url[:5]))
-        page.goto(Path("report.html").absolute().as_uri())
-        for width in (1280, 390):
-            page.set_viewport_size({"width": width, "height": 900})
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-        loaded = page.evaluate("[...document.images].map(i => i.complete && i.naturalWidth > 0)")
-    assert loaded == [True] * 6
+        for runs in (["a", "b" + "long" * 20], ["fleet"]):
+            report(*runs)
+            page.goto(Path("report.html").absolute().as_uri())
+            for width in (1280, 390):
+                page.set_viewport_size({"width": width, "height": 900})
+                assert page.evaluate("document.documentElement.scrollWidth") <= width
+            loaded = page.evaluate("[...document.images].map(i => i.complete && i.naturalWidth > 0)")
+            assert loaded == [True] * 6
     assert said == [] and set(asked) <= {"file:", "data:"}

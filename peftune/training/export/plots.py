@@ -65,7 +65,7 @@ def draw_fleet(runs: Mapping[str, list[dict[str, Any]]]) -> bytes:
             if best is not None and name == best[0]:
                 look |= {"color": INK, "linestyle": "-", "linewidth": 2.4, "zorder": 3}
             axes.plot(x, y, marker=marker, markersize=3.5, label=shortened(name, 36), **look)
-        axes.set_title(title + _limit(axes, curves.values()), loc="left", color=INK, fontweight="bold", fontsize=11)
+        axes.set_title(title + cut_off(axes, curves.values()), loc="left", color=INK, fontweight="bold", fontsize=11)
         over_steps(axes, "nats per token")
     handles, labels = axes.get_legend_handles_labels()
     if few:
@@ -116,7 +116,7 @@ def _best(runs: Mapping[str, list[dict[str, Any]]]) -> tuple[str, float] | None:
     return min(losses.items(), key=lambda pair: pair[1])
 
 
-def _limit(axes: Axes, curves: Iterable[Curve]) -> str:
+def cut_off(axes: Axes, curves: Iterable[Curve]) -> str:
     """Cut off losses that run away, far above where any run began; what to say of that in the title."""
     known = [y for _, y in curves if len(y)]
     if not known:
