@@ -19,7 +19,7 @@ from peftune.training.metrics import validation_course
 
 INK, PALE = "#1f2933", "#9aa5b1"
 COLOURS = ("#0b7285", "#d9480f", "#5f3dc4", "#2b8a3e", "#a61e4d", "#e67700")
-_MAP, _DARK = "plasma", 0.86  # of the map what is dark enough on white
+_MAP, _DARK = "plasma", 0.8  # of the map what is dark enough on white
 _NAMED, _POINTS = 2 * len(COLOURS), 1000  # runs in a legend, points of a curve
 
 Curve = tuple[np.ndarray, np.ndarray]

@@ -56,7 +56,7 @@ def build_page(runs: Sequence[RecordedRun], evaluated: dict[str, Any] | None = N
         PagePart("Memory", [sheets.memory_of(runs)]),
         PagePart("Environment", facts(runs, sheets.environment_of(runs))),
         PagePart("Provenance", facts(runs, sheets.PROVENANCE)),
-        PagePart("How to reproduce", texts=[text for run in runs for text in _reproduction(run, len(runs) > 1)]),
+        PagePart("How to reproduce", texts=[text for run in runs for text in _reproduction(run, len(runs))]),
     ]
     # As pictures, in which a browser loads and runs nothing; the alphabet of base64 needs no escape.
     curves = [(title, Markup(base64.b64encode(svg).decode())) for title, svg in draw_curves(runs, domains)]
@@ -69,6 +69,7 @@ def build_page(runs: Sequence[RecordedRun], evaluated: dict[str, Any] | None = N
         troubles=[(run.name, text) for run in runs for text in _warnings(run, -(-_WARNINGS // len(runs)))],
         curves=curves,
         sections=[s for s in sections if s.texts or any(sheet.rows for sheet in s.sheets)],
+        folded=len(runs) > SIDE_BY_SIDE,
         refresh=refresh,
         written=time.strftime("%Y-%m-%d %H:%M:%S %z"),
     )
@@ -164,10 +165,10 @@ def _differences(runs: Sequence[RecordedRun]) -> list[Sheet]:
     return [side_by_side([run.name for run in runs], differ[: sheets.MOST_ROWS], "key")]
 
 
-def _reproduction(run: RecordedRun, several: bool) -> list[tuple[str, str]]:
+def _reproduction(run: RecordedRun, of_runs: int) -> list[tuple[str, str]]:
     if not run.recipe:
         return []
-    of = f" of {run.name}" if several else ""
+    of = f" of {run.name}" if of_runs > 1 else ""
     out = recorded(run.recipe, "run", "out")
     override = shlex.quote(f"run.out={out}-again")
     version = recorded(run.provenance, "peftune")
@@ -175,7 +176,10 @@ def _reproduction(run: RecordedRun, several: bool) -> list[tuple[str, str]]:
     layout = run.start.get("layout")
     started = f"# it ran as: {' '.join(str(layout).split())}\n" if layout else ""
     recipe = yaml.safe_dump(_given(run.recipe), sort_keys=False, allow_unicode=True, width=100)
-    return [(f"Command{of}", f"{install}{started}peftune train recipe.yaml {override}"), (f"recipe.yaml{of}", recipe)]
+    command = f"{install}{started}peftune train recipe.yaml {override}"
+    if of_runs > SIDE_BY_SIDE:
+        return [(run.name, f"{command}\n\n# recipe.yaml\n{recipe}")]
+    return [(f"Command{of}", command), (f"recipe.yaml{of}", recipe)]
 
 
 def _given(value: Any, inside: bool = False) -> Any:
