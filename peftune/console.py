@@ -71,7 +71,7 @@ class Console:
 
     def __init__(self, speaks: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
         self.console = SafeConsole(stderr=True, quiet=not speaks or verbosity == "quiet", highlight=False)
-        self._clock, self._prefix = clock, ""
+        self._clock, self.name, self._prefix = clock, "", ""
         self.progress = self._progress(
             progress.SpinnerColumn(),
             progress.TextColumn("{task.description}", markup=False),
@@ -84,7 +84,7 @@ class Console:
     def named(self, name: str) -> Console:
         """The same screen and progress, for one of several that work at once: what it says begins with its name."""
         member = copy.copy(self)
-        member._prefix = f"{self._prefix}{name}: "
+        member.name, member._prefix = name, f"{self._prefix}{name}: "
         return member
 
     def say(self, text: str) -> None:
