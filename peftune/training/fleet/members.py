@@ -65,6 +65,8 @@ class Member:
     def end(self, outcome: Outcome) -> None:
         """Note how it ended and give back what it held."""
         self.outcome = outcome
+        if self.run is not None and isinstance(outcome, PeftuneError):
+            self.run.metrics.note_failure(outcome, self.run.state.step)
         try:
             self.held.close()
         finally:
