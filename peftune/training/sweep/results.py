@@ -1,0 +1,197 @@
+"""What came of a sweep: an outcome for each run, a row for each combination, and what can be concluded from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+from typing import Any, Literal
+
+from peftune.adapters.provenance import first_row
+from peftune.errors import PeftuneError
+from peftune.training.checkpoint import State
+from peftune.training.export.adapter import Delivery
+from peftune.training.health import mean_loss, validation_loss
+
+NOISE = 0.02
+"""Nats per token, 2 % of a perplexity: below it, one seed each says nothing about which of two settings is better."""
+_T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+"""Student's t for 95 %, two-sided, by degrees of freedom from 1; beyond the last it is at most 4 % smaller."""
+
+Ending = Literal["delivered", "left out", "failed", "not run"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one run."""
+
+    ending: Ending
+    step: int | None = None
+    """That was delivered, or at which it was left out."""
+    loss: float | None = None
+    """On the validation text at that step, nats per token."""
+    seconds: float | None = None
+    before: float | None = None
+    """That loss at step 0, where it is known."""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A combination over its seeds."""
+
+    name: str
+    values: dict[str, Any]
+    outcomes: dict[int, Outcome]
+    """By seed."""
+    ending: Ending
+    """The best of its runs."""
+    loss: float | None = None
+    """Mean over the seeds."""
+    half_width: float | None = None
+    """Of the mean's interval of 95 %, by Student's t; from two seeds on."""
+    against_best: float | None = None
+    """Mean difference to the best row, over the seeds that both have."""
+    against_half_width: float | None = None
+    """Of the 95 % interval of that difference: it is paired, as a seed gives both the same order of samples."""
+
+    @property
+    def failed(self) -> dict[int, str]:
+        """Why runs failed, by seed."""
+        return {seed: one.reason for seed, one in self.outcomes.items() if one.ending == "failed"}
+
+    @property
+    def steps(self) -> int | None:
+        """Of the run that went furthest."""
+        return max((one.step for one in self.outcomes.values() if one.step is not None), default=None)
+
+    @property
+    def seconds(self) -> float:
+        """Of all its runs."""
+        return sum(one.seconds or 0.0 for one in self.outcomes.values())
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a run is still to come."""
+        return any(one.ending == "not run" for one in self.outcomes.values())
+
+    def is_as_good(self) -> bool:
+        """Whether the best may be no better: by the interval where there is one, else by `NOISE`."""
+        if self.ending != "delivered" or self.against_best is None:
+            return False
+        return self.against_best <= (NOISE if self.against_half_width is None else self.against_half_width)
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The best value of an axis of numbers lies at its end, so a better one may lie beyond."""
+
+    key: str
+    value: float
+    is_largest: bool
+    beyond: float
+    """The next value at the same distance."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Rows from the best to those that did not run."""
+
+    axes: dict[str, list[Any]]
+    """The values that were compared, by key; in their order where they are numbers."""
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def best(self) -> Row | None:
+        """The delivered row with the lowest loss; one of whose seeds failed only where there is no other."""
+        return self.rows[0] if self.rows and self.rows[0].ending == "delivered" else None
+
+    @property
+    def before(self) -> float | None:
+        """The validation loss before training."""
+        known = (one.before for row in self.rows for one in row.outcomes.values() if one.before is not None)
+        return next(known, None)
+
+    def edges(self) -> list[Edge]:
+        """Axes of numbers at whose end the best value lies."""
+        found = []
+        for key, values in self.axes.items() if self.best else ():
+            if len(values) < 2 or not all(is_number(value) for value in values):
+                continue
+            ends = {values[0]: values[1], values[-1]: values[-2]}
+            value = self.best.values[key] if self.best else None
+            if value in ends:
+                next_to = ends[value]
+                beyond = value * value / next_to if value > 0 and next_to > 0 else 2 * value - next_to
+                found.append(Edge(key, value, value == values[-1], round(beyond) if isinstance(value, int) else beyond))
+        return found
+
+
+def outcome_of(found: Delivery | State | PeftuneError) -> Outcome:
+    """What the end of a run means for the table."""
+    if isinstance(found, PeftuneError):
+        return Outcome("failed", reason=" ".join(str(found).split()))
+    if isinstance(found, State):
+        loss = validation_loss(found, found.evaluated_step)
+        return Outcome("left out", found.step, loss, round(found.seconds, 1), validation_loss(found, 0))
+    before, loss = (
+        mean_loss({domain: of[row] for domain, of in found.metrics.items() if row in of})
+        for row in (first_row(next(iter(found.metrics.values()), {})), "adapter")
+    )
+    return Outcome("delivered", found.step, loss, found.seconds, before)
+
+
+def is_number(value: object) -> bool:
+    """Whether it has a place on an axis."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def results_of(runs: Sequence[tuple[str, Mapping[str, Any], int, Outcome]]) -> Results:
+    """Rows from runs: combination, values, seed, outcome."""
+    rows = []
+    for name, values in {name: values for name, values, *_ in runs}.items():
+        outcomes = {seed: outcome for combination, _, seed, outcome in runs if combination == name}
+        endings = [one.ending for one in outcomes.values()]
+        ending: Ending = min(endings, key=_ORDER.index)
+        counted = [one.loss for one in outcomes.values() if one.ending == ending and one.loss is not None]
+        mean, half = mean_and_half_width(counted)
+        rows.append(Row(name, dict(values), outcomes, ending, mean, half))
+    rows.sort(key=_rank)
+    axes: dict[str, list[Any]] = {}
+    for row in rows:
+        for key, value in row.values.items():
+            axes.setdefault(key, [])
+            axes[key] += [value] * (value not in axes[key])
+    axes = {key: sorted(values) if all(map(is_number, values)) else values for key, values in axes.items()}
+    best = rows[0] if rows and rows[0].ending == "delivered" else None
+    return Results(axes, [_compared(row, best) for row in rows] if best else rows)
+
+
+_ORDER: list[Ending] = ["delivered", "left out", "failed", "not run"]
+
+
+def _rank(row: Row) -> tuple[int, bool, float]:
+    """First those of which every seed was delivered."""
+    whole = all(one.ending == row.ending for one in row.outcomes.values())
+    return _ORDER.index(row.ending), not whole, math.inf if row.loss is None else row.loss
+
+
+def _compared(row: Row, best: Row) -> Row:
+    if row.ending != "delivered":
+        return row
+    losses = [{seed: one.loss for seed, one in r.outcomes.items() if one.ending == "delivered"} for r in (row, best)]
+    pairs = [(losses[0][seed], losses[1][seed]) for seed in losses[0] if seed in losses[1]]
+    mean, half = mean_and_half_width([mine - its for mine, its in pairs if mine is not None and its is not None])
+    return Row(row.name, row.values, row.outcomes, row.ending, row.loss, row.half_width, mean, half)
+
+
+def mean_and_half_width(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean, and half of its interval of 95 % by Student's t; None for what so few values do not tell."""
+    if len(values) < 2:
+        return (values[0], None) if values else (None, None)
+    t = _T[min(len(values) - 1, len(_T)) - 1]
+    return fmean(values), t * stdev(values) / math.sqrt(len(values))
