@@ -105,9 +105,10 @@ class Grid:
                 problems |= dict.fromkeys(_against(recipe))
                 seed = recipe.run.seed if seed is None else seed
                 found.append(Member(full, name, values, recipe))
-                learnt = recipe.model_dump_json(exclude={"run": {"out"}})
-                if (other := same.setdefault(learnt, text := " ".join(self.overrides(values)))) != text:
-                    problems[f"{other} and {text} are one and the same recipe"] = None
+                learnt, text = recipe.model_dump_json(exclude={"run": {"out"}}), " ".join(self.overrides(values))
+                if learnt in same:
+                    problems[f"{same[learnt]} and {text} are one and the same recipe"] = None
+                same[learnt] = text
         if problems:
             raise UserError(f"{self.source}: {'; '.join(problems)}")
         return found

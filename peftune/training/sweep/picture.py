@@ -9,8 +9,9 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from peftune.training.export.plots import COLOURS, INK, PALE, png
+from peftune.training.export.plots import COLOURS, INK, png
 from peftune.training.sweep.grid import value_text
 from peftune.training.sweep.results import Results, Row, is_number
 
@@ -49,9 +50,9 @@ def draw_sweep(found: Results, title: str) -> bytes:
             ax.tick_params(labelbottom=True)
     more = f"; each point is the best over {', '.join(others)}" if others else ""
     figure.suptitle(f"{_cut(title, 40)}{more}", x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
-    handles, labels = grid.flat[0].get_legend_handles_labels()
-    if lines and handles:
-        figure.legend(handles, labels, title=lines, loc="outside right upper", frameon=False, fontsize=8)
+    handles = grid.flat[0].get_legend_handles_labels()[0] if lines else []
+    where: dict[str, Any] = {"loc": "outside right upper", "frameon": False, "fontsize": 8}
+    figure.legend(handles=[*handles, *_key(found)], title=lines, title_fontsize=9, alignment="left", **where)
     return png(figure)
 
 
@@ -70,34 +71,51 @@ def _panel(
 ) -> None:
     values = found.axes[across] if across else [None]
     numeric = all(map(is_number, values))
-    place = {value_text(value): value if numeric else at for at, value in enumerate(values)}
+    places = {value_text(value): value if numeric else float(at) for at, value in enumerate(values)}
     kinds = found.axes[lines] if lines else [None]
-    colours = COLOURS if len(kinds) <= len(COLOURS) else [colormaps["viridis"](n / len(kinds)) for n in range(len(kinds))]
-    low, high = limits
+    many, (low, high) = colormaps["viridis"], limits
     for number, kind in enumerate(kinds):
-        best: dict[str, Row] = {}
+        colour = COLOURS[number] if len(kinds) <= len(COLOURS) else many(number / len(kinds))
+        aside = 0.0 if numeric else 0.5 * ((number + 0.5) / len(kinds) - 0.5)  # names have room for points side by side
+        points: dict[float, Row] = {}
         for row in rows:  # the best first
-            if not lines or row.values.get(lines) == kind:
-                best.setdefault(value_text(row.values.get(across)) if across else "null", row)
-        points = sorted(((place[at], row) for at, row in best.items() if at in place), key=lambda point: point[0])
-        done = [(x, row) for x, row in points if row.ending == "delivered" and row.loss is not None]
-        colour = colours[number % len(colours)]
+            if lines is None or row.values.get(lines) == kind:
+                points.setdefault(places[value_text(row.values.get(across))] + aside if across else 0.0, row)
+        done = [(x, row, row.loss) for x, row in sorted(points.items()) if row.ending == "delivered" and row.loss]
         ax.errorbar(
-            [x for x, _ in done], [min(float(row.loss or 0), high) for _, row in done],
-            yerr=[row.half_width or 0.0 for _, row in done], color=colour, marker="o", markersize=4.5, linewidth=1.6,
-            capsize=2, label=_cut(value_text(kind)),
+            [x for x, *_ in done], [min(loss, high) for *_, loss in done],
+            yerr=[row.half_width or 0.0 for _, row, _ in done], color=colour, marker="o", markersize=4.5, capsize=2,
+            linewidth=1.6, linestyle="-" if numeric else "none", label=_cut(value_text(kind)),
         )  # fmt: skip
-        for x, row in points:
-            if row.ending == "left out" and row.loss is not None:
+        for x, row in points.items():
+            if row.ending == "failed":
+                ax.plot(x, high, "x", markersize=7, color=colour, clip_on=False)
+            elif row.ending == "left out" and row.loss is not None:
                 ax.plot(x, min(row.loss, high), "o", markersize=4.5, markerfacecolor="white", color=colour)
-            elif row.ending == "failed":
-                ax.plot(x, high, "x", markersize=6, color=colour, clip_on=False)
-            elif row.loss is not None and row.loss > high:
-                ax.annotate(f"{row.loss:.2f}", (x, high), ha="center", va="bottom", fontsize=7, color=colour)
+            if row.loss is not None and row.loss > high:
+                ax.annotate(
+                    f"{row.loss:.2f}", (x, high), xytext=(0, -5), textcoords="offset points", ha="center", va="top",
+                    fontsize=7, color=colour,
+                )  # fmt: skip
+            if row is found.best and row.loss is not None:
+                ax.plot(x, row.loss, "o", markersize=11, markerfacecolor="none", color=INK)
     _scale(ax, values, numeric)
     ax.set_ylim(low, high)
     ax.grid(axis="y", color="#e0e4e8", linewidth=0.8)
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def _key(found: Results) -> list[Line2D]:
+    """What the marks mean that are in the picture."""
+    endings = {row.ending for row in found.rows}
+    alone: dict[str, Any] = {"color": INK, "linestyle": "none"}
+    marks = [Line2D([], [], marker="o", markersize=9, markerfacecolor="none", label="best", **alone)]
+    if "left out" in endings:
+        label = "left out, where it stopped"
+        marks.append(Line2D([], [], marker="o", markersize=4.5, markerfacecolor="white", label=label, **alone))
+    if "failed" in endings:
+        marks.append(Line2D([], [], marker="x", markersize=7, label="failed", **alone))
+    return marks
 
 
 def _scale(ax: Axes, values: Sequence[Any], numeric: bool) -> None:
@@ -106,7 +124,7 @@ def _scale(ax: Axes, values: Sequence[Any], numeric: bool) -> None:
         ax.set_xscale("log")
     at = list(values) if numeric else list(range(len(values)))
     ax.minorticks_off()
-    ax.set_xticks(at, [_cut(value_text(value), 16) for value in values], fontsize=8)
+    ax.set_xticks(at, [_cut(value_text(value), 16) if value is not None else "" for value in values], fontsize=8)
     ax.tick_params(axis="y", labelsize=8)
     if max((len(value_text(value)) for value in values), default=0) * len(values) > 45:
         ax.tick_params(axis="x", rotation=35)
@@ -114,12 +132,14 @@ def _scale(ax: Axes, values: Sequence[Any], numeric: bool) -> None:
 
 def _limits(rows: Sequence[Row]) -> tuple[float, float]:
     """From a little below the best to what shows most rows: one that learnt nothing may not flatten the others."""
-    losses = sorted(row.loss for row in rows if row.loss is not None and row.ending in ("delivered", "left out"))
-    widest = max((row.half_width or 0.0 for row in rows[:1]), default=0.0)
+    known = [(row.loss, row.half_width or 0.0) for row in rows if row.loss is not None and row.ending != "failed"]
+    losses = sorted(loss for loss, _ in known)
     best, middle = losses[0], losses[len(losses) // 2]
     top = min(losses[-1], best + _ABOVE * (middle - best)) if middle > best else losses[-1]
-    room = max(0.08 * (top - best), 0.002, widest)
-    return best - room, top + room
+    low = min(loss - half for loss, half in known)
+    high = max(loss + half for loss, half in known if loss <= top)
+    room = max(0.06 * (high - low), 0.002)
+    return low - room, high + room
 
 
 def _cut(text: str, length: int = _SHORT) -> str:

@@ -33,7 +33,7 @@ class Run:
     values: dict[str, Any]
     recipe: dict[str, Any]
     """What decides what it learns: the recipe's values, and the fingerprints of what it reads."""
-    outcome: Outcome = Outcome("not run")
+    outcome: Outcome = field(default_factory=lambda: Outcome("not run"))
 
 
 @dataclass

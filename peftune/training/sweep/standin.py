@@ -23,7 +23,11 @@ def train_fleet(recipes: Sequence[Recipe], until: float = 1.0) -> list[Delivery 
     def evaluate(one: Any, stop: Any) -> bool:
         better = original(one, stop)
         state = one.state
-        if until < 1 and state.evaluated_step == state.step and until * one.inputs.total_steps <= state.step < one.inputs.total_steps:
+        if (
+            until < 1
+            and state.evaluated_step == state.step
+            and until * one.inputs.total_steps <= state.step < one.inputs.total_steps
+        ):
             run._save(one)
             raise _Reached(state)
         return better

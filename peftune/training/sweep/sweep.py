@@ -1,4 +1,4 @@
-"""A sweep from top to bottom: check every recipe, train them as a fleet, leave out the worse where asked, and sum up."""
+"""A sweep from top to bottom: check every recipe, train them as a fleet, leave out the worse where asked, sum up."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from peftune.training.sweep.pruning import kept, loss_at, rungs
 from peftune.training.sweep.record import Record, Rung, sole_sweep
 from peftune.training.sweep.results import Results, outcome_of
 from peftune.training.sweep.standin import train_fleet
+from peftune.training.sweep.trials import propose, require_optuna
 
 Found = Delivery | State | PeftuneError
 Prints = dict[str, dict[str, Any]]
@@ -33,6 +34,8 @@ def sweep(grid: Grid, halving: int | None = None, trials: int | None = None) -> 
     With `halving` a share 1 / halving of the combinations goes on at each rung (`pruning`); with `trials` so many
     points are tried, which Optuna chooses. UserError, before anything is trained, for what cannot work.
     """
+    if trials is not None:
+        require_optuna()
     ends = grid.members(grid.combinations())
     prints = _check(grid, ends, halving)
     console, errors = Console(), list[PeftuneError]()
@@ -84,8 +87,6 @@ def _halve(members: list[Member], record: Record, out: Path, factor: int, consol
 
 def _try(grid: Grid, record: Record, prints: Prints, trials: int, console: Console) -> list[PeftuneError]:
     """Train points until there are so many combinations; a sweep that was cut begins with those it had proposed."""
-    from peftune.training.sweep.trials import propose
-
     errors = list[PeftuneError]()
     while True:
         rows = record.results().rows
@@ -96,7 +97,9 @@ def _try(grid: Grid, record: Record, prints: Prints, trials: int, console: Conso
         members = grid.members(points)
         record.add(members, [_recorded(member.recipe, prints) for member in members], grid.out)
         record.write(grid.out)
-        console.say(f"trials {len(record.results().rows) - len(points) + 1} to {len(record.results().rows)} of {trials}")
+        console.say(
+            f"trials {len(record.results().rows) - len(points) + 1} to {len(record.results().rows)} of {trials}"
+        )
         errors += _finish(members, record, grid.out)
 
 
