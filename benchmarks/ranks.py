@@ -232,10 +232,10 @@ def worker(folder: Path) -> None:
         looks[-1]["tensors"] += tensor_bytes()
         return export(running)
 
-    def step_and_look(inputs: Any, state: Any, forward: Any, *rest: Any) -> Any:
-        parameters = [p for p in forward.module.parameters() if hasattr(p, "ds_tensor")]
+    def step_and_look(learner: Any, *rest: Any) -> Any:
+        parameters = [p for p in learner.forward.module.parameters() if hasattr(p, "ds_tensor")]
         with largest(lambda: sum(p.numel() * p.element_size() for p in parameters)) as most:
-            result = train_step(inputs, state, forward, *rest)
+            result = train_step(learner, *rest)
         looks[-1]["gathered"] = max(looks[-1]["gathered"], most[0])
         return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,9 +39,9 @@ class SafeConsole(RichConsole):
 class _LineProgress(progress.Progress):
     """Where there is no terminal, a line every half minute instead of a bar; it comes when a task advances."""
 
-    def __init__(self, console: RichConsole, say: Callable[[str], None], clock: Callable[[], float]) -> None:
+    def __init__(self, console: RichConsole, clock: Callable[[], float]) -> None:
         super().__init__(console=console, disable=True, get_time=clock, speed_estimate_period=_LOOKS_BACK)
-        self._say, self._said = say, clock()
+        self._said = clock()
 
     def update(self, task_id: progress.TaskID, **changes: Any) -> None:
         super().update(task_id, **changes)
@@ -60,7 +61,8 @@ class _LineProgress(progress.Progress):
         done = f"{task.description} {task.completed / unit:,.0f}{total}{task.fields.get('suffix', '')}"
         seconds = task.time_remaining
         left = "" if seconds is None else f"{timedelta(seconds=round(seconds))} left"
-        self._say(", ".join(filter(None, (done, *str(task.fields.get("note", "")).split("  "), left))))
+        told = ", ".join(filter(None, (done, *str(task.fields.get("note", "")).split("  "), left)))
+        self.console.print(told, soft_wrap=True, markup=False)
 
 
 class Console:
@@ -68,23 +70,29 @@ class Console:
 
     def __init__(self, speaks: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
         self.console = SafeConsole(stderr=True, quiet=not speaks or verbosity == "quiet", highlight=False)
-        self._clock = clock
+        self._clock, self.name, self._prefix = clock, "", ""
         self.progress = self._progress(
             progress.SpinnerColumn(),
-            progress.TextColumn("{task.description}"),
+            progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(bar_width=None),
             progress.MofNCompleteColumn(),
-            progress.TextColumn("[cyan]{task.fields[note]}"),
+            progress.TextColumn("{task.fields[note]}", style="cyan", markup=False),
             progress.TimeRemainingColumn(),
         )
 
+    def named(self, name: str) -> Console:
+        """The same screen and progress, for one of several that work at once: what it says begins with its name."""
+        member = copy.copy(self)
+        member.name, member._prefix = name, f"{self._prefix}{name}: "
+        return member
+
     def say(self, text: str) -> None:
         """One line for the person."""
-        self.console.print(text, soft_wrap=True, markup=False)
+        self.console.print(f"{self._prefix}{text}", soft_wrap=True, markup=False)
 
     def stage(self, text: str) -> None:
         """A heading: what comes next."""
-        self.console.print(Text(f"▸ {text}", style="bold cyan"), soft_wrap=True)
+        self.console.print(Text(f"▸ {self._prefix}{text}", style="bold cyan"), soft_wrap=True)
 
     @contextmanager
     def reading(self, description: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
@@ -96,8 +104,9 @@ class Console:
         if total is not None:
             columns = [progress.BarColumn(24), progress.DownloadColumn(), progress.TransferSpeedColumn()]
             columns.append(progress.TimeRemainingColumn())
-        bar = self._progress(progress.TextColumn("{task.description}: {task.fields[note]}"), *columns)
-        task = bar.add_task(description, total=total, note="", unit=1e6, suffix=" MB")
+        label = progress.TextColumn("{task.description}: {task.fields[note]}", markup=False)
+        bar = self._progress(label, *columns)
+        task = bar.add_task(f"{self._prefix}{description}", total=total, note="", unit=1e6, suffix=" MB")
         began = self._clock()
 
         def update(bytes_read: int, counts: str) -> None:
@@ -128,7 +137,7 @@ class Console:
 
     def _progress(self, *columns: progress.ProgressColumn) -> progress.Progress:
         if not self.console.is_terminal:
-            return _LineProgress(self.console, self.say, self._clock)
+            return _LineProgress(self.console, self._clock)
         return progress.Progress(*columns, console=self.console, disable=self.console.quiet, transient=True)
 
 

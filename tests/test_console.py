@@ -69,6 +69,33 @@ def test_a_quiet_console_says_nothing(capsys: pytest.CaptureFixture[str], monkey
     assert capsys.readouterr().err == ""
 
 
+def test_members_of_a_fleet_speak_by_name_on_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    parent = Console(clock=clock)
+    poems, news = parent.named("poems"), parent.named("[/news]")  # brackets are no markup
+    assert poems.console is news.console is parent.console and poems.progress is news.progress is parent.progress
+    poems.say("step 2/4")
+    news.stage("evaluation")
+    parent.say("all")
+    with news.reading("tokenising", None) as show:
+        clock.now = 40.0
+        show(7_000_000, "9 documents")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["poems: step 2/4", "▸ [/news]: evaluation", "all", "[/news]: tokenising 7 MB, 9 documents"]
+    Console(speaks=False).named("poems").say("on another rank")
+    assert capsys.readouterr().err == ""
+
+
+def test_names_with_brackets_stay_as_they_are_in_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    shown = Console()
+    assert shown.console.is_terminal
+    shown.progress.add_task("evaluating [/news]", total=3, note="[red]loss")
+    with shown.console.capture() as captured:
+        shown.console.print(shown.progress.get_renderable())
+    assert "evaluating [/news]" in captured.get() and "[red]loss" in captured.get()
+
+
 def test_a_download_says_that_it_goes_on(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

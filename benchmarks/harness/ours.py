@@ -33,7 +33,7 @@ from peftune.model.lora import peft_config, quiet_peft
 from peftune.training.distributed import start
 from peftune.training.distributed.signals import StopRequest
 from peftune.training.inputs import read_inputs_on_all_ranks
-from peftune.training.run import Run, load_run
+from peftune.training.loading import Run, load_run
 from peftune.training.step import train_step
 
 LIMITS = {"fp32": 1e-5, "bf16": 2e-2}
@@ -56,9 +56,7 @@ class TrainingRun:
     def step(self) -> int:
         """Take the next step; real tokens it learnt from. The step ends with a host sync (its gradient norm)."""
         r = self.run
-        result = train_step(
-            r.inputs, r.state, r.forward, r.gradient, r.strategy, r.accelerator, StopRequest(), r.console
-        )
+        result = train_step(r.learner, r.accelerator, StopRequest(), r.console)
         r.state.step += 1
         return result.tokens
 
@@ -66,7 +64,7 @@ class TrainingRun:
         """What the next step hands to the optimizer, by name, in float64; nothing is updated."""
         caught: dict[str, torch.Tensor] = {}
 
-        def catch(gradient: Any, divisor: float, rate: float) -> float:
+        def catch(gradient: Any, divisor: float, rate: float, summed: bool) -> float:
             caught.update({n: v.cpu().double() / divisor for n, v in zip(self.parameters, gradient.views, strict=True)})
             return 0.0
 

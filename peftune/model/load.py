@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftune.config.recipe import Recipe
+from peftune.config.recipe import BLOCK_LINEARS, Recipe
 from peftune.device import return_freed_memory
 from peftune.errors import CheckFailed, UserError, first_line
 from peftune.model import quantized
@@ -99,34 +99,56 @@ def load_model(
 
 
 def load_adapted(
-    recipe: Recipe, base: Base, dtype: torch.dtype, device: torch.device, settings: LoraConfig | None = None
+    recipe: Recipe,
+    base: Base,
+    dtype: torch.dtype,
+    device: torch.device,
+    settings: LoraConfig | None = None,
+    model: GPT2LMHeadModel | None = None,
 ) -> Adapted:
     """The base with a fresh adapter: adapter in fp32, frozen weights in `dtype` where only blocks are adapted.
 
     DoRA and PiSSA derive initial values from the base's weights, so they see them in fp32 first. Trained
     embeddings, norms or heads keep the full base in fp32 (matrix products still use `dtype`). What `quantize` packs
     stays packed; LoftQ reads the weights of the base once more, one after the other, to see what packing lost.
-    `settings` are PEFT's, where the recipe cannot say them.
+    `settings` are PEFT's, where the recipe cannot say them. `model` is what `load_base` made for a recipe of this kind.
     """
     from peftune.model.lora import inject
 
     if device.type == "cpu":
         device = torch.device("cpu")  # a rank's is cpu:0, on which int8 weights would be kept twice
-    new_tokens = recipe.data.new_tokens
-    exact = recipe.lora.variant in ("dora", "pissa") or recipe.lora.modules_to_save or new_tokens
-    model = load_model(
-        base,
-        dtype=torch.float32 if exact or not isinstance(recipe.lora.targets, str) else dtype,
-        device="cpu" if recipe.quantize is None else device,
-        dropout=recipe.run.base_dropout,
-        quantize=recipe.quantize,
-    )
-    rows = _add_rows(model, base, new_tokens) if new_tokens else []
+    model = model or load_base(recipe, base, dtype, device)
+    rows = _add_rows(model, base, recipe.data.new_tokens) if recipe.data.new_tokens else []
     adapted = inject(model, recipe.lora, recipe.run.seed, base.weights.tensor, rows, settings)
     move_to(adapted.model, device, dtype if only_blocks_are_trained(adapted) else torch.float32)
     if recipe.run.checkpointing:
         recompute_activations(adapted)
     return adapted
+
+
+def load_base(recipe: Recipe, base: Base, dtype: torch.dtype, device: torch.device) -> GPT2LMHeadModel:
+    """The base as an adapter of this recipe is put on it, for a run in `dtype`."""
+    return load_model(
+        base,
+        dtype=torch.float32 if needs_exact_base(recipe) else dtype,
+        device="cpu" if recipe.quantize is None else device,
+        dropout=recipe.run.base_dropout,
+        quantize=recipe.quantize,
+    )
+
+
+def needs_exact_base(recipe: Recipe) -> bool:
+    """Whether first values come of the base's weights, or more is trained than the linear layers of blocks."""
+    lora = recipe.lora
+    targets = [] if isinstance(lora.targets, str) else lora.targets
+    outside = any(name.rpartition(".")[2] not in BLOCK_LINEARS for name in targets)
+    return outside or lora.variant in ("dora", "pissa") or bool(lora.modules_to_save or recipe.data.new_tokens)
+
+
+def with_the_same_weights(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """A copy of a model's modules over the same tensors: what is put on it, the other does not see."""
+    kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, kept)
 
 
 def rows_of(base: Base, new_tokens: Sequence[str]) -> list[int]:

@@ -9,6 +9,7 @@ Legend: B rows, T columns, N scored positions, D hidden width, V vocabulary, C r
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -83,25 +84,49 @@ def document_mask(segments: torch.Tensor) -> torch.Tensor:
     return (segments[:, None, :, None] == segments[:, None, None, :]) & causal
 
 
-def add_neftune_noise(embedded: torch.Tensor, lengths: torch.Tensor, strength: float) -> torch.Tensor:
+def add_neftune_noise(
+    embedded: torch.Tensor, lengths: torch.Tensor, strength: float, generator: torch.Generator | None = None
+) -> torch.Tensor:
     """NEFTune (Jain et al., 2310.05914): embeddings (…, D) with uniform noise in ±strength / sqrt(n·D).
 
     `lengths` (…) holds n, the tokens of the document that each is in, not of the row, so that packing does not matter.
     """
     bound = strength / torch.sqrt(lengths * float(embedded.shape[-1]))
-    return embedded + torch.empty_like(embedded).uniform_(-1, 1) * bound[..., None].to(embedded.dtype)
+    noise = torch.empty_like(embedded).uniform_(-1, 1, generator=generator)
+    return embedded + noise * bound[..., None].to(embedded.dtype)
 
 
 def summed_nats(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
     """Sum over N of -log p(target): float64 scalar, differentiable in `hidden` (N, D) and in a trainable head.
 
     With `smoothing` each target's probability is 1 - smoothing, and smoothing is spread evenly over the vocabulary
-    (Szegedy et al., 1512.00567). A plain frozen `nn.Linear` head takes the short way: its gradient with respect to
-    `hidden` is computed in the forward, chunk by chunk, so that logits are made once (4VD instead of 6VD operations a
-    position) and dropped at once.
+    (Szegedy et al., 1512.00567).
+    """
+    return nats_of_parts(hidden, head, targets, [len(targets)], [smoothing]).squeeze(0)
+
+
+def nats_of_parts(
+    hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, counts: list[int], smoothing: Sequence[float]
+) -> torch.Tensor:
+    """`summed_nats` of each part of the rows, `counts` of them one after another: (parts,) float64.
+
+    A plain frozen `nn.Linear` head takes the short way: its gradient with respect to `hidden` is computed in the
+    forward, chunk by chunk, so that logits are made once (4VD instead of 6VD operations a position) and dropped at
+    once.
     """
     if type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad:
-        return _FrozenHead.apply(hidden, head.weight, targets, smoothing)
+        return _FrozenHead.apply(hidden, head.weight, targets, counts, smoothing)
+    return torch.stack(
+        [
+            _nats_of(rows, head, wanted, share)
+            for rows, wanted, share in zip(
+                torch.split(hidden, counts), torch.split(targets, counts), smoothing, strict=True
+            )
+        ]
+    )
+
+
+def _nats_of(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
     chunk = chunk_rows(hidden.device)
     parts = [
         F.cross_entropy(head(rows).float(), wanted, reduction="sum", label_smoothing=smoothing).double()
@@ -144,10 +169,12 @@ def _for_products(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, smoothing: float
-    ) -> torch.Tensor:
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, counts: list[int],
+        smoothing: Sequence[float],
+    ) -> torch.Tensor:  # fmt: skip
         weight = weight.to(hidden.dtype)
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        shares: Any = smoothing[0] if len({*smoothing}) == 1 else _each(hidden, counts, smoothing)
+        nats = torch.empty(len(hidden), 1, dtype=torch.float32, device=hidden.device)
         wanted = ctx.needs_input_grad[0]
         dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # scaled only in the backward
         gradient = torch.empty_like(hidden, dtype=dtype) if wanted else None
@@ -156,23 +183,34 @@ class _FrozenHead(torch.autograd.Function):
         in_place = logits_CV.dtype == torch.float32 and logits_CV.is_contiguous()
         probability_CV = logits_CV if in_place else hidden.new_empty(chunk, len(weight), dtype=torch.float32)
         for first in range(0, len(hidden), chunk):
-            rows, chosen = hidden[first : first + chunk], targets[first : first + chunk, None]
+            here = slice(first, first + chunk)
+            rows, chosen = hidden[here], targets[here, None]
+            share = shares[here] if torch.is_tensor(shares) else shares
             logits, p = logits_CV[: len(rows)], probability_CV[: len(rows)]
             torch.mm(rows, weight.T, out=logits)
             top, picked = logits.amax(dim=1, keepdim=True).float(), logits.gather(1, chosen).float()
-            mean = logits.mean(dim=1, keepdim=True, dtype=torch.float32) if smoothing else picked
+            mean = logits.mean(dim=1, keepdim=True, dtype=torch.float32) if any(smoothing) else picked
             torch.softmax(p if in_place else p.copy_(logits), dim=1, out=p)
             log_z = top - p.amax(dim=1, keepdim=True).log()  # the largest probability is exp(top - log z)
-            total += (log_z - (1 - smoothing) * picked - smoothing * mean).sum(dtype=torch.float64)
+            torch.sub(log_z - (1 - share) * picked, share * mean, out=nats[here])
             if gradient is not None:
-                p.scatter_add_(1, chosen, torch.full_like(top, smoothing - 1))
-                p.sub_(smoothing / len(weight)) if smoothing else None
-                gradient[first : first + chunk] = (p if in_place else logits.copy_(p)) @ weight
+                p.scatter_add_(1, chosen, share - 1 if torch.is_tensor(share) else torch.full_like(top, share - 1))
+                p.sub_(share / len(weight)) if any(smoothing) else None
+                gradient[here] = (p if in_place else logits.copy_(p)) @ weight
         ctx.save_for_backward(gradient)
-        ctx.dtype = hidden.dtype
-        return total
+        ctx.dtype, ctx.counts = hidden.dtype, counts
+        return torch.stack([part.sum(dtype=torch.float64) for part in torch.split(nats, counts)])
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * upstream.to(torch.float32)).to(ctx.dtype), None, None, None
+        scale = upstream.to(torch.float32)
+        if len(scale) > 1:
+            scale = torch.cat([one.expand(count) for one, count in zip(scale, ctx.counts, strict=True)])[:, None]
+        return (gradient * scale).to(ctx.dtype), None, None, None, None
+
+
+def _each(like: torch.Tensor, counts: list[int], values: Sequence[float]) -> torch.Tensor:
+    """A column with the value of each part in its rows, (N, 1) float32."""
+    parts = [like.new_full((count, 1), value, dtype=torch.float32) for count, value in zip(counts, values, strict=True)]
+    return torch.cat(parts)

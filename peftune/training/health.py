@@ -6,24 +6,20 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from peftune.console import Console
-from peftune.data.batches import blocks_of_step, share_of
 from peftune.device import peak_memory
 from peftune.errors import CheckFailed
 from peftune.inference.perplexity import Score
 from peftune.inference.request import Generation
 from peftune.training.checkpoint import State
-from peftune.training.distributed.collectives import all_gather, lockstep_batches
-from peftune.training.distributed.signals import StopRequest
+from peftune.training.distributed.collectives import all_gather
 from peftune.training.inputs import RunInputs
 from peftune.training.metrics import MetricsLog
-from peftune.training.optimizer import Gradient, lr_at, warmup_steps
-from peftune.training.step import ForwardFn, draw_seed
+from peftune.training.optimizer import lr_at, warmup_steps
 
 _CHECKED = 3  # steps until every matrix has moved: B first, A then, and last what waits for a B before it
 _SUMMED = 4_000_000  # elements at a time: a sum in int64 copies them
@@ -33,7 +29,6 @@ _SPIKES = 3  # told in a run
 _FIRST = 5  # steps that are compared with the first as many
 _RISE = 0.01  # nats per token: what a validation loss is worse by
 _FLAT = 1e-3  # of the base's validation loss: less is nothing
-_AT_FAULT = 3  # documents named
 
 
 class Health:
@@ -44,13 +39,15 @@ class Health:
 
     def __init__(
         self, inputs: RunInputs, model: nn.Module, accelerator: Accelerator, state: State, metrics: MetricsLog,
-        console: Console,
+        console: Console, sums: dict[int, int] | None = None,
     ) -> None:  # fmt: skip
+        """`sums` are of frozen weights that several runs share: what one has summed up in a round, others need not."""
         self.inputs, self.accelerator, self.state = inputs, accelerator, state
         self.metrics, self.console = metrics, console
         self.first_step = state.step
         self.parameters = dict(model.named_parameters())
-        self.before = _checksums(self.parameters)
+        self.sums = sums
+        self.before = _checksums(self.parameters, self.sums)
         self.losses: list[float] = []
         self.told: list[str] = []
 
@@ -177,7 +174,7 @@ class Health:
             )
 
     def _check_what_moved(self) -> None:
-        after, step = _checksums(self.parameters), self.state.step
+        after, step = _checksums(self.parameters, self.sums), self.state.step
         still = {name for name, value in after.items() if value == self.before[name]}
         frozen = {name for name, parameter in self.parameters.items() if not parameter.requires_grad}
         # Of a sharded matrix a rank may have a part that holds nothing.
@@ -229,75 +226,24 @@ def never_better(state: State, total: int) -> str:
     )
 
 
-def _checksums(parameters: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Sums of the bit patterns of all values that this rank holds: another one where any single value changes."""
-    found = {}
+def _checksums(parameters: Mapping[str, torch.Tensor], known: dict[int, int] | None) -> dict[str, int]:
+    """Sums of the bit patterns of all values that this rank holds: another one where any single value changes.
+
+    What is frozen is looked up in `known` by its identity, and noted there.
+    """
+    found, known = dict[str, int](), {} if known is None else known
     for name, parameter in parameters.items():
+        if not parameter.requires_grad and id(parameter) in known:
+            found[name] = known[id(parameter)]
+            continue
         flat = getattr(parameter, "ds_tensor", parameter).detach().reshape(-1)
         bits = flat.view(_INTEGERS[flat.element_size()])
         found[name] = sum(int(part.sum(dtype=torch.int64)) for part in bits.split(_SUMMED))
+        if not parameter.requires_grad:
+            known[id(parameter)] = found[name]
     return found
 
 
 def _some(names: set[str]) -> str:
     first = min(names).removeprefix("base_model.model.")
     return first if len(names) == 1 else f"{first} (and {len(names) - 1} more)"
-
-
-def what_broke(
-    inputs: RunInputs, state: State, forward: ForwardFn, gradient: Gradient, accelerator: Accelerator
-) -> tuple[str, bool]:
-    """Why the step after `state` is not finite, for people, and whether the state is good: only some text breaks it.
-
-    Each block of the step is computed alone, then each document of those that are not finite.
-    """
-    train, recipe, rank = inputs.corpus.train, inputs.recipe, accelerator.process_index
-    step = blocks_of_step(state.step, len(train), recipe.batch.global_size, recipe.run.seed)
-    mine = share_of(step, state.micro_size, rank, accelerator.num_processes)
-
-    def broken(rows: Sequence[range]) -> list[bool]:
-        torch.manual_seed(draw_seed(recipe.run.seed, state.step, rank))
-        found = []
-        batches = (train.batch([row]) for row in rows)
-        for batch in lockstep_batches(accelerator, forward.is_collective, batches, StopRequest()):
-            gradient.flat.zero_()
-            loss = forward(batch)
-            gradient.add(loss)
-            found.append(not math.isfinite(float(loss.detach())) or not math.isfinite(float(gradient.largest())))
-        return found[: len(rows)]
-
-    blocks = [train.packing.spans(int(block)) for block in mine]
-    at_fault = [spans for spans, is_broken in zip(blocks, broken(blocks), strict=True) if is_broken]
-    rows = [range(span, span + 1) for spans in at_fault[:_AT_FAULT] for span in spans]
-    bad = [row.start for row, is_broken in zip(rows, broken(rows), strict=True) if is_broken]
-    numbers = {int(train.documents[train.packing.example[span]]) for span in bad}
-    here = ((len(blocks), len(at_fault), len(rows), len(bad)), list(inputs.corpus.places(numbers).values()))
-    counts, found = zip(*all_gather(accelerator, here), strict=True)
-    places = [place for of_rank in found for place in of_rank]
-    return _blame(np.sum(counts, axis=0).tolist(), places, inputs, state, forward)
-
-
-def _blame(
-    counts: list[int], places: list[str], inputs: RunInputs, state: State, forward: ForwardFn
-) -> tuple[str, bool]:
-    """`counts` of blocks, of those that break, of documents tried in them, and of those that break; their `places`."""
-    tried, failing, documents, broken = counts
-    where, lr = ", ".join(places[:_AT_FAULT]), inputs.recipe.optim.lr
-    if not broken:
-        return "it does not come back when each block is computed alone: start again from the last checkpoint", True
-    if failing < tried or broken < documents:
-        which = "these documents are" if broken > 1 else "this document is"
-        more = " and more" if max(broken, failing) > _AT_FAULT else ""
-        fp32 = "" if forward.dtype == torch.float32 else ", or take run.precision=fp32"
-        return f"{which} to blame: {where}{more}; look at that text and remove it{fp32}, with another run.out", True
-    if state.step == 0:
-        return (
-            f"every document is affected (first {where}) and the adapter changes nothing yet: the base itself is at "
-            "fault, or run.precision is too coarse for it",
-            False,
-        )
-    return (
-        f"every document of the step is affected (first {where}), so the adapter is at fault: optim.lr={lr:g} is too "
-        f"high; try {lr / 10:.2g}, or set optim.clip, with another run.out",
-        False,
-    )

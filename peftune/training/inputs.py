@@ -25,9 +25,8 @@ from peftune.data.documents import split_by_digest
 from peftune.data.lint.corpus import Part, of_run
 from peftune.data.lint.finding import Finding, of_rows, refuse_all
 from peftune.data.lint.token_rules import Places, finding
-from peftune.data.prepared import Prepared, prepare_as
 from peftune.data.sources.read import places_of, settle_split
-from peftune.data.tokens.store import TokenStore
+from peftune.data.tokens.store import Prepared, TokenStore, prepare_as
 from peftune.errors import UserError
 from peftune.model import lora, quantized
 from peftune.model.base import Base, open_base
@@ -35,7 +34,7 @@ from peftune.model.tokenizer import with_new_tokens
 from peftune.training.continued import Continued, continued_from
 from peftune.training.distributed.agreement import flatten, refuse_different_ranks
 from peftune.training.distributed.collectives import raise_on_all_ranks
-from peftune.training.identity import FILES, identity_of, sizes_of_files
+from peftune.training.run_directory import FILES, identity_of, sizes_of_files
 
 
 @dataclass(frozen=True)
@@ -114,14 +113,14 @@ class RunInputs:
         )
 
 
-def read_inputs(recipe: Recipe, fresh: bool = False, lint: bool = True) -> RunInputs:
+def read_inputs(recipe: Recipe, fresh: bool = False, lint: bool = True, known: Sequence[RunInputs] = ()) -> RunInputs:
     """Find base and data and check all that can be checked without weights; UserError for what does not fit.
 
     With `fresh` the base's fingerprints are computed from its bytes, not remembered. Without `lint` nothing is found
-    in the text: another process looks for that.
+    in the text: another process looks for that. What other recipes read in the same way is `known`.
     """
     _refuse_adapter_as_base(recipe)
-    base = open_base(recipe.base, fresh)
+    base = next((o.base for o in known if o.recipe.base == recipe.base), None) or open_base(recipe.base, fresh)
     init = None
     if recipe.run.init is not None:
         recipe, init = continued_from(recipe, base)
@@ -134,7 +133,8 @@ def read_inputs(recipe: Recipe, fresh: bool = False, lint: bool = True) -> RunIn
     tokenizer = with_new_tokens(base.tokenizer, recipe.data.new_tokens)  # before the weights: its errors come first
     fingerprints = {"base": base.fingerprint, "tokenizer": base.tokenizer_fingerprint}
     fingerprints |= {"config": base.config_fingerprint, **(init.fingerprints() if init else {})}
-    corpus = _load_corpus(recipe, tokenizer, base, block, lint)
+    alike = (other.corpus for other in known if other.base is base and _reads_like(other, recipe, block))
+    corpus = next(alike, None) or _load_corpus(recipe, tokenizer, base, block, lint)
     fingerprints |= {f"data {name}": value for name, value in corpus.fingerprints.items()}
     identity = identity_of(recipe, fingerprints) | {FILES: sizes_of_files(recipe)}
     total = total_steps(len(corpus.train), recipe.batch.global_size, recipe.optim.epochs, recipe.optim.steps)
@@ -161,15 +161,26 @@ def _refuse_adapter_as_base(recipe: Recipe) -> None:
         )
 
 
-def read_inputs_on_all_ranks(recipe: Recipe, accelerator: Accelerator) -> RunInputs:
+def _reads_like(other: RunInputs, recipe: Recipe, block: int) -> bool:
+    """Whether a recipe makes the same blocks of the same text."""
+    stops = [one.run.early_stopping is None for one in (other.recipe, recipe)]  # else what is told may differ
+    same_block = other.corpus.train.packing.block_size == block
+    return (
+        same_block
+        and other.recipe.data.model_copy(update={"block_size": recipe.data.block_size}) == recipe.data
+        and stops[0] == stops[1]
+    )
+
+
+def read_inputs_on_all_ranks(recipe: Recipe, accelerator: Accelerator, known: Sequence[RunInputs] = ()) -> RunInputs:
     """`read_inputs` on every rank: the first of each machine fills the cache and lints, the others find the text there.
 
     UserError, on all ranks, where another has read another base, tokenizer or text.
     """
     with raise_on_all_ranks(accelerator):
-        inputs = read_inputs(recipe, fresh=True) if accelerator.is_local_main_process else None
+        inputs = read_inputs(recipe, fresh=True, known=known) if accelerator.is_local_main_process else None
     with raise_on_all_ranks(accelerator):
-        inputs = inputs or read_inputs(recipe, lint=False)
+        inputs = inputs or read_inputs(recipe, lint=False, known=known)
     refuse_different_ranks(accelerator, _what_was_read(inputs))
     return inputs
 

@@ -34,6 +34,9 @@ class MetricsLog:
         self.path = path
         self.file: FileIO | None = None
         self.lost = ""
+        self.defers = False
+        self.broken: UserError | None = None
+        """Whether what fails in writing is kept as `broken`, where all ranks can agree on it, and not raised."""
         self.digest = hashlib.sha256()
         if accelerator.is_main_process:
             try:
@@ -74,20 +77,31 @@ class MetricsLog:
         if self.file is not None:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             line = json.dumps({"event": event, **finite}, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-            try:
-                written = self.file.write(line)
-            except OSError as error:
-                raise UserError(f"{self.path}: cannot be written: {error.strerror}; checkpoints are intact") from None
-            if written != len(line):
-                raise UserError(f"{self.path}: the disk is full; checkpoints are intact")
-            self.digest.update(line)
+            self._append(line)
         if self.accelerator.log_with and "step" in values:
             prefix = f"{event}/{values['domain']}" if "domain" in values else event
             logged = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
             self.accelerator.log(logged, step=values["step"])
 
+    def _append(self, line: bytes) -> None:
+        if self.file is None or self.broken is not None:
+            return
+        reason = "the disk is full"
+        try:
+            if self.file.write(line) == len(line):
+                self.digest.update(line)
+                return
+        except OSError as error:
+            reason = f"cannot be written: {error.strerror}"
+        failure = UserError(f"{self.path}: {reason}; checkpoints are intact")
+        if not self.defers:
+            raise failure
+        self.broken = failure
+
     def flush(self, state: State) -> None:
         """Wait until all is on the disk, and note in the state how much and what that is; UserError where it fails."""
+        if self.broken is not None:
+            raise self.broken
         if self.file is None:
             return
         try:

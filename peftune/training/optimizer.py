@@ -42,21 +42,35 @@ class Gradient:
         zero are zero) nor the clipping sees it.
         """
         self.parameters = parameters
-        sizes = [shape.numel() for shape in shapes]
-        self.flat = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
-        self.views = [flat.view(shape) for flat, shape in zip(torch.split(self.flat, sizes), shapes, strict=True)]
-        self._masked = [(view, m.to(device)) for view, m in zip(self.views, masks, strict=False) if m is not None]
-        self.trained = self.flat.numel() - sum(int(mask.sum()) for _, mask in self._masked)
+        self._shapes, self._masks = shapes, [None if mask is None else mask.to(device) for mask in masks]
+        elements = sum(shape.numel() for shape in shapes)
+        self.trained = elements - sum(int(mask.sum()) for mask in self._masks if mask is not None)
         """Number of elements that are trained."""
+        self.use(torch.zeros(elements, dtype=torch.float32, device=device))
+
+    def use(self, flat: torch.Tensor) -> None:
+        """Take these zeros (a,) as the buffer, a part of a larger one."""
+        self.flat = flat
+        parts = torch.split(flat, [shape.numel() for shape in self._shapes])
+        self.views = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        self._masked = [(view, m) for view, m in zip(self.views, self._masks, strict=False) if m is not None]
 
     def add(self, loss: torch.Tensor) -> None:
         """Add the gradient of a scalar loss; a parameter that it does not reach gets zero."""
-        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        reached = [(view, found) for view, found in zip(self.views, gradients, strict=True) if found is not None]
+        Gradient.add_to_all([self], loss)
+
+    @staticmethod
+    def add_to_all(gradients: Sequence[Gradient], loss: torch.Tensor) -> None:
+        """`add` for a loss that is the sum of several adapters'."""
+        parameters = [p for gradient in gradients for p in gradient.parameters]
+        views = [view for gradient in gradients for view in gradient.views]
+        values = torch.autograd.grad(loss, parameters, allow_unused=True)
+        reached = [(view, found) for view, found in zip(views, values, strict=True) if found is not None]
         if reached:
             torch._foreach_add_(*map(list, zip(*reached, strict=True)))
-        for view, mask in self._masked:
-            view.masked_fill_(mask, 0.0)
+        for gradient in gradients:
+            for view, mask in gradient._masked:
+                view.masked_fill_(mask, 0.0)
 
     def largest(self) -> torch.Tensor:
         """Largest magnitude of an element, a scalar; inf or nan where the gradient is broken."""
@@ -107,8 +121,11 @@ class UpdateStrategy(Protocol):
     forward_is_collective: bool
     """Whether a forward needs the other ranks, so that all must run equally many (ZeRO-3)."""
 
-    def update(self, gradient: Gradient, divisor: float, rate: float) -> float:
-        """Sum gradients over ranks, divide, clip, take one AdamW step; the gradient's norm before clipping."""
+    def update(self, gradient: Gradient, divisor: float, rate: float, summed: bool = False) -> float:
+        """Sum gradients over ranks unless they are `summed`, divide, clip, take one AdamW step.
+
+        The gradient's norm before clipping.
+        """
 
     def state_dict(self) -> tuple[Tensors, Tensors]:
         """Adapter and moments by parameter name, complete on every rank, on the CPU."""
@@ -134,9 +151,9 @@ class ReplicatedStrategy:
             for parameter in parameters.values():
                 torch.distributed.broadcast(parameter.data, src=0)
 
-    def update(self, gradient: Gradient, divisor: float, rate: float) -> float:
+    def update(self, gradient: Gradient, divisor: float, rate: float, summed: bool = False) -> float:
         gradient.flat.mul_(1.0 / divisor)
-        if self.ranks > 1:
+        if self.ranks > 1 and not summed:
             torch.distributed.all_reduce(gradient.flat)
         for parameter, view in zip(gradient.parameters, gradient.views, strict=True):
             parameter.grad = view

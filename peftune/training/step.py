@@ -1,29 +1,29 @@
-"""One optimizer step, and the evaluation of one domain: the same lines on every rank, under DDP and under ZeRO.
+"""One optimizer step, of one adapter or of several side by side: the same lines on every rank, under DDP and ZeRO.
 
 Each rank adds up the gradient of summed nats over its micro-batches; then all ranks sum, divide by the step's scored
 tokens, clip and update, which the update strategy does (`optimizer.ReplicatedStrategy`, `zero.ShardedStrategy`).
+Adapters that learn side by side share forwards and nothing else: each has its own blocks, tokens, rate and draws.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from peftune.config.recipe import Recipe
 from peftune.console import Console
-from peftune.data.batches import Batch, Blocks, blocks_of_step, share_of
+from peftune.data.batches import Batch, blocks_of_step, share_of
 from peftune.device import is_out_of_memory
 from peftune.errors import CheckFailed, UserError
-from peftune.inference.perplexity import Score
-from peftune.model.lora import Adapted
-from peftune.model.train.forward import TrainGPT2, reason_against, train_forward
+from peftune.model.train.forward import TrainGPT2
 from peftune.training.checkpoint import State
 from peftune.training.distributed.collectives import all_gather, all_reduce_sum, lockstep_batches
 from peftune.training.distributed.signals import StopNow, StopRequest
@@ -31,8 +31,6 @@ from peftune.training.inputs import RunInputs
 from peftune.training.optimizer import Gradient, UpdateStrategy, lr_at, next_loss_scale
 
 Result = TypeVar("Result")
-
-_WORTH_COMPILING = {"cpu": 2e14, "cuda": 2e16}  # FLOP in ten minutes or so
 
 
 class NotFinite(CheckFailed):
@@ -73,6 +71,10 @@ class ForwardFn:
         with self.autocast():
             return self.module(moved.ids, moved.positions, moved.targets, moved.segments)  # type: ignore[no-any-return]
 
+    def draws(self) -> bool:
+        """Whether training draws random numbers."""
+        return self.fast is not None and self.fast.draws()
+
     def between_updates(self) -> AbstractContextManager[None]:
         """Inside, the adapter does not change (`TrainGPT2.between_updates`)."""
         return self.fast.between_updates() if self.fast is not None else nullcontext()
@@ -82,88 +84,140 @@ class ForwardFn:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-def choose_forward(
-    adapted: Adapted, recipe: Recipe, dtype: torch.dtype, sharded: bool, tokens: int, console: Console
-) -> tuple[TrainGPT2 | None, str]:
-    """The fast forward wherever it computes the same, or None, and a description; `sharded` is a base under ZeRO-3.
+@dataclass(frozen=True)
+class Learner:
+    """An adapter as a step sees it."""
 
-    `tokens` is what the run learns from, at most: whether compiling repays.
-    """
-    reason = "run.fast is false" if not recipe.run.fast else "ZeRO-3 shards the base" if sharded else None
-    if reason := reason or reason_against(adapted):
-        return None, f"steps by Transformers and PEFT ({reason})"
-    optim, worth = recipe.optim, recipe.run.compile and _is_worth_compiling(adapted, tokens)
-    if worth:
-        console.say("compiling elementwise operations: half a minute the first time, seconds afterwards")
-    fast = train_forward(adapted, dtype, optim.neftune, optim.label_smoothing, recipe.run.checkpointing, worth)
-    too_short = "not compiled: the run is too short to repay it" if recipe.run.compile and not worth else ""
-    compiled = fast.elementwise.description or too_short
-    return fast, f"fast steps ({', '.join(filter(None, (fast.kernel.name, compiled)))})"
+    inputs: RunInputs
+    state: State
+    forward: ForwardFn
+    gradient: Gradient
+    strategy: UpdateStrategy
 
 
-def _is_worth_compiling(adapted: Adapted, tokens: int) -> bool:
-    """Whether a run takes many minutes: of its time compiling saves a few percent, and takes half a minute.
+class Room(Protocol):
+    """What adapters share that learn side by side."""
 
-    Decided by the recipe and the data alone, so that a run that is resumed decides as it did before.
-    """
-    core: Any = adapted.model.get_base_model()
-    elements = 12 * core.config.n_layer * core.config.n_embd**2 + core.lm_head.weight.numel()
-    return bool(4.0 * elements * tokens > _WORTH_COMPILING.get(core.device.type, 0.0))
+    blocks: int
+    """Of one forward on this rank, from all of them; less once memory ran out here."""
+    gradient: torch.Tensor
+    """The buffer of which each adapter's gradient is a part."""
+
+    def accumulate(self, taking: Sequence[Taking], accelerator: Accelerator, stop: StopRequest) -> list[list[float]]:
+        """Add up the gradients of this rank's micro-batches; of each adapter its nats and largest element."""
 
 
-def train_step(
-    inputs: RunInputs,
-    state: State,
-    forward: ForwardFn,
-    gradient: Gradient,
-    strategy: UpdateStrategy,
-    accelerator: Accelerator,
-    stop: StopRequest,
-    console: Console,
-) -> StepResult:
+def train_step(learner: Learner, accelerator: Accelerator, stop: StopRequest, console: Console) -> StepResult:
     """Take optimizer step number `state.step`; neither loss nor update depends on micro-batches or ranks.
 
     Raises StopNow, on all ranks, where a signal came to one; before the update NotFinite for broken numbers, and
     CheckFailed where no gradient comes.
     """
-    recipe, train = inputs.recipe, inputs.corpus.train
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    blocks = blocks_of_step(state.step, len(train), recipe.batch.global_size, recipe.run.seed)
-    tokens = train.tokens_of(blocks)
-    rate = lr_at(state.step, inputs.total_steps, recipe.optim)
+    (done,) = steps_together([learner], accelerator, stop, console)
+    if isinstance(done, CheckFailed):
+        raise done
+    return done
 
-    def accumulate() -> list[float]:  # this rank's micro-batches; nothing is communicated here but under ZeRO-3
-        mine = share_of(blocks, state.micro_size, rank, ranks)
-        torch.manual_seed(draw_seed(recipe.run.seed, state.step, rank))
-        gradient.flat.zero_()
-        nats = torch.zeros((), dtype=torch.float64, device=forward.device)
-        batches = train.batches(mine, forward.micro_size, recipe.data.packing)
-        with suppress(StopNow), stop.at_once(not forward.is_collective), forward.between_updates():
-            for batch in lockstep_batches(accelerator, forward.is_collective, batches, stop):
-                loss = forward(batch)
-                gradient.add(loss * state.loss_scale)
-                nats += loss.detach()
-        found: list[float] = torch.stack([nats, gradient.largest().double()]).tolist()  # host sync here
-        return found
 
-    while True:
-        nats, largest = _in_fitting_micro_batches(accumulate, forward, console)
-        smaller = float(forward.micro_size < state.micro_size)
-        nats, largest, stopped, smaller = all_reduce_sum(
-            accelerator, nats, largest, float(stop.name is not None), smaller
-        )
+def steps_together(
+    learners: Sequence[Learner], accelerator: Accelerator, stop: StopRequest, console: Console, room: Room | None = None
+) -> list[StepResult | CheckFailed]:
+    """Take the next step of each adapter, each by its own number, or find what `train_step` would raise of it alone.
+
+    With `room` they share forwards. To rounding each step is what it would be alone. Raises StopNow as `train_step`.
+    """
+    taking = [Taking.of(learner) for learner in learners]
+    waiting, losses, largest = [*range(len(taking))], [0.0] * len(taking), [0.0] * len(taking)
+    while waiting:
+        now = [taking[number] for number in waiting]
+        accumulate = partial((room.accumulate if room else _accumulate), now, accelerator, stop)
+        found = in_fitting_micro_batches(accumulate, [t.forward for t in now], console, room)
+        smaller = float(any(t.forward.micro_size < t.state.micro_size for t in now))
+        flat = [value for pair in found for value in pair]
+        *flat, stopped, smaller = all_reduce_sum(accelerator, *flat, float(stop.name is not None), smaller)
         if stopped:
             raise StopNow
         if smaller:
-            state.micro_size = forward.micro_size = min(all_gather(accelerator, forward.micro_size))
-        if math.isfinite(largest) or state.loss_scale <= 1.0:
-            break
-        state.loss_scale /= 2  # fp16 overflowed: the same step again
-    _refuse_broken_numbers(state.step, nats / tokens, largest)
-    norm = strategy.update(gradient, tokens * state.loss_scale, rate)
-    if forward.dtype == torch.float16:
-        state.loss_scale = next_loss_scale(state.loss_scale, state.step)
-    return StepResult(nats / tokens, norm, rate, tokens)
+            _agree_on_micro_sizes(taking, accelerator)
+        again = []
+        for number, nats, most in zip(waiting, flat[::2], flat[1::2], strict=True):
+            losses[number], largest[number] = nats / taking[number].tokens, most
+            if not math.isfinite(most) and taking[number].state.loss_scale > 1.0:
+                taking[number].state.loss_scale /= 2  # fp16 overflowed: the same step again
+                again.append(number)
+        waiting = again
+    if room is not None and accelerator.num_processes > 1:
+        torch.distributed.all_reduce(room.gradient)
+    return [t.update(loss, most, room is not None) for t, loss, most in zip(taking, losses, largest, strict=True)]
+
+
+@dataclass(frozen=True)
+class Taking:
+    """A learner and the step that it takes: block numbers, scored tokens, rate."""
+
+    learner: Learner
+    blocks: np.ndarray
+    tokens: int
+    rate: float
+
+    @staticmethod
+    def of(learner: Learner) -> Taking:
+        recipe, train, step = learner.inputs.recipe, learner.inputs.corpus.train, learner.state.step
+        blocks = blocks_of_step(step, len(train), recipe.batch.global_size, recipe.run.seed)
+        rate = lr_at(step, learner.inputs.total_steps, recipe.optim)
+        return Taking(learner, blocks, train.tokens_of(blocks), rate)
+
+    @property
+    def forward(self) -> ForwardFn:
+        return self.learner.forward
+
+    @property
+    def state(self) -> State:
+        return self.learner.state
+
+    def seed(self, rank: int) -> int:
+        """Of this step's draws on a rank."""
+        return draw_seed(self.learner.inputs.recipe.run.seed, self.state.step, rank)
+
+    def batches(self, accelerator: Accelerator) -> Iterator[Batch]:
+        """This rank's micro-batches."""
+        mine = share_of(self.blocks, self.state.micro_size, accelerator.process_index, accelerator.num_processes)
+        inputs = self.learner.inputs
+        return inputs.corpus.train.batches(mine, self.forward.micro_size, inputs.recipe.data.packing)
+
+    def update(self, loss: float, largest: float, summed: bool) -> StepResult | CheckFailed:
+        """Update the adapter, whose gradient is `summed` over ranks or not; an error where its numbers are broken."""
+        learner, state = self.learner, self.state
+        try:
+            _refuse_broken_numbers(state.step, loss, largest)
+        except CheckFailed as error:
+            return error
+        norm = learner.strategy.update(learner.gradient, self.tokens * state.loss_scale, self.rate, summed)
+        if self.forward.dtype == torch.float16:
+            state.loss_scale = next_loss_scale(state.loss_scale, state.step)
+        return StepResult(loss, norm, self.rate, self.tokens)
+
+
+def _accumulate(alone: Sequence[Taking], accelerator: Accelerator, stop: StopRequest) -> list[list[float]]:
+    """`Room.accumulate` of one adapter. Nothing is communicated here but under ZeRO-3."""
+    (taking,) = alone
+    forward, gradient = taking.forward, taking.learner.gradient
+    torch.manual_seed(taking.seed(accelerator.process_index))
+    gradient.flat.zero_()
+    nats, batches = torch.zeros((), dtype=torch.float64, device=forward.device), taking.batches(accelerator)
+    with suppress(StopNow), stop.at_once(not forward.is_collective), forward.between_updates():
+        for batch in lockstep_batches(accelerator, forward.is_collective, batches, stop):
+            loss = forward(batch)
+            gradient.add(loss * taking.state.loss_scale)
+            nats += loss.detach()
+    return [torch.stack([nats, gradient.largest().double()]).tolist()]  # host sync here
+
+
+def _agree_on_micro_sizes(taking: Sequence[Taking], accelerator: Accelerator) -> None:
+    """Where memory ran out on a rank, all take its size from the next step on; a collective."""
+    sizes = all_gather(accelerator, [t.forward.micro_size for t in taking])
+    for t, of_ranks in zip(taking, zip(*sizes, strict=True), strict=True):
+        t.state.micro_size = t.forward.micro_size = min(of_ranks)
 
 
 def draw_seed(seed: int, step: int, rank: int) -> int:
@@ -179,40 +233,13 @@ def _refuse_broken_numbers(step: int, loss: float, largest: float) -> None:
         raise CheckFailed(f"step {step + 1}: no gradient reaches the adapter (all zero), so it would never learn")
 
 
-def evaluate_domain(
-    name: str, blocks: Blocks, forward: ForwardFn, accelerator: Accelerator, stop: StopRequest, console: Console
-) -> Score:
-    """Score a domain, each block on one rank; raises StopNow, on all ranks, where a signal came to one."""
-    mine = range(accelerator.process_index, len(blocks), accelerator.num_processes)
-    task = console.progress.add_task(f"evaluating {name}", total=len(mine), note="")
+def in_fitting_micro_batches(
+    attempt: Callable[[], Result], forwards: Sequence[ForwardFn], console: Console, room: Room | None = None
+) -> Result:
+    """What `attempt` returns; when memory runs out, this rank's forwards are halved and it starts again.
 
-    def attempt() -> float:
-        console.progress.reset(task)
-        nats = torch.zeros((), dtype=torch.float64, device=forward.device)
-        batches = blocks.batches(mine, forward.micro_size)
-        with suppress(StopNow), stop.at_once(not forward.is_collective), forward.between_updates():
-            for batch in lockstep_batches(accelerator, forward.is_collective, batches, stop):
-                nats += forward(batch)
-                console.progress.advance(task, len(batch.ids))
-        return float(nats)  # host sync here
-
-    forward.module.eval()
-    try:
-        with torch.no_grad():
-            nats = _in_fitting_micro_batches(attempt, forward, console)
-    finally:
-        forward.module.train()
-        console.progress.remove_task(task)
-    nats, stopped = all_reduce_sum(accelerator, nats, float(stop.name is not None))
-    if stopped:
-        raise StopNow
-    return Score(nats, blocks.tokens(), blocks.text_bytes())
-
-
-def _in_fitting_micro_batches(attempt: Callable[[], Result], forward: ForwardFn, console: Console) -> Result:
-    """What `attempt` returns; when memory runs out, this rank's micro-batches are halved and it starts again.
-
-    The other ranks need not know. UserError where the recipe fixes the size, or one block is too much.
+    First what several adapters share, then micro-batches. The other ranks need not know. UserError where the recipe
+    fixes the size, or one block is too much.
     """
     while True:
         try:
@@ -220,14 +247,25 @@ def _in_fitting_micro_batches(attempt: Callable[[], Result], forward: ForwardFn,
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        size = forward.micro_size
-        if forward.is_collective and forward.may_shrink and size > 1:
-            advice = f"ZeRO-3 needs equally many micro-batches on all ranks, give batch.micro_size={size // 2}"
-            raise UserError(f"out of memory with micro_size {size}; {advice}")
-        if not forward.may_shrink or size == 1:
-            advice = "use batch.micro_size=auto, run.checkpointing=true or a smaller data.block_size"
-            raise UserError(f"out of memory with micro_size {size}; {advice}")
-        forward.micro_size = size // 2
-        console.say(f"out of memory: micro-batches of {size // 2} blocks from here on (the result stays the same)")
-        if forward.device.type == "cuda":
+        largest = max(forwards, key=lambda forward: forward.micro_size)
+        if room is not None and room.blocks > largest.micro_size:
+            room.blocks = max(largest.micro_size, room.blocks // 2)
+            left = f"forwards of {room.blocks} blocks together"
+        else:
+            left = f"micro-batches of {_halved(largest)} blocks"
+        console.say(f"out of memory: {left} from here on (the result stays the same)")
+        if largest.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _halved(forward: ForwardFn) -> int:
+    """Halve a micro-batch; UserError where that cannot be."""
+    size = forward.micro_size
+    if forward.is_collective and forward.may_shrink and size > 1:
+        advice = f"ZeRO-3 needs equally many micro-batches on all ranks, give batch.micro_size={size // 2}"
+        raise UserError(f"out of memory with micro_size {size}; {advice}")
+    if not forward.may_shrink or size == 1:
+        advice = "use batch.micro_size=auto, run.checkpointing=true or a smaller data.block_size"
+        raise UserError(f"out of memory with micro_size {size}; {advice}")
+    forward.micro_size = size // 2
+    return forward.micro_size

@@ -23,12 +23,12 @@ SECONDS = 5.0
 STAGES: dict[str, tuple[str, str, str, int]] = {
     "read": ("peftune.training.inputs:open_base", "python", "SIGINT", 130),
     "tokenise": ("peftune.data.tokens.pipeline:tokenize_batch", "pool", "SIGTERM", 143),
-    "micro-size": ("peftune.training.run:first_micro_size", "python", "SIGHUP", 129),
-    "load": ("peftune.training.run:load_adapted", "pool", "SIGTERM", 143),
+    "micro-size": ("peftune.training.loading:first_micro_size", "python", "SIGHUP", 129),
+    "load": ("peftune.training.loading:load_adapted", "pool", "SIGTERM", 143),
     "evaluate": ("peftune.training.run:evaluate_domain", "soon", "SIGTERM", 3),
     "score": ("peftune.training.step:ForwardFn.__call__", "python", "SIGTERM", 3),
     "train": ("peftune.training.step:Gradient.add", "python", "SIGINT", 3),
-    "sample": ("peftune.training.samples:generate_with_transformers", "python", "SIGTERM", 3),
+    "sample": ("peftune.training.validation:generate_with_transformers", "python", "SIGTERM", 3),
     "save": ("peftune.training.checkpoint:save_tensors", "soon", "SIGTERM", 3),
     "deliver": ("peftune.adapters.directory:read_adapter", "python", "SIGTERM", 3),
 }

@@ -32,7 +32,7 @@ from peftune.training.optimizer import Gradient
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STEP = {
-    "training/step.py:accumulate (tolist)": 1,
+    "training/step.py:_accumulate (tolist)": 1,
     "training/optimizer.py:update (_local_scalar_dense)": 1,
 }
 """Where a step may wait, and how often: for its nats with its largest gradient, and for the norm."""
@@ -69,7 +69,7 @@ class Steps:
         return call
 
 
-EVALUATION = {"training/step.py:attempt (_local_scalar_dense)": 1}
+EVALUATION = {"training/validation.py:attempt (_local_scalar_dense)": 1}
 
 
 def train(tiny_base: Path, out: Path, *overrides: str) -> list[float]:
@@ -194,7 +194,7 @@ def test_launches_of_a_micro_batch_stay_within_their_budget(cuda: PretendedCUDA)
 def test_a_tensor_left_on_the_cpu_is_found(cuda: PretendedCUDA) -> None:
     planted = micro_batch(cuda)
     planted.forward = replace(planted.forward, wpe=planted.forward.wpe.cpu())
-    with pytest.raises(WrongDevice, match=r"model/train/forward.py:__call__: "):
+    with pytest.raises(WrongDevice, match=r"model/train/forward.py:embedded: "):
         planted.run()
 
 

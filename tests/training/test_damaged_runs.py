@@ -26,7 +26,7 @@ from peftune.errors import CheckFailed, UserError
 from peftune.files import parse_json
 from peftune.inference.perplexity import Score
 from peftune.model import fingerprint
-from peftune.training import checkpoint, run
+from peftune.training import checkpoint, loading
 from peftune.training.metrics import read_metrics
 from peftune.training.run import train
 
@@ -365,7 +365,7 @@ def test_no_memory_is_one_line(recipe: Make, monkeypatch: pytest.MonkeyPatch, er
     def refuse(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(run, "load_adapted", refuse)
+    monkeypatch.setattr(loading, "load_adapted", refuse)
     with pytest.raises(UserError, match="out of memory"):
         train(recipe(*SETTINGS))
     with pytest.raises(ValueError), device.report_out_of_memory():

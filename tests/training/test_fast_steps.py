@@ -13,8 +13,6 @@ import pytest
 from peftune.config.recipe import Recipe
 from peftune.errors import Interrupted
 from peftune.training import run, step
-from peftune.training.checkpoint import State
-from peftune.training.inputs import RunInputs
 from peftune.training.metrics import read_metrics
 from peftune.training.run import train
 
@@ -59,7 +57,7 @@ def test_compiled_it_ends_in_the_same_place(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("peftune.training.step._WORTH_COMPILING", {"cpu": 0.0})
+    monkeypatch.setattr("peftune.training.loading._WORTH_COMPILING", {"cpu": 0.0})
     common = "data.validation=0.2", "run.eval_every=4", "optim.steps=8", "lora.layers=[1]"
     for name in ("true", "false"):
         train(recipe(*common, f"run.compile={name}", f"run.out={tmp_path / name}"))
@@ -76,10 +74,10 @@ def test_a_run_may_change_its_function_where_it_was_cut(
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(recipe("optim.steps=6", f"run.out={whole}"))
 
-    def stop_after_three(inputs: RunInputs, state: State, *others: Any) -> step.StepResult:
-        if state.step == 3:
+    def stop_after_three(learner: step.Learner, *others: Any) -> step.StepResult:
+        if learner.state.step == 3:
             raise step.StopNow
-        return step.train_step(inputs, state, *others)
+        return step.train_step(learner, *others)
 
     with monkeypatch.context() as patched:
         patched.setattr(run, "train_step", stop_after_three)

@@ -16,12 +16,12 @@ from peftune.config.recipe import Recipe
 from peftune.data.batches import Batch
 from peftune.errors import CheckFailed
 from peftune.inference.perplexity import Score
-from peftune.training import checkpoint, run, step
+from peftune.training import checkpoint, loading, run, step
 from peftune.training.inputs import read_inputs
 from peftune.training.metrics import read_metrics
 from peftune.training.optimizer import Gradient
 from peftune.training.run import train
-from peftune.training.step import ForwardFn, StepResult
+from peftune.training.step import ForwardFn, Learner, StepResult
 
 Make = Callable[..., Recipe]
 
@@ -35,9 +35,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch, losses: Sequence[float]) -> None:
     """Steps after the third do nothing and report these losses."""
     left = iter(losses)
 
-    def taken(inputs: Any, state: Any, *rest: Any) -> StepResult:
-        if state.step < 3:
-            return step.train_step(inputs, state, *rest)
+    def taken(learner: Learner, *rest: Any) -> StepResult:
+        if learner.state.step < 3:
+            return step.train_step(learner, *rest)
         return StepResult(next(left), 1.0, 1e-3, 100)
 
     monkeypatch.setattr(run, "train_step", taken)
@@ -62,13 +62,13 @@ def test_nothing_is_told_of_a_run_that_goes_well(recipe: Make, capsys: pytest.Ca
 def test_a_base_that_changes_in_training_is_found_by_the_third_step(
     recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded = run.load_adapted
+    loaded = loading.load_adapted
     models: list[Any] = []
-    monkeypatch.setattr(run, "load_adapted", lambda *given: models.append(loaded(*given)) or models[-1])
+    monkeypatch.setattr(loading, "load_adapted", lambda *given: models.append(loaded(*given)) or models[-1])
 
-    def damaging(inputs: Any, state: Any, *rest: Any) -> StepResult:
-        done = step.train_step(inputs, state, *rest)
-        if state.step == 1:
+    def damaging(learner: Learner, *rest: Any) -> StepResult:
+        done = step.train_step(learner, *rest)
+        if learner.state.step == 1:
             weight = models[0].model.get_base_model().transformer.h[1].mlp.c_fc.base_layer.weight
             weight.data[3, 5] += 1e-6
         return done

@@ -171,11 +171,11 @@ def test_a_resumed_run_gives_the_same_rows(
 
     step = run.train_step
 
-    def stop_after_one(inputs: Any, state: Any, *rest: Any) -> Any:
-        if state.step == 1:
-            rest[-2].name = "SIGTERM"
+    def stop_after_one(learner: Any, accelerator: Any, stop: Any, console: Any) -> Any:
+        if learner.state.step == 1:
+            stop.name = "SIGTERM"
             raise run.StopNow
-        return step(inputs, state, *rest)
+        return step(learner, accelerator, stop, console)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(run, "train_step", stop_after_one)

@@ -10,9 +10,9 @@ import pytest
 
 from peftune.config.recipe import Recipe
 from peftune.errors import UserError
-from peftune.training.identity import refuse_other_run
 from peftune.training.inputs import read_inputs
 from peftune.training.run import train
+from peftune.training.run_directory import refuse_other_run
 
 Make = Callable[..., Recipe]
 

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from peftune.cache import cache_directory, can_write, check_private
-from peftune.config.data_section import Source
+from peftune.config.data_section import DataSection, Source
 from peftune.console import Console
-from peftune.data.documents import Document, ReadStats
+from peftune.data.documents import Document, ReadStats, first_of_equals
 from peftune.data.lint.text_rules import count_faults, without_an_end
 from peftune.data.sources.read import FileStates, identity, read_documents, settle_split, size_of, state_of
+from peftune.data.sources.text_files import cut_lines, left_out_lines
 from peftune.data.tokens.encode import begin_of_text_id, end_of_text_id, rules_of
 from peftune.data.tokens.entry import FORMAT, Entry, Writer, read_entry
 from peftune.data.tokens.pipeline import tokenized
@@ -203,3 +204,26 @@ def _publish(directory: Path, entry: Path, key: str, vocabulary: int) -> None:
             entry.rename(aside)
             remove(aside)
     raise UserError(f"{entry}: cannot be replaced; delete it and start again")
+
+
+class Prepared(NamedTuple):
+    """The documents, the numbers of those that are used (n,) int64, and lines for the person."""
+
+    store: TokenStore
+    used: np.ndarray
+    notes: list[str]
+
+
+def prepare_as(
+    how: DataSection, sources: Sequence[Source], split_on: str, tokenizer: PreTrainedTokenizerFast, fingerprint: str
+) -> Prepared:
+    """Read sources as the section says, cut by `split_on`, which is the section's as `settle_split` has settled it."""
+    sources = how.read_as(sources)
+    store = prepare(sources, tokenizer, fingerprint, how.join, split_on, None, how.special_tokens, how.chat)
+    notes = [*cut_lines(sources, store.cuts, chosen=True), *left_out_lines(sources)]
+    if how.repeats == "keep":
+        return Prepared(store, np.arange(len(store)), notes)
+    used = first_of_equals(store.digests)
+    dropped = len(store) - len(used)
+    told = f"{dropped:,} of {len(store):,} documents repeat another and are dropped (data.repeats)"
+    return Prepared(store, used, [*notes, told] if dropped else notes)

@@ -8,7 +8,7 @@ Legend: N tokens, H heads, W width of a head; in a rectangle S documents times h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,24 +147,44 @@ class _Moved(torch.autograd.Function):
         return upstream.index_select(0, ctx.back), None, None
 
 
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""ids, positions, targets and segments of a micro-batch, as `TrainGPT2` takes them."""
+
+
 @dataclass(frozen=True)
 class Tokens:
-    """`indices` (N,) int64: positions of the tokens in the flattened rows of a batch; `lengths` (documents,) int64."""
+    """The tokens of micro-batches end to end, on the CPU: three times (N,) int64, and the lengths of documents."""
 
-    indices: np.ndarray
+    ids: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor
     lengths: np.ndarray
 
+    @staticmethod
+    def of(batches: Sequence[Rows]) -> Tokens:
+        """Without the padding of rows."""
+        real = [_real(ids.shape, segments) for ids, *_, segments in batches]
+        ids, positions, targets = (
+            torch.cat([tensors[column].flatten()[at] for tensors, (at, _) in zip(batches, real, strict=True)])  # type: ignore[union-attr]
+            for column in range(3)
+        )
+        return Tokens(ids, positions, targets, np.concatenate([lengths for _, lengths in real]))
 
-def tokens_of(shape: torch.Size, segments: torch.Tensor | None) -> Tokens:
-    """The tokens of a batch of `shape` (B, T); `segments` as in `LossModel`, on the CPU."""
+    def equal(self, other: Tokens) -> bool:
+        """Whether a base computes the same of both."""
+        return np.array_equal(self.lengths, other.lengths) and torch.equal(self.ids, other.ids)
+
+
+def _real(shape: torch.Size, segments: torch.Tensor | None) -> tuple[torch.Tensor, np.ndarray]:
+    """Where in the flattened rows of a batch (B, T) tokens are, (N,) int64, and the lengths of its documents."""
     rows, width = shape
     if segments is None:
-        return Tokens(np.arange(rows * width), np.full(rows, width))
+        return torch.arange(rows * width), np.full(rows, width)
     numbers = segments.numpy()
     indices = np.flatnonzero(numbers.ravel() >= 0)
     document = (numbers + np.arange(rows)[:, None] * (numbers.max() + 1)).ravel()[indices]
     starts = np.flatnonzero(np.diff(document, prepend=-1))
-    return Tokens(indices, np.diff(starts, append=len(indices)))
+    return torch.from_numpy(indices), np.diff(starts, append=len(indices))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """GPT-2 with LoRA on the real tokens of a batch, without padding: the fast forward of training, and how it is built.
 
+Several adapters on one base can share a forward: their tokens lie one adapter after the other, frozen products are made
+once for all, and of each adapter with its own rows. So no gradient of one depends on another.
+
 The tensors are those of the model that Transformers loaded and PEFT adapted; norms alone are copied, to fp32. Frozen
 weights and matrix products have the dtype of the run; the stream between blocks, and the adapters, are fp32. Autograd
 keeps nothing below the lowest adapter, because nothing there asks for a gradient.
@@ -9,12 +12,14 @@ Legend: N tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
+import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -22,10 +27,19 @@ from torch.utils.checkpoint import checkpoint
 
 from peftune.model.architecture import activation, attention_scales
 from peftune.model.lora import Adapted
-from peftune.model.loss import add_neftune_noise, summed_nats
-from peftune.model.train.attention import Attend, Kernel, kernel_for, tokens_of
+from peftune.model.loss import add_neftune_noise, nats_of_parts
+from peftune.model.train.attention import Attend, Kernel, Rows, Tokens, kernel_for
 from peftune.model.train.compiled import compiled
-from peftune.model.train.layers import Elementwise, LoraFactors, LoraLinear, Norm, frozen_weight, to_device
+from peftune.model.train.layers import (
+    AdapterRows,
+    Elementwise,
+    LoraFactors,
+    LoraLinear,
+    Norm,
+    frozen_weight,
+    same_draws,
+    to_device,
+)
 
 NAME = "default"  # PEFT's, of a model's only adapter
 
@@ -45,13 +59,42 @@ class Block:
     upcast: bool
     """Attend in fp32 whatever the dtype of the run (`reorder_and_upcast_attn`)."""
 
-    def __call__(self, x: torch.Tensor, attend: Attend, training: bool, elementwise: Elementwise) -> torch.Tensor:
-        """The stream (N, D) after this block."""
-        qkv = self.c_attn(elementwise.normed(x, self.ln_1), training)
+    def __call__(
+        self, x: torch.Tensor, attend: Attend, parts: Sequence[AdapterRows], training: bool, elementwise: Elementwise
+    ) -> torch.Tensor:
+        """The stream (N, D) after this block; of each part of the rows there is an adapter in each layer."""
+        qkv = self.c_attn(elementwise.normed(x, self.ln_1), parts, training)
         attended = attend(qkv.float() if self.upcast else qkv, self.scale).to(qkv.dtype)
-        x, normed = elementwise.added(x, self.attn_c_proj(attended, training), self.ln_2)
-        hidden = elementwise.activated(self.c_fc(normed, training))
-        return x + self.mlp_c_proj(hidden, training)
+        x, normed = elementwise.added(x, self.attn_c_proj(attended, parts, training), self.ln_2)
+        hidden = elementwise.activated(self.c_fc(normed, parts, training))
+        return x + self.mlp_c_proj(hidden, parts, training)
+
+    def layers(self) -> tuple[LoraLinear, ...]:
+        """Its four linear layers."""
+        return self.c_attn, self.attn_c_proj, self.c_fc, self.mlp_c_proj
+
+    def is_frozen(self) -> bool:
+        """Whether no layer has an adapter."""
+        return not any(any(layer.adapters) for layer in self.layers())
+
+    @staticmethod
+    def joined(blocks: Sequence[Block]) -> Block:
+        """One of several blocks over the same frozen weights, with the adapters of each."""
+        if len(blocks) == 1:
+            return blocks[0]
+        names = "c_attn", "attn_c_proj", "c_fc", "mlp_c_proj"
+        layers = {name: [getattr(block, name) for block in blocks] for name in names}
+        adapters = {name: tuple(a for layer in of_all for a in layer.adapters) for name, of_all in layers.items()}
+        return replace(blocks[0], **{name: replace(layers[name][0], adapters=adapters[name]) for name in names})
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one adapter learns in a joint forward: micro-batches, and what draws its dropout and noise (None: torch)."""
+
+    forward: TrainGPT2
+    batches: Sequence[Rows]
+    generator: torch.Generator | None = None
 
 
 @dataclass(frozen=True)
@@ -72,51 +115,102 @@ class TrainGPT2:
     recompute: bool
     """Keep the stream before each block alone, and run the block again in the backward."""
 
-    @property
-    def _adapters(self) -> Iterator[LoraFactors]:
-        layers = (layer for b in self.blocks for layer in (b.c_attn, b.attn_c_proj, b.c_fc, b.mlp_c_proj))
-        return (layer.adapter for layer in layers if layer.adapter is not None)
+    def adapters(self) -> Iterator[LoraFactors]:
+        """A and B of each adapted layer, from the lowest up."""
+        layers = (layer for block in self.blocks for layer in block.layers())
+        return (adapter for layer in layers for adapter in layer.adapters if adapter is not None)
+
+    def draws(self) -> bool:
+        """Whether training draws random numbers."""
+        return bool(self.neftune) or any(adapter.dropout for adapter in self.adapters())
 
     @contextmanager
     def between_updates(self) -> Iterator[None]:
         """Inside, A and B do not change, and are split into terms of the run's dtype once, not in each forward."""
         try:
             with torch.no_grad():
-                for adapter in self._adapters:
+                for adapter in self.adapters():
                     adapter.split(self.ln_f.dtype)
             yield
         finally:
-            for adapter in self._adapters:
+            for adapter in self.adapters():
                 adapter.terms.clear()
 
     def __call__(
         self, ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, segments: torch.Tensor | None
     ) -> torch.Tensor:
         """Summed loss in nats (float64 scalar) over the positions with a target ≥ 0; arguments (B, T) on the CPU."""
-        training, device = self.module.training, self.wte.device
-        tokens = tokens_of(ids.shape, segments)
-        kept = torch.from_numpy(tokens.indices)
-        ids, positions, targets = (tensor.flatten()[kept] for tensor in (ids, positions, targets))
-        (scored,) = torch.nonzero(targets >= 0, as_tuple=True)  # here, where it stops no GPU
-        ids, positions, scored, targets = (to_device(t, device) for t in (ids, positions, scored, targets[scored]))
-        attend = self.kernel.plan(tokens.lengths, self.heads, device)
-        x = self.wte[ids].float()
-        if training and self.neftune:
-            x = add_neftune_noise(
-                x, to_device(torch.from_numpy(tokens.lengths.repeat(tokens.lengths)), device), self.neftune
-            )
-        x = x + self.wpe[positions].float()
-        draws = any(adapter.dropout for adapter in self._adapters)
-        for block in self.blocks:
-            if self.recompute and training:
-                x = checkpoint(
-                    block, x, attend, training, self.elementwise, use_reentrant=False, preserve_rng_state=draws
-                )
-            else:
-                x = block(x, attend, training, self.elementwise)
-        return summed_nats(
-            self.elementwise.normed(x[scored], self.ln_f), self.head, targets, self.smoothing if training else 0.0
+        return nats_of_pieces([Piece(self, [(ids, positions, targets, segments)])]).squeeze(0)
+
+    def embedded(self, tokens: Sequence[Tokens]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the embedding and of the positions, (N, D) each, float32."""
+        ids, positions = (
+            to_device(torch.cat([getattr(t, name) for t in tokens]), self.wte.device) for name in ("ids", "positions")
         )
+        return self.wte[ids].float(), self.wpe[positions].float()
+
+    def attending(self, tokens: Sequence[Tokens]) -> Attend:
+        """Attention within the documents of all tokens."""
+        return self.kernel.plan(np.concatenate([t.lengths for t in tokens]), self.heads, self.wte.device)
+
+    def below(self, tokens: Sequence[Tokens], depth: int) -> list[torch.Tensor]:
+        """The stream after the first `depth` blocks, none of which has an adapter: (N, D) of each."""
+        x, more = self.embedded(tokens)
+        x, attend, all_rows = x + more, self.attending(tokens), [AdapterRows(slice(0, len(x)))]
+        for block in self.blocks[:depth]:
+            x = block(x, attend, all_rows, False, self.elementwise)
+        return list(torch.split(x, [len(t.ids) for t in tokens]))
+
+
+def nats_of_pieces(pieces: Sequence[Piece]) -> torch.Tensor:
+    """Summed loss of each piece in nats, (pieces,) float64, differentiable in their adapters.
+
+    The forwards are over one base and in one mode. To rounding each loss is what that forward computes alone. Where no
+    adapter is in the lowest blocks, these are computed once of equal tokens.
+    """
+    first, tokens = pieces[0].forward, [Tokens.of(piece.batches) for piece in pieces]
+    sizes, training, elementwise = [len(t.ids) for t in tokens], first.module.training, first.elementwise
+    strengths = [piece.forward.neftune if training else 0.0 for piece in pieces]
+    blocks = [Block.joined(of_all) for of_all in zip(*(piece.forward.blocks for piece in pieces), strict=True)]
+    depth = sum(1 for _ in takewhile(Block.is_frozen, blocks))
+    kinds = [next(i for i, other in enumerate(tokens) if other.equal(mine)) for mine in tokens] if depth else []
+    if depth and not any(strengths) and len({*kinds}) < len(pieces):
+        found = first.below([tokens[i] for i in sorted({*kinds})], depth)
+        x = torch.cat([found[sorted({*kinds}).index(i)] for i in kinds])
+    else:
+        depth = 0
+        x, more = first.embedded(tokens)
+        x = _with_noise(x, pieces, tokens, strengths) + more if any(strengths) else x + more
+    attend, ends = first.attending(tokens), np.cumsum(sizes).tolist()
+    parts = [AdapterRows(slice(end - n, end), p.generator) for p, n, end in zip(pieces, sizes, ends, strict=True)]
+    for block in blocks[depth:]:
+        if first.recompute and training:
+            x = checkpoint(
+                block, x, attend, parts, training, elementwise, use_reentrant=False,
+                preserve_rng_state=any(p.forward.draws() and p.generator is None for p in pieces),
+                context_fn=partial(same_draws, [p.generator for p in pieces if p.generator is not None]),
+            )  # fmt: skip
+        else:
+            x = block(x, attend, parts, training, elementwise)
+    targets = torch.cat([t.targets for t in tokens])
+    (scored,) = torch.nonzero(targets >= 0, as_tuple=True)  # here, where it stops no GPU
+    counts = [int((t.targets >= 0).sum()) for t in tokens]
+    scored, targets = (to_device(t, x.device) for t in (scored, targets[scored]))
+    smoothing = [piece.forward.smoothing if training else 0.0 for piece in pieces]
+    return nats_of_parts(elementwise.normed(x[scored], first.ln_f), first.head, targets, counts, smoothing)
+
+
+def _with_noise(
+    x: torch.Tensor, pieces: Sequence[Piece], tokens: Sequence[Tokens], strengths: Sequence[float]
+) -> torch.Tensor:
+    """NEFTune's noise on the rows of those pieces that ask for it."""
+    noisy = []
+    for rows, piece, of, strength in zip(
+        torch.split(x, [len(t.ids) for t in tokens]), pieces, tokens, strengths, strict=True
+    ):
+        lengths = to_device(torch.from_numpy(of.lengths.repeat(of.lengths)), x.device)
+        noisy.append(add_neftune_noise(rows, lengths, strength, piece.generator) if strength else rows)
+    return torch.cat(noisy)
 
 
 def reason_against(adapted: Adapted) -> str | None:
@@ -190,4 +284,4 @@ def _linear(layer: Any, dtype: torch.dtype, packed: bool) -> LoraLinear:
         dropout = getattr(layer.lora_dropout[NAME], "p", 0.0)  # PEFT puts an Identity where there is none
         factors = LoraFactors(layer.lora_A[NAME].weight, layer.lora_B[NAME].weight, layer.scaling[NAME], dropout)
         layer = layer.base_layer
-    return LoraLinear(partial(frozen_weight, layer, packed, dtype), layer.bias.to(dtype), factors)
+    return LoraLinear(partial(frozen_weight, layer, packed, dtype), layer.bias.to(dtype), (factors,))

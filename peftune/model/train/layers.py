@@ -1,11 +1,14 @@
 """The layers of a block: frozen linear layers with LoRA, x·W + b + s·(x·Aᵀ)·Bᵀ, LayerNorm and GELU.
 
+A batch has parts, each with an adapter of its own; frozen products are made once, over all rows.
+
 Legend: N tokens, D width, I and O widths in and out, R rank, P rows of all terms of A or B (see `_terms`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,20 +52,61 @@ def frozen_weight(layer: Any, packed: bool, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass(frozen=True)
+class AdapterRows:
+    """Rows of a batch that one adapter sees; `generator` draws its dropout, None is torch's own."""
+
+    rows: slice
+    generator: torch.Generator | None = None
+
+
+@dataclass(frozen=True)
 class LoraLinear:
-    """`weight()` is W (I, O) in the dtype of the run: the base's own tensor, or unpacked for every use."""
+    """`weight()` is W (I, O) in the dtype of the run: the base's own tensor, or unpacked for every use.
+
+    Of each part of a batch there is one of `adapters`, or None.
+    """
 
     weight: Weight
     bias: Tensor
-    adapter: LoraFactors | None
+    adapters: tuple[LoraFactors | None, ...]
 
-    def __call__(self, x: Tensor, training: bool) -> Tensor:
-        """(N, I) to (N, O), differentiable in x, A and B; `training` switches the adapter's dropout."""
-        adapter = self.adapter
-        if adapter is None:
+    def __call__(self, x: Tensor, parts: Sequence[AdapterRows], training: bool) -> Tensor:
+        """(N, I) to (N, O), differentiable in x, A and B; `training` switches the adapters' dropout."""
+        adapted = [(part, own) for part, own in zip(parts, self.adapters, strict=True) if own is not None]
+        if not adapted:
             return _Frozen.apply(x, self.weight, self.bias)  # type: ignore[no-any-return,no-untyped-call]
-        dropped = F.dropout(x, adapter.dropout) if training and adapter.dropout else None
-        return _Adapted.apply(x, dropped, self.weight, self.bias, adapter, adapter.a, adapter.b)  # type: ignore[no-any-return,no-untyped-call]
+        given: list[Tensor | None] = []
+        for part, own in adapted:
+            draws = training and own.dropout
+            given += [dropped(x[part.rows], own.dropout, part.generator) if draws else None, own.a, own.b]
+        lora = [(part.rows, own) for part, own in adapted]
+        return _Adapted.apply(x, self.weight, self.bias, lora, *given)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def dropped(x: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
+    """`F.dropout`, whose draws on a CPU it repeats, with a generator of one's own."""
+    kept = torch.empty_like(x).bernoulli_(1 - share, generator=generator)
+    return x * kept.div_(1 - share)
+
+
+def same_draws(
+    generators: Sequence[torch.Generator],
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of a block's forward and of its repetition, in which the generators draw the same."""
+    states = [generator.get_state() for generator in generators]
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        later = [generator.get_state() for generator in generators]
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        try:  # a repetition is left in the middle, once it has made what is needed
+            yield
+        finally:
+            for generator, state in zip(generators, later, strict=True):
+                generator.set_state(state)
+
+    return nullcontext(), again()
 
 
 class _Frozen(torch.autograd.Function):
@@ -79,33 +123,49 @@ class _Frozen(torch.autograd.Function):
 
 
 class _Adapted(torch.autograd.Function):
-    """The adapter's products are added in place to those of the frozen layer; it sees `dropped` where given."""
+    """The products of each adapter with its rows are added in place to those of the frozen layer with all rows.
+
+    `given` are, of each adapter, what it sees of its rows where dropout has changed them (else None), A and B.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, weight: Weight, bias: Tensor, factors: LoraFactors,
-        a: Tensor, b: Tensor,
+        ctx: Any, x: Tensor, weight: Weight, bias: Tensor, lora: list[tuple[slice, LoraFactors]],
+        *given: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        seen = x if dropped is None else dropped
-        a_PI, b_PO = factors.terms or (_terms(a, x.dtype), _terms(b.T, x.dtype))
-        inner_NR = _summed(seen @ a_PI.T, len(a))
-        ctx.save_for_backward(seen, inner_NR, a_PI, b_PO)
-        ctx.weight, ctx.scale, ctx.dropped = weight, factors.scale, dropped is not None
-        return torch.addmm(bias, x, weight()).addmm_(_repeated(inner_NR, b_PO), b_PO, alpha=factors.scale)
+        output, kept = torch.addmm(bias, x, weight()), list[Tensor | None]()
+        for (rows, factors), seen, a, b in zip(lora, given[::3], given[1::3], given[2::3], strict=True):
+            a_PI, b_PO = factors.terms or (_terms(a, x.dtype), _terms(b.T, x.dtype))  # type: ignore[arg-type,union-attr]
+            inner_NR = _summed((_rows(x, rows) if seen is None else seen) @ a_PI.T, len(a))  # type: ignore[arg-type]
+            _rows(output, rows).addmm_(_repeated(inner_NR, b_PO), b_PO, alpha=factors.scale)
+            kept += [seen, inner_NR, a_PI, b_PO]
+        ctx.save_for_backward(x if any(seen is None for seen in kept[::4]) else None, *kept)
+        ctx.weight, ctx.lora = weight, lora
+        return output
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        seen, inner_NR, a_PI, b_PO = ctx.saved_tensors
-        d_inner_NR = _summed(upstream @ b_PO.T, inner_NR.shape[1]).mul_(ctx.scale)
-        d_b = (inner_NR.T @ upstream).T.float().mul_(ctx.scale)  # far faster than the product of the transposes
-        d_a = (d_inner_NR.T @ seen).float()
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        x, *kept = ctx.saved_tensors
         d_x = upstream @ ctx.weight().T if ctx.needs_input_grad[0] else None
-        d_seen = None
-        if ctx.dropped and ctx.needs_input_grad[1]:
-            d_seen = _repeated(d_inner_NR, a_PI) @ a_PI
-        elif d_x is not None:
-            d_x.addmm_(_repeated(d_inner_NR, a_PI), a_PI)
-        return d_x, d_seen, None, None, None, d_a, d_b
+        found: list[Tensor | None] = []
+        for number, (rows, factors) in enumerate(ctx.lora):
+            seen, inner_NR, a_PI, b_PO = kept[4 * number : 4 * number + 4]
+            above = _rows(upstream, rows)
+            d_inner_NR = _summed(above @ b_PO.T, inner_NR.shape[1]).mul_(factors.scale)
+            d_b = (inner_NR.T @ above).T.float().mul_(factors.scale)  # far faster than the product of the transposes
+            d_a = (d_inner_NR.T @ (_rows(x, rows) if seen is None else seen)).float()
+            d_seen = None
+            if seen is None and d_x is not None:
+                _rows(d_x, rows).addmm_(_repeated(d_inner_NR, a_PI), a_PI)
+            elif seen is not None and ctx.needs_input_grad[4 + 3 * number]:
+                d_seen = _repeated(d_inner_NR, a_PI) @ a_PI
+            found += [d_seen, d_a, d_b]
+        return d_x, None, None, None, *found
+
+
+def _rows(matrix: Tensor, rows: slice) -> Tensor:
+    """A view; of all rows the matrix itself, which takes no time."""
+    return matrix if (rows.start, rows.stop) == (0, len(matrix)) else matrix[rows]
 
 
 def _terms(matrix: Tensor, dtype: torch.dtype) -> Tensor:

@@ -28,20 +28,28 @@ _TIMEOUT = timedelta(hours=6)  # one rank may tokenise for long; the watchdog no
 
 
 @contextmanager
-def watched_ranks(recipe: Recipe) -> Iterator[Accelerator]:
-    """Join the other ranks, where there are any, and watch them to the end of the run.
+def watched_ranks(*recipes: Recipe) -> Iterator[Accelerator]:
+    """Join the other ranks, where there are any, and watch them to the end of the run, or of several.
 
     UserError, on all ranks, where another has another recipe, layout or version; `run.out` may differ, as the first
-    rank alone writes and reads it.
+    rank alone writes and reads it. UserError where one process cannot do what all recipes ask for.
     """
-    if recipe.run.deterministic:
+    first, deterministic = recipes[0].run, any(recipe.run.deterministic for recipe in recipes)
+    if devices := {recipe.run.device for recipe in recipes} - {first.device}:
+        raise UserError(f"run.device is {first.device} and {devices.pop()}; recipes that run together need one")
+    if deterministic:
         os.environ.setdefault(*_WORKSPACE)  # before CUDA starts
     with report_once_per_machine(), rendezvous_deadline():
-        accelerator = start(list(recipe.run.track), recipe.run.out, recipe.run.device)
-    with same_order_of_sums(recipe.run.deterministic), report_clearly(accelerator), watch_peers(accelerator):
-        values = {k: v for k, v in flatten(recipe.model_dump(mode="json")).items() if k != "run.out"}
+        accelerator = start(list(first.track), first.out, first.device)
+    with same_order_of_sums(deterministic), report_clearly(accelerator), watch_peers(accelerator):
+        values = {
+            f"fleet[{number}].{key}" if number else key: value
+            for number, recipe in enumerate(recipes)
+            for key, value in flatten(recipe.model_dump(mode="json")).items()
+            if key != "run.out"
+        }
         libraries = [
-            *quantized.LIBRARIES * (recipe.quantize is not None),
+            *quantized.LIBRARIES * any(recipe.quantize for recipe in recipes),
             *["deepspeed"] * bool(zero_stage(accelerator)),
         ]
         refuse_different_ranks(accelerator, values | versions(libraries) | _engine_settings(accelerator))

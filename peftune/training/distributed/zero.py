@@ -112,9 +112,10 @@ class ShardedStrategy:
         else:
             self._begin_state()
 
-    def update(self, gradient: Gradient, divisor: float, rate: float) -> float:
+    def update(self, gradient: Gradient, divisor: float, rate: float, summed: bool = False) -> float:
         import deepspeed
 
+        assert not summed, "the engine sums over ranks itself"
         gradient.flat.mul_(self.ranks / divisor)  # the engine averages over ranks
         set_rate(self.engine.optimizer, rate)
         self.engine.optimizer.zero_grad()  # else ZeRO-3 adds to the step before

@@ -24,10 +24,10 @@ from peftune.model.lora import Adapted, is_dead, stored_adapter
 from peftune.training import checkpoint
 from peftune.training.checkpoint import Checkpoint, Figures, State
 from peftune.training.health import never_better
-from peftune.training.identity import refuse_other_run
 from peftune.training.inputs import RunInputs
 from peftune.training.metrics import MetricsLog
 from peftune.training.optimizer import Tensors
+from peftune.training.run_directory import refuse_other_run
 from peftune.version import __version__
 
 ROWS = ("base", "adapter")

@@ -47,17 +47,22 @@ def first_micro_size(inputs: RunInputs, dtype: torch.dtype, way: Way, ranks: int
     full and all becomes slow. A CPU does not report that memory runs out, the process is killed; so activations are
     kept under two fifths of what is available, page cache included.
     """
-    recipe, config, train = inputs.recipe, inputs.base.config, inputs.corpus.train
-    block, per_rank = train.packing.block_size, -(-min(recipe.batch.global_size, len(train)) // ranks)
+    per_rank = -(-min(inputs.recipe.batch.global_size, len(inputs.corpus.train)) // ranks)
+    return min(per_rank, most_blocks(inputs, dtype, way, ranks, device))
+
+
+def most_blocks(inputs: RunInputs, dtype: torch.dtype, way: Way, ranks: int, device: str) -> int:
+    """Blocks of a forward that are foreseen to fit and gain something, at least one."""
+    recipe, config, block = inputs.recipe, inputs.base.config, inputs.corpus.train.packing.block_size
     if device == "cpu":
         available = psutil.virtual_memory().available
         a_block = block * config.n_layer * config.n_embd * LIVE_TENSORS * dtype.itemsize
-        return max(1, min(per_rank, CPU_TOKENS // block, int(0.4 * available) // a_block))
+        return max(1, min(CPU_TOKENS // block, int(0.4 * available) // a_block))
     precision: Any = NAME_OF[dtype]
     memory = bytes_per_rank(shapes_of(config, recipe.lora), way, ranks, precision, recipe.quantize)
     first, each = activations(config, recipe, dtype, block, "cuda", way == "zero3")
     room = int(GPU_SHARE * torch.cuda.mem_get_info()[0]) - memory.held - memory.gathered
-    return max(1, min(per_rank, GPU_TOKENS // block, 1 + (room - first) // max(1, each)))
+    return max(1, min(GPU_TOKENS // block, 1 + (room - first) // max(1, each)))
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

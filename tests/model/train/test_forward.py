@@ -23,7 +23,7 @@ from peftune.model.load import load_model
 from peftune.model.lora import Adapted, inject
 from peftune.model.loss import LossModel
 from peftune.model.train import attention
-from peftune.model.train.attention import Kernel, kernel_for, tokens_of
+from peftune.model.train.attention import Kernel, Tokens, kernel_for
 from peftune.model.train.forward import reason_against, train_forward
 
 LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -81,8 +81,8 @@ def model_of(
 
 def by_document(adapted: Adapted, rows: Rows, smoothing: float = 0.0) -> tuple[float, list[torch.Tensor]]:
     """Loss and gradients through PEFT's model, one document at a time."""
-    tokens = tokens_of(rows.ids.shape, rows.segments)
-    ids, targets = (tensor.flatten()[torch.from_numpy(tokens.indices)] for tensor in (rows.ids, rows.targets))
+    tokens = Tokens.of([rows.arguments()])
+    ids, targets = tokens.ids, tokens.targets
     total = sum(p.sum() * 0 for p in adapted.trainable().values()).double()  # where nothing is scored: zero gradients
     for document, wanted in zip(
         torch.split(ids, tokens.lengths.tolist()), torch.split(targets, tokens.lengths.tolist()), strict=True

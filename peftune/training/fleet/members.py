@@ -1,0 +1,129 @@
+"""The members of a fleet: their names, what each reads, which of them can learn side by side, and how each ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from peftune.config.recipe import Recipe
+from peftune.console import Console
+from peftune.errors import CheckFailed, PeftuneError, UserError
+from peftune.model.load import needs_exact_base
+from peftune.training.checkpoint import Checkpoint, State
+from peftune.training.export.adapter import Delivery
+from peftune.training.inputs import RunInputs
+from peftune.training.loading import Run
+
+Outcome = Delivery | State | PeftuneError
+"""A finished adapter, where a run stands that was paused, or what ended it."""
+_OWN = (UserError.exit_code, CheckFailed.exit_code)  # of errors that concern one member
+
+
+@dataclass
+class Member:
+    """One adapter of a fleet, from its recipe to its end."""
+
+    recipe: Recipe
+    console: Console
+    inputs: RunInputs | None = None
+    found: Checkpoint | None = None
+    run: Run | None = None
+    outcome: Outcome | None = None
+    held: ExitStack = field(default_factory=ExitStack)
+    """What it gives back when it ends: its directory's lock, its metrics."""
+
+    @property
+    def ready(self) -> RunInputs:
+        """What it has read."""
+        assert self.inputs is not None
+        return self.inputs
+
+    @property
+    def running(self) -> Run:
+        """Its run, once it is loaded."""
+        assert self.run is not None
+        return self.run
+
+    @contextmanager
+    def own_errors(self) -> Iterator[None]:
+        """What is wrong with this member alone ends it, and nobody else.
+
+        All ranks meet such an error at the same place.
+        """
+        try:
+            yield
+        except PeftuneError as error:
+            if error.exit_code not in _OWN:
+                raise
+            self.end(error)
+
+    def end(self, outcome: Outcome) -> None:
+        """Note how it ended and give back what it held."""
+        self.outcome = outcome
+        try:
+            self.held.close()
+        finally:
+            self.run = None  # and with it its memory
+        if isinstance(outcome, PeftuneError) and str(outcome):
+            self.console.say(str(outcome))
+
+
+def members_of(recipes: Sequence[Recipe], console: Console) -> list[Member]:
+    """Each with a name of its own; UserError where two would write to one directory."""
+    seen: dict[str, str] = {}
+    for recipe in recipes:
+        real = os.path.realpath(recipe.run.out)
+        if real in seen:
+            raise UserError(
+                f"run.out {seen[real]} and {recipe.run.out} are one directory; give each adapter a directory of its own"
+            )
+        seen[real] = recipe.run.out
+    last = [Path(recipe.run.out).name for recipe in recipes]
+    names = [name if last.count(name) == 1 else recipe.run.out for name, recipe in zip(last, recipes, strict=True)]
+    return [Member(recipe, console.named(name)) for name, recipe in zip(names, recipes, strict=True)]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Members that learn side by side over one base, in one precision; one alone where `reason` says why."""
+
+    members: list[Member]
+    dtype: torch.dtype
+    reason: str = ""
+
+    def names(self) -> str:
+        """Of its members."""
+        return ", ".join(member.console.name for member in self.members)
+
+
+def grouped(members: Sequence[Member], dtypes: Sequence[torch.dtype]) -> list[Group]:
+    """The members in groups that share base, its format, precision, block size and ways to compute; in their order."""
+    groups: dict[object, Group] = {}
+    for member, dtype in zip(members, dtypes, strict=True):
+        inputs = member.ready
+        run, identity = inputs.recipe.run, inputs.base.identity()
+        reason = why_alone(inputs)
+        facts = (
+            *sorted((key, str(value)) for key, value in identity.items()), inputs.recipe.quantize, dtype,
+            inputs.corpus.train.packing.block_size, run.checkpointing, run.compile,
+        )  # fmt: skip
+        key = member.console.name if reason else facts
+        groups.setdefault(key, Group([], dtype, reason)).members.append(member)
+    return list(groups.values())
+
+
+def why_alone(inputs: RunInputs) -> str:
+    """Why an adapter cannot share forwards with others, or nothing."""
+    recipe, settings = inputs.recipe, inputs.settings
+    if not recipe.run.fast:
+        return "run.fast is false"
+    if recipe.run.base_dropout:
+        return "run.base_dropout"
+    if needs_exact_base(recipe) or (settings is not None and (settings.lora_bias or settings.use_dora)):
+        return "it trains more than A and B of the blocks' linear layers, or starts from the base's exact weights"
+    return ""
