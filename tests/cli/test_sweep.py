@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
+from journey import parse
 
 from peftune.cli import main
 from peftune.config.recipe import load_recipe
+from peftune.training.sweep.grid import MOST, read_grid
+from peftune.training.sweep.record import RECORD
+from peftune.training.sweep.written import BEST, PICTURE, TABLE
 
+DOCS = Path(__file__).parents[2] / "docs"
 Captured = pytest.CaptureFixture[str]
 
 
@@ -80,6 +87,26 @@ def test_a_sweep_that_cannot_work_is_refused_in_one_line(call: str, words: str, 
     out, err = capsys.readouterr()
     assert out == "" and words in err and err.count("\n") == 1
     assert {path.name for path in Path().iterdir()} == {"r.yaml", "text.jsonl"}
+
+
+@pytest.mark.parametrize("page", ["sweep.md", "guide.md"])
+def test_the_commands_of_the_pages_are_understood(page: str, recipe: str, capsys: Captured) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    found = re.findall(r"^(peftune sweep .*)$|`(peftune sweep [^`]*=[^`]*)`", text, re.MULTILINE)
+    calls = [shlex.split(block or inline, comments=True)[2:] for block, inline in found]
+    assert calls
+    for words in calls:
+        parse(shlex.join(["peftune", "sweep", *words]))
+        axes = [word for word in words[1:] if "=" in word]
+        grid = read_grid(Path(recipe), axes, out=Path("new"), may_be_range="--trials" in words)
+        assert len(grid.axes) == len(axes) and grid.members(grid.combinations())
+
+
+def test_the_page_says_what_the_code_has() -> None:
+    page = (DOCS / "sweep.md").read_text(encoding="utf-8")
+    assert f"At most {MOST:,} runs" in page
+    assert [name for name in (RECORD, TABLE, PICTURE, BEST) if f"`{name}`" not in page] == []
+    assert "`rank8-lr2e-4-batch32`" in page.replace("sweeps/poems/", "")
 
 
 def test_a_sweep_is_one_process(recipe: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:

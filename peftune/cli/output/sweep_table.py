@@ -19,7 +19,7 @@ _LONGEST = 300  # characters of a reason
 
 def print_sweep(found: Results, out: Path) -> None:
     """The table, why runs failed, what it tells and does not tell, and where the best lies."""
-    several = max((len(row.outcomes) for row in found.rows), default=1) > 1
+    several = max((len(row.results) for row in found.rows), default=1) > 1
     columns = [*found.axes, "loss", *(["± over seeds"] if several else []), "perplexity", "against the best"]
     columns += ["steps", "seconds", "state"]
     before = "" if found.before is None else f"; before training {found.before:.4f}"
@@ -27,7 +27,7 @@ def print_sweep(found: Results, out: Path) -> None:
     print_table(title, columns, (_cells(row, found, several) for row in found.rows), left=len(found.axes))
     for row in found.rows:
         for seed, reason in row.failed.items():
-            which = f" (seed {seed})" if len(row.outcomes) > 1 else ""
+            which = f" (seed {seed})" if len(row.results) > 1 else ""
             echo(f"failed: {row.name}{which}: {reason[:_LONGEST]}")
     for line in conclusions(found, several):
         echo(line)
@@ -51,7 +51,7 @@ def _cells(row: Row, found: Results, several: bool) -> list[str | Text]:
     steps = "-" if row.steps is None else f"{row.steps:,}"
     state: str = row.ending
     if several and state == "delivered":
-        state = f"{sum(one.ending == state for one in row.outcomes.values())} of {len(row.outcomes)} seeds"
+        state = f"{sum(one.ending == state for one in row.results.values())} of {len(row.results)} seeds"
     values = [value_text(row.values[key]) if key in row.values else "-" for key in found.axes]
     cells = [*values, loss, *width, perplexity, against, steps, f"{row.seconds:,.0f}", state]
     style = "bold green" if row is found.best else "dim" if row.ending != "delivered" else ""
@@ -75,7 +75,7 @@ def conclusions(found: Results, several: bool) -> Iterator[str]:
             "Intervals are of 95 % over seeds (Student's t). What decides is the difference to the best, taken seed by "
             f"seed: it surely is worse where the interval lies above 0{_others(near, 'may be', 'may be', 'as good')}."
         )
-        if (fewest := min(len(row.outcomes) for row in found.rows)) < 3:
+        if (fewest := min(len(row.results) for row in found.rows)) < 3:
             yield f"With {counted(fewest, 'seed')} an interval is very wide or missing; three or more are worth it."
     for edge in found.edges():
         side, bound = ("largest", "above") if edge.is_largest else ("smallest", "below")

@@ -47,7 +47,7 @@ Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Member:
+class PlannedRun:
     """One run of a sweep: a combination with one seed."""
 
     name: str
@@ -84,13 +84,13 @@ class Grid:
             apply_override(values, override)
         return values
 
-    def members(self, combinations: Sequence[Values]) -> list[Member]:
+    def members(self, combinations: Sequence[Values]) -> list[PlannedRun]:
         """The runs of these combinations, the seeds of each side by side; UserError with all that is wrong with them.
 
         The first seed, which is the recipe's, adds nothing to the name, so that more seeds can be added later.
         """
         problems: dict[str, None] = {}
-        found, same = list[Member](), dict[str, str]()
+        found, same = list[PlannedRun](), dict[str, str]()
         for values, name in zip(combinations, _names(combinations), strict=True):
             seed = None
             for number in range(self.seeds):
@@ -104,7 +104,7 @@ class Grid:
                     break
                 problems |= dict.fromkeys(_against(recipe))
                 seed = recipe.run.seed if seed is None else seed
-                found.append(Member(full, name, values, recipe))
+                found.append(PlannedRun(full, name, values, recipe))
                 learnt, text = recipe.model_dump_json(exclude={"run": {"out"}}), " ".join(self.overrides(values))
                 if learnt in same:
                     problems[f"{same[learnt]} and {text} are one and the same recipe"] = None
@@ -173,6 +173,8 @@ def _against(recipe: Recipe) -> Iterable[str]:
         yield "a sweep compares validation losses; set data.validation, to a fraction such as 0.05 or to files"
     if recipe.run.resume == "never":
         yield "run.resume is never, but a sweep goes on with what is there; use auto"
+    if recipe.run.track:
+        yield "run.track: trackers log one run at a time; leave it out, each run has its metrics.jsonl"
 
 
 def _parts(text: str) -> list[str]:

@@ -12,7 +12,7 @@ from statistics import fmean
 
 from peftune.errors import PeftuneError
 from peftune.training.checkpoint import State
-from peftune.training.export.adapter import Delivery
+from peftune.training.fleet.members import Outcome
 from peftune.training.health import mean_loss, validation_loss
 from peftune.training.metrics import read_metrics
 
@@ -36,7 +36,7 @@ def kept(losses: Mapping[str, Sequence[float | None]], factor: int) -> list[str]
     return sorted(able, key=rank)[: math.ceil(len(losses) / factor)]
 
 
-def loss_at(found: Delivery | State | PeftuneError, out: Path, share: float) -> float | None:
+def loss_at(found: Outcome, out: Path, share: float) -> float | None:
     """Validation loss of a run at its first evaluation at or after a share of its steps; None for one that failed.
 
     A run that is finished already is judged by what it had reached then, else it would win against all others.

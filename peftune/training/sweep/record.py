@@ -17,15 +17,15 @@ from peftune.errors import UserError
 from peftune.files import read_object_if_present, remove_leftovers, write_json
 from peftune.training.distributed.agreement import where_they_differ
 from peftune.training.run_directory import check_writable
-from peftune.training.sweep.grid import Member
-from peftune.training.sweep.results import Outcome, Results, results_of
+from peftune.training.sweep.grid import PlannedRun
+from peftune.training.sweep.results import Results, RunResult, results_of
 
 RECORD = "sweep.json"
 _LOCK = ".lock"
 
 
 @dataclass
-class Run:
+class SweptRun:
     """A run of the sweep, as it is recorded."""
 
     combination: str
@@ -33,7 +33,7 @@ class Run:
     values: dict[str, Any]
     recipe: dict[str, Any]
     """What decides what it learns: the recipe's values, and the fingerprints of what it reads."""
-    outcome: Outcome = field(default_factory=lambda: Outcome("not run"))
+    result: RunResult = field(default_factory=lambda: RunResult("not run"))
 
 
 @dataclass
@@ -50,17 +50,17 @@ class Rung:
 class Record:
     """All runs of a directory, by name, and the decisions that were taken."""
 
-    runs: dict[str, Run] = field(default_factory=dict)
+    runs: dict[str, SweptRun] = field(default_factory=dict)
     rungs: list[Rung] = field(default_factory=list)
 
-    def add(self, members: Sequence[Member], recipes: Sequence[dict[str, Any]], where: Path) -> None:
+    def add(self, members: Sequence[PlannedRun], recipes: Sequence[dict[str, Any]], where: Path) -> None:
         """Take in these members; UserError where one is recorded with another recipe, or they cannot be compared."""
         free = {"run.seed", *(key for run in self.runs.values() for key in run.values)}
         free |= {key for member in members for key in member.values}
         first, problems = next(iter(self.runs.values()), None), dict[str, None]()
-        new = dict[str, Run]()
+        new = dict[str, SweptRun]()
         for member, recipe in zip(members, recipes, strict=True):
-            run = Run(member.combination, member.recipe.run.seed, _as_read(member.values), _as_read(recipe))
+            run = SweptRun(member.combination, member.recipe.run.seed, _as_read(member.values), _as_read(recipe))
             known = self.runs.get(member.name)
             if known is not None:
                 problems |= {f"{member.name}: {each}": None for each in _differences(known.recipe, run.recipe, set())}
@@ -84,7 +84,7 @@ class Record:
         """The table; each row with a value for every axis of any grid."""
         axes = dict.fromkeys(key for run in self.runs.values() for key in run.values)
         return results_of([
-            (run.combination, {key: known[key] for key in axes if key in known}, run.seed, run.outcome)
+            (run.combination, {key: known[key] for key in axes if key in known}, run.seed, run.result)
             for run in self.runs.values() for known in [run.recipe | run.values]
         ])  # fmt: skip
 

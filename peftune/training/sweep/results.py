@@ -1,4 +1,4 @@
-"""What came of a sweep: an outcome for each run, a row for each combination, and what can be concluded from them."""
+"""What came of a sweep: how each run ended, a row for each combination, and what can be concluded from them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from peftune.adapters.provenance import first_row
 from peftune.errors import PeftuneError
 from peftune.training.checkpoint import State
-from peftune.training.export.adapter import Delivery
+from peftune.training.fleet.members import Outcome
 from peftune.training.health import mean_loss, validation_loss
 
 NOISE = 0.02
@@ -26,8 +26,8 @@ Ending = Literal["delivered", "left out", "failed", "not run"]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of one run."""
+class RunResult:
+    """How one run ended."""
 
     ending: Ending
     step: int | None = None
@@ -46,7 +46,7 @@ class Row:
 
     name: str
     values: dict[str, Any]
-    outcomes: dict[int, Outcome]
+    results: dict[int, RunResult]
     """By seed."""
     ending: Ending
     """The best of its runs."""
@@ -62,22 +62,22 @@ class Row:
     @property
     def failed(self) -> dict[int, str]:
         """Why runs failed, by seed."""
-        return {seed: one.reason for seed, one in self.outcomes.items() if one.ending == "failed"}
+        return {seed: one.reason for seed, one in self.results.items() if one.ending == "failed"}
 
     @property
     def steps(self) -> int | None:
         """Of the run that went furthest."""
-        return max((one.step for one in self.outcomes.values() if one.step is not None), default=None)
+        return max((one.step for one in self.results.values() if one.step is not None), default=None)
 
     @property
     def seconds(self) -> float:
         """Of all its runs."""
-        return sum(one.seconds or 0.0 for one in self.outcomes.values())
+        return sum(one.seconds or 0.0 for one in self.results.values())
 
     @property
     def is_begun(self) -> bool:
         """Whether a run is still to come."""
-        return any(one.ending == "not run" for one in self.outcomes.values())
+        return any(one.ending == "not run" for one in self.results.values())
 
     def is_as_good(self) -> bool:
         """Whether the best may be no better: by the interval where there is one, else by `NOISE`."""
@@ -113,36 +113,35 @@ class Results:
     @property
     def before(self) -> float | None:
         """The validation loss before training."""
-        known = (one.before for row in self.rows for one in row.outcomes.values() if one.before is not None)
+        known = (one.before for row in self.rows for one in row.results.values() if one.before is not None)
         return next(known, None)
 
     def edges(self) -> list[Edge]:
         """Axes of numbers at whose end the best value lies."""
         found = []
-        for key, values in self.axes.items() if self.best else ():
-            if len(values) < 2 or not all(is_number(value) for value in values):
+        for key, values in self.axes.items():
+            value = self.best.values.get(key) if self.best else None
+            if len(values) < 2 or not all(map(is_number, values)) or value not in (values[0], values[-1]):
                 continue
-            ends = {values[0]: values[1], values[-1]: values[-2]}
-            value = self.best.values[key] if self.best else None
-            if value in ends:
-                next_to = ends[value]
-                beyond = value * value / next_to if value > 0 and next_to > 0 else 2 * value - next_to
-                found.append(Edge(key, value, value == values[-1], round(beyond) if isinstance(value, int) else beyond))
+            is_largest = value == values[-1]
+            at, next_to = (values[-1], values[-2]) if is_largest else (values[0], values[1])
+            beyond = at * at / next_to if at > 0 and next_to > 0 else 2 * at - next_to
+            found.append(Edge(key, at, is_largest, round(beyond) if isinstance(at, int) else beyond))
         return found
 
 
-def outcome_of(found: Delivery | State | PeftuneError) -> Outcome:
-    """What the end of a run means for the table."""
+def result_of(found: Outcome) -> RunResult:
+    """What the outcome of a run is in the table."""
     if isinstance(found, PeftuneError):
-        return Outcome("failed", reason=" ".join(str(found).split()))
+        return RunResult("failed", reason=" ".join(str(found).split()))
     if isinstance(found, State):
         loss = validation_loss(found, found.evaluated_step)
-        return Outcome("left out", found.step, loss, round(found.seconds, 1), validation_loss(found, 0))
+        return RunResult("left out", found.step, loss, round(found.seconds, 1), validation_loss(found, 0))
     before, loss = (
         mean_loss({domain: of[row] for domain, of in found.metrics.items() if row in of})
         for row in (first_row(next(iter(found.metrics.values()), {})), "adapter")
     )
-    return Outcome("delivered", found.step, loss, found.seconds, before)
+    return RunResult("delivered", found.step, loss, found.seconds, before)
 
 
 def is_number(value: object) -> bool:
@@ -150,16 +149,16 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def results_of(runs: Sequence[tuple[str, Mapping[str, Any], int, Outcome]]) -> Results:
-    """Rows from runs: combination, values, seed, outcome."""
+def results_of(runs: Sequence[tuple[str, Mapping[str, Any], int, RunResult]]) -> Results:
+    """Rows from runs: combination, values, seed, result."""
     rows = []
     for name, values in {name: values for name, values, *_ in runs}.items():
-        outcomes = {seed: outcome for combination, _, seed, outcome in runs if combination == name}
-        endings = [one.ending for one in outcomes.values()]
+        results = {seed: result for combination, _, seed, result in runs if combination == name}
+        endings = [one.ending for one in results.values()]
         ending: Ending = min(endings, key=_ORDER.index)
-        counted = [one.loss for one in outcomes.values() if one.ending == ending and one.loss is not None]
+        counted = [one.loss for one in results.values() if one.ending == ending and one.loss is not None]
         mean, half = mean_and_half_width(counted)
-        rows.append(Row(name, dict(values), outcomes, ending, mean, half))
+        rows.append(Row(name, dict(values), results, ending, mean, half))
     rows.sort(key=_rank)
     axes: dict[str, list[Any]] = {}
     for row in rows:
@@ -176,17 +175,17 @@ _ORDER: list[Ending] = ["delivered", "left out", "failed", "not run"]
 
 def _rank(row: Row) -> tuple[int, bool, float]:
     """First those of which every seed was delivered."""
-    whole = all(one.ending == row.ending for one in row.outcomes.values())
+    whole = all(one.ending == row.ending for one in row.results.values())
     return _ORDER.index(row.ending), not whole, math.inf if row.loss is None else row.loss
 
 
 def _compared(row: Row, best: Row) -> Row:
     if row.ending != "delivered":
         return row
-    losses = [{seed: one.loss for seed, one in r.outcomes.items() if one.ending == "delivered"} for r in (row, best)]
+    losses = [{seed: one.loss for seed, one in r.results.items() if one.ending == "delivered"} for r in (row, best)]
     pairs = [(losses[0][seed], losses[1][seed]) for seed in losses[0] if seed in losses[1]]
     mean, half = mean_and_half_width([mine - its for mine, its in pairs if mine is not None and its is not None])
-    return Row(row.name, row.values, row.outcomes, row.ending, row.loss, row.half_width, mean, half)
+    return Row(row.name, row.values, row.results, row.ending, row.loss, row.half_width, mean, half)
 
 
 def mean_and_half_width(values: Sequence[float]) -> tuple[float | None, float | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,36 @@ from peftune.config.recipe import Recipe
 from peftune.console import Console, counted
 from peftune.data.batches import total_steps
 from peftune.errors import PeftuneError, UserError
-from peftune.training.checkpoint import State
-from peftune.training.export.adapter import Delivery
-from peftune.training.identity import identity_of
+from peftune.training.fleet.members import Outcome
+from peftune.training.fleet.train_fleet import train_fleet
 from peftune.training.inputs import RunInputs, read_inputs
-from peftune.training.sweep.grid import Grid, Member
+from peftune.training.run_directory import identity_of
+from peftune.training.sweep.grid import Grid, PlannedRun
 from peftune.training.sweep.pruning import kept, loss_at, rungs
 from peftune.training.sweep.record import Record, Rung, sole_sweep
-from peftune.training.sweep.results import Results, outcome_of
-from peftune.training.sweep.standin import train_fleet
+from peftune.training.sweep.results import Results, result_of
 from peftune.training.sweep.trials import propose, require_optuna
 
-Found = Delivery | State | PeftuneError
 Prints = dict[str, dict[str, Any]]
 """Fingerprints of base and data, by kind of recipe."""
 _BATCH = 8  # trials that are proposed together
+_FLEET = 32  # runs that learn side by side: each holds its adapter, a gradient and two moments in memory
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A sweep in progress."""
+
+    grid: Grid
+    record: Record
+    prints: Prints
+    console: Console = field(default_factory=Console)
+    failures: list[PeftuneError] = field(default_factory=list)
+
+    def add(self, members: Sequence[PlannedRun]) -> None:
+        """Record what is to be trained, before it is."""
+        self.record.add(members, [_recorded(member.recipe, self.prints) for member in members], self.grid.out)
+        self.record.write(self.grid.out)
 
 
 def sweep(grid: Grid, halving: int | None = None, trials: int | None = None) -> tuple[Results, PeftuneError | None]:
@@ -36,74 +52,66 @@ def sweep(grid: Grid, halving: int | None = None, trials: int | None = None) -> 
     """
     if trials is not None:
         require_optuna()
-    ends = grid.members(grid.combinations())
-    prints = _check(grid, ends, halving)
-    console, errors = Console(), list[PeftuneError]()
+    members = grid.members(grid.combinations())
+    prints = _check(grid, members, halving)
     with sole_sweep(grid.out) as record:
+        work = _Work(grid, record, prints)
         if trials is not None:
-            errors = _try(grid, record, prints, trials, console)
+            _try(work, trials)
         else:
-            record.add(ends, [_recorded(member.recipe, prints) for member in ends], grid.out)
-            record.write(grid.out)
+            work.add(members)
             seeds = "" if grid.seeds == 1 else f", {grid.seeds} seeds each"
-            console.say(f"{counted(len(ends) // grid.seeds, 'combination')}{seeds} in {grid.out}")
-            members = ends if halving is None else _halve(ends, record, grid.out, halving, console)
-            errors = _finish(members, record, grid.out)
-        return record.results(), errors[0] if errors else None
+            work.console.say(f"{counted(len(members) // grid.seeds, 'combination')}{seeds} in {grid.out}")
+            _train(work, members if halving is None else _halve(work, members, halving))
+        return record.results(), work.failures[0] if work.failures else None
 
 
-def _finish(members: Sequence[Member], record: Record, out: Path) -> list[PeftuneError]:
-    """Train to the end."""
-    found = train_fleet([member.recipe for member in members])
-    return _note(members, found, record, out)
+def _train(work: _Work, members: Sequence[PlannedRun], until: float = 1.0) -> list[Outcome]:
+    """Train members up to a share of their steps, a fleet after the other, and record after each how they ended."""
+    found: list[Outcome] = []
+    for begin in range(0, len(members), _FLEET):
+        some = members[begin : begin + _FLEET]
+        outcomes = train_fleet([member.recipe for member in some], until=until)
+        for member, one in zip(some, outcomes, strict=True):
+            work.record.runs[member.name].result = result_of(one)
+        work.record.write(work.grid.out)
+        found += outcomes
+    work.failures.extend(one for one in found if isinstance(one, PeftuneError))
+    return found
 
 
-def _note(members: Sequence[Member], found: Sequence[Found], record: Record, out: Path) -> list[PeftuneError]:
-    """Record what came of members; what failed."""
-    for member, one in zip(members, found, strict=True):
-        record.runs[member.name].outcome = outcome_of(one)
-    record.write(out)
-    return [one for one in found if isinstance(one, PeftuneError)]
-
-
-def _halve(members: list[Member], record: Record, out: Path, factor: int, console: Console) -> list[Member]:
+def _halve(work: _Work, members: list[PlannedRun], factor: int) -> list[PlannedRun]:
     """The members that are to be trained to the end; the seeds of a combination stay or go together."""
     for share in rungs(factor):
-        names = list(dict.fromkeys(member.combination for member in members))
-        chosen = record.decision(share, names)
+        losses: dict[str, list[float | None]] = {member.combination: [] for member in members}
+        chosen = work.record.decision(share, list(losses))
         if chosen is None:
-            found = train_fleet([member.recipe for member in members], until=share)
-            _note(members, found, record, out)
-            losses: dict[str, list[float | None]] = {name: [] for name in names}
+            found = _train(work, members, share)
             for member, one in zip(members, found, strict=True):
                 losses[member.combination].append(loss_at(one, Path(member.recipe.run.out), share))
             chosen = kept(losses, factor)
-            record.rungs.append(Rung(share, losses, chosen))
-            record.write(out)
-        console.say(f"after {share:.0%} of the steps {len(chosen)} of {counted(len(names), 'combination')} go on")
+            work.record.rungs.append(Rung(share, losses, chosen))
+            work.record.write(work.grid.out)
+        work.console.say(f"after {share:.0%} of the steps {len(chosen)} of {len(losses)} combinations go on")
         members = [member for member in members if member.combination in chosen]
     return members
 
 
-def _try(grid: Grid, record: Record, prints: Prints, trials: int, console: Console) -> list[PeftuneError]:
+def _try(work: _Work, trials: int) -> None:
     """Train points until there are so many combinations; a sweep that was cut begins with those it had proposed."""
-    errors = list[PeftuneError]()
     while True:
-        rows = record.results().rows
-        points = [row.values for row in rows if row.is_begun and row.values.keys() == grid.axes.keys()]
-        points = points or propose(grid, rows, min(_BATCH, trials - len(rows)))
+        rows = work.record.results().rows
+        points = [row.values for row in rows if row.is_begun and row.values.keys() == work.grid.axes.keys()]
+        points = points or propose(work.grid, rows, min(_BATCH, trials - len(rows)))
         if not points:
-            return errors
-        members = grid.members(points)
-        record.add(members, [_recorded(member.recipe, prints) for member in members], grid.out)
-        record.write(grid.out)
-        console.say(
-            f"trials {len(record.results().rows) - len(points) + 1} to {len(record.results().rows)} of {trials}"
-        )
-        errors += _finish(members, record, grid.out)
+            return
+        members = work.grid.members(points)
+        work.add(members)
+        work.console.say(f"{counted(len(points), 'point')} of {trials} trials")
+        _train(work, members)
 
 
-def _check(grid: Grid, members: list[Member], halving: int | None) -> Prints:
+def _check(grid: Grid, members: list[PlannedRun], halving: int | None) -> Prints:
     """Read base and data of every kind of member, before one is trained; fingerprints by kind.
 
     UserError with all that is wrong: what `read_inputs` refuses, no validation text, or not the same for all.
@@ -114,7 +122,8 @@ def _check(grid: Grid, members: list[Member], halving: int | None) -> Prints:
         kind = _kind(member.recipe)
         if kind not in read:
             try:
-                read[kind] = read_inputs(member.recipe, lint=False)
+                known = [one for one in read.values() if one is not None]
+                read[kind] = read_inputs(member.recipe, lint=False, known=known)
             except UserError as error:
                 read[kind], problems[str(error)] = None, None
         if (inputs := read[kind]) is None:
@@ -136,7 +145,7 @@ def _check(grid: Grid, members: list[Member], halving: int | None) -> Prints:
     return {kind: _prints(inputs) for kind, inputs in read.items() if inputs is not None}
 
 
-def _against_halving(member: Member, blocks: int, factor: int) -> Iterator[str]:
+def _against_halving(member: PlannedRun, blocks: int, factor: int) -> Iterator[str]:
     """Where an evaluation comes too late for the first decision."""
     batch, optim, first = member.recipe.batch, member.recipe.optim, rungs(factor)[0]
     total = total_steps(blocks, batch.global_size, optim.epochs, optim.steps)

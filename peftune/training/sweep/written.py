@@ -35,7 +35,7 @@ def _csv(found: Results) -> str:
     lines.writerow(["combination", *found.axes, "seed", "state", "loss", "perplexity", "step", "seconds", "reason"])
     for row in found.rows:
         values = [value_text(value) for value in row.values.values()]
-        for seed, one in row.outcomes.items():
+        for seed, one in row.results.items():
             perplexity = "" if one.loss is None else perplexity_of(one.loss)
             figures = [one.loss, perplexity, one.step, one.seconds, one.reason]
             lines.writerow([row.name, *values, seed, one.ending, *figures])

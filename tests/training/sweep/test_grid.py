@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from peftune.errors import UserError
-from peftune.training.sweep.grid import MOST, Grid, Member, Range, read_grid, value_text
+from peftune.training.sweep.grid import MOST, Grid, PlannedRun, Range, read_grid, value_text
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def members(grid: Grid) -> list[Member]:
+def members(grid: Grid) -> list[PlannedRun]:
     return grid.members(grid.combinations())
 
 

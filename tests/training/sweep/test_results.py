@@ -1,4 +1,4 @@
-"""Rows, intervals and conclusions of a sweep, from outcomes made by hand."""
+"""Rows, intervals and conclusions of a sweep, from results made by hand."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from peftune.training.sweep.picture import _axes, _limits, draw_sweep
 from peftune.training.sweep.pruning import kept, rungs
 from peftune.training.sweep.results import (
     _T,
-    Outcome,
     Results,
+    RunResult,
     mean_and_half_width,
-    outcome_of,
+    result_of,
     results_of,
 )
 
 FIGURES = {"perplexity": 2.0, "bits_per_byte": 1.0}
 
 
-def delivered(loss: float) -> Outcome:
-    return Outcome("delivered", 40, loss, 2.0, 4.0)
+def delivered(loss: float) -> RunResult:
+    return RunResult("delivered", 40, loss, 2.0, 4.0)
 
 
-def table(**rates: list[Outcome]) -> Results:
+def table(**rates: list[RunResult]) -> Results:
     """Outcomes by seed, of combinations called after their rate."""
     runs: list[Any] = []
-    for name, outcomes in rates.items():
+    for name, results in rates.items():
         values = {"optim.lr": float(name[2:].replace("_", "-"))}
-        runs += [(name, values, seed, outcome) for seed, outcome in enumerate(outcomes)]
+        runs += [(name, values, seed, result) for seed, result in enumerate(results)]
     return results_of(runs)
 
 
@@ -66,7 +66,7 @@ def test_rows_are_compared_with_the_best_seed_by_seed() -> None:
 
 
 def test_a_row_counts_only_the_seeds_that_both_have() -> None:
-    lost = Outcome("failed", reason="diverged")
+    lost = RunResult("failed", reason="diverged")
     found = table(lr1e_4=[delivered(3.0), delivered(3.2)], lr2e_4=[delivered(2.0), lost])
     assert [row.name for row in found.rows] == ["lr1e_4", "lr2e_4"], "one of whose seeds failed stands behind"
     assert found.rows[1].against_best == pytest.approx(-1.0) and found.rows[1].failed == {1: "diverged"}
@@ -74,12 +74,12 @@ def test_a_row_counts_only_the_seeds_that_both_have() -> None:
 
 def test_rows_stand_by_what_became_of_them() -> None:
     found = table(
-        lr1e_4=[Outcome("not run")], lr2e_4=[Outcome("failed", reason="x")], lr3e_4=[Outcome("left out", 10, 2.0, 1.0)],
-        lr4e_4=[delivered(3.1)], lr5e_4=[delivered(3.0)],
+        lr1e_4=[RunResult("not run")], lr2e_4=[RunResult("failed", reason="x")],
+        lr3e_4=[RunResult("left out", 10, 2.0, 1.0)], lr4e_4=[delivered(3.1)], lr5e_4=[delivered(3.0)],
     )  # fmt: skip
     assert [row.name for row in found.rows] == ["lr5e_4", "lr4e_4", "lr3e_4", "lr2e_4", "lr1e_4"]
     assert found.best is found.rows[0] and found.before == 4.0
-    assert table(lr3e_4=[Outcome("left out", 10, 2.0, 1.0)]).best is None
+    assert table(lr3e_4=[RunResult("left out", 10, 2.0, 1.0)]).best is None
 
 
 def test_the_best_at_the_edge_of_an_axis_is_told_with_the_value_beyond() -> None:
@@ -110,7 +110,7 @@ def test_with_seeds_the_paired_difference_decides() -> None:
 
 
 def test_what_was_left_out_is_said_to_be_a_risk_and_nothing_delivered_is_said() -> None:
-    left = Outcome("left out", 10, 3.5, 1.0)
+    left = RunResult("left out", 10, 3.5, 1.0)
     assert "1 combination left out" in told(table(lr1e_4=[left], lr2e_4=[delivered(3.0)]), False)
     assert "nothing was delivered" in told(table(lr1e_4=[left]), False)
 
@@ -123,10 +123,10 @@ def test_an_outcome_is_the_mean_over_all_tokens_of_all_domains() -> None:
         "a": {"base": at(5.0, 100), "adapter": at(3.0, 100)},
         "b": {"base": at(4.0, 300), "adapter": at(1.0, 300)},
     }
-    assert outcome_of(Delivery(Path("x"), 9, metrics, 3.0)) == Outcome("delivered", 9, 1.5, 3.0, 4.25)
+    assert result_of(Delivery(Path("x"), 9, metrics, 3.0)) == RunResult("delivered", 9, 1.5, 3.0, 4.25)
     state = State(step=4, evaluated_step=4, seconds=2.04, figures={"0": {"a": at(5.0, 1)}, "4": {"a": at(2.0, 1)}})
-    assert outcome_of(state) == Outcome("left out", 4, 2.0, 2.0, 5.0)
-    assert outcome_of(CheckFailed("step 3:\nnan")) == Outcome("failed", reason="step 3: nan")
+    assert result_of(state) == RunResult("left out", 4, 2.0, 2.0, 5.0)
+    assert result_of(CheckFailed("step 3:\nnan")) == RunResult("failed", reason="step 3: nan")
 
 
 def test_of_a_factor_the_best_share_is_kept_at_each_rung() -> None:
@@ -177,8 +177,8 @@ def test_a_run_that_learnt_nothing_does_not_flatten_the_picture() -> None:
         grid_of(), grid_of(lora_rank=[8]), grid_of(lora_targets=["all", ["c_attn"]], optim_clip=[None, 1.0]),
         grid_of(run_fast=[True, False]), grid_of(optim_lr=[1e-4, 1e-3], lora_rank=list(range(1, 9))),
         grid_of(optim_lr=[1e-4], lora_rank=[1, 2], optim_warmup=[0, 0.1], optim_weight_decay=[0.0, 0.1]),
-        table(lr1e_4=[delivered(3.0)], lr2e_4=[Outcome("failed")], lr3e_4=[Outcome("left out", 1, 9.0, 1.0)]),
-        table(lr1e_4=[delivered(3.0)], lr2e_4=[Outcome("not run")]),
+        table(lr1e_4=[delivered(3.0)], lr2e_4=[RunResult("failed")], lr3e_4=[RunResult("left out", 1, 9.0, 1.0)]),
+        table(lr1e_4=[delivered(3.0)], lr2e_4=[RunResult("not run")]),
     ],
 )  # fmt: skip
 def test_any_axes_make_a_picture_without_a_warning(found: Results) -> None:

@@ -14,6 +14,7 @@ import yaml
 
 from peftune.config.recipe import Recipe, load_recipe
 from peftune.errors import CheckFailed, UserError
+from peftune.training.fleet.members import Outcome
 from peftune.training.metrics import read_metrics
 from peftune.training.run import train
 from peftune.training.sweep import sweep as module
@@ -65,7 +66,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     made: Calls = []
     real = module.train_fleet
 
-    def recorded(recipes: Sequence[Recipe], until: float = 1.0) -> list[module.Found]:
+    def recorded(recipes: Sequence[Recipe], until: float = 1.0) -> list[Outcome]:
         made.append(([Path(recipe.run.out).name for recipe in recipes], until))
         return real(recipes, until=until)
 
@@ -191,13 +192,18 @@ def test_halving_leaves_out_the_worse_half_of_combinations_twice_with_all_of_the
     assert [(len(names), until) for names, until in calls] == [(6, 0.25), (4, 0.5), (2, 1.0)]
     events = read_metrics(grid.out / "lr1e-6-seed1")
     at_two = [event["loss"] for event in events if event["event"] == "eval" and event["step"] == 2]
-    assert found.rows[2].outcomes[1].loss == at_two[0]
+    assert found.rows[2].results[1].loss == at_two[0]
     rungs = json.loads((grid.out / RECORD).read_text())["rungs"]
     assert [(rung["share"], rung["kept"]) for rung in rungs] == [(0.25, ["lr0.03", "lr1e-4"]), (0.5, ["lr0.03"])]
 
     del calls[:]
     again, _ = sweep(grid, halving=2)
     assert again == found and [until for _, until in calls] == [1.0], "decisions are taken once"
+
+
+def test_where_all_fail_before_the_first_decision_the_first_failure_is_told(source: Path, tmp_path: Path) -> None:
+    found, failure = sweep(read_grid(source, ["optim.lr=8e8,9e8"], out=tmp_path / "new"), halving=2)
+    assert isinstance(failure, CheckFailed) and [row.ending for row in found.rows] == ["failed", "failed"]
 
 
 def test_what_is_finished_is_judged_by_what_it_had_reached_at_the_rung(copy: Grid, source: Path, calls: Calls) -> None:
@@ -217,10 +223,10 @@ def test_halving_without_an_early_evaluation_is_refused(source: Path, tmp_path: 
 
 
 def test_a_sweep_that_was_cut_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    grid = read_grid(source, ["optim.lr=1e-3,1e-2,3e-2"], out=tmp_path / "new")
+    grid = read_grid(source, ["optim.lr=1e-3,1e-2"], out=tmp_path / "new")
     real = module.train_fleet
 
-    def cut(recipes: Sequence[Recipe], until: float = 1.0) -> list[module.Found]:
+    def cut(recipes: Sequence[Recipe], until: float = 1.0) -> list[Outcome]:
         real(recipes[:1], until=until)
         raise KeyboardInterrupt
 
@@ -230,5 +236,5 @@ def test_a_sweep_that_was_cut_goes_on(source: Path, tmp_path: Path, monkeypatch:
     (first,) = grid.out.glob("*/adapter_model.safetensors")
     before = first.stat().st_mtime_ns
     found, failure = sweep(grid)
-    assert failure is None and [row.ending for row in found.rows] == ["delivered"] * 3
+    assert failure is None and [row.ending for row in found.rows] == ["delivered"] * 2
     assert first.stat().st_mtime_ns == before

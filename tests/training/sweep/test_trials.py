@@ -17,7 +17,7 @@ from peftune.training.export.adapter import Delivery
 from peftune.training.sweep import sweep as module
 from peftune.training.sweep.grid import Grid, Values, read_grid
 from peftune.training.sweep.record import RECORD
-from peftune.training.sweep.results import Outcome, Row
+from peftune.training.sweep.results import Row, RunResult
 from peftune.training.sweep.sweep import sweep
 from peftune.training.sweep.trials import propose
 
@@ -38,7 +38,7 @@ def judged(values: Values) -> Row:
     loss = (
         3 + math.log(values["optim.lr"] / 1e-3) ** 2 + abs(values["lora.rank"] - 8) + (values["lora.targets"] != "all")
     )
-    return Row(str(values), values, {0: Outcome("delivered", 1, loss)}, "delivered", loss)
+    return Row(str(values), values, {0: RunResult("delivered", 1, loss)}, "delivered", loss)
 
 
 @needs_optuna
@@ -68,7 +68,7 @@ def test_a_failed_point_and_one_of_another_grid_are_no_hindrance(source: Path) -
     grid = read_grid(source, ["optim.lr=1e-5..1e-2", "lora.rank=4,8"], may_be_range=True)
     failed = {"optim.lr": 9e-3, "lora.rank": 4}
     outside, other = {"optim.lr": 1.0, "lora.rank": 99}, {"optim.warmup": 0.1}
-    rows = [Row(str(v), v, {0: Outcome("failed")}, "failed") for v in (failed, outside, other)]
+    rows = [Row(str(v), v, {0: RunResult("failed")}, "failed") for v in (failed, outside, other)]
     assert len(propose(grid, rows, 3)) == 3
 
 
@@ -122,12 +122,12 @@ def test_trials_that_were_cut_begin_with_those_that_were_proposed(source: Path, 
     path = grid.out / RECORD
     record = json.loads(path.read_text())
     for name in ("lr9", "lr10-seed4"):
-        record["runs"][name]["outcome"] = {"ending": "not run"}
+        record["runs"][name]["result"] = {"ending": "not run"}
     path.write_text(json.dumps(record))
     del trained[:]
     found, _ = sweep(grid, trials=10)
     assert sorted(trained) == ["lr10", "lr10-seed4", "lr9", "lr9-seed4"], "with all their seeds; what is finished stays"
-    assert len(found.rows) == 10 and all(len(row.outcomes) == 2 for row in found.rows)
+    assert len(found.rows) == 10 and all(len(row.results) == 2 for row in found.rows)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("optuna") is not None, reason="Optuna is installed")
