@@ -126,6 +126,8 @@ class Results:
             is_largest = value == values[-1]
             at, next_to = (values[-1], values[-2]) if is_largest else (values[0], values[1])
             beyond = at * at / next_to if at > 0 and next_to > 0 else 2 * at - next_to
+            if at >= 0 and beyond < (1 if isinstance(at, int) else 1e-12):
+                continue  # there is nothing below a rank of 1, or a warm-up of 0
             found.append(Edge(key, at, is_largest, round(beyond) if isinstance(at, int) else beyond))
         return found
 

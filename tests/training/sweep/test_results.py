@@ -87,6 +87,9 @@ def test_the_best_at_the_edge_of_an_axis_is_told_with_the_value_beyond() -> None
     assert (edge.key, edge.value, edge.is_largest) == ("optim.lr", 4e-4, True)
     assert edge.beyond == pytest.approx(8e-4)
     assert table(lr1e_4=[delivered(3.2)], lr2e_4=[delivered(3.0)], lr4e_4=[delivered(3.1)]).edges() == []
+    for key, values in (("lora.rank", (1, 2)), ("optim.warmup", (0.0, 0.1)), ("lora.dropout", (0.0, 0.1))):
+        runs = [(str(v), {key: v}, 0, delivered(3.0 + v)) for v in values]
+        assert results_of(runs).edges() == [], f"nothing lies below {key}={values[0]}"
     names = results_of([(v, {"lora.variant": v, "lora.rank": 8}, 0, delivered(3.0)) for v in ("lora", "dora")])
     assert names.edges() == [], "names have no edge, and one value has none"
 
