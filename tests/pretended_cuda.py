@@ -348,6 +348,7 @@ def pretend(patch: pytest.MonkeyPatch, flash: bool = True) -> PretendedCUDA:
         patch.setattr(torch.cuda, name, lambda *_, _value=value, **__: _value)
     patch.setattr(torch.cuda, "synchronize", lambda *_: cuda.wait("synchronize"))
     patch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    patch.setattr(torch, "Generator", lambda *_, _made=torch.Generator: _made())
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
         patch.setattr(torch, name, partial(_about_cpu, getattr(torch, name)))
 

@@ -64,9 +64,9 @@ class TrainingRun:
         """What the next step hands to the optimizer, by name, in float64; nothing is updated."""
         caught: dict[str, torch.Tensor] = {}
 
-        def catch(gradient: Any, divisor: float, rate: float, summed: bool) -> float:
+        def catch(gradient: Any, divisor: float, rate: float, summed: bool) -> torch.Tensor:
             caught.update({n: v.cpu().double() / divisor for n, v in zip(self.parameters, gradient.views, strict=True)})
-            return 0.0
+            return torch.zeros(())
 
         self.run.strategy.update = catch  # type: ignore[method-assign]
         self.step()

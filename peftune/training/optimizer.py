@@ -121,10 +121,10 @@ class UpdateStrategy(Protocol):
     forward_is_collective: bool
     """Whether a forward needs the other ranks, so that all must run equally many (ZeRO-3)."""
 
-    def update(self, gradient: Gradient, divisor: float, rate: float, summed: bool = False) -> float:
+    def update(self, gradient: Gradient, divisor: float, rate: float, summed: bool = False) -> torch.Tensor:
         """Sum gradients over ranks unless they are `summed`, divide, clip, take one AdamW step.
 
-        The gradient's norm before clipping.
+        The gradient's norm before clipping, a scalar that the host need not wait for.
         """
 
     def state_dict(self) -> tuple[Tensors, Tensors]:
@@ -151,13 +151,13 @@ class ReplicatedStrategy:
             for parameter in parameters.values():
                 torch.distributed.broadcast(parameter.data, src=0)
 
-    def update(self, gradient: Gradient, divisor: float, rate: float, summed: bool = False) -> float:
+    def update(self, gradient: Gradient, divisor: float, rate: float, summed: bool = False) -> torch.Tensor:
         gradient.flat.mul_(1.0 / divisor)
         if self.ranks > 1 and not summed:
             torch.distributed.all_reduce(gradient.flat)
         for parameter, view in zip(gradient.parameters, gradient.views, strict=True):
             parameter.grad = view
-        norm = float(torch.nn.utils.clip_grad_norm_(gradient.parameters, self.clip))  # host sync here
+        norm = torch.nn.utils.clip_grad_norm_(gradient.parameters, self.clip)
         set_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -148,7 +148,12 @@ def steps_together(
         waiting = again
     if room is not None and accelerator.num_processes > 1:
         torch.distributed.all_reduce(room.gradient)
-    return [t.update(loss, most, room is not None) for t, loss, most in zip(taking, losses, largest, strict=True)]
+    norms = [t.update(loss, most, room is not None) for t, loss, most in zip(taking, losses, largest, strict=True)]
+    sums = iter(torch.stack([norm for norm in norms if isinstance(norm, torch.Tensor)] or [torch.zeros(())]).tolist())
+    return [  # host sync in the line above
+        norm if isinstance(norm, CheckFailed) else StepResult(loss, next(sums), t.rate, t.tokens)
+        for t, loss, norm in zip(taking, losses, norms, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -185,8 +190,8 @@ class Taking:
         inputs = self.learner.inputs
         return inputs.corpus.train.batches(mine, self.forward.micro_size, inputs.recipe.data.packing)
 
-    def update(self, loss: float, largest: float, summed: bool) -> StepResult | CheckFailed:
-        """Update the adapter, whose gradient is `summed` over ranks or not; an error where its numbers are broken."""
+    def update(self, loss: float, largest: float, summed: bool) -> torch.Tensor | CheckFailed:
+        """Update the adapter, whose gradient is `summed` over ranks or not; the norm, or why its numbers are broken."""
         learner, state = self.learner, self.state
         try:
             _refuse_broken_numbers(state.step, loss, largest)
@@ -195,7 +200,7 @@ class Taking:
         norm = learner.strategy.update(learner.gradient, self.tokens * state.loss_scale, self.rate, summed)
         if self.forward.dtype == torch.float16:
             state.loss_scale = next_loss_scale(state.loss_scale, state.step)
-        return StepResult(loss, norm, self.rate, self.tokens)
+        return norm
 
 
 def _accumulate(alone: Sequence[Taking], accelerator: Accelerator, stop: StopRequest) -> list[list[float]]:

@@ -27,13 +27,14 @@ from peftune.model.train import forward as forward_module
 from peftune.model.train.forward import TrainGPT2, train_forward
 from peftune.model.train.layers import Elementwise, LoraFactors
 from peftune.training import run
+from peftune.training.fleet import train_fleet
 from peftune.training.metrics import read_metrics
 from peftune.training.optimizer import Gradient
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STEP = {
     "training/step.py:_accumulate (tolist)": 1,
-    "training/optimizer.py:update (_local_scalar_dense)": 1,
+    "training/step.py:steps_together (tolist)": 1,
 }
 """Where a step may wait, and how often: for its nats with its largest gradient, and for the norm."""
 OF_A_LIBRARY = STEP | {
@@ -255,3 +256,39 @@ def test_rows_of_logits_begin_where_fast_kernels_want_them(
     monkeypatch.setattr(torch, "mm", seen)
     micro_batch(cuda).run()
     assert strides == {128}  # for a vocabulary of 97
+
+
+FLEET = {
+    "training/fleet/shared_room.py:accumulate (tolist)": 1,
+    "training/step.py:steps_together (tolist)": 1,
+}
+"""Where a step of many adapters may wait, and how often: once for all."""
+
+
+@pytest.mark.parametrize(("members", "most"), [(2, 388), (8, 661)])
+def test_a_fleet_keeps_to_the_gpu_and_launches_for_all_at_once(
+    members: int, most: int, tiny_base: Path, tmp_path: Path, forgetful: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = values_over_text(tiny_base, tmp_path) | {
+        "run": {"out": "", "precision": "bf16", "eval_every": 0, "save_every": 2}
+    }
+    each = ["optim.steps=4", "batch.micro_size=4"]
+    recipes = [
+        recipe_from(values, [*each, f"run.seed={n}", f"run.out={tmp_path / str(n)}", f"lora.rank={4 + n % 2}"])
+        for n in range(members)
+    ]
+    launches = []
+    with pretend(monkeypatch) as cuda:
+        taken = train_fleet.steps_together
+
+        def checked(*given: Any) -> Any:
+            cuda.forget()
+            done = taken(*given)
+            cuda.assert_clean(torch.bfloat16, FLEET)
+            launches.append(sum(cuda.launches.values()))
+            return done
+
+        monkeypatch.setattr(train_fleet, "steps_together", checked)
+        outcomes = train_fleet.train_fleet(recipes)
+    assert [type(outcome).__name__ for outcome in outcomes] == ["Delivery"] * members, outcomes
+    assert max(launches[1:]) <= most, launches  # of the first step AdamW makes its state besides

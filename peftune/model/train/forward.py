@@ -30,6 +30,7 @@ from peftune.model.lora import Adapted
 from peftune.model.loss import add_neftune_noise, nats_of_parts
 from peftune.model.train.attention import Attend, Kernel, Rows, Tokens, kernel_for
 from peftune.model.train.compiled import compiled
+from peftune.model.train.grouped_lora import ManyAdapters, products_for
 from peftune.model.train.layers import (
     AdapterRows,
     Elementwise,
@@ -78,14 +79,16 @@ class Block:
         return not any(any(layer.adapters) for layer in self.layers())
 
     @staticmethod
-    def joined(blocks: Sequence[Block]) -> Block:
+    def joined(blocks: Sequence[Block], at_once: ManyAdapters | None) -> Block:
         """One of several blocks over the same frozen weights, with the adapters of each."""
         if len(blocks) == 1:
             return blocks[0]
         names = "c_attn", "attn_c_proj", "c_fc", "mlp_c_proj"
         layers = {name: [getattr(block, name) for block in blocks] for name in names}
         adapters = {name: tuple(a for layer in of_all for a in layer.adapters) for name, of_all in layers.items()}
-        return replace(blocks[0], **{name: replace(layers[name][0], adapters=adapters[name]) for name in names})
+        return replace(
+            blocks[0], **{name: replace(layers[name][0], adapters=adapters[name], at_once=at_once) for name in names}
+        )
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,9 @@ def nats_of_pieces(pieces: Sequence[Piece]) -> torch.Tensor:
     first, tokens = pieces[0].forward, [Tokens.of(piece.batches) for piece in pieces]
     sizes, training, elementwise = [len(t.ids) for t in tokens], first.module.training, first.elementwise
     strengths = [piece.forward.neftune if training else 0.0 for piece in pieces]
-    blocks = [Block.joined(of_all) for of_all in zip(*(piece.forward.blocks for piece in pieces), strict=True)]
+    products = products_for(sizes, first.ln_f.dtype, first.wte.device) if len(pieces) > 1 else None
+    at_once = None if products is None else ManyAdapters(products)
+    blocks = [Block.joined(of_all, at_once) for of_all in zip(*(piece.forward.blocks for piece in pieces), strict=True)]
     depth = sum(1 for _ in takewhile(Block.is_frozen, blocks))
     kinds = [next(i for i, other in enumerate(tokens) if other.equal(mine)) for mine in tokens] if depth else []
     if depth and not any(strengths) and len({*kinds}) < len(pieces):

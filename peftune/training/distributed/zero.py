@@ -112,7 +112,7 @@ class ShardedStrategy:
         else:
             self._begin_state()
 
-    def update(self, gradient: Gradient, divisor: float, rate: float, summed: bool = False) -> float:
+    def update(self, gradient: Gradient, divisor: float, rate: float, summed: bool = False) -> torch.Tensor:
         import deepspeed
 
         assert not summed, "the engine sums over ranks itself"
@@ -126,7 +126,7 @@ class ShardedStrategy:
             ]
             self.engine.backward(torch.stack(linear).sum())
         self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+        return torch.as_tensor(self.engine.get_global_grad_norm())
 
     def state_dict(self) -> tuple[Tensors, Tensors]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state

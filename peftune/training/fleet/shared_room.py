@@ -47,7 +47,7 @@ class SharedRoom:
         positions = self.blocks * taking[0].learner.inputs.corpus.train.packing.block_size
         batches, draws = [t.batches(accelerator) for t in taking], [forward.draws() for forward in forwards]
         with suppress(StopNow), stop.at_once(), ExitStack() as terms:
-            for forward in forwards:
+            for forward in forwards if device.type == "cpu" else ():  # a GPU splits those of all at once
                 terms.enter_context(forward.between_updates())
             for group in side_by_side(batches, draws, positions):
                 if stop.name is not None:

@@ -13,7 +13,9 @@ import pytest
 
 from peftune.config.recipe import Recipe
 from peftune.errors import CheckFailed, Interrupted, UserError
+from peftune.model.train import forward
 from peftune.model.train.forward import TrainGPT2
+from peftune.model.train.grouped_lora import batched, grouped
 from peftune.training import loading, run
 from peftune.training.checkpoint import State
 from peftune.training.distributed.signals import StopNow
@@ -233,3 +235,15 @@ def test_what_one_process_cannot_do_is_refused(recipe: Make, first: list[str], s
         train_fleet([recipe(*first), recipe(*second)])
     with pytest.raises(UserError, match="expected a list"):
         train_fleet("recipe.yaml")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("products", [grouped, batched])
+def test_with_products_of_all_adapters_at_once_each_equals_its_solo_run(
+    recipe: Make, tmp_path: Path, distance: Distance, products: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where these are taken."""
+    fleet = solo_and_fleet(recipe, tmp_path, UNEQUAL, "run.checkpointing=true")
+    monkeypatch.setattr(forward, "products_for", lambda sizes, dtype, device: products(sizes, device))
+    train_fleet(fleet)
+    for name in UNEQUAL:
+        assert distance(tmp_path / "alone" / name, tmp_path / "fleet" / name) < 1e-6, name
