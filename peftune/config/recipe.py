@@ -25,6 +25,8 @@ from peftune.errors import UserError, refuse_bare_string
 
 BLOCK_LINEARS = ("c_attn", "c_proj", "c_fc")
 """The linear layers of a GPT-2 block by their last name: what `quantize` packs."""
+FLEET = "fleet"
+"""The key of a file that holds many recipes (`config.fleet`)."""
 _MOST = 1_000_000_000  # far beyond any use, and products of two fit into single precision
 
 
@@ -187,19 +189,14 @@ def load_recipe(recipe: str | Path | dict[str, Any], overrides: list[str] | None
 
     UserError names every problem in one line: an unknown key with the nearest known one, a value with what is expected.
     """
-    if isinstance(recipe, dict):
-        refuse_bare_string(overrides, "overrides")
-        return recipe_from(recipe, overrides or [])
-    return recipe_from(recipe_values(recipe, overrides), [], str(recipe))
-
-
-def recipe_values(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
-    """What a recipe file says, with `key=value` overrides applied and nothing checked."""
     refuse_bare_string(overrides, "overrides")
-    values = read_yaml(Path(path))
-    for override in overrides or []:
-        apply_override(values, override)
-    return values
+    values, name = (recipe, "recipe") if isinstance(recipe, dict) else (read_yaml(Path(recipe)), str(recipe))
+    if FLEET in values:
+        raise UserError(
+            f"{name}: holds a fleet, many recipes in one file, which `peftune train`, `peftune launch` and, in Python, "
+            "load_recipes take; expected one recipe here"
+        )
+    return recipe_from(values, overrides or [], name)
 
 
 def recipe_from(values: dict[str, Any], overrides: list[str], name: str = "recipe") -> Recipe:

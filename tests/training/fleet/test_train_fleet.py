@@ -146,6 +146,9 @@ def test_one_that_breaks_leaves_and_the_others_do_not_notice(
     assert isinstance(diverges, CheckFailed)
     assert isinstance(disk, UserError) and "metrics.jsonl: cannot be written: No space left" in str(disk)
     assert isinstance(absent, UserError) and "/no/such/file.txt" in str(absent)
+    for name, error in (("nan", nan), ("diverges", diverges)):
+        last_event = read_metrics(tmp_path / "fleet" / name)[-1]
+        assert (last_event["event"], last_event["text"]) == ("failed", str(error))
     for name in members:
         assert distance(tmp_path / "alone" / name, tmp_path / "fleet" / name) < 1e-6, name
 
