@@ -140,7 +140,8 @@ def _read(out: Path) -> Record:
             )
         return Record()
     content.pop("table", None)
-    if (found := content.pop(_DIGEST, None)) not in (None, _digest(content)):
+    digest = content.pop(_DIGEST, None)
+    if digest not in (None, _digest(content)):
         raise UserError(
             f"{out / RECORD}: was changed or damaged; restore it from a copy, or remove it and choose another directory"
         )
