@@ -190,13 +190,23 @@ def load_recipe(recipe: str | Path | dict[str, Any], overrides: list[str] | None
     UserError names every problem in one line: an unknown key with the nearest known one, a value with what is expected.
     """
     refuse_bare_string(overrides, "overrides")
-    values, name = (recipe, "recipe") if isinstance(recipe, dict) else (read_yaml(Path(recipe)), str(recipe))
+    if isinstance(recipe, dict):
+        return recipe_from(_of_one(recipe, "recipe"), overrides or [])
+    return recipe_from(values_of_one(recipe), overrides or [], str(recipe))
+
+
+def values_of_one(path: str | Path) -> dict[str, Any]:
+    """What the file of one recipe says, nothing checked; UserError for a fleet."""
+    return _of_one(read_yaml(Path(path)), str(path))
+
+
+def _of_one(values: dict[str, Any], name: str) -> dict[str, Any]:
     if FLEET in values:
         raise UserError(
             f"{name}: holds a fleet, many recipes in one file, which `peftune train`, `peftune launch` and, in Python, "
             "load_recipes take; expected one recipe here"
         )
-    return recipe_from(values, overrides or [], name)
+    return values
 
 
 def recipe_from(values: dict[str, Any], overrides: list[str], name: str = "recipe") -> Recipe:

@@ -17,7 +17,7 @@ from typing import Any
 
 from peftune.config.messages import short
 from peftune.config.overrides import apply_override
-from peftune.config.recipe import Recipe, known_keys, recipe_from, recipe_values
+from peftune.config.recipe import Recipe, known_keys, recipe_from, values_of_one
 from peftune.config.yaml_loader import parse_yaml
 from peftune.errors import UserError
 
@@ -144,7 +144,9 @@ def read_grid(
         if key in _WRITTEN:
             raise UserError(f"{key} cannot be varied: each run has a directory of its own, and seeds are no choice")
         axes[key] = axis
-    values = recipe_values(path, plain)
+    values = values_of_one(path)
+    for change in plain:
+        apply_override(values, change)
     if not axes and seeds == 1:
         raise UserError("nothing to compare; give several values of a key, such as optim.lr=1e-4,2e-4,4e-4")
     if out is None:
