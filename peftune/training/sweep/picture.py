@@ -63,10 +63,10 @@ def _axes(found: Results) -> tuple[str | None, str | None, str | None, list[str]
     varied = [key for key, values in found.axes.items() if len(values) > 1] or list(found.axes)
     numbers = {key: all(map(is_number, found.axes[key])) for key in varied}
     order = sorted(varied, key=lambda key: (key != _RATE, not numbers[key], -len(found.axes[key])))
-    across, *rest = [*sorted(order[:1]), *sorted(order[1:], key=lambda key: -len(found.axes[key]))] or [None]
-    fit = [key for key in rest[1:] if key and len(found.axes[key]) <= _PANELS and (_is_grid(found) or not numbers[key])]
-    panels = fit[0] if fit else None
-    return across, rest[0] if rest else None, panels, [key for key in rest[1:] if key and key != panels]
+    rest = sorted(order[1:], key=lambda key: -len(found.axes[key]))
+    fit = [key for key in rest[1:] if len(found.axes[key]) <= _PANELS and (_is_grid(found) or not numbers[key])]
+    across, lines, panels = ([*keys, None][0] for keys in (order, rest, fit))
+    return across, lines, panels, [key for key in rest[1:] if key != panels]
 
 
 def _is_grid(found: Results) -> bool:
