@@ -30,6 +30,7 @@ from peftune.serve.settings import ServeSettings
 from peftune.training import checkpoint
 from peftune.training.distributed import watchdog
 from peftune.training.planning import plan, trace
+from peftune.training.sweep import grid, sweep
 
 ROOT = Path(__file__).parents[1]
 PAGE = " ".join((ROOT / "docs" / "limits.md").read_text(encoding="utf-8").split())
@@ -47,6 +48,7 @@ CLAIMS = (
     f"`adapters list` visits {scan.DEPTH} levels and {scan.DIRECTORIES:,} directories",
     f"a key file | {key._LONGEST:,} bytes |",
     f"ranks of a launch | {configuration._MOST_RANKS:,} |",
+    f"runs of a sweep | {grid.MOST:,}, of which {sweep._FLEET} learn side by side |",
     f"hashes of {documents._SAMPLE:,} of its training documents, memorisation draws {Window().most:,} windows, "
     f"intervals are of {bootstrap.SAMPLES:,} draws, a route judges the last {route.JUDGED_TOKENS} tokens",
     f"connections | {connection.MAX_CONNECTIONS} |",

@@ -27,7 +27,7 @@ def recipe(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     rows = [{"text": f"the cat {n} sat on a mat and a dog ran to {n % 3} logs"} for n in range(12)]
     Path("text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("r.yaml").write_text(
-        f"base: {tiny_base}\ndata: {{train: text.jsonl, validation: 0.4}}\noptim: {{steps: 4, warmup: 0}}\n"
+        f"base: {tiny_base}\ndata: {{train: text.jsonl, validation: 0.4}}\noptim: {{steps: 2, warmup: 0}}\n"
         "batch: {global_size: 2}\nrun: {out: swept, precision: fp32, eval_every: 1, save_every: 0}\n"
     )
     return "r.yaml"
@@ -49,7 +49,6 @@ def test_a_sweep_ends_with_its_table_and_the_recipe_that_was_best(recipe: str, c
         assert words in said
     best = load_recipe("swept/best.yaml")
     assert (best.optim.lr, best.lora.rank, best.run.out) == (0.01, 2, "swept/best")
-    assert main.run(["train", "swept/best.yaml", "--dry-run"]) == 0
     assert {path.name for path in Path("swept").iterdir()} == {
         "lr1e-3", "lr0.01", "lr1e9", "sweep.json", "sweep.csv", "sweep.png", "best.yaml", ".lock",
     }  # fmt: skip
@@ -92,14 +91,16 @@ def test_a_sweep_that_cannot_work_is_refused_in_one_line(call: str, words: str, 
 @pytest.mark.parametrize("page", ["sweep.md", "guide.md"])
 def test_the_commands_of_the_pages_are_understood(page: str, recipe: str, capsys: Captured) -> None:
     text = (DOCS / page).read_text(encoding="utf-8")
-    found = re.findall(r"^(peftune sweep .*)$|`(peftune sweep [^`]*=[^`]*)`", text, re.MULTILINE)
-    calls = [shlex.split(block or inline, comments=True)[2:] for block, inline in found]
-    assert calls
-    for words in calls:
-        parse(shlex.join(["peftune", "sweep", *words]))
-        axes = [word for word in words[1:] if "=" in word]
-        grid = read_grid(Path(recipe), axes, out=Path("new"), may_be_range="--trials" in words)
-        assert len(grid.axes) == len(axes) and grid.members(grid.combinations())
+    lines = re.findall(r"^(peftune .*)$", text, re.MULTILINE) if page == "sweep.md" else []
+    lines += re.findall(r"`(peftune sweep [^`]*=[^`]*)`", text)
+    assert lines
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        parse(shlex.join(words))
+        if words[1] == "sweep":
+            axes = [word for word in words[3:] if "=" in word]
+            grid = read_grid(Path(recipe), axes, out=Path("new"), may_be_range="--trials" in words)
+            assert len(grid.axes) == len(axes) and grid.members(grid.combinations())
 
 
 def test_the_page_says_what_the_code_has() -> None:

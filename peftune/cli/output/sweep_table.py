@@ -32,8 +32,9 @@ def print_sweep(found: Results, out: Path) -> None:
     for line in conclusions(found, several):
         echo(line)
     if found.best is not None:
-        best = shlex.quote(str(out / found.best.name))
-        echo(f"best: {found.best.name}; its adapter: peftune generate --adapter {best}")
+        first = next(iter(found.best.results.values()))  # with the recipe's own seed, in the directory of that name
+        adapter = f"; its adapter: peftune generate --adapter {shlex.quote(str(out / found.best.name))}"
+        echo(f"best: {found.best.name}{adapter if first.ending == 'delivered' else ''}")
         echo(f"its recipe, for a longer run or more data: peftune train {shlex.quote(str(out / BEST))}")
         echo(f"{out}/{PICTURE} shows the losses, {out}/{TABLE} has every run")
 

@@ -10,6 +10,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 
 from peftune.training.export.plots import COLOURS, INK, png
 from peftune.training.sweep.grid import value_text
@@ -17,6 +18,7 @@ from peftune.training.sweep.results import Results, Row, is_number
 
 _RATE = "optim.lr"
 _PANELS = 9
+_NAMED = 9  # values that are named, on an axis or as lines
 _ABOVE = 4.0  # how much higher than the best the median may be, times this, is in the picture
 _LOG = 3.0  # ratio of the ends from which an axis of positive numbers is logarithmic
 _SHORT = 24  # characters of a value
@@ -28,7 +30,7 @@ def draw_sweep(found: Results, title: str) -> bytes:
     Of more than three axes each point is the best over the others.
     """
     across, lines, panels, others = _axes(found)
-    shown = found.axes[panels][:_PANELS] if panels else [None]
+    shown = found.axes[panels] if panels else [None]
     columns = min(3, len(shown))
     rows = math.ceil(len(shown) / columns)
     size = (7.2, 4.4) if len(shown) == 1 else (3.6 * columns + 1.2, 3.0 * rows + 0.6)
@@ -62,8 +64,14 @@ def _axes(found: Results) -> tuple[str | None, str | None, str | None, list[str]
     numbers = {key: all(map(is_number, found.axes[key])) for key in varied}
     order = sorted(varied, key=lambda key: (key != _RATE, not numbers[key], -len(found.axes[key])))
     rest = sorted(order[1:], key=lambda key: -len(found.axes[key]))
-    across, lines, panels = (*order[:1], *rest, None, None, None)[:3]
-    return across, lines, panels, rest[2:]
+    fit = [key for key in rest[1:] if len(found.axes[key]) <= _PANELS and (_is_grid(found) or not numbers[key])]
+    across, lines, panels = ([*keys, None][0] for keys in (order, rest, fit))
+    return across, lines, panels, [key for key in rest[1:] if key != panels]
+
+
+def _is_grid(found: Results) -> bool:
+    """Whether most combinations of the values are there; points that were drawn from ranges make no lines."""
+    return 2 * len(found.rows) > math.prod(map(len, found.axes.values()))
 
 
 def _panel(
@@ -85,7 +93,8 @@ def _panel(
         ax.errorbar(
             [x for x, *_ in done], [min(loss, high) for *_, loss in done],
             yerr=[row.half_width or 0.0 for _, row, _ in done], color=colour, marker="o", markersize=4.5, capsize=2,
-            linewidth=1.6, linestyle="-" if numeric else "none", label=_cut(value_text(kind)),
+            linewidth=1.6, linestyle="-" if numeric and _is_grid(found) else "none",
+            label="_" if number % math.ceil(len(kinds) / _NAMED) else _cut(value_text(kind)),
         )  # fmt: skip
         for x, row in points.items():
             if row.ending == "failed":
@@ -119,13 +128,17 @@ def _key(found: Results) -> list[Line2D]:
 
 
 def _scale(ax: Axes, values: Sequence[Any], numeric: bool) -> None:
-    """Ticks at the values themselves, on a logarithmic axis where they span a factor of `_LOG`."""
+    """Ticks at the values, where there is room for them; logarithmic where they span a factor of `_LOG`."""
     if numeric and min(values) > 0 and max(values) >= _LOG * min(values):
         ax.set_xscale("log")
     at = list(values) if numeric else list(range(len(values)))
+    ax.tick_params(labelsize=8)
+    if numeric and len(values) > _NAMED:
+        ax.xaxis.set_major_formatter(lambda place, _: value_text(float(place)))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        return
     ax.minorticks_off()
     ax.set_xticks(at, [_cut(value_text(value), 16) if value is not None else "" for value in values], fontsize=8)
-    ax.tick_params(axis="y", labelsize=8)
     if max((len(value_text(value)) for value in values), default=0) * len(values) > 45:
         ax.tick_params(axis="x", rotation=35)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from peftune.training.sweep.grid import PlannedRun
 from peftune.training.sweep.results import Results, RunResult, results_of
 
 RECORD = "sweep.json"
-_LOCK = ".lock"
+_LOCK, _DIGEST = ".lock", "sha256"
 
 
 @dataclass
@@ -98,7 +99,8 @@ class Record:
             }
             for row in self.results().rows
         ]  # fmt: skip
-        write_json(out / RECORD, {**asdict(self), "table": rows})
+        content = asdict(self)
+        write_json(out / RECORD, {_DIGEST: _digest(content), **content, "table": rows})
 
 
 _RECORDS = TypeAdapter(Record)
@@ -137,12 +139,23 @@ def _read(out: Path) -> Record:
                 f"{out}: holds something else than a sweep ({name_some(others, 3)}); choose another directory"
             )
         return Record()
+    content.pop("table", None)
+    digest = content.pop(_DIGEST, None)
+    if digest not in (None, _digest(content)):
+        raise UserError(
+            f"{out / RECORD}: was changed or damaged; restore it from a copy, or remove it and choose another directory"
+        )
     try:
-        return _RECORDS.validate_json(json.dumps({k: v for k, v in content.items() if k != "table"}))
+        return _RECORDS.validate_json(json.dumps(content))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(f"{out / RECORD}: not the record of a sweep: {where[:80]!r}: {first['msg']}") from None
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """By which a record that was damaged is known."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _as_read(value: Any) -> Any:

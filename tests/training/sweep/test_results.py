@@ -14,7 +14,7 @@ from peftune.cli.output.sweep_table import conclusions
 from peftune.errors import CheckFailed
 from peftune.training.checkpoint import State
 from peftune.training.export.adapter import Delivery
-from peftune.training.sweep.picture import _axes, _limits, draw_sweep
+from peftune.training.sweep.picture import _axes, _is_grid, _limits, draw_sweep
 from peftune.training.sweep.pruning import kept, rungs
 from peftune.training.sweep.results import (
     _T,
@@ -166,6 +166,22 @@ def test_the_rate_runs_across_then_the_longer_axes() -> None:
         [],
     )
     assert _axes(grid_of()) == (None, None, None, [])
+
+
+def test_points_drawn_from_ranges_make_no_lines_and_no_panel_a_number() -> None:
+    drawn: list[Any] = []
+    for n in range(1, 13):
+        values = {
+            "optim.lr": n * 1e-4,
+            "lora.rank": n,
+            "lora.alpha": 2 * n,
+            "lora.targets": "all" if n % 2 else "attention",
+        }
+        drawn.append((str(n), values, 0, delivered(3.0 + n)))
+    found = results_of(drawn)
+    assert _axes(found) == ("optim.lr", "lora.rank", "lora.targets", ["lora.alpha"]) and not _is_grid(found)
+    assert _is_grid(grid_of(lora_rank=[1, 2, 3], optim_lr=[1e-4, 1e-3]))
+    assert draw_sweep(found, "x").startswith(b"\x89PNG")
 
 
 def test_a_run_that_learnt_nothing_does_not_flatten_the_picture() -> None:

@@ -123,6 +123,7 @@ def test_trials_that_were_cut_begin_with_those_that_were_proposed(source: Path, 
     record = json.loads(path.read_text())
     for name in ("lr9", "lr10-seed4"):
         record["runs"][name]["result"] = {"ending": "not run"}
+    del record["sha256"]
     path.write_text(json.dumps(record))
     del trained[:]
     found, _ = sweep(grid, trials=10)
