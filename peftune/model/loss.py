@@ -8,8 +8,9 @@ Legend: B rows, T columns, N scored positions, D hidden width, V vocabulary, C r
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -182,8 +183,7 @@ class _FrozenHead(torch.autograd.Function):
         logits_CV = _for_products(hidden, chunk, len(weight))  # made once: fresh memory costs more than the softmax
         in_place = logits_CV.dtype == torch.float32 and logits_CV.is_contiguous()
         probability_CV = logits_CV if in_place else hidden.new_empty(chunk, len(weight), dtype=torch.float32)
-        for first in range(0, len(hidden), chunk):
-            here = slice(first, first + chunk)
+        for here in _chunks(counts, chunk, hidden.device):
             rows, chosen = hidden[here], targets[here, None]
             share = shares[here] if torch.is_tensor(shares) else shares
             logits, p = logits_CV[: len(rows)], probability_CV[: len(rows)]
@@ -208,6 +208,18 @@ class _FrozenHead(torch.autograd.Function):
         if len(scale) > 1:
             scale = torch.cat([one.expand(count) for one, count in zip(scale, ctx.counts, strict=True)])[:, None]
         return (gradient * scale).to(ctx.dtype), None, None, None, None
+
+
+def _chunks(counts: Sequence[int], most: int, device: torch.device) -> Iterator[slice]:
+    """Rows that are multiplied at once.
+
+    On a CPU those of one part, so that they are as they would be without the others: how a product of few rows is
+    rounded depends on how many there are.
+    """
+    parts = counts if device.type == "cpu" else [sum(counts)]
+    for begin, count in zip(itertools.accumulate(parts, initial=0), parts, strict=False):
+        for first in range(begin, begin + count, most):
+            yield slice(first, min(first + most, begin + count))
 
 
 def _each(like: torch.Tensor, counts: list[int], values: Sequence[float]) -> torch.Tensor:

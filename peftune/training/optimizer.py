@@ -122,7 +122,7 @@ class UpdateStrategy(Protocol):
     """Whether a forward needs the other ranks, so that all must run equally many (ZeRO-3)."""
 
     def update(self, gradient: Gradient, divisor: float, rate: float, summed: bool = False) -> torch.Tensor:
-        """Sum gradients over ranks unless they are `summed`, divide, clip, take one AdamW step.
+        """Divide and sum gradients over ranks unless they are `summed`, clip, take one AdamW step.
 
         The gradient's norm before clipping, a scalar that the host need not wait for.
         """
@@ -152,9 +152,10 @@ class ReplicatedStrategy:
                 torch.distributed.broadcast(parameter.data, src=0)
 
     def update(self, gradient: Gradient, divisor: float, rate: float, summed: bool = False) -> torch.Tensor:
-        gradient.flat.mul_(1.0 / divisor)
-        if self.ranks > 1 and not summed:
-            torch.distributed.all_reduce(gradient.flat)
+        if not summed:
+            gradient.flat.mul_(1.0 / divisor)
+            if self.ranks > 1:
+                torch.distributed.all_reduce(gradient.flat)
         for parameter, view in zip(gradient.parameters, gradient.views, strict=True):
             parameter.grad = view
         norm = torch.nn.utils.clip_grad_norm_(gradient.parameters, self.clip)

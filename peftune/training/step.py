@@ -71,10 +71,6 @@ class ForwardFn:
         with self.autocast():
             return self.module(moved.ids, moved.positions, moved.targets, moved.segments)  # type: ignore[no-any-return]
 
-    def draws(self) -> bool:
-        """Whether training draws random numbers."""
-        return self.fast is not None and self.fast.draws()
-
     def between_updates(self) -> AbstractContextManager[None]:
         """Inside, the adapter does not change (`TrainGPT2.between_updates`)."""
         return self.fast.between_updates() if self.fast is not None else nullcontext()
@@ -146,9 +142,11 @@ def steps_together(
                 taking[number].state.loss_scale /= 2  # fp16 overflowed: the same step again
                 again.append(number)
         waiting = again
-    if room is not None and accelerator.num_processes > 1:
+    if summed := room is not None and accelerator.num_processes > 1:
+        for t in taking:
+            t.learner.gradient.flat.mul_(1.0 / t.divisor)
         torch.distributed.all_reduce(room.gradient)
-    norms = [t.update(loss, most, room is not None) for t, loss, most in zip(taking, losses, largest, strict=True)]
+    norms = [t.update(loss, most, summed) for t, loss, most in zip(taking, losses, largest, strict=True)]
     sums = iter(torch.stack([norm for norm in norms if isinstance(norm, torch.Tensor)] or [torch.zeros(())]).tolist())
     return [  # host sync in the line above
         norm if isinstance(norm, CheckFailed) else StepResult(loss, next(sums), t.rate, t.tokens)
@@ -180,6 +178,11 @@ class Taking:
     def state(self) -> State:
         return self.learner.state
 
+    @property
+    def divisor(self) -> float:
+        """Of the gradient: scored tokens, times what losses were scaled by."""
+        return self.tokens * self.state.loss_scale
+
     def seed(self, rank: int) -> int:
         """Of this step's draws on a rank."""
         return draw_seed(self.learner.inputs.recipe.run.seed, self.state.step, rank)
@@ -191,13 +194,13 @@ class Taking:
         return inputs.corpus.train.batches(mine, self.forward.micro_size, inputs.recipe.data.packing)
 
     def update(self, loss: float, largest: float, summed: bool) -> torch.Tensor | CheckFailed:
-        """Update the adapter, whose gradient is `summed` over ranks or not; the norm, or why its numbers are broken."""
+        """Update the adapter, whose gradient is divided and `summed` over ranks or not; the norm, or what is broken."""
         learner, state = self.learner, self.state
         try:
             _refuse_broken_numbers(state.step, loss, largest)
         except CheckFailed as error:
             return error
-        norm = learner.strategy.update(learner.gradient, self.tokens * state.loss_scale, self.rate, summed)
+        norm = learner.strategy.update(learner.gradient, self.divisor, self.rate, summed)
         if self.forward.dtype == torch.float16:
             state.loss_scale = next_loss_scale(state.loss_scale, state.step)
         return norm

@@ -272,7 +272,7 @@ def test_a_fleet_keeps_to_the_gpu_and_launches_for_all_at_once(
     values = values_over_text(tiny_base, tmp_path) | {
         "run": {"out": "", "precision": "bf16", "eval_every": 0, "save_every": 2}
     }
-    each = ["optim.steps=4", "batch.micro_size=4"]
+    each = ["optim.steps=4", "batch.micro_size=8"]
     recipes = [
         recipe_from(values, [*each, f"run.seed={n}", f"run.out={tmp_path / str(n)}", f"lora.rank={4 + n % 2}"])
         for n in range(members)

@@ -43,6 +43,22 @@ def kernel_for(device: torch.device, dtype: torch.dtype, width: int) -> Kernel:
     return Kernel("flash attention, documents end to end", varlen_attention.plan)
 
 
+def attend_in_parts(kernel: Kernel, parts: Sequence[np.ndarray], heads: int, device: torch.device) -> Attend:
+    """Attention within documents of these lengths, in the order of the parts; on a CPU of each part by itself.
+
+    There documents of like length share products, whose rounding depends on the company that they keep.
+    """
+    if device.type != "cpu" or len(parts) == 1:
+        return kernel.plan(np.concatenate(parts), heads, device)
+    each, sizes = [kernel.plan(lengths, heads, device) for lengths in parts], [int(part.sum()) for part in parts]
+
+    def attend(qkv: torch.Tensor, scale: float) -> torch.Tensor:
+        rows = torch.split(qkv, sizes)
+        return torch.cat([of_part(part, scale) for of_part, part in zip(each, rows, strict=True)])
+
+    return attend
+
+
 def _by_query_blocks(lengths: np.ndarray, heads: int, device: torch.device) -> Attend:
     rectangles = rectangles_of(lengths, heads, device)
     return lambda qkv, scale: _QueryBlocks.apply(qkv, rectangles, heads, scale)  # type: ignore[no-untyped-call]
@@ -153,7 +169,7 @@ Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of micro-batches end to end, on the CPU: three times (N,) int64, and the lengths of documents."""
+    """The tokens of a micro-batch end to end, on the CPU: three times (N,) int64, and the lengths of documents."""
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -161,14 +177,12 @@ class Tokens:
     lengths: np.ndarray
 
     @staticmethod
-    def of(batches: Sequence[Rows]) -> Tokens:
+    def of(batch: Rows) -> Tokens:
         """Without the padding of rows."""
-        real = [_real(ids.shape, segments) for ids, *_, segments in batches]
-        ids, positions, targets = (
-            torch.cat([tensors[column].flatten()[at] for tensors, (at, _) in zip(batches, real, strict=True)])  # type: ignore[union-attr]
-            for column in range(3)
-        )
-        return Tokens(ids, positions, targets, np.concatenate([lengths for _, lengths in real]))
+        *tensors, segments = batch
+        indices, lengths = _real(batch[0].shape, segments)
+        ids, positions, targets = (tensor.flatten()[indices] for tensor in tensors if tensor is not None)
+        return Tokens(ids, positions, targets, lengths)
 
     def equal(self, other: Tokens) -> bool:
         """Whether a base computes the same of both."""

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from peftune.model.architecture import activation, attention_scales
 from peftune.model.lora import Adapted
 from peftune.model.loss import add_neftune_noise, nats_of_parts
-from peftune.model.train.attention import Attend, Kernel, Rows, Tokens, kernel_for
+from peftune.model.train.attention import Attend, Kernel, Rows, Tokens, attend_in_parts, kernel_for
 from peftune.model.train.compiled import compiled
 from peftune.model.train.grouped_lora import ManyAdapters, products_for
 from peftune.model.train.layers import (
@@ -93,10 +93,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one adapter learns in a joint forward: micro-batches, and what draws its dropout and noise (None: torch)."""
+    """What one adapter learns in a joint forward: a micro-batch, and what draws its dropout and noise (None: torch)."""
 
     forward: TrainGPT2
-    batches: Sequence[Rows]
+    batch: Rows
     generator: torch.Generator | None = None
 
 
@@ -143,7 +143,7 @@ class TrainGPT2:
         self, ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, segments: torch.Tensor | None
     ) -> torch.Tensor:
         """Summed loss in nats (float64 scalar) over the positions with a target ≥ 0; arguments (B, T) on the CPU."""
-        return nats_of_pieces([Piece(self, [(ids, positions, targets, segments)])]).squeeze(0)
+        return nats_of_pieces([Piece(self, (ids, positions, targets, segments))]).squeeze(0)
 
     def embedded(self, tokens: Sequence[Tokens]) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of the embedding and of the positions, (N, D) each, float32."""
@@ -153,8 +153,8 @@ class TrainGPT2:
         return self.wte[ids].float(), self.wpe[positions].float()
 
     def attending(self, tokens: Sequence[Tokens]) -> Attend:
-        """Attention within the documents of all tokens."""
-        return self.kernel.plan(np.concatenate([t.lengths for t in tokens]), self.heads, self.wte.device)
+        """Attention within the documents of each adapter's tokens."""
+        return attend_in_parts(self.kernel, [t.lengths for t in tokens], self.heads, self.wte.device)
 
     def below(self, tokens: Sequence[Tokens], depth: int) -> list[torch.Tensor]:
         """The stream after the first `depth` blocks, none of which has an adapter: (N, D) of each."""
@@ -171,7 +171,7 @@ def nats_of_pieces(pieces: Sequence[Piece]) -> torch.Tensor:
     The forwards are over one base and in one mode. To rounding each loss is what that forward computes alone. Where no
     adapter is in the lowest blocks, these are computed once of equal tokens.
     """
-    first, tokens = pieces[0].forward, [Tokens.of(piece.batches) for piece in pieces]
+    first, tokens = pieces[0].forward, [Tokens.of(piece.batch) for piece in pieces]
     sizes, training, elementwise = [len(t.ids) for t in tokens], first.module.training, first.elementwise
     strengths = [piece.forward.neftune if training else 0.0 for piece in pieces]
     products = products_for(sizes, first.ln_f.dtype, first.wte.device) if len(pieces) > 1 else None

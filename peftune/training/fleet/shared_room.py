@@ -45,14 +45,14 @@ class SharedRoom:
             gradient.flat.zero_()
         nats = [torch.zeros((), dtype=torch.float64, device=device) for _ in taking]
         positions = self.blocks * taking[0].learner.inputs.corpus.train.packing.block_size
-        batches, draws = [t.batches(accelerator) for t in taking], [forward.draws() for forward in forwards]
+        batches = [t.batches(accelerator) for t in taking]
         with suppress(StopNow), stop.at_once(), ExitStack() as terms:
             for forward in forwards if device.type == "cpu" else ():  # a GPU splits those of all at once
                 terms.enter_context(forward.between_updates())
-            for group in side_by_side(batches, draws, positions):
+            for group in side_by_side(batches, positions):
                 if stop.name is not None:
                     break
-                losses = _nats([(forwards[i], some, generators[i]) for i, some in group]).unbind()
+                losses = _nats([(forwards[i], batch, generators[i]) for i, batch in group]).unbind()
                 scaled = [loss * taking[i].state.loss_scale for (i, _), loss in zip(group, losses, strict=True)]
                 Gradient.add_to_all([gradients[i] for i, _ in group], torch.stack(scaled).sum())
                 for (i, _), loss in zip(group, losses, strict=True):
@@ -62,24 +62,21 @@ class SharedRoom:
         return found  # host sync in the line above
 
 
-def _nats(given: Sequence[tuple[ForwardFn, Sequence[Batch], torch.Generator]]) -> torch.Tensor:
-    """Summed nats of each adapter's batches in one forward, with what draws its dropout: (given,) float64."""
+def _nats(given: Sequence[tuple[ForwardFn, Batch, torch.Generator]]) -> torch.Tensor:
+    """Summed nats of each adapter's batch in one forward, with what draws its dropout: (given,) float64."""
     pieces = []
-    for forward, batches, generator in given:
+    for forward, batch, generator in given:
         assert forward.fast is not None, "adapters share forwards of the fast kind alone"
-        rows = [(batch.ids, batch.positions, batch.targets, batch.segments) for batch in batches]
-        pieces.append(Piece(forward.fast, rows, generator))
+        pieces.append(Piece(forward.fast, (batch.ids, batch.positions, batch.targets, batch.segments), generator))
     return nats_of_pieces(pieces)
 
 
-def side_by_side(
-    queues: Sequence[Iterator[Batch]], draws: Sequence[bool], positions: int
-) -> Iterator[list[tuple[int, list[Batch]]]]:
-    """Batches of all queues in groups of at most so many positions, or of one batch; a group by number of the queue.
+def side_by_side(queues: Sequence[Iterator[Batch]], positions: int) -> Iterator[list[tuple[int, Batch]]]:
+    """Batches of all queues in groups of at most so many positions, or of one batch; each with its queue's number.
 
-    A queue that `draws` random numbers has one batch in a group, because they are drawn batch after batch.
+    A queue has one batch in a group, so that its gradients are summed and its draws are made as if it were alone.
     """
-    group: dict[int, list[Batch]] = {}
+    group: dict[int, Batch] = {}
     size, left = 0, dict(enumerate(queues))
     while left:
         for number, queue in [*left.items()]:
@@ -87,10 +84,10 @@ def side_by_side(
             if batch is None:
                 del left[number]
                 continue
-            if group and (size + batch.ids.numel() > positions or (draws[number] and number in group)):
-                yield sorted(group.items())
+            if group and (size + batch.ids.numel() > positions or number in group):
+                yield [*group.items()]
                 group, size = {}, 0
-            group.setdefault(number, []).append(batch)
+            group[number] = batch
             size += batch.ids.numel()
     if group:
-        yield sorted(group.items())
+        yield [*group.items()]

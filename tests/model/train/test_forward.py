@@ -81,7 +81,7 @@ def model_of(
 
 def by_document(adapted: Adapted, rows: Rows, smoothing: float = 0.0) -> tuple[float, list[torch.Tensor]]:
     """Loss and gradients through PEFT's model, one document at a time."""
-    tokens = Tokens.of([rows.arguments()])
+    tokens = Tokens.of(rows.arguments())
     ids, targets = tokens.ids, tokens.targets
     total = sum(p.sum() * 0 for p in adapted.trainable().values()).double()  # where nothing is scored: zero gradients
     for document, wanted in zip(
