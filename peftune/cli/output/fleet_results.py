@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from peftune.cli.output.text_output import echo
 from peftune.config.fleet import names_of
 from peftune.config.recipe import Recipe
 from peftune.errors import PeftuneError, ReportedElsewhere
+from peftune.files import write_whole
 from peftune.training.export.adapter import Delivery
+
+_METRICS = "metrics.jsonl"
 
 
 def print_results(recipes: Sequence[Recipe], results: Sequence[object], speaks: bool) -> None:
@@ -23,6 +27,8 @@ def print_results(recipes: Sequence[Recipe], results: Sequence[object], speaks: 
             echo(result.summary())
         elif len(failed) > 1:  # the last line has the reason of a single one
             echo(f"peftune: {name}: {' '.join(str(result).split())}", err=True)
+    if speaks:
+        _draw(recipes)
     if not failed:
         return
     name, first = next(iter(failed.items()))
@@ -34,3 +40,17 @@ def print_results(recipes: Sequence[Recipe], results: Sequence[object], speaks: 
     error = PeftuneError(text)
     error.exit_code = first.exit_code
     raise error
+
+
+def _draw(recipes: Sequence[Recipe]) -> None:
+    """One picture of all curves beside the adapters, where their directory holds nothing but runs."""
+    runs = {name: Path(recipe.run.out) for name, recipe in zip(names_of(recipes), recipes, strict=True)}
+    parent, *others = {directory.resolve().parent for directory in runs.values()}
+    picture, runs = parent / "fleet.png", {name: out for name, out in runs.items() if (out / _METRICS).is_file()}
+    if others or not runs or any(not (path / _METRICS).is_file() for path in parent.iterdir() if path != picture):
+        return
+    from peftune.training.export.plots import draw_fleet
+    from peftune.training.metrics import read_metrics
+
+    write_whole(picture, draw_fleet({name: read_metrics(out) for name, out in runs.items()}))
+    echo(f"{picture}: the curves of all")
