@@ -70,11 +70,15 @@ def read_fleet(paths: Sequence[str | Path], overrides: list[str] | None = None) 
             raise UserError(f"more than {_MOST:,} adapters, the most of one run; start several runs")
     if not members:
         raise UserError("no recipe is given; expected at least one YAML file")
-    sound = [member for member in members if not member.problems]
-    _check_directories(sound)
-    if members[1:]:
-        _check_company(sound)
+    _check_company([member for member in members if not member.problems])
     return members
+
+
+def refuse_company(recipes: Sequence[Recipe]) -> None:
+    """UserError where recipes cannot be trained in one run."""
+    members = [FleetRecipe(recipe.run.out, "", {}, [], recipe) for recipe in recipes]
+    _check_company(members)
+    refuse_problems(members)
 
 
 def refuse_problems(members: Sequence[FleetRecipe]) -> None:
@@ -234,7 +238,8 @@ def _check_directories(members: Sequence[FleetRecipe]) -> None:
 
 def _check_company(members: Sequence[FleetRecipe]) -> None:
     """Add a problem to each that cannot be one of several in a run."""
-    runs = [(member, member.recipe.run) for member in members if member.recipe]
+    _check_directories(members)
+    runs = [(member, member.recipe.run) for member in members if member.recipe and members[1:]]
     for member, run in runs:
         if run.track:
             member.problems.append(

@@ -190,8 +190,10 @@ def test_a_fleet_is_trained_as_each_alone_and_one_that_fails_is_told(
     path = write("fleet.yaml", tiny_base, fleet=fleet)
     command = [sys.executable, "-m", "peftune", "train", path, "optim.steps=3", "--quiet"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    first, second = done.stdout.splitlines()
+    first, second, picture = done.stdout.splitlines()
     assert first.startswith("out/fleet/a: adapter of step 3, ") and second.startswith("out/fleet/b: adapter of step 3,")
+    assert picture == "out/fleet/fleet.png: the curves of all"
+    assert Path("out/fleet/fleet.png").read_bytes().startswith(b"\x89PNG")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("peftune: 2 of 3 adapters are delivered; gone: none.txt: ")
     solo = ["train", write("solo.yaml", tiny_base), "optim.steps=3", "lora.rank=2", "run.seed=1"]

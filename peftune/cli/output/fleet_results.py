@@ -45,7 +45,7 @@ def print_results(recipes: Sequence[Recipe], results: Sequence[object], speaks: 
 def _draw(recipes: Sequence[Recipe]) -> None:
     """One picture of all curves beside the adapters, where their directory holds nothing but runs."""
     runs = {name: Path(recipe.run.out) for name, recipe in zip(names_of(recipes), recipes, strict=True)}
-    parent, *others = {directory.resolve().parent for directory in runs.values()}
+    parent, *others = {directory.parent for directory in runs.values()}
     picture, runs = parent / "fleet.png", {name: out for name, out in runs.items() if (out / _METRICS).is_file()}
     if others or not runs or any(not (path / _METRICS).is_file() for path in parent.iterdir() if path != picture):
         return

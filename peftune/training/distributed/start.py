@@ -32,7 +32,7 @@ def watched_ranks(*recipes: Recipe) -> Iterator[Accelerator]:
     """Join the other ranks, where there are any, and watch them to the end of the run, or of several.
 
     UserError, on all ranks, where another has another recipe, layout or version; `run.out` may differ, as the first
-    rank alone writes and reads it. UserError where one process cannot do what all recipes ask for.
+    rank alone writes and reads it.
     """
     first, deterministic = recipes[0].run, any(recipe.run.deterministic for recipe in recipes)
     if devices := {recipe.run.device for recipe in recipes} - {first.device}:

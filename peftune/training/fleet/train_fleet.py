@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from peftune.config.fleet import refuse_company
 from peftune.config.recipe import Recipe
 from peftune.console import Console, counted
 from peftune.device import choose_precision, peak_memory, report_out_of_memory
@@ -58,11 +59,7 @@ def train_fleet(recipes: Sequence[Recipe], until: float = 1.0) -> list[Outcome]:
     for recipe in recipes:
         if not isinstance(recipe, Recipe):
             raise UserError(f"train_fleet is given {type(recipe).__name__}, expected a Recipe: load_recipes reads them")
-        if recipe.run.track and len(recipes) > 1:
-            raise UserError(
-                f"{recipe.run.out}: run.track: trackers log one run at a time; leave it out, each adapter has its "
-                "metrics.jsonl"
-            )
+    refuse_company(recipes)
     with start.watched_ranks(*recipes) as accelerator, report_out_of_memory():
         if start.zero_stage(accelerator):
             raise UserError("ZeRO shards the state of one adapter; a fleet runs on one process or on ranks with DDP")

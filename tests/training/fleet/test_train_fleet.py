@@ -225,8 +225,8 @@ def test_early_stopping_ends_one_and_the_others_go_on(recipe: Make, tmp_path: Pa
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
-        (["run.out=x"], ["run.out=./x"], "are one directory; give each adapter"),
-        (["run.out=x"], ["run.out=y", "run.device=cpu"], "run.device is auto and cpu"),
+        (["run.out=x"], ["run.out=./x"], "run.out ./x is also that of x"),
+        (["run.out=x"], ["run.out=y", "run.device=cpu"], "run.device is cpu, x has auto"),
         (["run.out=x"], ["run.out=y", "run.track=[tensorboard]"], "run.track: trackers log one run at a time"),
     ],
 )
