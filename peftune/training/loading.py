@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from peftune.config.recipe import Recipe
 from peftune.console import Console
 from peftune.device import device_name
+from peftune.inference.perplexity import Score
 from peftune.model.load import NAME_OF, footprint, load_adapted
 from peftune.model.lora import Adapted
 from peftune.model.loss import LossModel
@@ -68,6 +69,8 @@ class Run:
     metrics: MetricsLog
     stop: StopRequest
     program: int  # bytes of this process before the base was loaded; 0 where the run is on a GPU
+    base_scores: dict[int, Score] | None = None
+    """Scores of the base that others know or may use; None where the first step begins elsewhere."""
     course: Course = field(default_factory=Course)
 
     @property
@@ -86,6 +89,8 @@ class Shared:
     program: int
     sums: dict[int, int]
     """Checksums of frozen weights, as `Health` remembers them."""
+    base_scores: dict[int, Score]
+    """Of blocks by their identity: what adapters that change nothing yet have in common."""
 
 
 def bytes_of_program(accelerator: Accelerator) -> int:
@@ -146,7 +151,9 @@ def load_run(
     health = Health(inputs, adapted.model, accelerator, state, metrics, console, shared.sums if shared else None)
     stop = shared.stop if shared else StopRequest()
     first = (inputs, accelerator, console, adapted, forward, health, gradient)
-    return Run(*first, strategy, state, metrics, stop, program)
+    is_fresh = inputs.init is None and recipe.lora.variant in ("lora", "rslora")
+    scores = shared.base_scores if shared and is_fresh else None
+    return Run(*first, strategy, state, metrics, stop, program, scores)
 
 
 def begin(run: Run, found: Checkpoint | None, brief: bool = False, notes: bool = True) -> None:

@@ -9,6 +9,7 @@ from peftune.config.recipe import Recipe
 from peftune.console import Console
 from peftune.device import choose_precision, peak_memory, report_out_of_memory
 from peftune.errors import CheckFailed, Interrupted, PeftuneError, UserError
+from peftune.inference.perplexity import Score
 from peftune.model.load import DTYPES
 from peftune.training import checkpoint
 from peftune.training.broken_step import what_broke
@@ -156,10 +157,12 @@ def _evaluate_if_due(run: Run) -> bool:
     due = state.step in (0, total) or (every and state.step % every == 0)
     if not due or state.evaluated_step == state.step:
         return False
-    scores = {
-        name: evaluate_domain(name, blocks, run.forward, run.accelerator, run.stop, run.console)
-        for name, blocks in inputs.corpus.domains.items()
-    }
+    scores, known = dict[str, Score](), run.base_scores if state.step == 0 else None
+    known = {} if known is None else known
+    for name, blocks in inputs.corpus.domains.items():
+        if id(blocks) not in known:
+            known[id(blocks)] = evaluate_domain(name, blocks, run.forward, run.accelerator, run.stop, run.console)
+        scores[name] = known[id(blocks)]
     prompts, model = inputs.recipe.run.samples, run.adapted.model
     parse, tokenizer = inputs.recipe.data.special_tokens == "parse", inputs.tokenizer
     given = prompts, model, tokenizer, parse, run.forward, run.accelerator, run.stop

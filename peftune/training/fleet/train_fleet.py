@@ -122,12 +122,12 @@ def _train_group(group: Group, accelerator: Accelerator, console: Console, until
     if together:
         with raise_on_all_ranks(accelerator):
             model = load_base(first.recipe, first.base, group.dtype, accelerator.device)
-        shared = Shared(partial(with_the_same_weights, model), stop, program, {})
+        shared = Shared(partial(with_the_same_weights, model), stop, program, {}, {})
     for member in group.members:
         with member.own_errors():
             given = member.ready, accelerator, group.dtype, member.console, member.found, shared
             member.run = load_run(*given)
-            member.run.metrics.defers = together
+            member.run.metrics.defers = True
             member.held.callback(member.run.metrics.close)
     live = [member for member in group.members if member.outcome is None]
     if not live:
@@ -212,7 +212,9 @@ def _saved_after_a_signal(members: Sequence[Member], stop: StopRequest) -> Itera
     """Checkpoints of all members that are still learning when a signal came; then Interrupted."""
     try:
         yield
-    except (StopNow, Interrupted):
+    except (StopNow, PeftuneError) as error:
+        if isinstance(error, PeftuneError) and error.exit_code != Interrupted.exit_code:
+            raise
         learning = [member for member in members if member.outcome is None]
         for member in learning:
             with member.own_errors():

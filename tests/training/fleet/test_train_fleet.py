@@ -247,3 +247,21 @@ def test_with_products_of_all_adapters_at_once_each_equals_its_solo_run(
     train_fleet(fleet)
     for name in UNEQUAL:
         assert distance(tmp_path / "alone" / name, tmp_path / "fleet" / name) < 1e-6, name
+
+
+def test_the_base_is_scored_once_for_all_that_read_the_same(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = {"a": ["lora.rank=2"], "b": ["optim.lr=1e-3"], "c": ["data.validation=0.3"]}
+    fleet = solo_and_fleet(recipe, tmp_path, {n: ["data.validation=0.2", *o] for n, o in members.items()})
+    evaluate, seen = run.evaluate_domain, []
+
+    def note(name: str, *given: Any) -> Any:
+        seen.append(name)
+        return evaluate(name, *given)
+
+    monkeypatch.setattr(run, "evaluate_domain", note)
+    train_fleet(fleet)
+    assert len(seen) == 2 + 3  # before the first step of two splits, after the last of each adapter
+    for name in members:
+        assert losses(tmp_path / "fleet" / name) == pytest.approx(losses(tmp_path / "alone" / name), rel=1e-6)
