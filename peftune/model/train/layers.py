@@ -182,12 +182,13 @@ def _terms(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _summed(product_NP: Tensor, rank: int) -> Tensor:
     """The products with all terms of a matrix, added up: (N, R)."""
-    return product_NP.view(len(product_NP), -1, rank).sum(dim=1)
+    return product_NP if product_NP.shape[1] == rank else product_NP.view(len(product_NP), -1, rank).sum(dim=1)
 
 
 def _repeated(inner_NR: Tensor, terms: Tensor) -> Tensor:
     """(N, P), so that each term of a matrix is multiplied."""
-    return inner_NR.repeat(1, len(terms) // inner_NR.shape[1])
+    times = len(terms) // inner_NR.shape[1]
+    return inner_NR if times == 1 else inner_NR.repeat(1, times)  # one repetition would be a copy
 
 
 @dataclass(frozen=True)
