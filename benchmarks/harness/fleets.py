@@ -50,7 +50,9 @@ class FleetSteps:
 
     def _load(self, inputs: RunInputs, shared: Shared) -> Run:
         Path(inputs.recipe.run.out).mkdir(parents=True, exist_ok=True)
-        return load_run(inputs, self.accelerator, self.dtype, self.console, shared=shared)
+        run = load_run(inputs, self.accelerator, self.dtype, self.console, shared=shared)
+        run.metrics.close()  # steps alone write nothing
+        return run
 
     def together(self) -> list[StepResult]:
         """The next step of every adapter, in forwards that they share."""
