@@ -25,6 +25,29 @@ known one, and every problem is listed at once.
 
 This page is written by `python docs/build_recipe_reference.py` from the docstrings of `peftune/config`.
 """
+FLEET = """\
+## fleet: many adapters from one file
+
+A file may have a list `fleet` besides, with an entry for each adapter: what it has otherwise than the rest of the file.
+
+```yaml
+base: builtin:small
+data: {train: builtin:docs/train}
+run: {out: adapters}
+fleet:
+  - {name: rank-4, lora.rank: 4}
+  - name: unicode
+    data: {train: builtin:unicode/train}
+    optim.lr: 1.0e-3
+```
+
+Keys may be nested, as in a recipe, or dotted, as on the command line, or both in one entry. A section keeps the keys
+that the entry does not name. A list or a single value takes the place of the file's, and so do the domains of
+`data.validation` and the columns of `where`. An entry has either a `name`, and its adapter goes to `run.out`/`name`, or
+a `run.out` of its own. On the command line `key=value` wins over the file and over every entry; `run.out=DIR` is then
+the directory above those of named entries. At most 1,024 entries are taken. What such a run does is in the
+[guide](guide.md#many-adapters-in-one-run).
+"""
 SECTIONS = ("data", "lora", "optim", "batch", "run")
 NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null"}
 NAMES |= {Any: "a value or a list of values"}
@@ -42,6 +65,7 @@ def page() -> str:
         assert section is not None
         parts += [f"## {name}: {sentence(section.__doc__)}", table(section.model_fields, f"{name}.")]
     parts += [f"## A source: {sentence(data_section.Source.__doc__)}", table(data_section.Source.model_fields, "")]
+    parts.append(FLEET)
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 

@@ -20,12 +20,14 @@ from peftune.version import __version__
 
 if TYPE_CHECKING:
     from peftune.adapters.merge.merge import merge
+    from peftune.config.fleet import load_recipes
     from peftune.config.recipe import Recipe, load_recipe
     from peftune.errors import PeftuneError, UserError
     from peftune.inference.bank import AdapterBank
     from peftune.inference.generate import generate
     from peftune.inference.perplexity import evaluate
     from peftune.inference.settings import GenerationSettings
+    from peftune.training.fleet.train_fleet import train_fleet
     from peftune.training.metrics import read_metrics
     from peftune.training.planning.plan import plan
     from peftune.training.planning.summary import summarize_data
@@ -40,11 +42,13 @@ _HOMES = {
     "evaluate": "inference.perplexity",
     "generate": "inference.generate",
     "load_recipe": "config.recipe",
+    "load_recipes": "config.fleet",
     "merge": "adapters.merge.merge",
     "plan": "training.planning.plan",
     "read_metrics": "training.metrics",
     "summarize_data": "training.planning.summary",
     "train": "training.run",
+    "train_fleet": "training.fleet.train_fleet",
 }
 __all__ = [  # in the order of the alphabet; a test compares it with what is offered
     "AdapterBank",
@@ -56,11 +60,13 @@ __all__ = [  # in the order of the alphabet; a test compares it with what is off
     "evaluate",
     "generate",
     "load_recipe",
+    "load_recipes",
     "merge",
     "plan",
     "read_metrics",
     "summarize_data",
     "train",
+    "train_fleet",
 ]
 
 

@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any, Literal
 
 from rich import progress
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -150,6 +151,15 @@ def change(value: float, base: float) -> str:
 def counted(number: int, noun: str) -> str:
     """`1 block`, `2,048 blocks`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def shortened(name: str, width: int) -> str:
+    """A name on one line of so many columns: its beginning and its end, in which names of one kind differ."""
+    name = " ".join(name.split())
+    if cell_len(name) <= width:
+        return name
+    tail = (width - 1) // 2
+    return set_cell_size(name, width - 1 - tail) + "…" + set_cell_size(name[::-1], tail)[::-1]
 
 
 def name_some(names: Sequence[str], most: int = 10) -> str:

@@ -74,6 +74,10 @@ def test_the_page_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "poems.txt").write_text("\n\n".join(lines))
     (tmp_path / "held-out.txt").write_text("\n\n".join(line.replace("sea", "shore") for line in lines[:9]))
     (tmp_path / "recipe.yaml").write_text("base: builtin:small\ndata: {train: poems.txt}\nrun: {out: adapters/x}\n")
+    (tmp_path / "fleet.yaml").write_text(
+        "base: builtin:small\ndata: {train: poems.txt, block_size: 64}\nrun: {out: adapters}\n"
+        "fleet: [{name: a}, {name: b, lora.rank: 4}]\n"
+    )
     examples = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert len(examples) == PAGE.count("```python") > 20
     shared: dict[str, object] = {}
@@ -90,6 +94,7 @@ _LISTS = {  # what takes several, given one string: each would take it letter by
     "prompts of a bank": lambda base: peftune.AdapterBank(base).generate("abc"),
     "stop": lambda base: peftune.GenerationSettings(stop="END"),
     "overrides": lambda base: peftune.load_recipe("none.yaml", "optim.lr=1"),
+    "paths": lambda base: peftune.load_recipes("recipe.yaml"),
     "texts": lambda base: peftune.merge("none", "out", texts="abc"),
     "data": lambda base: peftune.evaluate(base, "held-out.txt"),
     "adapters": lambda base: peftune.evaluate(base, {"poems": "held-out.txt"}, "adapters/poems"),

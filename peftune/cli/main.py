@@ -19,6 +19,7 @@ from peftune.cli.export import export, push
 from peftune.cli.launcher.launch import configs, launch
 from peftune.cli.measure.perplexity_matrix import evaluate
 from peftune.cli.measure.score import score
+from peftune.cli.measure.sweep import sweep
 from peftune.cli.options import (
     BASE_HELP,
     BlockSize,
@@ -139,7 +140,7 @@ def merge(
         print_losses(text.path, {**before, "merged": losses(str(out), text)["base"]})
 
 
-for _verb in (generate, score, serve, launch, plan, report, watch, doctor, configs, export, push):
+for _verb in (sweep, generate, score, serve, launch, plan, report, watch, doctor, configs, export, push):
     app.command()(_verb)
 
 

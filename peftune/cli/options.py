@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -121,6 +123,19 @@ def named(option: str, values: list[str] | None) -> dict[str, str]:
             raise UserError(f"{option}: {name} is given twice, {pairs[name]} and {path}; give each a name of its own")
         pairs[name] = path
     return pairs
+
+
+_KEY = re.compile(r"[a-z_][a-z0-9_]*(\.[^/]+)*")  # of a recipe; below data.validation and where stand a person's names
+
+
+def recipes_and_overrides(first: Path, others: list[str] | None) -> tuple[list[Path], list[str]]:
+    """The recipes of a call, of which the first argument is one, and its KEY=VALUE; UserError for what is neither."""
+    overrides = [text for text in others or [] if "=" in text and _KEY.fullmatch(text.partition("=")[0])]
+    more = [text for text in others or [] if text not in overrides]
+    if unknown := [text for text in more if not text.endswith((".yaml", ".yml")) and not os.path.exists(text)]:
+        expected = "expected a recipe, a YAML file, or KEY=VALUE such as optim.lr=1e-4"
+        raise UserError(f"{', '.join(repr(text[:80]) for text in unknown[:10])}: {expected}")
+    return [first, *map(Path, more)], overrides
 
 
 def source_of(path: str, columns: dict[str, Any] | None = None) -> Source:

@@ -20,14 +20,15 @@ from peftune.config.recipe import Recipe, recipe_from
 from peftune.console import Console, SafeConsole
 from peftune.data.batches import Blocks
 from peftune.data.documents import split_by_digest
-from peftune.errors import Interrupted, UserError
+from peftune.errors import Interrupted, PeftuneError, UserError
 from peftune.files import write_json
 from peftune.inference.bank import AdapterBank
 from peftune.inference.perplexity import evaluate, read_blocks
 from peftune.inference.settings import GenerationSettings
 from peftune.model.base import Base, open_base
+from peftune.training.export.adapter import Delivery
+from peftune.training.fleet.train_fleet import train_fleet
 from peftune.training.metrics import read_metrics
-from peftune.training.run import train
 
 BASE = "builtin:small"
 HELDOUT_TOKENS = 8_000  # a domain; enough for two digits, and quick
@@ -59,12 +60,16 @@ def quickstart(out: Path, files: list[Path]) -> None:
         for name, blocks in domains.items():
             display.say(f"  {name}: {len(blocks.documents)} held-out documents, {blocks.tokens():,} tokens")
     _empty_directory(out)
-    for name, recipe in recipes.items():
-        with stage(f"train {name}", f"an adapter for {name}"):
-            try:
-                display.say(train(recipe).summary())
-            except Interrupted as error:
-                raise Interrupted(f"stopped while training adapter {name}; quickstart begins anew next time") from error
+    with stage("train", f"adapters for {', '.join(recipes)}, side by side over one base"):
+        try:
+            outcomes = train_fleet([*recipes.values()])
+        except Interrupted as error:
+            raise Interrupted("stopped while training; quickstart begins anew next time") from error
+        for outcome in outcomes:
+            if isinstance(outcome, PeftuneError):
+                raise outcome
+            assert isinstance(outcome, Delivery)
+            display.say(outcome.summary())
     adapters = {name: Path(recipe.run.out) for name, recipe in recipes.items()}
     with stage("eval", "base and adapters on documents that none of them saw"):
         facts = evaluate(base, domains, adapters)

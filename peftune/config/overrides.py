@@ -23,13 +23,22 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         raise UserError(f"override {shown}: {short(text)} is not a YAML value") from None
     if isinstance(value, str) and text.lstrip()[:1] not in ("'", '"', "|", ">", "!", "&"):
         value = text  # as it was typed: YAML folds lines and takes what follows a # for a comment
+    section, last = section_of(values, key, f"override {shown}")
+    section[last] = value
+
+
+def section_of(values: dict[str, Any], key: str, shown: str) -> tuple[dict[str, Any], str]:
+    """The section that a dotted key lies in, made where there is none, and the last part of the key.
+
+    UserError, in which what says so is `shown`, where that is no section.
+    """
     *parents, last = key.split(".")
     if len(parents) > _DEEPEST:
-        raise UserError(f"override {shown}: no key of a recipe lies so deep; expected one such as optim.lr")
+        raise UserError(f"{shown}: no key of a recipe lies so deep; expected one such as optim.lr")
     for parent in parents:
         inner = {} if values.get(parent) is None else values[parent]
         values[parent] = inner
         if not isinstance(inner, dict):
-            raise UserError(f"override {shown}: {parent[:80]} is not a section")
+            raise UserError(f"{shown}: {parent[:80]} is not a section")
         values = inner
-    values[last] = value
+    return values, last

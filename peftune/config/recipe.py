@@ -25,6 +25,8 @@ from peftune.errors import UserError, refuse_bare_string
 
 BLOCK_LINEARS = ("c_attn", "c_proj", "c_fc")
 """The linear layers of a GPT-2 block by their last name: what `quantize` packs."""
+FLEET = "fleet"
+"""The key of a file that holds many recipes (`config.fleet`)."""
 _MOST = 1_000_000_000  # far beyond any use, and products of two fit into single precision
 
 
@@ -187,18 +189,23 @@ def load_recipe(recipe: str | Path | dict[str, Any], overrides: list[str] | None
 
     UserError names every problem in one line: an unknown key with the nearest known one, a value with what is expected.
     """
-    if isinstance(recipe, dict):
-        refuse_bare_string(overrides, "overrides")
-        return recipe_from(recipe, overrides or [])
-    return recipe_from(recipe_values(recipe, overrides), [], str(recipe))
-
-
-def recipe_values(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
-    """What a recipe file says, with `key=value` overrides applied and nothing checked."""
     refuse_bare_string(overrides, "overrides")
-    values = read_yaml(Path(path))
-    for override in overrides or []:
-        apply_override(values, override)
+    if isinstance(recipe, dict):
+        return recipe_from(_of_one(recipe, "recipe"), overrides or [])
+    return recipe_from(values_of_one(recipe), overrides or [], str(recipe))
+
+
+def values_of_one(path: str | Path) -> dict[str, Any]:
+    """What the file of one recipe says, nothing checked; UserError for a fleet."""
+    return _of_one(read_yaml(Path(path)), str(path))
+
+
+def _of_one(values: dict[str, Any], name: str) -> dict[str, Any]:
+    if FLEET in values:
+        raise UserError(
+            f"{name}: holds a fleet, many recipes in one file, which `peftune train`, `peftune launch` and, in Python, "
+            "load_recipes take; expected one recipe here"
+        )
     return values
 
 

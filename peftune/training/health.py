@@ -205,9 +205,13 @@ class Health:
 
 def validation_loss(state: State, step: int) -> float | None:
     """Nats per token over all domains at a step that the state remembers."""
-    figures = state.figures.get(str(step), {}).values()
-    tokens = sum(of["tokens"] for of in figures)
-    return sum(of["loss"] * of["tokens"] for of in figures) / tokens if tokens else None
+    return mean_loss(state.figures.get(str(step), {}))
+
+
+def mean_loss(figures: Mapping[str, Mapping[str, float]]) -> float | None:
+    """Nats per token over all domains, of `loss` and `tokens` by domain."""
+    tokens = sum(of["tokens"] for of in figures.values())
+    return sum(of["loss"] * of["tokens"] for of in figures.values()) / tokens if tokens else None
 
 
 def never_better(state: State, total: int) -> str:

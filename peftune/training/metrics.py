@@ -6,13 +6,15 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from peftune.errors import UserError
+from peftune.errors import Interrupted, PeftuneError, UserError
 from peftune.files import parse_json, read_bytes
 from peftune.training.checkpoint import State, free_name
 from peftune.training.distributed.agreement import flatten
@@ -121,6 +123,12 @@ class MetricsLog:
             self.lost = f"{self.path} was changed while the run wrote it: the plot shows what is left"
         return events_in(content)
 
+    def note_failure(self, error: PeftuneError, step: int) -> None:
+        """Record why the run failed, as the last event, if the disk takes it; a run that was interrupted goes on."""
+        if not isinstance(error, Interrupted):
+            with suppress(UserError):
+                self.write("failed", step=step, text=str(error) or "another rank failed")
+
     def close(self) -> None:
         """End the file and the trackers."""
         if self.file is not None:
@@ -133,8 +141,9 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The events of a run, from its directory or its metrics.jsonl, also while it goes on: one mapping for each.
 
     `event` says what it is: "start", "train" (`loss` in nats per token, `lr`, `tokens` so far, `tokens_per_second`),
-    "eval" (also `domain`, `perplexity`, `bits_per_byte`), "sample", "warning", …; most have `step`. Events
-    end at a line that is none: the last may have been cut short by a crash. UserError where the file cannot be read.
+    "eval" (also `domain`, `perplexity`, `bits_per_byte`), "sample", "warning", "failed" (`text` says why), …; most
+    have `step`. Events end at a line that is none: the last may have been cut short by a crash. UserError where the
+    file cannot be read.
     """
     path = Path(path) / "metrics.jsonl" if os.path.isdir(path) else Path(path)
     return events_in(read_bytes(path, str(path)))
@@ -152,6 +161,20 @@ def events_in(content: bytes) -> list[dict[str, Any]]:
             break
         events.append(event)
     return events
+
+
+def validation_course(events: Sequence[dict[str, Any]]) -> dict[float, float]:
+    """By step the validation loss over all domains, weighted by their tokens; NaN where one of them has none."""
+    scores: dict[float, dict[str, tuple[float, float]]] = {}
+    for e in events:
+        if e["event"] == "eval" and e["step"] is not None:
+            loss = math.nan if e["loss"] is None else e["loss"]
+            scores.setdefault(e["step"], {})[e["domain"]] = (loss, e["tokens"] or 0)
+    course = {}
+    for step, of_step in scores.items():
+        tokens = sum(count for _, count in of_step.values())
+        course[step] = sum(loss * count for loss, count in of_step.values()) / tokens if tokens > 0 else math.nan
+    return course
 
 
 def _is_event(value: Any) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from peftune.config.recipe import Recipe
 from peftune.console import Console
 from peftune.device import choose_precision, peak_memory, report_out_of_memory
-from peftune.errors import CheckFailed, Interrupted, UserError
+from peftune.errors import CheckFailed, Interrupted, PeftuneError, UserError
 from peftune.model.load import DTYPES
 from peftune.training import checkpoint
 from peftune.training.broken_step import what_broke
@@ -63,6 +63,9 @@ def train(recipe: Recipe) -> Delivery:
                         start_course(run)
                         _loop(run)
                     delivery = export(run)
+            except PeftuneError as error:
+                run.metrics.note_failure(error, run.state.step)
+                raise
             finally:
                 run.metrics.close()
             if run.metrics.lost:

@@ -23,6 +23,8 @@ from peftune.errors import UserError
 from peftune.training.distributed.agreement import flatten, where_they_differ
 from peftune.training.distributed.collectives import broadcast
 
+_PATIENCE = 0.5  # seconds that a lock is waited for: `is_being_written` takes it for a moment
+
 
 @contextmanager
 def sole_writer(out: Path, accelerator: Accelerator) -> Iterator[None]:
@@ -39,7 +41,7 @@ def sole_writer(out: Path, accelerator: Accelerator) -> Iterator[None]:
 
 
 def is_being_written(out: Path) -> bool:
-    """Whether a run of this machine holds the lock of `out`; a run that begins in this very moment would be refused."""
+    """Whether a run of this machine holds the lock of `out`; one that begins in this moment waits for the answer."""
     if not os.path.isfile(out / ".lock"):  # False for a name that is too long
         return False
     try:
@@ -64,7 +66,7 @@ def _acquire(lock: FileLock, out: Path) -> None:
     check_writable(out)
     with _told_of(out):
         out.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=_PATIENCE, poll_interval=0.02)
 
 
 @contextmanager

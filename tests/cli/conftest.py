@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from recorded_runs import Make, events_of, lines_of
 
 
 @pytest.fixture
@@ -36,3 +38,18 @@ def here(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         weights["transformer.h.0.attn.c_attn.weight"][0, 0] = value
         save_file(weights, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
     return tmp_path
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """`make(name, events)`: the directory of a run, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str = "a", events: list[dict[str, Any]] | None = None, **provenance: Any) -> Path:
+        Path(name).mkdir(parents=True)
+        (Path(name) / "metrics.jsonl").write_text(lines_of(events_of() if events is None else events))
+        if provenance:
+            (Path(name) / "peftune.json").write_text(json.dumps(provenance))
+        return Path(name)
+
+    return run

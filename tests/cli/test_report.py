@@ -6,12 +6,8 @@ import base64
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,66 +15,13 @@ from typing import Any
 import pytest
 import yaml
 from browsers import chromium
-from filelock import FileLock
+from recorded_runs import RECIPE, Make, events_of, lines_of
 
 from peftune.cli import main
 from peftune.config.recipe import recipe_from
 from peftune.training.report.curves import thinned
 
-RECIPE = recipe_from(
-    {
-        "base": "gpt2", "data": {"train": ["poems.txt"], "validation": {"poems": "held.txt", "code": "code.txt"}},
-        "optim": {"steps": 40, "clip": None}, "run": {"out": "adapters/poems", "samples": ["Once"]},
-    },
-    [],
-)  # fmt: skip
 EVIL = "</pre><script>alert(1)</script><img src=http://evil.test/x onerror=alert(1)>\" onload='alert(1)\ud800\0\u202e"
-
-
-def events_of(steps: int = 40, lr: float = 1e-3, ended: bool = True) -> list[dict[str, Any]]:
-    """What a run of 40 steps on two domains writes."""
-    recipe = RECIPE.model_dump(mode="json")
-    recipe["optim"]["lr"] = lr
-    events: list[dict[str, Any]] = [{
-        "event": "start", "recipe": recipe, "total_steps": 40, "blocks": 7, "block_size": 64, "precision": "bf16",
-        "layout": "1 process", "data": "430,080 tokens to learn", "notes": ["empty documents: 3, first poems.txt:7"],
-    }]  # fmt: skip
-    for step in range(steps + 1):
-        if step:
-            figures = {"lr": lr, "grad_norm": 1.0, "tokens": 100 * step, "tokens_per_second": 50.0}
-            events.append({"event": "train", "step": step, "loss": 4 - step / 20, **figures})
-        if step % 20 == 0:
-            for domain, loss in (("poems", 4 - step / 40), ("code", 3 + step / 40)):
-                figures = {"perplexity": 2.718**loss, "bits_per_byte": loss / 3, "tokens": 1000}
-                events.append({"event": "eval", "step": step, "domain": domain, "loss": loss, **figures})
-            events.append({"event": "sample", "step": step, "prompt": "Once", "text": f" upon {step} times"})
-    events.append({"event": "warning", "step": steps, "text": "a spike, loss 9.000"})
-    if ended:
-        events.append({"event": "peak_memory", "measured_bytes": 2_000_000_000, "predicted_bytes": 1_900_000_000})
-        events.append({"event": "end", "step": steps, "delivered_step": steps, "tokens": 4000, "seconds": 80})
-    return events
-
-
-def lines_of(events: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(event) + "\n" for event in events)
-
-
-Make = Callable[..., Path]
-
-
-@pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """`make(name, events)`: the directory of a run, in the working directory."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(name: str = "a", events: list[dict[str, Any]] | None = None, **provenance: Any) -> Path:
-        Path(name).mkdir()
-        (Path(name) / "metrics.jsonl").write_text(lines_of(events_of() if events is None else events))
-        if provenance:
-            (Path(name) / "peftune.json").write_text(json.dumps(provenance))
-        return Path(name)
-
-    return run
 
 
 class Page(HTMLParser):
@@ -263,72 +206,47 @@ def test_a_report_is_rewritten_until_the_run_ends(make: Make) -> None:
     assert not [m for m in page.all("meta") if m.get("http-equiv") == "refresh"]
 
 
-def test_watch_tells_a_run_line_by_line_until_it_ends(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
-    path = make("a", events_of(20, ended=False)) / "metrics.jsonl"
-    timer = threading.Timer(1.5, lambda: path.write_text(lines_of(events_of())))
-    timer.start()
-    assert main.run(["watch", "a"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "warning at step 20: a spike, loss 9.000"
-    assert lines[1].startswith(
-        "a: in progress, step 20 of 40, loss 3.0000, validation poems 3.5000, validation code 3.5000"
+def make_fleet(make: Make, count: int) -> None:
+    for number in range(count):
+        events = events_of(20 + number % 21, lr=1e-4 * (number + 1), ended=number % 2 == 0)
+        train = [event for event in events if event["event"] == "train"]
+        make(f"fleet/trial-{number}", [*events[:1], *(dict(event, loss=9.0 - number) for event in train), *events[1:]])
+
+
+def test_of_many_runs_the_page_has_short_rows_colours_of_their_own_and_few_bytes(make: Make) -> None:
+    make_fleet(make, 32)
+    page = report("fleet")
+    assert Path("report.html").stat().st_size < 1_500_000
+    assert page.texts[0] == "trial-0 … trial-31, 32 runs · peftune report"
+    titles = [str(picture["alt"]).removesuffix(", by step") for picture in page.all("img")]
+    assert titles[0].startswith("training loss (smoothed)") and titles[3:] == [
+        "learning rate", "gradient norm (smoothed)", "speed (smoothed)"
+    ]  # fmt: skip
+    assert len({line["stroke"] for line in page.all("path")}) == 32
+    tables = Path("report.html").read_text(encoding="utf-8").split("<table")[1:]
+    assert max(table.split("</thead>")[0].count("<th ") for table in tables) <= 8
+    assert page.texts.index("all runs") < page.texts.index("gpt2") < page.texts.index("state")
+    assert (
+        "20: upon 20 times" in page.texts
+        and "trial-0, trial-1, trial-2, trial-3, trial-4, trial-5 and 26 more" in page.texts
     )
-    assert lines[1].endswith("about 0:00:40 left for the steps")
-    assert lines[-1].startswith("a: ended after step 40, loss 2.0000")
-
-
-def test_watch_waits_for_a_run_that_loads_and_sees_one_that_was_killed(
-    make: Make, capsys: pytest.CaptureFixture[str]
-) -> None:
-    Path("a").mkdir()
-    lock = FileLock("a/.lock", thread_local=False)  # let go by another thread
-
-    def train() -> None:
-        metrics = Path("a/metrics.jsonl")
-        metrics.write_text(lines_of(events_of(20, ended=False)))
-        os.utime(metrics, (1, 1))  # nothing has come for long: now the lock tells
-        time.sleep(1.5)
-        lock.release(force=True)
-
-    lock.acquire()
-    timer = threading.Timer(1.5, train)
-    timer.start()
-    assert main.run(["watch", "a"]) == 0
-    timer.join()
-    out = capsys.readouterr().out
-    assert "a: is being loaded\n" in out and "a: in progress, step 20 of 40" in out
-    assert out.splitlines()[-1].startswith("a: stopped, step 20 of 40")
-
-
-def test_ctrl_c_ends_a_watch_on_a_terminal(make: Make) -> None:
-    pty = pytest.importorskip("pty")
-    make("a", events_of(20, ended=False))
-    ours, theirs = pty.openpty()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
-    program = [sys.executable, "-m", "peftune", "watch", "a"]
-    process = subprocess.Popen(program, stdout=theirs, stderr=theirs, env=environment)
-    os.close(theirs)
-    shown = b""
-    while b"a spike" not in shown:
-        shown += os.read(ours, 65536)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 0
-    text = shown.decode()
-    assert "a: in progress, step 20 of 40" in text and "█" in text and "━" in text
+    assert len(page.all("details")) == 32
 
 
 def test_a_browser_loads_nothing_and_the_page_fits_its_width(make: Make) -> None:
     make("a"), make("b" + "long" * 20, events_of(lr=5e-4))
-    report("a", "b" + "long" * 20)
+    make_fleet(make, 13)
     said, asked = [], []
     with chromium() as browser:
         page = browser.new_context().new_page()
         page.on("console", lambda message: said.append(message.text))
         page.on("request", lambda request: asked.append(request.url[:5]))
-        page.goto(Path("report.html").absolute().as_uri())
-        for width in (1280, 390):
-            page.set_viewport_size({"width": width, "height": 900})
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-        loaded = page.evaluate("[...document.images].map(i => i.complete && i.naturalWidth > 0)")
-    assert loaded == [True] * 6
+        for runs in (["a", "b" + "long" * 20], ["fleet"]):
+            report(*runs)
+            page.goto(Path("report.html").absolute().as_uri())
+            for width in (1280, 390):
+                page.set_viewport_size({"width": width, "height": 900})
+                assert page.evaluate("document.documentElement.scrollWidth") <= width
+            loaded = page.evaluate("[...document.images].map(i => i.complete && i.naturalWidth > 0)")
+            assert loaded == [True] * 6
     assert said == [] and set(asked) <= {"file:", "data:"}

@@ -86,7 +86,7 @@ class Group:
                 cwd=ROOT, env=environment(**more), stdout=told, stderr=told, start_new_session=True,
             )  # fmt: skip
 
-    def train(self, jobs: list[Values]) -> None:
+    def train(self, jobs: list[Any]) -> None:
         """All of them, one after another; returns when the last has been delivered, or the ranks have ended."""
         file = self.files[self.given]
         self.given += 1

@@ -1,6 +1,7 @@
 """Several training runs on one group of ranks, which saves their start-up:  launcher many_runs.py JOBS.json…
 
-Each JOBS.json is a list of recipes; the ranks wait until it is there, and rank 0 writes JOBS.done after its last run.
+Each JOBS.json is a list of recipes, or of lists, each of which is a fleet; the ranks wait until it is there, and rank 0
+writes JOBS.done after its last run.
 With PEFTUNE_CENSUS=FOLDER each rank writes what it holds at the end of the last run of the first list.
 """
 
@@ -18,6 +19,7 @@ import torch
 from peftune.config.recipe import recipe_from
 from peftune.training import run
 from peftune.training.distributed.start import process_group
+from peftune.training.fleet.train_fleet import train_fleet
 
 
 def take_census(finished: run.Run, folder: Path) -> None:
@@ -38,11 +40,19 @@ def take_census(finished: run.Run, folder: Path) -> None:
     )
 
 
-def recipes_in(jobs: Path) -> list[dict[str, Any]]:
+def recipes_in(jobs: Path) -> list[Any]:
     while not jobs.exists():
         time.sleep(0.05)
-    recipes: list[dict[str, Any]] = json.loads(jobs.read_text(encoding="utf-8"))
+    recipes: list[Any] = json.loads(jobs.read_text(encoding="utf-8"))
     return recipes
+
+
+def train(job: Any) -> None:
+    if isinstance(job, dict):
+        run.train(recipe_from(job, []))
+    else:
+        outcomes = train_fleet([recipe_from(values, []) for values in job])
+        assert all(isinstance(outcome, run.Delivery) for outcome in outcomes), outcomes
 
 
 def main() -> None:
@@ -57,8 +67,8 @@ def main() -> None:
     run.export = export_and_count
     with process_group():
         for jobs in map(Path, sys.argv[1:]):
-            for values in recipes_in(jobs):
-                run.train(recipe_from(values, []))
+            for job in recipes_in(jobs):
+                train(job)
             census = None
             if os.environ.get("RANK", "0") == "0":
                 jobs.with_suffix(".done").touch()

@@ -56,14 +56,25 @@ def trained(values: Make, group: Callable[..., Any], tmp_path_factory: pytest.Te
         special[-1]["run"]["init"] = str(folder / "one-queries")
         names = NOT_SHARDED if way != "zero3" else {}
         whole = [values(folder / f"{way}-{name}", **sections) for name, sections in names.items()]
-        jobs = [*special, *whole, values(folder / way)]
+        jobs: list[Any] = [*special, *whole, values(folder / way)]
         groups[way] = group(way, lists=2, PEFTUNE_CENSUS=str(folder / f"census-{way}"))
+        if way in TOGETHER:
+            jobs.append([values(folder / f"{way}-fleet-{name}", **sections) for name, sections in MEMBERS.items()])
         groups[way].train(jobs)
     for way in WAYS:
         for other in WAYS:
             cut_after_checkpoint(folder / other, folder / f"{way}-from-{other}")
-        groups[way].train([values(folder / f"{way}-from-{other}") for other in WAYS])
+        again: list[Any] = [values(folder / f"{way}-from-{other}") for other in WAYS]
+        for other in TOGETHER if way in TOGETHER else ():
+            for name in MEMBERS:
+                cut_after_checkpoint(folder / f"{other}-fleet-{name}", folder / f"{way}-fleet-from-{other}-{name}")
+            again.append([values(folder / f"{way}-fleet-from-{other}-{n}", **MEMBERS[n]) for n in MEMBERS])
+        groups[way].train(again)
     return folder
+
+
+TOGETHER = ("one", "ddp")  # ways in which adapters learn side by side
+MEMBERS: dict[str, dict[str, Any]] = {"plain": {}, "groups": SPECIAL["groups"], "queries": SPECIAL["queries"]}
 
 
 def cut_after_checkpoint(run: Path, out: Path) -> None:
@@ -151,6 +162,19 @@ def test_any_checkpoint_goes_on_in_any_way(trained: Path, way: str, other: str, 
     assert distance(trained / "one", resumed) <= limit(way, other)
     if way == other:
         assert distance(trained / way, resumed) == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize("way", TOGETHER)
+def test_side_by_side_each_adapter_is_the_one_of_its_own_process(
+    trained: Path, way: str, name: str, distance: Distance
+) -> None:
+    solo = trained / ("one" if name == "plain" else f"one-{name}")
+    for folder in (f"{way}-fleet-{name}", *(f"{way}-fleet-from-{other}-{name}" for other in TOGETHER)):
+        assert distance(solo, trained / folder) <= limit(way), folder
+        losses, alone = ([e["loss"] for e in events(path, "train")] for path in (trained / folder, solo))
+        np.testing.assert_allclose(losses, alone, rtol=1e-6)
 
 
 @pytest.mark.slow

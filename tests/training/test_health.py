@@ -126,6 +126,10 @@ def test_documents_that_break_the_loss_are_named_and_the_state_before_is_saved(
     assert found.startswith("step 3: loss nan") and f"this document is to blame: {texts}:35; look" in found
     assert f"the last good state: {made.run.out}/checkpoints/step-2" in found
     assert checkpoint.read(Path(made.run.out) / "checkpoints" / "step-2").state.step == 2
+    assert read_metrics(made.run.out)[-1] == {"event": "failed", "step": 2, "text": found}
+    monkeypatch.undo()
+    train(made)
+    assert "failed" not in {event["event"] for event in read_metrics(made.run.out)}
 
 
 def test_a_document_at_fault_is_named_as_training_cut_and_skipped_the_text(

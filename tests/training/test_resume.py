@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 
 from peftune.config.recipe import Recipe
 from peftune.errors import Interrupted, UserError
 from peftune.training import checkpoint, run, step
 from peftune.training.metrics import read_metrics
 from peftune.training.run import train
+from peftune.training.run_directory import is_being_written, sole_writer
 
 Make = Callable[..., Recipe]
 Cut = Callable[[Recipe], Path]
@@ -243,8 +246,21 @@ def test_a_changed_recipe_is_told_by_the_values_that_differ(recipe: Make, tmp_pa
 
 def test_two_runs_cannot_write_one_directory(recipe: Make, tmp_path: Path) -> None:
     from peftune.training.distributed import start
-    from peftune.training.run_directory import sole_writer
 
     accelerator = start.start([], str(tmp_path))
     with sole_writer(tmp_path / "adapter", accelerator), pytest.raises(UserError, match="another run is writing there"):
         train(recipe())
+
+
+def test_a_run_can_begin_while_somebody_looks_whether_one_goes_on(tmp_path: Path) -> None:
+    """The look takes the lock for a moment."""
+    from peftune.training.distributed import start
+
+    accelerator, lock = start.start([], str(tmp_path)), FileLock(tmp_path / ".lock", thread_local=False)
+    lock.acquire()
+    look = threading.Timer(0.1, lock.release)
+    look.start()
+    with sole_writer(tmp_path, accelerator):
+        assert is_being_written(tmp_path)
+    look.join()
+    assert not is_being_written(tmp_path)

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from peftune.cli.options import recipes_and_overrides
 from peftune.cli.output.text_output import echo
 from peftune.cli.output.verbosity import arguments_of_verbosity
-from peftune.cli.train import DryRunOption, Overrides
+from peftune.cli.train import DryRunOption, Others
 from peftune.config.shipped import FOLDERS, shipped
 from peftune.errors import UserError
 
@@ -33,7 +34,7 @@ def configs(directory: Annotated[Path, typer.Argument(help="Directory to write t
 def launch(
     config: Annotated[str, typer.Argument(help="A name, such as ddp or zero2, or your own Accelerate YAML file.")],
     recipe: Annotated[str, typer.Argument(help="YAML file; docs/recipe.md lists every key.")],
-    overrides: Overrides = None,
+    others: Others = None,
     dry_run: DryRunOption = False,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Ranks on each machine. Default: what CONFIG says, or one for each GPU.")
@@ -58,6 +59,8 @@ def launch(
 
     Example:  peftune launch ddp recipe.yaml --processes 4
 
+    Many recipes, or one file with a list `fleet`, learn in the same run, as with `peftune train`.
+
     docs/many-ranks.md says which configuration to take, and how to start ranks with plain torchrun or accelerate.
     """
     from peftune.cli.launcher.stop_signals import StopSignals
@@ -72,11 +75,11 @@ def launch(
         from peftune.cli.output.dry_run import print_dry_run
 
         on_cpu = "CUDA_VISIBLE_DEVICES" in options.environment
-        print_dry_run(Path(recipe), overrides, options.way(), options.ranks(), on_cpu)
+        print_dry_run(*recipes_and_overrides(Path(recipe), others), options.way(), options.ranks(), on_cpu)
         return 0
     options.apply()
     train = ["-m", "peftune", "train", *arguments_of_verbosity()]
-    target = [*([str(program)] if program else train), recipe, *(overrides or [])]
+    target = [*([str(program)] if program else train), recipe, *(others or [])]
     if options.one_process:
         configuration.become_the_rank(target)
     from peftune.cli.launcher.ranks import Rendezvous, run

@@ -1,15 +1,18 @@
-"""What `train --dry-run` prints: the recipe as it would run, a YAML file that `train` takes, with comments below it."""
+"""What `train --dry-run` prints: the recipe as it would run, a YAML file that `train` takes, with comments below it.
+
+Of several recipes it prints several documents, `---` between them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from peftune.cli.output.text_output import echo
-from peftune.config.recipe import recipe_from, recipe_values
+from peftune.config.fleet import read_fleet, refuse_problems
 from peftune.console import counted
 from peftune.data.batches import Blocks
 from peftune.data.sources.read import missing_files
@@ -22,14 +25,31 @@ from peftune.training.planning.memory_model import Way
 _LAYOUTS = {"one": "1 process", "ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 
 
-def print_dry_run(path: Path, overrides: list[str] | None, way: Way = "one", ranks: int = 1, cpu: bool = False) -> None:
-    """Print what a run would do; UserError names every problem that can be found."""
-    values = recipe_values(path, overrides)
-    try:
-        recipe = recipe_from(values, [], str(path))
-    except UserError as error:
-        raise UserError("; ".join([str(error), *missing_files(values.get("data"))])) from None
-    found = dry_run(recipe, way, ranks, cpu)
+def print_dry_run(
+    paths: Sequence[Path], overrides: list[str], way: Way = "one", ranks: int = 1, cpu: bool = False
+) -> None:
+    """Print what a run would do, each adapter of it as a YAML document; UserError names every problem of all.
+
+    Of a single recipe that is valid, what else is wrong is told as the run would tell it, without the file's name.
+    """
+    members, texts = read_fleet(paths, overrides), []
+    if members[1:] and way.startswith("zero"):
+        raise UserError("ZeRO shards the state of one adapter; a fleet runs on one process or on ranks with DDP")
+    for member in members:
+        if member.recipe is None:
+            member.problems.extend(missing_files(member.values.get("data")))
+            continue
+        try:
+            texts.append(_text(dry_run(member.recipe, way, ranks, cpu)))
+        except UserError as error:
+            if not members[1:] and not member.problems:
+                raise
+            member.problems.append(str(error))
+    refuse_problems(members)
+    echo("\n---\n".join(texts) + "\n# where adapters learn side by side, the base is held once" * bool(texts[1:]))
+
+
+def _text(found: DryRun) -> str:
     values = found.recipe.model_dump(mode="json")
     data = values["data"]
     data["train"] = _plain(data["train"])
@@ -37,7 +57,7 @@ def print_dry_run(path: Path, overrides: list[str] | None, way: Way = "one", ran
         data["validation"] = {name: _plain(sources) for name, sources in data["validation"].items()}
     elif isinstance(data["validation"], list):
         data["validation"] = _plain(data["validation"])
-    echo(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120) + "\n".join(_comments(found)))
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120) + "\n".join(_comments(found))
 
 
 def _plain(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ def view_of(run: RecordedRun) -> Group:
     speeds = [number(event.get("tokens_per_second")) for event in run.of("train")[-_WIDTH:]]
     table.add_row("tokens/s", _last(speeds, ",.0f"), sparkline(speeds))
     parts.append(table)
-    return Group(*parts, *(Text(text, style="yellow") for text in _warnings(run)[-_WARNINGS:]))
+    return Group(*parts, *(Text(text, style="yellow") for text in run.warnings[-_WARNINGS:]))
 
 
 class LineWatcher:
@@ -44,11 +44,11 @@ class LineWatcher:
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say, self.said, self.warned = say, "", 0
 
-    def show(self, run: RecordedRun) -> None:
-        """Say what is new in the run since the look before."""
-        warnings = _warnings(run)
+    def show(self, run: RecordedRun, several: bool = False) -> None:
+        """Say what is new in the run since the look before; of one of several with its name."""
+        warnings = run.warnings
         for text in warnings[self.warned :]:
-            self.say(text)
+            self.say(f"{run.name}: {text}" if several else text)
         self.warned = len(warnings)
         losses = [number(event["loss"]) for event in run.of("train")]
         domains = [f"validation {domain} {_last(values, '.4f')}" for domain, values in _validation(run).items()]
@@ -60,10 +60,10 @@ class LineWatcher:
         self.said = known
 
 
-def sparkline(values: Sequence[float]) -> str:
+def sparkline(values: Sequence[float], width: int = _WIDTH) -> str:
     """The course of a value, the lowest at the bottom; each character is the mean of a stretch."""
     known = [value for value in values if math.isfinite(value)]
-    count = min(_WIDTH, len(known))
+    count = min(width, len(known))
     bounds = [len(known) * i // count for i in range(count + 1)] if count else []
     means = [sum(known[a:b]) / (b - a) for a, b in pairwise(bounds)]
     low, high = min(means, default=0.0), max(means, default=0.0)
@@ -76,11 +76,6 @@ def _validation(run: RecordedRun) -> dict[str, list[float]]:
     for event in run.of("eval"):
         found.setdefault(event["domain"], []).append(number(event["loss"]))
     return found
-
-
-def _warnings(run: RecordedRun) -> list[str]:
-    told = [f"warning at step {event.get('step')}: {event.get('text')}" for event in run.of("warning")]
-    return [" ".join(text.split()) for text in [*run.problems, *told]]
 
 
 def _last(values: Sequence[float], form: str) -> str:

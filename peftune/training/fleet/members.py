@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
+from peftune.config.fleet import names_of
 from peftune.config.recipe import Recipe
 from peftune.console import Console
 from peftune.errors import CheckFailed, PeftuneError, UserError
@@ -65,6 +65,8 @@ class Member:
     def end(self, outcome: Outcome) -> None:
         """Note how it ended and give back what it held."""
         self.outcome = outcome
+        if self.run is not None and isinstance(outcome, PeftuneError):
+            self.run.metrics.note_failure(outcome, self.run.state.step)
         try:
             self.held.close()
         finally:
@@ -83,9 +85,7 @@ def members_of(recipes: Sequence[Recipe], console: Console) -> list[Member]:
                 f"run.out {seen[real]} and {recipe.run.out} are one directory; give each adapter a directory of its own"
             )
         seen[real] = recipe.run.out
-    last = [Path(recipe.run.out).name for recipe in recipes]
-    names = [name if last.count(name) == 1 else recipe.run.out for name, recipe in zip(last, recipes, strict=True)]
-    return [Member(recipe, console.named(name)) for name, recipe in zip(names, recipes, strict=True)]
+    return [Member(recipe, console.named(name)) for name, recipe in zip(names_of(recipes), recipes, strict=True)]
 
 
 @dataclass(frozen=True)

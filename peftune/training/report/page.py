@@ -22,10 +22,11 @@ from peftune.adapters.provenance import recorded
 from peftune.console import change
 from peftune.errors import UserError, printable
 from peftune.training.distributed.agreement import flatten
+from peftune.training.export.plots import look_of
 from peftune.training.report import sheets
-from peftune.training.report.curves import draw_curves, look_of
+from peftune.training.report.curves import draw_curves
 from peftune.training.report.recorded import RecordedRun, number
-from peftune.training.report.sheets import Row, Sheet, facts, figure_of, text_of
+from peftune.training.report.sheets import SIDE_BY_SIDE, Row, Sheet, facts, figure_of, side_by_side, text_of
 
 _LONGEST = 20_000  # characters of any one text
 _STEPS, _PROMPTS, _WARNINGS = 12, 20, 100  # shown at most
@@ -45,28 +46,30 @@ def build_page(runs: Sequence[RecordedRun], evaluated: dict[str, Any] | None = N
 
     UserError where `evaluated` is something else.
     """
+    names = [run.name for run in runs]
     domains = list(dict.fromkeys(str(name) for run in runs for name in run.figures))
     sections = [
         PagePart("Held-out text", _held_out(runs, domains) + _intervals(evaluated)),
         PagePart("Samples", _samples(runs)),
         PagePart("Recipe keys that differ", _differences(runs)),
-        PagePart("Data", [facts(runs, sheets.DATA), *sheets.notes_of(runs)]),
+        PagePart("Data", [*facts(runs, sheets.DATA), *sheets.notes_of(runs)]),
         PagePart("Memory", [sheets.memory_of(runs)]),
-        PagePart("Environment", [facts(runs, sheets.environment_of(runs))]),
-        PagePart("Provenance", [facts(runs, sheets.PROVENANCE)]),
-        PagePart("How to reproduce", texts=[text for run in runs for text in _reproduction(run, len(runs) > 1)]),
+        PagePart("Environment", facts(runs, sheets.environment_of(runs))),
+        PagePart("Provenance", facts(runs, sheets.PROVENANCE)),
+        PagePart("How to reproduce", texts=[text for run in runs for text in _reproduction(run, len(runs))]),
     ]
     # As pictures, in which a browser loads and runs nothing; the alphabet of base64 needs no escape.
     curves = [(title, Markup(base64.b64encode(svg).decode())) for title, svg in draw_curves(runs, domains)]
     environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_shown, trim_blocks=True)
     template = environment.from_string((files(__package__) / "report.html").read_text(encoding="utf-8"))
     return template.render(
-        title=", ".join(run.name for run in runs)[:200],
-        runs=[(run, *look_of(index)) for index, run in enumerate(runs)],
+        title=f"{names[0]} … {names[-1]}, {len(runs)} runs" if len(runs) > SIDE_BY_SIDE else ", ".join(names)[:200],
+        runs=[(run, *look_of(index, len(runs))) for index, run in enumerate(runs)],
         overview=facts(runs, sheets.OVERVIEW),
-        troubles=[(run.name, text) for run in runs for text in [*run.problems, *_warnings(run)]],
+        troubles=[(run.name, text) for run in runs for text in _warnings(run, -(-_WARNINGS // len(runs)))],
         curves=curves,
         sections=[s for s in sections if s.texts or any(sheet.rows for sheet in s.sheets)],
+        folded=len(runs) > SIDE_BY_SIDE,
         refresh=refresh,
         written=time.strftime("%Y-%m-%d %H:%M:%S %z"),
     )
@@ -81,10 +84,10 @@ def _shown(value: Any) -> Any:
     return printable(value.encode("utf-8", "replace").decode())
 
 
-def _warnings(run: RecordedRun) -> Row:
-    told = [f"step {event.get('step')}: {event.get('text')}" for event in run.of("warning")]
-    more = len(told) - _WARNINGS
-    return told[:_WARNINGS] + ([f"{more:,} more warnings"] if more > 0 else [])
+def _warnings(run: RecordedRun, most: int) -> Row:
+    """The last of them."""
+    earlier = len(run.warnings) - most
+    return ([f"{earlier:,} warnings before"] if earlier > 0 else []) + run.warnings[-most:]
 
 
 def _held_out(runs: Sequence[RecordedRun], domains: Row) -> list[Sheet]:
@@ -129,7 +132,7 @@ def _spread(value: Any, interval: Any, form: str) -> str:
 
 
 def _samples(runs: Sequence[RecordedRun]) -> list[Sheet]:
-    """For each prompt a table: steps downwards, runs side by side."""
+    """For each prompt a table: steps downwards, runs side by side; of many runs the first and the last sample."""
     texts: dict[str, dict[float, dict[str, str]]] = {}
     for run in runs:
         for event in run.of("sample"):
@@ -141,8 +144,16 @@ def _samples(runs: Sequence[RecordedRun]) -> list[Sheet]:
         last = len(steps) - 1
         kept = [steps[round(i * last / (_STEPS - 1))] for i in range(_STEPS)] if last >= _STEPS else steps
         names = [run.name for run in runs if any(run.name in texts for texts in by_step.values())]
-        rows = [[f"{step:g}", *(by_step[step].get(name, "") for name in names)] for step in kept]
-        tables.append(Sheet(prompt, ["step", *names], rows, look="samples"))
+        head, rows = (
+            ["step", *names],
+            [[f"{step:g}", *(by_step[step].get(name, "") for name in names)] for step in kept],
+        )
+        if len(names) > SIDE_BY_SIDE:
+            told = {
+                name: [f"{step:g}:{by_step[step][name]}" for step in steps if name in by_step[step]] for name in names
+            }
+            head, rows = ["run", "first step", "last step"], [[name, t[0], t[-1]] for name, t in told.items()]
+        tables.append(Sheet(prompt, head, rows, look="samples"))
     return tables
 
 
@@ -151,13 +162,13 @@ def _differences(runs: Sequence[RecordedRun]) -> list[Sheet]:
     keys = dict.fromkeys(key for recipe in flat for key in recipe)
     rows = [[key, *(recipe.get(key, "") for recipe in flat)] for key in keys]
     differ = [row for row in rows if len(set(row[1:])) > 1]
-    return [Sheet("", ["key", *(run.name for run in runs)], differ[: sheets.MOST_ROWS])]
+    return [side_by_side([run.name for run in runs], differ[: sheets.MOST_ROWS], "key")]
 
 
-def _reproduction(run: RecordedRun, several: bool) -> list[tuple[str, str]]:
+def _reproduction(run: RecordedRun, of_runs: int) -> list[tuple[str, str]]:
     if not run.recipe:
         return []
-    of = f" of {run.name}" if several else ""
+    of = f" of {run.name}" if of_runs > 1 else ""
     out = recorded(run.recipe, "run", "out")
     override = shlex.quote(f"run.out={out}-again")
     version = recorded(run.provenance, "peftune")
@@ -165,7 +176,10 @@ def _reproduction(run: RecordedRun, several: bool) -> list[tuple[str, str]]:
     layout = run.start.get("layout")
     started = f"# it ran as: {' '.join(str(layout).split())}\n" if layout else ""
     recipe = yaml.safe_dump(_given(run.recipe), sort_keys=False, allow_unicode=True, width=100)
-    return [(f"Command{of}", f"{install}{started}peftune train recipe.yaml {override}"), (f"recipe.yaml{of}", recipe)]
+    command = f"{install}{started}peftune train recipe.yaml {override}"
+    if of_runs > SIDE_BY_SIDE:
+        return [(run.name, f"{command}\n\n# recipe.yaml\n{recipe}")]
+    return [(f"Command{of}", command), (f"recipe.yaml{of}", recipe)]
 
 
 def _given(value: Any, inside: bool = False) -> Any:

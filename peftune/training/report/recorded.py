@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +23,7 @@ from peftune.training.run_directory import is_being_written
 
 _METRICS = "metrics.jsonl"
 _QUIET = 60.0  # seconds without a line after which the lock is asked whether the run still goes on
+_DIGITS = re.compile(r"(\d+)")
 _RECENT = 50  # steps by which the time left is estimated
 
 
@@ -34,10 +38,19 @@ class RecordedRun:
     problems: list[str] = field(default_factory=list)
     age: float = math.inf
     """Seconds since the last event."""
+    lines: bytes = field(default=b"", repr=False)
+    """Of the metrics what was read so far, as whole lines, each an event."""
 
     def of(self, event: str) -> list[dict[str, Any]]:
         """All events of a kind."""
-        return [e for e in self.events if e["event"] == event]
+        return self._by_kind.get(event, [])
+
+    @cached_property
+    def _by_kind(self) -> dict[str, list[dict[str, Any]]]:
+        found: dict[str, list[dict[str, Any]]] = {}
+        for event in self.events:
+            found.setdefault(event["event"], []).append(event)
+        return found
 
     @cached_property
     def start(self) -> dict[str, Any]:
@@ -62,6 +75,14 @@ class RecordedRun:
         return found
 
     @cached_property
+    def warnings(self) -> list[str]:
+        """What of it cannot be read, what it warned of and why it failed, each on one line."""
+        told = [f"warning at step {event.get('step')}: {event.get('text')}" for event in self.of("warning")]
+        if self.has_failed:
+            told.append(f"failed at step {self.events[-1].get('step')}: {self.events[-1].get('text')}")
+        return [" ".join(text.split()) for text in [*self.problems, *told]]
+
+    @cached_property
     def step(self) -> int | float:
         """The last step that was taken."""
         steps = [e["step"] for e in self.events if e["event"] in ("train", "eval") and e["step"] is not None]
@@ -79,11 +100,25 @@ class RecordedRun:
         return bool(self.provenance) or bool(self.events and self.events[-1]["event"] == "end")
 
     @cached_property
+    def has_failed(self) -> bool:
+        """Whether it ended with an error, which the last event tells."""
+        return bool(self.events) and self.events[-1]["event"] == "failed"
+
+    @cached_property
     def goes_on(self) -> bool:
         """Whether a process still writes it, as far as that can be seen from here."""
-        if self.has_ended:
+        if self.has_ended or self.has_failed:
             return False
         return (bool(self.events) and self.age < _QUIET) or is_being_written(self.folder)
+
+    @cached_property
+    def phase(self) -> str:
+        """What it does, in a word or two."""
+        if self.has_ended:
+            return "stopped early" if self.total_steps and self.step < self.total_steps else "finished"
+        if self.goes_on:
+            return "running" if self.events else "loading"
+        return "failed" if self.has_failed else "stopped"
 
     def state(self) -> str:
         """How far it is, in words."""
@@ -92,7 +127,8 @@ class RecordedRun:
             return "is being loaded" if self.goes_on else "left nothing"
         if self.has_ended:
             return f"ended after step {self.step or number(self.provenance.get('step')):,g}".replace("nan", "?")
-        return f"{'in progress' if self.goes_on else 'stopped'}, step {self.step:,}{total}"
+        phase = "in progress" if self.goes_on else self.phase
+        return f"{phase}, step {self.step:,}{total}"
 
     def seconds_left(self) -> float | None:
         """Estimated by the last steps; None where they do not tell."""
@@ -104,33 +140,79 @@ class RecordedRun:
         return float(taken.mean() * (self.total_steps - self.step)) if self.total_steps and len(taken) else None
 
 
-def read_run(path: Path, name: str | None = None) -> RecordedRun:
-    """The run in a directory, or of a file in it; UserError where there is none, and where it cannot be read."""
-    folder = path.parent if path.name in (_METRICS, PROVENANCE) else path
-    metrics, problems, events, age = folder / _METRICS, [], [], math.inf
-    try:
-        provenance = read_provenance(folder) or {}
-    except UserError as error:
-        provenance, problems = {}, [str(error)]
-    if os.path.lexists(metrics):
+class RunReader:
+    """Reads runs again and again, of each what was appended since it was read before."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths, self.known = paths, dict[Path, RecordedRun]()
+
+    def read(self) -> list[RecordedRun]:
+        """Runs in the order of their paths; those of one name are called by their paths.
+
+        A directory that is no run stands for the runs in it, by name. UserError where one that is asked for cannot be
+        read at first; later, and of those in a directory, it becomes a problem of that run.
+        """
+        folders = list(dict.fromkeys(folder for path in self.paths for folder in _runs_at(path)))
+        names = [folder.absolute().name for folder in folders]
+        found = {}
+        for folder, name in zip(folders, names, strict=True):
+            called = name if names.count(name) == 1 else str(folder)
+            try:
+                found[folder] = read_run(folder, called, self.known.get(folder))
+            except UserError as error:
+                if folder not in self.known and folder in map(_folder_of, self.paths):
+                    raise
+                found[folder] = RecordedRun(called, folder, problems=[str(error)])
+        self.known = found
+        return [*found.values()]
+
+
+def read_run(path: Path, name: str | None = None, before: RecordedRun | None = None) -> RecordedRun:
+    """The run in a directory, or of a file in it; UserError where there is none, and where it cannot be read.
+
+    Events that were read `before`, and are still there, are not read again.
+    """
+    folder = _folder_of(path)
+    metrics, problems, events, age, lines = folder / _METRICS, list[str](), list[dict[str, Any]](), math.inf, b""
+    if exists := os.path.lexists(metrics):
         content = read_bytes(metrics, str(metrics))
-        events, age = events_in(content), time.time() - metrics.stat().st_mtime
+        age = time.time() - metrics.stat().st_mtime
+        if before is None or not content.startswith(before.lines):
+            before = None
+        else:
+            lines, events = before.lines, before.events[: before.lines.count(b"\n")]
+        events = events + events_in(content[len(lines) :])
         lost = content.count(b"\n") - len(events)
         if lost > 0:
             problems.append(
                 f"{metrics}: line {len(events) + 1} is damaged; it and the {lost - 1:,} after it are left out"
             )
+        else:
+            lines = content[: content.rfind(b"\n") + 1]
+    try:
+        known = before.provenance if before and exists else {}
+        provenance = known or read_provenance(folder) or {}
+    except UserError as error:
+        provenance, problems = {}, [str(error), *problems]
     if not events and not provenance and not is_being_written(folder):
-        expected = f"expected a directory with {_METRICS}, which a run writes to its run.out"
-        raise UserError("; ".join([f"{path}: no run is there, {expected}", *problems]))
-    return RecordedRun(name or folder.absolute().name, folder, events, provenance, problems, age)
+        expected = f"expected a directory with {_METRICS}, which a run writes to its run.out, or one that holds such"
+        raise UserError("; ".join([f"{path}: no run is there, {expected} directories", *problems]))
+    return RecordedRun(name or folder.absolute().name, folder, events, provenance, problems, age, lines)
 
 
-def read_runs(paths: list[Path]) -> list[RecordedRun]:
-    """`read_run` of each; those of one name are called by their paths."""
-    runs = [read_run(path) for path in paths]
-    names = [run.name for run in runs]
-    return [read_run(p, str(p)) if names.count(run.name) > 1 else run for p, run in zip(paths, runs, strict=True)]
+def _folder_of(path: Path) -> Path:
+    return path.parent if path.name in (_METRICS, PROVENANCE) else path
+
+
+def _runs_at(path: Path) -> list[Path]:
+    """The directory of a run, or else of all runs one level below, numbers in their names in order."""
+    folder, below = _folder_of(path), list[Path]()
+    if not any(os.path.lexists(folder / name) for name in (_METRICS, PROVENANCE)):
+        with suppress(OSError):
+            below = [each for each in folder.iterdir() if os.path.isfile(each / _METRICS) or is_being_written(each)]
+    return sorted(below, key=lambda each: [int(t) if t.isdecimal() else t for t in _DIGITS.split(each.name)]) or [
+        folder
+    ]
 
 
 def number(value: Any) -> float:

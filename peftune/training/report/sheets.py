@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftune.adapters.provenance import recorded, recorded_dict, recorded_list
-from peftune.console import change
+from peftune.console import change, name_some
 from peftune.training.report.recorded import RecordedRun, number
 
 MOST_ROWS = 500
+SIDE_BY_SIDE = 6  # runs
 _RANKS = 64
 
 Row = list[str]
@@ -32,10 +33,21 @@ class Sheet:
 Facts = Sequence[tuple[str, Callable[[RecordedRun], str]]]
 
 
-def facts(runs: Sequence[RecordedRun], asked: Facts) -> Sheet:
-    """Facts downwards, runs side by side; without what no run tells."""
-    rows = [[label, *map(of, runs)] for label, of in asked]
-    return Sheet("", ["", *(run.name for run in runs)], [row for row in rows if any(row[1:])])
+def facts(runs: Sequence[RecordedRun], asked: Facts) -> list[Sheet]:
+    """`side_by_side`, without what no run tells; of many runs what is true of all is told once."""
+    rows = [row for row in ([label, *map(of, runs)] for label, of in asked) if any(row[1:])]
+    same = [row for row in rows if len(runs) > SIDE_BY_SIDE and len(set(row[1:])) == 1]
+    differ = [row for row in rows if row not in same]
+    return [Sheet("", ["", "all runs"], [row[:2] for row in same]), side_by_side([run.name for run in runs], differ)]
+
+
+def side_by_side(names: Row, rows: list[Row], corner: str = "") -> Sheet:
+    """Rows of what each run has of something, under its name; many runs stand below each other instead."""
+    table = [[corner, *names], *rows]
+    if len(names) > SIDE_BY_SIDE and rows:
+        table = [[*cells] for cells in zip(*table, strict=True)]
+        table[0][0] = "run"
+    return Sheet("", table[0], table[1:])
 
 
 def _of_start(key: str, form: str = "") -> Callable[[RecordedRun], str]:
@@ -116,8 +128,12 @@ def _chain(run: RecordedRun, key: str) -> str:
 
 def notes_of(runs: Sequence[RecordedRun]) -> list[Sheet]:
     """What was found in the text when runs began."""
-    told = [(run.name, run.start.get("notes")) for run in runs]
-    rows = [[name, str(note)] for name, notes in told if isinstance(notes, list) for note in notes]
+    told: dict[str, list[str]] = {}
+    for run in runs:
+        notes = run.start.get("notes")
+        for note in notes if isinstance(notes, list) else []:
+            told.setdefault(str(note), []).append(run.name)
+    rows = [[name_some(names, SIDE_BY_SIDE), note] for note, names in told.items()]
     return [Sheet("Findings", ["run", "what was found when the run began"], rows[:MOST_ROWS])] if rows else []
 
 
@@ -130,7 +146,7 @@ def memory_of(runs: Sequence[RecordedRun]) -> Sheet:
             off = change(predicted, measured) if measured > 0 and math.isfinite(predicted) else ""
             rows += [[run.name, "peak, measured", _megabytes(measured), ""]]
             rows += [[run.name, "peak, predicted", _megabytes(predicted), off]]
-        for rank, parts in enumerate(_of_ranks(run)):
+        for rank, parts in enumerate(_of_ranks(run) if len(runs) <= SIDE_BY_SIDE else []):
             rows += [[run.name, f"rank {rank}: {name}", _megabytes(number(size)), ""] for name, size in parts.items()]
     return Sheet("", ["run", "what", "MB", "against measured"], rows[:MOST_ROWS], look="numbers")
 

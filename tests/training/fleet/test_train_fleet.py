@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from peftune.config.recipe import Recipe
+from peftune.errors import CheckFailed, Interrupted, UserError
+from peftune.model.train.forward import TrainGPT2
+from peftune.training import loading, run
+from peftune.training.checkpoint import State
+from peftune.training.distributed.signals import StopNow
 from peftune.training.export.adapter import Delivery
+from peftune.training.fleet import train_fleet as train_fleet_module
 from peftune.training.fleet.train_fleet import train_fleet
-from peftune.training.metrics import read_metrics
+from peftune.training.health import validation_loss
+from peftune.training.metrics import MetricsLog, read_metrics
 from peftune.training.run import train
 
 Make = Callable[..., Recipe]
@@ -43,3 +54,182 @@ def test_each_of_unequal_adapters_equals_its_solo_run(
         assert distance(solo, ours) < 1e-6, name
         assert losses(ours) == pytest.approx(losses(solo), rel=1e-6)
         assert {path.name for path in ours.iterdir()} == {path.name for path in solo.iterdir()}
+
+
+def solo_and_fleet(recipe: Make, folder: Path, members: dict[str, list[str]], *extra: str) -> list[Recipe]:
+    """Train each alone; the recipes of the same fleet."""
+    for name, overrides in members.items():
+        train(recipe(*overrides, *extra, f"run.out={folder / 'alone' / name}"))
+    return [recipe(*overrides, *extra, f"run.out={folder / 'fleet' / name}") for name, overrides in members.items()]
+
+
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_a_quantised_base_is_held_once_and_serves_all(
+    recipe: Make, tmp_path: Path, distance: Distance, quantize: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = {"a": [], "b": ["lora.rank=2", "lora.variant=loftq"], "c": ["lora.variant=rslora"]}
+    fleet = solo_and_fleet(recipe, tmp_path, members, f"quantize={quantize}")
+    models: list[Any] = []
+    adapt = loading.load_adapted
+    monkeypatch.setattr(loading, "load_adapted", lambda *given: models.append(adapt(*given)) or models[-1])
+    train_fleet(fleet)
+    weights = [m.model.get_base_model().transformer.h[0].mlp.c_fc.base_layer.weight.data_ptr() for m in models]
+    assert len({*weights}) == 1 and len(weights) == 3
+    for name in members:
+        assert distance(tmp_path / "alone" / name, tmp_path / "fleet" / name) < 1e-6, name
+
+
+def test_lower_layers_are_computed_once_of_equal_tokens(
+    recipe: Make, tmp_path: Path, distance: Distance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = {"a": ["optim.lr=1e-3"], "b": ["optim.lr=3e-3"], "c": ["run.seed=1"]}
+    fleet = solo_and_fleet(recipe, tmp_path, members, "lora.layers=[1]")
+    seen: list[int] = []
+    below = TrainGPT2.below
+    monkeypatch.setattr(
+        TrainGPT2, "below", lambda self, tokens, depth: seen.append(len(tokens)) or below(self, tokens, depth)
+    )
+    train_fleet(fleet)
+    assert seen == [2] * 3  # of three adapters two read the same blocks in the same order
+    for name in members:
+        assert distance(tmp_path / "alone" / name, tmp_path / "fleet" / name) < 1e-6, name
+
+
+def test_members_that_cannot_share_forwards_run_after_the_others(
+    recipe: Make, tmp_path: Path, distance: Distance, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = {
+        "a": [], "slow": ["run.fast=false"], "b": ["run.seed=1"], "dora": ["lora.variant=dora"],
+        "short": ["data.block_size=32"],
+    }  # fmt: skip
+    fleet = solo_and_fleet(recipe, tmp_path, members)
+    capsys.readouterr()
+    outcomes = train_fleet(fleet)
+    told = capsys.readouterr().err
+    assert "a, b\n" in told and "slow alone: run.fast is false" in told and "dora alone: it trains more" in told
+    assert [outcome.out for outcome in outcomes if isinstance(outcome, Delivery)] == [Path(r.run.out) for r in fleet]
+    for name in members:
+        assert distance(tmp_path / "alone" / name, tmp_path / "fleet" / name) < 1e-6, name
+
+
+def test_one_that_breaks_leaves_and_the_others_do_not_notice(
+    recipe: Make, tmp_path: Path, distance: Distance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss that is no number, a rate that diverges, a disk that is full, data that is not there."""
+    members = {"a": ["optim.steps=6"], "b": ["lora.rank=2", "optim.steps=6"]}
+    good = solo_and_fleet(recipe, tmp_path, members)
+    bad = {
+        "nan": ["optim.steps=6", "run.seed=7"], "diverges": ["optim.lr=1e9", "optim.clip=null", "optim.steps=6"],
+        "full": ["optim.steps=6", "run.seed=9"], "absent": ["data.train=/no/such/file.txt"],
+    }  # fmt: skip
+    made = {name: recipe(*overrides, f"run.out={tmp_path / 'fleet' / name}") for name, overrides in bad.items()}
+    adapt, write = loading.load_adapted, MetricsLog._append
+
+    def poisoned(made: Recipe, *given: Any) -> Any:
+        adapted = adapt(made, *given)
+        if made.run.seed == 7:  # its losses and gradients, and every value that they touch
+            next(p for name, p in adapted.trainable().items() if ".lora_B." in name).data.fill_(math.nan)
+        return adapted
+
+    def full(log: MetricsLog, line: bytes) -> None:
+        if log.path.parent.name == "full" and b'"step": 3' in line:
+            log.close()
+            log.file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+        write(log, line)
+
+    monkeypatch.setattr(MetricsLog, "_append", full)
+    monkeypatch.setattr(loading, "load_adapted", poisoned)
+    recipes = [good[0], *made.values(), good[1]]
+    first, nan, diverges, disk, absent, last = train_fleet(recipes)
+    assert isinstance(first, Delivery) and isinstance(last, Delivery)
+    assert isinstance(nan, CheckFailed) and "step 1: loss nan" in str(nan)
+    assert isinstance(diverges, CheckFailed)
+    assert isinstance(disk, UserError) and "metrics.jsonl: cannot be written: No space left" in str(disk)
+    assert isinstance(absent, UserError) and "/no/such/file.txt" in str(absent)
+    for name, error in (("nan", nan), ("diverges", diverges)):
+        last_event = read_metrics(tmp_path / "fleet" / name)[-1]
+        assert (last_event["event"], last_event["text"]) == ("failed", str(error))
+    for name in members:
+        assert distance(tmp_path / "alone" / name, tmp_path / "fleet" / name) < 1e-6, name
+
+
+def cut_after(steps: int, patch: pytest.MonkeyPatch) -> None:
+    """As if a signal came in the step after so many."""
+    taken = iter([train_fleet_module.steps_together] * steps)
+
+    patch.setattr(train_fleet_module, "steps_together", lambda *given: next(taken, _stop)(*given))
+
+
+def test_a_solo_run_goes_on_from_a_fleet_and_a_fleet_from_a_solo_run(
+    recipe: Make, tmp_path: Path, distance: Distance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = {
+        "a": ["optim.steps=7", "lora.dropout=0.1"], "b": ["lora.rank=2", "optim.steps=4", "data.validation=0.2"],
+        "c": ["optim.steps=6", "run.seed=2"],
+    }  # fmt: skip
+    a, b, c = solo_and_fleet(recipe, tmp_path, members)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match=r"checkpoints of 3 adapters saved \(a at st"):
+        cut_after(2, patch)
+        train_fleet([a, b, c])
+    train(a)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(Interrupted, match=r"2 adapters saved \(c at step 5, b at step 3"),
+    ):
+        cut_after(1, patch)
+        with monkeypatch.context() as other, pytest.raises(Interrupted):
+            taken = iter([run.train_step] * 2)
+            other.setattr(run, "train_step", lambda *given: next(taken, _stop)(*given))
+            train(c)
+        train_fleet([a, c, b])
+    outcomes = train_fleet([c, b, a])
+    assert all(isinstance(outcome, Delivery) for outcome in outcomes)
+    for name in members:
+        solo, ours = (tmp_path / kind / name for kind in ("alone", "fleet"))
+        assert distance(solo, ours) < 1e-6, name
+        assert losses(ours) == pytest.approx(losses(solo), rel=1e-6)
+
+
+def _stop(*_: Any) -> Any:
+    raise StopNow
+
+
+def test_members_stop_at_a_share_of_their_steps_and_go_on(recipe: Make, tmp_path: Path, distance: Distance) -> None:
+    settings = ["data.validation=0.2", "run.eval_every=2"]
+    members = {"a": ["optim.steps=8", *settings], "b": ["optim.steps=4", "lora.rank=2", *settings]}
+    fleet = solo_and_fleet(recipe, tmp_path, members)
+    for _ in range(2):  # the second time there is nothing to do
+        paused = [state for state in train_fleet(fleet, until=0.5) if isinstance(state, State)]
+        assert [(state.step, validation_loss(state, state.step) is not None) for state in paused] == [
+            (4, True),
+            (2, True),
+        ]
+    train_fleet(fleet)
+    for name in members:
+        assert distance(tmp_path / "alone" / name, tmp_path / "fleet" / name) < 1e-6, name
+
+
+def test_early_stopping_ends_one_and_the_others_go_on(recipe: Make, tmp_path: Path, distance: Distance) -> None:
+    stops = ["optim.lr=1.0", "optim.steps=12", "data.validation=0.3", "run.eval_every=1", "run.early_stopping=2"]
+    members = {"stops": [*stops, "optim.warmup=4"], "goes on": ["optim.steps=12"]}
+    fleet = solo_and_fleet(recipe, tmp_path, members)
+    train_fleet(fleet)
+    steps = {name: json.loads((tmp_path / "fleet" / name / "peftune.json").read_text())["step"] for name in members}
+    assert steps["goes on"] == 12 > steps["stops"] > 0
+    for name in members:
+        assert distance(tmp_path / "alone" / name, tmp_path / "fleet" / name) < 1e-6, name
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (["run.out=x"], ["run.out=./x"], "are one directory; give each adapter"),
+        (["run.out=x"], ["run.out=y", "run.device=cpu"], "run.device is auto and cpu"),
+        (["run.out=x"], ["run.out=y", "run.track=[tensorboard]"], "run.track: trackers log one run at a time"),
+    ],
+)
+def test_what_one_process_cannot_do_is_refused(recipe: Make, first: list[str], second: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        train_fleet([recipe(*first), recipe(*second)])
+    with pytest.raises(UserError, match="expected a list"):
+        train_fleet("recipe.yaml")  # type: ignore[arg-type]
