@@ -28,10 +28,6 @@ from peftune.training.planning import trace
 from peftune.training.run import train
 
 _PAYS, _SLOWER = 1.05, 0.97
-_FLEET = (
-    "import sys; from peftune.config.recipe import load_recipe; from peftune.training.fleet.train_fleet import "
-    "train_fleet; train_fleet([load_recipe(path) for path in sys.argv[1:]])"
-)
 
 
 def speed(setup: Setup) -> Result:
@@ -41,7 +37,7 @@ def speed(setup: Setup) -> Result:
 
     Steps: tokens per CPU second in one process over one base, for each number of adapters and tokens of an adapter's
     step (blocks of so many tokens, of 1,024 above that; `short` is one document of a quarter block), both in turns.
-    Commands: CPU seconds from start-up to delivery, `peftune train` for each recipe against one call for all. Before
+    Commands: CPU seconds from start-up to delivery, `peftune train` for each recipe against one for all. Before
     anything is timed, losses in fp32 must be equal to 1e-5. Cells of more than `--most` tokens a step are left out.
     """
     a, settings = setup.arguments, setup.settings()
@@ -183,6 +179,7 @@ def steps_worker(job: dict[str, Any], channel: Channel) -> None:
     """A round takes steps together, then alone; the value is the ratio of tokens per CPU second."""
     steps = FleetSteps(recipes_of(job["recipe"], job["adapters"]), job["overrides"])
     for _ in channel.rounds(**steps.settings()):
+        steps.together()  # sleepers give memory back: whoever is first would pay for getting it again
         together, alone = (steps.rate(shares, job["tokens"]) for shares in (True, False))
         channel.send(value=together / alone, together=together, alone=alone)
 
@@ -199,6 +196,7 @@ def sizes_worker(job: dict[str, Any], channel: Channel) -> None:
     steps = FleetSteps(recipes_of(job["recipe"], job["adapters"]), job["overrides"])
     for _ in channel.rounds(**steps.settings()):
         rates = {}
+        steps.together()
         for tokens in job["forwards"]:
             steps.room.blocks = max(1, tokens // steps.block)
             rates[f"{tokens:,}"] = steps.rate(True, job["tokens"])
@@ -229,7 +227,7 @@ def commands_worker(job: dict[str, Any], channel: Channel) -> None:
                 paths.append(str(root / f"{kind}-{which}.json"))
                 Path(paths[-1]).write_text(json.dumps(each), encoding="utf-8")
             program = [sys.executable, "-m", "peftune", "train", "--quiet"]
-            calls = [[sys.executable, "-c", _FLEET, *paths]] if kind == "together" else [[*program, p] for p in paths]
+            calls = [[*program, *paths]] if kind == "together" else [[*program, path] for path in paths]
             before, began = _cpu_of_children(), time.perf_counter()
             for call in calls:
                 subprocess.run(call, check=True, cwd=ROOT, stdout=sys.stderr)
