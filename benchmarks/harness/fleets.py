@@ -16,6 +16,7 @@ from typing import Any
 from peftune.config.recipe import Recipe, recipe_from
 from peftune.console import Console
 from peftune.device import choose_precision
+from peftune.errors import CheckFailed
 from peftune.model.load import DTYPES, load_base, with_the_same_weights
 from peftune.training.distributed import start
 from peftune.training.distributed.signals import StopRequest
@@ -23,7 +24,7 @@ from peftune.training.fleet.members import Member
 from peftune.training.fleet.train_fleet import _room
 from peftune.training.inputs import RunInputs, read_inputs_on_all_ranks
 from peftune.training.loading import Run, Shared, load_run
-from peftune.training.step import CheckFailed, StepResult, steps_together
+from peftune.training.step import StepResult, steps_together
 
 LIMIT = 1e-5
 """Of the relative difference between a loss in a fleet and alone, in fp32."""
