@@ -32,7 +32,7 @@ from peftune.training.optimizer import Gradient
 from peftune.training.planning.memory_model import Way, bytes_per_rank, shapes_of
 
 Device = Literal["cpu", "cuda"]
-CPU_TOKENS, GPU_TOKENS = 8192, 65_536  # more a forward gains nothing
+CPU_TOKENS, GPU_TOKENS = 1024, 65_536  # more a forward gains nothing
 GPU_SHARE = 0.94  # of a GPU's memory that tensors may take: not measured here
 LIVE_TENSORS = 44  # widths per token and block that autograd keeps, measured on GPT-2 with LoRA on all linear layers
 _KEPT = "shapes_of_a_fused_kernel"
