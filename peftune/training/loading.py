@@ -87,9 +87,9 @@ class Shared:
     """Makes modules of the base over the same weights."""
     stop: StopRequest
     program: int
-    sums: dict[int, int]
+    sums: dict[int, int] = field(default_factory=dict)
     """Checksums of frozen weights, as `Health` remembers them."""
-    base_scores: dict[int, Score]
+    base_scores: dict[int, Score] = field(default_factory=dict)
     """Of blocks by their identity: what adapters that change nothing yet have in common."""
 
 

@@ -15,7 +15,7 @@ from benchmarks.harness.options import DECLARED, chosen
 from benchmarks.harness.ours import gate
 from benchmarks.harness.workers import Contestant, Failed, interleave
 
-MODULES = ("train", "decode", "serve", "merge", "data", "ranks", "gpu")
+MODULES = ("train", "decode", "serve", "merge", "data", "ranks", "gpu", "fleet")
 COMMANDS = [f"{m} {name}" for m in MODULES for name in importlib.import_module(f"benchmarks.{m}").BENCHMARKS]
 
 

@@ -186,12 +186,13 @@ def terms_of(matrix: Tensor, dtype: torch.dtype, dim: int = 0) -> Tensor:
 
 def summed(product_NP: Tensor, rank: int) -> Tensor:
     """The products with all terms of a matrix, added up: (N, R)."""
-    return product_NP.view(len(product_NP), -1, rank).sum(dim=1)
+    return product_NP if product_NP.shape[1] == rank else product_NP.view(len(product_NP), -1, rank).sum(dim=1)
 
 
 def repeated(inner_NR: Tensor, terms: int) -> Tensor:
     """(N, P), so that each of P rows of terms is multiplied."""
-    return inner_NR.repeat(1, terms // inner_NR.shape[1])
+    times = terms // inner_NR.shape[1]
+    return inner_NR if times == 1 else inner_NR.repeat(1, times)  # one repetition would be a copy
 
 
 @dataclass(frozen=True)

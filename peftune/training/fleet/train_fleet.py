@@ -40,6 +40,8 @@ from peftune.training.run import after_step, before_step, blamed, export, save, 
 from peftune.training.run_directory import sole_writer
 from peftune.training.step import NotFinite, steps_together
 
+_CPU_TOKENS = 1024  # of a forward that several adapters share
+
 
 def train_fleet(recipes: Sequence[Recipe], until: float = 1.0) -> list[Outcome]:
     """Train the adapters of several recipes; how each ended, in the order of the recipes.
@@ -122,7 +124,7 @@ def _train_group(group: Group, accelerator: Accelerator, console: Console, until
     if together:
         with raise_on_all_ranks(accelerator):
             model = load_base(first.recipe, first.base, group.dtype, accelerator.device)
-        shared = Shared(partial(with_the_same_weights, model), stop, program, {}, {})
+        shared = Shared(partial(with_the_same_weights, model), stop, program)
     for member in group.members:
         with member.own_errors():
             given = member.ready, accelerator, group.dtype, member.console, member.found, shared
@@ -227,10 +229,16 @@ def _saved_after_a_signal(members: Sequence[Member], stop: StopRequest) -> Itera
 
 
 def _room(live: Sequence[Member], accelerator: Accelerator) -> SharedRoom:
-    """As many blocks a forward as one run would take, had it so many; at least each member's micro-batch."""
+    """As many blocks a forward as gain something and fit, at least each member's micro-batch.
+
+    On a CPU the gain is that small products become large ones, which they are with a thousand rows
+    (`python -m benchmarks.fleet sizes`); more of them leave its caches.
+    """
     first, runs = live[0].ready, [member.running for member in live]
     ranks, kind = accelerator.num_processes, accelerator.device.type
     fitting = most_blocks(first, runs[0].forward.dtype, start.way_of(accelerator), ranks, kind)
+    if kind == "cpu":
+        fitting = min(fitting, _CPU_TOKENS // first.corpus.train.packing.block_size)
     blocks = max(fitting, *(run.state.micro_size for run in runs))
     return SharedRoom.of([run.gradient for run in runs], min(all_gather(accelerator, blocks)))
 
