@@ -40,7 +40,7 @@ from peftune.training.run import after_step, before_step, blamed, export, save, 
 from peftune.training.run_directory import sole_writer
 from peftune.training.step import NotFinite, steps_together
 
-_CPU_TOKENS = 1024  # of a forward that several adapters share
+_CPU_TOKENS = 2048  # of a forward that several adapters share
 
 
 def train_fleet(recipes: Sequence[Recipe], until: float = 1.0) -> list[Outcome]:
@@ -231,7 +231,7 @@ def _saved_after_a_signal(members: Sequence[Member], stop: StopRequest) -> Itera
 def _room(live: Sequence[Member], accelerator: Accelerator) -> SharedRoom:
     """As many blocks a forward as gain something and fit, at least each member's micro-batch.
 
-    On a CPU the gain is that small products become large ones, which they are with a thousand rows
+    On a CPU the gain is that small products become large ones, which they are with one or two thousand rows
     (`python -m benchmarks.fleet sizes`); more of them leave its caches.
     """
     first, runs = live[0].ready, [member.running for member in live]
