@@ -26,15 +26,17 @@ class SharedRoom:
 
     blocks: int
     gradient: torch.Tensor
+    adapters: int
+    """Of one forward, at most."""
 
     @staticmethod
-    def of(gradients: Sequence[Gradient], blocks: int) -> SharedRoom:
+    def of(gradients: Sequence[Gradient], blocks: int, adapters: int) -> SharedRoom:
         """Gradients move into one buffer."""
         sizes = [gradient.flat.numel() for gradient in gradients]
         whole = torch.zeros(sum(sizes), dtype=torch.float32, device=gradients[0].flat.device)
         for gradient, part in zip(gradients, torch.split(whole, sizes), strict=True):
             gradient.use(part)
-        return SharedRoom(blocks, whole)
+        return SharedRoom(blocks, whole, adapters)
 
     def accumulate(self, taking: Sequence[Taking], accelerator: Accelerator, stop: StopRequest) -> list[list[float]]:
         """Add up the gradients of this rank's micro-batches; of each adapter its nats and largest element."""
@@ -49,7 +51,7 @@ class SharedRoom:
         with suppress(StopNow), stop.at_once(), ExitStack() as terms:
             for forward in forwards if device.type == "cpu" else ():  # a GPU splits those of all at once
                 terms.enter_context(forward.between_updates())
-            for group in side_by_side(batches, positions):
+            for group in side_by_side(batches, positions, self.adapters):
                 if stop.name is not None:
                     break
                 losses = _nats([(forwards[i], batch, generators[i]) for i, batch in group]).unbind()
@@ -71,8 +73,8 @@ def _nats(given: Sequence[tuple[ForwardFn, Batch, torch.Generator]]) -> torch.Te
     return nats_of_pieces(pieces)
 
 
-def side_by_side(queues: Sequence[Iterator[Batch]], positions: int) -> Iterator[list[tuple[int, Batch]]]:
-    """Batches of all queues in groups of at most so many positions, or of one batch; each with its queue's number.
+def side_by_side(queues: Sequence[Iterator[Batch]], positions: int, most: int) -> Iterator[list[tuple[int, Batch]]]:
+    """At most so many batches of all queues, and positions, or one batch, at a time; each with its queue's number.
 
     A queue has one batch in a group, so that its gradients are summed and its draws are made as if it were alone.
     """
@@ -84,7 +86,7 @@ def side_by_side(queues: Sequence[Iterator[Batch]], positions: int) -> Iterator[
             if batch is None:
                 del left[number]
                 continue
-            if group and (size + batch.ids.numel() > positions or number in group):
+            if group and (size + batch.ids.numel() > positions or len(group) == most or number in group):
                 yield [*group.items()]
                 group, size = {}, 0
             group[number] = batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from peftune.config.recipe import Recipe
 from peftune.console import Console, counted
 from peftune.device import choose_precision, peak_memory, report_out_of_memory
 from peftune.errors import CheckFailed, Interrupted, PeftuneError, ReportedElsewhere, UserError, refuse_bare_string
-from peftune.model.load import DTYPES, NAME_OF, load_base, with_the_same_weights
+from peftune.model.load import DTYPES, KERNELS_KEPT, NAME_OF, load_base, with_the_same_weights
 from peftune.training.distributed import start
 from peftune.training.distributed.agreement import refuse_different_ranks
 from peftune.training.distributed.collectives import (
@@ -41,6 +42,9 @@ from peftune.training.run_directory import sole_writer
 from peftune.training.step import NotFinite, steps_together
 
 _CPU_TOKENS = 2048  # of a forward that several adapters share
+_CPU_ADAPTERS, _KERNELS, _KERNEL = 8, 448, 780_000
+"""Of a forward in 16 bits on a CPU, for which oneDNN makes kernels for each number of rows: some 48 for an adapter whose
+documents have lengths of their own. As many are kept, of so many bytes, that all layers of a forward find theirs."""
 
 
 def train_fleet(recipes: Sequence[Recipe], until: float = 1.0) -> list[Outcome]:
@@ -62,6 +66,8 @@ def train_fleet(recipes: Sequence[Recipe], until: float = 1.0) -> list[Outcome]:
         if not isinstance(recipe, Recipe):
             raise UserError(f"train_fleet is given {type(recipe).__name__}, expected a Recipe: load_recipes reads them")
     refuse_company(recipes)
+    if len(recipes) > 1:
+        keep_kernels()
     with start.watched_ranks(*recipes) as accelerator, report_out_of_memory():
         if start.zero_stage(accelerator):
             raise UserError("ZeRO shards the state of one adapter; a fleet runs on one process or on ranks with DDP")
@@ -85,6 +91,12 @@ def train_fleet(recipes: Sequence[Recipe], until: float = 1.0) -> list[Outcome]:
             for member in members:
                 member.held.close()
         return [_heard(member.outcome, accelerator) for member in members if member.outcome is not None]
+
+
+def keep_kernels() -> None:
+    """Have a CPU keep kernels for products with several adapters, unless the user has chosen; before the first one."""
+    for variable in KERNELS_KEPT:
+        os.environ.setdefault(variable, str(_KERNELS))
 
 
 def _heard(outcome: Outcome, accelerator: Accelerator) -> Outcome:
@@ -240,7 +252,8 @@ def _room(live: Sequence[Member], accelerator: Accelerator) -> SharedRoom:
     if kind == "cpu":
         fitting = min(fitting, _CPU_TOKENS // first.corpus.train.packing.block_size)
     blocks = max(fitting, *(run.state.micro_size for run in runs))
-    return SharedRoom.of([run.gradient for run in runs], min(all_gather(accelerator, blocks)))
+    most = _CPU_ADAPTERS if kind == "cpu" and runs[0].forward.dtype.itemsize == 2 else len(runs)
+    return SharedRoom.of([run.gradient for run in runs], min(all_gather(accelerator, blocks)), most)
 
 
 def _foreseen(inputs: Sequence[RunInputs], room: SharedRoom, dtype: torch.dtype, accelerator: Accelerator) -> int:
@@ -254,6 +267,8 @@ def _foreseen(inputs: Sequence[RunInputs], room: SharedRoom, dtype: torch.dtype,
     memory = bytes_per_rank(shapes, start.way_of(accelerator), ranks, precision, first.recipe.quantize)
     begin_with, each = grown_by(config, first.recipe, dtype, block, kind, False)
     others = 16 * (room.gradient.numel() - shapes.adapter)
+    if kind == "cpu" and dtype.itemsize == 2:
+        others += (_KERNELS - int(KERNELS_KEPT["LRU_CACHE_CAPACITY"])) * _KERNEL
     return memory.held + others + memory.working(begin_with + (min(room.blocks, of_steps) - 1) * each)
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from peftune.config.recipe import Recipe
+from peftune.data.batches import Batch
 from peftune.errors import CheckFailed, Interrupted, UserError
 from peftune.model.train import forward
 from peftune.model.train.forward import TrainGPT2
@@ -21,6 +23,7 @@ from peftune.training.checkpoint import State
 from peftune.training.distributed.signals import StopNow
 from peftune.training.export.adapter import Delivery
 from peftune.training.fleet import train_fleet as train_fleet_module
+from peftune.training.fleet.shared_room import side_by_side
 from peftune.training.fleet.train_fleet import train_fleet
 from peftune.training.health import validation_loss
 from peftune.training.metrics import MetricsLog, read_metrics
@@ -265,3 +268,19 @@ def test_the_base_is_scored_once_for_all_that_read_the_same(
     assert len(seen) == 2 + 3  # before the first step of two splits, after the last of each adapter
     for name in members:
         assert losses(tmp_path / "fleet" / name) == pytest.approx(losses(tmp_path / "alone" / name), rel=1e-6)
+
+
+def test_micro_batches_are_put_together_in_turns_until_there_is_no_room() -> None:
+    def batches(number: int, *tokens: int) -> Iterator[Batch]:
+        for count in tokens:
+            ids = torch.full((1, count), number)
+            yield Batch(ids, ids, ids, None)
+
+    def grouped_by(positions: int, most: int) -> list[list[tuple[int, int]]]:
+        queues = [batches(0, 5, 5), batches(1, 3), batches(2, 9, 2, 2)]
+        return [[(n, b.ids.numel()) for n, b in group] for group in side_by_side(queues, positions, most)]
+
+    assert grouped_by(100, 9) == [[(0, 5), (1, 3), (2, 9)], [(0, 5), (2, 2)], [(2, 2)]]
+    assert grouped_by(8, 9) == [[(0, 5), (1, 3)], [(2, 9)], [(0, 5), (2, 2)], [(2, 2)]]
+    assert grouped_by(100, 2) == [[(0, 5), (1, 3)], [(2, 9), (0, 5)], [(2, 2)], [(2, 2)]]
+    assert grouped_by(1, 9) == [[(0, 5)], [(1, 3)], [(2, 9)], [(0, 5)], [(2, 2)], [(2, 2)]]
