@@ -43,7 +43,7 @@ from peftune.training.step import NotFinite, steps_together
 
 _CPU_TOKENS = 2048  # of a forward that several adapters share
 _CPU_ADAPTERS, _KERNELS, _KERNEL = 8, 448, 780_000
-"""Of a forward in 16 bits on a CPU, for which oneDNN makes kernels for each number of rows: some 48 for an adapter whose
+"""Of a forward in 16 bits on a CPU, for which oneDNN makes kernels for each number of rows: 48 or so for each whose
 documents have lengths of their own. As many are kept, of so many bytes, that all layers of a forward find theirs."""
 
 
