@@ -35,7 +35,7 @@ class FleetSteps:
 
     def __init__(self, values: Sequence[dict[str, Any]], overrides: Sequence[str]) -> None:
         recipes = [recipe_from(each, [*overrides]) for each in values]
-        keep_kernels()
+        keep_kernels(len(values))
         self.console, self.stop = Console(speaks=False), StopRequest()
         with redirect_stdout(sys.stderr):
             self.accelerator = start.start([], recipes[0].run.out)

@@ -42,7 +42,7 @@ from peftune.training.run_directory import sole_writer
 from peftune.training.step import NotFinite, steps_together
 
 _CPU_TOKENS = 2048  # of a forward that several adapters share
-_CPU_ADAPTERS, _KERNELS, _KERNEL = 8, 448, 780_000
+_CPU_ADAPTERS, _KERNELS, _KERNEL = 8, 448, 1_100_000
 """Of a forward in 16 bits on a CPU, for which oneDNN makes kernels for each number of rows: 48 or so for each whose
 documents have lengths of their own. As many are kept, of so many bytes, that all layers of a forward find theirs."""
 
@@ -66,8 +66,7 @@ def train_fleet(recipes: Sequence[Recipe], until: float = 1.0) -> list[Outcome]:
         if not isinstance(recipe, Recipe):
             raise UserError(f"train_fleet is given {type(recipe).__name__}, expected a Recipe: load_recipes reads them")
     refuse_company(recipes)
-    if len(recipes) > 1:
-        keep_kernels()
+    keep_kernels(len(recipes))
     with start.watched_ranks(*recipes) as accelerator, report_out_of_memory():
         if start.zero_stage(accelerator):
             raise UserError("ZeRO shards the state of one adapter; a fleet runs on one process or on ranks with DDP")
@@ -93,10 +92,10 @@ def train_fleet(recipes: Sequence[Recipe], until: float = 1.0) -> list[Outcome]:
         return [_heard(member.outcome, accelerator) for member in members if member.outcome is not None]
 
 
-def keep_kernels() -> None:
+def keep_kernels(adapters: int) -> None:
     """Have a CPU keep kernels for products with several adapters, unless the user has chosen; before the first one."""
-    for variable in KERNELS_KEPT:
-        os.environ.setdefault(variable, str(_KERNELS))
+    for variable, of_one in KERNELS_KEPT.items():
+        os.environ.setdefault(variable, str(min(_KERNELS, adapters * int(of_one))))
 
 
 def _heard(outcome: Outcome, accelerator: Accelerator) -> Outcome:
@@ -268,7 +267,8 @@ def _foreseen(inputs: Sequence[RunInputs], room: SharedRoom, dtype: torch.dtype,
     begin_with, each = grown_by(config, first.recipe, dtype, block, kind, False)
     others = 16 * (room.gradient.numel() - shapes.adapter)
     if kind == "cpu" and dtype.itemsize == 2:
-        others += (_KERNELS - int(KERNELS_KEPT["LRU_CACHE_CAPACITY"])) * _KERNEL
+        of_one = int(KERNELS_KEPT["LRU_CACHE_CAPACITY"])
+        others += (min(_KERNELS, len(inputs) * of_one) - of_one) * _KERNEL
     return memory.held + others + memory.working(begin_with + (min(room.blocks, of_steps) - 1) * each)
 
 
