@@ -17,11 +17,11 @@ from peftune.config.recipe import Recipe, recipe_from
 from peftune.console import Console
 from peftune.device import choose_precision
 from peftune.errors import CheckFailed
-from peftune.model.load import DTYPES, load_base, with_the_same_weights
+from peftune.model.load import DTYPES, keep_kernels, load_base, with_the_same_weights
 from peftune.training.distributed import start
 from peftune.training.distributed.signals import StopRequest
 from peftune.training.fleet.members import Member
-from peftune.training.fleet.train_fleet import _room, keep_kernels
+from peftune.training.fleet.train_fleet import MOST_KERNELS, _room
 from peftune.training.inputs import RunInputs, read_inputs_on_all_ranks
 from peftune.training.loading import Run, Shared, load_run
 from peftune.training.step import StepResult, steps_together
@@ -35,7 +35,7 @@ class FleetSteps:
 
     def __init__(self, values: Sequence[dict[str, Any]], overrides: Sequence[str]) -> None:
         recipes = [recipe_from(each, [*overrides]) for each in values]
-        keep_kernels(len(values))
+        keep_kernels(len(values), MOST_KERNELS)
         self.console, self.stop = Console(speaks=False), StopRequest()
         with redirect_stdout(sys.stderr):
             self.accelerator = start.start([], recipes[0].run.out)

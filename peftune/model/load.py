@@ -61,8 +61,7 @@ def load_model(
     is, one tensor after the other. Raises UserError where weights are missing, truncated or of other shapes than
     config.json says.
     """
-    for variable, count in KERNELS_KEPT.items():
-        os.environ.setdefault(variable, count)  # read at the first product of the process
+    keep_kernels()
     if quantize is not None:
         quantized.require(quantize)
         for name in base.weights.names():  # reading checks them; packed, nobody would see it
@@ -96,6 +95,15 @@ def load_model(
     move_to(model, device, dtype)
     return_freed_memory()  # of the weights in float32
     return model.eval()  # type: ignore[no-any-return]
+
+
+def keep_kernels(adapters: int = 1, most: int = 1024) -> None:
+    """Have a CPU keep kernels for products with so many adapters at once, unless the user has chosen.
+
+    The first product of the process settles it.
+    """
+    for variable, of_one in KERNELS_KEPT.items():
+        os.environ.setdefault(variable, str(min(most, adapters * int(of_one))))
 
 
 def load_adapted(

@@ -7,15 +7,13 @@ from pathlib import Path
 
 from peftune.config.recipe import Recipe
 from peftune.console import Console
-from peftune.device import choose_precision, peak_memory, report_out_of_memory
+from peftune.device import peak_memory, report_out_of_memory
 from peftune.errors import CheckFailed, Interrupted, PeftuneError, UserError
 from peftune.inference.perplexity import Score
-from peftune.model.load import DTYPES
 from peftune.training import checkpoint
 from peftune.training.broken_step import what_broke
 from peftune.training.checkpoint import Checkpoint
 from peftune.training.distributed import start, zero
-from peftune.training.distributed.agreement import refuse_different_ranks
 from peftune.training.distributed.collectives import (
     all_gather,
     broadcast,
@@ -46,10 +44,7 @@ def train(recipe: Recipe) -> Delivery:
             zero.configure(accelerator, recipe)
         if idle := start.idle_gpus(accelerator):
             console.say(f"{idle} more GPUs here are not used: one process takes one; accelerate launch starts more")
-        with raise_on_all_ranks(accelerator):
-            precision = choose_precision(recipe.run.precision, accelerator.device.type == "cuda")
-        refuse_different_ranks(accelerator, {"precision": precision})
-        dtype = DTYPES[precision]
+        dtype = start.agreed_dtype(recipe, accelerator)
         inputs = read_inputs_on_all_ranks(recipe, accelerator)
         with sole_writer(Path(recipe.run.out), accelerator):
             found = broadcast(accelerator, lambda: earlier_run(inputs, console))

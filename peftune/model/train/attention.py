@@ -179,9 +179,9 @@ class Tokens:
     @staticmethod
     def of(batch: Rows) -> Tokens:
         """Without the padding of rows."""
-        *tensors, segments = batch
-        indices, lengths = _real(batch[0].shape, segments)
-        ids, positions, targets = (tensor.flatten()[indices] for tensor in tensors if tensor is not None)
+        ids, positions, targets, segments = batch
+        indices, lengths = _real(ids.shape, segments)
+        ids, positions, targets = (tensor.flatten()[indices] for tensor in (ids, positions, targets))
         return Tokens(ids, positions, targets, lengths)
 
     def equal(self, other: Tokens) -> bool:

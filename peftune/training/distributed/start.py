@@ -14,12 +14,13 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 
 from peftune.config.recipe import Recipe
-from peftune.device import choose_device
+from peftune.device import choose_device, choose_precision
 from peftune.errors import Interrupted, PeftuneError, UserError, first_line, report_once_per_machine
 from peftune.model import quantized
+from peftune.model.load import DTYPES
 from peftune.training.distributed import zero
 from peftune.training.distributed.agreement import flatten, refuse_different_ranks, versions
-from peftune.training.distributed.collectives import report_clearly
+from peftune.training.distributed.collectives import raise_on_all_ranks, report_clearly
 from peftune.training.distributed.watchdog import rendezvous_deadline, watch_peers
 from peftune.training.planning.memory_model import Way
 
@@ -104,6 +105,14 @@ def start(trackers: list[str], folder: str, device: str = "auto") -> Accelerator
             "take a file of accelerate_configs/"
         )
     return accelerator
+
+
+def agreed_dtype(recipe: Recipe, accelerator: Accelerator) -> torch.dtype:
+    """What a run computes in; UserError, on all ranks, where another has or can have another precision."""
+    with raise_on_all_ranks(accelerator):
+        precision = choose_precision(recipe.run.precision, accelerator.device.type == "cuda")
+    refuse_different_ranks(accelerator, {"precision": precision})
+    return DTYPES[precision]
 
 
 def require_trackers(trackers: Sequence[str]) -> None:

@@ -30,6 +30,8 @@ class Member:
     recipe: Recipe
     console: Console
     inputs: RunInputs | None = None
+    dtype: torch.dtype = torch.float32
+    """That it computes in, once it has read its inputs."""
     found: Checkpoint | None = None
     run: Run | None = None
     outcome: Outcome | None = None
@@ -92,19 +94,19 @@ class Group:
         return ", ".join(member.console.name for member in self.members)
 
 
-def grouped(members: Sequence[Member], dtypes: Sequence[torch.dtype]) -> list[Group]:
+def grouped(members: Sequence[Member]) -> list[Group]:
     """The members in groups that share base, its format, precision, block size and ways to compute; in their order."""
     groups: dict[object, Group] = {}
-    for member, dtype in zip(members, dtypes, strict=True):
+    for member in members:
         inputs = member.ready
         run, identity = inputs.recipe.run, inputs.base.identity()
         reason = why_alone(inputs)
         facts = (
-            *sorted((key, str(value)) for key, value in identity.items()), inputs.recipe.quantize, dtype,
+            *sorted((key, str(value)) for key, value in identity.items()), inputs.recipe.quantize, member.dtype,
             inputs.corpus.train.packing.block_size, run.checkpointing, run.compile,
         )  # fmt: skip
         key = member.console.name if reason else facts
-        groups.setdefault(key, Group([], dtype, reason)).members.append(member)
+        groups.setdefault(key, Group([], member.dtype, reason)).members.append(member)
     return list(groups.values())
 
 

@@ -1,7 +1,7 @@
 """Forwards that several adapters share: as many micro-batches as there is room for, of each adapter its own.
 
-Frozen products, attention and the loss are computed once over all tokens; an adapter sees its own tokens alone, has its
-own draws, and its gradient is a part of one buffer, which ranks add up at once.
+Products with frozen weights are made once over all tokens; an adapter sees its own tokens alone, has its own draws, and
+its gradient is a part of one buffer, which ranks add up at once.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,11 +15,10 @@ from accelerate import Accelerator
 from peftune.config.fleet import refuse_company
 from peftune.config.recipe import Recipe
 from peftune.console import Console, counted
-from peftune.device import choose_precision, peak_memory, report_out_of_memory
+from peftune.device import peak_memory, report_out_of_memory
 from peftune.errors import CheckFailed, Interrupted, PeftuneError, ReportedElsewhere, UserError, refuse_bare_string
-from peftune.model.load import DTYPES, KERNELS_KEPT, NAME_OF, load_base, with_the_same_weights
+from peftune.model.load import KERNELS_KEPT, NAME_OF, keep_kernels, load_base, with_the_same_weights
 from peftune.training.distributed import start
-from peftune.training.distributed.agreement import refuse_different_ranks
 from peftune.training.distributed.collectives import (
     all_gather,
     all_reduce_sum,
@@ -42,7 +40,7 @@ from peftune.training.run_directory import sole_writer
 from peftune.training.step import NotFinite, steps_together
 
 _CPU_TOKENS = 2048  # of a forward that several adapters share
-_CPU_ADAPTERS, _KERNELS, _KERNEL = 8, 448, 1_100_000
+_CPU_ADAPTERS, MOST_KERNELS, _KERNEL = 8, 448, 1_100_000
 """Of a forward in 16 bits on a CPU, for which oneDNN makes kernels for each number of rows: 48 or so for each whose
 documents have lengths of their own. As many are kept, of so many bytes, that all layers of a forward find theirs."""
 
@@ -66,22 +64,20 @@ def train_fleet(recipes: Sequence[Recipe], until: float = 1.0) -> list[Outcome]:
         if not isinstance(recipe, Recipe):
             raise UserError(f"train_fleet is given {type(recipe).__name__}, expected a Recipe: load_recipes reads them")
     refuse_company(recipes)
-    keep_kernels(len(recipes))
+    keep_kernels(len(recipes), MOST_KERNELS)
     with start.watched_ranks(*recipes) as accelerator, report_out_of_memory():
         if start.zero_stage(accelerator):
             raise UserError("ZeRO shards the state of one adapter; a fleet runs on one process or on ranks with DDP")
         console = Console(accelerator.is_main_process)
         members = members_of(recipes, console)
-        dtypes = {}
         for member in members:
             with member.own_errors():
-                dtypes[member.console.name] = _read(member, members, accelerator)
+                _read(member, members, accelerator)
         try:
             for member in members:
                 with member.own_errors():
                     _claim(member, accelerator)
-            left = [member for member in members if member.outcome is None]
-            groups = grouped(left, [DTYPES[dtypes[member.console.name]] for member in left])
+            groups = grouped([member for member in members if member.outcome is None])
             for group in groups:
                 if len(groups) > 1:
                     console.stage(f"{group.names()}{f' alone: {group.reason}' if group.reason else ''}")
@@ -92,12 +88,6 @@ def train_fleet(recipes: Sequence[Recipe], until: float = 1.0) -> list[Outcome]:
         return [_heard(member.outcome, accelerator) for member in members if member.outcome is not None]
 
 
-def keep_kernels(adapters: int) -> None:
-    """Have a CPU keep kernels for products with several adapters, unless the user has chosen; before the first one."""
-    for variable, of_one in KERNELS_KEPT.items():
-        os.environ.setdefault(variable, str(min(_KERNELS, adapters * int(of_one))))
-
-
 def _heard(outcome: Outcome, accelerator: Accelerator) -> Outcome:
     """An error is told by the first rank."""
     if isinstance(outcome, PeftuneError) and not accelerator.is_main_process:
@@ -105,14 +95,11 @@ def _heard(outcome: Outcome, accelerator: Accelerator) -> Outcome:
     return outcome
 
 
-def _read(member: Member, members: Sequence[Member], accelerator: Accelerator) -> str:
-    """Read what a member starts from, once for all that read the same; the precision that it computes in."""
-    with raise_on_all_ranks(accelerator):
-        precision = choose_precision(member.recipe.run.precision, accelerator.device.type == "cuda")
-    refuse_different_ranks(accelerator, {"precision": precision})
+def _read(member: Member, members: Sequence[Member], accelerator: Accelerator) -> None:
+    """Read what a member starts from, once for all that read the same."""
+    member.dtype = start.agreed_dtype(member.recipe, accelerator)
     known = [other.inputs for other in members if other.inputs is not None]
     member.inputs = read_inputs_on_all_ranks(member.recipe, accelerator, known)
-    return precision
 
 
 def _claim(member: Member, accelerator: Accelerator) -> None:
@@ -268,7 +255,7 @@ def _foreseen(inputs: Sequence[RunInputs], room: SharedRoom, dtype: torch.dtype,
     others = 16 * (room.gradient.numel() - shapes.adapter)
     if kind == "cpu" and dtype.itemsize == 2:
         of_one = int(KERNELS_KEPT["LRU_CACHE_CAPACITY"])
-        others += (min(_KERNELS, len(inputs) * of_one) - of_one) * _KERNEL
+        others += (min(MOST_KERNELS, len(inputs) * of_one) - of_one) * _KERNEL
     return memory.held + others + memory.working(begin_with + (min(room.blocks, of_steps) - 1) * each)
 
 
