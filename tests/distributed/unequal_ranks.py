@@ -47,7 +47,7 @@ with start.process_group():
         done.clear()
         with (
             patch.object(start, "versions", lambda more, c=changed: true_versions(more) | c),
-            patch.object(run, "choose_precision", lambda *_, p=precision: p),
+            patch.object(start, "choose_precision", lambda *_, p=precision: p),
         ):
             try:
                 run.train(load_recipe(Path("recipe.yaml"), []))
