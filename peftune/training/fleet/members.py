@@ -17,6 +17,7 @@ from peftune.training.checkpoint import Checkpoint, State
 from peftune.training.export.adapter import Delivery
 from peftune.training.inputs import RunInputs
 from peftune.training.loading import Run
+from peftune.training.planning.memory_model import shapes_of
 
 Outcome = Delivery | State | PeftuneError
 """A finished adapter, where a run stands that was paused, or what ended it."""
@@ -83,7 +84,7 @@ def members_of(recipes: Sequence[Recipe], console: Console) -> list[Member]:
 
 @dataclass(frozen=True)
 class Group:
-    """Members that learn side by side over one base, in one precision; one alone where `reason` says why."""
+    """Members that learn side by side over one base, in one precision; `reason` says why no others are among them."""
 
     members: list[Member]
     dtype: torch.dtype
@@ -108,6 +109,23 @@ def grouped(members: Sequence[Member]) -> list[Group]:
         key = member.console.name if reason else facts
         groups.setdefault(key, Group([], member.dtype, reason)).members.append(member)
     return list(groups.values())
+
+
+def parts_that_fit(group: Group, room: int) -> list[Group]:
+    """The group in parts whose adapters, their gradients and moments fit into so many bytes; in the same order."""
+    parts: list[list[Member]] = []
+    left, known = 0, dict[str, int]()
+    for member in group.members:
+        config, lora = member.ready.base.config, member.ready.recipe.lora
+        if (key := lora.model_dump_json()) not in known:  # a skeleton of the model is built
+            known[key] = 16 * shapes_of(config, lora).adapter
+        if not parts or known[key] > left:
+            parts.append([])
+            left = room
+        parts[-1].append(member)
+        left -= known[key]
+    reason = group.reason if len(parts) == 1 else "memory holds no more adapters at a time"
+    return [Group(part, group.dtype, reason) for part in parts]
 
 
 def why_alone(inputs: RunInputs) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +16,7 @@ from peftune.config.recipe import Recipe
 from peftune.console import Console, counted
 from peftune.device import peak_memory, report_out_of_memory
 from peftune.errors import CheckFailed, Interrupted, PeftuneError, ReportedElsewhere, UserError, refuse_bare_string
-from peftune.model.load import KERNELS_KEPT, NAME_OF, keep_kernels, load_base, with_the_same_weights
+from peftune.model.load import KERNELS_KEPT, keep_kernels, load_base, with_the_same_weights
 from peftune.training.distributed import start
 from peftune.training.distributed.collectives import (
     all_gather,
@@ -28,12 +27,12 @@ from peftune.training.distributed.collectives import (
 )
 from peftune.training.distributed.signals import StopNow, StopRequest
 from peftune.training.export.adapter import Delivery, earlier_run
-from peftune.training.fleet.members import Group, Member, Outcome, grouped, members_of
+from peftune.training.fleet.members import Group, Member, Outcome, grouped, members_of, parts_that_fit
 from peftune.training.fleet.shared_room import SharedRoom
 from peftune.training.inputs import RunInputs, read_inputs_on_all_ranks
 from peftune.training.loading import Shared, begin, bytes_of_program, facts_of, load_run
-from peftune.training.planning.memory_model import bytes_per_rank, shapes_of
-from peftune.training.planning.plan import grown_by
+from peftune.training.planning.memory_model import shapes_of
+from peftune.training.planning.plan import grown_at_most, usable_memory
 from peftune.training.planning.trace import most_blocks
 from peftune.training.run import after_step, before_step, blamed, export, save, save_after_signal, start_course
 from peftune.training.run_directory import sole_writer
@@ -77,10 +76,12 @@ def train_fleet(recipes: Sequence[Recipe], until: float = 1.0) -> list[Outcome]:
             for member in members:
                 with member.own_errors():
                     _claim(member, accelerator)
-            groups = grouped([member for member in members if member.outcome is None])
+            of_a_kind = grouped([member for member in members if member.outcome is None])
+            groups = [part for group in of_a_kind for part in _parts(group, accelerator)]
             for group in groups:
                 if len(groups) > 1:
-                    console.stage(f"{group.names()}{f' alone: {group.reason}' if group.reason else ''}")
+                    alone = " alone" if len(group.members) == 1 else ""
+                    console.stage(f"{group.names()}{f'{alone}: {group.reason}' if group.reason else ''}")
                 _train_group(group, accelerator, console, until)
         finally:
             for member in members:
@@ -226,6 +227,16 @@ def _saved_after_a_signal(members: Sequence[Member], stop: StopRequest) -> Itera
         ) from None
 
 
+def _parts(group: Group, accelerator: Accelerator) -> list[Group]:
+    """The group in parts whose adapters fit into memory beside base and smallest forward; alike on all ranks."""
+    if len(group.members) == 1:
+        return [group]
+    sizes = [member.recipe.batch.micro_size for member in group.members]
+    blocks = max(size if isinstance(size, int) else 1 for size in sizes)
+    taken = grown_at_most(group.members[0].ready, group.dtype, blocks, accelerator)
+    return parts_that_fit(group, min(all_gather(accelerator, usable_memory(accelerator) - taken)))
+
+
 def _room(live: Sequence[Member], accelerator: Accelerator) -> SharedRoom:
     """As many blocks a forward as gain something and fit, at least each member's micro-batch.
 
@@ -245,18 +256,12 @@ def _room(live: Sequence[Member], accelerator: Accelerator) -> SharedRoom:
 def _foreseen(inputs: Sequence[RunInputs], room: SharedRoom, dtype: torch.dtype, accelerator: Accelerator) -> int:
     """Bytes by which a rank grows, at most: the base and a forward once, values, gradient and moments of all."""
     first, ranks = inputs[0], accelerator.num_processes
-    kind: Any = accelerator.device.type
-    config, block = first.base.config, first.corpus.train.packing.block_size
     of_steps = sum(-(-min(one.recipe.batch.global_size, len(one.corpus.train)) // ranks) for one in inputs)
-    shapes = shapes_of(config, first.recipe.lora)
-    precision: Any = NAME_OF[dtype]
-    memory = bytes_per_rank(shapes, start.way_of(accelerator), ranks, precision, first.recipe.quantize)
-    begin_with, each = grown_by(config, first.recipe, dtype, block, kind, False)
-    others = 16 * (room.gradient.numel() - shapes.adapter)
-    if kind == "cpu" and dtype.itemsize == 2:
+    others = 16 * (room.gradient.numel() - shapes_of(first.base.config, first.recipe.lora).adapter)
+    if accelerator.device.type == "cpu" and dtype.itemsize == 2:
         of_one = int(KERNELS_KEPT["LRU_CACHE_CAPACITY"])
         others += (min(MOST_KERNELS, len(inputs) * of_one) - of_one) * _KERNEL
-    return memory.held + others + memory.working(begin_with + (min(room.blocks, of_steps) - 1) * each)
+    return grown_at_most(first, dtype, min(room.blocks, of_steps), accelerator, others)
 
 
 def _description(live: Sequence[Member], room: SharedRoom) -> str:

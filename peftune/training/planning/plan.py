@@ -6,6 +6,7 @@ keeps grows by the same bytes with every block, so two traces give all sizes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -212,6 +213,13 @@ def grown_by(
     return int(first * (1 + _KEPT_FREE)) + _LIBRARIES + holes, int(each * (1 + _KEPT_FREE)) + holes
 
 
+def usable_memory(accelerator: Accelerator) -> int:
+    """Bytes that are free now and that this rank may take."""
+    if accelerator.device.type == "cuda":
+        return int(GPU_SHARE * torch.cuda.mem_get_info(accelerator.device)[0])
+    return int(_CPU_SHARE * psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def loading(shapes: Shapes, memory: RankMemory, device: Device) -> int:
     """Bytes while the base is loaded into main memory: its file in fp32, which is mapped, beside its tensors."""
     return 4 * sum(shapes.frozen()) + memory.base if device == "cpu" else 0
@@ -265,18 +273,22 @@ def _wire(shapes: Shapes, way: Way, ranks: int, precision: Format, micro_batches
 
 
 def tensors_at_most(inputs: RunInputs, forward: ForwardFn, accelerator: Accelerator) -> int:
-    """Bytes by which a rank grows, at most, from before the base is loaded; a collective, which the first computes."""
-    return broadcast(accelerator, lambda: _tensors_at_most(inputs, forward, accelerator))
+    """`grown_at_most` of a run's own micro-batches; a collective, which the first rank computes."""
+    ranks, train = accelerator.num_processes, inputs.corpus.train
+    size = min(forward.micro_size, len(train), -(-inputs.recipe.batch.global_size // ranks))
+    return broadcast(accelerator, lambda: grown_at_most(inputs, forward.dtype, size, accelerator))
 
 
-def _tensors_at_most(inputs: RunInputs, forward: ForwardFn, accelerator: Accelerator) -> int:
-    stage, ranks, way = zero_stage(accelerator), accelerator.num_processes, way_of(accelerator)
-    kind: Any = "cpu" if accelerator.device.type == "cpu" else "cuda"
-    recipe, config, blocks = inputs.recipe, inputs.base.config, inputs.corpus.train
-    precision: Any = NAME_OF[forward.dtype]
+def grown_at_most(inputs: RunInputs, dtype: torch.dtype, blocks: int, accelerator: Accelerator, others: int = 0) -> int:
+    """Bytes by which a rank grows, at most, from before the base is loaded: with so many `blocks` in a forward.
+
+    `others` are bytes that stay besides, such as those of adapters that learn beside this one.
+    """
+    kind: Any = accelerator.device.type
+    precision: Any = NAME_OF[dtype]
+    recipe, config, block = inputs.recipe, inputs.base.config, inputs.corpus.train.packing.block_size
     shapes = shapes_of(config, recipe.lora)
-    memory = bytes_per_rank(shapes, way, ranks, precision, recipe.quantize)
-    first, each = grown_by(config, recipe, forward.dtype, blocks.packing.block_size, kind, stage == 3)
-    size = min(forward.micro_size, len(blocks), -(-recipe.batch.global_size // ranks))
-    step = memory.held + memory.working(first + (size - 1) * each)
-    return max(step, loading(shapes, memory, kind))
+    memory = bytes_per_rank(shapes, way_of(accelerator), accelerator.num_processes, precision, recipe.quantize)
+    first, each = grown_by(config, recipe, dtype, block, kind, zero_stage(accelerator) == 3)
+    step = memory.held + memory.working(first + (blocks - 1) * each)
+    return others + max(step, loading(shapes, memory, kind))

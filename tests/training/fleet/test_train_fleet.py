@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config
 
 from peftune.config.recipe import Recipe
 from peftune.data.batches import Batch
@@ -27,6 +28,7 @@ from peftune.training.fleet.shared_room import side_by_side
 from peftune.training.fleet.train_fleet import train_fleet
 from peftune.training.health import validation_loss
 from peftune.training.metrics import MetricsLog, read_metrics
+from peftune.training.planning.memory_model import shapes_of
 from peftune.training.run import train
 
 Make = Callable[..., Recipe]
@@ -113,6 +115,24 @@ def test_members_that_cannot_share_forwards_run_after_the_others(
     told = capsys.readouterr().err
     assert "a, b\n" in told and "slow alone: run.fast is false" in told and "dora alone: it trains more" in told
     assert [outcome.out for outcome in outcomes if isinstance(outcome, Delivery)] == [Path(r.run.out) for r in fleet]
+    for name in members:
+        assert distance(tmp_path / "alone" / name, tmp_path / "fleet" / name) < 1e-6, name
+
+
+@pytest.mark.parametrize(("room", "told"), [(-1.0, "c alone: memory"), (2.5, "a, b: memory holds no more adapters")])
+def test_as_many_as_memory_holds_learn_at_a_time(
+    recipe: Make, tmp_path: Path, distance: Distance, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], room: float, told: str,
+) -> None:  # fmt: skip
+    """Beside base and forward there is room for no adapter, or for two and a half."""
+    members = {"a": ["run.seed=1"], "b": ["run.seed=2"], "c": ["run.seed=3"]}
+    fleet = solo_and_fleet(recipe, tmp_path, members)
+    one = 16 * shapes_of(GPT2Config.from_pretrained(fleet[0].base), fleet[0].lora).adapter
+    monkeypatch.setattr(train_fleet_module, "grown_at_most", lambda *_: 1_000_000)
+    monkeypatch.setattr(train_fleet_module, "usable_memory", lambda _: 1_000_000 + int(room * one))
+    capsys.readouterr()
+    train_fleet(fleet)
+    assert told in capsys.readouterr().err
     for name in members:
         assert distance(tmp_path / "alone" / name, tmp_path / "fleet" / name) < 1e-6, name
 
