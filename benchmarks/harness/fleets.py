@@ -21,7 +21,7 @@ from peftune.model.load import DTYPES, keep_kernels, load_base, with_the_same_we
 from peftune.training.distributed import start
 from peftune.training.distributed.signals import StopRequest
 from peftune.training.fleet.members import Member
-from peftune.training.fleet.train_fleet import MOST_KERNELS, _room
+from peftune.training.fleet.train_fleet import MOST_KERNELS, room_of
 from peftune.training.inputs import RunInputs, read_inputs_on_all_ranks
 from peftune.training.loading import Run, Shared, load_run
 from peftune.training.step import StepResult, steps_together
@@ -47,7 +47,7 @@ class FleetSteps:
             shared = Shared(partial(with_the_same_weights, model), self.stop, 0)
             self._alone, self._together = ([self._load(one, shared) for one in inputs] for _ in range(2))
         members = [Member(run.inputs.recipe, self.console, run.inputs, run=run) for run in self._together]
-        self.room = _room(members, self.accelerator)
+        self.room = room_of(members, self.accelerator)
         self.block = inputs[0].corpus.train.packing.block_size
 
     def _load(self, inputs: RunInputs, shared: Shared) -> Run:

@@ -43,6 +43,7 @@ from peftune.model.train.layers import (
 )
 
 NAME = "default"  # PEFT's, of a model's only adapter
+LAYERS = ("c_attn", "attn_c_proj", "c_fc", "mlp_c_proj")  # the linear layers of a block, from the lowest up
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Block:
         return x + self.mlp_c_proj(hidden, parts, training)
 
     def layers(self) -> tuple[LoraLinear, ...]:
-        """Its four linear layers."""
-        return self.c_attn, self.attn_c_proj, self.c_fc, self.mlp_c_proj
+        """Those of `LAYERS`."""
+        return tuple(getattr(self, name) for name in LAYERS)
 
     def is_frozen(self) -> bool:
         """Whether no layer has an adapter."""
@@ -83,12 +84,12 @@ class Block:
         """One of several blocks over the same frozen weights, with the adapters of each."""
         if len(blocks) == 1:
             return blocks[0]
-        names = "c_attn", "attn_c_proj", "c_fc", "mlp_c_proj"
-        layers = {name: [getattr(block, name) for block in blocks] for name in names}
-        adapters = {name: tuple(a for layer in of_all for a in layer.adapters) for name, of_all in layers.items()}
-        return replace(
-            blocks[0], **{name: replace(layers[name][0], adapters=adapters[name], at_once=at_once) for name in names}
-        )
+        layers = [
+            replace(same[0], adapters=tuple(own for layer in same for own in layer.adapters), at_once=at_once)
+            for same in zip(*(block.layers() for block in blocks), strict=True)
+        ]
+        named: dict[str, Any] = dict(zip(LAYERS, layers, strict=True))
+        return replace(blocks[0], **named)
 
 
 @dataclass(frozen=True)
@@ -179,9 +180,10 @@ def nats_of_pieces(pieces: Sequence[Piece]) -> torch.Tensor:
     blocks = [Block.joined(of_all, at_once) for of_all in zip(*(piece.forward.blocks for piece in pieces), strict=True)]
     depth = sum(1 for _ in takewhile(Block.is_frozen, blocks))
     kinds = [next(i for i, other in enumerate(tokens) if other.equal(mine)) for mine in tokens] if depth else []
-    if depth and not any(strengths) and len({*kinds}) < len(pieces):
-        found = first.below([tokens[i] for i in sorted({*kinds})], depth)
-        x = torch.cat([found[sorted({*kinds}).index(i)] for i in kinds])
+    different = sorted({*kinds})
+    if depth and not any(strengths) and len(different) < len(pieces):
+        found = first.below([tokens[i] for i in different], depth)
+        x = torch.cat([found[different.index(i)] for i in kinds])
     else:
         depth = 0
         x, more = first.embedded(tokens)

@@ -137,7 +137,7 @@ def _train_group(group: Group, accelerator: Accelerator, console: Console, until
     with stop, report_after_a_signal(stop):
         room = None
         if together:
-            room = _room(live, accelerator)
+            room = room_of(live, accelerator)
             console.say(_description(live, room))
             foreseen = cache(partial(_foreseen, [member.ready for member in live], room, group.dtype, accelerator))
             for member in live:
@@ -237,7 +237,7 @@ def _parts(group: Group, accelerator: Accelerator) -> list[Group]:
     return parts_that_fit(group, min(all_gather(accelerator, usable_memory(accelerator) - taken)))
 
 
-def _room(live: Sequence[Member], accelerator: Accelerator) -> SharedRoom:
+def room_of(live: Sequence[Member], accelerator: Accelerator) -> SharedRoom:
     """As many blocks a forward as gain something and fit, at least each member's micro-batch.
 
     On a CPU the gain is that small products become large ones, which they are with one or two thousand rows
