@@ -28,7 +28,6 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-CUDA = torch.device("cuda", 0)
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "peftune"
 
@@ -55,8 +54,9 @@ class WrongDevice(RuntimeError):
 class PretendedCUDA(TorchFunctionMode):
     """While entered, `cuda` is a device; what happened on it is in the counters, since `forget`."""
 
-    def __init__(self) -> None:
+    def __init__(self, index: int = 0) -> None:
         super().__init__()
+        self.device = torch.device("cuda", index)
         self._seen = _Operations(self)
         self._marked: set[int] = set()
         self._pinned: set[int] = set()
@@ -153,11 +153,11 @@ class PretendedCUDA(TorchFunctionMode):
         tensor = args[0] if args and isinstance(args[0], torch.Tensor) else None
         here = tensor is not None and self.holds(tensor)
         if func == torch.Tensor.device.__get__ and here:  # type: ignore[attr-defined]
-            return CUDA
+            return self.device
         if func in (torch.Tensor.is_cuda.__get__, torch.Tensor.is_cpu.__get__) and here:  # type: ignore[attr-defined]
             return func == torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
         if func is torch.Tensor.get_device and here:
-            return 0
+            return self.device.index
         if func is torch.Tensor.pin_memory:
             if here:
                 self.refuse("only CPU memory can be pinned")
@@ -186,6 +186,7 @@ class PretendedCUDA(TorchFunctionMode):
 
     def _made(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """What `func` makes, on the GPU; from numbers of the host it is copied there."""
+        self._refuse_other(torch.device(kwargs["device"]))
         copies = func in (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
         before, self.place = self.place, "cuda"
         try:
@@ -197,12 +198,18 @@ class PretendedCUDA(TorchFunctionMode):
             self.wait(f"{func.__name__} of numbers")
         return result
 
+    def _refuse_other(self, device: torch.device) -> None:
+        if device.type == "cuda" and device.index not in (None, self.device.index):
+            self.refuse(f"{device} is not this process's GPU")
+
     def _moved(self, func: Any, tensor: torch.Tensor, here: bool, rest: Any, kwargs: dict[str, Any]) -> Any:
         """`to`, `cuda` and `cpu`."""
         given = [*rest, *kwargs.values()]
         asked = [a for a in given if isinstance(a, torch.device | str)]
         others = [a for a in given if isinstance(a, torch.Tensor)]
         to = "cuda" if func is torch.Tensor.cuda else "cpu" if func is torch.Tensor.cpu else None
+        if asked:
+            self._refuse_other(torch.device(asked[0]))
         to = to or (torch.device(asked[0]).type if asked else None)
         to = to or (("cuda" if self.holds(others[0]) else "cpu") if others else None)
         if to not in ("cuda", "cpu") or (to == "cuda") == here or tensor.device.type == "meta":
@@ -316,10 +323,13 @@ def _about_cpu(asked: Any, *_: Any) -> Any:
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 
 
-def pretend(patch: pytest.MonkeyPatch, flash: bool = True) -> PretendedCUDA:
-    """Let torch have one GPU with bf16 while `patch` lasts; without `flash` no attention over documents end to end."""
+def pretend(patch: pytest.MonkeyPatch, flash: bool = True, index: int = 0, count: int = 1) -> PretendedCUDA:
+    """Let torch have GPUs with bf16 while `patch` lasts, of which this process has number `index`.
+
+    Without `flash` there is no attention over documents that lie end to end.
+    """
     pytest.importorskip("torch.nn.attention.varlen")  # an older torch has none
-    cuda = PretendedCUDA()
+    cuda = PretendedCUDA(index)
 
     def varlen_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
         ends, other, longest = given[0], given[1], given[2]
@@ -338,9 +348,10 @@ def pretend(patch: pytest.MonkeyPatch, flash: bool = True) -> PretendedCUDA:
 
     properties = types.SimpleNamespace(total_memory=80 << 30, name="pretended", major=9, minor=0)
     functions: dict[str, Any] = {
-        "is_available": True, "device_count": 1, "current_device": 0, "set_device": None, "is_initialized": True,
-        "is_bf16_supported": True, "get_device_properties": properties, "get_device_name": "pretended",
-        "get_device_capability": (9, 0), "mem_get_info": (70 << 30, 80 << 30), "max_memory_allocated": 0,
+        "is_available": True, "device_count": count, "current_device": index, "set_device": None,
+        "is_initialized": True, "is_bf16_supported": True,
+        "get_device_properties": properties, "get_device_name": "pretended", "get_device_capability": (9, 0),
+        "mem_get_info": (70 << 30, 80 << 30), "max_memory_allocated": 0,
         "memory_allocated": 0, "memory_reserved": 0, "reset_peak_memory_stats": None, "empty_cache": None,
         "is_current_stream_capturing": False, "manual_seed_all": None, "_lazy_init": None,
     }  # fmt: skip
@@ -356,7 +367,10 @@ def pretend(patch: pytest.MonkeyPatch, flash: bool = True) -> PretendedCUDA:
         """Below Python every tensor is the CPU's."""
         found = by_device(*given)
         first = [next(t for t in lists[0] if t is not None) for lists, _ in found.values()]
-        return {(CUDA if cuda.holds(t) else d, kind): v for t, ((d, kind), v) in zip(first, found.items(), strict=True)}
+        return {
+            (cuda.device if cuda.holds(t) else d, kind): v
+            for t, ((d, kind), v) in zip(first, found.items(), strict=True)
+        }
 
     by_device: Any = torch._C._group_tensors_by_device_and_dtype
     patch.setattr(torch._C, "_group_tensors_by_device_and_dtype", grouped)

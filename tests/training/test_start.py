@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,10 @@ from typer.testing import CliRunner
 
 from peftune.cli.main import app
 from peftune.config.recipe import Recipe
-from peftune.errors import UserError
+from peftune.errors import PeftuneError, ReportedElsewhere, UserError
 from peftune.training import run
 from peftune.training.distributed import start
+from peftune.training.distributed.collectives import report_clearly
 from peftune.training.inputs import RunInputs, read_inputs
 from peftune.training.metrics import read_metrics
 from peftune.training.planning import trace
@@ -52,6 +54,18 @@ def test_a_gpu_that_does_not_compute_stops_a_run_before_it_reads(recipe: Make, m
     monkeypatch.setattr(run, "read_inputs_on_all_ranks", pytest.fail)
     with pytest.raises(UserError, match="Tesla V100 computes nothing"):
         run.train(recipe())
+
+
+@pytest.mark.parametrize(("first", "kind"), [(True, UserError), (False, ReportedElsewhere)])
+def test_ranks_that_share_a_gpu_are_told_how_many_there_may_be(first: bool, kind: type[PeftuneError]) -> None:
+    ranks: Any = SimpleNamespace(num_processes=2, process_index=0 if first else 1, is_main_process=first)
+    with pytest.raises(kind) as raised, report_clearly(ranks):
+        raise torch.distributed.DistBackendError(
+            "NCCL error in: ProcessGroupNCCL.cpp:3690, invalid usage (run with NCCL_DEBUG=WARN for details)\n"
+            "Last error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 50000"
+        )
+    assert raised.value.exit_code == 2
+    assert not first or "as many ranks on a machine as it has GPUs" in str(raised.value)
 
 
 def test_the_start_line_and_the_record_name_the_device(recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,10 +10,13 @@ import torch
 from accelerate import Accelerator
 
 from peftune.data.batches import NOT_SCORED, Batch
-from peftune.errors import CheckFailed, Interrupted, PeftuneError, RankLost, ReportedElsewhere, first_line
+from peftune.errors import CheckFailed, Interrupted, PeftuneError, RankLost, ReportedElsewhere, UserError, first_line
+from peftune.model.train.layers import to_device
 from peftune.training.distributed.signals import StopRequest
 
 Result = TypeVar("Result")
+
+_SHARED_GPU = "Duplicate GPU detected"  # NCCL's words
 
 # In what gloo, NCCL and the store raise when a peer is gone; PyTorch has no exception type for what gloo raises.
 _PEER_GONE = ("gloo", "Connection closed by peer", "Connection reset", "Broken pipe", "NCCL", "TCPStore", "timed out")
@@ -23,7 +26,7 @@ def all_reduce_sum(accelerator: Accelerator, *values: float) -> list[float]:
     """Each value summed over all ranks, in float64."""
     if accelerator.num_processes == 1:
         return list(values)
-    sums = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
+    sums = to_device(torch.tensor(values, dtype=torch.float64), accelerator.device)
     torch.distributed.all_reduce(sums)
     return sums.tolist()
 
@@ -82,6 +85,10 @@ def report_clearly(accelerator: Accelerator) -> Iterator[None]:
             raise
         raise ReportedElsewhere(error.exit_code, str(error)) from None
     except RuntimeError as error:
+        if _SHARED_GPU in str(error):
+            if not accelerator.is_main_process:
+                raise ReportedElsewhere(UserError.exit_code) from None
+            raise UserError("ranks share a GPU; start as many ranks on a machine as it has GPUs") from error
         if accelerator.num_processes == 1 or not _is_peer_gone(error):
             raise
         raise RankLost(
