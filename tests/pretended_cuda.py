@@ -250,8 +250,9 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if on_gpu and not cuda.paused:
             views = all(o.untyped_storage()._cdata in before for o in tree_leaves(made) if isinstance(o, torch.Tensor))
             self._count(func, name, tensors, there, views and not func._schema.is_mutable)
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu" and on_gpu and cuda.place != "cpu":
+        new = (t for t in tree_leaves(made) if isinstance(t, torch.Tensor) and t.device.type == "cpu")
+        for tensor in new if on_gpu and cuda.place != "cpu" else ():
+            if tensor.layout is not torch.strided or tensor.untyped_storage()._cdata not in before:
                 cuda.mark(tensor)
         return made
 
@@ -291,6 +292,26 @@ def caller() -> str:
             of_tests = f"{path.name}:{frame.f_code.co_name}"
         frame = frame.f_back
     return of_tests
+
+
+class _Stream:
+    """A stream, or an event on it: work is done when it is enqueued, so only what the host waits for is of interest."""
+
+    def __init__(self, cuda: PretendedCUDA) -> None:
+        self._cuda = cuda
+
+    def synchronize(self) -> None:
+        """The host waits."""
+        self._cuda.wait("synchronize")
+
+    def query(self) -> bool:
+        """Whether all is done."""
+        return True
+
+    def record(self, *_: Any) -> None:
+        """A stream waits for nothing here."""
+
+    wait = wait_stream = wait_event = record
 
 
 class _Kernel(torch.autograd.Function):
@@ -358,6 +379,13 @@ def pretend(patch: pytest.MonkeyPatch, flash: bool = True, index: int = 0, count
     for name, value in functions.items():
         patch.setattr(torch.cuda, name, lambda *_, _value=value, **__: _value)
     patch.setattr(torch.cuda, "synchronize", lambda *_: cuda.wait("synchronize"))
+    only = _Stream(cuda)  # all that is enqueued runs at once, whatever the stream
+    for name in ("Stream", "Event", "current_stream", "default_stream"):
+        patch.setattr(torch.cuda, name, lambda *_, **__: only)
+    for name in ("range_push", "range_pop"):
+        patch.setattr(torch.cuda.nvtx, name, lambda *_: 0)
+    patch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    patch.setattr(torch.Tensor, "record_stream", lambda *_: None)
     patch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     patch.setattr(torch, "Generator", lambda *_, _made=torch.Generator: _made())
     for name in ("is_autocast_enabled", "get_autocast_dtype"):

@@ -1,7 +1,7 @@
 """Trainings by one of several ranks, each with a pretended GPU of its own:  launcher ranks.py FOLDER
 
-FOLDER/jobs.json lists the recipes of each training (several: a fleet). What each step of this rank did goes to
-FOLDER/rank-R.json: the steps of each training, in each the waits by place, collectives, and what CUDA or NCCL refuse.
+FOLDER/jobs.json lists trainings: their recipes (several: a fleet), and DeepSpeed's file, or null for DDP. What each
+step of this rank did goes to FOLDER/rank-R.json: of each training its steps, in each waits by place and collectives.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ with pytest.MonkeyPatch.context() as patch, pretend(patch, index=rank, count=2) 
             cuda.forget()
             called.clear()
             result = function(*given)
-            told[-1].append({"waits": dict(cuda.waits), "collectives": dict(called), "faults": [*faults, *cuda.faults]})
-            cuda.forget()
+            told[-1].append({"waits": dict(cuda.waits), "collectives": dict(called)})
+            cuda.faults[:0] = faults
             return result
 
         return call
@@ -43,9 +43,11 @@ with pytest.MonkeyPatch.context() as patch, pretend(patch, index=rank, count=2) 
     patch.setattr(run, "train_step", watched(run.train_step))
     patch.setattr(train_fleet, "steps_together", watched(train_fleet.steps_together))
     with start.process_group():
-        for job in json.loads((folder / "jobs.json").read_text()):
+        for listed, engine in json.loads((folder / "jobs.json").read_text()):
             told.append([])
-            recipes = [recipe_from(values, []) for values in job]
+            recipes = [recipe_from(values, []) for values in listed]
+            os.environ |= {"ACCELERATE_USE_DEEPSPEED": str(engine is not None).lower()}
+            os.environ |= {"ACCELERATE_DEEPSPEED_CONFIG_FILE": engine or ""}
             train_fleet.train_fleet(recipes) if len(recipes) > 1 else run.train(recipes[0])
             assert not cuda.faults, cuda.faults
 (folder / f"rank-{rank}.json").write_text(json.dumps(told))

@@ -16,24 +16,33 @@ from pretended_cuda import PretendedCUDA, WrongDevice
 from pretended_nccl import pretend_nccl
 from safetensors.torch import load_file
 
+from peftune.cli.launcher.configuration import has_engine
 from peftune.config.recipe import recipe_from
 from peftune.training.run import train
 
 ROOT = Path(__file__).parents[2]
-WAITS = {
+STEP = {
     "training/step.py:_accumulate (tolist)": 1,
     "training/fleet/shared_room.py:accumulate (tolist)": 1,
     "training/distributed/collectives.py:all_reduce_sum (tolist)": 1,
     "training/step.py:steps_together (tolist)": 1,
 }
-"""Of a step, at most: its own sums, those of all ranks, and the norms."""
+"""Waits of a step, at most: its own sums, those of all ranks, and the norms."""
 TALKS = {"all_reduce": 2}
 """Of a step: its sums, and its gradients."""
+BY_DEEPSPEED = {
+    "training/distributed/zero.py:update (synchronize)": 1,
+    "training/distributed/zero.py:update (tensor of numbers)": 1,
+    "training/distributed/zero.py:update (_local_scalar_dense)": 2,
+}
+ZERO_TALKS = {"all_reduce": 3, "all_gather_into_tensor": 1}
+ZERO_3_TALKS = {"all_reduce": 5, "reduce_scatter_tensor": 1}
+"""Besides it gathers weights, as often as DeepSpeed finds right."""
 
 
 def launch(folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cuda"}
     program = str(Path(__file__).with_name("ranks.py"))
     return subprocess.run(
         [*command, program, str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
@@ -55,24 +64,32 @@ def test_ranks_with_a_gpu_each_learn_what_a_cpu_learns(
     alone = {"plain": values("plain"), "recomputed": values("recomputed", checkpointing=True)}
     fleet = {"a": values("a", seed=1), "b": values("b", seed=2) | {"lora": {"rank": 2, "dropout": 0.1}}}
     half = {"bf16": values("bf16", precision="bf16"), "fp16": values("fp16", precision="fp16")}
-    jobs = [*([one] for one in alone.values()), [*fleet.values()], *([one] for one in half.values())]
+    engines = ("zero1", "zero2", "zero2-offload", "zero3", "zero3-offload") if has_engine() else ()
+    jobs: list[Any] = [*([[one], None] for one in alone.values()), [[*fleet.values()], None]]
+    jobs += [[[one], None] for one in half.values()]
+    jobs += [[[values(name)], f"ds_configs/{name}.json"] for name in engines]
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     done = launch(tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     for rank in range(2):
-        for steps in json.loads((tmp_path / f"rank-{rank}.json").read_text()):
-            assert len(steps) == 4
+        steps_of = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        assert [len(steps) for steps in steps_of] == [4] * len(jobs)
+        for (_, engine), steps in zip(jobs, steps_of, strict=True):
+            waits, talks = STEP, TALKS
+            if engine is not None:
+                waits, talks = STEP | BY_DEEPSPEED, ZERO_3_TALKS if "zero3" in engine else ZERO_TALKS
             for step in steps:
-                assert not step["faults"]
-                more = {place: count for place, count in step["waits"].items() if count > WAITS.get(place, 0)}
-                assert not more, f"the host waits for the GPU: {more}"
-                assert step["collectives"] == TALKS
+                gathers = {"all_gather_into_tensor", "broadcast"} if talks is ZERO_3_TALKS else set()
+                assert {k: n for k, n in step["collectives"].items() if k not in gathers} == talks, engine
+                more = {place: count for place, count in step["waits"].items() if count > waits.get(place, 0)}
+                assert not more or "offload" in engine or "zero3" in engine, f"{engine}: {more}"
     for name, one in alone.items():
-        run = one["run"] | {"out": str(tmp_path / "cpu"), "device": "cpu", "resume": "never"}
-        train(recipe_from(one | {"run": run | {"out": str(tmp_path / f"cpu-{name}")}}, []))
-        for key, wanted in weights(tmp_path / f"cpu-{name}").items():
+        train(recipe_from(one | {"run": one["run"] | {"out": str(tmp_path / f"cpu-{name}"), "device": "cpu"}}, []))
+    for name in (*alone, *engines):
+        wanted = weights(tmp_path / ("cpu-recomputed" if name == "recomputed" else "cpu-plain"))
+        for key, found in weights(tmp_path / name).items():
             # AdamW divides by the root of second moments near zero, where sums in another order show
-            torch.testing.assert_close(weights(tmp_path / name)[key], wanted, rtol=0, atol=5e-5)
+            torch.testing.assert_close(found, wanted[key], rtol=0, atol=5e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_what_nccl_would_refuse_is_found(cuda: PretendedCUDA, monkeypatch: pytest.MonkeyPatch) -> None:
