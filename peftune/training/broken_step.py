@@ -17,6 +17,7 @@ from peftune.training.inputs import RunInputs
 from peftune.training.optimizer import Gradient
 from peftune.training.step import ForwardFn, draw_seed
 
+_HIGH = 1e-3  # for LoRA
 _AT_FAULT = 3  # documents named
 
 
@@ -58,7 +59,7 @@ def _blame(
 ) -> tuple[str, bool]:
     """`counts` of blocks, of those that break, of documents tried in them, and of those that break; their `places`."""
     tried, failing, documents, broken = counts
-    where, lr = ", ".join(places[:_AT_FAULT]), inputs.recipe.optim.lr
+    where, optim = ", ".join(places[:_AT_FAULT]), inputs.recipe.optim
     if not broken:
         return "it does not come back when each block is computed alone: start again from the last checkpoint", True
     if failing < tried or broken < documents:
@@ -72,8 +73,9 @@ def _blame(
             "fault, or run.precision is too coarse for it",
             False,
         )
+    clip = ", or set optim.clip" if optim.clip is None else ""
     return (
-        f"every document of the step is affected (first {where}), so the adapter is at fault: optim.lr={lr:g} is too "
-        f"high; try {lr / 10:.2g}, or set optim.clip, with another run.out",
+        f"every document of the step is affected (first {where}), so the adapter is at fault: optim.lr={optim.lr:g} is "
+        f"too high; try {min(optim.lr / 10, _HIGH):.2g}{clip}, with another run.out",
         False,
     )

@@ -238,7 +238,8 @@ def _refuse_broken_numbers(step: int, loss: float, largest: float) -> None:
     if not math.isfinite(loss) or not math.isfinite(largest):
         raise NotFinite(f"step {step + 1}: loss {loss}, largest gradient {largest}; the adapter was not updated")
     if largest == 0.0:
-        raise CheckFailed(f"step {step + 1}: no gradient reaches the adapter (all zero), so it would never learn")
+        reason = "so it would never learn" if step == 0 else "as where optim.lr is too high"
+        raise CheckFailed(f"step {step + 1}: no gradient reaches the adapter (all zero), {reason}")
 
 
 def in_fitting_micro_batches(

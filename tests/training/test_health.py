@@ -150,9 +150,16 @@ def test_a_document_at_fault_is_named_as_training_cut_and_skipped_the_text(
             train(made)
 
 
-@pytest.mark.parametrize(("good", "blamed"), [(0, "the base itself is at fault"), (2, "too high; try 0.001, or set")])
+@pytest.mark.parametrize(
+    ("good", "overrides", "blamed"),
+    [
+        (0, [], "the base itself is at fault"),
+        (2, [], "optim.lr=0.01 is too high; try 0.001, with another run.out"),
+        (2, ["optim.lr=0.05", "optim.clip=null"], r"optim.lr=0.05 is too high; try 0.001, or set optim.clip, with"),
+    ],
+)
 def test_where_every_document_breaks_the_loss_base_or_rate_is_blamed(
-    recipe: Make, monkeypatch: pytest.MonkeyPatch, good: int, blamed: str
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, good: int, overrides: list[str], blamed: str
 ) -> None:
     taken: list[int] = []
 
@@ -163,11 +170,16 @@ def test_where_every_document_breaks_the_loss_base_or_rate_is_blamed(
 
     monkeypatch.setattr(run, "train_step", counting)
     not_finite(monkeypatch, lambda batch: len(taken) == good)
-    made = recipe("optim.steps=9", "run.save_every=1")
+    made = recipe("optim.steps=9", "run.save_every=1", *overrides)
     with pytest.raises(CheckFailed, match=blamed) as error:
         train(made)
     last = f"{made.run.out}/checkpoints/step-{good}" if good else "none was saved"
     assert f"the last good state: {last}" in str(error.value)
+
+
+def test_a_rate_that_saturates_the_model_is_blamed(recipe: Make) -> None:
+    with pytest.raises(CheckFailed, match=r"step 2: no gradient .* as where optim.lr is too high"):
+        train(recipe("optim.lr=1e9"))
 
 
 def test_a_spike_is_told_and_noise_is_not(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
