@@ -22,7 +22,7 @@ PAGE = Path(__file__).with_name("api.md")
 _PLACE = re.compile(r"<!-- (peftune[\w.]*) -->\n.*?<!-- end -->", re.DOTALL)
 _ENTRY = re.compile(r"`(\w+)` +(\S.*)")
 _WIDTH = 100
-_INSIDE = {"refuse_sampling", "samples", "end_ids", "check_ids", "variant"}
+_INSIDE = {"refuse_sampling", "samples", "end_ids", "check_ids", "variant", "read", "put"}
 """Methods that other modules of the package call, and nobody else needs to."""
 
 
