@@ -64,3 +64,5 @@ class Channel:
             pass
         finally:
             self._on_end()
+            self.flush()  # to nobody
+            self._connection.close()

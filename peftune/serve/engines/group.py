@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,6 +25,7 @@ from peftune.serve.engines.messages import Assignment
 from peftune.serve.engines.process import EngineProcess
 from peftune.serve.settings import ServeSettings
 
+Result = TypeVar("Result")
 _PATIENCE = 30.0  # seconds for a step that has begun, after the drain
 
 
@@ -98,12 +100,12 @@ class EngineGroup:
         """As `Engine.submit`; `on_output` is called in a thread of the engine that has it."""
         request.check(self._vocabulary, self._tokens, self._positions)
         handle = RequestHandle(request, on_output)
-        self._least_busy().submit(handle)
+        self._to_least_busy(lambda engine: engine.submit(handle))
         return handle
 
     def route(self, ids: Sequence[int], names: Sequence[str] | None, threshold: float | None) -> Future[Route]:
         """As `Engine.route`."""
-        return self._least_busy().route(ids, names, threshold)
+        return self._to_least_busy(lambda engine: engine.route(ids, names, threshold))
 
     def start(self) -> None:
         """They answer since they were made."""
@@ -127,12 +129,12 @@ class EngineGroup:
             raise EngineLost("no engine is left")
         return [future.result() for future in answered]
 
-    def _least_busy(self) -> EngineProcess:
-        alive = [engine for engine in self._engines if engine.alive]
-        if self._stopping or not alive:
-            raise Stopping("the engines are stopping" if self._stopping else "no engine is left", 5.0)
-        self.load.refuse_when_full(self._queue)
-        return min(alive, key=lambda engine: engine.unfinished)
+    def _to_least_busy(self, send: Callable[[EngineProcess], Result]) -> Result:
+        while not self._stopping and (alive := [engine for engine in self._engines if engine.alive]):
+            self.load.refuse_when_full(self._queue)
+            with suppress(EngineLost):  # in this very moment; the next one has it
+                return send(min(alive, key=lambda engine: engine.unfinished))
+        raise Stopping("the engines are stopping" if self._stopping else "no engine is left", 5.0)
 
     def _lost(self, how: str) -> None:
         if self._serving and not self._stopping:

@@ -76,9 +76,12 @@ class EngineProcess:
         return future
 
     def call(self, method: str, *arguments: Any) -> Future[Any]:
-        """Another method of `EngineWorker`; EngineLost, now or in the future, where it has ended."""
+        """Another method of `EngineWorker`; the future has EngineLost where the process has ended."""
         future: Future[Any] = Future()
-        self._ask(self._calls, future, method, *arguments)
+        try:
+            self._ask(self._calls, future, method, *arguments)
+        except EngineLost as error:
+            future.set_exception(error)
         return future
 
     def stop(self, drain_seconds: float) -> None:
