@@ -64,7 +64,9 @@ def make_service(
         raise UserError(f"an adapter is named {opened.name} as the base is; name the adapter otherwise")
     if settings.data_parallel_size > 1:
         group = EngineGroup(opened, adapters, precision, settings, device)
-        return Service(GroupBank(opened, group), group, settings, group.computing)
+        loaded = group.loaded()
+        computing = f"{loaded.precision} on {loaded.device}, {settings.data_parallel_size} engines"
+        return Service(GroupBank(opened, loaded.adapters, group), group, settings, computing)
     bank = AdapterBank(opened, precision, device)
     for name, directory in adapters.items():
         bank.add(name, directory, new_tokens=False)

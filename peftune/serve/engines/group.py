@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ from peftune.inference.request import OnOutput, Request, RequestHandle
 from peftune.inference.routing.route import Route
 from peftune.model.base import Base
 from peftune.serve.backend import EngineLost
-from peftune.serve.engines.messages import Assignment
+from peftune.serve.engines.messages import Assignment, Loaded
 from peftune.serve.engines.process import EngineProcess
 from peftune.serve.settings import ServeSettings
 
@@ -49,8 +50,8 @@ def gpu_of_each(device: str, count: int) -> list[str | None]:
 class EngineGroup:
     """Engines that share the requests: each goes to the one with the fewest that are not answered yet.
 
-    When one ends, its requests end with an error and the others go on. Raises what kept one from starting, and then
-    none is left; UserError where there are fewer GPUs than engines.
+    When one ends, its requests end with an error and the others go on. Their processes start with the group; `loaded`
+    waits for them. UserError where there are fewer GPUs than engines.
     """
 
     def __init__(
@@ -69,18 +70,24 @@ class EngineGroup:
                 read = (base.directory, base.name), tuple(adapters.items())
                 assigned = Assignment(*read, precision, *sizes, gpu, threads, speaks)
                 self._engines.append(EngineProcess(f"engine {number}", assigned, self._lost))
+        except BaseException:
+            self.stop(0)
+            raise
+
+    def loaded(self) -> Loaded:
+        """What each of them has loaded, once all have; raises what kept one from it, and then none is left."""
+        try:
             for future in wait([engine.started for engine in self._engines], return_when=FIRST_EXCEPTION).done:
                 future.result()
         except EngineLost as error:
             self.stop(0)
-            raise UserError(f"{error} while it loaded the model; is there memory for {count}, one each?") from None
+            advice = f"see what it wrote, and whether there is memory for {len(self._engines)} copies, one each"
+            raise UserError(f"{error} while it loaded the model; {advice}") from None
         except BaseException:
             self.stop(0)
             raise
         self._serving = True
-        loaded = self._engines[0].started.result()
-        self.adapters = loaded.adapters
-        self.computing = f"{loaded.precision} on {loaded.device}, {count} engines"
+        return self._engines[0].started.result()
 
     @property
     def failed(self) -> bool:
@@ -89,12 +96,11 @@ class EngineGroup:
 
     @property
     def load(self) -> EngineLoad:
-        """The sum of all."""
+        """The sum of all; the mean of what is an average."""
         loads = [engine.load for engine in self._engines]
-        names = "running", "waiting", "routing", "slots", "prompt_tokens", "tokens_written", "steps"
-        sums = (sum(getattr(load, name) for load in loads) for name in names)
-        engines, seconds = sum(load.engines for load in loads), max(load.seconds_a_text for load in loads)
-        return EngineLoad(*sums, seconds_a_text=seconds, engines=engines)
+        sums = {field.name: sum(getattr(load, field.name) for load in loads) for field in fields(EngineLoad)}
+        sums["seconds_a_text"] /= len(loads)
+        return EngineLoad(**sums)
 
     def submit(self, request: Request, on_output: OnOutput) -> RequestHandle:
         """As `Engine.submit`; `on_output` is called in a thread of the engine that has it."""
@@ -146,11 +152,11 @@ class EngineGroup:
 class GroupBank:
     """What the server knows of the models that are loaded in every process of a group."""
 
-    def __init__(self, base: Base, group: EngineGroup) -> None:
+    def __init__(self, base: Base, adapters: Iterable[AdapterInfo], group: EngineGroup) -> None:
         self.base, self.config, self.tokenizer = base, base.config, base.tokenizer
         self.begin = begin_of_text_id(self.tokenizer)
         self._group = group
-        self._loaded = {adapter.name: adapter for adapter in group.adapters}
+        self._loaded = {adapter.name: adapter for adapter in adapters}
 
     @property
     def names(self) -> tuple[str, ...]:
