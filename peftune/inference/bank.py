@@ -67,7 +67,7 @@ class AdapterInfo:
 
 @dataclass(frozen=True, eq=False)
 class LoadedAdapter(AdapterInfo):
-    """An adapter in a bank. More than low-rank (DoRA, PiSSA, …) has its own weights.
+    """An adapter in a bank; `rank` is its largest. More than low-rank (DoRA, PiSSA, …) has its own weights.
 
     One with rows of single tokens has its own embedding and head, each of tokens x width values (154 MB for GPT-2 in
     fp32), and shares the blocks.

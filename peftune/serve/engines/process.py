@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import multiprocessing
@@ -24,6 +25,7 @@ from peftune.serve.engines.messages import Assignment, Call, Loaded, Reply
 
 _log = logging.getLogger(__name__)
 _CONTEXT = multiprocessing.get_context("spawn")  # a fork would share what CUDA and threads do not survive
+_SIGNALS = {number: f"signal {number}" for number in range(1, 65)} | {s.value: s.name for s in signal.Signals}
 _PATIENCE = 10.0  # seconds for a process that has closed its pipe to be gone
 
 
@@ -40,6 +42,7 @@ class EngineProcess:
         self.alive = True
         here, there = _CONTEXT.Pipe()
         self._process = _CONTEXT.Process(target=run, args=[there], name=name, daemon=True)
+        atexit.register(self._process.kill)  # multiprocessing would ask it to end, which it ignores, and wait
         with _signals_blocked():
             self._process.start()
         there.close()
@@ -132,14 +135,17 @@ class EngineProcess:
         with self._lock:
             self.alive = False
         self._process.join(_PATIENCE)
-        code = self._process.exitcode
-        how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with code {code}"
-        self._on_end(f"{self._process.name} {how}")
-        while self.texts:
-            _, handle = self.texts.popitem()
-            _tell(handle, RequestOutput(finish_reason="error", error=f"{self._process.name} {how}"))
-        while self._calls:
-            _settle(self._calls.popitem()[1], None, EngineLost(f"{self._process.name} {how}"))
+        atexit.unregister(self._process.kill)
+        code = self._process.exitcode or 0
+        how = f"{self._process.name} " + (f"was killed by {_SIGNALS[-code]}" if code < 0 else f"ended with code {code}")
+        self._on_end(how)
+        texts, calls = self.texts.copy(), self._calls.copy()
+        self.texts.clear()
+        self._calls.clear()
+        for handle in texts.values():
+            _tell(handle, RequestOutput(finish_reason="error", error=how))
+        for future in calls.values():
+            _settle(future, None, EngineLost(how))
 
 
 def _tell(handle: RequestHandle, output: RequestOutput) -> None:
