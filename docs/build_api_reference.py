@@ -22,7 +22,7 @@ PAGE = Path(__file__).with_name("api.md")
 _PLACE = re.compile(r"<!-- (peftune[\w.]*) -->\n.*?<!-- end -->", re.DOTALL)
 _ENTRY = re.compile(r"`(\w+)` +(\S.*)")
 _WIDTH = 100
-_INSIDE = {"refuse_sampling", "samples", "end_ids", "check_ids", "variant"}
+_INSIDE = {"refuse_sampling", "samples", "end_ids", "check_ids", "variant", "read", "put", "check"}
 """Methods that other modules of the package call, and nobody else needs to."""
 
 
@@ -132,9 +132,10 @@ def documented(value: Any) -> dict[str, str]:
 
 
 def methods(value: Any) -> list[tuple[str, str]]:
-    """Signature and docstring of each public method and property of a class's own."""
+    """Signature and docstring of each public method and property of a class, and of ours that it builds on."""
     found = []
-    for name, member in vars(value).items():
+    ours = [vars(kind) for kind in reversed(value.__mro__) if kind.__module__.startswith("peftune.")]
+    for name, member in {name: member for kind in ours for name, member in kind.items()}.items():
         if name.startswith("_") or name in _INSIDE or not (inspect.isfunction(member) or isinstance(member, property)):
             continue
         if isinstance(member, property):

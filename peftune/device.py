@@ -33,22 +33,32 @@ def choose_device(asked: str = "auto") -> torch.device:
     environment says. UserError where an NVIDIA driver is here and torch cannot use its GPUs, unless the CPU is asked
     for: nobody would learn why the work takes days.
     """
+    gpus = count_gpus(asked)
+    if not gpus:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % gpus)
+    if reason := why_no_kernel(device):
+        raise UserError(f"{reason}; {_INSIST}")
+    torch.set_float32_matmul_precision("highest")
+    return device
+
+
+def count_gpus(asked: str = "auto") -> int:
+    """How many GPUs torch finds, of which none is touched; 0 where the CPU is asked for.
+
+    UserError where an NVIDIA driver is here and torch cannot use its GPUs, and where a GPU is asked for and none is.
+    """
     if asked not in ("auto", "cpu", "cuda"):
         raise UserError(f"device is {asked}, expected auto, cpu or cuda")
     if asked == "cpu":
-        return torch.device("cpu")
-    reason = why_no_gpu()
-    if not reason and torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        reason = why_no_kernel(device)
-        if not reason:
-            torch.set_float32_matmul_precision("highest")
-            return device
-    if reason:
+        return 0
+    if reason := why_no_gpu():
         raise UserError(f"{reason}; {_INSIST}")
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
     if asked == "cuda":
         raise UserError("device is cuda, and torch finds no GPU here; expected auto or cpu")
-    return torch.device("cpu")
+    return 0
 
 
 def why_no_gpu() -> str:

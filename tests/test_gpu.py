@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,16 +21,20 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftune.config.recipe import LoraSection, Recipe, recipe_from
 from peftune.device import choose_device, device_name
+from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank
+from peftune.inference.request import Request, RequestOutput
 from peftune.inference.settings import GenerationSettings
 from peftune.model import quantized
-from peftune.model.base import Base
+from peftune.model.base import Base, open_base
 from peftune.model.load import load_model, move_to
 from peftune.model.lora import Adapted, inject
 from peftune.model.loss import LossModel
 from peftune.model.train import attention, varlen_attention
 from peftune.model.train.attention import kernel_for
 from peftune.model.train.forward import train_forward
+from peftune.serve.engines.group import EngineGroup
+from peftune.serve.settings import ServeSettings
 from peftune.training import run
 from peftune.training.metrics import read_metrics
 from peftune.training.optimizer import ReplicatedStrategy
@@ -263,6 +268,28 @@ def test_a_bank_computes_in_bf16_on_a_gpu_that_has_it(tiny_base: Path) -> None:
     bank = AdapterBank(str(tiny_base))
     assert (bank.precision, bank.spec.device, bank.spec.dtype) == ("bf16", choose_device(), torch.bfloat16)
     assert bank.generate(["the cat"], GenerationSettings(max_new_tokens=20, temperature=0))[0].ids
+
+
+def test_every_gpu_has_an_engine_of_its_own_behind_one_address(tiny_base: Path, gpus: int) -> None:
+    """With one GPU too: a process of its own, which sees that GPU alone, and the server's touches none."""
+    before = [torch.cuda.mem_get_info(number)[0] for number in range(gpus)]
+    base, outputs = open_base(str(tiny_base)), [list[RequestOutput]() for _ in range(4 * gpus)]
+    with pytest.raises(UserError, match=f"torch finds {gpus} GPU"):
+        EngineGroup(base, {}, "auto", ServeSettings(data_parallel_size=gpus + 1), "cuda")
+    group = EngineGroup(base, {}, "auto", ServeSettings(data_parallel_size=gpus), "cuda")
+    try:
+        assert group.loaded().device == device_name(GPU)
+        for number, found in enumerate(outputs):
+            settings = GenerationSettings(max_new_tokens=20, seed=number // 2)
+            group.submit(Request((1, 2, 3), None, settings), found.append)
+        until = time.monotonic() + 100
+        while group.load.running + group.load.waiting and time.monotonic() < until:
+            time.sleep(0.01)
+        after = [torch.cuda.mem_get_info(number)[0] for number in range(gpus)]
+    finally:
+        group.stop(0)
+    assert all(found[-1].finish_reason in ("length", "end") for found in outputs)
+    assert all(was - now > 50 << 20 for was, now in zip(before, after, strict=True))  # what CUDA itself takes
 
 
 @pytest.fixture

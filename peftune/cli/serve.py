@@ -49,7 +49,10 @@ def serve(
     api_key_file: KeyFile = None,
     no_auth: NoAuth = False,
     allowed_host: Names = None,
-    slots: Annotated[int, typer.Option(help="Sequences generated at a time.")] = 8,
+    data_parallel_size: Annotated[
+        int, typer.Option(metavar="N", help="Engines, each with the base in a process of its own: one a GPU.")
+    ] = 1,
+    slots: Annotated[int, typer.Option(help="Sequences that each engine generates at a time.")] = 8,
     queue: Annotated[int, typer.Option(help="Sequences that may wait; further requests get 429.")] = 256,
     max_body: Annotated[int, typer.Option(metavar="BYTES", help="Largest body of a request.")] = 1 << 20,
     max_adapters: Annotated[int, typer.Option(help="Most adapters in memory.")] = 256,
@@ -79,7 +82,8 @@ def serve(
     settings = ServeSettings(
         host=host, port=port, api_key=key.find_key(api_key, api_key_file), no_auth=no_auth,
         roots=tuple(adapter_root or ()), allowed_hosts=tuple(allowed_host or ()), slots=slots, queue=queue,
-        max_body=max_body, max_adapters=max_adapters, drain=drain, routing_threshold=routing_threshold,
+        data_parallel_size=data_parallel_size, max_body=max_body, max_adapters=max_adapters, drain=drain,
+        routing_threshold=routing_threshold,
     )  # fmt: skip
     try:
         server.run(base, directories, precision, settings, echo, device)

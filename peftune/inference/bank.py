@@ -46,20 +46,13 @@ AdapterNames = str | Sequence[str | None] | None
 
 
 @dataclass(frozen=True, eq=False)
-class LoadedAdapter:
-    """An adapter in a bank; `rank` is its largest. More than low-rank (DoRA, PiSSA, …) has its own weights.
-
-    One with rows of single tokens has its own embedding and head, each of tokens x width values (154 MB for GPT-2 in
-    fp32), and shares the blocks.
-    """
+class AdapterInfo:
+    """What is known of an adapter that is loaded; `rank` is its largest."""
 
     name: str
     directory: Path
     provenance: dict[str, Any] | None
     rank: int
-    variant: ModelVariant
-    tokenizer: PreTrainedTokenizerFast
-    """The base's, or its own where it has rows for new tokens."""
 
     @property
     def parses_special_tokens(self) -> bool:
@@ -70,6 +63,19 @@ class LoadedAdapter:
     def chat(self) -> str | None:
         """The template of its conversations, `plain` or `eos-turns`; None where it was not trained on any."""
         return chat_of(self.provenance)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedAdapter(AdapterInfo):
+    """An adapter in a bank; `rank` is its largest. More than low-rank (DoRA, PiSSA, …) has its own weights.
+
+    One with rows of single tokens has its own embedding and head, each of tokens x width values (154 MB for GPT-2 in
+    fp32), and shares the blocks.
+    """
+
+    variant: ModelVariant
+    tokenizer: PreTrainedTokenizerFast
+    """The base's, or its own where it has rows for new tokens."""
 
 
 class AdapterBank:
@@ -92,7 +98,7 @@ class AdapterBank:
         self._base_variant = ModelVariant(build(self.spec, self.base.weights.tensor, self.base.weights.tied))
         self._loaded: dict[str, LoadedAdapter] = {}
         self._in_use: str | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -108,6 +114,11 @@ class AdapterBank:
         Raises UserError for a name that is taken, empty or reserved, for an adapter that is broken, and for one that
         was trained on another base.
         """
+        with self._lock:
+            return self.put(self.read(name, directory, replace, new_tokens))
+
+    def read(self, name: str, directory: Path | str, replace: bool, new_tokens: bool) -> LoadedAdapter:
+        """What `add` loads, before anybody can ask for it."""
         if name in RESERVED or not name:
             raise UserError(f"adapter name {name!r}: {' and '.join(RESERVED)} mean something else; choose another name")
         directory = Path(directory)
@@ -123,8 +134,13 @@ class AdapterBank:
                 merged = MergedTensors(self.base.weights, own)
                 model = build(self.spec, merged.tensor, merged.tied, model, merged.changed())
             variant = ModelVariant(model, lora)
-            self._loaded[name] = LoadedAdapter(name, directory, adapter.provenance, rank, variant, tokenizer)
-            return self._loaded[name]
+            return LoadedAdapter(name, directory, adapter.provenance, rank, variant, tokenizer)
+
+    def put(self, adapter: LoadedAdapter) -> LoadedAdapter:
+        """From now on its name means what was `read`."""
+        with self._lock:
+            self._loaded[adapter.name] = adapter
+            return adapter
 
     def remove(self, name: str) -> None:
         """Unload an adapter; UserError where none has this name."""

@@ -118,13 +118,11 @@ class Detokenizer:
     `prompt`, up to a stop string, without `<|endoftext|>` where it is ignored. So a space between words is there though
     it depends on both, and a character that the prompt only begins is part of the text. Bytes of a character that is
     not complete yet wait for those that do.
-    Raises UserError for settings that name a token which the tokenizer does not have.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerFast, settings: GenerationSettings, prompt: Sequence[int] = ()
     ) -> None:
-        settings.check_ids(len(tokenizer))
         begin = tokenizer.bos_token_id
         self.ids: list[int] = []
         self.finish_reason: FinishReason | None = None

@@ -8,7 +8,6 @@ own.
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 import traceback
@@ -38,6 +37,9 @@ class Busy(PeftuneError):
         super().__init__(message)
         self.retry_after = retry_after
 
+    def __reduce__(self) -> tuple[type[Busy], tuple[str, float]]:
+        return type(self), (str(self), self.retry_after)  # it may come from another process
+
 
 class Stopping(Busy):
     """The engine takes nothing more: it is stopping, or it has failed."""
@@ -48,6 +50,7 @@ class EngineLoad:
     """What an engine does now, and what it has done since it was made.
 
     `waiting` have no slot yet; those of them whose prompt is being routed first count as `routing` too.
+    `seconds_a_text` is a moving average, of a text's time in its slot. `engines` are added up in these numbers.
     """
 
     running: int
@@ -57,6 +60,14 @@ class EngineLoad:
     prompt_tokens: int
     tokens_written: int
     steps: int
+    seconds_a_text: float = 1.0
+    engines: int = 1
+
+    def refuse_when_full(self, queue: int) -> None:
+        """Busy where as many wait as may, `queue`."""
+        if self.waiting >= queue:
+            turns = self.waiting / self.slots / 4  # until the queue will be shorter by a few
+            raise Busy(f"{self.waiting} requests are waiting already", max(1.0, turns * self.seconds_a_text))
 
 
 class Engine:
@@ -89,21 +100,11 @@ class Engine:
         the model does not know, and a prompt that leaves no position to write to.
         """
         variant = self._models.variant(request.adapter)
-        ids, seed, vocabulary = list(request.ids), request.settings.seed, variant.model.vocabulary
-        if request.settings.beams > 1:
-            raise UserError("beams: a bank samples or takes the likeliest token; beam search is generate.generate's")
-        if request.settings.num_return_sequences > 1:
-            raise UserError("num_return_sequences: a request is one text; submit it several times")
-        if not ids or min(ids) < 0 or max(ids) >= vocabulary:
-            raise UserError(f"token ids must lie in 0 to {vocabulary - 1}, at least one of them")
-        new = 0 if request.only_score else request.settings.max_new_tokens
-        if not request.slide and len(ids) + new > self._positions:
-            found = f"{len(ids)} tokens of the prompt and {new} to write"
-            raise UserError(f"{found} exceed the model's {self._positions} positions")
-        handle = RequestHandle(request, on_output, secrets.randbelow(2**32) if seed is None else seed)
         tokenizer = self._models.tokenizer_of(request.adapter)
+        request.check(variant.model.vocabulary, len(tokenizer), self._positions)
+        handle = RequestHandle(request, on_output)
         output = Detokenizer(tokenizer, request.settings, request.ids)
-        window = slide(ids, self._positions) if request.slide else ids
+        window = slide(list(request.ids), self._positions) if request.slide else list(request.ids)
         row = RunningSequence(handle, variant, output, window, self._chunk, len(tokenizer))
         with self._changed:
             self._refuse_when_full()
@@ -131,7 +132,7 @@ class Engine:
     def load(self) -> EngineLoad:
         """Running and waiting requests now; tokens and steps so far."""
         batch, routing = self._batch, len(self._routings)
-        so_far = self._prompt_tokens, batch.tokens_written, self._steps
+        so_far = self._prompt_tokens, batch.tokens_written, self._steps, batch.seconds_a_text
         return EngineLoad(len(batch.rows), len(self._waiting) + routing, routing, batch.slots, *so_far)
 
     def step(self) -> bool:
@@ -154,7 +155,6 @@ class Engine:
 
     def stop(self, drain_seconds: float) -> None:
         """Take no more requests, let those that are here end for up to `drain_seconds`, cancel the rest."""
-        assert self._thread is not None, "only an engine that was started is stopped"
         until = time.monotonic() + drain_seconds
         with self._changed:
             self._closing = True
@@ -164,6 +164,11 @@ class Engine:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
+        self.join()
+
+    def join(self) -> None:
+        """Wait until it takes no more steps: it was stopped, or it has failed."""
+        assert self._thread is not None, "only an engine that was started ends"
         self._thread.join()
 
     @property
@@ -173,10 +178,7 @@ class Engine:
     def _refuse_when_full(self) -> None:
         if self._closing:
             raise self._stopping()
-        waiting = len(self._waiting) + len(self._routings)
-        if waiting >= self._queue:
-            turns = waiting / self._batch.slots / 4  # until the queue will be shorter by a few
-            raise Busy(f"{waiting} requests are waiting already", max(1.0, turns * self._batch.seconds_a_text))
+        self.load.refuse_when_full(self._queue)
 
     def _stopping(self) -> Stopping:
         return Stopping("the engine has failed; start it again" if self.failed else "the engine is stopping", 5.0)

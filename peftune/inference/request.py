@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from peftune.data.sources.chat_template import EOS_TURNS, contents_of, render_chat
 from peftune.data.tokens.encode import begin_of_text_id, encode_texts, end_of_text_id
+from peftune.errors import UserError
 from peftune.inference.settings import FinishReason, GenerationSettings
 from peftune.model.decode.batch import ModelVariant
 from peftune.model.decode.build import ModelSpec
@@ -98,6 +100,20 @@ class Request:
     only_score: bool = False
     slide: bool = False
 
+    def check(self, vocabulary: int, tokens: int, positions: int) -> None:
+        """UserError for what a model of so many rows, tokens of its tokenizer and positions cannot answer."""
+        if self.settings.beams > 1:
+            raise UserError("beams: a bank samples or takes the likeliest token; beam search is generate.generate's")
+        if self.settings.num_return_sequences > 1:
+            raise UserError("num_return_sequences: a request is one text; submit it several times")
+        if not self.ids or min(self.ids) < 0 or max(self.ids) >= vocabulary:
+            raise UserError(f"token ids must lie in 0 to {vocabulary - 1}, at least one of them")
+        new = 0 if self.only_score else self.settings.max_new_tokens
+        if not self.slide and len(self.ids) + new > positions:
+            found = f"{len(self.ids)} tokens of the prompt and {new} to write"
+            raise UserError(f"{found} exceed the model's {positions} positions")
+        self.settings.check_ids(tokens)
+
 
 @dataclass(frozen=True)
 class RequestOutput:
@@ -130,19 +146,27 @@ class RequestHandle:
     """A request that was accepted; `seed` gives the same text again.
 
     `submitted` and `started` are when it was accepted and when it got a slot, on the monotonic clock.
-    `cancel` may be called from any thread: the slot is free after the current step.
+    `cancel` may be called from any thread: the slot is free after the current step. `on_cancel` tells it to an engine
+    that does not see this object.
     """
 
     request: Request
     on_output: OnOutput
-    seed: int
     cancelled: bool = field(default=False)
     submitted: float = field(default_factory=time.monotonic)
     started: float | None = None
+    seed: int = field(init=False)
+    on_cancel: Callable[[], object] | None = None
+
+    def __post_init__(self) -> None:
+        asked = self.request.settings.seed
+        self.seed = secrets.randbelow(2**32) if asked is None else asked
 
     def cancel(self) -> None:
         """Give the request up; its last output says "cancelled", unless it had ended already."""
         self.cancelled = True
+        if self.on_cancel is not None:
+            self.on_cancel()
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from peftune.inference.bank import AdapterBank
-from peftune.inference.engine import Engine
+from peftune.serve.backend import ServedModels, TextEngine
 
 _FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _INTER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
@@ -23,7 +22,7 @@ _DURATION = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0,
 class Metrics(Collector):
     """Counters and histograms in a registry of their own: one process may hold several servers."""
 
-    def __init__(self, bank: AdapterBank, engine: Engine) -> None:
+    def __init__(self, bank: ServedModels, engine: TextEngine) -> None:
         self._bank, self._engine = bank, engine
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each one
         self.registry = CollectorRegistry()
@@ -67,6 +66,7 @@ class Metrics(Collector):
         yield GaugeMetricFamily("peftune_requests_waiting", "Sequences without a slot yet.", load.waiting)
         yield GaugeMetricFamily("peftune_requests_routing", "Of those waiting, prompts that auto routes.", load.routing)
         yield GaugeMetricFamily("peftune_slots", "Slots of the batch.", load.slots)
+        yield GaugeMetricFamily("peftune_engines", "Engines that answer.", load.engines)
         yield GaugeMetricFamily("peftune_adapters_loaded", "Adapters in memory.", len(self._bank.names))
         yield CounterMetricFamily("peftune_engine_steps", "Forward passes of the batch.", load.steps)
 

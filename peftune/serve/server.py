@@ -18,7 +18,9 @@ from peftune.device import device_name
 from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank
 from peftune.inference.engine import Engine
+from peftune.model.base import open_base
 from peftune.serve.app import build_app
+from peftune.serve.engines.group import EngineGroup, GroupBank
 from peftune.serve.http.connection import KEEP_ALIVE_SECONDS, MAX_HEAD_BYTES, TimeoutProtocol
 from peftune.serve.key import check_reach
 from peftune.serve.service import Service
@@ -48,7 +50,7 @@ def run(
 def make_service(
     base: str, adapters: Mapping[str, Path], precision: str, settings: ServeSettings, device: str = "auto"
 ) -> Service:
-    """The base with its adapters, and an engine that was not started yet.
+    """The base with its adapters, and an engine that was not started yet, or several that were.
 
     Raises UserError for adapter names that no model can have.
     """
@@ -57,12 +59,19 @@ def make_service(
             check_adapter_name(name)
         except ValueError as error:
             raise UserError(f"adapter name {name!a}: {error}") from None
-    bank = AdapterBank(base, precision, device)
+    opened = open_base(base)
+    if opened.name in adapters:
+        raise UserError(f"an adapter is named {opened.name} as the base is; name the adapter otherwise")
+    if settings.data_parallel_size > 1:
+        group = EngineGroup(opened, adapters, precision, settings, device)
+        loaded = group.loaded()
+        computing = f"{loaded.precision} on {loaded.device}, {settings.data_parallel_size} engines"
+        return Service(GroupBank(opened, loaded.adapters, group), group, settings, computing)
+    bank = AdapterBank(opened, precision, device)
     for name, directory in adapters.items():
-        if name == bank.base.name:
-            raise UserError(f"an adapter is named {name} as the base is; name the adapter otherwise")
         bank.add(name, directory, new_tokens=False)
-    return Service(bank, Engine(bank, settings.slots, settings.queue), settings)
+    computing = f"{bank.precision} on {device_name(bank.spec.device)}"
+    return Service(bank, Engine(bank, settings.slots, settings.queue), settings, computing)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -112,8 +121,11 @@ class Server(uvicorn.Server):
         self._service.engine.start()
         gc.collect()
         gc.freeze()
-        super().run([self._listener])
-        gc.unfreeze()
+        try:
+            super().run([self._listener])
+        finally:
+            self._service.engine.stop(0)  # also where it did not come to draining
+            gc.unfreeze()
 
     @property
     def url(self) -> str:
@@ -128,7 +140,7 @@ class Server(uvicorn.Server):
         settings, bank = self._service.settings, self._service.bank
         count = len(bank.names)
         self._on_ready(f"peftune serves {bank.base.name} with {count} adapter{'s' * (count != 1)} on {self.url}")
-        Console().say(f"computing in {bank.precision} on {device_name(bank.spec.device)}")
+        Console().say(f"computing in {self._service.computing}")
         if settings.no_auth:
             Console().say(f"anybody who reaches {self.url} may use it: no API key is set")
 

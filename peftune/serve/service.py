@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -11,13 +12,14 @@ from typing import Any, TypeVar, cast
 from starlette.requests import ClientDisconnect, Request
 
 from peftune.errors import UserError
-from peftune.inference.bank import AdapterBank
-from peftune.inference.engine import Busy, Engine, Stopping
+from peftune.inference.engine import Busy, Stopping
 from peftune.inference.token_text import TokenText
+from peftune.serve.backend import EngineLost, ServedModels, TextEngine
 from peftune.serve.metrics import Metrics
-from peftune.serve.openai.errors import ApiError, draining, engine_failed, queue_full
+from peftune.serve.openai.errors import ApiError, draining, engine_failed, internal_error, queue_full
 from peftune.serve.settings import ServeSettings
 
+_log = logging.getLogger("peftune.serve")
 AUTO = "auto"
 BASE = "base"
 Result = TypeVar("Result")
@@ -25,11 +27,12 @@ Result = TypeVar("Result")
 
 @dataclass
 class Service:
-    """A server's state; only the event loop's thread changes it."""
+    """A server's state; only the event loop's thread changes it. `computing` says in what and on what."""
 
-    bank: AdapterBank
-    engine: Engine
+    bank: ServedModels
+    engine: TextEngine
     settings: ServeSettings
+    computing: str = ""
     draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -82,6 +85,9 @@ class Service:
             route = await asyncio.wrap_future(self.engine.route(tuple(ids), names, threshold))
         except Stopping:
             raise self.down() from None
+        except EngineLost as error:
+            _log.error("a prompt could not be routed: %s", error)
+            raise internal_error() from None
         except Busy as error:
             raise queue_full("the server's queue is full; try again later", error.retry_after) from None
         except UserError as error:  # an adapter that was unloaded meanwhile

@@ -38,7 +38,8 @@ class ServeSettings(BaseModel):
     `no_auth`             others than this machine may use a server that has no key
     `roots`               directories from which clients may load adapters; none: they may not
     `allowed_hosts`       names under which the server may be addressed without a key, besides IP addresses
-    `slots`, `queue`      sequences in the running batch; sequences that may wait for it
+    `data_parallel_size`  engines, each with the base and the adapters in a process of its own: one a GPU
+    `slots`, `queue`      sequences in the running batch of each; sequences that may wait for all of them
     `max_body`            bytes of a request's body
     `max_adapters`        adapters in memory at a time
     `drain`               seconds that requests in flight get to finish once the server stops
@@ -54,6 +55,7 @@ class ServeSettings(BaseModel):
     no_auth: bool = False
     roots: tuple[DirectoryPath, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
+    data_parallel_size: Annotated[int, Field(ge=1, le=1024)] = 1
     slots: _Count = 8
     queue: _Count = 256
     max_body: Annotated[int, Field(ge=1024)] = 1 << 20

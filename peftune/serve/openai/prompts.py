@@ -10,9 +10,9 @@ from typing import Any
 from peftune.data.sources.chat_template import EOS_TURNS, contents_of, render_chat
 from peftune.data.tokens.encode import encode_texts
 from peftune.data.tokens.special_text import special_texts
-from peftune.inference.bank import AdapterBank
 from peftune.inference.detokenize import decode_plain, whole_characters
 from peftune.inference.request import chat_ids
+from peftune.serve.backend import ServedModels
 from peftune.serve.openai.errors import ApiError
 
 _MAX_TOKEN_BYTES = 256  # no token of a GPT-2 vocabulary has more (the longest of gpt2: 128 spaces)
@@ -28,7 +28,7 @@ class Prompt:
 
 
 async def encode_prompts(
-    bank: AdapterBank, given: Sequence[str | list[int]], parse: bool = False, own_context: bool = False
+    bank: ServedModels, given: Sequence[str | list[int]], parse: bool = False, own_context: bool = False
 ) -> list[Prompt]:
     """Every prompt encoded, in a thread: long texts take a while. ApiError 400 for ids that the model does not know.
 
@@ -38,7 +38,7 @@ async def encode_prompts(
     return await asyncio.to_thread(lambda: [_encode(bank, prompt, parse, own_context) for prompt in given])
 
 
-async def encode_chat(bank: AdapterBank, messages: Sequence[dict[str, Any]], chat: str, parse: bool) -> Prompt:
+async def encode_chat(bank: ServedModels, messages: Sequence[dict[str, Any]], chat: str, parse: bool) -> Prompt:
     """The conversation by the template `chat`, as `encode_prompts` encodes a text."""
     if chat != EOS_TURNS:
         return (await encode_prompts(bank, [render_chat(messages)], parse))[0]
@@ -48,7 +48,7 @@ async def encode_chat(bank: AdapterBank, messages: Sequence[dict[str, Any]], cha
 
 
 def parses_special(
-    bank: AdapterBank,
+    bank: ServedModels,
     names: Sequence[str | None],
     given: Sequence[str | list[int]],
     split_special_tokens: bool | None = None,
@@ -66,7 +66,7 @@ def parses_special(
     return ways == {True}
 
 
-def special_tokens_in(bank: AdapterBank, given: Sequence[str | list[int]]) -> list[str]:
+def special_tokens_in(bank: ServedModels, given: Sequence[str | list[int]]) -> list[str]:
     """A line for each special token that a prompt spells out: there it is text, which somebody may not expect."""
     texts = [prompt for prompt in given if isinstance(prompt, str)]
     found = [token for token in sorted(special_texts(bank.tokenizer)) if any(token in text for text in texts)]
@@ -94,12 +94,12 @@ def check_ids(ids: Sequence[int], vocabulary: int, param: str) -> None:
         raise ApiError(400, f"token id {str(unknown)[:40]}: the model knows ids 0 to {vocabulary - 1}", param)
 
 
-def text_ids(bank: AdapterBank, text: str, parse: bool) -> list[int]:
+def text_ids(bank: ServedModels, text: str, parse: bool) -> list[int]:
     """The ids of a text, without the context token."""
     return encode_texts([text], bank.tokenizer, parse)[0]
 
 
-def _encode(bank: AdapterBank, given: str | list[int], parse: bool, own_context: bool) -> Prompt:
+def _encode(bank: ServedModels, given: str | list[int], parse: bool, own_context: bool) -> Prompt:
     n_positions, vocab_size = bank.config.n_positions, bank.config.vocab_size
     if isinstance(given, str):
         _refuse_too_long(bank, len(given.encode()))
@@ -115,7 +115,7 @@ def _encode(bank: AdapterBank, given: str | list[int], parse: bool, own_context:
     return Prompt(text, tuple(ids), (*context, *ids))
 
 
-def _refuse_too_long(bank: AdapterBank, size: int) -> None:
+def _refuse_too_long(bank: ServedModels, size: int) -> None:
     """ApiError 400 for bytes that are too many in any case: they are not even encoded."""
     if size > bank.config.n_positions * _MAX_TOKEN_BYTES:
         raise _too_long(bank.config.n_positions, f"a prompt of {size} bytes has more tokens; shorten it")
