@@ -1,7 +1,7 @@
 """Many adapters in one run against the same runs one after another: speed, memory, and tokens that a forward shares.
 
-Figures are per CPU second of the process, not per second of the clock, so that a neighbour on the machine takes nothing
-away from either side; both sides take turns.
+Figures of a CPU are per second of its time, not per second of the clock, so that a neighbour on the machine takes
+nothing away from either side; both sides take turns. On a GPU they are per second of the clock.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def speed(setup: Setup) -> Result:
 
     python -m benchmarks.fleet speed [--shape 6,256,4,4097] [--counts 2,8,32] [--sizes 128,512,1024,4096]
 
-    Steps: tokens per CPU second in one process over one base, for each number of adapters and tokens of an adapter's
+    Steps: tokens per second in one process over one base, for each number of adapters and tokens of an adapter's
     step (blocks of so many tokens, of 1,024 above that; `short` is one document of a quarter block), both in turns.
     Commands: CPU seconds from start-up to delivery, `peftune train` for each recipe against one for all. Before
     anything is timed, losses in fp32 must be equal to 1e-5. Cells of more than `--most` tokens a step are left out.
@@ -79,7 +79,7 @@ def _job(setup: Setup, adapters: int, size: str, precision: str, **more: Any) ->
     values["data"]["block_size"] = min(tokens, longest)
     if size == "short":
         values["data"] |= {"train": str(_short_documents(setup)), "one_document_per_block": True}
-    values["run"]["precision"] = precision
+    values["run"] |= {"precision": precision, "device": setup.arguments.device}
     if steps := more.get("steps"):
         values["optim"] = {"lr": 1e-4, "steps": steps}
     job = {"recipe": values, "adapters": adapters, "overrides": setup.arguments.ours, "tokens": setup.arguments.tokens}

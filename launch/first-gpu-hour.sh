@@ -25,19 +25,20 @@ fail() {
 
 # NAME SECONDS COMMAND: what must hold, then what it reaches, then beside others, then where it goes.
 parts() {
-  echo "holds 300 gpu holds"
+  echo "holds 270 gpu holds"
   echo "repeat 150 gpu repeat"
   echo "gradients 180 train gradients --targets all"
   echo "b11-small 240 train gpu --peers= --rounds 3 --ours run.fast=true"
   echo "b11-all 240 train gpu --targets all --peers= --rounds 3 --ours run.fast=true"
-  echo "b11-xl 360 train gpu --peers= ${xl[*]} --tokens 60000"
+  echo "b11-xl 330 train gpu --peers= ${xl[*]} --tokens 60000"
   echo "compiled 240 train compiled --targets all --documents 4000 --batch 32 --block 1024 --tokens 200000 --rounds 3"
-  echo "peers 480 train gpu --rounds 3 --ours run.fast=true"
+  echo "peers 420 train gpu --rounds 3 --ours run.fast=true"
   echo "quantised-xl 360 train quantized ${xl[*]} --tokens 40000"
-  echo "rows 480 gpu rows"
+  echo "rows 420 gpu rows"
   echo "head 60 gpu head"
   echo "profile 90 gpu profile"
-  echo "blocks 300 gpu blocks"
+  echo "blocks 240 gpu blocks"
+  echo "fleet 240 fleet speed --counts 2,8,64 --sizes 1024 --short 0 --precisions bf16 --commands= --most 70000 --tokens 60000"
   echo "plan 120 train plan --grid 12x768:bf16:1024:16,12x768:bf16:1024:32:recompute,48x1600:bf16:1024:2"
 }
 

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from peftune.config.recipe import Recipe, recipe_from
 from peftune.console import Console
 from peftune.device import choose_precision
@@ -38,7 +40,7 @@ class FleetSteps:
         keep_kernels(len(values), MOST_KERNELS)
         self.console, self.stop = Console(speaks=False), StopRequest()
         with redirect_stdout(sys.stderr):
-            self.accelerator = start.start([], recipes[0].run.out)
+            self.accelerator = start.start([], recipes[0].run.out, recipes[0].run.device)
             self.dtype = DTYPES[choose_precision(recipes[0].run.precision, self.accelerator.device.type == "cuda")]
             inputs: list[RunInputs] = []
             for recipe in recipes:
@@ -82,11 +84,17 @@ class FleetSteps:
         return max(abs(ours.loss - solo.loss) / solo.loss for ours, solo in pairs)
 
     def rate(self, together: bool, tokens: int) -> float:
-        """Tokens a CPU second of whole steps that learn from so many tokens at least."""
-        learnt, began = 0, time.process_time()
+        """Tokens a second, on a CPU of its time, of whole steps that learn from so many tokens at least."""
+        learnt, began = 0, self._clock()
         while learnt < tokens:
             learnt += sum(done.tokens for done in (self.together() if together else self.alone()))
-        return learnt / (time.process_time() - began)
+        return learnt / (self._clock() - began)
+
+    def _clock(self) -> float:
+        if self.accelerator.device.type == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize(self.accelerator.device)
+        return time.perf_counter()
 
     def settings(self) -> dict[str, Any]:
         """As they are printed with the figures."""

@@ -63,7 +63,9 @@ def test_the_gate_sees_an_adapter_that_learns_otherwise_in_a_fleet(job: dict[str
 
 def test_no_fleet_is_timed_behind_a_closed_gate() -> None:
     class Wrong:
-        arguments = type("Arguments", (), {"counts": "2", "sizes": "8", "longest": 8, "ours": [], "tokens": 1})
+        arguments = type(
+            "Arguments", (), {"counts": "2", "sizes": "8", "longest": 8, "ours": [], "tokens": 1, "device": "cpu"}
+        )
 
         def recipe(self, *_: object, **__: object) -> dict[str, dict[str, object]]:
             return {"run": {"out": "x"}, "data": {}}
