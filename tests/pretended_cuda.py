@@ -6,18 +6,18 @@ device of its tensors. Below autograd every operation is seen, backward passes i
 
 What this cannot see: whether CUDA has a kernel for an operation, layout or dtype and computes the same with it; races
 between host, streams and pinned memory; memory; time; CUDA's own autocast lists (a CPU's are used); what happens in
-other threads; and operations inside the kernels that stand in here for those of CUDA (`varlen_attn`).
+other threads; and operations inside the kernels that stand in here for those of CUDA (`varlen_attn`) and of Triton.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import types
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ import torch.utils.checkpoint
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from peftune.model.train import cross_entropy
 
 CUDA = torch.device("cuda", 0)
 TESTS = Path(__file__).parent
@@ -182,7 +184,7 @@ class PretendedCUDA(TorchFunctionMode):
         mask = named.pop("attn_mask", mask)
         if not all(self.holds(tensor) for tensor in (q, k, v, mask) if tensor is not None):
             self.refuse("attention to tensors on the GPU and on the CPU")
-        return self.kernel("SDPA", partial(_SDPA, attn_mask=mask, **named), q, k, v)
+        return self.kernel("SDPA", functools.partial(_SDPA, attn_mask=mask, **named), q, k, v)
 
     def _made(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """What `func` makes, on the GPU; from numbers of the host it is copied there."""
@@ -309,6 +311,18 @@ def _by_document(lengths: list[int], scale: float, *qkv: torch.Tensor) -> torch.
     return torch.cat([_SDPA(*part, is_causal=True, scale=scale) for part in parts], dim=1).transpose(0, 1)
 
 
+def _cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor | None, nats: torch.Tensor, wanted: bool
+) -> None:
+    """What the Triton kernel computes, of which `cross_entropy.by_kernel` tells."""
+    share = torch.zeros(len(logits), 1) if shares is None else shares
+    surprise, chosen = -torch.log_softmax(logits.float(), 1), targets[:, None]
+    nats.copy_((1 - share) * surprise.gather(1, chosen) + share * surprise.mean(1, keepdim=True))
+    if wanted:
+        gradient = torch.exp(-surprise) - share / logits.shape[1]
+        logits.copy_(gradient.scatter_add_(1, chosen, share - 1))
+
+
 def _about_cpu(asked: Any, *_: Any) -> Any:
     return asked("cpu")
 
@@ -316,8 +330,11 @@ def _about_cpu(asked: Any, *_: Any) -> Any:
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 
 
-def pretend(patch: pytest.MonkeyPatch, flash: bool = True) -> PretendedCUDA:
-    """Let torch have one GPU with bf16 while `patch` lasts; without `flash` no attention over documents end to end."""
+def pretend(patch: pytest.MonkeyPatch, flash: bool = True, triton: bool = True) -> PretendedCUDA:
+    """Let torch have one GPU with bf16 while `patch` lasts.
+
+    Without `flash` no attention over documents end to end, without `triton` no kernel for the cross entropy.
+    """
     pytest.importorskip("torch.nn.attention.varlen")  # an older torch has none
     cuda = PretendedCUDA()
 
@@ -334,7 +351,14 @@ def pretend(patch: pytest.MonkeyPatch, flash: bool = True) -> PretendedCUDA:
         cuda.paused = False
         if max(lengths) != longest:
             cuda.refuse(f"varlen_attn is told {longest}, the longest document has {max(lengths)}")
-        return cuda.kernel("varlen_attn", partial(_by_document, lengths, named["scale"]), q, k, v)
+        return cuda.kernel("varlen_attn", functools.partial(_by_document, lengths, named["scale"]), q, k, v)
+
+    def launch(logits: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor | None, *given: Any) -> None:
+        tensors = [t for t in (logits, targets, shares, given[0]) if t is not None]
+        if not all(cuda.holds(t) for t in tensors) or not all(t.is_contiguous() for t in tensors[1:]):
+            cuda.refuse("the kernel of the cross entropy takes tensors on the GPU, dense but for the logits' rows")
+        with cuda.one_kernel("cross entropy"):
+            _cross_entropy(logits, targets, shares, *given)
 
     properties = types.SimpleNamespace(total_memory=80 << 30, name="pretended", major=9, minor=0)
     functions: dict[str, Any] = {
@@ -348,9 +372,12 @@ def pretend(patch: pytest.MonkeyPatch, flash: bool = True) -> PretendedCUDA:
         patch.setattr(torch.cuda, name, lambda *_, _value=value, **__: _value)
     patch.setattr(torch.cuda, "synchronize", lambda *_: cuda.wait("synchronize"))
     patch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    kernels = types.SimpleNamespace(launch=launch) if triton else None  # None: it cannot be imported
+    patch.setitem(sys.modules, "peftune.model.train.cross_entropy_kernel", kernels)
+    patch.setattr(cross_entropy, "reason_against", functools.cache(cross_entropy.reason_against.__wrapped__))
     patch.setattr(torch, "Generator", lambda *_, _made=torch.Generator: _made())
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
-        patch.setattr(torch, name, partial(_about_cpu, getattr(torch, name)))
+        patch.setattr(torch, name, functools.partial(_about_cpu, getattr(torch, name)))
 
     def grouped(*given: Any) -> dict[tuple[torch.device, torch.dtype], Any]:
         """Below Python every tensor is the CPU's."""

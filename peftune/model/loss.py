@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
-from peftune.model.train.cross_entropy import Share, cross_entropy_in_place, reason_against
+from peftune.model.train import cross_entropy
 
 
 class LossModel(nn.Module):
@@ -175,17 +175,17 @@ def _for_products(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return like.new_empty(rows, width)[:, :columns]
 
 
-def _in_place_for(logits: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor, Share, torch.Tensor, bool], None]:
-    """What computes `cross_entropy_in_place` of logits like these, of as many rows at most."""
-    if logits.device.type == "cuda" and not reason_against(logits.device, logits.dtype):
-        return cross_entropy_in_place
+def _in_place_for(logits: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor, Any, torch.Tensor, bool], None]:
+    """What computes the same as `cross_entropy.by_kernel`, of logits like these, of as many rows at most."""
+    if logits.device.type == "cuda" and not cross_entropy.reason_against(logits.device, logits.dtype):
+        return cross_entropy.by_kernel
     fits = logits.dtype == torch.float32 and logits.is_contiguous()
     return partial(_by_torch, None if fits else torch.empty_like(logits, dtype=torch.float32))
 
 
 def _by_torch(
-    room: torch.Tensor | None, logits: torch.Tensor, targets: torch.Tensor, share: Share, nats: torch.Tensor,
-    wanted: bool,
+    room: torch.Tensor | None, logits: torch.Tensor, targets: torch.Tensor, share: cross_entropy.Share,
+    nats: torch.Tensor, wanted: bool,
 ) -> None:  # fmt: skip
     """In `room` for probabilities, or in that of the logits, of which nothing is left then."""
     p, chosen = logits if room is None else room[: len(logits)], targets[:, None]
@@ -215,11 +215,11 @@ class _FrozenHead(torch.autograd.Function):
         gradient = torch.empty_like(hidden, dtype=dtype) if wanted else None
         chunk = max(1, min(chunk_rows(hidden.device), len(hidden)))
         logits_CV = _for_products(hidden, chunk, len(weight))  # made once: fresh memory costs more than the softmax
-        cross_entropy = _in_place_for(logits_CV)
+        in_place = _in_place_for(logits_CV)
         for here in _chunks(counts, chunk, hidden.device):
             logits = torch.mm(hidden[here], weight.T, out=logits_CV[: here.stop - here.start])
             share = shares[here] if torch.is_tensor(shares) else shares
-            cross_entropy(logits, targets[here], share, nats[here], wanted)
+            in_place(logits, targets[here], share, nats[here], wanted)
             if gradient is not None:
                 gradient[here] = logits @ weight
         ctx.save_for_backward(gradient)

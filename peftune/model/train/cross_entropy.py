@@ -22,9 +22,7 @@ Share = float | torch.Tensor
 """Of each target's probability, what is spread evenly over the vocabulary: one number, or (C, 1) float32."""
 
 
-def cross_entropy_in_place(
-    logits: torch.Tensor, targets: torch.Tensor, share: Share, nats: torch.Tensor, wanted: bool
-) -> None:
+def by_kernel(logits: torch.Tensor, targets: torch.Tensor, share: Share, nats: torch.Tensor, wanted: bool) -> None:
     """Writes the nats, (C, 1) float32, of logits (C, V) and targets (C,), and over the logits their gradients.
 
     These are p - (1 - share) · onehot - share / V; where they are not `wanted`, the logits stay. `reason_against` must
@@ -67,12 +65,12 @@ def _error(device: torch.device, dtype: torch.dtype, share: float, wanted: bool)
     logits = (3 * torch.randn(rows, stride, generator=numbers)).to(device, dtype)[:, :columns]
     targets = torch.tensor([0, columns - 1, 1234]).to(device)
     with torch.enable_grad():
-        exact = logits.float().requires_grad_()
+        exact = logits.float().clone().requires_grad_()
         right = F.cross_entropy(exact, targets, reduction="none", label_smoothing=share)
         (gradient,) = torch.autograd.grad(right.sum(), exact)
     nats = torch.full((rows, 1), torch.nan, device=device)
-    cross_entropy_in_place(logits, targets, share, nats, wanted)
-    pairs = [(nats[:, 0], right), (logits.float(), gradient if wanted else exact)]
+    by_kernel(logits, targets, share, nats, wanted)
+    pairs = [(nats[:, 0], right.detach()), (logits.float(), gradient if wanted else exact.detach())]
     rounding = max(1e-4, 2 * torch.finfo(dtype).eps)
     off = [((found - right) / (rounding * right.abs() + 1e-6)).abs().max() for found, right in pairs]
     return float(torch.stack(off).max().nan_to_num(nan=torch.inf))

@@ -64,7 +64,7 @@ def launch(
     logits: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor | None, nats: torch.Tensor, wanted: bool,
     block: int = BLOCK, warps: int = WARPS,
 ) -> None:  # fmt: skip
-    """`cross_entropy_in_place`, in blocks of so many columns, a power of two; `shares` (C,) are those of each row."""
+    """`cross_entropy.by_kernel`, in blocks of so many columns, a power of two; `shares` (C,) are those of each row."""
     with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():  # Triton takes the current one
         _row[len(logits),](
             logits, targets, shares, nats, logits.stride(0), logits.shape[1],
