@@ -311,10 +311,10 @@ def _by_document(lengths: list[int], scale: float, *qkv: torch.Tensor) -> torch.
     return torch.cat([_SDPA(*part, is_causal=True, scale=scale) for part in parts], dim=1).transpose(0, 1)
 
 
-def _cross_entropy(
+def cross_entropy_kernel(
     logits: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor | None, nats: torch.Tensor, wanted: bool
 ) -> None:
-    """What the Triton kernel computes, of which `cross_entropy.by_kernel` tells."""
+    """Computes what `cross_entropy_kernel.launch` computes."""
     share = torch.zeros(len(logits), 1) if shares is None else shares
     surprise, chosen = -torch.log_softmax(logits.float(), 1), targets[:, None]
     nats.copy_((1 - share) * surprise.gather(1, chosen) + share * surprise.mean(1, keepdim=True))
@@ -358,7 +358,7 @@ def pretend(patch: pytest.MonkeyPatch, flash: bool = True, triton: bool = True) 
         if not all(cuda.holds(t) for t in tensors) or not all(t.is_contiguous() for t in tensors[1:]):
             cuda.refuse("the kernel of the cross entropy takes tensors on the GPU, dense but for the logits' rows")
         with cuda.one_kernel("cross entropy"):
-            _cross_entropy(logits, targets, shares, *given)
+            cross_entropy_kernel(logits, targets, shares, *given)
 
     properties = types.SimpleNamespace(total_memory=80 << 30, name="pretended", major=9, minor=0)
     functions: dict[str, Any] = {

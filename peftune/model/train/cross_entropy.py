@@ -70,7 +70,6 @@ def _error(device: torch.device, dtype: torch.dtype, share: float, wanted: bool)
         (gradient,) = torch.autograd.grad(right.sum(), exact)
     nats = torch.full((rows, 1), torch.nan, device=device)
     by_kernel(logits, targets, share, nats, wanted)
-    pairs = [(nats[:, 0], right.detach()), (logits.float(), gradient if wanted else exact.detach())]
-    rounding = max(1e-4, 2 * torch.finfo(dtype).eps)
-    off = [((found - right) / (rounding * right.abs() + 1e-6)).abs().max() for found, right in pairs]
-    return float(torch.stack(off).max().nan_to_num(nan=torch.inf))
+    pairs = (1e-4, nats[:, 0], right), (max(1e-4, 2 * torch.finfo(dtype).eps), logits, gradient if wanted else exact)
+    off = [((found - right) / (rounding * right.abs() + 1e-6)).abs().max() for rounding, found, right in pairs]
+    return float(torch.stack(off).detach().max().nan_to_num(nan=torch.inf))
