@@ -180,14 +180,14 @@ def _in_place_for(logits: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor,
     if logits.device.type == "cuda" and not cross_entropy.reason_against(logits.device, logits.dtype):
         return cross_entropy.by_kernel
     fits = logits.dtype == torch.float32 and logits.is_contiguous()
-    return partial(_by_torch, None if fits else torch.empty_like(logits, dtype=torch.float32))
+    return partial(by_torch, None if fits else torch.empty_like(logits, dtype=torch.float32))
 
 
-def _by_torch(
+def by_torch(
     room: torch.Tensor | None, logits: torch.Tensor, targets: torch.Tensor, share: cross_entropy.Share,
     nats: torch.Tensor, wanted: bool,
 ) -> None:  # fmt: skip
-    """In `room` for probabilities, or in that of the logits, of which nothing is left then."""
+    """The same by torch's operations, with `room` (C, V) in fp32 for probabilities, or in the place of fp32 logits."""
     p, chosen = logits if room is None else room[: len(logits)], targets[:, None]
     smoothed = isinstance(share, torch.Tensor) or share != 0
     top, picked = logits.amax(dim=1, keepdim=True).float(), logits.gather(1, chosen).float()
