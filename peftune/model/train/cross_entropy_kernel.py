@@ -16,13 +16,6 @@ BLOCK, WARPS = 4096, 8  # 16 numbers a thread: with fewer than it reads at once,
 
 
 @triton.jit
-def _with_block(x: tl.tensor, top: tl.tensor, total: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """The maximum, and the sum of exponentials relative to it, with another block of logits."""
-    higher = tl.maximum(top, tl.max(x, 0))
-    return higher, total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), 0)
-
-
-@triton.jit
 def _row(
     logits: tl.tensor, targets: tl.tensor, shares: tl.tensor, nats: tl.tensor, stride: tl.tensor, columns: tl.tensor,
     smoothed: tl.constexpr, wanted: tl.constexpr, block: tl.constexpr,
@@ -34,13 +27,14 @@ def _row(
     whole = columns // block * block  # without a mask: one that may end at any column has a GPU read one by one
     left = here < columns - whole
     last = tl.load(logits + whole + here, mask=left, other=float("-inf")).to(tl.float32)
-    # Not from -inf, whose difference from itself is no number.
-    top, total = _with_block(last, -3.4028234663852886e38, 0.0)
-    each = 1.0 / columns
+    top = tl.maximum(tl.max(last, 0), -3.4028234663852886e38)  # not -inf, whose difference from itself is no number
+    total, each = tl.sum(tl.exp(last - top), 0), 1.0 / columns
     mean = tl.sum(tl.where(left, last * each, 0.0), 0)
     for first in range(0, whole, block):
         x = tl.load(logits + first + here).to(tl.float32)
-        top, total = _with_block(x, top, total)
+        higher = tl.maximum(top, tl.max(x, 0))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), 0)
+        top = higher
         if smoothed:
             mean += tl.sum(x * each, 0)
     share = 0.0

@@ -38,9 +38,9 @@ def test_in_tritons_interpreter_it_computes_what_torch_computes() -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("shares", [True, False])
 @pytest.mark.parametrize(
-    ("capability", "dtype"), [(75, "fp16"), (75, "fp32"), (80, "bf16"), (90, "bf16"), (120, "bf16")]
+    ("capability", "dtype", "shares"),
+    [(75, "fp16", True), (75, "fp32", False), (80, "bf16", True), (90, "bf16", False), (120, "bf16", True)],
 )
 def test_it_compiles_for_gpus_and_reads_whole_blocks_sixteen_bytes_at_a_time(
     capability: int, dtype: str, shares: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
