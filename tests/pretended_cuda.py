@@ -12,12 +12,12 @@ other threads; and operations inside the kernels that stand in here for those of
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 import types
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,7 @@ class PretendedCUDA(TorchFunctionMode):
         mask = named.pop("attn_mask", mask)
         if not all(self.holds(tensor) for tensor in (q, k, v, mask) if tensor is not None):
             self.refuse("attention to tensors on the GPU and on the CPU")
-        return self.kernel("SDPA", functools.partial(_SDPA, attn_mask=mask, **named), q, k, v)
+        return self.kernel("SDPA", partial(_SDPA, attn_mask=mask, **named), q, k, v)
 
     def _made(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """What `func` makes, on the GPU; from numbers of the host it is copied there."""
@@ -351,7 +351,7 @@ def pretend(patch: pytest.MonkeyPatch, flash: bool = True, triton: bool = True) 
         cuda.paused = False
         if max(lengths) != longest:
             cuda.refuse(f"varlen_attn is told {longest}, the longest document has {max(lengths)}")
-        return cuda.kernel("varlen_attn", functools.partial(_by_document, lengths, named["scale"]), q, k, v)
+        return cuda.kernel("varlen_attn", partial(_by_document, lengths, named["scale"]), q, k, v)
 
     def launch(logits: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor | None, *given: Any) -> None:
         tensors = [t for t in (logits, targets, shares, given[0]) if t is not None]
@@ -374,10 +374,10 @@ def pretend(patch: pytest.MonkeyPatch, flash: bool = True, triton: bool = True) 
     patch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     kernels = types.SimpleNamespace(launch=launch) if triton else None  # None: it cannot be imported
     patch.setitem(sys.modules, "peftune.model.train.cross_entropy_kernel", kernels)
-    patch.setattr(cross_entropy, "reason_against", functools.cache(cross_entropy.reason_against.__wrapped__))
+    patch.setattr(cross_entropy, "reason_against", cache(cross_entropy.reason_against.__wrapped__))
     patch.setattr(torch, "Generator", lambda *_, _made=torch.Generator: _made())
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
-        patch.setattr(torch, name, functools.partial(_about_cpu, getattr(torch, name)))
+        patch.setattr(torch, name, partial(_about_cpu, getattr(torch, name)))
 
     def grouped(*given: Any) -> dict[tuple[torch.device, torch.dtype], Any]:
         """Below Python every tensor is the CPU's."""
