@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -25,10 +26,13 @@ from benchmarks.harness.ours import TrainingRun
 from benchmarks.harness.report import Result, compare, row
 from benchmarks.harness.workers import ROOT, Channel, Contestant
 from peftune.device import choose_device, device_name, nvidia_driver
+from peftune.model.loss import by_torch
+from peftune.model.train import cross_entropy
 from peftune.model.train.attention import kernel_for
 
 _STEPS, _LINES = 3, 40  # of the profile
 _ALIGNED = 64  # elements; a row stride of so many suits every fast kernel
+_LAUNCHES = (2048, 4), (4096, 8), (8192, 8), (8192, 16), (16384, 16)
 
 
 def holds(setup: Setup) -> Result:
@@ -46,6 +50,10 @@ def holds(setup: Setup) -> Result:
         for width in (64, 80)
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
     }
+    if device.type == "cuda":
+        facts["loss"] = {
+            f"{dtype}": cross_entropy.description(device, dtype) for dtype in (torch.bfloat16, torch.float32)
+        }
     report = setup.root / "tests.xml"
     marker = "gpu" if device.type == "cuda" else "not slow"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "-m", marker]
@@ -95,19 +103,36 @@ def repeat(setup: Setup) -> Result:
 
 
 def head(setup: Setup) -> Result:
-    """The head's product into rows of the vocabulary's own length, and of the next multiple of 64 elements.
+    """The head's product into rows of the vocabulary's own length, and of the next multiple of 64 elements; and what
+    follows it there, nats and gradient in place of the logits, by torch's operations and by the kernel.
 
     python -m benchmarks.gpu head [--shape small] [--tokens 4096]
     """
-    shape, device = setup.arguments.shape, setup.arguments.device
+    shape, device = setup.arguments.shape, torch.device(setup.arguments.device)
     x = torch.randn(setup.arguments.tokens, shape.width, device=device, dtype=torch.bfloat16)
     w = torch.randn(shape.vocabulary, shape.width, device=device, dtype=torch.bfloat16)
+    targets, nats = torch.zeros(len(x), device=device, dtype=torch.int64), torch.zeros(len(x), 1, device=device)
+    room = torch.empty(len(x), shape.vocabulary, device=device)
     result = Result("gpu", "the head at two strides", setup.settings(tokens=len(x)))
+
+    def add(name: str, work: str, done: float, unit: str, reason: str = "", **names: Any) -> None:
+        rounds = range(0 if reason else setup.arguments.rounds)
+        rates = [1e-9 * done / seconds_of(work, targets=targets, nats=nats, **names) for _ in rounds]
+        result.rows.append(row(name, name.replace("head ", "head, rows of ", 1), "the clock", rates, unit, reason))
+
+    lost, logits = cross_entropy.reason_against(x[:1].device, x.dtype), len(x) * shape.vocabulary
     for stride in (shape.vocabulary, -(-shape.vocabulary // _ALIGNED) * _ALIGNED):
         out = torch.empty(len(x), stride, device=device, dtype=torch.bfloat16)[:, : shape.vocabulary]
-        rates = [1e-9 * 2 * x.numel() * shape.vocabulary / seconds_of("torch.mm(x, w, out=out)", x=x, w=w.T, out=out)
-                 for _ in range(setup.arguments.rounds)]  # fmt: skip
-        result.rows.append(row(f"head {stride}", f"head, rows of {stride:,}", "the clock", rates, "GFLOP/s"))
+        add(f"head {stride}", "torch.mm(x, w, out=out)", 2 * logits * shape.width, "GFLOP/s", x=x, w=w.T, out=out)
+        call = "way(room, out, targets, 0.0, nats, True)"
+        add(f"head {stride}, loss by torch", call, logits, "Glogits/s", way=by_torch, room=room, out=out)
+        call = "way(out, targets, 0.0, nats, True)"
+        add(f"head {stride}, loss by the kernel", call, logits, "Glogits/s", lost, way=cross_entropy.by_kernel, out=out)
+    for block, warps in _LAUNCHES:
+        call = f"launch(out, targets, None, nats, True, {block}, {warps})"
+        launch = None if lost else import_module("peftune.model.train.cross_entropy_kernel").launch
+        name = f"head {stride}, loss by the kernel, {warps} warps on blocks of {block}"
+        add(name, call, logits, "Glogits/s", lost, launch=launch, out=out)
     return result
 
 

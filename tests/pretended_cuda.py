@@ -6,7 +6,7 @@ device of its tensors. Below autograd every operation is seen, backward passes i
 
 What this cannot see: whether CUDA has a kernel for an operation, layout or dtype and computes the same with it; races
 between host, streams and pinned memory; memory; time; CUDA's own autocast lists (a CPU's are used); what happens in
-other threads; and operations inside the kernels that stand in here for those of CUDA (`varlen_attn`).
+other threads; and operations inside the kernels that stand in here for those of CUDA (`varlen_attn`) and of Triton.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import types
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ import torch.utils.checkpoint
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from peftune.model.train import cross_entropy
 
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "peftune"
@@ -337,6 +339,18 @@ def _by_document(lengths: list[int], scale: float, *qkv: torch.Tensor) -> torch.
     return torch.cat([_SDPA(*part, is_causal=True, scale=scale) for part in parts], dim=1).transpose(0, 1)
 
 
+def cross_entropy_kernel(
+    logits: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor | None, nats: torch.Tensor, wanted: bool
+) -> None:
+    """Computes what `cross_entropy_kernel.launch` computes."""
+    share = torch.zeros(len(logits), 1) if shares is None else shares
+    surprise, chosen = -torch.log_softmax(logits.float(), 1), targets[:, None]
+    nats.copy_((1 - share) * surprise.gather(1, chosen) + share * surprise.mean(1, keepdim=True))
+    if wanted:
+        gradient = torch.exp(-surprise) - share / logits.shape[1]
+        logits.copy_(gradient.scatter_add_(1, chosen, share - 1))
+
+
 def _about_cpu(asked: Any, *_: Any) -> Any:
     return asked("cpu")
 
@@ -344,10 +358,13 @@ def _about_cpu(asked: Any, *_: Any) -> Any:
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 
 
-def pretend(patch: pytest.MonkeyPatch, flash: bool = True, index: int = 0, count: int = 1) -> PretendedCUDA:
+def pretend(
+    patch: pytest.MonkeyPatch, flash: bool = True, index: int = 0, count: int = 1, triton: bool = True
+) -> PretendedCUDA:
     """Let torch have GPUs with bf16 while `patch` lasts, of which this process has number `index`.
 
-    Without `flash` there is no attention over documents that lie end to end.
+    Without `flash` there is no attention over documents that lie end to end, without `triton` no kernel for the cross
+    entropy.
     """
     pytest.importorskip("torch.nn.attention.varlen")  # an older torch has none
     cuda = PretendedCUDA(index)
@@ -366,6 +383,13 @@ def pretend(patch: pytest.MonkeyPatch, flash: bool = True, index: int = 0, count
         if max(lengths) != longest:
             cuda.refuse(f"varlen_attn is told {longest}, the longest document has {max(lengths)}")
         return cuda.kernel("varlen_attn", partial(_by_document, lengths, named["scale"]), q, k, v)
+
+    def launch(logits: torch.Tensor, targets: torch.Tensor, shares: torch.Tensor | None, *given: Any) -> None:
+        tensors = [t for t in (logits, targets, shares, given[0]) if t is not None]
+        if not all(cuda.holds(t) for t in tensors) or not all(t.is_contiguous() for t in tensors[1:]):
+            cuda.refuse("the kernel of the cross entropy takes tensors on the GPU, dense but for the logits' rows")
+        with cuda.one_kernel("cross entropy"):
+            cross_entropy_kernel(logits, targets, shares, *given)
 
     properties = types.SimpleNamespace(total_memory=80 << 30, name="pretended", major=9, minor=0)
     functions: dict[str, Any] = {
@@ -387,6 +411,9 @@ def pretend(patch: pytest.MonkeyPatch, flash: bool = True, index: int = 0, count
     patch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     patch.setattr(torch.Tensor, "record_stream", lambda *_: None)
     patch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    kernels = types.SimpleNamespace(launch=launch) if triton else None  # None: it cannot be imported
+    patch.setitem(sys.modules, "peftune.model.train.cross_entropy_kernel", kernels)
+    patch.setattr(cross_entropy, "reason_against", cache(cross_entropy.reason_against.__wrapped__))
     patch.setattr(torch, "Generator", lambda *_, _made=torch.Generator: _made())
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
         patch.setattr(torch, name, partial(_about_cpu, getattr(torch, name)))

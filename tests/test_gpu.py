@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ from peftune.model import quantized
 from peftune.model.base import Base, open_base
 from peftune.model.load import load_model, move_to
 from peftune.model.lora import Adapted, inject
-from peftune.model.loss import LossModel
-from peftune.model.train import attention, varlen_attention
+from peftune.model.loss import LossModel, by_torch
+from peftune.model.train import attention, cross_entropy, varlen_attention
 from peftune.model.train.attention import kernel_for
 from peftune.model.train.forward import train_forward
 from peftune.serve.engines.group import EngineGroup
@@ -229,6 +230,53 @@ def test_every_gpu_kernel_is_causal_attention_within_documents(plan: Any) -> Non
     found = plan(lengths, heads, GPU)(qkv, scale)
     wanted = attention._by_query_blocks(lengths, heads, torch.device("cpu"))(qkv.float().cpu(), scale)
     torch.testing.assert_close(found.float().cpu(), wanted, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("stride", [50257, 50304])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cross_entropy_by_the_kernel_is_that_by_torch(dtype: torch.dtype, stride: int) -> None:
+    """Twice to the bit, and of as many rows as a step has."""
+    assert cross_entropy.reason_against(GPU, dtype) == ""
+    made = torch.Generator().manual_seed(0)
+    given = (4 * torch.randn(1024, stride, generator=made)).to(GPU, dtype)
+    targets = torch.randint(0, 50257, (1024,), generator=made).to(GPU)
+    shares = torch.rand(1024, 1, generator=made).to(GPU)
+    room = torch.empty(1024, 50257, device=GPU)
+    for share in (0.0, 0.1, shares):
+        found = []
+        for way in (partial(by_torch, room), cross_entropy.by_kernel, cross_entropy.by_kernel):
+            held, nats = given.clone(), torch.zeros(1024, 1, device=GPU)
+            way(held[:, :50257], targets, share, nats, True)
+            assert torch.equal(held[:, 50257:], given[:, 50257:])
+            found.append((nats, held[:, :50257]))
+        (wanted, gradient), first, second = found
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        torch.testing.assert_close(first[0], wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(first[1], gradient, rtol=max(1e-4, 2 * torch.finfo(dtype).eps), atol=1e-6)
+        held, nats = given.clone(), torch.zeros(1024, 1, device=GPU)
+        cross_entropy.by_kernel(held[:, :50257], targets, share, nats, False)
+        assert torch.equal(held, given) and torch.equal(nats, first[0])
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_run_learns_through_the_kernel_of_the_cross_entropy_what_it_learns_without(
+    recipe: Make, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if precision == "bf16":
+        needs_bf16()
+    settings = f"run.precision={precision}", "optim.label_smoothing=0.1", "data.validation=0.2", "run.eval_every=4"
+    found = []
+    for name in ("with", "without"):
+        if name == "without":
+            monkeypatch.setattr(cross_entropy, "reason_against", lambda *_: "it is not wanted")
+        made = recipe(name, *settings)
+        losses(made)
+        events = [*read_metrics(Path(made.run.out) / "metrics.jsonl")]
+        assert ("cross entropy by one kernel" in events[0]["function"]) == (name == "with")
+        found.append([event["loss"] for event in events if "loss" in event])
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5 if precision == "fp32" else 1e-2)
 
 
 @pytest.mark.skipif(not quantized.is_available(), reason="bitsandbytes is not installed")

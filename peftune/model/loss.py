@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
+
+from peftune.model.train import cross_entropy
 
 
 class LossModel(nn.Module):
@@ -115,8 +118,8 @@ def nats_of_parts(
     forward, chunk by chunk, so that logits are made once (4VD instead of 6VD operations a position) and dropped at
     once.
     """
-    if type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad:
-        return _FrozenHead.apply(hidden, head.weight, targets, counts, smoothing)
+    if is_frozen(head):
+        return _FrozenHead.apply(hidden, head.weight, targets, counts, smoothing)  # type: ignore[no-any-return,no-untyped-call]
     return torch.stack(
         [
             _nats_of(rows, head, wanted, share)
@@ -125,6 +128,11 @@ def nats_of_parts(
             )
         ]
     )
+
+
+def is_frozen(head: nn.Module) -> bool:
+    """Whether a head is a plain product with weights that are not trained."""
+    return type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
 
 
 def _nats_of(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
@@ -167,6 +175,32 @@ def _for_products(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return like.new_empty(rows, width)[:, :columns]
 
 
+def _in_place_for(logits: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor, Any, torch.Tensor, bool], None]:
+    """What computes the same as `cross_entropy.by_kernel`, of logits like these, of as many rows at most."""
+    if logits.device.type == "cuda" and not cross_entropy.reason_against(logits.device, logits.dtype):
+        return cross_entropy.by_kernel
+    fits = logits.dtype == torch.float32 and logits.is_contiguous()
+    return partial(by_torch, None if fits else torch.empty_like(logits, dtype=torch.float32))
+
+
+def by_torch(
+    room: torch.Tensor | None, logits: torch.Tensor, targets: torch.Tensor, share: cross_entropy.Share,
+    nats: torch.Tensor, wanted: bool,
+) -> None:  # fmt: skip
+    """The same by torch's operations, with `room` (C, V) in fp32 for probabilities, or in the place of fp32 logits."""
+    p, chosen = logits if room is None else room[: len(logits)], targets[:, None]
+    smoothed = isinstance(share, torch.Tensor) or share != 0
+    top, picked = logits.amax(dim=1, keepdim=True).float(), logits.gather(1, chosen).float()
+    mean = logits.mean(dim=1, keepdim=True, dtype=torch.float32) if smoothed else picked
+    torch.softmax(p if room is None else p.copy_(logits), dim=1, out=p)
+    log_z = top - p.amax(dim=1, keepdim=True).log()  # the largest probability is exp(top - log z)
+    torch.sub(log_z - (1 - share) * picked, share * mean, out=nats)
+    if wanted:
+        p.scatter_add_(1, chosen, share - 1 if isinstance(share, torch.Tensor) else torch.full_like(top, share - 1))
+        p.sub_(share / logits.shape[1]) if smoothed else None
+        logits.copy_(p) if room is not None else None
+
+
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -181,22 +215,13 @@ class _FrozenHead(torch.autograd.Function):
         gradient = torch.empty_like(hidden, dtype=dtype) if wanted else None
         chunk = max(1, min(chunk_rows(hidden.device), len(hidden)))
         logits_CV = _for_products(hidden, chunk, len(weight))  # made once: fresh memory costs more than the softmax
-        in_place = logits_CV.dtype == torch.float32 and logits_CV.is_contiguous()
-        probability_CV = logits_CV if in_place else hidden.new_empty(chunk, len(weight), dtype=torch.float32)
+        in_place = _in_place_for(logits_CV)
         for here in _chunks(counts, chunk, hidden.device):
-            rows, chosen = hidden[here], targets[here, None]
+            logits = torch.mm(hidden[here], weight.T, out=logits_CV[: here.stop - here.start])
             share = shares[here] if torch.is_tensor(shares) else shares
-            logits, p = logits_CV[: len(rows)], probability_CV[: len(rows)]
-            torch.mm(rows, weight.T, out=logits)
-            top, picked = logits.amax(dim=1, keepdim=True).float(), logits.gather(1, chosen).float()
-            mean = logits.mean(dim=1, keepdim=True, dtype=torch.float32) if any(smoothing) else picked
-            torch.softmax(p if in_place else p.copy_(logits), dim=1, out=p)
-            log_z = top - p.amax(dim=1, keepdim=True).log()  # the largest probability is exp(top - log z)
-            torch.sub(log_z - (1 - share) * picked, share * mean, out=nats[here])
+            in_place(logits, targets[here], share, nats[here], wanted)
             if gradient is not None:
-                p.scatter_add_(1, chosen, share - 1 if torch.is_tensor(share) else torch.full_like(top, share - 1))
-                p.sub_(share / len(weight)) if any(smoothing) else None
-                gradient[here] = (p if in_place else logits.copy_(p)) @ weight
+                gradient[here] = logits @ weight
         ctx.save_for_backward(gradient)
         ctx.dtype, ctx.counts = hidden.dtype, counts
         return torch.stack([part.sum(dtype=torch.float64) for part in torch.split(nats, counts)])

@@ -17,7 +17,8 @@ from peftune.device import device_name
 from peftune.inference.perplexity import Score
 from peftune.model.load import NAME_OF, footprint, load_adapted
 from peftune.model.lora import Adapted
-from peftune.model.loss import LossModel
+from peftune.model.loss import LossModel, is_frozen
+from peftune.model.train import cross_entropy
 from peftune.model.train.forward import TrainGPT2, reason_against, train_forward
 from peftune.training import checkpoint
 from peftune.training.checkpoint import Checkpoint, State
@@ -212,15 +213,18 @@ def choose_forward(
     `tokens` is what the run learns from, at most: whether compiling repays.
     """
     reason = "run.fast is false" if not recipe.run.fast else "ZeRO-3 shards the base" if sharded else None
+    core: Any = adapted.model.get_base_model()
+    has_choice = core.device.type == "cuda" and is_frozen(core.lm_head)
+    loss = cross_entropy.description(core.device, dtype) if has_choice else ""
     if reason := reason or reason_against(adapted):
-        return None, f"steps by Transformers and PEFT ({reason})"
+        return None, f"steps by Transformers and PEFT ({', '.join(filter(None, (reason, loss)))})"
     optim, worth = recipe.optim, recipe.run.compile and _is_worth_compiling(adapted, tokens)
     if worth:
         console.say("compiling elementwise operations: half a minute the first time, seconds afterwards")
     fast = train_forward(adapted, dtype, optim.neftune, optim.label_smoothing, recipe.run.checkpointing, worth)
     too_short = "not compiled: the run is too short to repay it" if recipe.run.compile and not worth else ""
     compiled = fast.elementwise.description or too_short
-    return fast, f"fast steps ({', '.join(filter(None, (fast.kernel.name, compiled)))})"
+    return fast, f"fast steps ({', '.join(filter(None, (fast.kernel.name, loss, compiled)))})"
 
 
 def _is_worth_compiling(adapted: Adapted, tokens: int) -> bool:

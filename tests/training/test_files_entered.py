@@ -67,4 +67,5 @@ def test_a_small_run_with_validation_enters_at_most_sixty_files(recipe: Make, tm
     with entered_files(found):
         run.train(again)
     assert "training/run.py" in found and "training/export/adapter.py" in found
+    assert not any(path.startswith("model/train/cross_entropy") for path in found)  # that of GPUs
     assert len(found) <= 60, "\n".join(sorted(found))
