@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.checkpoint
+from recorded_graph import READS, record
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -42,7 +43,6 @@ _ALLOCATIONS = {
     "detach",
     "detach_",
 }
-_READS = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "bincount", "_unique2", "unique_consecutive"}
 _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "linear", "matmul"}
 _INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 _CAST = (torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu)
@@ -62,7 +62,7 @@ class PretendedCUDA(TorchFunctionMode):
         self._pinned: set[int] = set()
         self.place: str | None = None
         """Where what is made now lies, whatever the inputs."""
-        self.paused = False
+        self.paused = self.capturing = False
         self.forget()
 
     def forget(self) -> None:
@@ -126,6 +126,20 @@ class PretendedCUDA(TorchFunctionMode):
         with self.one_kernel(name):
             return function(*tensors)  # type: ignore[no-any-return]
 
+    def record(self, function: Any) -> tuple[Any, torch.Tensor]:
+        """A graph of what `function` launches, in software; each replay is one launch."""
+        self.capturing = True
+        try:
+            replay, output = record(function)
+        finally:
+            self.capturing = False
+
+        def replayed() -> None:
+            with self.one_kernel("graph"):
+                replay()
+
+        return replayed, output
+
     def assert_clean(self, dtype: torch.dtype, waits: Mapping[str, int]) -> None:
         """Nothing failed, matrix products were in `dtype`, and the host waited where it may, at most so often."""
         assert not self.faults
@@ -141,6 +155,8 @@ class PretendedCUDA(TorchFunctionMode):
         """The host waits here."""
         if self.paused:
             return
+        if self.capturing:
+            self.refuse(f"{why} while a graph is recorded")
         self.waits[f"{caller()} ({why})"] += 1
 
     def refuse(self, message: str) -> None:
@@ -264,11 +280,11 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _count(self, func: Any, name: str, tensors: list[torch.Tensor], there: list[torch.Tensor], views: bool) -> None:
         cuda = self._pretence
         masks = any(t.dtype is torch.bool for t in tensors[1:]) if name in _INDEXED else False
-        if there and (name in _READS or masks):
+        if there and (name in READS or masks):
             cuda.wait(name)
         if name in _PRODUCTS:
             cuda.products.update((caller(), t.dtype) for t in there[-1:])
-        if (not views or name in _READS) and name not in _ALLOCATIONS:
+        if (not views or name in READS) and name not in _ALLOCATIONS:
             cuda.launches[name] += 1
 
 
@@ -348,6 +364,7 @@ def pretend(patch: pytest.MonkeyPatch, flash: bool = True) -> PretendedCUDA:
         patch.setattr(torch.cuda, name, lambda *_, _value=value, **__: _value)
     patch.setattr(torch.cuda, "synchronize", lambda *_: cuda.wait("synchronize"))
     patch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    patch.setattr("peftune.model.decode.captured_steps.CUDARecorder", lambda device: cuda.record)
     patch.setattr(torch, "Generator", lambda *_, _made=torch.Generator: _made())
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
         patch.setattr(torch, name, partial(_about_cpu, getattr(torch, name)))

@@ -119,8 +119,8 @@ class RunningBatch:
         if not slots:
             return []
         rows = [self.rows[slot] for slot in slots]
-        ids = to_device(torch.tensor([row.window[-1] for row in rows]), self._spec.device)
-        hidden = self._batch.decode([row.variant for row in rows], slots, ids, [row.computed for row in rows])
+        ids, positions = [row.window[-1] for row in rows], [row.computed for row in rows]
+        hidden = self._batch.decode([row.variant for row in rows], slots, ids, positions)
         for row in rows:
             row.add_computed(1, 1)
         return list(zip(rows, hidden, strict=True))
