@@ -13,8 +13,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-READS = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "bincount", "_unique2", "unique_consecutive"}
-"""Operations whose result the host waits for."""
+READS = {
+    "_local_scalar_dense", "equal", "nonzero", "masked_select", "bincount", "_unique2", "unique_consecutive",
+    "item", "is_nonzero", "allclose",
+}  # fmt: skip
+"""Operations whose result the host waits for; those of the last line are seen in inference mode only."""
 
 
 class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]

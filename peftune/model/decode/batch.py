@@ -34,10 +34,11 @@ class DecodeBatch:
     """
 
     def __init__(self, slots: int, cache: KVCache | None = None, steps: CapturedSteps | None = None) -> None:
-        self._cache, self._adapters, self._step = cache, AdapterSlots(slots), None
+        self._cache, self._adapters = cache, AdapterSlots(slots)
+        self._step: TokenStep | None = None
         if cache is not None and (steps is not None or cache.device.type != "cpu"):
-            steps = steps or CapturedSteps(recorder(cache.device))
-            self._step = TokenStep(slots, cache, self._adapters, steps)
+            recorded = CapturedSteps(recorder(cache.device)) if steps is None else steps
+            self._step = TokenStep(slots, cache, self._adapters, recorded)
 
     @torch.inference_mode()
     def prefill(
@@ -49,7 +50,7 @@ class DecodeBatch:
             used, adapters = [slots[row] for row in rows], [variants[row].lora for row in rows]
             by_row = model.on_cpu and self._step is None
             lora = self._adapters.factors(used, adapters) if by_row else self._adapters.stacked(used, adapters)[1]
-            return model.prefill(_rows_of(ids, rows), start, self._cache, used, lora)
+            return model.prefill(rows_of(ids, rows), start, self._cache, used, lora)
 
         return _by_model(variants, part)
 
@@ -74,7 +75,7 @@ class DecodeBatch:
     @torch.inference_mode()
     def logits(self, variants: Sequence[ModelVariant], hidden: torch.Tensor) -> torch.Tensor:
         """Logits (R, …, V), float32, of hidden states (R, …, D); row i is of `variants[i]`."""
-        return _by_model(variants, lambda model, rows: model.logits(_rows_of(hidden, rows)))
+        return _by_model(variants, lambda model, rows: model.logits(rows_of(hidden, rows)))
 
 
 def _by_model(variants: Sequence[ModelVariant], part: Callable[[DecodeGPT2, list[int]], torch.Tensor]) -> torch.Tensor:
@@ -91,6 +92,6 @@ def _by_model(variants: Sequence[ModelVariant], part: Callable[[DecodeGPT2, list
     return combined
 
 
-def _rows_of(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
+def rows_of(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
     """These rows, in rising order; all of them as they are."""
     return tensor if len(rows) == len(tensor) else tensor[to_device(torch.tensor(rows), tensor.device)]

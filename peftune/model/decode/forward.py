@@ -83,7 +83,9 @@ class DecodeGPT2:
         mask = torch.ones(width, last, dtype=torch.bool, device=device).tril_(start) if start else None
 
         together = [slice(0, len(rows))]
-        parts = [slice(row, row + 1) for row in range(len(rows))] if self.on_cpu else together  # bits depend on the batch
+        parts = (
+            [slice(row, row + 1) for row in range(len(rows))] if self.on_cpu else together
+        )  # bits depend on the batch
         used = [consecutive(slots[part]) or rows for part in parts]
 
         def attend(block: int, qkv: torch.Tensor) -> torch.Tensor:
@@ -133,9 +135,7 @@ class DecodeGPT2:
 
         return self._forward((F.embedding(ids, self.wte) + self.wpe[at])[:, None], lora, attend)[:, 0]
 
-    def step(
-        self, inputs: torch.Tensor, span: int, cache: KVCache, lora: Mapping[ModulePath, Factors]
-    ) -> torch.Tensor:
+    def step(self, inputs: torch.Tensor, span: int, cache: KVCache, lora: Mapping[ModulePath, Factors]) -> torch.Tensor:
         """Hidden states (R, D) after `ln_f` of one token in each of the first R slots; all that counts is in tensors.
 
         `inputs` (3, R), int64: tokens, their positions, less than `span`, and the slot that takes up keys and values:
