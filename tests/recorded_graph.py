@@ -1,7 +1,7 @@
 """A CUDA graph in software: operations are recorded with their tensors, and repeated on the same tensors.
 
-As with a graph of CUDA, what Python computed while recording stays as it was, only what lies in the tensors counts, each
-replay writes into the same memory, and nothing may read the numbers while it is recorded.
+As with a graph of CUDA, what Python computed while recording stays as it was, only what lies in the tensors counts,
+each replay writes into the same memory, and nothing may read the numbers while it is recorded.
 """
 
 from __future__ import annotations

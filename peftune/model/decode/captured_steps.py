@@ -99,7 +99,7 @@ class CUDARecorder:
     """Records on a stream of its own, all graphs in one pool of memory: only one is replayed at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._first: torch.cuda.CUDAGraph | None = None  # a pool whose last graph is gone takes no other
 
     def __call__(self, function: Function) -> tuple[Callable[[], object], torch.Tensor]:

@@ -82,10 +82,8 @@ class DecodeGPT2:
         rows = to_device(torch.tensor(slots), device)
         mask = torch.ones(width, last, dtype=torch.bool, device=device).tril_(start) if start else None
 
-        together = [slice(0, len(rows))]
-        parts = (
-            [slice(row, row + 1) for row in range(len(rows))] if self.on_cpu else together
-        )  # bits depend on the batch
+        alone = [slice(row, row + 1) for row in range(len(rows))]  # where the kernel's last bits depend on the batch
+        parts = alone if self.on_cpu else [slice(0, len(rows))]
         used = [consecutive(slots[part]) or rows for part in parts]
 
         def attend(block: int, qkv: torch.Tensor) -> torch.Tensor:
@@ -98,14 +96,11 @@ class DecodeGPT2:
                 keys, values = k[part], v[part]
                 if mask is not None and cache is not None:
                     keys, values = cache.keys[block][here, :, :last], cache.values[block][here, :, :last]
-                q_here = q[part].to(keys.dtype)
-                outputs.append(
-                    F.scaled_dot_product_attention(
-                        q_here, keys, values, mask, is_causal=mask is None, scale=self.scales[block]
-                    )
+                attended = F.scaled_dot_product_attention(
+                    q[part].to(keys.dtype), keys, values, mask, is_causal=mask is None, scale=self.scales[block]
                 )
-            attended = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-            return attended.transpose(1, 2).flatten(2)
+                outputs.append(attended.transpose(1, 2).flatten(2))
+            return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
         return self._forward(F.embedding(ids, self.wte) + self.wpe[start:last], lora, attend)
 

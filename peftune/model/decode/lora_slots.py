@@ -67,7 +67,7 @@ class AdapterSlots:
 
     def stacked(
         self, slots: Sequence[int], adapters: Sequence[LoraWeights | None], rows: int = 0
-    ) -> tuple[object, LoraFactors]:
+    ) -> tuple[object, Mapping[ModulePath, Factors]]:
         """A and B in one stack for the rows in `slots`, or for the first `rows` slots of all; for kernels of a GPU.
 
         The first is equal where all tensors lie where they lay before: what was recorded with them holds.
@@ -98,8 +98,8 @@ class AdapterSlots:
             if alike:  # the short way: views of one A and B
                 a, b = (factor.expand(len(slots), -1, -1) for factor in present[0])
             else:
-                a, b = stacks[path]
-                a, b = a[..., : max(ranks)], b[:, : max(ranks)]
+                whole_a, whole_b = stacks[path]
+                a, b = whole_a[..., : max(ranks)], whole_b[:, : max(ranks)]
             found[path] = (a, b) if _equal(a, b, ranks) else each
         return found
 

@@ -83,7 +83,7 @@ class LoraStack:
         return self._flat.device
 
     def of(self, rows: torch.Tensor | slice) -> dict[ModulePath, Factors]:
-        """A (R, in, r) and B (R, r, out) of these rows of every module: views of the stack, or for indices of a copy."""
+        """A (R, in, r) and B (R, r, out) of these rows of each module: views of the stack, or of a copy."""
         return self._views(self._flat[rows])
 
     def _make_room(self, adapters: Sequence[LoraWeights]) -> None:
@@ -106,7 +106,7 @@ class LoraStack:
         for path, shapes in self._shapes.items():
             pair = []
             for rank, width in shapes:
-                pair.append(flat[:, start : start + rank * width].unflatten(1, (rank, width)))
+                pair.append(flat[:, start : start + rank * width].view(-1, rank, width))
                 start += _room((rank, width))
             views[path] = pair[0].mT, pair[1]
         return views
