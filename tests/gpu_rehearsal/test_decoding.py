@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -235,11 +236,46 @@ def test_texts_are_those_of_a_cpu_where_both_compute_in_float32(
         bank = AdapterBank(str(base_directory), "fp32", device)
         for name in names:
             bank.add(name, adapters[name])
-        prompts = [" ".join(["the cat sat on the mat"] * (1 + n % 3))[: 7 * n + 3] for n in range(10)]
-        settings = GenerationSettings(max_new_tokens=30, temperature=0)
-        texts.append(bank.generate(prompts, settings, [(*names, None)[n % 4] for n in range(10)], slots=4))
+        prompts = [" ".join(["the cat sat on the mat"] * (1 + n % 3))[: 7 * n + 3] for n in range(7)]
+        settings = GenerationSettings(max_new_tokens=16, temperature=0)
+        texts.append(bank.generate(prompts, settings, [(*names, None)[n % 4] for n in range(7)], slots=3))
     assert not cuda.faults and texts[0] == texts[1]
-    assert (cuda.launches["graph"] > 30) == (recorded == "1")
+    assert (cuda.launches["graph"] > 20) == (recorded == "1")
+
+
+def test_after_an_error_graphs_are_recorded_anew_for_the_new_cache(
+    base_directory: Path, cuda: PretendedCUDA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank, run, logits = AdapterBank(str(base_directory), "bf16"), Engine._run, DecodeGPT2.logits
+    engine, first, second = Engine(bank, slots=2), list[RequestOutput](), list[RequestOutput]()
+    recorded = engine._batch._batch._step
+    assert recorded is not None
+
+    def once(model: DecodeGPT2, hidden: torch.Tensor) -> torch.Tensor:
+        if len(first) < 4:
+            return logits(model, hidden)
+        monkeypatch.setattr(DecodeGPT2, "logits", logits)
+        raise RuntimeError("planted")
+
+    def on_gpu(engine: Engine) -> None:
+        with cuda:
+            run(engine)
+
+    monkeypatch.setattr(DecodeGPT2, "logits", once)
+    monkeypatch.setattr(Engine, "_run", on_gpu)
+    engine.submit(Request((5, 6, 7), None, SAMPLED), first.append)
+    engine.start()
+    try:
+        until = time.monotonic() + 100
+        while not (first and first[-1].finish_reason) and time.monotonic() < until:
+            time.sleep(0.01)
+        engine.submit(Request((5, 6, 7), None, SAMPLED), second.append)
+    finally:
+        engine.stop(drain_seconds=100)
+    anew = engine._batch._batch._step
+    assert first[-1].finish_reason == "error" and second[-1].finish_reason == "length"
+    assert anew is not None and anew._steps is not recorded._steps and len(anew._steps) == 1
+    assert [output.ids for output in second[:3]] == [output.ids for output in first[:3]] and not cuda.faults
 
 
 def test_a_wait_for_each_row_is_found(
