@@ -67,6 +67,8 @@ class PretendedCUDA(TorchFunctionMode):
 
     def forget(self) -> None:
         """Begin to count anew."""
+        self.operations = 0
+        """All that Python asks for, views too."""
         self.launches: Counter[str] = Counter()
         """Kernels by the operation's name; views and allocations launch none."""
         self.waits: Counter[str] = Counter()
@@ -254,6 +256,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name, on_gpu = func.overloadpacket.__name__, bool(there) or cuda.place == "cuda"
         if there and len(there) < len(tensors) and not cuda.paused and cuda.place is None:
             self._check(func, name, args, tensors)
+        cuda.operations += on_gpu and not cuda.paused
         before = {tensor.untyped_storage()._cdata for tensor in tensors if tensor.layout is torch.strided}
         made = func(*args, **kwargs)
         if on_gpu and not cuda.paused:

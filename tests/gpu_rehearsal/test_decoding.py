@@ -165,7 +165,7 @@ class Computed:
         for start in (0, 16, 32):
             self.cuda.forget()
             batch.prefill(variants, range(count), ids, start)
-        for _ in range(0 if prefill else 2):
+        for _ in range(0 if prefill else 3):
             self.cuda.forget()
             batch.decode(variants, range(count), [1] * count, [48] * count)
         self.cuda.assert_clean(torch.bfloat16, {})
@@ -200,6 +200,18 @@ def test_adapters_add_two_launches_a_layer_however_many_and_however_mixed(comput
     for mixed in ([two, (), four], [four, four, two], [four, ("mlp.c_fc",), two, ()]):
         more = computed.launches(mixed) - base
         assert more.total() <= 2 * 4 * A_LORA_LAYER, more
+
+
+@pytest.mark.parametrize(
+    "adapted", [[()] * 3, [MODULES] * 3, [MODULES, (), ("mlp.c_fc",)]], ids=["base", "one", "mixed"]
+)
+def test_python_does_little_for_a_recorded_step_whatever_its_blocks_and_adapters(
+    adapted: list[Sequence[str]], computed: Computed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even the views of each A and B, which cost the host as much as launches."""
+    monkeypatch.setenv(VARIABLE, "1")
+    assert computed.launches(adapted) == {"copy_": 1, "graph": 1, "index_select": 1}
+    assert computed.cuda.operations <= 10
 
 
 @pytest.mark.parametrize("adapted", [[()], [MODULES], [MODULES, ("attn.c_attn",)]], ids=["base", "one", "mixed"])

@@ -48,8 +48,10 @@ class DecodeBatch:
 
         def part(model: DecodeGPT2, rows: list[int]) -> torch.Tensor:
             used, adapters = [slots[row] for row in rows], [variants[row].lora for row in rows]
-            by_row = model.on_cpu and self._step is None
-            lora = self._adapters.factors(used, adapters) if by_row else self._adapters.stacked(used, adapters)[1]
+            if model.on_cpu and self._step is None:
+                lora = self._adapters.factors(used, adapters)
+            else:
+                lora = self._adapters.stacked(used, adapters).factors()
             return model.prefill(rows_of(ids, rows), start, self._cache, used, lora)
 
         return _by_model(variants, part)

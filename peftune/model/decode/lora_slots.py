@@ -8,7 +8,8 @@ is (block, module), such as (3, "attn.c_attn").
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -41,6 +42,17 @@ def _batched(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor)
     return torch.baddbmm(y, torch.bmm(x, a), b)
 
 
+@dataclass(frozen=True)
+class StackedFactors:
+    """A (R, in, r) and B (R, r, out) of every module, made when asked for: some hundred views.
+
+    `key` is equal where all tensors lie where they lay before: what was recorded with them holds.
+    """
+
+    key: Hashable
+    factors: Callable[[], dict[ModulePath, Factors]]
+
+
 class AdapterSlots:
     """A and B of the adapters in the slots of a batch; slots without one, and ranks above its own, hold zeros.
 
@@ -65,32 +77,29 @@ class AdapterSlots:
             self._last = key, self._stacked_where_equal(slots, adapters, own) if one_token else own
         return self._last[1]
 
-    def stacked(
-        self, slots: Sequence[int], adapters: Sequence[LoraWeights | None], rows: int = 0
-    ) -> tuple[object, Mapping[ModulePath, Factors]]:
-        """A and B in one stack for the rows in `slots`, or for the first `rows` slots of all; for kernels of a GPU.
-
-        The first is equal where all tensors lie where they lay before: what was recorded with them holds.
-        """
-        count = rows or len(slots)
+    def stacked(self, slots: Sequence[int], adapters: Sequence[LoraWeights | None], rows: int = 0) -> StackedFactors:
+        """A and B in one stack for the rows in `slots`, or for the first `rows` slots of all; for kernels of a GPU."""
         if all(adapter is adapters[0] for adapter in adapters):
             if adapters[0] is None:
-                return "none", {}
+                return StackedFactors("none", dict)
             self._single.load([0], adapters[:1])
-            views = self._single.of(slice(0, 1))
-            factors = {path: (a.expand(count, -1, -1), b.expand(count, -1, -1)) for path, (a, b) in views.items()}
-            return ("one", self._single.version), factors
+            return StackedFactors(("one", self._single.version), partial(self._expanded, rows or len(slots)))
         self._mixed.load(slots, adapters)
         which = slice(0, rows) if rows else consecutive(slots)
         index = to_device(torch.tensor(slots), self._mixed.device) if which is None else which
-        return ("mixed", self._mixed.version), self._mixed.of(index)
+        return StackedFactors(("mixed", self._mixed.version), partial(self._mixed.of, index))
+
+    def _expanded(self, rows: int) -> dict[ModulePath, Factors]:
+        """The one adapter's A and B, seen by so many rows."""
+        views = self._single.of(slice(0, 1))
+        return {path: (a.expand(rows, -1, -1), b.expand(rows, -1, -1)) for path, (a, b) in views.items()}
 
     def _stacked_where_equal(
         self, slots: Sequence[int], adapters: Sequence[LoraWeights | None], own: Mapping[ModulePath, OwnFactors]
     ) -> LoraFactors:
         """Stacks in the place of the rows' `own` factors, where each row gets the same bits from them."""
         alike = all(adapter is adapters[0] for adapter in adapters)
-        stacks = {} if alike else self.stacked(slots, adapters)[1]
+        stacks = {} if alike else self.stacked(slots, adapters).factors()
         found: dict[ModulePath, Factors | OwnFactors] = {}
         for path, each in own.items():
             present = [factors for factors in each if factors is not None]

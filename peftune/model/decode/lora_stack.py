@@ -62,9 +62,11 @@ class LoraStack:
 
     def load(self, rows: Sequence[int], adapters: Sequence[LoraWeights | None]) -> None:
         """Put each adapter into its row, where it is not there already."""
+        ids = [adapter.id if adapter is not None else 0 for adapter in adapters]
+        if all(self._loaded[row] == wanted for row, wanted in zip(rows, ids, strict=True)):
+            return
         self._make_room([adapter for adapter in adapters if adapter is not None])
-        for row, adapter in zip(rows, adapters, strict=True):
-            wanted = adapter.id if adapter is not None else 0
+        for row, wanted, adapter in zip(rows, ids, adapters, strict=True):
             if self._loaded[row] == wanted:
                 continue
             self._flat[row] = 0

@@ -42,13 +42,13 @@ class TokenStep:
     ) -> torch.Tensor:
         """Hidden states (R, D) of rows in `slots` with one new token each, at their own positions."""
         rows, span = padded_rows(max(slots) + 1, self._slots), self._cache.span(max(positions) + 1)
-        where, lora = self._adapters.stacked(slots, adapters, rows)
+        lora = self._adapters.stacked(slots, adapters, rows)
         host = torch.zeros(4, rows, dtype=torch.int64)
         host[2] = self._cache.spare
         host[:3, list(slots)] = torch.tensor([ids, positions, slots])
         host[3, : len(slots)] = torch.tensor(slots)
         given = self._inputs[: host.numel()].view(4, rows)
         given.copy_(host.pin_memory() if self._cache.device.type == "cuda" else host, non_blocking=True)
-        key = weakref.ref(model), rows, span, where  # a recording may not keep a model, nor be taken for another's
-        hidden = self._steps.run(key, lambda: model.step(given[:3], span, self._cache, lora))
+        key = weakref.ref(model), rows, span, lora.key  # a recording may not keep a model, nor be taken for another's
+        hidden = self._steps.run(key, lambda: model.step(given[:3], span, self._cache, lora.factors()))
         return hidden.index_select(0, given[3, : len(slots)])
