@@ -6,13 +6,12 @@ Row i of the batch is slot i of the cache; when a text ends, the last row moves 
 from __future__ import annotations
 
 import time
-from functools import partial
 
 import torch
 
 from peftune.inference.pace import Pace, chunk_tokens
-from peftune.inference.request import ModelProvider
-from peftune.inference.sequence import RunningSequence, sample
+from peftune.inference.request import ModelProvider, TokenLogprob
+from peftune.inference.sequence import RunningSequence, sample, token_logprobs
 from peftune.model.decode.batch import DecodeBatch, rows_of
 from peftune.model.train.layers import to_device
 
@@ -144,12 +143,29 @@ class RunningBatch:
         finite = logits.sum(-1).isfinite()
         tokens = sample(rows, logits.where(finite[:, None], 0.0)[:, :known], self._models.end)
         chosen = torch.stack([tokens, finite.to(tokens.dtype)]).tolist()  # host sync here, the only one of a token
-        for number, (row, token, good) in enumerate(zip(rows, *chosen, strict=True)):
+        scored = self._score(rows, chosen[0], logits)
+        for row, token, good in zip(rows, *chosen, strict=True):
             if good:
                 self.tokens_written += 1
-                row.accept(token, partial(logits.__getitem__, number), self._models.end, self._positions)
+                row.accept(token, scored.get(row), self._models.end, self._positions)
             else:
                 row.finish("error", f"the model's logits are not finite in {self._spec.dtype}; try fp32")
+
+    def _score(
+        self, rows: list[RunningSequence], tokens: list[int], logits: torch.Tensor
+    ) -> dict[RunningSequence, TokenLogprob]:
+        """The token of each row that asks for its log-probability: on a GPU all that name as many others at once."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for number, row in enumerate(rows):
+            if (count := row.handle.request.logprobs) is not None:
+                alone = number if logits.device.type == "cpu" else 0  # last bits are its own
+                groups.setdefault((count, alone), []).append(number)
+        found: dict[RunningSequence, TokenLogprob] = {}
+        for (count, _), numbers in groups.items():
+            nats = rows_of(logits, numbers).log_softmax(-1)
+            each = token_logprobs(nats, [tokens[number] for number in numbers], count)
+            found |= zip((rows[number] for number in numbers), each, strict=True)
+        return found
 
     def _release(self) -> None:
         """Free the slots of what has ended; the last rows move into them."""

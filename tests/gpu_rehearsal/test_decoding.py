@@ -98,6 +98,19 @@ def test_the_engines_thread_scores_routes_and_writes(
     assert sum(waits_of(cuda).values()) <= steps + 9 + 3  # a prompt, then each of its text's tokens; routing
 
 
+def test_log_probabilities_of_all_texts_are_read_at_once(base_directory: Path, cuda: PretendedCUDA) -> None:
+    bank = AdapterBank(str(base_directory), "bf16")
+    engine, outputs = Engine(bank, slots=4), list[RequestOutput]()
+    for _ in range(4):
+        engine.submit(Request((5, 6, 7), None, SAMPLED, logprobs=2), outputs.append)
+    for _ in range(4):
+        engine.step()
+    cuda.forget()
+    engine.step()
+    cuda.assert_clean(torch.bfloat16, TOKEN | {"inference/sequence.py:token_logprobs (tolist)": 1})
+    assert all(len(output.logprobs[0].top) == 2 for output in outputs[-4:])
+
+
 A_BLOCK = 14
 """Launches of a block for one token of every text, by the base alone. May only go down."""
 A_LORA_LAYER = 2
