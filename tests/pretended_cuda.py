@@ -12,6 +12,7 @@ other threads; and operations inside the kernels that stand in here for those of
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 import types
 import weakref
@@ -24,7 +25,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.checkpoint
-from recorded_graph import READS, record
+from recorded_graph import READS, Recording
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -128,19 +129,18 @@ class PretendedCUDA(TorchFunctionMode):
         with self.one_kernel(name):
             return function(*tensors)  # type: ignore[no-any-return]
 
-    def record(self, function: Any) -> tuple[Any, torch.Tensor]:
-        """A graph of what `function` launches, in software; each replay is one launch."""
+    @contextlib.contextmanager
+    def recorded(self, graph: _Graph, *given: Any, **named: Any) -> Iterator[None]:
+        """As `torch.cuda.graph`: records in software what is launched, of this thread alone."""
+        found = _GRAPH.bind(graph, *given, **named).arguments
+        if found.get("capture_error_mode") != "thread_local" or not isinstance(found.get("stream"), _Stream):
+            self.refuse("a graph is recorded on a stream of its own, and other threads may go on")
         self.capturing = True
         try:
-            replay, output = record(function)
+            with Recording() as graph.recording:
+                yield
         finally:
             self.capturing = False
-
-        def replayed() -> None:
-            with self.one_kernel("graph"):
-                replay()
-
-        return replayed, output
 
     def assert_clean(self, dtype: torch.dtype, waits: Mapping[str, int]) -> None:
         """Nothing failed, matrix products were in `dtype`, and the host waited where it may, at most so often."""
@@ -242,6 +242,32 @@ class PretendedCUDA(TorchFunctionMode):
             self.place = before
 
 
+class _Stream:
+    """One after another, which is what waiting comes to."""
+
+    def __init__(self, device: torch.device = CUDA) -> None:
+        self.device = device
+
+    def wait_stream(self, other: _Stream) -> None:
+        """Nothing is under way."""
+
+
+class _Graph:
+    """What was recorded; a replay counts as one launch."""
+
+    def __init__(self, cuda: PretendedCUDA) -> None:
+        self._cuda, self.recording = cuda, Recording()
+
+    def pool(self) -> tuple[int, int]:
+        """Memory that other graphs may use too."""
+        return 0, 1
+
+    def replay(self) -> None:
+        """All again."""
+        with self._cuda.one_kernel("graph"):
+            self.recording.replay()
+
+
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operation below autograd."""
 
@@ -332,6 +358,7 @@ def _about_cpu(asked: Any, *_: Any) -> Any:
     return asked("cpu")
 
 
+_GRAPH = inspect.signature(torch.cuda.graph)
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 
 
@@ -367,7 +394,11 @@ def pretend(patch: pytest.MonkeyPatch, flash: bool = True) -> PretendedCUDA:
         patch.setattr(torch.cuda, name, lambda *_, _value=value, **__: _value)
     patch.setattr(torch.cuda, "synchronize", lambda *_: cuda.wait("synchronize"))
     patch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-    patch.setattr("peftune.model.decode.captured_steps.CUDARecorder", lambda device: cuda.record)
+    for name, stands_in in (
+        ("Stream", _Stream), ("current_stream", _Stream), ("stream", contextlib.nullcontext), ("graph", cuda.recorded),
+        ("CUDAGraph", lambda: _Graph(cuda)),
+    ):  # fmt: skip
+        patch.setattr(torch.cuda, name, stands_in)
     patch.setattr(torch, "Generator", lambda *_, _made=torch.Generator: _made())
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
         patch.setattr(torch, name, partial(_about_cpu, getattr(torch, name)))

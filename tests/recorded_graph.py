@@ -20,7 +20,9 @@ READS = {
 """Operations whose result the host waits for; those of the last line are seen in inference mode only."""
 
 
-class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What happens while it is entered, to be repeated."""
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._calls: list[tuple[Any, Any, Any, Any]] = []
@@ -33,6 +35,7 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return made
 
     def replay(self) -> None:
+        """Each operation once more, its result where it was."""
         for func, args, kwargs, made in self._calls:
             for old, new in zip(tree_leaves(made), tree_leaves(func(*args, **kwargs)), strict=True):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
@@ -42,6 +45,6 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def record(function: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
     """As `captured_steps.CUDARecorder` does it."""
     function()
-    with _Recording() as recording:
+    with Recording() as recording:
         output = function()
     return recording.replay, output
