@@ -46,8 +46,8 @@ class CapturedSteps:
 
     The first replays of each are compared with the function itself. Where one differs, or cannot be recorded, all are
     given up, with one line in the log. The bound: a graph holds memory of its own for its launches and its result, and
-    keys go out of use (a model that was removed, a longer text that ended); 128 is every number of rows and span of two
-    models with 32 slots.
+    keys go out of use, as with a model that was removed. 128 are more than a model with 32 slots has: 6 numbers of
+    rows, 6 spans, for the base, one adapter and several.
     """
 
     def __init__(self, record: Record | None) -> None:

@@ -31,6 +31,8 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, factors: Factors | OwnFactors | N
     if factors is None:
         return y
     if isinstance(factors, tuple):
+        if y.device.type != "cpu":
+            return y.baddbmm_(torch.bmm(x, factors[0]), factors[1])  # another result would be a copy of y first
         return _batched(y, x, *factors)
     for row, own in enumerate(factors):
         if own is not None:
