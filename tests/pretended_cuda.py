@@ -245,7 +245,7 @@ class PretendedCUDA(TorchFunctionMode):
 class _Stream:
     """One after another, which is what waiting comes to."""
 
-    def __init__(self, device: torch.device = CUDA) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         self.device = device
 
     def wait_stream(self, other: _Stream) -> None:
