@@ -133,7 +133,7 @@ class PretendedCUDA(TorchFunctionMode):
     def recorded(self, graph: _Graph, *given: Any, **named: Any) -> Iterator[None]:
         """As `torch.cuda.graph`: records in software what is launched, of this thread alone."""
         found = _GRAPH.bind(graph, *given, **named).arguments
-        if found.get("capture_error_mode") != "thread_local" or not isinstance(found.get("stream"), _Stream):
+        if found.get("capture_error_mode") != "thread_local" or found.get("stream") is None:
             self.refuse("a graph is recorded on a stream of its own, and other threads may go on")
         self.capturing = True
         try:
@@ -242,13 +242,10 @@ class PretendedCUDA(TorchFunctionMode):
             self.place = before
 
 
-class _Stream:
+class _SideStream:
     """One after another, which is what waiting comes to."""
 
-    def __init__(self, device: torch.device | None = None) -> None:
-        self.device = device
-
-    def wait_stream(self, other: _Stream) -> None:
+    def wait_stream(self, other: Any) -> None:
         """Nothing is under way."""
 
 
@@ -392,13 +389,13 @@ def pretend(patch: pytest.MonkeyPatch, flash: bool = True) -> PretendedCUDA:
     }  # fmt: skip
     for name, value in functions.items():
         patch.setattr(torch.cuda, name, lambda *_, _value=value, **__: _value)
+    for name in ("Stream", "current_stream"):
+        patch.setattr(torch.cuda, name, lambda *_: _SideStream())
+    patch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    patch.setattr(torch.cuda, "graph", cuda.recorded)
+    patch.setattr(torch.cuda, "CUDAGraph", lambda: _Graph(cuda))
     patch.setattr(torch.cuda, "synchronize", lambda *_: cuda.wait("synchronize"))
     patch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-    for name, stands_in in (
-        ("Stream", _Stream), ("current_stream", _Stream), ("stream", contextlib.nullcontext), ("graph", cuda.recorded),
-        ("CUDAGraph", lambda: _Graph(cuda)),
-    ):  # fmt: skip
-        patch.setattr(torch.cuda, name, stands_in)
     patch.setattr(torch, "Generator", lambda *_, _made=torch.Generator: _made())
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
         patch.setattr(torch, name, partial(_about_cpu, getattr(torch, name)))

@@ -99,13 +99,13 @@ class CUDARecorder:
     """Records on a stream of its own, all graphs in one pool of memory: only one is replayed at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._device, self._stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._first: torch.cuda.CUDAGraph | None = None  # a pool whose last graph is gone takes no other
 
     def __call__(self, function: Function) -> tuple[Callable[[], object], torch.Tensor]:
         """Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs."""
         graph, pool = torch.cuda.CUDAGraph(), self._first.pool() if self._first is not None else None
-        now = torch.cuda.current_stream(self._stream.device)
+        now = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(now)
         with torch.cuda.stream(self._stream):  # a recording that fails leaves its stream the current one
             function()  # libraries make their workspaces when they are first called
