@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+import threading
 import types
 import weakref
 from collections import Counter
@@ -53,18 +54,30 @@ class WrongDevice(RuntimeError):
     """An operation whose tensors are on several devices, which CUDA refuses."""
 
 
+class _OfThread(threading.local):
+    """What each thread is about: one may record a graph while another goes on."""
+
+    place: str | None = None
+    """Where what is made now lies, whatever the inputs."""
+    paused = capturing = False
+
+
+def _own(name: str) -> Any:
+    return property(lambda cuda: getattr(cuda._here, name), lambda cuda, value: setattr(cuda._here, name, value))
+
+
 class PretendedCUDA(TorchFunctionMode):
     """While entered, `cuda` is a device; what happened on it is in the counters, since `forget`."""
 
     def __init__(self) -> None:
         super().__init__()
+        self._here = _OfThread()
         self._seen = _Operations(self)
         self._marked: set[int] = set()
         self._pinned: set[int] = set()
-        self.place: str | None = None
-        """Where what is made now lies, whatever the inputs."""
-        self.paused = self.capturing = False
         self.forget()
+
+    place, paused, capturing = (_own(name) for name in ("place", "paused", "capturing"))
 
     def forget(self) -> None:
         """Begin to count anew."""
