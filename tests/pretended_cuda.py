@@ -58,12 +58,12 @@ class _OfThread(threading.local):
     """What each thread is about: one may record a graph while another goes on."""
 
     place: str | None = None
-    """Where what is made now lies, whatever the inputs."""
     paused = capturing = False
 
 
 def _own(name: str) -> Any:
-    return property(lambda cuda: getattr(cuda._here, name), lambda cuda, value: setattr(cuda._here, name, value))
+    here = _OfThread()
+    return property(lambda cuda: getattr(here, name), lambda cuda, value: setattr(here, name, value))
 
 
 class PretendedCUDA(TorchFunctionMode):
@@ -71,10 +71,12 @@ class PretendedCUDA(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._here = _OfThread()
         self._seen = _Operations(self)
         self._marked: set[int] = set()
         self._pinned: set[int] = set()
+        self.place: str | None = None
+        """Where what is made now lies, whatever the inputs."""
+        self.paused = False
         self.forget()
 
     place, paused, capturing = (_own(name) for name in ("place", "paused", "capturing"))
