@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from peftune.inference.bank import AdapterBank
 from peftune.inference.engine import Engine
 from peftune.inference.request import Request
 from peftune.inference.settings import GenerationSettings
+from peftune.model.decode.captured_steps import VARIABLE
 from peftune.model.decode.lora_slots import AdapterSlots
 from peftune.model.load import DTYPES
 
@@ -32,6 +34,7 @@ Write = Callable[[list[list[int]]], list[list[int]]]
 
 def decode_worker(job: dict[str, Any], channel: Channel) -> None:
     """One round is one batch, written to its end; the value is tokens a second."""
+    os.environ[VARIABLE] = job.get("graphs", "1")
     numbers = sorted(set(job["rows"]) - {None})
     write = _by_engine(job, numbers) if job["way"] == "ours" else _by_generate(job, numbers)
     settings = {key: job[key] for key in ("way", "precision", "new")}
@@ -184,10 +187,11 @@ def swap_of(way: str, job: dict[str, Any]) -> Callable[[int], object]:
         return lambda number: hotswap_adapter(model, paths[number], "a0", torch_device=job["device"])
     bank, slots = _bank(job, (0, 1)), AdapterSlots(2 if way == "slot" else 1)
     both = [bank.variant(f"a{number}").lora for number in (0, 1)]
+    ask: Callable[..., object] = slots.factors if job["device"] == "cpu" else slots.stacked
 
     def use(number: int) -> object:
         bank.use(f"a{number}")
-        return slots.factors([0], [bank.variant(f"a{number}").lora])
+        return ask([0], [bank.variant(f"a{number}").lora])
 
     def add(number: int) -> object:
         bank.remove(f"a{number}")
@@ -195,7 +199,8 @@ def swap_of(way: str, job: dict[str, Any]) -> Callable[[int], object]:
 
     @torch.inference_mode()
     def slot(number: int) -> object:
-        return slots.factors([0, 1], [both[number], both[1 - number]], one_token=True)
+        more = {"one_token": True} if job["device"] == "cpu" else {}
+        return ask([0, 1], [both[number], both[1 - number]], **more)
 
     return {"use": use, "add": add, "slot": slot}[way]
 

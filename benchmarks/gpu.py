@@ -184,6 +184,8 @@ def rows(setup: Setup) -> Result:
     """Tokens written a second by batches of so many rows, against Transformers' `generate`, and vLLM where it is.
 
     python -m benchmarks.gpu rows [--counts 1,8,64,256] [--new 64] [--precision bf16]
+
+    On a GPU also with CUDA graphs off.
     """
     a, base = setup.arguments, str(setup.base)
     job = {"base": base, "adapters": setup.adapters(3)}
@@ -196,11 +198,14 @@ def rows(setup: Setup) -> Result:
         mixed = Contestant(f"{count} rows, 3 adapters", worker, {**job, "way": "ours", "rows": three}, "tok/s", True)
         peer = Contestant(f"{count} rows, generate", worker, {**job, "way": "generate", "rows": none}, "tok/s")
         other = Contestant(f"{count} rows, vLLM", "benchmarks.gpu:vllm_worker", {**job, "rows": none}, "tok/s")
-        everyone = [ours, mixed, peer, other]
+        eager = {"graphs": "0", "way": "ours", "rows": three}
+        without = Contestant(f"{count} rows, 3 adapters, no CUDA graphs", worker, {**job, **eager}, "tok/s", True)
+        others = [mixed, *[without] * (a.device == "cuda"), peer, other]
+        everyone = [ours, *others]
         for contestant in everyone:  # one at a time: vLLM takes its memory at the start and keeps it
             setup.interleave([contestant])
         result.add(everyone)
-        result.rows += [compare(f"rows {count}", f"write {count} rows", ours, each) for each in (mixed, peer, other)]
+        result.rows += [compare(f"rows {count}", f"write {count} rows", ours, each) for each in others]
     return result
 
 

@@ -12,7 +12,9 @@ other threads; and operations inside the kernels that stand in here for those of
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
+import threading
 import types
 import weakref
 from collections import Counter
@@ -24,6 +26,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.checkpoint
+from recorded_graph import READS, Recording
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -43,7 +46,6 @@ _ALLOCATIONS = {
     "detach",
     "detach_",
 }
-_READS = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "bincount", "_unique2", "unique_consecutive"}
 _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "linear", "matmul"}
 _INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 _CAST = (torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu)
@@ -51,6 +53,18 @@ _CAST = (torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu)
 
 class WrongDevice(RuntimeError):
     """An operation whose tensors are on several devices, which CUDA refuses."""
+
+
+class _OfThread(threading.local):
+    """What each thread is about: one may record a graph while another goes on."""
+
+    place: str | None = None
+    paused = capturing = False
+
+
+def _own(name: str) -> Any:
+    here = _OfThread()
+    return property(lambda cuda: getattr(here, name), lambda cuda, value: setattr(here, name, value))
 
 
 class PretendedCUDA(TorchFunctionMode):
@@ -67,8 +81,14 @@ class PretendedCUDA(TorchFunctionMode):
         self.paused = False
         self.forget()
 
+    place, paused, capturing = (_own(name) for name in ("place", "paused", "capturing"))
+
     def forget(self) -> None:
         """Begin to count anew."""
+        self.checks = 0
+        """How often it waits besides to compare a graph with its kernels, as it does at first."""
+        self.operations = 0
+        """All that Python asks for, views too."""
         self.launches: Counter[str] = Counter()
         """Kernels by the operation's name; views and allocations launch none."""
         self.waits: Counter[str] = Counter()
@@ -128,6 +148,19 @@ class PretendedCUDA(TorchFunctionMode):
         with self.one_kernel(name):
             return function(*tensors)  # type: ignore[no-any-return]
 
+    @contextlib.contextmanager
+    def recorded(self, graph: _Graph, *given: Any, **named: Any) -> Iterator[None]:
+        """As `torch.cuda.graph`: records in software what is launched, of this thread alone."""
+        found = _GRAPH.bind(graph, *given, **named).arguments
+        if found.get("capture_error_mode") != "thread_local" or found.get("stream") is None:
+            self.refuse("a graph is recorded on a stream of its own, and other threads may go on")
+        self.capturing = True
+        try:
+            with Recording() as graph.recording:
+                yield
+        finally:
+            self.capturing = False
+
     def assert_clean(self, dtype: torch.dtype, waits: Mapping[str, int]) -> None:
         """Nothing failed, matrix products were in `dtype`, and the host waited where it may, at most so often."""
         assert not self.faults
@@ -143,7 +176,12 @@ class PretendedCUDA(TorchFunctionMode):
         """The host waits here."""
         if self.paused:
             return
-        self.waits[f"{caller()} ({why})"] += 1
+        if self.capturing:
+            self.refuse(f"{why} while a graph is recorded")
+        if caller().startswith("model/decode/captured_steps.py:"):
+            self.checks += 1
+        else:
+            self.waits[f"{caller()} ({why})"] += 1
 
     def refuse(self, message: str) -> None:
         """CUDA would raise here."""
@@ -233,6 +271,22 @@ class PretendedCUDA(TorchFunctionMode):
             self.place = before
 
 
+class _Graph:
+    """What was recorded; a replay counts as one launch."""
+
+    def __init__(self, cuda: PretendedCUDA) -> None:
+        self._cuda, self.recording = cuda, Recording()
+
+    def pool(self) -> tuple[int, int]:
+        """Memory that other graphs may use too."""
+        return 0, 1
+
+    def replay(self) -> None:
+        """All again."""
+        with self._cuda.one_kernel("graph"):
+            self.recording.replay()
+
+
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operation below autograd."""
 
@@ -247,6 +301,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name, on_gpu = func.overloadpacket.__name__, bool(there) or cuda.place == "cuda"
         if there and len(there) < len(tensors) and not cuda.paused and cuda.place is None:
             self._check(func, name, args, tensors)
+        cuda.operations += on_gpu and not cuda.paused
         before = {tensor.untyped_storage()._cdata for tensor in tensors if tensor.layout is torch.strided}
         made = func(*args, **kwargs)
         if on_gpu and not cuda.paused:
@@ -274,11 +329,11 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _count(self, func: Any, name: str, tensors: list[torch.Tensor], there: list[torch.Tensor], views: bool) -> None:
         cuda = self._pretence
         masks = any(t.dtype is torch.bool for t in tensors[1:]) if name in _INDEXED else False
-        if there and (name in _READS or masks):
+        if there and (name in READS or masks):
             cuda.wait(name)
         if name in _PRODUCTS:
             cuda.products.update((caller(), t.dtype) for t in there[-1:])
-        if (not views or name in _READS) and name not in _ALLOCATIONS:
+        if (not views or name in READS) and name not in _ALLOCATIONS:
             cuda.launches[name] += 1
 
 
@@ -355,6 +410,7 @@ def _about_cpu(asked: Any, *_: Any) -> Any:
     return asked("cpu")
 
 
+_GRAPH = inspect.signature(torch.cuda.graph)
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 
 
@@ -402,6 +458,8 @@ def pretend(
     }  # fmt: skip
     for name, value in functions.items():
         patch.setattr(torch.cuda, name, lambda *_, _value=value, **__: _value)
+    patch.setattr(torch.cuda, "graph", cuda.recorded)
+    patch.setattr(torch.cuda, "CUDAGraph", lambda: _Graph(cuda))
     patch.setattr(torch.cuda, "synchronize", lambda *_: cuda.wait("synchronize"))
     only = _Stream(cuda)  # all that is enqueued runs at once, whatever the stream
     for name in ("Stream", "Event", "current_stream", "default_stream"):

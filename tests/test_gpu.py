@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,10 +25,12 @@ from peftune.config.recipe import LoraSection, Recipe, recipe_from
 from peftune.device import choose_device, device_name
 from peftune.errors import UserError
 from peftune.inference.bank import AdapterBank
+from peftune.inference.engine import Engine
 from peftune.inference.request import Request, RequestOutput
 from peftune.inference.settings import GenerationSettings
 from peftune.model import quantized
 from peftune.model.base import Base, open_base
+from peftune.model.decode.captured_steps import VARIABLE
 from peftune.model.load import load_model, move_to
 from peftune.model.lora import Adapted, inject
 from peftune.model.loss import LossModel, by_torch
@@ -290,25 +293,65 @@ def test_a_quantised_base_computes_on_a_gpu_what_it_computes_on_a_cpu(tiny_base:
     torch.testing.assert_close(found.cpu(), wanted, rtol=1e-4, atol=0)
 
 
-def test_a_mixed_batch_writes_on_a_gpu_what_it_writes_on_a_cpu(tiny_base: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def two_adapters(tiny_base: Path, tmp_path: Path) -> dict[str, Path]:
+    """Of ranks 4 and 20."""
     for seed, name in enumerate(("one", "two")):
         torch.manual_seed(seed)
-        lora = LoraConfig(r=4 + seed, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+        lora = LoraConfig(r=4 + 16 * seed, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
         model = get_peft_model(load_model(Base(tiny_base)), lora)
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.data += 0.2 * torch.randn_like(parameter)
         model.save_pretrained(tmp_path / name)
-    banks = [AdapterBank(str(tiny_base), "fp32", device) for device in ("cpu", GPU.type)]
+    return {name: tmp_path / name for name in ("one", "two")}
+
+
+def bank_of(base: Path, adapters: dict[str, Path], precision: str, device: str) -> AdapterBank:
+    bank = AdapterBank(str(base), precision, device)
+    for name, directory in adapters.items():
+        bank.add(name, directory)
+    return bank
+
+
+def test_a_mixed_batch_writes_on_a_gpu_what_it_writes_on_a_cpu(tiny_base: Path, two_adapters: dict[str, Path]) -> None:
+    banks = [bank_of(tiny_base, two_adapters, "fp32", device) for device in ("cpu", GPU.type)]
     names = ["one", "two", None, "two"]
-    for bank in banks:
-        for name in ("one", "two"):
-            bank.add(name, tmp_path / name)
     ids = torch.randint(0, 250, (4, 30), generator=torch.Generator().manual_seed(0))
     cpu, gpu = (bank.logits(ids, names).cpu() for bank in banks)
     torch.testing.assert_close(gpu, cpu, rtol=1e-3, atol=1e-4)
     settings = GenerationSettings(max_new_tokens=20, temperature=0)
     alone = [banks[1].generate(["the cat"], settings, name)[0] for name in names]
     assert banks[1].generate(["the cat"] * 4, settings, names) == alone
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_replayed_graphs_write_what_is_written_kernel_by_kernel(
+    tiny_base: Path,
+    two_adapters: dict[str, Path],
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In the engine's thread, with rows of several adapters that end, move and make room for others."""
+    if precision == "bf16":
+        needs_bf16()
+    bank, written = bank_of(tiny_base, two_adapters, precision, GPU.type), dict[str, list[list[int]]]()
+    settings = GenerationSettings(max_new_tokens=40, temperature=0, ignore_eos=True)
+    for switch in ("0", "1"):
+        monkeypatch.setenv(VARIABLE, switch)
+        engine, texts = Engine(bank, slots=3), [list[int]() for _ in range(9)]
+        asked = [replace(settings, max_new_tokens=20 + 3 * number) for number in range(9)]
+        for number, (text, one) in enumerate(zip(texts, asked, strict=True)):
+            request = Request(tuple(range(2 + number)), ["one", "one", None, "two"][number % 4], one)
+            engine.submit(request, lambda output, text=text: text.extend(output.ids))
+        engine.start()
+        engine.stop(drain_seconds=100)
+        written[switch] = texts
+    assert [len(text) for text in written["1"]] == [20 + 3 * number for number in range(9)]
+    assert written["1"] == written["0"]
+    assert "CUDA graphs are off" not in caplog.text
+    step = engine._batch._batch._step
+    assert step is not None and len(step._steps) > 3  # of few rows and many, of one adapter and several
 
 
 def test_a_bank_computes_in_bf16_on_a_gpu_that_has_it(tiny_base: Path) -> None:

@@ -34,7 +34,7 @@ from peftune.inference.settings import GenerationSettings
 from peftune.model.base import Base, open_base
 from peftune.model.decode.batch import DecodeBatch, ModelVariant
 from peftune.model.decode.build import ModelSpec, build
-from peftune.model.decode.lora_slots import LoraWeights, lora_weights
+from peftune.model.decode.lora_stack import LoraWeights, lora_weights
 from peftune.model.load import dtype_of
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class AdapterBank:
             adapter, layout, tokenizer = fit(directory, self.base, new_tokens)
             refuse_biased_head(layout, str(directory))
             rank = max((target.rank for target in layout.targets.values()), default=0)
-            lora, model = _plain_lora(layout, self.spec.device), self._base_variant.model
+            lora, model = _plain_lora(layout, self.spec), self._base_variant.model
             if lora is None or layout.rows:  # factors stay beside the blocks where they can
                 own = layout if lora is None else dataclasses.replace(layout, targets={})
                 merged = MergedTensors(self.base.weights, own)
@@ -261,7 +261,7 @@ class AdapterBank:
         return [None if name == "base" else name for name in adapters]
 
 
-def _plain_lora(layout: AdapterLayout, device: torch.device) -> LoraWeights | None:
+def _plain_lora(layout: AdapterLayout, spec: ModelSpec) -> LoraWeights | None:
     """The adapter as factors beside the base, where it is no more than that."""
     plain = all(target.kind == "conv1d" and not target.pissa for target in layout.targets.values())
     if not plain or layout.replaced or layout.dora or layout.lora_bias or not layout.targets:
@@ -269,6 +269,6 @@ def _plain_lora(layout: AdapterLayout, device: torch.device) -> LoraWeights | No
     factors = {}
     for target in layout.targets.values():
         _, _, block, module = target.name.split(".", 3)
-        a, b = (target.parts[f"lora_{side}.weight"].to(device) for side in "AB")
+        a, b = (target.parts[f"lora_{side}.weight"].to(spec.device, torch.float32) for side in "AB")
         factors[int(block), module] = a, b, target.scale
-    return lora_weights(factors)
+    return lora_weights(factors, spec.activations)

@@ -10,13 +10,13 @@ import time
 import torch
 
 from peftune.inference.pace import Pace, chunk_tokens
-from peftune.inference.request import ModelProvider
-from peftune.inference.sequence import RunningSequence, sample
-from peftune.model.decode.batch import DecodeBatch
+from peftune.inference.request import ModelProvider, TokenLogprob
+from peftune.inference.sequence import RunningSequence, sample, token_logprobs
+from peftune.model.decode.batch import DecodeBatch, rows_of
 from peftune.model.train.layers import to_device
 
-_Hidden = list[tuple[RunningSequence, torch.Tensor]]
-"""Rows that need their next token, each with its last hidden state (D,)."""
+_Hidden = tuple[list[RunningSequence], torch.Tensor]
+"""Rows that need their next token, with the last hidden state of each (R, D)."""
 
 
 class RunningBatch:
@@ -71,10 +71,10 @@ class RunningBatch:
     def step(self, prefill: bool) -> None:
         """One token of every text whose prompt is read; with `prefill` also a part of the prompts that are not."""
         decoding = [slot for slot, row in enumerate(self.rows) if row.is_decoding]  # before prefilling makes it more
-        self._choose([*(self._prefill() if prefill else ()), *self._decode(decoding)])
+        self._choose([*(self._prefill() if prefill else ()), *([self._decode(decoding)] if decoding else ())])
         self._release()
 
-    def _prefill(self) -> _Hidden:
+    def _prefill(self) -> list[_Hidden]:
         """The next chunks of prompts, those first that waited longest; returns the rows whose prompt is complete.
 
         Rows of one width and position go together.
@@ -84,7 +84,7 @@ class RunningBatch:
             row = self.rows[slot]
             if not row.is_decoding:
                 groups.setdefault((row.computed, row.width(self._positions)), []).append(slot)
-        complete: _Hidden = []
+        complete: list[_Hidden] = []
         left = self._pace.tokens
         for number, ((start, width), slots) in enumerate(groups.items()):
             if number and left < width:
@@ -96,13 +96,13 @@ class RunningBatch:
             self._pace.took(len(slots) * width, time.perf_counter() - began)
         return complete
 
-    def _prefill_rows(self, slots: list[int], start: int, width: int) -> _Hidden:
+    def _prefill_rows(self, slots: list[int], start: int, width: int) -> list[_Hidden]:
         rows = [self.rows[slot] for slot in slots]
         chunks = [row.chunk() for row in rows]
         padded = [chunk + [0] * (width - len(chunk)) for chunk in chunks]
         ids = to_device(torch.tensor(padded), self._spec.device)
         hidden = self._batch.prefill([row.variant for row in rows], slots, ids, start)
-        complete: _Hidden = []
+        complete: list[tuple[RunningSequence, torch.Tensor]] = []
         self._turn += 1
         for row, chunk, states in zip(rows, chunks, hidden, strict=True):
             row.turn = self._turn
@@ -112,44 +112,60 @@ class RunningBatch:
             row.add_computed(len(chunk), width)
             if row.computed == len(row.window):
                 complete.append((row, states[len(chunk) - 1]))
-        return complete
+        return [([row for row, _ in complete], torch.stack([last for _, last in complete]))] if complete else []
 
     def _decode(self, slots: list[int]) -> _Hidden:
         """One token of each row in these slots, which hold what comes before it."""
-        if not slots:
-            return []
         rows = [self.rows[slot] for slot in slots]
-        ids = to_device(torch.tensor([row.window[-1] for row in rows]), self._spec.device)
-        hidden = self._batch.decode([row.variant for row in rows], slots, ids, [row.computed for row in rows])
+        ids, positions = [row.window[-1] for row in rows], [row.computed for row in rows]
+        hidden = self._batch.decode([row.variant for row in rows], slots, ids, positions)
         for row in rows:
             row.add_computed(1, 1)
-        return list(zip(rows, hidden, strict=True))
+        return rows, hidden
 
-    def _choose(self, complete: _Hidden) -> None:
+    def _choose(self, complete: list[_Hidden]) -> None:
         """One more token for each row whose window is in the cache."""
-        for row, _ in complete:
+        rows = [row for each, _ in complete for row in each]
+        groups: dict[tuple[int, int], list[int]] = {}
+        for number, row in enumerate(rows):
             if row.handle.request.only_score:
                 row.finish_scored()
-        groups: dict[tuple[int, int], _Hidden] = {}
-        for row, states in complete:
-            if row.finish_reason is None:
-                groups.setdefault((row.known_tokens, row.variant.model.vocabulary), []).append((row, states))
-        for (known, _), group in groups.items():
-            self._choose_of(group, known)
+            else:
+                groups.setdefault((row.known_tokens, row.variant.model.vocabulary), []).append(number)
+        if groups:
+            hidden = torch.cat([states for _, states in complete]) if len(complete) > 1 else complete[0][1]
+        for (known, _), numbers in groups.items():
+            self._choose_of([rows[number] for number in numbers], rows_of(hidden, numbers), known)
 
-    def _choose_of(self, complete: _Hidden, known: int) -> None:
+    def _choose_of(self, rows: list[RunningSequence], hidden: torch.Tensor, known: int) -> None:
         """The same for rows whose models have equally many tokens, `known` of them to the tokenizer."""
-        rows, hidden = [row for row, _ in complete], torch.stack([states for _, states in complete])
         logits = self._batch.logits([row.variant for row in rows], hidden)
         finite = logits.sum(-1).isfinite()
         tokens = sample(rows, logits.where(finite[:, None], 0.0)[:, :known], self._models.end)
         chosen = torch.stack([tokens, finite.to(tokens.dtype)]).tolist()  # host sync here, the only one of a token
-        for row, token, good, row_logits in zip(rows, *chosen, logits, strict=True):
+        scored = self._score(rows, chosen[0], logits)
+        for row, token, good in zip(rows, *chosen, strict=True):
             if good:
                 self.tokens_written += 1
-                row.accept(token, row_logits, self._models.end, self._positions)
+                row.accept(token, scored.get(row), self._models.end, self._positions)
             else:
                 row.finish("error", f"the model's logits are not finite in {self._spec.dtype}; try fp32")
+
+    def _score(
+        self, rows: list[RunningSequence], tokens: list[int], logits: torch.Tensor
+    ) -> dict[RunningSequence, TokenLogprob]:
+        """The token of each row that asks for its log-probability: on a GPU all that name as many others at once."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for number, row in enumerate(rows):
+            if (count := row.handle.request.logprobs) is not None:
+                alone = number if logits.device.type == "cpu" else 0  # last bits are its own
+                groups.setdefault((count, alone), []).append(number)
+        found: dict[RunningSequence, TokenLogprob] = {}
+        for (count, _), numbers in groups.items():
+            nats = rows_of(logits, numbers).log_softmax(-1)
+            each = token_logprobs(nats, [tokens[number] for number in numbers], count)
+            found |= zip((rows[number] for number in numbers), each, strict=True)
+        return found
 
     def _release(self) -> None:
         """Free the slots of what has ended; the last rows move into them."""

@@ -83,8 +83,8 @@ class RunningSequence:
         nats = logits[: len(following)].log_softmax(-1)
         self.prompt += token_logprobs(nats, following, count)
 
-    def accept(self, token: int, logits: torch.Tensor, end: int, positions: int) -> None:
-        """Append the token that was chosen, and hand it to the request's listener."""
+    def accept(self, token: int, scored: TokenLogprob | None, end: int, positions: int) -> None:
+        """Append the token that was chosen, and hand it to the request's listener, `scored` where asked for."""
         request, output = self.handle.request, self.output
         before, text = len(output.ids), output.push(token, end)
         ids = tuple(output.ids[before:])
@@ -94,9 +94,7 @@ class RunningSequence:
                 self.window, self.computed = slide(self.window, positions), 0
             else:
                 text += output.finish("length")
-        logprobs: tuple[TokenLogprob, ...] = ()
-        if request.logprobs is not None and ids:
-            logprobs = tuple(token_logprobs(logits[None].log_softmax(-1), [token], request.logprobs))
+        logprobs = (scored,) if scored is not None and ids else ()
         if self.adjuster is not None and ids:
             self.adjuster.add(token)
         prompt, self.prompt = tuple(self.prompt), []

@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from recorded_graph import record
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from peftune.adapters.attach import load_onto
 from peftune.adapters.merge.merge import merge
 from peftune.errors import UserError
+from peftune.inference import running_batch
 from peftune.inference.bank import AdapterBank
 from peftune.inference.generate import generate_with_transformers
 from peftune.inference.settings import GenerationSettings
 from peftune.model.base import Base
+from peftune.model.decode.batch import DecodeBatch
+from peftune.model.decode.captured_steps import CapturedSteps
 from peftune.model.load import load_model
 
 GREEDY = GenerationSettings(max_new_tokens=12, temperature=0)
@@ -30,11 +35,19 @@ def emptied(base_directory: Path) -> Iterator[AdapterBank]:
 
 
 def test_a_mixed_batch_writes_what_peft_writes_with_each_adapter(
-    bank: AdapterBank, base_directory: Path, adapters: dict[str, Path], tokenizer: PreTrainedTokenizerFast
+    bank: AdapterBank,
+    base_directory: Path,
+    adapters: dict[str, Path],
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """As a CPU does it, and by recorded steps of fixed shapes, as a GPU does."""
     names = [*adapters, None]
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(names))]
     mixed = bank.generate(prompts, GREEDY, names, slots=4)
+    steps = CapturedSteps(record)
+    monkeypatch.setattr(running_batch, "DecodeBatch", partial(DecodeBatch, steps=steps))
+    assert bank.generate(prompts, GREEDY, names, slots=4) == mixed and len(steps) > 5
     for name, prompt, written in zip(names, prompts, mixed, strict=True):
         model = load_model(Base(base_directory))
         if name is not None:

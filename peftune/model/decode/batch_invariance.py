@@ -21,8 +21,8 @@ _found: dict[Hashable, bool] = {}
 def by_row(name: str, function: Function, *rows: torch.Tensor, draws: int = 1) -> torch.Tensor:
     """`function(*rows)`, row i of it (dimension 0 of every tensor) with the bits of `function` of the rows i alone.
 
-    `name` stands for the function: what it computes must follow from the name and the layouts of its arguments. On a
-    GPU nothing is tried, and the batch is computed as it is.
+    `name` stands for the function: what it computes must follow from the name and the layouts of its arguments. For a
+    CPU: on a GPU nothing is tried, and batches are computed as they are.
     """
     count = len(rows[0])
     if count > 1 and rows_as_alone(name, function, *rows, draws=draws):
@@ -42,8 +42,6 @@ def rows_as_alone(name: str, function: Function, *rows: torch.Tensor, draws: int
 
     `draws` random rows are tried: one where each number is a long sum, more where few elements differ rarely.
     """
-    if rows[0].device.type != "cpu":
-        return True
     if not all(map(_is_aligned, rows)):  # as nothing is that is tried
         return False
     layouts = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in rows)

@@ -33,13 +33,17 @@ class ModelSpec:
     dtype: torch.dtype
     device: torch.device
 
-    def kv_cache(self, slots: int, positions: int | None = None) -> KVCache:
-        """A cache for so many texts of so many `positions` (None: as many as the model has).
+    @property
+    def activations(self) -> torch.dtype:
+        """What layers, keys, values and LoRA's A and B hold: float32 on a CPU, where narrower ones are slower to read.
 
-        In float32 on a CPU, where narrower keys are slower to read.
+        Frozen products are made in `dtype` all the same.
         """
-        dtype = torch.float32 if self.device.type == "cpu" else self.dtype
-        return KVCache(self.config, slots, dtype, self.device, positions)
+        return torch.float32 if self.device.type == "cpu" else self.dtype
+
+    def kv_cache(self, slots: int, positions: int | None = None) -> KVCache:
+        """A cache for so many texts of so many `positions` (None: as many as the model has)."""
+        return KVCache(self.config, slots, self.activations, self.device, positions)
 
 
 def build(
@@ -73,7 +77,7 @@ def build(
         else PackedLinear(wte if tied else stored(HEAD), None),
         heads=config.n_head,
         scales=tuple(attention_scales(config)),
-        activation=_activation(config.activation_function),
+        activation=_activation(spec),
     )
 
 
@@ -91,8 +95,13 @@ def _norm(spec: ModelSpec, tensor: Callable[[str], torch.Tensor], name: str) -> 
     weight, bias = (tensor(f"{name}.{part}").to(spec.device, torch.float32) for part in ("weight", "bias"))
     eps = spec.config.layer_norm_epsilon
     norm = partial(F.layer_norm, normalized_shape=weight.shape, weight=weight, bias=bias, eps=eps)
-    return partial(by_row, "norm", norm)
+    if spec.device.type == "cpu":
+        return partial(by_row, "norm", norm)
+    return lambda x: norm(x).to(spec.activations)
 
 
-def _activation(name: str) -> Activation:
-    return partial(by_row, f"activation {name}", activation(name), draws=_ACTIVATION_DRAWS)
+def _activation(spec: ModelSpec) -> Activation:
+    name = spec.config.activation_function
+    function: Activation = activation(name)
+    on_cpu = spec.device.type == "cpu"
+    return partial(by_row, f"activation {name}", function, draws=_ACTIVATION_DRAWS) if on_cpu else function

@@ -2,22 +2,24 @@
 
 Packed weights, a cache of keys and values by slot, and no autograd. On a CPU a row's numbers do not depend, to the last
 bit, on the rows beside it: what sums goes through `by_row`, or is computed row by row. Sums of two numbers, products
-of two and roundings are exact in this sense already.
+of two and roundings are exact in this sense already. On a GPU rows are computed together, layers hand on the dtype of
+their products, and one token a row is a step of fixed shapes, which can be recorded; the stream is float32 on both.
 
 Legend: R rows, T tokens of each, D width, H heads, W width of a head, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
 from peftune.model.decode.batch_invariance import by_row, holds
-from peftune.model.decode.kv_cache import KVCache, runs_of
+from peftune.model.decode.kv_cache import KVCache, consecutive, runs_of
 from peftune.model.decode.lora_slots import LoraFactors, add_lora
+from peftune.model.decode.lora_stack import Factors, ModulePath
 from peftune.model.decode.packed_linear import PackedLinear
 from peftune.model.train.layers import to_device
 
@@ -49,12 +51,12 @@ Attend = Callable[[int, torch.Tensor], torch.Tensor]
 """Number of the block and its qkv (R, T, 3·D) to the attended values (R, T, D)."""
 
 Norm = Callable[[torch.Tensor], torch.Tensor]
-"""LayerNorm in float32, its weight and bias in it."""
+"""LayerNorm in float32, its weight and bias in it; on a GPU the result is rounded to the dtype of the products."""
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DecodeGPT2:
     """`scales` holds, for each block, what a query is multiplied with before it meets the keys."""
 
@@ -80,34 +82,37 @@ class DecodeGPT2:
         rows = to_device(torch.tensor(slots), device)
         mask = torch.ones(width, last, dtype=torch.bool, device=device).tril_(start) if start else None
 
+        alone = [slice(row, row + 1) for row in range(len(rows))]  # where the kernel's last bits depend on the batch
+        parts = alone if self.on_cpu else [slice(0, len(rows))]
+        used = [consecutive(slots[part]) or rows for part in parts]
+
         def attend(block: int, qkv: torch.Tensor) -> torch.Tensor:
             q, k, v = self._split(qkv)
             if cache is not None:
                 cache.keys[block][rows, :, start:last] = k.to(cache.keys[block].dtype)
                 cache.values[block][rows, :, start:last] = v.to(cache.values[block].dtype)
             outputs = []
-            for row, slot in enumerate(slots):  # one by one: the kernel's last bits depend on the batch
-                one = slice(row, row + 1)
-                keys, values = k[one], v[one]
+            for part, here in zip(parts, used, strict=True):
+                keys, values = k[part], v[part]
                 if mask is not None and cache is not None:
-                    keys, values = (t[block][slot : slot + 1, :, :last] for t in (cache.keys, cache.values))
+                    keys, values = cache.keys[block][here, :, :last], cache.values[block][here, :, :last]
                 attended = F.scaled_dot_product_attention(
-                    q[one].to(keys.dtype), keys, values, mask, is_causal=mask is None, scale=self.scales[block]
+                    q[part].to(keys.dtype), keys, values, mask, is_causal=mask is None, scale=self.scales[block]
                 )
-                outputs.append(attended.float())
-            return torch.cat(outputs).transpose(1, 2).flatten(2)
+                outputs.append(attended.transpose(1, 2).flatten(2))
+            return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
         return self._forward(F.embedding(ids, self.wte) + self.wpe[start:last], lora, attend)
 
     def decode(
         self, ids: torch.Tensor, positions: Sequence[int], cache: KVCache, slots: Sequence[int], lora: LoraFactors
     ) -> torch.Tensor:
-        """Hidden states (R, D) after `ln_f` of one token a row, `ids` (R,), each at its own position."""
-        at, rows = to_device(torch.tensor([positions, slots]), self.wte.device)
+        """Hidden states (R, D) after `ln_f` of one token a row, `ids` (R,), each at its own position; for a CPU."""
+        at, rows = torch.tensor([positions, slots])
         lengths = [cache.padded_length(position + 1) for position in positions]
         if all(self._equal_lengths(cache, length, max(lengths)) for length in set(lengths)):
             lengths = [max(lengths)] * len(lengths)  # one product for all
-        columns = torch.arange(max(lengths), device=at.device)
+        columns = torch.arange(max(lengths))
         mask = torch.where(columns > at[:, None, None, None], -torch.inf, 0.0)
         runs = runs_of(slots, lengths)
 
@@ -125,6 +130,34 @@ class DecodeGPT2:
 
         return self._forward((F.embedding(ids, self.wte) + self.wpe[at])[:, None], lora, attend)[:, 0]
 
+    def step(self, inputs: torch.Tensor, span: int, cache: KVCache, lora: Mapping[ModulePath, Factors]) -> torch.Tensor:
+        """Hidden states (R, D) after `ln_f` of one token in each of the first R slots; all that counts is in tensors.
+
+        `inputs` (3, R), int64: tokens, their positions, less than `span`, and the slot that takes up keys and values:
+        the row's own, or the spare one where the result means nothing.
+        """
+        ids, at, targets = inputs
+        rows = len(ids)
+        later = torch.arange(span, device=ids.device) > at[:, None, None, None]
+        mask = torch.zeros(later.shape, dtype=cache.keys[0].dtype, device=ids.device).masked_fill_(later, -torch.inf)
+
+        def attend(block: int, qkv: torch.Tensor) -> torch.Tensor:
+            q, k, v = self._split(qkv)
+            keys, values = cache.keys[block], cache.values[block]
+            keys[targets, :, at] = k[:, :, 0].to(keys.dtype)
+            values[targets, :, at] = v[:, :, 0].to(values.dtype)
+            attended = F.scaled_dot_product_attention(
+                q.to(keys.dtype), keys[:rows, :, :span], values[:rows, :, :span], mask, scale=self.scales[block]
+            )
+            return attended.transpose(1, 2).flatten(2)
+
+        return self._forward((F.embedding(ids, self.wte) + F.embedding(at, self.wpe))[:, None], lora, attend)[:, 0]
+
+    @property
+    def on_cpu(self) -> bool:
+        """Where rows get the bits that they get alone."""
+        return self.wte.device.type == "cpu"
+
     @property
     def vocabulary(self) -> int:
         """How many tokens it has logits for."""
@@ -132,7 +165,7 @@ class DecodeGPT2:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (R, …, V) in float32 of hidden states (R, …, D); row i is one text."""
-        return self.head(hidden)
+        return self.head(hidden).float()
 
     def _forward(self, x: torch.Tensor, lora: LoraFactors, attend: Attend) -> torch.Tensor:
         x = x.float()
@@ -143,7 +176,7 @@ class DecodeGPT2:
     def _equal_lengths(self, cache: KVCache, own: int, length: int) -> bool:
         """Whether a row gets the same bits over `own` positions and over `length` of which the rest is masked."""
         keys = cache.keys[0]
-        if own == length or keys.device.type != "cpu":
+        if own == length:
             return True
 
         def check() -> bool:

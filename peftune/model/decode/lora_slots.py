@@ -8,43 +8,22 @@ is (block, module), such as (3, "attn.c_attn").
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch.nn import functional as F
 
 from peftune.model.decode.batch_invariance import holds, row_of, rows_as_alone
-from peftune.model.decode.kv_cache import select_slots
+from peftune.model.decode.kv_cache import consecutive
+from peftune.model.decode.lora_stack import Factors, LoraStack, LoraWeights, ModulePath
+from peftune.model.train.layers import to_device
 
-ModulePath = tuple[int, str]
-Factors = tuple[torch.Tensor, torch.Tensor]
 OwnFactors = Sequence[Factors | None]
 """A (in, r) and B (r, out) of each row, None where it does not adapt the module."""
 LoraFactors = Mapping[ModulePath, Factors | OwnFactors]
 """For every module that a row adapts: A (R, in, r) and B (R, r, out), or each row's own. B has the scale in it."""
-
-_RANKS = 8  # ranks are padded to multiples: most kernels then give a rank and a higher one the same bits
-
-_ids = itertools.count(1)
-
-
-@dataclass(frozen=True, eq=False)
-class LoraWeights:
-    """An adapter of plain LoRA in memory: for each module A (r, in) and B (r, out), float32; B holds the scale.
-
-    Zeros pad ranks to multiples of 8. `id` is its own: another adapter, or the same one loaded again, has another.
-    """
-
-    factors: Mapping[ModulePath, Factors]
-    id: int = field(default_factory=lambda: next(_ids))
-
-
-def lora_weights(factors: Mapping[ModulePath, tuple[torch.Tensor, torch.Tensor, float]]) -> LoraWeights:
-    """An adapter out of PEFT's A (r, in), B (out, r) and scale of each module."""
-    return LoraWeights({path: (_padded(a), _padded(scale * b.T)) for path, (a, b, scale) in factors.items()})
 
 
 def add_lora(y: torch.Tensor, x: torch.Tensor, factors: Factors | OwnFactors | None) -> torch.Tensor:
@@ -52,6 +31,8 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, factors: Factors | OwnFactors | N
     if factors is None:
         return y
     if isinstance(factors, tuple):
+        if y.device.type != "cpu":
+            return y.baddbmm_(torch.bmm(x, factors[0]), factors[1])  # another result would be a copy of y first
         return _batched(y, x, *factors)
     for row, own in enumerate(factors):
         if own is not None:
@@ -63,24 +44,31 @@ def _batched(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor)
     return torch.baddbmm(y, torch.bmm(x, a), b)
 
 
+@dataclass(frozen=True)
+class StackedFactors:
+    """A (R, in, r) and B (R, r, out) of every module, made when asked for: some hundred views.
+
+    `key` is equal where all tensors lie where they lay before: what was recorded with them holds.
+    """
+
+    key: Hashable
+    factors: Callable[[], dict[ModulePath, Factors]]
+
+
 class AdapterSlots:
     """A and B of the adapters in the slots of a batch; slots without one, and ranks above its own, hold zeros.
 
-    A slot is filled when a mixed batch first needs it, so batches of one adapter copy nothing. Memory: slots times
-    the largest rank so far.
+    A slot is filled when a mixed batch first needs it; for batches of one adapter it is one row that all see.
     """
 
     def __init__(self, slots: int) -> None:
-        self._slots = slots
-        self._rank = 0
-        self._loaded = [0] * slots  # id of the adapter in each slot, 0 for none
-        self._stacked: dict[ModulePath, Factors] = {}
+        self._mixed, self._single = LoraStack(slots), LoraStack(1)
         self._last: tuple[object, LoraFactors] = (None, {})  # of the same rows, which ask again at every token
 
     def factors(
         self, slots: Sequence[int], adapters: Sequence[LoraWeights | None], one_token: bool = False
     ) -> LoraFactors:
-        """A and B for the rows in `slots`, for `one_token` each or for several.
+        """A and B for the rows in `slots`, with the bits of each alone, for `one_token` each or for several.
 
         Row i has `adapters[i]`, None for the base alone.
         """
@@ -91,15 +79,29 @@ class AdapterSlots:
             self._last = key, self._stacked_where_equal(slots, adapters, own) if one_token else own
         return self._last[1]
 
+    def stacked(self, slots: Sequence[int], adapters: Sequence[LoraWeights | None], rows: int = 0) -> StackedFactors:
+        """A and B in one stack for the rows in `slots`, or for the first `rows` slots of all; for kernels of a GPU."""
+        if all(adapter is adapters[0] for adapter in adapters):
+            if adapters[0] is None:
+                return StackedFactors("none", dict)
+            self._single.load([0], adapters[:1])
+            return StackedFactors(("one", self._single.version), partial(self._expanded, rows or len(slots)))
+        self._mixed.load(slots, adapters)
+        which = slice(0, rows) if rows else consecutive(slots)
+        index = to_device(torch.tensor(slots), self._mixed.device) if which is None else which
+        return StackedFactors(("mixed", self._mixed.version), partial(self._mixed.of, index))
+
+    def _expanded(self, rows: int) -> dict[ModulePath, Factors]:
+        """The one adapter's A and B, seen by so many rows."""
+        views = self._single.of(slice(0, 1))
+        return {path: (a.expand(rows, -1, -1), b.expand(rows, -1, -1)) for path, (a, b) in views.items()}
+
     def _stacked_where_equal(
         self, slots: Sequence[int], adapters: Sequence[LoraWeights | None], own: Mapping[ModulePath, OwnFactors]
     ) -> LoraFactors:
         """Stacks in the place of the rows' `own` factors, where each row gets the same bits from them."""
         alike = all(adapter is adapters[0] for adapter in adapters)
-        if not alike:
-            self._allocate([adapter for adapter in adapters if adapter is not None])
-            for slot, adapter in zip(slots, adapters, strict=True):
-                self._load(slot, adapter)
+        stacks = {} if alike else self.stacked(slots, adapters).factors()
         found: dict[ModulePath, Factors | OwnFactors] = {}
         for path, each in own.items():
             present = [factors for factors in each if factors is not None]
@@ -107,34 +109,10 @@ class AdapterSlots:
             if alike:  # the short way: views of one A and B
                 a, b = (factor.expand(len(slots), -1, -1) for factor in present[0])
             else:
-                a, b = (select_slots(stacked, slots)[:, : max(ranks)] for stacked in self._stacked[path])
-                a = a.mT
+                whole_a, whole_b = stacks[path]
+                a, b = whole_a[..., : max(ranks)], whole_b[:, : max(ranks)]
             found[path] = (a, b) if _equal(a, b, ranks) else each
         return found
-
-    def _load(self, slot: int, adapter: LoraWeights | None) -> None:
-        wanted, factors = (adapter.id, adapter.factors) if adapter is not None else (0, {})
-        if self._loaded[slot] == wanted:
-            return
-        for path, stacked in self._stacked.items():
-            for target, source in zip(stacked, factors.get(path, (None, None)), strict=True):
-                target[slot] = 0
-                if source is not None:
-                    target[slot, : len(source)] = source
-        self._loaded[slot] = wanted
-
-    def _allocate(self, adapters: Sequence[LoraWeights]) -> None:
-        """Tensors for all modules of these adapters, as wide as their ranks; what is in other slots stays."""
-        rank = max(len(a) for adapter in adapters for a, _ in adapter.factors.values())
-        if rank > self._rank:
-            self._rank = rank
-            self._stacked = {}
-            self._loaded = [-1] * self._slots  # to be filled again
-        for adapter in adapters:
-            for path, (a, b) in adapter.factors.items():
-                if path not in self._stacked:
-                    shape_a, shape_b = ((self._slots, self._rank, factor.shape[1]) for factor in (a, b))
-                    self._stacked[path] = a.new_zeros(shape_a), b.new_zeros(shape_b)
 
 
 def _own(adapter: LoraWeights | None, path: ModulePath) -> Factors | None:
@@ -147,8 +125,6 @@ def _own(adapter: LoraWeights | None, path: ModulePath) -> Factors | None:
 
 def _equal(a: torch.Tensor, b: torch.Tensor, ranks: Collection[int]) -> bool:
     """Whether A (R, in, r) and B (R, r, out) give rows of one token, of such ranks, the bits of their own A and B."""
-    if a.device.type != "cpu":
-        return True
     (rows, width_in, rank), width_out = a.shape, b.shape[2]
     x, y = torch.empty(rows, 1, width_in), torch.empty(rows, 1, width_out)
     return rows_as_alone("lora", _batched, y, x, a, b) and all(
@@ -167,10 +143,3 @@ def _equal_ranks(own: int, rank: int, width_in: int, width_out: int) -> bool:
     )
     wide_a, wide_b = (F.pad(factor, (0, 0, 0, rank - own)) for factor in (a, b))
     return torch.equal(_batched(y, x, a.mT, b), _batched(y, x, wide_a.mT, wide_b))
-
-
-def _padded(matrix: torch.Tensor) -> torch.Tensor:
-    """(r, n) in float32 with zeros up to a multiple of 8; contiguous, because the layout decides the last bits."""
-    padded = matrix.new_zeros(-(-len(matrix) // _RANKS) * _RANKS, matrix.shape[1], dtype=torch.float32)
-    padded[: len(matrix)] = matrix
-    return padded

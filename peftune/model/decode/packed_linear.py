@@ -18,20 +18,24 @@ _ROWS = 8  # packed for about so many; the layout is the same for all
 
 
 class PackedLinear:
-    """x (R, …, in) to x·W + b (R, …, out), float32 in and out; products in the dtype of `weight`, sums in float32.
+    """x (R, …, in) to x·W + b (R, …, out); products in the dtype of `weight`, sums in float32.
 
-    Row i has the same bits in any company. `weight` is (out, in), as in `torch.nn.Linear`; `bias` (out,) or None.
+    On a CPU the result is float32, and row i has the same bits in any company; on a GPU it has the dtype of `weight`.
+    `weight` is (out, in), as in `torch.nn.Linear`; `bias` (out,) or None.
     Neither is changed.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._dtype = weight.dtype
         self._bias = bias.to(weight.dtype) if bias is not None else None
-        self._packed = weight.device.type == "cpu" and _can_pack(weight.dtype)
+        self._on_cpu = weight.device.type == "cpu"
+        self._packed = self._on_cpu and _can_pack(weight.dtype)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS) if self._packed else weight
         self._name = f"linear of {len(weight)} {weight.dtype} {bias is not None} {self._packed}"
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if not self._on_cpu:
+            return F.linear(x.to(self._dtype), self._weight, self._bias)
         return by_row(self._name, self._multiply, x)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from peftune.model.decode.batch import DecodeBatch, ModelVariant
 from peftune.model.decode.batch_invariance import by_row, rows_as_alone
 from peftune.model.decode.build import ModelSpec, build
 from peftune.model.decode.kv_cache import runs_of
-from peftune.model.decode.lora_slots import LoraWeights, lora_weights
+from peftune.model.decode.lora_stack import LoraWeights, lora_weights
 
 Kernel = Callable[..., torch.Tensor]
 CONFIG = GPT2Config(vocab_size=90, n_positions=192, n_embd=48, n_inner=60, n_layer=2, n_head=4, initializer_range=0.2)
@@ -100,7 +100,7 @@ def written(spec: ModelSpec, variants: list[ModelVariant], rows: list[int], slot
     used = [variants[row] for row in rows]
     for step in range(3):
         positions = [PROMPTS[row] + step for row in rows]
-        hidden = batch.decode(used, slots, ids[rows, positions], positions)
+        hidden = batch.decode(used, slots, ids[rows, positions].tolist(), positions)
         for place, (states, logits) in enumerate(zip(hidden, batch.logits(used, hidden), strict=True)):
             found[place] += [states, logits]
     return [torch.cat(parts) for parts in found]

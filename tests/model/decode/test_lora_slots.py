@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from peftune.model.decode.lora_slots import AdapterSlots, LoraWeights, add_lora, lora_weights
+from peftune.model.decode.lora_slots import AdapterSlots, add_lora
+from peftune.model.decode.lora_stack import LoraWeights, lora_weights
 
 AT = (0, "attn.c_attn")
 RANKS = (1, 3, 8, 13, 16, 20, 64)
