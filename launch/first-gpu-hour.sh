@@ -25,14 +25,14 @@ fail() {
 
 # NAME SECONDS COMMAND: what must hold, then what it reaches, then beside others, then where it goes.
 parts() {
-  echo "holds 270 gpu holds"
+  echo "holds 300 gpu holds"
   echo "repeat 150 gpu repeat"
   echo "gradients 180 train gradients --targets all"
   echo "b11-small 240 train gpu --peers= --rounds 3 --ours run.fast=true"
   echo "b11-all 240 train gpu --targets all --peers= --rounds 3 --ours run.fast=true"
   echo "b11-xl 330 train gpu --peers= ${xl[*]} --tokens 60000"
   echo "compiled 240 train compiled --targets all --documents 4000 --batch 32 --block 1024 --tokens 200000 --rounds 3"
-  echo "peers 420 train gpu --rounds 3 --ours run.fast=true"
+  echo "peers 390 train gpu --rounds 3 --ours run.fast=true"
   echo "quantised-xl 360 train quantized ${xl[*]} --tokens 40000"
   echo "rows 420 gpu rows"
   echo "head 60 gpu head"
