@@ -10,14 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from peftune.device import is_out_of_memory
+from peftune.errors import first_line
 from peftune.model.train.layers import AdapterRows, LoraLinear, dropped, repeated, summed, terms_of, to_device
 
+_TOLERANCE = 0.02  # of the largest value: bf16 rounds by 0.004, a kernel that mixes parts up is off by about 1
 _ALIGNED = 16  # bytes that a row of a matrix must be a multiple of
 
 
@@ -67,10 +71,43 @@ def products_for(sizes: Sequence[int], dtype: torch.dtype, device: torch.device)
     """The products of parts with so many rows, or None on a CPU, where slice after slice is as fast."""
     if device.type == "cpu":
         return None
-    has_kernel = (
-        dtype is torch.bfloat16 and hasattr(F, "grouped_mm") and torch.cuda.get_device_capability(device) >= (9, 0)
+    return batched(sizes, device) if reason_against_grouped(device, dtype) else grouped(sizes, device)
+
+
+def description(device: torch.device, dtype: torch.dtype) -> str:
+    """How a GPU multiplies by the adapters of a batch, for the line that begins a run; empty on a CPU."""
+    if device.type == "cpu":
+        return ""
+    reason = reason_against_grouped(device, dtype)
+    return f"adapters by batched products ({reason})" if reason else "adapters by grouped products"
+
+
+@cache
+def reason_against_grouped(device: torch.device, dtype: torch.dtype) -> str:
+    """Why torch's grouped product is not taken; empty where it gives what batched products do, on a few random rows.
+
+    The first call for a GPU waits for it.
+    """
+    if dtype is not torch.bfloat16:
+        return "grouped ones are for bf16"
+    if not hasattr(F, "grouped_mm") or torch.cuda.get_device_capability(device) < (9, 0):
+        return "no kernel for grouped ones"
+    sizes, numbers = [37, 1, 90], torch.Generator().manual_seed(0)
+    rows, left, matrices = (
+        torch.randn(shape, generator=numbers).to(device, dtype) for shape in ((128, 64), (128, 16), (3, 64, 48))
     )
-    return grouped(sizes, device) if has_kernel else batched(sizes, device)
+
+    def products(by: Products) -> tuple[Tensor, Tensor]:
+        return by.by_matrix(rows, matrices), by.by_rows(left, rows)
+
+    try:
+        pairs = zip(products(grouped(sizes, device)), products(batched(sizes, device)), strict=True)
+        off = max(float((found - wanted).abs().max() / wanted.abs().max()) for found, wanted in pairs)
+    except RuntimeError as error:  # a build or a GPU for which the kernel is not what its version says
+        if is_out_of_memory(error):
+            raise
+        return f"grouped ones fail: {first_line(error)}"
+    return "" if off < _TOLERANCE else f"grouped ones are off by {off:.2g}"
 
 
 def grouped(sizes: Sequence[int], device: torch.device) -> Grouped:

@@ -17,6 +17,7 @@ from peftune.console import Console, counted
 from peftune.device import peak_memory, report_out_of_memory
 from peftune.errors import CheckFailed, Interrupted, PeftuneError, ReportedElsewhere, UserError, refuse_bare_string
 from peftune.model.load import KERNELS_KEPT, keep_kernels, load_base, with_the_same_weights
+from peftune.model.train import grouped_lora
 from peftune.training.distributed import start
 from peftune.training.distributed.collectives import (
     all_gather,
@@ -268,8 +269,11 @@ def _description(live: Sequence[Member], room: SharedRoom) -> str:
     """How they learn side by side."""
     run, inputs = live[0].running, live[0].ready
     facts, trained = facts_of(run), sum(member.running.gradient.trained for member in live)
+    room_text = f"up to {counted(room.blocks, 'block')} of {inputs.corpus.train.packing.block_size} a forward"
+    assert run.forward.fast is not None, "adapters share forwards of the fast kind alone"
+    products = grouped_lora.description(run.forward.fast.wte.device, run.forward.dtype)
     return (
         f"{len(live)} adapters side by side over {inputs.recipe.base}: {trained:,} trainable parameters, "
-        f"{facts['precision']}, {facts['layout']}, {facts['device']}; {run.forward.description}, up to "
-        f"{counted(room.blocks, 'block')} of {inputs.corpus.train.packing.block_size} a forward"
+        f"{facts['precision']}, {facts['layout']}, {facts['device']}; "
+        f"{', '.join(filter(None, (run.forward.description, products, room_text)))}"
     )

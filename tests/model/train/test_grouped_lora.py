@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from peftune.model.train.grouped_lora import ManyAdapters, Products, batched, grouped
+from peftune.model.train.grouped_lora import (
+    Batched,
+    Grouped,
+    ManyAdapters,
+    Products,
+    batched,
+    grouped,
+    reason_against_grouped,
+)
 from peftune.model.train.layers import AdapterRows, LoraFactors, LoraLinear
 
 CPU = torch.device("cpu")
@@ -60,3 +68,28 @@ def test_all_at_once_equals_one_after_another(
         assert together.dtype == one_by_one.dtype and together.shape == one_by_one.shape
         difference = (together - one_by_one).double().norm() / one_by_one.double().norm()
         assert float(difference) <= tolerance
+
+
+def _shifted(self: Grouped, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return Batched.by_rows(batched([36, 2, 90], left.device), left, right)
+
+
+def _unknown(self: Grouped, *_: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("grouped gemm is not supported\nmore")
+
+
+@pytest.mark.parametrize(
+    ("planted", "reason"),
+    [(None, ""), (_shifted, "grouped ones are off by"), (_unknown, "grouped ones fail: grouped gemm is not supported")],
+)
+def test_a_grouped_product_is_tried_before_it_is_taken(
+    planted: Callable[..., torch.Tensor] | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, with the capability of a GPU that has the kernel."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    if planted is not None:
+        monkeypatch.setattr(Grouped, "by_rows", planted)
+    found = reason_against_grouped.__wrapped__(CPU, torch.bfloat16)
+    assert found.startswith(reason) and bool(found) == bool(reason)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert reason_against_grouped.__wrapped__(CPU, torch.bfloat16) == "no kernel for grouped ones"
