@@ -62,19 +62,20 @@ def are_gone(processes: list[psutil.Process]) -> bool:
 class Serving:
     """`peftune serve` in a process of its own, with two engines of two slots each; four texts may wait."""
 
-    def __init__(self, root: Path, said: Path) -> None:
+    def __init__(self, root: Path, folder: Path) -> None:
         adapters = [part for name in ("a0", "a1") for part in ("--adapter", f"{name}={root / name}")]
         sizes = ["--data-parallel-size", "2", "--slots", "2", "--queue", "4", "--drain", "100", "--adapter-root"]
-        self.said = said
-        with said.open("w") as err:
+        self.folder, self.said = folder, folder / "stderr"
+        with self.said.open("w") as err:
             self.process = subprocess.Popen(
-                [*COMMAND, *adapters, *sizes, str(root)], stdout=subprocess.PIPE, stderr=err, text=True,
+                [*COMMAND, *adapters, *sizes, str(root), "--adapter-root", str(folder)],
+                stdout=subprocess.PIPE, stderr=err, text=True,
                 env=os.environ | {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"},
             )  # fmt: skip
         assert self.process.stdout is not None
         ready = self.process.stdout.readline()
         found = re.fullmatch(r"peftune serves builtin:small with 2 adapters on (http://127\.0\.0\.1:\d+)\n", ready)
-        assert found, said.read_text()
+        assert found, self.said.read_text()
         self.http = httpx.Client(base_url=found[1], timeout=LONG)
         self.engines = engines_of(psutil.Process(self.process.pid))
 
@@ -101,7 +102,7 @@ class Serving:
 
 @pytest.fixture(scope="module")
 def two(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    serving = Serving(root, tmp_path_factory.mktemp("two") / "stderr")
+    serving = Serving(root, tmp_path_factory.mktemp("two"))
     try:
         yield serving
     finally:
@@ -167,7 +168,7 @@ def test_the_queue_is_one_for_all_and_who_leaves_makes_room(two: Serving) -> Non
     assert two.metric("peftune_request_queue_time_seconds_sum") > 0
 
 
-def test_adapters_come_and_go_in_every_engine_or_in_none(two: Serving, make: Any, root: Path) -> None:
+def test_adapters_come_and_go_in_every_engine_or_in_none(two: Serving, make: Any) -> None:
     greedy = {"prompt": "x", "max_tokens": 12, "temperature": 0}
     old, other = (choice_of(two.post(model=name, **greedy)) for name in ("a0", "a1"))
     assert old != other
@@ -179,8 +180,8 @@ def test_adapters_come_and_go_in_every_engine_or_in_none(two: Serving, make: Any
     assert everywhere("new") == [old] * 4
     assert two.post(LOAD, lora_name="new", lora_path="a1", load_inplace=True).text.startswith("Success")
     assert everywhere("new") == [other] * 4
-    make(root / "narrow", 9, width=32)
-    refused = two.post(LOAD, lora_name="x", lora_path="narrow")
+    narrow = make(two.folder / "narrow", 9, width=32)
+    refused = two.post(LOAD, lora_name="x", lora_path=str(narrow))
     assert refused.status_code == 400 and "narrow" in refused.json()["error"]["message"]
     if hasattr(psutil.Process, "rlimit"):  # Linux: the second engine alone can open no more
         last = two.engines[1]
