@@ -17,9 +17,8 @@ import torch
 
 from peftune.config.recipe import Recipe, recipe_from
 from peftune.console import Console
-from peftune.device import choose_precision
 from peftune.errors import CheckFailed
-from peftune.model.load import DTYPES, keep_kernels, load_base, with_the_same_weights
+from peftune.model.load import keep_kernels, load_base, with_the_same_weights
 from peftune.training.distributed import start
 from peftune.training.distributed.signals import StopRequest
 from peftune.training.fleet.members import Member
@@ -41,7 +40,7 @@ class FleetSteps:
         self.console, self.stop = Console(speaks=False), StopRequest()
         with redirect_stdout(sys.stderr):
             self.accelerator = start.start([], recipes[0].run.out, recipes[0].run.device)
-            self.dtype = DTYPES[choose_precision(recipes[0].run.precision, self.accelerator.device.type == "cuda")]
+            self.dtype = start.agreed_dtype(recipes[0], self.accelerator)
             inputs: list[RunInputs] = []
             for recipe in recipes:
                 inputs.append(read_inputs_on_all_ranks(recipe, self.accelerator, inputs))

@@ -27,8 +27,7 @@ from benchmarks.harness.workers import Channel, Contestant
 from peftune.config.recipe import recipe_from
 from peftune.console import Console
 from peftune.data.batches import blocks_of_step
-from peftune.device import choose_precision
-from peftune.model.load import DTYPES, NAME_OF, footprint, with_dropout
+from peftune.model.load import NAME_OF, footprint, with_dropout
 from peftune.model.lora import peft_config, quiet_peft
 from peftune.training.distributed import start
 from peftune.training.distributed.signals import StopRequest
@@ -46,7 +45,7 @@ class TrainingRun:
         self.recipe = recipe_from(values, overrides)
         with redirect_stdout(sys.stderr):
             accelerator = start.start([], self.recipe.run.out)
-            dtype = DTYPES[choose_precision(self.recipe.run.precision, accelerator.device.type == "cuda")]
+            dtype = start.agreed_dtype(self.recipe, accelerator)
             inputs = read_inputs_on_all_ranks(self.recipe, accelerator)
             Path(self.recipe.run.out).mkdir(parents=True, exist_ok=True)
             self.run: Run = load_run(inputs, accelerator, dtype, Console(speaks=False))

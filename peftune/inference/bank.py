@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
@@ -65,6 +65,9 @@ class AdapterInfo:
         return chat_of(self.provenance)
 
 
+Adapter = TypeVar("Adapter", bound=AdapterInfo)
+
+
 @dataclass(frozen=True, eq=False)
 class LoadedAdapter(AdapterInfo):
     """An adapter in a bank; `rank` is its largest. More than low-rank (DoRA, PiSSA, …) has its own weights.
@@ -78,7 +81,34 @@ class LoadedAdapter(AdapterInfo):
     """The base's, or its own where it has rows for new tokens."""
 
 
-class AdapterBank:
+class NamedAdapters(Generic[Adapter]):
+    """A base and the adapters on it by name."""
+
+    base: Base
+    _loaded: dict[str, Adapter]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters that are here, in the order of their loading."""
+        return tuple(self._loaded)
+
+    def get(self, name: str) -> Adapter:
+        """The adapter of this name; UserError where there is none: the base never stands in for it."""
+        found = self._loaded.get(name)
+        if found is None:
+            raise UserError(f"no adapter is called {name!r}; known: {', '.join([*self._loaded, 'base'])}")
+        return found
+
+    def parses(self, name: str | None) -> bool:
+        """Whether special tokens that a prompt for this adapter (None: the base) spells out are tokens."""
+        return self.base.parses_special_tokens if name is None else self.get(name).parses_special_tokens
+
+    def chat(self, name: str | None) -> str | None:
+        """The template of the conversations that an adapter (None: the base) answers; None where it answers none."""
+        return self.base.chat if name is None else self.get(name).chat
+
+
+class AdapterBank(NamedAdapters[LoadedAdapter]):
     """A GPT-2 base, loaded once, and its adapters by name.
 
     `base` is a hub name, a directory or builtin:small, or a `Base`; `precision` fp32, bf16, fp16 or
@@ -99,11 +129,6 @@ class AdapterBank:
         self._loaded: dict[str, LoadedAdapter] = {}
         self._in_use: str | None = None
         self._lock = threading.RLock()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The adapters that are here, in the order of their loading."""
-        return tuple(self._loaded)
 
     def add(self, name: str, directory: Path | str, replace: bool = False, new_tokens: bool = True) -> LoadedAdapter:
         """Load an adapter from disk under `name`; without `new_tokens` one that knows more tokens is refused.
@@ -154,13 +179,6 @@ class AdapterBank:
         """Which adapter `generate` and `logits` take where none is named; None (or "base") is the base alone."""
         self._in_use = None if name in (None, "base") else self.get(name).name
 
-    def get(self, name: str) -> LoadedAdapter:
-        """The adapter of this name; UserError where there is none: the base never stands in for it."""
-        found = self._loaded.get(name)
-        if found is None:
-            raise UserError(f"no adapter is called {name!r}; known: {', '.join([*self._loaded, 'base'])}")
-        return found
-
     def variant(self, name: str | None) -> ModelVariant:
         """What a row with this adapter computes; None is the base alone."""
         return self._base_variant if name is None else self.get(name).variant
@@ -168,14 +186,6 @@ class AdapterBank:
     def tokenizer_of(self, name: str | None) -> PreTrainedTokenizerFast:
         """The tokenizer of an adapter's texts; None is the base alone."""
         return self.tokenizer if name is None else self.get(name).tokenizer
-
-    def parses(self, name: str | None) -> bool:
-        """Whether special tokens that a prompt for this adapter (None: the base) spells out are tokens."""
-        return self.base.parses_special_tokens if name is None else self.get(name).parses_special_tokens
-
-    def chat(self, name: str | None) -> str | None:
-        """The template of the conversations that an adapter (None: the base) answers; None where it answers none."""
-        return self.base.chat if name is None else self.get(name).chat
 
     def encode(self, prompt: str, adapter: str | None = None) -> list[int]:
         """The token ids of a prompt for an adapter: the context token (begin of text), then the prompt."""

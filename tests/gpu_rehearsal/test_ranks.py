@@ -53,9 +53,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "adapter_model.safetensors")
 
 
-def test_ranks_with_a_gpu_each_learn_what_a_cpu_learns(
-    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_with_a_gpu_each_learn_what_a_cpu_learns(tiny_base: Path, tmp_path: Path) -> None:
     """Steps of two micro-batches a rank, checkpoints, evaluations before and after."""
 
     def values(name: str, **changed: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from peftune import console
 from peftune.data.tokens.encode import begin_of_text_id
 from peftune.device import count_gpus
 from peftune.errors import UserError
-from peftune.inference.bank import AdapterInfo
+from peftune.inference.bank import AdapterInfo, NamedAdapters
 from peftune.inference.engine import EngineLoad, Stopping
 from peftune.inference.request import OnOutput, Request, RequestHandle
 from peftune.inference.routing.route import Route
@@ -149,7 +149,7 @@ class EngineGroup:
             console.Console().say(f"{how}; its requests have failed, and {rest}")
 
 
-class GroupBank:
+class GroupBank(NamedAdapters[AdapterInfo]):
     """What the server knows of the models that are loaded in every process of a group."""
 
     def __init__(self, base: Base, adapters: Iterable[AdapterInfo], group: EngineGroup) -> None:
@@ -157,25 +157,6 @@ class GroupBank:
         self.begin = begin_of_text_id(self.tokenizer)
         self._group = group
         self._loaded = {adapter.name: adapter for adapter in adapters}
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The adapters, in the order of their loading."""
-        return tuple(self._loaded)
-
-    def get(self, name: str) -> AdapterInfo:
-        """The adapter of this name; UserError where there is none."""
-        if name not in self._loaded:
-            raise UserError(f"no adapter is called {name!r}; known: {', '.join([*self._loaded, 'base'])}")
-        return self._loaded[name]
-
-    def parses(self, name: str | None) -> bool:
-        """As `AdapterBank.parses`."""
-        return self.base.parses_special_tokens if name is None else self.get(name).parses_special_tokens
-
-    def chat(self, name: str | None) -> str | None:
-        """As `AdapterBank.chat`."""
-        return self.base.chat if name is None else self.get(name).chat
 
     def add(self, name: str, directory: Path, replace: bool = False, new_tokens: bool = True) -> AdapterInfo:
         """As `AdapterBank.add`, in every process or in none: all read it before it gets its name."""

@@ -41,7 +41,7 @@ from peftune.training.planning.memory_model import (
     shapes_of,
     shared_out,
 )
-from peftune.training.planning.trace import CPU_TOKENS, GPU_SHARE, GPU_TOKENS, Device, activations
+from peftune.training.planning.trace import CPU_TOKENS, GPU_SHARE, GPU_TOKENS, Device, activations, free_on_gpu
 from peftune.training.step import ForwardFn
 
 _CONTEXT = 500_000_000  # bytes that CUDA takes for itself: not measured here
@@ -216,8 +216,8 @@ def grown_by(
 def usable_memory(accelerator: Accelerator) -> int:
     """Bytes that are free now and that this rank may take."""
     if accelerator.device.type == "cuda":
-        return int(GPU_SHARE * torch.cuda.mem_get_info(accelerator.device)[0])
-    return int(_CPU_SHARE * psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return free_on_gpu()
+    return this_machine(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), "cpu").usable
 
 
 def loading(shapes: Shapes, memory: RankMemory, device: Device) -> int:

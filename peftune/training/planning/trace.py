@@ -61,8 +61,13 @@ def most_blocks(inputs: RunInputs, dtype: torch.dtype, way: Way, ranks: int, dev
     precision: Any = NAME_OF[dtype]
     memory = bytes_per_rank(shapes_of(config, recipe.lora), way, ranks, precision, recipe.quantize)
     first, each = activations(config, recipe, dtype, block, "cuda", way == "zero3")
-    room = int(GPU_SHARE * torch.cuda.mem_get_info()[0]) - memory.held - memory.gathered
+    room = free_on_gpu() - memory.held - memory.gathered
     return max(1, min(GPU_TOKENS // block, 1 + (room - first) // max(1, each)))
+
+
+def free_on_gpu() -> int:
+    """Bytes that are free on this process's GPU now and that tensors may take."""
+    return int(GPU_SHARE * torch.cuda.mem_get_info()[0])
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
