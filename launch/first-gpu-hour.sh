@@ -97,8 +97,9 @@ if [[ -n ${PEFTUNE_REHEARSAL:-} ]]; then more=(--quick --device cpu --rounds 1);
 # part NAME SECONDS MODULE COMMAND [OPTION ...]
 part() {
   local name=$1 seconds=$2 module=$3 began=$SECONDS code=0 options=("${@:4}")
-  if ((${#more[@]})); then # its sizes would win over those of --quick; a machine without a GPU may be slow or busy
-    options=("$4") seconds=$((10 * seconds))
+  if ((${#more[@]})); then # not its sizes, which would win over those of --quick
+    mapfile -t options < <(printf '%s\n' "${options[@]}" | sed -n '1p; /=$/p; /^--\(ours\|gate-blocks\)$/{N;p}')
+    seconds=$((10 * seconds)) # a machine without a GPU may be slow or busy
   fi
   if [[ -s $OUT/$name.json ]]; then
     say "$name: done already"

@@ -88,10 +88,11 @@ def main(module: str, benchmarks: dict[str, Callable[[Setup], Result]], argv: li
     commands = parser.add_subparsers(dest="name", required=True, metavar="|".join(benchmarks))
     for name, run in benchmarks.items():
         text, options = inspect.getdoc(run) or "", DECLARED["commands"][f"{module} {name}"]
+        quick = {**DECLARED["quick"], **DECLARED["quick"].get(f"{module} {name}", {})}
         command = commands.add_parser(name, description=text, help=text.splitlines()[0], formatter_class=_Help)
         for option, default in options.items():
             if "--quick" in given and options.get(option) != math.inf:
-                default = DECLARED["quick"].get(option, default)
+                default = quick.get(option, default)
             actions = {bool: {"action": "store_true"}, list: {"action": "append"}, type(None): {}}
             settings = actions.get(type(default), {"type": type(default)})
             command.add_argument(f"--{option}", default=default, help=DECLARED["help"][option], **settings)

@@ -93,4 +93,7 @@ def test_a_peer_is_tuned_and_added_by_options() -> None:
 def test_every_option_has_a_help_and_quick_knows_none_besides() -> None:
     used = {option for command in DECLARED["commands"].values() for option in command}
     assert set(DECLARED["commands"]) == set(COMMANDS)
-    assert used == set(DECLARED["help"]) and set(DECLARED["quick"]) <= used
+    assert used == set(DECLARED["help"])
+    own = {command: quick for command, quick in DECLARED["quick"].items() if isinstance(quick, dict)}
+    assert set(DECLARED["quick"]) - set(own) <= used
+    assert own and all(set(quick) <= set(DECLARED["commands"][command]) for command, quick in own.items())

@@ -59,7 +59,8 @@ def test_a_rehearsal_leaves_json_for_each_part_and_a_second_start_does_nothing_t
     assert found["profile"]["settings"]["tokens a step"] > 0 and len(found["profile"]["notes"]) > 10
     measured = [row["what"] for row in found["head"]["rows"] if row["measured"]]
     assert len(measured) == 4 and not any("kernel" in what for what in measured)  # which a CPU does not have
-    assert found["b11-xl"]["rows"][0]["reason"] == "no CUDA device"
+    assert [c["name"] for c in found["b11-xl"]["contestants"] if c["figures"]] == ["peftune", "calibration"]
+    assert found["b11-xl"]["rows"][-1]["against"] == "CPU"
     parts = [json.loads(line) for line in (out / "parts.jsonl").read_text().splitlines()]
     assert [(part["part"], part["exit_code"]) for part in parts] == [("b11-xl", 0), ("head", 0), ("profile", 0)]
     (out / "head.json").unlink()
