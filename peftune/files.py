@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from peftune.errors import CheckFailed, UserError
+from peftune.errors import CheckFailed, UserError, explained
 
 _CHUNK = 1 << 20  # bytes hashed at a time
 _JSON_BYTES = 256 << 20  # of a file; the largest tokenizers take 30 MB
@@ -194,13 +194,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file, whole or not at all; into a pipe (`/dev/stdout`) as it is. UserError where it cannot be written."""
-    try:
+    with explained(f"{path}: cannot be written"):
         if path.exists() and not path.is_file():
             path.write_bytes(text.encode())
         else:
             write_whole(path, text.encode())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def read_object_if_present(path: Path, name: str | None = None) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +27,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from peftune.errors import UserError, first_line
+from peftune.errors import UserError, explained, first_line
 from peftune.files import (
     beside,
     flush_directory,
@@ -187,12 +188,9 @@ def listed(folder: Path) -> list[Path]:
 
 
 def _entries(folder: Path) -> list[Path]:
-    try:
+    with explained(f"{folder}: cannot be read"), suppress(FileNotFoundError):
         return list(folder.iterdir())
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read: {error.strerror or error}") from None
+    return []
 
 
 def read(path: Path) -> Checkpoint:
@@ -291,7 +289,5 @@ def free_name(path: Path, suffix: str) -> Path:
 
 def _set_aside(path: Path) -> Path:
     """Rename a damaged checkpoint, so that it is neither continued nor counted nor removed."""
-    try:
+    with explained(f"{path}: is damaged and cannot be renamed"):
         return path.rename(free_name(path, "damaged"))
-    except OSError as error:
-        raise UserError(f"{path}: is damaged and cannot be renamed: {error.strerror or error}") from None

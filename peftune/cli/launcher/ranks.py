@@ -28,7 +28,7 @@ from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined] 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from peftune.cli.launcher.stop_signals import AGAIN, NUMBERS, StopSignals, say
-from peftune.errors import CheckFailed, Interrupted, PeftuneError, RankLost, UserError, first_line
+from peftune.errors import CheckFailed, Interrupted, PeftuneError, RankLost, UserError, explained, first_line
 
 # Codes whose reason a rank has printed; where several occur, the first of these is the launcher's own.
 _BY_SIGTERM = 128 + signal.SIGTERM
@@ -49,10 +49,8 @@ class Rendezvous:
         if self.node_rank:
             os.environ["PET_RDZV_ENDPOINT"] = f"{self.address}:{self.port}"
             return self._connect()
-        try:
+        with explained(f"cannot listen on {self.address}:{self.port}"):
             listener = self._listen()
-        except OSError as error:
-            raise UserError(f"cannot listen on {self.address}:{self.port}: {error}") from None
         port, descriptor = listener.getsockname()[1], listener.detach()
         os.environ["PET_RDZV_ENDPOINT"] = f"{self.address}:{port}"
         # Torch's agent takes the store that its process has at a port; its own would listen on all addresses.

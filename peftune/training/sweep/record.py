@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from peftune.console import name_some
-from peftune.errors import UserError
+from peftune.errors import UserError, explained
 from peftune.files import read_object_if_present, remove_leftovers, write_json
 from peftune.training.distributed.agreement import where_they_differ
 from peftune.training.run_directory import check_writable
@@ -115,13 +115,12 @@ def sole_sweep(out: Path) -> Iterator[Record]:
     check_writable(out)
     _read(out)  # before anything is made there
     lock = FileLock(out / _LOCK)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{out}: another sweep runs there; wait for it, or choose another directory") from None
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
+    with explained(f"{out}: cannot be written"):
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{out}: another sweep runs there; wait for it, or choose another directory") from None
     try:
         yield _read(out)
     finally:
