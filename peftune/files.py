@@ -14,6 +14,7 @@ import shutil
 import socket
 import stat
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,6 +43,11 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def sha256_of_values(values: Any) -> str:
+    """sha256 of plain values as JSON, the same however a file spells them."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def hashes_of(directory: Path, names: Iterable[str]) -> dict[str, str]:
@@ -288,10 +294,5 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def repeated(names: Iterable[str]) -> str | None:
-    """The first of these names that has come before, or None; in one pass, since a file may have millions."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
+    """One of these names that stands there more than once, or None; in one pass, since a file may have millions."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)

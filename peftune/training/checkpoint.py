@@ -37,6 +37,7 @@ from peftune.files import (
     parse_json,
     remove,
     remove_leftovers,
+    sha256_of_values,
     staging_directory,
 )  # fmt: skip
 from peftune.model.weights import all_finite, save_tensors
@@ -133,7 +134,7 @@ def save(folder: Path, saved: Checkpoint) -> None:
             for file, tensors in ((_ADAPTER, saved.values), (_MOMENTS, saved.moments)):
                 save_tensors(tensors, staged / file)
             content = asdict(state) | {_HASHES: hashes_of(staged, (_ADAPTER, _MOMENTS))}
-            content[_HASHES][_STATE] = _digest(content)
+            content[_HASHES][_STATE] = sha256_of_values(content)
             (staged / _STATE).write_text(json_text(content), encoding="utf-8")
             flush_to_disk(staged)
             before = beside(target)
@@ -199,7 +200,7 @@ def read(path: Path) -> Checkpoint:
     hashes = content.pop(_HASHES, None)
     if hashes is not None:
         own = hashes.pop(_STATE, None) if isinstance(hashes, dict) else None
-        if own != _digest(content | {_HASHES: hashes}) or not hashes.keys() == {_ADAPTER, _MOMENTS}:
+        if own != sha256_of_values(content | {_HASHES: hashes}) or not hashes.keys() == {_ADAPTER, _MOMENTS}:
             raise _changed(path, _STATE)
     elif unknown := sorted(content.keys() - {field.name for field in fields(State)} - _GONE):
         raise Damaged(f"{path}: {_STATE} holds {unknown[0][:40]!r}, which no checkpoint has")
@@ -274,10 +275,6 @@ def _bytes(path: Path, name: str) -> bytes:
 
 def _changed(path: Path, name: str) -> Damaged:
     return Damaged(f"{path}: {name} is not what was saved (its SHA-256 differs)")
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def free_name(path: Path, suffix: str) -> Path:

@@ -27,7 +27,8 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # PyTorch lists them nowhere
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from peftune.cli.launcher.stop_signals import AGAIN, NUMBERS, StopSignals, say
+from peftune.cli.launcher.stop_signals import AGAIN, StopSignals, say
+from peftune.cli.stop import NUMBERS
 from peftune.errors import CheckFailed, Interrupted, PeftuneError, RankLost, UserError, explained, first_line
 
 # Codes whose reason a rank has printed; where several occur, the first of these is the launcher's own.

@@ -25,7 +25,7 @@ from peftune.data.sources import builtin, hub, records
 from peftune.data.sources.decode import NotDecodable
 from peftune.data.sources.listing import has_rows, list_files
 from peftune.data.sources.text_files import name_all, text_documents
-from peftune.errors import UserError, explained
+from peftune.errors import UserError
 from peftune.files import sha256_of
 
 FileStates = list[tuple[str, int, int, int, int]]
@@ -106,8 +106,10 @@ def identity(source: Source) -> list[Any]:
 
 def state_of(source: Source) -> FileStates:
     """What changes when somebody writes to a file of a source, puts another in its place, or adds one."""
-    with explained(f"{source.path}: cannot be read"):
+    try:
         stats = [(str(path), path.stat()) for path in files_of(source) or ()]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror or error}") from None
     return [(path, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in stats]
 
 

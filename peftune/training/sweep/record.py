@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from peftune.console import name_some
 from peftune.errors import UserError, explained
-from peftune.files import read_object_if_present, remove_leftovers, write_json
+from peftune.files import read_object_if_present, remove_leftovers, sha256_of_values, write_json
 from peftune.training.distributed.agreement import where_they_differ
 from peftune.training.run_directory import check_writable
 from peftune.training.sweep.grid import PlannedRun
@@ -100,7 +99,7 @@ class Record:
             for row in self.results().rows
         ]  # fmt: skip
         content = asdict(self)
-        write_json(out / RECORD, {_DIGEST: _digest(content), **content, "table": rows})
+        write_json(out / RECORD, {_DIGEST: sha256_of_values(content), **content, "table": rows})
 
 
 _RECORDS = TypeAdapter(Record)
@@ -140,7 +139,7 @@ def _read(out: Path) -> Record:
         return Record()
     content.pop("table", None)
     digest = content.pop(_DIGEST, None)
-    if digest not in (None, _digest(content)):
+    if digest not in (None, sha256_of_values(content)):
         raise UserError(
             f"{out / RECORD}: was changed or damaged; restore it from a copy, or remove it and choose another directory"
         )
@@ -150,11 +149,6 @@ def _read(out: Path) -> Record:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(f"{out / RECORD}: not the record of a sweep: {where[:80]!r}: {first['msg']}") from None
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    """By which a record that was damaged is known."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _as_read(value: Any) -> Any:
