@@ -151,18 +151,14 @@ def verdict(codes: dict[int, int], stop: StopSignals) -> tuple[int, str]:
     # A rank whose neighbour is gone may abort: gloo's threads still run when its exception ends it.
     first = {rank: number for rank, number in killed.items() if number != signal.SIGABRT}
     killed = first if first or failed else killed
-    has_said = any(
-        code - 128 in NUMBERS for code in codes.values()
-    )  # stopped before training, and the first rank said so
+    has_said = any(code - 128 in NUMBERS for code in codes.values())  # stopped before training: the first rank said so
     for code in _EXPLAINED:
         # Without a signal to the launcher, a rank that stopped may have done so because of another one's failure.
         if code in codes.values() and (code != Interrupted.exit_code or stop.first or not (killed or failed)):
             return code, ""
     if codes and stop.first and not killed and (has_said or not failed):
-        return (
-            Interrupted.exit_code,
-            "" if has_said else f"{stop.first} came before training had begun or after its end",
-        )
+        reason = "" if has_said else f"{stop.first} came before training had begun or after its end"
+        return Interrupted.exit_code, reason
     how, which = "", killed or failed or list(codes)
     if killed and stop.first:
         how = f"had not ended {stop.grace} s after {stop.first} (PEFTUNE_GRACE=SECONDS gives more time)"

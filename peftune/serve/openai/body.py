@@ -55,12 +55,9 @@ def _known_fields(schema: type[OpenAIBaseModel], error: ValidationError) -> dict
     """The fields that have an effect, of the body and of each object in it that has an unknown one."""
     known = {"": _fields(schema)}
     for item in error.errors(include_url=False, include_input=False):
-        path, model = (
-            [str(part) for part in item["loc"][:-1]],
-            _OBJECTS.get(str(item["loc"][0])) if item["loc"] else None,
-        )
-        if path and model is not None and item["type"] == "extra_forbidden":
-            known[".".join(path[:2])] = _fields(model)
+        path = [str(part) for part in item["loc"][:-1]]
+        if path and path[0] in _OBJECTS and item["type"] == "extra_forbidden":
+            known[".".join(path[:2])] = _fields(_OBJECTS[path[0]])
     return known
 
 
