@@ -124,11 +124,6 @@ def nvidia_driver() -> str | None:
     return found[1] if found else None
 
 
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on the device; to a GPU through pinned memory, so that the host need not wait for the GPU."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 def device_name(device: torch.device) -> str:
     """What a device is called: `CPU`, `NVIDIA H200`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from peftune.adapters.module_names import check_pattern
-from peftune.config.messages import validated
+from peftune.config.messages import validation_messages
+from peftune.errors import UserError
 
 
 def _names(value: Any) -> Any:
@@ -78,4 +79,8 @@ UNDERSTOOD = {
 
 def check(config: dict[str, Any], source: str) -> None:
     """UserError naming every setting that is of another type or out of range; `source` names the file."""
-    validated(PeftLoraSettings, config, f"{source}: ")
+    try:
+        PeftLoraSettings.model_validate(config)
+    except ValidationError as error:
+        messages = validation_messages(error, {"": list(PeftLoraSettings.model_fields)})
+        raise UserError(f"{source}: {'; '.join(messages)}") from None

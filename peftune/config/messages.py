@@ -34,14 +34,12 @@ _PLAIN = {
 }
 
 
-def validated(
-    section: type[_Section], values: dict[str, Any], name: str = "", keys: Mapping[str, Sequence[str]] | None = None
-) -> _Section:
-    """A section of these values; UserError with all that is wrong, after `name`; `keys` are its own by default."""
+def validated(section: type[_Section], values: dict[str, Any], name: str = "") -> _Section:
+    """A section of these values; UserError with all that is wrong with them, after `name`."""
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        problems = validation_messages(error, keys or {"": list(section.model_fields)})
+        problems = validation_messages(error, {"": list(section.model_fields)})
         raise UserError(f"{name}{'; '.join(problems)}") from None
 
 

@@ -12,11 +12,11 @@ import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from peftune.config.choices import Device, Precision
 from peftune.config.data_section import DataSection, Source
-from peftune.config.messages import validated
+from peftune.config.messages import validation_messages
 from peftune.config.new_tokens import reasons_against
 from peftune.config.overrides import apply_override
 from peftune.config.section import Fraction, NonEmpty, Section
@@ -214,7 +214,10 @@ def recipe_from(values: dict[str, Any], overrides: list[str], name: str = "recip
     values = copy.deepcopy(values)
     for override in overrides:
         apply_override(values, override)
-    return validated(Recipe, values, f"{name}: ", known_keys())
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{name}: " + "; ".join(validation_messages(error, known_keys()))) from None
 
 
 def known_keys() -> dict[str, list[str]]:

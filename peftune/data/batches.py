@@ -18,7 +18,6 @@ import torch
 
 from peftune.data.packing import Packing, Windows, cut_into_windows, one_each, pack
 from peftune.data.tokens.store import TokenStore
-from peftune.device import to_device
 
 NOT_SCORED = -100
 _WINDOWS_AT_ONCE = 1000
@@ -40,9 +39,9 @@ class Batch:
     segments: torch.Tensor | None
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device, which the host does not wait for."""
-        ids, positions, targets = (to_device(tensor, device) for tensor in (self.ids, self.positions, self.targets))
-        return Batch(ids, positions, targets, None if self.segments is None else to_device(self.segments, device))
+        """The same batch on another device; to a GPU through pinned memory, so that the copy does not stop the host."""
+        ids, positions, targets = (_moved(tensor, device) for tensor in (self.ids, self.positions, self.targets))
+        return Batch(ids, positions, targets, None if self.segments is None else _moved(self.segments, device))
 
 
 @dataclass(frozen=True)
@@ -165,6 +164,10 @@ def share_of(blocks: np.ndarray, micro_size: int, rank: int, ranks: int) -> np.n
     group = np.arange(len(blocks)) // size
     chosen: np.ndarray = blocks[group % ranks == rank]
     return chosen
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _supervised_per_window(store: TokenStore, documents: np.ndarray, windows: Windows) -> np.ndarray:

@@ -9,11 +9,11 @@ import time
 
 import torch
 
-from peftune.device import to_device
 from peftune.inference.pace import Pace, chunk_tokens
 from peftune.inference.request import ModelProvider, TokenLogprob
 from peftune.inference.sequence import RunningSequence, sample, token_logprobs
 from peftune.model.decode.batch import DecodeBatch, rows_of
+from peftune.model.train.layers import to_device
 
 _Hidden = tuple[list[RunningSequence], torch.Tensor]
 """Rows that need their next token, with the last hidden state of each (R, D)."""

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from peftune.device import to_device
 from peftune.inference.detokenize import Detokenizer
 from peftune.inference.request import RequestHandle, RequestOutput, TokenLogprob, slide
 from peftune.inference.sampling.next_token import next_tokens
 from peftune.inference.sampling.penalties import LogitAdjuster
 from peftune.inference.settings import FinishReason
 from peftune.model.decode.batch import ModelVariant
+from peftune.model.train.layers import to_device
 
 _FINE, _COARSE = 16, 64  # widths that prompts are padded to, up to _COARSE and beyond
 

@@ -11,9 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from peftune.config.messages import validated
+from peftune.config.messages import validation_messages
 from peftune.errors import UserError
 from peftune.files import read_object
 
@@ -111,7 +111,11 @@ def read_values(directory: Path) -> dict[str, Any]:
     if reason := _reason_against(values):
         raise UserError(f"base {directory}: {reason}")
     values = {key: _as_expected(key, value) for key, value in values.items()} | {"model_type": "gpt2"}
-    validated(Architecture, values, f"base {directory}: config.json: ")
+    try:
+        Architecture.model_validate(values)
+    except ValidationError as error:
+        found = "; ".join(validation_messages(error, {"": list(Architecture.model_fields)}))
+        raise UserError(f"base {directory}: config.json: {found}") from None
     return values
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from peftune.data.batches import Blocks
-from peftune.device import to_device
 from peftune.inference.evaluation.bootstrap import Interval, Statistics, interval, resampled
 from peftune.model.loss import LossModel, nats_and_likeliest
+from peftune.model.train.layers import to_device
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peftune.device import to_device
+from peftune.model.train.layers import to_device
 
 _COLDEST = 1e-6  # a smaller temperature overflows float32 and chooses nothing else
 _TRIES = (64, 2048)  # the nucleus is sought among so many tokens first; sorting all 50,257 takes 5 ms a row

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peftune.device import to_device
 from peftune.inference.settings import GenerationSettings
+from peftune.model.train.layers import to_device
 
 
 def penalise_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from peftune.device import to_device
 from peftune.model.decode.captured_steps import CapturedSteps, recorder
 from peftune.model.decode.forward import DecodeGPT2
 from peftune.model.decode.kv_cache import KVCache
 from peftune.model.decode.lora_slots import AdapterSlots
 from peftune.model.decode.lora_stack import LoraWeights
 from peftune.model.decode.token_step import TokenStep
+from peftune.model.train.layers import to_device
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from peftune.device import to_device
 from peftune.model.decode.batch_invariance import by_row, holds
 from peftune.model.decode.kv_cache import KVCache, consecutive, runs_of
 from peftune.model.decode.lora_slots import LoraFactors, add_lora
 from peftune.model.decode.lora_stack import Factors, ModulePath
 from peftune.model.decode.packed_linear import PackedLinear
+from peftune.model.train.layers import to_device
 
 
 @dataclass(frozen=True)

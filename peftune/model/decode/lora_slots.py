@@ -15,10 +15,10 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from peftune.device import to_device
 from peftune.model.decode.batch_invariance import holds, row_of, rows_as_alone
 from peftune.model.decode.kv_cache import consecutive
 from peftune.model.decode.lora_stack import Factors, LoraStack, LoraWeights, ModulePath
+from peftune.model.train.layers import to_device
 
 OwnFactors = Sequence[Factors | None]
 """A (in, r) and B (r, out) of each row, None where it does not adapt the module."""

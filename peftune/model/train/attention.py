@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from peftune.device import to_device
 from peftune.model.train import varlen_attention
+from peftune.model.train.layers import to_device
 
 FULL = 0.85  # a rectangle takes documents down to this share of its longest: at most 28 % of T² is padding
 QUERY_BLOCK = 128  # queries at a time: their scores fit the cache, and keys after the last of them are left out

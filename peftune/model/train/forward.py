@@ -25,7 +25,6 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from peftune.device import to_device
 from peftune.model.architecture import activation, attention_scales
 from peftune.model.lora import Adapted
 from peftune.model.loss import add_neftune_noise, nats_of_parts
@@ -40,6 +39,7 @@ from peftune.model.train.layers import (
     Norm,
     frozen_weight,
     same_draws,
+    to_device,
 )
 
 NAME = "default"  # PEFT's, of a model's only adapter

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftune.device import is_out_of_memory, to_device
+from peftune.device import is_out_of_memory
 from peftune.errors import first_line
-from peftune.model.train.layers import AdapterRows, LoraLinear, dropped, repeated, summed, terms_of
+from peftune.model.train.layers import AdapterRows, LoraLinear, dropped, repeated, summed, terms_of, to_device
 
 _TOLERANCE = 0.02  # of the largest value: bf16 rounds by 0.004, a kernel that mixes parts up is off by about 1
 _ALIGNED = 16  # bytes that a row of a matrix must be a multiple of

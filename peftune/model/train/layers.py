@@ -22,6 +22,11 @@ Weight = Callable[[], Tensor]
 Activation = Callable[[Tensor], Tensor]
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device; to a GPU through pinned memory, so that the host need not wait for the GPU."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 @dataclass(frozen=True)
 class LoraFactors:
     """A (R, I) and B (O, R), trained in fp32 and multiplied without rounding; `scale` is alpha / rank or so."""

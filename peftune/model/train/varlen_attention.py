@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from peftune.device import is_out_of_memory, to_device
+from peftune.device import is_out_of_memory
 from peftune.errors import first_line
+from peftune.model.train.layers import to_device
 
 TOLERANCE = 0.05  # of values about 1 in 8 or 11 bits; a kernel that leaks or turns things round is off by about 1
 

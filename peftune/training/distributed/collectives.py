@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 
 from peftune.data.batches import NOT_SCORED, Batch
-from peftune.device import to_device
 from peftune.errors import CheckFailed, Interrupted, PeftuneError, RankLost, ReportedElsewhere, UserError, first_line
+from peftune.model.train.layers import to_device
 from peftune.training.distributed.signals import StopRequest
 
 Result = TypeVar("Result")
