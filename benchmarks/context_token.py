@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from peftune.adapters.attach import load_onto
+from peftune.adapters.attach import load_with_rows
+from peftune.adapters.base_of import read_for
 from peftune.config.data_section import Source
 from peftune.config.recipe import recipe_from
 from peftune.data import batches
@@ -68,8 +69,8 @@ def split(data: str, folder: Path) -> tuple[str, str]:
 @torch.no_grad()
 def scores(base: Base, adapter: Path | None, held_out: str) -> tuple[float, float]:
     """Nats per token of the held-out documents with the context token before them, and without it."""
-    model = load_model(base)
-    scorer = LossModel(model if adapter is None else load_onto(model, adapter)).eval()
+    model = load_model(base) if adapter is None else load_with_rows(base, *read_for(adapter, base))
+    scorer = LossModel(model).eval()
     store = prepare([Source(path=held_out)], base.tokenizer, base.tokenizer_fingerprint, " ", "auto")
     whole = np.flatnonzero((store.lengths > 2) & (store.lengths <= BLOCK))
     found = []

@@ -16,22 +16,24 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from peftune.version import __version__
+from peftune.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from peftune.adapters.merge.merge import merge
-    from peftune.config.fleet import load_recipes
-    from peftune.config.recipe import Recipe, load_recipe
-    from peftune.errors import PeftuneError, UserError
-    from peftune.inference.bank import AdapterBank
-    from peftune.inference.generate import generate
-    from peftune.inference.perplexity import evaluate
-    from peftune.inference.settings import GenerationSettings
-    from peftune.training.fleet.train_fleet import train_fleet
-    from peftune.training.metrics import read_metrics
-    from peftune.training.planning.plan import plan
-    from peftune.training.planning.summary import summarize_data
-    from peftune.training.run import train
+    from peftune.adapters.merge.merge import merge as merge
+    from peftune.config.fleet import load_recipes as load_recipes
+    from peftune.config.recipe import Recipe as Recipe
+    from peftune.config.recipe import load_recipe as load_recipe
+    from peftune.errors import PeftuneError as PeftuneError
+    from peftune.errors import UserError as UserError
+    from peftune.inference.bank import AdapterBank as AdapterBank
+    from peftune.inference.generate import generate as generate
+    from peftune.inference.perplexity import evaluate as evaluate
+    from peftune.inference.settings import GenerationSettings as GenerationSettings
+    from peftune.training.fleet.train_fleet import train_fleet as train_fleet
+    from peftune.training.metrics import read_metrics as read_metrics
+    from peftune.training.planning.plan import plan as plan
+    from peftune.training.planning.summary import summarize_data as summarize_data
+    from peftune.training.run import train as train
 
 _HOMES = {
     "AdapterBank": "inference.bank",
@@ -50,24 +52,7 @@ _HOMES = {
     "train": "training.run",
     "train_fleet": "training.fleet.train_fleet",
 }
-__all__ = [  # in the order of the alphabet; a test compares it with what is offered
-    "AdapterBank",
-    "GenerationSettings",
-    "PeftuneError",
-    "Recipe",
-    "UserError",
-    "__version__",
-    "evaluate",
-    "generate",
-    "load_recipe",
-    "load_recipes",
-    "merge",
-    "plan",
-    "read_metrics",
-    "summarize_data",
-    "train",
-    "train_fleet",
-]
+__all__ = sorted([*_HOMES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:

@@ -11,14 +11,11 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Literal
 
 import psutil
 import torch
 
 from peftune.errors import UserError, first_line
-
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 _OLDEST_DRIVER = {13: 580, 12: 525}  # of NVIDIA, by the CUDA that torch was built for
 _OTHER_TORCH = "install a torch for CUDA 12.6, from https://download.pytorch.org/whl/cu126 (docs/install.md says how)"
@@ -132,7 +129,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
-def choose_precision(asked: Precision, on_gpu: bool) -> str:
+def choose_precision(asked: str, on_gpu: bool) -> str:
     """`fp32`, `bf16` or `fp16`; `auto` takes bf16 where the hardware multiplies it, else fp16 on a GPU, else fp32."""
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu_multiplies_bf16()
     if asked == "auto":

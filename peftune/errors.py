@@ -99,6 +99,15 @@ def refuse_bare_string(value: object, what: str) -> None:
         )
 
 
+@contextmanager
+def explained(what: object, advice: str = "") -> Iterator[None]:
+    """UserError, `what` and why, where the system refuses a file, a directory or an address in this block."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror or error}{advice}") from None
+
+
 def first_line(error: BaseException) -> str:
     """What an error of another library says, cut to one line of at most 200 characters."""
     lines = str(error).strip().splitlines()

@@ -14,6 +14,7 @@ import shutil
 import socket
 import stat
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from peftune.errors import CheckFailed, UserError
+from peftune.errors import CheckFailed, UserError, explained
 
 _CHUNK = 1 << 20  # bytes hashed at a time
 _JSON_BYTES = 256 << 20  # of a file; the largest tokenizers take 30 MB
@@ -42,6 +43,11 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def sha256_of_values(values: Any) -> str:
+    """sha256 of plain values as JSON, the same however a file spells them."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def hashes_of(directory: Path, names: Iterable[str]) -> dict[str, str]:
@@ -194,13 +200,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file, whole or not at all; into a pipe (`/dev/stdout`) as it is. UserError where it cannot be written."""
-    try:
+    with explained(f"{path}: cannot be written"):
         if path.exists() and not path.is_file():
             path.write_bytes(text.encode())
         else:
             write_whole(path, text.encode())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def read_object_if_present(path: Path, name: str | None = None) -> dict[str, Any] | None:
@@ -290,10 +294,5 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def repeated(names: Iterable[str]) -> str | None:
-    """The first of these names that has come before, or None; in one pass, since a file may have millions."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
+    """One of these names that stands there more than once, or None; in one pass, since a file may have millions."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)

@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from peftune.adapters.base_of import read_for, read_layout
-from peftune.adapters.directory import Adapter, read_adapter
+from peftune.adapters.base_of import read_for
+from peftune.adapters.directory import Adapter
 from peftune.adapters.layout import AdapterLayout, changes_base, plain_name
 from peftune.errors import CheckFailed, UserError, first_line
 from peftune.model.base import Base
@@ -50,65 +50,42 @@ def fit(
     return adapter, layout, tokenizer
 
 
-def load_onto(model: GPT2LMHeadModel | PeftModel, adapter_dir: Path, name: str = "default") -> PeftModel:
-    """Put an adapter on a base (or beside others on a PeftModel) under `name`, frozen, through PEFT's own loading.
-
-    PEFT makes the name a part of parameter names, so names with dots or dashes (`poems-v1.5`) are not valid.
-    Raises UserError where the adapter does not fit: modules, blocks or shapes that the base does not have, tensors
-    that are missing or left over, a name that is taken, or settings that would change the base under other adapters.
-    """
-    core: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    adapter = read_adapter(adapter_dir)
-    layout = read_layout(adapter, core.config)
-    if beyond := _beyond(layout, core.config):
-        raise UserError(f"adapter {adapter_dir}: {beyond}")
-    if isinstance(model, PeftModel):
-        _check_compatible(model, adapter, name)
-    return _put_on(model, adapter, layout, name)
-
-
 def load_with_rows(base: Base, adapter: Adapter, layout: AdapterLayout) -> PeftModel:
-    """The base with rows for all tokens that the adapter has, and the adapter on it; arguments as of `fit`."""
+    """The base with rows for all tokens that the adapter has, and the adapter on it, frozen; arguments as of `fit`.
+
+    Raises UserError where PEFT cannot load it, CheckFailed where it has not arrived as it is in the file.
+    """
     model = load_model(base)
     if layout.vocabulary > base.config.vocab_size:
         model.resize_token_embeddings(layout.vocabulary, mean_resizing=False)
-    return _put_on(model, adapter, layout, "default")
-
-
-def _put_on(model: GPT2LMHeadModel | PeftModel, adapter: Adapter, layout: AdapterLayout, name: str) -> PeftModel:
-    _check_embedding(adapter, model.get_base_model() if isinstance(model, PeftModel) else model)
+    _check_embedding(adapter, model)
     directory = str(adapter.directory)
     # Loading with low memory assigns tensors instead of copying them: tied tensors of the base would become untied.
     low_memory = not changes_base(adapter.config) and not layout.replaced
-    options: dict[str, Any] = {"low_cpu_mem_usage": low_memory}
-    weights = {"torch_device": "cpu", **options}
+    options: dict[str, Any] = {"torch_device": "cpu", "low_cpu_mem_usage": low_memory}
     # PEFT gets no pattern of the adapter's; how it was started matters only where that altered the base
     start = "pissa" if adapter.config.get("init_lora_weights") == "pissa" else True
     settings = LoraConfig(**{**layout.settings, "init_lora_weights": start, "inference_mode": True})
     with quiet_peft():
         try:
-            if isinstance(model, PeftModel):
-                model.add_adapter(name, settings, **options)
-                model.load_adapter(directory, name, **weights)
-            else:
-                model = PeftModel.from_pretrained(model, directory, name, config=settings, **weights)
+            adapted = PeftModel.from_pretrained(model, directory, config=settings, **options)
         except (ValueError, RuntimeError, KeyError) as error:
             raise UserError(f"adapter {directory}: PEFT cannot load it: {first_line(error)}") from None
-        loaded = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     # PEFT only warns about names that it does not know, so what it holds now is compared with the file
     tensors = {plain_name(key): tensor for key, tensor in adapter.tensors.items()}
     for key, tensor in loaded.items():
         stored = tensors.get(plain_name(key))
         if stored is None or not torch.equal(stored.to(tensor.dtype), tensor.detach().cpu()):
             raise CheckFailed(f"adapter {directory}: {key} did not arrive in the model as it is in the file")
-    return model
+    return adapted
 
 
-def _beyond(layout: AdapterLayout, base: GPT2Config, known: int | None = None) -> str:
+def _beyond(layout: AdapterLayout, base: GPT2Config, known: int) -> str:
     """Why a base has too few tokens for an adapter, or its tokenizer, which knows so many; empty where neither has."""
     if layout.vocabulary != base.vocab_size:
         reason = f"has {layout.vocabulary} tokens, the base has {base.vocab_size}"
-    elif known is not None and (rows := layout.rows.get(WTE)) is not None and rows.height(known) > known:
+    elif (rows := layout.rows.get(WTE)) is not None and rows.height(known) > known:
         reason = (
             f"has rows up to token {rows.height(known) - 1:,}, the base's tokenizer knows {known:,} tokens, so no text "
             "would use them"
@@ -118,22 +95,11 @@ def _beyond(layout: AdapterLayout, base: GPT2Config, known: int | None = None) -
     return f"{reason}; fold it in with peftune merge first"
 
 
-def _check_compatible(model: PeftModel, adapter: Adapter, name: str) -> None:
-    if name in model.peft_config:
-        raise UserError(f"adapter {adapter.directory}: the name {name} is already taken; give it another")
-    configs = [adapter.config, *(config.to_dict() for config in model.peft_config.values())]
-    if any(changes_base(config) for config in configs):
-        raise UserError(
-            f"adapter {adapter.directory}: one of {', '.join([*model.peft_config, name])} changes the base itself "
-            "(PiSSA, or trained biases), so it cannot share it; fold that one in with peftune merge"
-        )
-
-
-def _check_embedding(adapter: Adapter, core: Any) -> None:
+def _check_embedding(adapter: Adapter, model: GPT2LMHeadModel) -> None:
     """PEFT stores the embedding beside an adapter of lm_head, and writes it into the base on loading."""
     for name, tensor in adapter.tensors.items():
         if name.endswith(".base_layer.weight") and not changes_base(adapter.config):
-            embedding = core.get_output_embeddings().weight.detach().cpu()
+            embedding = model.lm_head.weight.detach().cpu()
             if not torch.equal(embedding, tensor.to(embedding.dtype)):
                 raise UserError(
                     f"adapter {adapter.directory}: {name} is not the embedding of this base; "

@@ -30,7 +30,7 @@ from peftune.adapters.provenance import (
     with_place_of_base,
 )
 from peftune.adapters.training_output import adapters_inside, which_to_use
-from peftune.errors import CheckFailed, UserError, first_line
+from peftune.errors import CheckFailed, UserError, explained, first_line
 from peftune.files import flush_directory, hashes_of, publish, read_bytes, read_object, staging_directory
 from peftune.model.fingerprint import bytes_of
 from peftune.model.pickles import load_pickle
@@ -99,12 +99,9 @@ def read_adapter(directory: Path) -> Adapter:
 
 def check_free(out: Path, what: str) -> None:
     """Refuse a directory that is there already, or whose name cannot be; `what` is to be written there."""
-    try:
-        taken = out.exists() or out.is_symlink()
-    except OSError as error:  # a name that is too long
-        raise UserError(f"{str(out)[:200]}: cannot write {what}: {error.strerror or error}") from None
-    if taken:
-        raise UserError(f"{out}: exists already and is not overwritten; choose another directory or remove it")
+    with explained(f"{str(out)[:200]}: cannot write {what}"):  # a name that is too long
+        if out.exists() or out.is_symlink():
+            raise UserError(f"{out}: exists already and is not overwritten; choose another directory or remove it")
 
 
 @contextmanager
@@ -113,13 +110,10 @@ def new_directory(out: Path, what: str) -> Iterator[Path]:
 
     UserError where it cannot be written, or somebody has taken the name meanwhile; `what` is written there.
     """
-    try:
-        with staging_directory(out) as staging:
-            yield staging
-            check_free(out, what)
-            publish(staging, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot write {what}: {error.strerror or error}") from None
+    with explained(f"{out}: cannot write {what}"), staging_directory(out) as staging:
+        yield staging
+        check_free(out, what)
+        publish(staging, out)
 
 
 def write_adapter(
@@ -138,7 +132,7 @@ def write_adapter(
     if existed and not out.is_dir():
         raise UserError(f"{out}: is a file; expected a directory for the adapter")
     target = out / COMMIT if existed else out
-    try:
+    with explained(f"{out}: cannot write the adapter"):
         _finish_commit(out)
         with staging_directory(target) as staging:
             _write_files(staging, tensors, {**files, CONFIG: json.dumps(config, indent=2, sort_keys=True)}, provenance)
@@ -148,8 +142,6 @@ def write_adapter(
                 raise CheckFailed(f"{out}: the adapter read back differs from what was written; check the disk")
             publish(staging, target)
         _finish_commit(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot write the adapter: {error.strerror or error}") from None
 
 
 def _write_files(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peftune.adapters.provenance import INIT, first_row, merged_text
+from peftune.adapters.provenance import INIT, first_row, merged_text, recorded
 from peftune.model.base import BUILTIN
 
 
@@ -57,7 +57,7 @@ def training_card(provenance: Mapping[str, Any]) -> str:
 A {lora["variant"]} adapter (rank {lora["rank"]}, alpha {lora["alpha"]:g}, targets: {targets}) for `{recipe["base"]}`,
 {provenance["trainable_parameters"]:,} trained parameters, trained with peftune {provenance["peftune"]} on {sources}.
 
-{_origins(provenance)}{_table(provenance["metrics"])}
+{_origins(provenance)}{figures_table(provenance["metrics"])}
 {leaked}
 
 Learning: {provenance["step"]} steps of {recipe["batch"]["global_size"]} blocks, {provenance["tokens"]:,} tokens,
@@ -90,7 +90,8 @@ def _origins(provenance: Mapping[str, Any]) -> str:
     return "".join(f"{paragraph}\n\n" for paragraph in paragraphs)
 
 
-def _table(metrics: Mapping[str, Any]) -> str:
+def figures_table(metrics: Mapping[str, Any]) -> str:
+    """Held-out figures by domain, before and after training; what a record of another program lacks is said."""
     if not metrics:
         return "It was not evaluated: the recipe has no validation data."
     first = first_row(next(iter(metrics.values())))
@@ -100,9 +101,9 @@ def _table(metrics: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for domain, figures in metrics.items():
-        pairs = [(figures.get(row), key) for key in ("perplexity", "bits_per_byte") for row in (first, "adapter")]
-        cells = [f"{row[key]:.3f}" if row else "not measured" for row, key in pairs]
-        tokens = next(iter(figures.values()))["tokens"]
+        values = [recorded(figures, row, key) for key in ("perplexity", "bits_per_byte") for row in (first, "adapter")]
+        cells = [f"{value:.3f}" if isinstance(value, int | float) else "not measured" for value in values]
+        tokens = next((n for row in (first, "adapter") if isinstance(n := recorded(figures, row, "tokens"), int)), 0)
         rows.append(f"| {domain} | {tokens:,} | {' | '.join(cells)} |")
     return "\n".join(rows)
 

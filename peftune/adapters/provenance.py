@@ -6,8 +6,6 @@ prefixes or file format (`Base.fingerprint`).
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from peftune.errors import UserError
-from peftune.files import read_object_if_present
+from peftune.files import read_object_if_present, sha256_of_values
 from peftune.model.base import BUILTIN
 
 FINGERPRINTS = {
@@ -62,8 +60,7 @@ def sealed(provenance: Mapping[str, Any], hashes: Mapping[str, str]) -> dict[str
 
 def _hash_of(provenance: Mapping[str, Any]) -> str:
     """Of its values, however the file spells them, without its own hash."""
-    values = {key: value for key, value in provenance.items() if key != _OWN_HASH}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return sha256_of_values({key: value for key, value in provenance.items() if key != _OWN_HASH})
 
 
 def versions_of(*packages: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ from rich.table import Table
 from peftune.cache import cache_directory
 from peftune.cli.options import Json, save_json
 from peftune.cli.output.text_output import echo, results
-from peftune.errors import UserError
+from peftune.errors import UserError, explained
 from peftune.files import beside, parse_json, remove, writer_of
 
 app = typer.Typer(
@@ -97,13 +97,12 @@ def contents(root: Path) -> list[CacheItem]:
 
     Links are never followed, except that `root` may be one.
     """
-    try:
+    names: set[str] = set()
+    with explained(f"{root}: cannot be read", "; is PEFTUNE_CACHE right?"), suppress(FileNotFoundError):
         names = {path.name for path in root.iterdir()}
-    except FileNotFoundError:
+    if not names:
         return []
-    except OSError as error:
-        raise UserError(f"{root}: cannot be read: {error.strerror or error}; is PEFTUNE_CACHE right?") from None
-    if names and not names & {"tokens", "fingerprints.json", "torchinductor"}:
+    if not names & {"tokens", "fingerprints.json", "torchinductor"}:
         raise UserError(f"{root}: not a cache of peftune (it holds {sorted(names)[0]!r}); is PEFTUNE_CACHE right?")
     used = _used_below(root.resolve())
     return sorted(_items(root, used), key=lambda item: (item.kind, item.name))

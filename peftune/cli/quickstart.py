@@ -20,7 +20,7 @@ from peftune.config.recipe import Recipe, recipe_from
 from peftune.console import Console, SafeConsole
 from peftune.data.batches import Blocks
 from peftune.data.documents import split_by_digest
-from peftune.errors import Interrupted, PeftuneError, UserError
+from peftune.errors import Interrupted, PeftuneError, UserError, explained
 from peftune.files import write_json
 from peftune.inference.bank import AdapterBank
 from peftune.inference.perplexity import evaluate, read_blocks
@@ -90,12 +90,10 @@ def quickstart(out: Path, files: list[Path]) -> None:
 
 def _empty_directory(out: Path) -> None:
     """Start from an empty `out`; only what an earlier quickstart left there is removed."""
-    try:
+    with explained(f"--out {out}: cannot be written"):
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         (out / ".quickstart").touch()
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written: {error.strerror}") from None
 
 
 def _recipes(files: list[Path], out: Path) -> dict[str, Recipe]:

@@ -43,10 +43,6 @@ class Batch:
         ids, positions, targets = (_moved(tensor, device) for tensor in (self.ids, self.positions, self.targets))
         return Batch(ids, positions, targets, None if self.segments is None else _moved(self.segments, device))
 
-    def supervised(self) -> int:
-        """Number of scored tokens."""
-        return int((self.targets != NOT_SCORED).sum())
-
 
 @dataclass(frozen=True)
 class Blocks:

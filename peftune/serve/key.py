@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 from peftune.console import Console
-from peftune.errors import UserError
+from peftune.errors import UserError, explained
 from peftune.serve.settings import ServeSettings
 
 VARIABLE = "PEFTUNE_API_KEY"
@@ -47,12 +47,9 @@ def check_reach(listener: socket.socket, settings: ServeSettings) -> None:
 
 def _read_key(path: Path) -> str:
     """The one line of a file (a pipe will do); says so where every user of this machine can read it."""
-    try:
-        with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            content = file.read(_LONGEST + 1)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected a file with the API key in one line") from None
+    with explained(path, "; expected a file with the API key in one line"), path.open("rb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+        content = file.read(_LONGEST + 1)
     key = content.decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")
     if not key.strip() or "\n" in key or len(content) > _LONGEST:
         found = "nothing" if not key.strip() else "more"

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from peftune.errors import UserError
+from peftune.errors import UserError, explained
 
 
 @contextmanager
@@ -23,7 +23,7 @@ def private_copy(directory: Path, roots: Sequence[Path]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="peftune-") as parent:
         copy = Path(parent) / directory.name
         copy.mkdir()
-        try:
+        with explained(f"adapter {directory}: cannot be read"):
             for entry in sorted(directory.iterdir()):
                 real = Path(os.path.realpath(entry))
                 if not is_inside(real, roots):
@@ -32,8 +32,6 @@ def private_copy(directory: Path, roots: Sequence[Path]) -> Iterator[Path]:
                     (copy / entry.name).mkdir()  # where a file should be, the reader says so
                 else:
                     _copy(real, copy / entry.name)
-        except OSError as error:
-            raise UserError(f"adapter {directory}: cannot be read: {error.strerror}") from None
         yield copy
 
 

@@ -15,7 +15,7 @@ import uvicorn
 
 from peftune.console import Console
 from peftune.device import device_name
-from peftune.errors import UserError
+from peftune.errors import UserError, explained
 from peftune.inference.bank import AdapterBank
 from peftune.inference.engine import Engine
 from peftune.model.base import open_base
@@ -76,16 +76,13 @@ def make_service(
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket bound to the first address that `host` means."""
-    try:
+    with explained(f"{host} port {port}", "; expected a name or address of this machine and a free port"):
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with ExitStack() as on_error:
             listener = on_error.enter_context(socket.socket(family, kind, protocol))
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
             on_error.pop_all()
-    except OSError as error:
-        found = f"{host} port {port}: {error.strerror or error}"
-        raise UserError(f"{found}; expected a name or address of this machine and a free port") from None
     return listener
 
 

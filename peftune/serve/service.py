@@ -14,7 +14,8 @@ from starlette.requests import ClientDisconnect, Request
 from peftune.errors import UserError
 from peftune.inference.engine import Busy, Stopping
 from peftune.inference.token_text import TokenText
-from peftune.serve.backend import EngineLost, ServedModels, TextEngine
+from peftune.serve.backend import ServedModels, TextEngine
+from peftune.serve.engines.messages import EngineLost
 from peftune.serve.metrics import Metrics
 from peftune.serve.openai.errors import ApiError, draining, engine_failed, internal_error, queue_full
 from peftune.serve.settings import ServeSettings

@@ -18,6 +18,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +27,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from peftune.errors import UserError, first_line
+from peftune.errors import UserError, explained, first_line
 from peftune.files import (
     beside,
     flush_directory,
@@ -36,6 +37,7 @@ from peftune.files import (
     parse_json,
     remove,
     remove_leftovers,
+    sha256_of_values,
     staging_directory,
 )  # fmt: skip
 from peftune.model.weights import all_finite, save_tensors
@@ -132,7 +134,7 @@ def save(folder: Path, saved: Checkpoint) -> None:
             for file, tensors in ((_ADAPTER, saved.values), (_MOMENTS, saved.moments)):
                 save_tensors(tensors, staged / file)
             content = asdict(state) | {_HASHES: hashes_of(staged, (_ADAPTER, _MOMENTS))}
-            content[_HASHES][_STATE] = _digest(content)
+            content[_HASHES][_STATE] = sha256_of_values(content)
             (staged / _STATE).write_text(json_text(content), encoding="utf-8")
             flush_to_disk(staged)
             before = beside(target)
@@ -187,12 +189,9 @@ def listed(folder: Path) -> list[Path]:
 
 
 def _entries(folder: Path) -> list[Path]:
-    try:
+    with explained(f"{folder}: cannot be read"), suppress(FileNotFoundError):
         return list(folder.iterdir())
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read: {error.strerror or error}") from None
+    return []
 
 
 def read(path: Path) -> Checkpoint:
@@ -201,7 +200,7 @@ def read(path: Path) -> Checkpoint:
     hashes = content.pop(_HASHES, None)
     if hashes is not None:
         own = hashes.pop(_STATE, None) if isinstance(hashes, dict) else None
-        if own != _digest(content | {_HASHES: hashes}) or not hashes.keys() == {_ADAPTER, _MOMENTS}:
+        if own != sha256_of_values(content | {_HASHES: hashes}) or not hashes.keys() == {_ADAPTER, _MOMENTS}:
             raise _changed(path, _STATE)
     elif unknown := sorted(content.keys() - {field.name for field in fields(State)} - _GONE):
         raise Damaged(f"{path}: {_STATE} holds {unknown[0][:40]!r}, which no checkpoint has")
@@ -278,10 +277,6 @@ def _changed(path: Path, name: str) -> Damaged:
     return Damaged(f"{path}: {name} is not what was saved (its SHA-256 differs)")
 
 
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def free_name(path: Path, suffix: str) -> Path:
     """`NAME.suffix`, or `NAME.suffix-2` and so on: the first that nothing has."""
     numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
@@ -291,7 +286,5 @@ def free_name(path: Path, suffix: str) -> Path:
 
 def _set_aside(path: Path) -> Path:
     """Rename a damaged checkpoint, so that it is neither continued nor counted nor removed."""
-    try:
+    with explained(f"{path}: is damaged and cannot be renamed"):
         return path.rename(free_name(path, "damaged"))
-    except OSError as error:
-        raise UserError(f"{path}: is damaged and cannot be renamed: {error.strerror or error}") from None

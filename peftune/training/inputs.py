@@ -163,13 +163,10 @@ def _refuse_adapter_as_base(recipe: Recipe) -> None:
 
 def _reads_like(other: RunInputs, recipe: Recipe, block: int) -> bool:
     """Whether a recipe makes the same blocks of the same text."""
-    stops = [one.run.early_stopping is None for one in (other.recipe, recipe)]  # else what is told may differ
     same_block = other.corpus.train.packing.block_size == block
-    return (
-        same_block
-        and other.recipe.data.model_copy(update={"block_size": recipe.data.block_size}) == recipe.data
-        and stops[0] == stops[1]
-    )
+    same_data = other.recipe.data.model_copy(update={"block_size": recipe.data.block_size}) == recipe.data
+    stops = [one.run.early_stopping is None for one in (other.recipe, recipe)]  # else what is told may differ
+    return same_block and same_data and stops[0] == stops[1]
 
 
 def read_inputs_on_all_ranks(recipe: Recipe, accelerator: Accelerator, known: Sequence[RunInputs] = ()) -> RunInputs:

@@ -14,7 +14,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from peftune.errors import Interrupted, PeftuneError, UserError
+from peftune.errors import Interrupted, PeftuneError, UserError, explained
 from peftune.files import parse_json, read_bytes
 from peftune.training.checkpoint import State, free_name
 from peftune.training.distributed.agreement import flatten
@@ -41,10 +41,8 @@ class MetricsLog:
         """Whether what fails in writing is kept as `broken`, where all ranks can agree on it, and not raised."""
         self.digest = hashlib.sha256()
         if accelerator.is_main_process:
-            try:
+            with explained(f"{path}: cannot be written"):
                 self._open(state)
-            except OSError as error:
-                raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
         if recipe["run"]["track"]:
             accelerator.init_trackers("peftune", config={key: str(value) for key, value in flatten(recipe).items()})
 
@@ -106,10 +104,8 @@ class MetricsLog:
             raise self.broken
         if self.file is None:
             return
-        try:
+        with explained(f"{self.path}: cannot be written", "; checkpoints are intact"):
             os.fsync(self.file.fileno())
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written: {error.strerror}; checkpoints are intact") from None
         state.records_bytes, state.records_sha256 = self.file.tell(), self.digest.hexdigest()
 
     def events(self) -> list[dict[str, Any]]:

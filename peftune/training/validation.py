@@ -67,8 +67,6 @@ def continue_prompts(
     On the first rank; StopNow, on all ranks, where a signal came to one.
     """
     made: list[Generation] = []
-    if not prompts:
-        return made
     if accelerator.is_main_process:
         settings = GenerationSettings(max_new_tokens=SAMPLE_TOKENS, temperature=0.0)
         forward.module.eval()

@@ -15,7 +15,7 @@ from fuzzing import damaged_bytes, damaged_json, damaged_values, deadline, fuzz,
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from peftune.adapters.attach import load_onto
+from peftune.adapters.attach import load_with_rows
 from peftune.adapters.base_of import read_for
 from peftune.adapters.inspect.compare import compare
 from peftune.adapters.inspect.describe import AdapterDescription, describe
@@ -78,8 +78,7 @@ def use(adapter: Path, base: Path) -> None:
             print_description(shown)
             read_or_refuse(lambda: print_comparison(compare(adapter, adapter)))
         print_scan(scan(adapter))
-        read_or_refuse(lambda: read_for(adapter, Base(base)))
-        read_or_refuse(lambda: load_onto(load_model(Base(base)), adapter))
+        read_or_refuse(lambda: load_with_rows(Base(base), *read_for(adapter, Base(base))))
 
 
 @fuzz(16)

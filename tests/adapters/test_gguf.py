@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 from gguf_forward import logits_of, read
+from peft import PeftModel
 from transformers import GPT2LMHeadModel
 
-from peftune.adapters.attach import load_onto
 from peftune.adapters.gguf.write_gguf import export_gguf
 from peftune.errors import CheckFailed, UserError
 from peftune.model.base import Base
+from peftune.model.lora import quiet_peft
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
 
@@ -54,7 +55,8 @@ def base_like(base: Path, tmp_path: Path) -> Callable[..., Base]:
 def expected(base: Base, adapter: Path | None = None) -> torch.Tensor:
     model: Any = GPT2LMHeadModel.from_pretrained(base.directory, attn_implementation="eager")
     if adapter is not None:
-        model = load_onto(model, adapter)
+        with quiet_peft():
+            model = PeftModel.from_pretrained(model, str(adapter))
     with torch.no_grad():
         return model.double().eval()(IDS).logits[0]  # type: ignore[no-any-return]
 

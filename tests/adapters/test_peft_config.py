@@ -13,12 +13,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
-from peftune.adapters.attach import load_onto
+from peftune.adapters.attach import load_with_rows
+from peftune.adapters.base_of import read_for
 from peftune.adapters.directory import read_adapter
 from peftune.adapters.merge.merge import merge
 from peftune.errors import UserError
 from peftune.model.base import Base
-from peftune.model.load import load_model
 
 
 @pytest.mark.parametrize(
@@ -106,4 +106,4 @@ def test_a_copy_that_differs_from_its_module_is_refused(make_adapter: Any, tiny_
 def test_a_lora_bias_is_put_on_a_model_without_a_warning(make_adapter: Any, tiny_base: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_onto(load_model(Base(tiny_base)), make_adapter(lora_bias=True), "a")
+        load_with_rows(Base(tiny_base), *read_for(make_adapter(lora_bias=True), Base(tiny_base)))

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from peftune.adapters.attach import load_onto
-from peftune.adapters.base_of import read_layout
+from peftune.adapters.attach import load_with_rows
+from peftune.adapters.base_of import read_for, read_layout
 from peftune.adapters.directory import read_adapter
 from peftune.adapters.edit.combine import combine
 from peftune.adapters.gguf.write_gguf import export_gguf
@@ -24,7 +24,7 @@ from peftune.adapters.merge.merge import merge
 from peftune.adapters.token_rows import TokenRows
 from peftune.errors import CheckFailed, UserError
 from peftune.inference.bank import AdapterBank
-from peftune.model.base import open_base
+from peftune.model.base import Base, open_base
 from peftune.model.lora import quiet_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings:UserWarning")
@@ -71,7 +71,8 @@ def test_merge_bank_and_loading_compute_what_peft_computes(
     ids = torch.arange(2, 34)[None]
     with torch.no_grad():
         expected = tools.with_peft(base, adapter)(ids).logits
-        assert torch.equal(load_onto(GPT2LMHeadModel.from_pretrained(base), adapter).eval()(ids).logits, expected)
+        opened = Base(base)
+        assert torch.equal(load_with_rows(opened, *read_for(adapter, opened)).eval()(ids).logits, expected)
         merge(adapter, tmp_path / "out", str(base), texts=tools.texts)
         merged = GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
         assert (merged(ids).logits - expected).abs().max() <= 1e-5

@@ -13,7 +13,8 @@ import torch
 from recorded_graph import record
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from peftune.adapters.attach import load_onto
+from peftune.adapters.attach import load_with_rows
+from peftune.adapters.base_of import read_for
 from peftune.adapters.merge.merge import merge
 from peftune.errors import UserError
 from peftune.inference import running_batch
@@ -49,9 +50,8 @@ def test_a_mixed_batch_writes_what_peft_writes_with_each_adapter(
     monkeypatch.setattr(running_batch, "DecodeBatch", partial(DecodeBatch, steps=steps))
     assert bank.generate(prompts, GREEDY, names, slots=4) == mixed and len(steps) > 5
     for name, prompt, written in zip(names, prompts, mixed, strict=True):
-        model = load_model(Base(base_directory))
-        if name is not None:
-            model = load_onto(model, adapters[name])
+        base = Base(base_directory)
+        model = load_model(base) if name is None else load_with_rows(base, *read_for(adapters[name], base))
         (alone,) = generate_with_transformers(model, tokenizer, [prompt], GREEDY)
         assert written == alone, name
 

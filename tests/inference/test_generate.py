@@ -12,7 +12,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from peftune.adapters.attach import load_onto
+from peftune.adapters.attach import load_with_rows
+from peftune.adapters.base_of import read_for
 from peftune.errors import CheckFailed, UserError
 from peftune.inference.bank import AdapterBank
 from peftune.inference.detokenize import decode_plain
@@ -20,7 +21,6 @@ from peftune.inference.generate import generate, generate_with_transformers
 from peftune.inference.request import context_ids, slide
 from peftune.inference.settings import GenerationSettings
 from peftune.model.base import Base
-from peftune.model.load import load_model
 
 GREEDY = GenerationSettings(max_new_tokens=20, temperature=0.0)
 # PEFT asks Transformers under a deprecated name.
@@ -410,5 +410,6 @@ def test_one_call_loads_an_adapter_and_continues_prompts(
     if beams == 1:
         assert made == bank.generate(PROMPTS, settings, "dora")
     else:
-        adapted = load_onto(load_model(Base(base_directory)), adapters["dora"])
+        base = Base(base_directory)
+        adapted = load_with_rows(base, *read_for(adapters["dora"], base))
         assert made == generate_with_transformers(adapted, tokenizer, PROMPTS, settings)

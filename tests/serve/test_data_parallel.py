@@ -29,10 +29,9 @@ from peftune.inference.request import Request, RequestOutput
 from peftune.inference.settings import GenerationSettings
 from peftune.model.base import open_base
 from peftune.model.decode.batch import DecodeBatch
-from peftune.serve.backend import EngineLost
 from peftune.serve.engines.channel import Channel
 from peftune.serve.engines.group import EngineGroup, gpu_of_each
-from peftune.serve.engines.messages import Assignment, Call, Reply
+from peftune.serve.engines.messages import Assignment, Call, EngineLost, Reply
 from peftune.serve.engines.worker import EngineWorker
 from peftune.serve.settings import ServeSettings
 

@@ -68,11 +68,8 @@ def base_tensors(base: Base) -> Iterator[GgufTensor]:
         module, _, kind = name.rpartition(".")
         shape = base.weights.shape(name)
         is_conv1d = len(shape) == 2 and _BLOCK.fullmatch(module) is not None
-        yield GgufTensor(
-            f"{gguf_name(module)}.{kind}",
-            shape[::-1] if is_conv1d else shape,
-            partial(_values, base, name, is_conv1d),
-        )
+        shape = shape[::-1] if is_conv1d else shape
+        yield GgufTensor(f"{gguf_name(module)}.{kind}", shape, partial(_values, base, name, is_conv1d))
 
 
 def _values(base: Base, name: str, is_conv1d: bool) -> torch.Tensor:
@@ -115,7 +112,5 @@ def lora_tensors(layout: AdapterLayout, base: Base, where: str) -> Iterator[Gguf
         a = target.parts["lora_A.weight"].float()
         b = (target.parts["lora_B.weight"].double() * target.scale).float()
         b = _with_query_factor(b, name, base.config)
-        for part, tensor in (("lora_a", a), ("lora_b", b)):
-            yield GgufTensor(
-                f"{gguf_name(name)}.weight.{part}", tuple(tensor.shape), partial(torch.Tensor.float, tensor)
-            )
+        for part, tensor in ((f"{gguf_name(name)}.weight.lora_a", a), (f"{gguf_name(name)}.weight.lora_b", b)):
+            yield GgufTensor(part, tuple(tensor.shape), partial(torch.Tensor.float, tensor))

@@ -20,12 +20,11 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peftune.adapters.base_of import read_layout
 from peftune.adapters.directory import CONFIG, TENSORS, Adapter, read_adapter
 from peftune.adapters.merge.tokenizer_files import begins_texts
-from peftune.adapters.model_card import merged_card, model_card
+from peftune.adapters.model_card import figures_table, merged_card, model_card
 from peftune.adapters.provenance import (
     FINGERPRINTS,
     INIT,
     PROVENANCE,
-    first_row,
     recorded,
     recorded_dict,
     recorded_list,
@@ -146,18 +145,9 @@ def _without_sources(provenance: Mapping[str, Any], metrics: bool, recipe: bool)
 def _about(adapter: Adapter, base: str, metrics: bool) -> str:
     count = sum(tensor.numel() for tensor in adapter.tensors.values())
     config = adapter.config
-    lines = [f"A LoRA adapter (rank {config['r']}, alpha {config['lora_alpha']:g}) for `{base}`, {count:,} parameters."]
-    rows, before = [], "base"
-    for domain, figures in recorded_dict(adapter.provenance, "metrics").items() if metrics else ():
-        first = first_row(figures)
-        before = "at the start" if first == INIT else before
-        pair = [recorded(figures, row, "perplexity") for row in (first, "adapter")]
-        rows.append(
-            f"| {domain} | {' | '.join(f'{v:.3f}' if isinstance(v, float) else 'not measured' for v in pair)} |"
-        )
-    if rows:
-        lines += ["", f"| domain | perplexity, {before} | with adapter |", "|---|---|---|", *rows]
-    return "\n".join(lines)
+    about = f"A LoRA adapter (rank {config['r']}, alpha {config['lora_alpha']:g}) for `{base}`, {count:,} parameters."
+    figures = recorded_dict(adapter.provenance, "metrics")
+    return f"{about}\n\n{figures_table(figures)}" if metrics and figures else about
 
 
 def _model_files(directory: Path, repository: str, base: str | None) -> dict[str, bytes | Path]:

@@ -5,14 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token, is_offline_mode
-from huggingface_hub.errors import HfHubHTTPError
 
 from peftune.adapters.hub.publishable import Publishable
 from peftune.console import Console
+from peftune.data.sources.hub import one_line_errors
 from peftune.errors import UserError
-
-_FAILURES: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__)
-"""What the client raises: its own errors derive from OSError, or from the root of the library that it is built on."""
 
 
 def push(content: Publishable, repository: str, public: bool = False, api: Any = None) -> str:
@@ -29,13 +26,10 @@ def push(content: Publishable, repository: str, public: bool = False, api: Any =
     operations = [
         CommitOperationAdd(name, str(f) if not isinstance(f, bytes) else f) for name, f in content.files.items()
     ]
-    try:
+    with one_line_errors(f"repository {repository}: the hub could not be reached, or refused"):
         hub.create_repo(repository, private=not public, repo_type="model", exist_ok=True)
         if not public and not hub.repo_info(repository, repo_type="model").private:
             raise UserError(f"repository {repository}: is public already, and nothing was sent; say that it may be")
         with Console().waiting(f"sending to {repository}"):
             made = hub.create_commit(repository, operations, commit_message=f"Add {content.directory.resolve().name}")
-    except _FAILURES as error:
-        cause = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"repository {repository}: the hub could not be reached, or refused: {cause}") from None
     return str(made.commit_url)

@@ -171,12 +171,7 @@ def _loaded(config: PeftConfig, module: nn.Module, state: dict[str, torch.Tensor
         warnings.simplefilter("ignore")
         injected = inject_adapter_in_model(config, module)
         result: Any = set_peft_model_state_dict(injected, state)
-    not_loaded = [
-        *result.unexpected_keys,
-        *(key for key in result.missing_keys if "lora_" in key or "tokens_delta" in key),
-    ]
-    if not_loaded:
-        raise CheckFailed(
-            f"verification: PEFT did not take {not_loaded[0]}; please report this with the version of peft"
-        )
+    missing = [key for key in result.missing_keys if "lora_" in key or "tokens_delta" in key]
+    if strange := [*result.unexpected_keys, *missing]:
+        raise CheckFailed(f"verification: PEFT did not take {strange[0]}; please report this with the version of peft")
     return injected.eval()

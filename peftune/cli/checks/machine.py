@@ -32,9 +32,9 @@ def check_processor(facts: dict[str, Any]) -> Iterator[CheckResult]:
     else:
         yield CheckResult("CPU", "fine", f"{facts['cpu']} with products in bf16")
     threads, cores = facts["threads"], usable_cores()
-    share = _cores_of_control_group()
-    if share is not None and share < cores:
-        cores = max(1, round(share))
+    if share := _of_container("cpu.max"):
+        quota, period = share
+        cores = min(cores, max(1, round(quota / period)))
     asked = os.environ.get("OMP_NUM_THREADS")
     if threads == cores:
         yield CheckResult("threads", "fine", f"{threads}, one for each core")
@@ -48,9 +48,8 @@ def check_processor(facts: dict[str, Any]) -> Iterator[CheckResult]:
 def check_room() -> Iterator[CheckResult]:
     """Memory, disks, and the limits that the system sets to a process."""
     free = psutil.virtual_memory().available
-    limit = _number("memory.max")
-    if limit is not None:
-        free = min(free, limit - (_number("memory.current") or 0))
+    for limit in _of_container("memory.max"):
+        free = min(free, limit - sum(_of_container("memory.current")))
     advice = "gpt2 takes 1 GB and more to train; end other programs"
     yield _room("memory", free, _LITTLE_MEMORY, advice)
     places = {"here": Path.cwd(), "the cache": cache_directory(), "temporary files": Path(tempfile.gettempdir())}
@@ -103,18 +102,9 @@ def _size(folder: Path) -> str:
     return in_words(total)
 
 
-def _number(name: str) -> int | None:
-    """A limit of the container that this process is in; None where it has none."""
+def _of_container(name: str) -> list[int]:
+    """The numbers of a limit of the container that this process is in; none where it has no such limit."""
     try:
-        return int((_CONTROL_GROUP / name).read_text())
+        return [int(word) for word in (_CONTROL_GROUP / name).read_text().split()]
     except (OSError, ValueError):
-        return None
-
-
-def _cores_of_control_group() -> float | None:
-    """How many cores a container may use at a time."""
-    try:
-        quota, period = (_CONTROL_GROUP / "cpu.max").read_text().split()
-        return int(quota) / int(period)
-    except (OSError, ValueError):
-        return None
+        return []

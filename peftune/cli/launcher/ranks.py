@@ -27,8 +27,9 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # PyTorch lists them nowhere
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from peftune.cli.launcher.stop_signals import AGAIN, NUMBERS, StopSignals, say
-from peftune.errors import CheckFailed, Interrupted, PeftuneError, RankLost, UserError, first_line
+from peftune.cli.launcher.stop_signals import AGAIN, StopSignals, say
+from peftune.cli.stop import NUMBERS
+from peftune.errors import CheckFailed, Interrupted, PeftuneError, RankLost, UserError, explained, first_line
 
 # Codes whose reason a rank has printed; where several occur, the first of these is the launcher's own.
 _BY_SIGTERM = 128 + signal.SIGTERM
@@ -49,10 +50,8 @@ class Rendezvous:
         if self.node_rank:
             os.environ["PET_RDZV_ENDPOINT"] = f"{self.address}:{self.port}"
             return self._connect()
-        try:
+        with explained(f"cannot listen on {self.address}:{self.port}"):
             listener = self._listen()
-        except OSError as error:
-            raise UserError(f"cannot listen on {self.address}:{self.port}: {error}") from None
         port, descriptor = listener.getsockname()[1], listener.detach()
         os.environ["PET_RDZV_ENDPOINT"] = f"{self.address}:{port}"
         # Torch's agent takes the store that its process has at a port; its own would listen on all addresses.
@@ -152,18 +151,14 @@ def verdict(codes: dict[int, int], stop: StopSignals) -> tuple[int, str]:
     # A rank whose neighbour is gone may abort: gloo's threads still run when its exception ends it.
     first = {rank: number for rank, number in killed.items() if number != signal.SIGABRT}
     killed = first if first or failed else killed
-    has_said = any(
-        code - 128 in NUMBERS for code in codes.values()
-    )  # stopped before training, and the first rank said so
+    has_said = any(code - 128 in NUMBERS for code in codes.values())  # stopped before training: the first rank said so
     for code in _EXPLAINED:
         # Without a signal to the launcher, a rank that stopped may have done so because of another one's failure.
         if code in codes.values() and (code != Interrupted.exit_code or stop.first or not (killed or failed)):
             return code, ""
     if codes and stop.first and not killed and (has_said or not failed):
-        return (
-            Interrupted.exit_code,
-            "" if has_said else f"{stop.first} came before training had begun or after its end",
-        )
+        reason = "" if has_said else f"{stop.first} came before training had begun or after its end"
+        return Interrupted.exit_code, reason
     how, which = "", killed or failed or list(codes)
     if killed and stop.first:
         how = f"had not ended {stop.grace} s after {stop.first} (PEFTUNE_GRACE=SECONDS gives more time)"

@@ -11,10 +11,10 @@ from contextlib import suppress
 import psutil
 import typer
 
+from peftune.cli.stop import NUMBERS
 from peftune.errors import Interrupted
 
 AGAIN = "start the same command again, it goes on from the last checkpoint"
-NUMBERS = [signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
 class StopSignals:

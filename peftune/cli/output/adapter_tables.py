@@ -232,11 +232,8 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
         values = [recorded(of, model, key) for key in ("loss", "perplexity") for model in (first, "adapter")]
         rows.append([domain, *(f"{value:,.3f}" if isinstance(value, int | float) else "-" for value in values)])
     if rows:
-        print_table(
-            "How well",
-            ["validated on", f"loss, {before}", "with adapter", f"perplexity, {before}", "with adapter"],
-            rows,
-        )
+        columns = ["validated on", f"loss, {before}", "with adapter", f"perplexity, {before}", "with adapter"]
+        print_table("How well", columns, rows)
 
 
 def _print_norms(found: AdapterDescription) -> None:

@@ -105,7 +105,6 @@ def print_routing(found: Mapping[str, Any], names: Sequence[str]) -> None:
     }
     for which, errors in (("threshold", found), ("calibrated: threshold", found.get("calibrated"))):
         if errors is not None:
-            shares = [
-                f"{share:.1%} {says[name]}" for name, share in errors.get("errors", errors).items() if name in says
-            ]
-            echo(f"{which} {errors['threshold']:g}: {', '.join(shares)}")
+            shares = errors.get("errors", errors).items()
+            told = ", ".join(f"{share:.1%} {says[name]}" for name, share in shares if name in says)
+            echo(f"{which} {errors['threshold']:g}: {told}")

@@ -17,6 +17,7 @@ from peftune.cli.output.watch import sparkline
 from peftune.console import shortened
 from peftune.training.metrics import validation_course
 from peftune.training.report.recorded import RecordedRun, number
+from peftune.training.report.sheets import figure_of
 
 _WARNINGS = 3  # shown
 _NAME = 28  # columns that a name may push others away for
@@ -74,11 +75,11 @@ def _row(run: RecordedRun, has_warned: bool) -> _Row:
         "run": shortened(run.name, 1000),
         "": "",
         "step": f"{run.step:g}" + ("" if run.total_steps is None else f"/{run.total_steps:g}"),
-        "loss": _figure(sum(recent) / len(recent) if recent else math.nan, ".3f"),
-        "valid.": _figure(course[-1] if course else math.nan, ".3f"),
-        "change": _figure(course[-1] - course[0] if len(course) > 1 else math.nan, "+.3f"),
-        "rate": _figure(number(last.get("lr")), ".1e").replace("e-0", "e-"),
-        "tok/s": _figure(number(last.get("tokens_per_second")), ",.0f"),
+        "loss": figure_of(sum(recent) / len(recent) if recent else math.nan, ".3f"),
+        "valid.": figure_of(course[-1] if course else math.nan, ".3f"),
+        "change": figure_of(course[-1] - course[0] if len(course) > 1 else math.nan, "+.3f"),
+        "rate": figure_of(number(last.get("lr")), ".1e").replace("e-0", "e-"),
+        "tok/s": figure_of(number(last.get("tokens_per_second")), ",.0f"),
         "eta": "" if seconds is None else _duration(seconds),
         "curve": "",
         "state": f"{run.phase.removeprefix('stopped ')}{' !' * has_warned}",
@@ -114,10 +115,6 @@ def _table(rows: Sequence[_Row], width: int) -> Table:
         cells["curve"] = Text(sparkline(row.losses, need["curve"]))
         table.add_row(*(cells[name] for name in columns))
     return table
-
-
-def _figure(value: float, form: str) -> str:
-    return f"{value:{form}}" if math.isfinite(value) else ""
 
 
 def _duration(seconds: float) -> str:

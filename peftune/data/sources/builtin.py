@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import re
 import sysconfig
 import tokenize
 import unicodedata
@@ -135,11 +136,8 @@ def _docs(part: Part) -> Iterator[tuple[str, str]]:
 def _sections(text: str) -> Iterator[tuple[str, str]]:
     """(title, text with its heading) of each underlined heading of a reference page."""
     lines = text.split("\n")
-    heads = [
-        i
-        for i, line in enumerate(lines[1:])
-        if len(line) >= 3 and not line.strip(line[0]) and line[0] in "*=-~" and lines[i].strip()
-    ]
+    underlined = re.compile(r"([*=~-])\1{2,}")
+    heads = [i for i, line in enumerate(lines[1:]) if underlined.fullmatch(line) and lines[i].strip()]
     for first, last in zip([0, *heads], [*heads, len(lines)], strict=True):
         body = "\n".join(lines[first:last]).strip("\n")
         if body:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from peftune.data.documents import ReadStats
-from peftune.errors import UserError
+from peftune.errors import UserError, explained
 
 _MARKS = (  # the longer mark first: UTF-32-LE begins like UTF-16-LE
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -59,29 +59,26 @@ def open_text(
     `newline` is that of `open`: None turns every line end into LF. Inside the `with`, failures to read or to
     decode become UserErrors (`NotDecodable`), and `stats` knows how far the stream has come.
     """
-    try:
-        with open(path, "rb") as raw:
-            head = raw.read(_HEAD)
-            mark, codec = next((found for found in _MARKS if head.startswith(found[0])), (b"", encoding or "utf-8"))
-            wide = "" if mark else _unmarked(head)
-            if wide and not codec.startswith(("utf_16", "utf_32")):  # most others would read it, with its NULs
-                raise NotDecodable(path, f"looks like {wide.upper()} without a byte order mark", wide)
-            if codec in ("utf_16", "utf_32"):  # Python's wants a mark
-                codec = wide or f"{codec}_le"
-            raw.seek(len(mark))
-            try:
-                with stats.reading(raw) if stats else nullcontext():
-                    yield (file := io.TextIOWrapper(raw, encoding=codec, errors="strict", newline=newline))
-                if stats and newline is None and isinstance(file.newlines, tuple):
-                    stats.faults["line-ends"].add(f"{path}:{_other_end(path, codec)}")
-            except UnicodeDecodeError as error:
-                bad = error.object[error.start : error.start + 1]
-                what = f"not {codec.replace('_', '-').upper()} at byte {raw.tell() - len(error.object) + error.start}"
-                likely = "" if mark else _likely(error.object)
-                why = f"0x{bad.hex()} is {bad.decode(likely)} in {likely}" if likely.startswith("cp") else ""
-                raise NotDecodable(path, what, likely, why) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    with explained(f"{path}: cannot be read"), open(path, "rb") as raw:
+        head = raw.read(_HEAD)
+        mark, codec = next((found for found in _MARKS if head.startswith(found[0])), (b"", encoding or "utf-8"))
+        wide = "" if mark else _unmarked(head)
+        if wide and not codec.startswith(("utf_16", "utf_32")):  # most others would read it, with its NULs
+            raise NotDecodable(path, f"looks like {wide.upper()} without a byte order mark", wide)
+        if codec in ("utf_16", "utf_32"):  # Python's wants a mark
+            codec = wide or f"{codec}_le"
+        raw.seek(len(mark))
+        try:
+            with stats.reading(raw) if stats else nullcontext():
+                yield (file := io.TextIOWrapper(raw, encoding=codec, errors="strict", newline=newline))
+            if stats and newline is None and isinstance(file.newlines, tuple):
+                stats.faults["line-ends"].add(f"{path}:{_other_end(path, codec)}")
+        except UnicodeDecodeError as error:
+            bad = error.object[error.start : error.start + 1]
+            what = f"not {codec.replace('_', '-').upper()} at byte {raw.tell() - len(error.object) + error.start}"
+            likely = "" if mark else _likely(error.object)
+            why = f"0x{bad.hex()} is {bad.decode(likely)} in {likely}" if likely.startswith("cp") else ""
+            raise NotDecodable(path, what, likely, why) from None
 
 
 def check_decodable(path: Path, encoding: str | None) -> None:

@@ -24,7 +24,7 @@ def revision_of(name: str) -> str:
     """Commit of a hub data set, asked for once per process so that key and rows agree."""
     from huggingface_hub import HfApi
 
-    with _one_line_errors(f"no file {name} and no hub data set of that name could be loaded"):
+    with one_line_errors(f"no file {name} and no hub data set of that name could be loaded"):
         return str(HfApi().dataset_info(name, timeout=_TIMEOUT).sha)
 
 
@@ -36,7 +36,7 @@ def rows(source: Source, revision: str | None, choose: Choose) -> Rows:
     from datasets import load_dataset
 
     split = source.split or "train"
-    with _one_line_errors(f"hub data set {source.path} could not be loaded"):
+    with one_line_errors(f"hub data set {source.path} could not be loaded"):
         table = load_dataset(source.path, source.subset, split=split, revision=revision, streaming=True)
         if table.column_names:  # known for most formats; pictures and sound are then not decoded
             table = table.select_columns(choose(table.column_names))
@@ -45,7 +45,7 @@ def rows(source: Source, revision: str | None, choose: Choose) -> Rows:
 
 
 @contextmanager
-def _one_line_errors(what: str) -> Iterator[None]:
+def one_line_errors(what: str) -> Iterator[None]:
     """Failures of the hub client as UserErrors, without its log of retries."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError

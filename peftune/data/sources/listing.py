@@ -20,19 +20,10 @@ from peftune.errors import UserError
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?\Z")
 _TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst")
+_DOCUMENTS = (".docx", ".doc", ".odt", ".rtf", ".pdf", ".epub", ".pages", ".wpd", ".gdoc")
 _WHAT_TO_DO = {  # with files that hold text in a form that is not read
     (".gz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar"): "unpack {}",
-    (
-        ".docx",
-        ".doc",
-        ".odt",
-        ".rtf",
-        ".pdf",
-        ".epub",
-        ".pages",
-        ".wpd",
-        ".gdoc",
-    ): "save {} as plain text (.txt, UTF-8)",
+    _DOCUMENTS: "save {} as plain text (.txt, UTF-8)",
     (".xlsx", ".xls", ".ods", ".numbers", ".gsheet"): "save {} as csv (UTF-8)",
 }
 _ABOUT = {"license", "licence", "copying", "notice", "readme", "authors", "contributing", "changelog", "makefile"}

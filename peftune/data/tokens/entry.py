@@ -28,7 +28,7 @@ from peftune.data.documents import LeftOut, Occurrences, ReadStats
 from peftune.data.sources.text_files import RuleCount, by_rule
 from peftune.data.tokens.encode import Examples
 from peftune.errors import UserError
-from peftune.files import parse_json
+from peftune.files import parse_json, sha256_of_values
 
 FORMAT = 4
 FILES = ("ids.bin", "supervised.bin", "documents.bin")
@@ -132,7 +132,8 @@ def read_entry(directory: Path, key: str, vocabulary: int) -> Entry | None:
         and -(-tokens // 8) == len(bits.array)
         and bool((lengths >= 2).all())  # the token that begins a document and the one that ends it
     )
-    return Entry(ids, bits, documents, _fingerprint(dtype, hashes), report) if fits else None
+    fingerprint = sha256_of_values([_FINGERPRINT, dtype.str, hashes])
+    return Entry(ids, bits, documents, fingerprint, report) if fits else None
 
 
 class Writer:
@@ -179,7 +180,7 @@ class Writer:
             "report": asdict(report),
             "sha256": {name: digest.hexdigest() for name, digest in self.hashes.items()},
         }
-        text = json.dumps(meta | {"sha256_of_meta": _hash_of_meta(meta)}, indent=1) + "\n"
+        text = json.dumps(meta | {"sha256_of_meta": sha256_of_values(meta)}, indent=1) + "\n"
         (self.directory / "meta.json").write_text(text, encoding="utf-8")
         if os.name != "nt":  # there, what may not be written cannot be removed either
             for name in (*FILES, "meta.json"):
@@ -195,19 +196,11 @@ def _dtype(vocabulary: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
 
 
-def _fingerprint(dtype: np.dtype[Any], hashes: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps([_FINGERPRINT, dtype.str, hashes], sort_keys=True).encode()).hexdigest()
-
-
-def _hash_of_meta(meta: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
 def _read_meta(path: Path) -> dict[str, Any]:
     with open(open_private(path), "rb") as file:
         meta = parse_json(file.read(_META_BYTES))
     stated = meta.pop("sha256_of_meta") if isinstance(meta, dict) else None
-    if stated != _hash_of_meta(meta) or meta["format"] != FORMAT:
+    if stated != sha256_of_values(meta) or meta["format"] != FORMAT:
         raise ValueError(f"{path}: not what was written")
     return meta  # type: ignore[no-any-return]
 

@@ -21,8 +21,7 @@ from peftune.inference.engine import EngineLoad, Stopping
 from peftune.inference.request import OnOutput, Request, RequestHandle
 from peftune.inference.routing.route import Route
 from peftune.model.base import Base
-from peftune.serve.backend import EngineLost
-from peftune.serve.engines.messages import Assignment, Loaded
+from peftune.serve.engines.messages import Assignment, EngineLost, Loaded
 from peftune.serve.engines.process import EngineProcess
 from peftune.serve.settings import ServeSettings
 

@@ -6,10 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftune.errors import PeftuneError
+
 if TYPE_CHECKING:
     from peftune.console import Verbosity
     from peftune.inference.bank import AdapterInfo
     from peftune.inference.engine import EngineLoad
+
+
+class EngineLost(PeftuneError):
+    """The process that was to answer has ended."""
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,9 @@ from typing import Any
 from peftune.inference.engine import EngineLoad
 from peftune.inference.request import RequestHandle, RequestOutput
 from peftune.inference.routing.route import Route
-from peftune.serve.backend import EngineLost
 from peftune.serve.engines.channel import Channel
 from peftune.serve.engines.child import run
-from peftune.serve.engines.messages import Assignment, Call, Loaded, Reply
+from peftune.serve.engines.messages import Assignment, Call, EngineLost, Loaded, Reply
 
 _log = logging.getLogger(__name__)
 _CONTEXT = multiprocessing.get_context("spawn")  # a fork would share what CUDA and threads do not survive

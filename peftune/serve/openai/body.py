@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from starlette.requests import Request
 
 from peftune.config.messages import validation_messages
-from peftune.files import repeated
+from peftune.files import parse_json
 from peftune.serve.openai.errors import ApiError
 from peftune.serve.openai.neutral import NeutralChatFields, OpenAIBaseModel, StreamOptions
 from peftune.serve.openai.schema import ChatMessage
@@ -55,12 +55,9 @@ def _known_fields(schema: type[OpenAIBaseModel], error: ValidationError) -> dict
     """The fields that have an effect, of the body and of each object in it that has an unknown one."""
     known = {"": _fields(schema)}
     for item in error.errors(include_url=False, include_input=False):
-        path, model = (
-            [str(part) for part in item["loc"][:-1]],
-            _OBJECTS.get(str(item["loc"][0])) if item["loc"] else None,
-        )
-        if path and model is not None and item["type"] == "extra_forbidden":
-            known[".".join(path[:2])] = _fields(model)
+        path = [str(part) for part in item["loc"][:-1]]
+        if path and path[0] in _OBJECTS and item["type"] == "extra_forbidden":
+            known[".".join(path[:2])] = _fields(_OBJECTS[path[0]])
     return known
 
 
@@ -85,24 +82,13 @@ async def _read(http: Request, limit: int) -> bytes:
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
-    """A JSON object; by itself Python's parser accepts lone surrogates, and the last of two equal names.
-
-    It accepts NaN and infinity too, which no schema does.
-    """
+    """A JSON object; Python's parser accepts lone surrogates."""
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_names)
+        value = parse_json(raw.decode("utf-8"))
         if b"\\u" in raw:  # only an escape can be a lone surrogate, UTF-8 has none
             json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except RecursionError:
-        raise ApiError(400, "the body is nested too deeply") from None
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON in UTF-8: {str(error)[:200]}") from None
     if not isinstance(value, dict):
         raise ApiError(400, f"the body holds {type(value).__name__}, expected an object")
     return value
-
-
-def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if (name := repeated(name for name, _ in pairs)) is not None:
-        raise ValueError(f"{name} is given twice")
-    return dict(pairs)

@@ -49,10 +49,8 @@ def watched_ranks(*recipes: Recipe) -> Iterator[Accelerator]:
             for key, value in flatten(recipe.model_dump(mode="json")).items()
             if key != "run.out"
         }
-        libraries = [
-            *quantized.LIBRARIES * any(recipe.quantize for recipe in recipes),
-            *["deepspeed"] * bool(zero_stage(accelerator)),
-        ]
+        libraries = quantized.LIBRARIES * any(recipe.quantize for recipe in recipes)
+        libraries += ("deepspeed",) * bool(zero_stage(accelerator))
         refuse_different_ranks(accelerator, values | versions(libraries) | _engine_settings(accelerator))
         yield accelerator
 

@@ -53,11 +53,8 @@ def draw_fleet(runs: Mapping[str, list[dict[str, Any]]]) -> bytes:
     panels = [("training loss (smoothed)", training)]
     panels += [("validation loss", validation)] * any(len(x) for x, _ in validation.values())
     figure = Figure(figsize=(5.2 * len(panels) + 2.4, 4.4), dpi=150, layout="constrained")
-    looks, best, few = (
-        [look_of(i, len(runs)) for i in range(len(runs))],
-        _best(runs),
-        len(runs) <= _NAMED,
-    )
+    looks = [look_of(number, len(runs)) for number in range(len(runs))]
+    best, few = _best(runs), len(runs) <= _NAMED
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for (name, (x, y)), (colour, style) in zip(curves.items(), looks, strict=True):
             marker = "o" if few and len(x) <= 20 else ""
@@ -166,15 +163,9 @@ def loss_axes(axes: Axes, events: list[dict[str, Any]], title: str) -> None:
         axes.plot(steps, smoothed(losses), color=INK, linewidth=1.8, label="training (smoothed)")
     for number, domain in enumerate(dict.fromkeys(e["domain"] for e in events if e["event"] == "eval")):
         points = [(e["step"], e["loss"]) for e in events if e["event"] == "eval" and e["domain"] == domain]
-        colour = COLOURS[number % len(COLOURS)]
-        axes.plot(
-            *np.array(points, dtype=float).T,
-            "o-",
-            color=colour,
-            markersize=4,
-            linewidth=1.4,
-            label=shortened(domain, 40),
-        )
+        x, y = np.array(points, dtype=float).T
+        look: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "markersize": 4, "linewidth": 1.4}
+        axes.plot(x, y, "o-", label=shortened(domain, 40), **look)
     axes.set_title(shortened(title, 90), loc="left", color=INK, fontweight="bold", fontsize=11)
     over_steps(axes, "loss, nats per token")
     if axes.get_legend_handles_labels()[0]:

@@ -144,15 +144,13 @@ def _samples(runs: Sequence[RecordedRun]) -> list[Sheet]:
         last = len(steps) - 1
         kept = [steps[round(i * last / (_STEPS - 1))] for i in range(_STEPS)] if last >= _STEPS else steps
         names = [run.name for run in runs if any(run.name in texts for texts in by_step.values())]
-        head, rows = (
-            ["step", *names],
-            [[f"{step:g}", *(by_step[step].get(name, "") for name in names)] for step in kept],
-        )
+        head = ["step", *names]
+        rows = [[f"{step:g}", *(by_step[step].get(name, "") for name in names)] for step in kept]
         if len(names) > SIDE_BY_SIDE:
-            told = {
-                name: [f"{step:g}:{by_step[step][name]}" for step in steps if name in by_step[step]] for name in names
-            }
-            head, rows = ["run", "first step", "last step"], [[name, t[0], t[-1]] for name, t in told.items()]
+            head, rows = ["run", "first step", "last step"], []
+            for name in names:
+                told = [f"{step:g}:{by_step[step][name]}" for step in steps if name in by_step[step]]
+                rows.append([name, told[0], told[-1]])
         tables.append(Sheet(prompt, head, rows, look="samples"))
     return tables
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,8 +13,8 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from peftune.console import name_some
-from peftune.errors import UserError
-from peftune.files import read_object_if_present, remove_leftovers, write_json
+from peftune.errors import UserError, explained
+from peftune.files import read_object_if_present, remove_leftovers, sha256_of_values, write_json
 from peftune.training.distributed.agreement import where_they_differ
 from peftune.training.run_directory import check_writable
 from peftune.training.sweep.grid import PlannedRun
@@ -100,7 +99,7 @@ class Record:
             for row in self.results().rows
         ]  # fmt: skip
         content = asdict(self)
-        write_json(out / RECORD, {_DIGEST: _digest(content), **content, "table": rows})
+        write_json(out / RECORD, {_DIGEST: sha256_of_values(content), **content, "table": rows})
 
 
 _RECORDS = TypeAdapter(Record)
@@ -115,13 +114,12 @@ def sole_sweep(out: Path) -> Iterator[Record]:
     check_writable(out)
     _read(out)  # before anything is made there
     lock = FileLock(out / _LOCK)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{out}: another sweep runs there; wait for it, or choose another directory") from None
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
+    with explained(f"{out}: cannot be written"):
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{out}: another sweep runs there; wait for it, or choose another directory") from None
     try:
         yield _read(out)
     finally:
@@ -141,7 +139,7 @@ def _read(out: Path) -> Record:
         return Record()
     content.pop("table", None)
     digest = content.pop(_DIGEST, None)
-    if digest not in (None, _digest(content)):
+    if digest not in (None, sha256_of_values(content)):
         raise UserError(
             f"{out / RECORD}: was changed or damaged; restore it from a copy, or remove it and choose another directory"
         )
@@ -151,11 +149,6 @@ def _read(out: Path) -> Record:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(f"{out / RECORD}: not the record of a sweep: {where[:80]!r}: {first['msg']}") from None
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    """By which a record that was damaged is known."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _as_read(value: Any) -> Any:

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from peftune.adapters.attach import load_onto
+from peftune.adapters.attach import load_with_rows
 from peftune.adapters.base_of import read_for
 from peftune.adapters.edit.combine import combine
 from peftune.adapters.merge.merge import merge
@@ -132,7 +132,8 @@ def test_it_merges_and_loads_like_any_adapter_and_is_of_its_base_only(
         (adapter / "peftune.json").write_text(json.dumps(Base(tiny_base, str(tiny_base)).identity()))
     combine(adapters, [1.0, 1.0], tmp_path / "sum")
     expected = tools.logits_with_peft(tiny_base, tmp_path / "sum")
-    load_onto(GPT2LMHeadModel.from_pretrained(tiny_base), tmp_path / "sum")
+    base = Base(tiny_base, str(tiny_base))
+    load_with_rows(base, *read_for(tmp_path / "sum", base))
     merge(tmp_path / "sum", tmp_path / "merged", texts=tools.texts)
     assert (tools.logits_of(tmp_path / "merged") - expected).abs().max() <= 1e-4
     card = (tmp_path / "sum" / "README.md").read_text()

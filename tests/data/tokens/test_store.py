@@ -23,9 +23,9 @@ from peftune.data.sources.read import read_documents
 from peftune.data.sources.text_files import RuleCount
 from peftune.data.tokens import pipeline
 from peftune.data.tokens import store as store_module
-from peftune.data.tokens.entry import _hash_of_meta
 from peftune.data.tokens.store import TokenStore, open_store, prepare
 from peftune.errors import UserError
+from peftune.files import sha256_of_values
 
 ROWS = [{"text": f"The cat {i} sat. " * (i % 5 + 1)} for i in range(40)]
 PAIRS = [{"prompt": f"p {i}", "completion": "äö " * (i % 3) + "c"} for i in range(23)]
@@ -180,7 +180,7 @@ def test_any_meta_of_an_entry_is_read_or_built_again(data, sealed, tokenizer, tm
     del meta["sha256_of_meta"]
     if sealed:
         changed = data.draw(damaged_values(meta).filter(lambda value: isinstance(value, dict)))
-        content = json.dumps(changed | {"sha256_of_meta": _hash_of_meta(changed)}).encode()
+        content = json.dumps(changed | {"sha256_of_meta": sha256_of_values(changed)}).encode()
     else:
         content = data.draw(damaged_json(meta))
     (entry / "meta.json").unlink()
