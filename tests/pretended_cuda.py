@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 from peftune.model.train import cross_entropy
 
 SHORT_SUMS = {"model/train/layers.py:summed (sum)", "model/loss.py:hidden (native_layer_norm)"}
-"""Where 16 bits are summed in 16 bits: two terms that a matrix was split into; norms that CUDA's autocast has in fp32."""
+"""Where 16 bits are summed in 16 bits: two terms of a matrix; norms that CUDA's own autocast has in fp32."""
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "peftune"
 

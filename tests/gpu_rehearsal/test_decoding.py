@@ -273,7 +273,7 @@ def test_texts_are_those_of_a_cpu_where_both_compute_in_float32(
 ) -> None:
     """Mixed adapters, one with weights of its own, more texts than slots: rows come, end and move."""
     monkeypatch.setenv(VARIABLE, recorded)
-    names, texts = ("attention", "wide", "dora"), []
+    names, texts, logits = ("attention", "wide", "dora"), [], []
     for device in ("cpu", "cuda"):
         bank = AdapterBank(str(base_directory), "fp32", device)
         for name in names:
@@ -281,7 +281,9 @@ def test_texts_are_those_of_a_cpu_where_both_compute_in_float32(
         prompts = [" ".join(["the cat sat on the mat"] * (1 + n % 3))[: 7 * n + 3] for n in range(7)]
         settings = GenerationSettings(max_new_tokens=16, temperature=0)
         texts.append(bank.generate(prompts, settings, [(*names, None)[n % 4] for n in range(7)], slots=3))
+        logits.append(bank.logits(torch.arange(20).view(4, 5), [*names, None]).cpu())
     assert not cuda.faults and texts[0] == texts[1]
+    torch.testing.assert_close(logits[0], logits[1])
     assert (cuda.launches["graph"] > 20) == (recorded == "1")
 
 
@@ -314,7 +316,7 @@ def test_after_an_error_graphs_are_recorded_anew_for_the_new_cache(
         engine.submit(Request((5, 6, 7), None, SAMPLED), second.append)
     finally:
         engine.stop(drain_seconds=100)
-    assert cuda.waits["inference/running_batch.py:check_device (_local_scalar_dense)"] == 1  # whether it computes at all
+    assert cuda.waits["inference/running_batch.py:check_device (_local_scalar_dense)"] == 1  # it computes
     anew = engine._batch._batch._step
     assert first[-1].finish_reason == "error" and second[-1].finish_reason == "length"
     assert anew is not None and anew._steps is not recorded._steps and len(anew._steps) == 1
