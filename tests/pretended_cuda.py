@@ -2,11 +2,17 @@
 
 Every tensor is an ordinary CPU tensor and is computed with, so whole runs go through. A storage is marked when
 something asks for `device="cuda"`, or when an operation makes it out of marked ones; Python then reads `cuda:0` as the
-device of its tensors. Below autograd every operation is seen, backward passes included.
+device of its tensors. Below autograd every operation is seen, backward passes included. Found are: tensors of several
+devices, generators and autocast of another one, waits by place, launches, products and sums in too few bits, host
+memory that is read or written while a copy without a wait is under way, and graphs that hold copies of the host's
+memory, read numbers, or are recorded and repeated on streams that do not wait for each other.
 
-What this cannot see: whether CUDA has a kernel for an operation, layout or dtype and computes the same with it; races
-between host, streams and pinned memory; memory; time; CUDA's own autocast lists (a CPU's are used); what happens in
-other threads; and operations inside the kernels that stand in here for those of CUDA (`varlen_attn`) and of Triton.
+What this cannot see: whether CUDA has a kernel for an operation, layout or dtype and computes the same with it; dtypes
+of anything but products and sums (rounded too early, or kept wider than needed); memory; time; CUDA's own autocast
+lists (a CPU's are used); streams and events outside of a graph's recording; pinned memory that NumPy writes to, or
+that was pinned by others; what happens in other threads that do not enter it; whether `cuda:0` is another rank's GPU
+(only `gpu_rehearsal/test_ranks.py` has a second one); what a library moves to the GPU by itself; and operations inside
+the kernels that stand in here for those of CUDA (`varlen_attn`) and of Triton.
 """
 
 from __future__ import annotations
@@ -352,10 +358,10 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         there = [t for t in tensors if cuda.holds(t)]
         name, on_gpu = func.overloadpacket.__name__, bool(there) or cuda.place == "cuda"
-        if there and len(there) < len(tensors) and not cuda.paused and cuda.place is None:
-            self._check(func, name, args, kwargs, tensors)
         if len(there) < len(tensors) and cuda.has_copies_under_way:
             self._check_host(func, name, args, kwargs, tensors)
+        if there and len(there) < len(tensors) and not cuda.paused and cuda.place is None:
+            self._check(func, name, args, kwargs, tensors)
         cuda.operations += on_gpu and not cuda.paused
         before = {tensor.untyped_storage()._cdata for tensor in tensors if tensor.layout is torch.strided}
         made = func(*args, **kwargs)
@@ -583,6 +589,9 @@ def pretend(
 
     def seen_backward(*given: Any, **named: Any) -> Any:
         """Torch calls `autograd.grad` with this mode off, as it does everything that the mode is asked about."""
+        for of, upstream in zip(given[0], given[1], strict=True):
+            if upstream is not None and cuda.holds(of) is not cuda.holds(upstream):
+                cuda.refuse("a gradient on another device than what it is the gradient of")
         with cuda.python_again():
             return backward(*given, **named)
 

@@ -173,7 +173,7 @@ def test_evaluating_reads_each_domain_once(tiny_base: Path, tmp_path: Path, cuda
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_timing_a_block_computes_as_a_run_does(
+def test_a_block_that_is_timed_keeps_to_the_gpu(
     fast: bool, tiny_base: Path, tmp_path: Path, cuda: PretendedCUDA
 ) -> None:
     run_section = {"out": str(tmp_path / "adapter"), "fast": fast}
