@@ -358,7 +358,8 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         there = [t for t in tensors if cuda.holds(t)]
         name, on_gpu = func.overloadpacket.__name__, bool(there) or cuda.place == "cuda"
-        if len(there) < len(tensors) and cuda.has_copies_under_way:
+        by_gpu = cuda.place is not None or (name == "copy_" and there)  # it comes after the copies before it
+        if len(there) < len(tensors) and cuda.has_copies_under_way and not by_gpu:
             self._check_host(func, name, args, kwargs, tensors)
         if there and len(there) < len(tensors) and not cuda.paused and cuda.place is None:
             self._check(func, name, args, kwargs, tensors)

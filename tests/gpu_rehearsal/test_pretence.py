@@ -66,8 +66,9 @@ def test_a_fault_is_found(fault: Callable[[], object], told: str, cuda: Pretende
 def test_what_waits_for_a_copy_is_right(cuda: PretendedCUDA) -> None:
     brought, (host, there) = on_gpu(3).to("cpu", non_blocking=True), under_way()
     host.view(3, 1)
+    again = brought.to("cuda", non_blocking=True)  # by the GPU, in order
     torch.cuda.synchronize()
-    assert brought.tolist() == [1, 1, 1] and host.zero_().sum() == 0 and float(there.sum()) == 3
+    assert brought.tolist() == again.tolist() == [1, 1, 1] and host.zero_().sum() == 0 and float(there.sum()) == 3
     there.bernoulli_(0.5, generator=torch.Generator("cuda"))
     assert torch.rand(3, generator=torch.Generator()).shape == recorded(lambda: there + 1).shape
     assert of_the_cpu(lambda: on_gpu(3)).shape == (3,) and not cuda.faults
