@@ -58,8 +58,9 @@ _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "linear", "m
 _INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 _SUMS = {
     "sum", "mean", "cumsum", "_softmax", "_log_softmax", "native_layer_norm", "linalg_vector_norm", "_foreach_norm",
-    "nll_loss_forward", "var_mean",
+    "nll_loss_forward", "var_mean", "softmax", "log_softmax", "layer_norm",
 }  # fmt: skip
+"""The last three are seen in inference mode only."""
 _CAST = (torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu)
 _BY_THE_HOST = (
     torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist, torch.Tensor.data_ptr, torch.Tensor.__reduce_ex__,
