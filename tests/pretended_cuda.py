@@ -2,11 +2,17 @@
 
 Every tensor is an ordinary CPU tensor and is computed with, so whole runs go through. A storage is marked when
 something asks for `device="cuda"`, or when an operation makes it out of marked ones; Python then reads `cuda:0` as the
-device of its tensors. Below autograd every operation is seen, backward passes included.
+device of its tensors. Below autograd every operation is seen, backward passes included. Found are: tensors of several
+devices, generators and autocast of another one, waits by place, launches, products and sums in too few bits, host
+memory that is read or written while a copy without a wait is under way, and graphs that hold copies of the host's
+memory, read numbers, or are recorded and repeated on streams that do not wait for each other.
 
-What this cannot see: whether CUDA has a kernel for an operation, layout or dtype and computes the same with it; races
-between host, streams and pinned memory; memory; time; CUDA's own autocast lists (a CPU's are used); what happens in
-other threads; and operations inside the kernels that stand in here for those of CUDA (`varlen_attn`) and of Triton.
+What this cannot see: whether CUDA has a kernel for an operation, layout or dtype and computes the same with it; dtypes
+of anything but products and sums (rounded too early, or kept wider than needed); memory; time; CUDA's own autocast
+lists (a CPU's are used); streams and events outside of a graph's recording; pinned memory that NumPy writes to, or
+that was pinned by others; what happens in other threads that do not enter it; whether `cuda:0` is another rank's GPU
+(only `gpu_rehearsal/test_ranks.py` has a second one); what a library moves to the GPU by itself; and operations inside
+the kernels that stand in here for those of CUDA (`varlen_attn`) and of Triton.
 """
 
 from __future__ import annotations
@@ -33,6 +39,8 @@ from torch.utils._pytree import tree_leaves
 
 from peftune.model.train import cross_entropy
 
+SHORT_SUMS = {"model/train/layers.py:summed (sum)", "model/loss.py:hidden (native_layer_norm)"}
+"""Where 16 bits are summed in 16 bits: two terms of a matrix; norms that CUDA's own autocast has in fp32."""
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "peftune"
 
@@ -48,7 +56,16 @@ _ALLOCATIONS = {
 }
 _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "linear", "matmul"}
 _INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
+_SUMS = {
+    "sum", "mean", "cumsum", "_softmax", "_log_softmax", "native_layer_norm", "linalg_vector_norm", "_foreach_norm",
+    "nll_loss_forward", "var_mean", "softmax", "log_softmax", "layer_norm",
+}  # fmt: skip
+"""The last three are seen in inference mode only."""
 _CAST = (torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu)
+_BY_THE_HOST = (
+    torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist, torch.Tensor.data_ptr, torch.Tensor.__reduce_ex__,
+)  # fmt: skip
+"""Read a CPU tensor without an operation that could be seen."""
 
 
 class WrongDevice(RuntimeError):
@@ -74,8 +91,8 @@ class PretendedCUDA(TorchFunctionMode):
         super().__init__()
         self.device = torch.device("cuda", index)
         self._seen = _Operations(self)
-        self._marked: set[int] = set()
-        self._pinned: set[int] = set()
+        self._memory: dict[str, set[int]] = {kind: set() for kind in ("cuda", "pinned", "sent", "due")}
+        self.stream = _Stream(self)
         self.place: str | None = None
         """Where what is made now lies, whatever the inputs."""
         self.paused = False
@@ -95,6 +112,8 @@ class PretendedCUDA(TorchFunctionMode):
         """How often the host waits for the GPU, by `file:function`."""
         self.products: Counter[tuple[str, torch.dtype]] = Counter()
         """Matrix products by place in the code and dtype."""
+        self.sums: Counter[str] = Counter()
+        """Sums, norms and softmaxes whose result has 16 bits, by place in the code."""
         self.faults: list[str] = []
         """What CUDA would refuse; also raised as WrongDevice, which code may have caught."""
 
@@ -121,11 +140,23 @@ class PretendedCUDA(TorchFunctionMode):
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is on the pretended GPU."""
-        return tensor.layout is torch.strided and tensor.untyped_storage()._cdata in self._marked
+        return self.is_marked(tensor, "cuda")
+
+    def is_marked(self, tensor: torch.Tensor, kind: str) -> bool:
+        """Whether a tensor's memory was marked so."""
+        return tensor.layout is torch.strided and tensor.untyped_storage()._cdata in self._memory[kind]
+
+    @property
+    def has_copies_under_way(self) -> bool:
+        """Whether memory of the host is being read or filled."""
+        return bool(self._memory["sent"] or self._memory["due"])
 
     def mark(self, tensor: torch.Tensor, kind: str = "cuda") -> None:
-        """Let the tensor's memory be on the GPU, or page-locked."""
-        storage, marks = tensor.untyped_storage(), self._marked if kind == "cuda" else self._pinned
+        """Let the tensor's memory be on the GPU; or page-locked memory of the host, which a copy is reading or filling.
+
+        The last two, `sent` and `due`, hold until the host waits.
+        """
+        storage, marks = tensor.untyped_storage(), self._memory[kind]
         if storage._cdata not in marks:
             marks.add(storage._cdata)
             weakref.finalize(storage, marks.discard, storage._cdata)
@@ -152,8 +183,13 @@ class PretendedCUDA(TorchFunctionMode):
     def recorded(self, graph: _Graph, *given: Any, **named: Any) -> Iterator[None]:
         """As `torch.cuda.graph`: records in software what is launched, of this thread alone."""
         found = _GRAPH.bind(graph, *given, **named).arguments
-        if found.get("capture_error_mode") != "thread_local" or found.get("stream") is None:
+        graph.stream = found.get("stream")
+        if found.get("capture_error_mode") != "thread_local" or graph.stream is None:
             self.refuse("a graph is recorded on a stream of its own, and other threads may go on")
+        if self.stream not in graph.stream.after:
+            self.refuse("a graph is recorded on a stream that has not waited for what its inputs are made on")
+        graph.stream.after.clear()
+        self.stream.after.discard(graph.stream)
         self.capturing = True
         try:
             with Recording() as graph.recording:
@@ -171,17 +207,27 @@ class PretendedCUDA(TorchFunctionMode):
             place: count for place, count in self.products.items() if place[1] is not dtype and place not in tried
         }
         assert not others, f"matrix products that are not in {dtype}: {others}"
+        short = {place: count for place, count in self.sums.items() if place not in SHORT_SUMS}
+        assert not short, f"sums in 16 bits: {short}"
 
     def wait(self, why: str) -> None:
-        """The host waits here."""
+        """The host waits here; copies that were under way are done."""
         if self.paused:
             return
+        for kind in ("sent", "due"):
+            self._memory[kind].clear()
         if self.capturing:
             self.refuse(f"{why} while a graph is recorded")
         if caller().startswith("model/decode/captured_steps.py:"):
             self.checks += 1
         else:
             self.waits[f"{caller()} ({why})"] += 1
+
+    def under_way(self, host: torch.Tensor, kind: str) -> None:
+        """A copy from or to page-locked memory of the host, for which nobody waits."""
+        if self.capturing:
+            self.refuse("a copy of the host's memory is recorded, which is gone or another when it is repeated")
+        self.mark(host, kind)
 
     def refuse(self, message: str) -> None:
         """CUDA would raise here."""
@@ -204,6 +250,13 @@ class PretendedCUDA(TorchFunctionMode):
             pinned = tensor.clone()
             self.mark(pinned, "pinned")
             return pinned
+        if func in _BY_THE_HOST and tensor is not None and self.is_marked(tensor, "due"):
+            self.refuse("the host reads what a copy has yet to bring")
+        on_gpu = here or ("cuda" in str(kwargs.get("device")))
+        if isinstance(kwargs.get("generator"), torch._C.Generator) and (
+            isinstance(kwargs["generator"], _Generator) is not on_gpu
+        ):
+            self.refuse(f"{func.__name__} with the generator of another device")
         if func in (torch.Tensor.numpy, torch.Tensor.__array__) and here:
             self.refuse("a tensor on the GPU cannot become an array")
         if func is torch.Tensor.tolist and here:
@@ -261,14 +314,18 @@ class PretendedCUDA(TorchFunctionMode):
             return tensor.to(dtypes[0], **kept) if dtypes else tensor.to(tensor.dtype, **kept)
         dtypes = [a for a in given if isinstance(a, torch.dtype)] + [other.dtype for other in others]
         unhurried = kwargs.get("non_blocking", any(a is True for a in rest))
-        pinned = not here and tensor.untyped_storage()._cdata in self._pinned and not dtypes
-        if not (unhurried and pinned):
+        if not here and unhurried and not dtypes and self.is_marked(tensor, "pinned"):
+            self.under_way(tensor, "sent")
+        elif not (here and unhurried):  # torch pins what it copies to without waiting
             self.wait("copy to the host" if here else "copy from memory that is not pinned")
         before, self.place = self.place, to
         try:
-            return tensor.to(dtypes[0], copy=True) if dtypes else tensor.clone()
+            made = tensor.to(dtypes[0], copy=True) if dtypes else tensor.clone()
         finally:
             self.place = before
+        if here and unhurried:
+            self.under_way(made, "due")
+        return made
 
 
 class _Graph:
@@ -276,6 +333,7 @@ class _Graph:
 
     def __init__(self, cuda: PretendedCUDA) -> None:
         self._cuda, self.recording = cuda, Recording()
+        self.stream: _Stream | None = None
 
     def pool(self) -> tuple[int, int]:
         """Memory that other graphs may use too."""
@@ -283,6 +341,8 @@ class _Graph:
 
     def replay(self) -> None:
         """All again."""
+        if self.stream not in self._cuda.stream.after:
+            self._cuda.refuse("a graph is repeated by a stream that has not waited for the one that recorded it")
         with self._cuda.one_kernel("graph"):
             self.recording.replay()
 
@@ -299,32 +359,50 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         there = [t for t in tensors if cuda.holds(t)]
         name, on_gpu = func.overloadpacket.__name__, bool(there) or cuda.place == "cuda"
+        by_gpu = cuda.place is not None or (name == "copy_" and there)  # it comes after the copies before it
+        if len(there) < len(tensors) and cuda.has_copies_under_way and not by_gpu:
+            self._check_host(func, name, args, kwargs, tensors)
         if there and len(there) < len(tensors) and not cuda.paused and cuda.place is None:
-            self._check(func, name, args, tensors)
+            self._check(func, name, args, kwargs, tensors)
         cuda.operations += on_gpu and not cuda.paused
         before = {tensor.untyped_storage()._cdata for tensor in tensors if tensor.layout is torch.strided}
         made = func(*args, **kwargs)
         if on_gpu and not cuda.paused:
             views = all(o.untyped_storage()._cdata in before for o in tree_leaves(made) if isinstance(o, torch.Tensor))
             self._count(func, name, tensors, there, views and not func._schema.is_mutable)
+            of_numbers = name in _SUMS and next((t for t in tree_leaves(made) if isinstance(t, torch.Tensor)), None)
+            if isinstance(of_numbers, torch.Tensor) and of_numbers.dtype in (torch.bfloat16, torch.float16):
+                cuda.sums[f"{caller()} ({name})"] += 1
         new = (t for t in tree_leaves(made) if isinstance(t, torch.Tensor) and t.device.type == "cpu")
         for tensor in new if on_gpu and cuda.place != "cpu" else ():
             if tensor.layout is not torch.strided or tensor.untyped_storage()._cdata not in before:
                 cuda.mark(tensor)
         return made
 
-    def _check(self, func: Any, name: str, args: Any, tensors: list[torch.Tensor]) -> None:
+    def _check(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> None:
         """Tensors of both devices: numbers may come from the host, indices are copied, all else fails."""
         cuda = self._pretence
         strangers = [t for t in tensors if not cuda.holds(t) and t.numel()]
         if name == "copy_":
-            blocking = not (len(args) > 2 and args[2] and args[1].untyped_storage()._cdata in cuda._pinned)
-            return cuda.wait("copy_ between host and GPU") if blocking else None
+            host, kind = (args[1], "sent") if cuda.holds(args[0]) else (args[0], "due")
+            if len(args) > 2 and args[2] and cuda.is_marked(host, "pinned"):
+                return cuda.under_way(host, kind)
+            return cuda.wait("copy_ between host and GPU")
         if name in _INDEXED and cuda.holds(args[0]):
             return cuda.wait("indices from the host")
-        if (torch.Tag.pointwise in func.tags or name == "fill_") and all(t.ndim == 0 for t in strangers):
+        numbers = torch.Tag.pointwise in func.tags and all(map(cuda.holds, _written(func, args, kwargs)))
+        if (numbers or name == "fill_") and all(t.ndim == 0 for t in strangers):
             return None
         return cuda.refuse(f"{name} of tensors on the GPU and on the CPU, {[tuple(t.shape) for t in strangers]}")
+
+    def _check_host(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> None:
+        """Memory of the host that a copy fills is not to be read, and what a copy reads is not to be written to."""
+        cuda, aliases = self._pretence, [one.alias_info for one in func._schema.returns]
+        looks = not any(alias is not None and not alias.is_write for alias in aliases)  # a view reads nothing
+        if looks and any(cuda.is_marked(t, "due") for t in tensors):
+            cuda.refuse(f"{name} of what a copy has yet to bring")
+        if any(cuda.is_marked(t, "sent") for t in _written(func, args, kwargs)):
+            cuda.refuse(f"{name} writes to what a copy has yet to read")
 
     def _count(self, func: Any, name: str, tensors: list[torch.Tensor], there: list[torch.Tensor], views: bool) -> None:
         cuda = self._pretence
@@ -335,6 +413,15 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             cuda.products.update((caller(), t.dtype) for t in there[-1:])
         if (not views or name in READS) and name not in _ALLOCATIONS:
             cuda.launches[name] += 1
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """Those of an operation's arguments that it writes to."""
+    if not func._schema.is_mutable:
+        return []
+    given = {one.name: value for one, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+    to = [given.get(one.name) for one in func._schema.arguments if one.alias_info and one.alias_info.is_write]
+    return [tensor for tensor in tree_leaves(to) if isinstance(tensor, torch.Tensor)]
 
 
 def caller() -> str:
@@ -352,10 +439,12 @@ def caller() -> str:
 
 
 class _Stream:
-    """A stream, or an event on it: work is done when it is enqueued, so only what the host waits for is of interest."""
+    """A stream, or an event on it: work is done when it is enqueued, so only who waits for whom is of interest."""
 
     def __init__(self, cuda: PretendedCUDA) -> None:
         self._cuda = cuda
+        self.after: set[_Stream | None] = set()
+        """Streams whose work it has waited for."""
 
     def synchronize(self) -> None:
         """The host waits."""
@@ -368,7 +457,15 @@ class _Stream:
     def record(self, *_: Any) -> None:
         """A stream waits for nothing here."""
 
-    wait = wait_stream = wait_event = record
+    def wait_stream(self, other: _Stream) -> None:
+        """What comes next comes after all of the other's work."""
+        self.after.add(other)
+
+    wait = wait_event = record
+
+
+class _Generator(torch.Generator):
+    """One of the GPU, which draws nothing for tensors of a CPU, nor a CPU's for those of a GPU."""
 
 
 class _Kernel(torch.autograd.Function):
@@ -406,8 +503,9 @@ def cross_entropy_kernel(
         logits.copy_(gradient.scatter_add_(1, chosen, share - 1))
 
 
-def _about_cpu(asked: Any, *_: Any) -> Any:
-    return asked("cpu")
+def _about_cpu(asked: Any, other: Any, device: str = "cuda", *_: Any) -> Any:
+    """What a CPU really does is what the GPU is said to do; of the CPU itself nothing is said."""
+    return asked("cpu") if "cuda" in device else other
 
 
 _GRAPH = inspect.signature(torch.cuda.graph)
@@ -461,9 +559,10 @@ def pretend(
     patch.setattr(torch.cuda, "graph", cuda.recorded)
     patch.setattr(torch.cuda, "CUDAGraph", lambda: _Graph(cuda))
     patch.setattr(torch.cuda, "synchronize", lambda *_: cuda.wait("synchronize"))
-    only = _Stream(cuda)  # all that is enqueued runs at once, whatever the stream
-    for name in ("Stream", "Event", "current_stream", "default_stream"):
-        patch.setattr(torch.cuda, name, lambda *_, **__: only)
+    for name in ("Stream", "Event"):  # all that is enqueued runs at once, whatever the stream
+        patch.setattr(torch.cuda, name, lambda *_, **__: _Stream(cuda))
+    for name in ("current_stream", "default_stream"):
+        patch.setattr(torch.cuda, name, lambda *_, **__: cuda.stream)
     for name in ("range_push", "range_pop"):
         patch.setattr(torch.cuda.nvtx, name, lambda *_: 0)
     patch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
@@ -472,9 +571,10 @@ def pretend(
     kernels = types.SimpleNamespace(launch=launch) if triton else None  # None: it cannot be imported
     patch.setitem(sys.modules, "peftune.model.train.cross_entropy_kernel", kernels)
     patch.setattr(cross_entropy, "reason_against", cache(cross_entropy.reason_against.__wrapped__))
-    patch.setattr(torch, "Generator", lambda *_, _made=torch.Generator: _made())
-    for name in ("is_autocast_enabled", "get_autocast_dtype"):
-        patch.setattr(torch, name, partial(_about_cpu, getattr(torch, name)))
+    made = torch.Generator
+    patch.setattr(torch, "Generator", lambda device="cpu": (_Generator if "cuda" in str(device) else made)())
+    for name, other in (("is_autocast_enabled", False), ("get_autocast_dtype", torch.bfloat16)):
+        patch.setattr(torch, name, partial(_about_cpu, getattr(torch, name), other))
 
     def grouped(*given: Any) -> dict[tuple[torch.device, torch.dtype], Any]:
         """Below Python every tensor is the CPU's."""
@@ -491,6 +591,9 @@ def pretend(
 
     def seen_backward(*given: Any, **named: Any) -> Any:
         """Torch calls `autograd.grad` with this mode off, as it does everything that the mode is asked about."""
+        for of, upstream in zip(given[0], given[1], strict=True):
+            if upstream is not None and cuda.holds(of) is not cuda.holds(upstream):
+                cuda.refuse("a gradient on another device than what it is the gradient of")
         with cuda.python_again():
             return backward(*given, **named)
 
@@ -500,5 +603,11 @@ def pretend(
     kept = torch.utils.checkpoint._allowed_determinism_checks_to_fns
     patch.setitem(kept, "default", lambda tensor: {"shape": tensor.shape, "dtype": tensor.dtype})
     begin = torch.autocast.__init__
-    patch.setattr(torch.autocast, "__init__", lambda self, device_type, *a, **k: begin(self, "cpu", *a, **k))
+
+    def autocast(
+        self: Any, device_type: str, dtype: Any = None, enabled: bool = True, *given: Any, **named: Any
+    ) -> None:
+        begin(self, "cpu", dtype, enabled and "cuda" in device_type, *given, **named)
+
+    patch.setattr(torch.autocast, "__init__", autocast)
     return cuda

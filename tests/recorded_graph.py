@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 READS = {
     "_local_scalar_dense", "equal", "nonzero", "masked_select", "bincount", "_unique2", "unique_consecutive",
+    "unique_dim", "repeat_interleave", "histc",
     "item", "is_nonzero", "allclose",
 }  # fmt: skip
 """Operations whose result the host waits for; those of the last line are seen in inference mode only."""

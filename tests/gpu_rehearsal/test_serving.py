@@ -26,7 +26,7 @@ from peftune.serve.settings import ServeSettings
 COMPLETIONS = "/v1/completions"
 TOKEN = "inference/running_batch.py:_choose_of (tolist)"
 SCORES = "inference/sequence.py:token_logprobs (tolist)"
-ROUTE = {"inference/routing/route.py:advance (tolist)", "inference/routing/route.py:__init__ (tensor of numbers)"}
+ROUTE = {"inference/routing/route.py:advance (tolist)"}
 TEXT = {"prompt": "the cat sat on the mat", "max_tokens": 8, "seed": 1, "ignore_eos": True}
 TEXTS = [
     {"model": "base", "temperature": 0},

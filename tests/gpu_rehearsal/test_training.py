@@ -19,6 +19,7 @@ from pretended_cuda import PretendedCUDA, WrongDevice, pretend
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftune.config.recipe import LoraSection, recipe_from
+from peftune.errors import Interrupted
 from peftune.inference.evaluation.memorisation import Window
 from peftune.inference.perplexity import evaluate
 from peftune.model.load import move_to
@@ -31,6 +32,7 @@ from peftune.training import run
 from peftune.training.fleet import train_fleet
 from peftune.training.metrics import read_metrics
 from peftune.training.optimizer import Gradient
+from peftune.training.planning.calibration import seconds_per_block
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STEP = {
@@ -51,12 +53,17 @@ class Steps:
     def __init__(self, cuda: PretendedCUDA, patch: pytest.MonkeyPatch) -> None:
         self.cuda = cuda
         self.taken = self.evaluated = 0
+        self.cut: int | None = None
+        """Before which step, from 0, the run is interrupted once."""
         self.dtype, self.waits, self.launches = torch.float32, dict[str, int](), list[int]()
         for name in ("train_step", "evaluate_domain"):
             patch.setattr(run, name, self._checked(name, getattr(run, name)))
 
     def _checked(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*given: Any) -> Any:
+            if name == "train_step" and self.taken == self.cut:
+                self.cut = None
+                raise Interrupted("cut")
             self.cuda.forget()
             result = function(*given)
             if name == "train_step":
@@ -86,23 +93,30 @@ def train(tiny_base: Path, out: Path, *overrides: str, told: str = "") -> list[f
 
 
 @pytest.mark.parametrize(
-    ("overrides", "flash"),
+    ("overrides", "flash", "most"),
     [
-        (["run.checkpointing=true", "lora.dropout=0.1"], True),
-        (["optim.neftune=5", "optim.label_smoothing=0.1", "lora.targets=query-value"], True),
-        (["run.precision=fp32"], True),
-        (["run.precision=fp16"], True),
-        ([], False),
-        (["quantize=int8"], True),
-        (["quantize=nf4", "lora.variant=loftq"], True),
-        (["run.fast=false"], True),
-        (["lora.variant=dora"], True),
+        (["run.checkpointing=true", "lora.dropout=0.1"], True, 718),
+        (["optim.neftune=5", "optim.label_smoothing=0.1", "lora.targets=query-value"], True, 276),
+        (["run.precision=fp32"], True, 412),
+        (["run.precision=fp16"], True, 468),
+        ([], False, 632),
+        (["quantize=int8", "run.fast=false"], True, None),
+        (["quantize=nf4", "lora.variant=loftq"], True, None),
+        (["run.fast=false", "optim.neftune=5"], True, None),
+        (["lora.variant=dora", "lora.modules_to_save=[lm_head]"], True, None),
     ],
     ids=str,
 )
 def test_a_run_keeps_to_the_gpu(
-    overrides: list[str], flash: bool, tiny_base: Path, tmp_path: Path, forgetful: None, monkeypatch: pytest.MonkeyPatch
+    overrides: list[str],
+    flash: bool,
+    most: int | None,
+    tiny_base: Path,
+    tmp_path: Path,
+    forgetful: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """With budgets of a step's launches, two micro-batches and the update, that may only go down."""
     if any("quantize" in one for one in overrides):
         pytest.importorskip("bitsandbytes")
     precision = next((one.split("=")[1] for one in overrides if "precision" in one), "bf16")
@@ -113,8 +127,15 @@ def test_a_run_keeps_to_the_gpu(
         steps.waits = OF_A_LIBRARY if by_library else STEP
         without = "cross entropy by torch, without its Triton kernel: ModuleNotFoundError: import of peftune"
         told = "cross entropy by one kernel" if flash else without
+        if any("modules_to_save" in one for one in overrides):
+            told = "DoRA normalises full weights)"
+        if not flash:
+            steps.cut = 2
+            with pytest.raises(Interrupted):
+                train(tiny_base, tmp_path / "adapter")
         losses = train(tiny_base, tmp_path / "adapter", *overrides, told=told)
     assert (steps.taken, steps.evaluated) == (4, 3) and losses[-1] < losses[0]
+    assert most is None or max(steps.launches[1:]) <= most, steps.launches
 
 
 def test_on_rectangles_and_in_fp32_a_gpu_learns_what_a_cpu_learns(
@@ -149,6 +170,26 @@ def test_evaluating_reads_each_domain_once(tiny_base: Path, tmp_path: Path, cuda
         "inference/evaluation/memorisation.py:share_reproduced (copy from memory that is not pinned)": 2,
     }
     cuda.assert_clean(torch.bfloat16, moved | read)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_block_that_is_timed_keeps_to_the_gpu(
+    fast: bool, tiny_base: Path, tmp_path: Path, cuda: PretendedCUDA
+) -> None:
+    run_section = {"out": str(tmp_path / "adapter"), "fast": fast}
+    recipe = recipe_from(values_over_text(tiny_base, tmp_path) | {"run": run_section}, [])
+    config, device = GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=3, n_head=4), cuda.device
+    assert not cross_entropy.reason_against(device, torch.bfloat16)
+    cuda.forget()
+    assert seconds_per_block(config, recipe, torch.bfloat16, 64, device, seconds=0.0) > 0
+    timed = {
+        "training/planning/calibration.py:seconds_per_block (synchronize)": 2,
+        "model/train/varlen_attention.py:reason_against (copy from memory that is not pinned)": 4,
+        "model/train/varlen_attention.py:<listcomp> (_local_scalar_dense)": 4,
+    }
+    library = {"model/loss.py:hidden (_local_scalar_dense)": 2, "model/loss.py:forward (nonzero)": 6}
+    once = {"training/planning/calibration.py:_one_pass (copy from memory that is not pinned)": 2}
+    cuda.assert_clean(torch.bfloat16, timed if fast else timed | library | once)
 
 
 @dataclass
@@ -271,16 +312,21 @@ FLEET = {
 """Where a step of many adapters may wait, and how often: once for all."""
 
 
-@pytest.mark.parametrize(("members", "most"), [(2, 373), (8, 601)])
+@pytest.mark.parametrize(
+    ("members", "most"), [(2, 436), (8, 601)]
+)  # of the two one draws dropout, the other smooths its labels
 def test_a_fleet_keeps_to_the_gpu_and_launches_for_all_at_once(
     members: int, most: int, tiny_base: Path, tmp_path: Path, forgetful: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = values_over_text(tiny_base, tmp_path) | {
         "run": {"out": "", "precision": "bf16", "eval_every": 0, "save_every": 2}
     }
-    each = ["optim.steps=4", "batch.micro_size=8"]
+    each, draws = ["optim.steps=4", "batch.micro_size=8"], ["lora.dropout=0.1"] if members == 2 else []
     recipes = [
-        recipe_from(values, [*each, f"run.seed={n}", f"run.out={tmp_path / str(n)}", f"lora.rank={4 + n % 2}"])
+        recipe_from(
+            values | {"optim": values["optim"] | {"label_smoothing": 0.1 * (members == 2 and n)}},
+            [*each, f"run.seed={n}", f"run.out={tmp_path / str(n)}", f"lora.rank={4 + n % 2}", *draws[n:]],
+        )
         for n in range(members)
     ]
     launches = []

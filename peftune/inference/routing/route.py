@@ -16,6 +16,7 @@ from peftune.errors import UserError
 from peftune.inference.pace import Pace, chunk_tokens
 from peftune.inference.request import ModelProvider
 from peftune.model.decode.batch import DecodeBatch
+from peftune.model.train.layers import to_device
 
 THRESHOLD = 0.0
 JUDGED_TOKENS = 64  # the last of a prompt; docs/bank.md has the accuracy with more and with fewer
@@ -59,7 +60,7 @@ class Routing:
         self._names, self._threshold = tuple(models.names if names is None else names), threshold
         self._variants = [models.variant(name) for name in (None, *self._names)]
         judged = [ids[0], *ids[1:][-min(JUDGED_TOKENS, config.n_positions) :]]
-        self._ids = torch.tensor(judged, device=self._spec.device)
+        self._ids = to_device(torch.tensor(judged), self._spec.device)
         self._nats: list[list[float]] = [[] for _ in self._variants]  # of each token, by variant
         self._group: range = range(0)  # the variants in `_batch`
         self._batch: DecodeBatch | None = None

@@ -58,9 +58,9 @@ class LogitAdjuster:
         """The text holds one more token."""
         self._written.append(token)
         if self._seen is not None:
-            self._seen[token] = True
+            self._seen[token].fill_(True)  # what is assigned would be copied there, for which the host waits
         if self._counts is not None:
-            self._counts[token] += 1
+            self._counts[token].add_(1)
 
     @property
     def is_needed(self) -> bool:
@@ -82,13 +82,14 @@ class LogitAdjuster:
             logits_V = logits_V.index_add(0, *(to_device(tensor, logits_V.device) for tensor in (at, more)))
         if chosen.repetition_penalty != 1:
             if self._seen is None:
-                self._seen = torch.zeros(len(logits_V), dtype=torch.bool, device=logits_V.device)
-                self._seen[[*self._prompt, *self._written]] = True
+                seen = to_device(torch.tensor([*self._prompt, *self._written], dtype=torch.int64), logits_V.device)
+                self._seen = torch.zeros_like(logits_V, dtype=torch.bool).index_fill_(0, seen, True)
             logits_V = penalise_repetition(logits_V, self._seen, chosen.repetition_penalty)
         if self._counted:
             if self._counts is None:
-                written = torch.tensor(self._written, dtype=torch.int64, device=logits_V.device)
-                self._counts = written.bincount(minlength=len(logits_V)).float()
+                written = to_device(torch.tensor(self._written, dtype=torch.int64), logits_V.device)
+                once = torch.ones_like(written, dtype=torch.float32)
+                self._counts = torch.zeros_like(logits_V).index_add_(0, written, once)
             logits_V = penalise_presence(logits_V, self._counts, chosen.presence_penalty, chosen.frequency_penalty)
         barred = self._ends if self._must_go_on else []
         if chosen.no_repeat_ngram_size:
