@@ -20,9 +20,10 @@ check "lint" ruff check .
 types=$(mktemp)
 trap 'rm -f "$types"' EXIT
 "$venv/bin/python" -m mypy >"$types" 2>&1 &
-# Two tests at a time, one thread each: as fast as two cores can, and not slower where there are more.
+# Two tests at a time, one thread each: as fast as two cores can, and not slower where there are more. A file's tests stay
+# together, which makes what they share once; tests/conftest.py begins with the longest.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-check "tests" pytest -q -n 2 --durations=10 "$@"
+check "tests" pytest -q -n 2 --dist loadscope --no-loadscope-reorder --durations=10 "$@"
 if command -v nvidia-smi >/dev/null; then # the tests before see no GPU
   check "tests on a GPU" pytest -q -m gpu
 fi
