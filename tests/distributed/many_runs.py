@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from peftune.config.recipe import recipe_from
 from peftune.training import run
 from peftune.training.distributed.start import process_group
 from peftune.training.fleet.train_fleet import train_fleet
+
+# No test looks at the pictures of these runs; drawing takes as long as a few steps, and Matplotlib a second to import.
+NO_PICTURES = types.SimpleNamespace(draw_loss=lambda *_: b"", draw_fleet=lambda *_: b"")
+sys.modules["peftune.training.export.plots"] = NO_PICTURES  # type: ignore[assignment]
 
 
 def take_census(finished: run.Run, folder: Path) -> None:
