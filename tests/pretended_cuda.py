@@ -11,8 +11,9 @@ What this cannot see: whether CUDA has a kernel for an operation, layout or dtyp
 of anything but products and sums (rounded too early, or kept wider than needed); memory; time; CUDA's own autocast
 lists (a CPU's are used); streams and events outside of a graph's recording; pinned memory that NumPy writes to, or
 that was pinned by others; what happens in other threads that do not enter it; whether `cuda:0` is another rank's GPU
-(only `gpu_rehearsal/test_ranks.py` has a second one); what a library moves to the GPU by itself; and operations inside
-the kernels that stand in here for those of CUDA (`varlen_attn`) and of Triton.
+(only `gpu_rehearsal/test_ranks.py` has a second one); what a library moves to the GPU by itself; TF32; what 16 bits
+are too short a range for; copies that an operation makes within; and operations inside the kernels that stand in here
+for those of CUDA (`varlen_attn`) and of Triton.
 """
 
 from __future__ import annotations
