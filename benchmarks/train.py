@@ -31,7 +31,6 @@ from benchmarks.harness.ours import gate, gradient_contestant
 from benchmarks.harness.report import Result, compare, drawn, fastest, number, row, spread
 from benchmarks.harness.shapes import Shape, adapted_linears, context_of, parse_shape, target_modules, work_per_token
 from benchmarks.harness.workers import Channel, Contestant
-from peftune.device import choose_device
 from peftune.training.metrics import read_metrics
 
 CURVES = DECLARED["curves"]
@@ -132,17 +131,17 @@ def gpu(setup: Setup) -> Result:
 
     python -m benchmarks.train gpu [--shape small] [--tune trl-cuda-flash:per_device_train_batch_size=64]
 
-    Says «not run: no CUDA device» where there is none; `--device cpu` runs all of it there, without a goal. A peer
+    Says «not run: no CUDA device» where there is none; with `--quick` all of it runs on a CPU, without a goal. A peer
     whose kernels are not installed is listed with its reason.
     """
     what = "train small on a GPU, ragged documents"
-    device = choose_device(setup.arguments.device if torch.cuda.is_available() else "cpu")
-    if device.type != "cuda" and setup.arguments.device != "cpu":
+    device, on_gpu = setup.arguments.device, torch.cuda.is_available() and setup.arguments.device == "cuda"
+    if not on_gpu and (device == "cuda" or not setup.arguments.quick):
         absent = row("B11 tuned", what, "TRL, tuned", [], reason="no CUDA device")
         return Result("B11", what, {"shape": str(setup.arguments.shape)}, rows=[absent])
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    name = torch.cuda.get_device_name() if on_gpu else "CPU"
     kind = "H100" if "H100" in name else name  # the goal is for an H100; other devices get a row without one
-    key = "B11 tuned" if device.type == "cuda" else "B11 CPU"
+    key = "B11 tuned" if on_gpu else "B11 CPU"
     ours, *slow = ours_both_ways(setup)
     result, peers, _ = measured(setup, "B11", what, [ours, *slow])
     if best := fastest(peers):

@@ -35,7 +35,7 @@ LONGEST = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, by name and with the reason, where torch finds no CUDA device."""
+    """Longest files first; tests marked `gpu` are skipped, by name and with the reason, where torch finds no device."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         turns = {str(Path(__file__).parent / file): turn for turn, file in enumerate(LONGEST)}
         items.sort(key=lambda item: turns.get(str(item.path), len(turns)))

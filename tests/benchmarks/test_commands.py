@@ -6,6 +6,8 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -55,6 +57,12 @@ def test_a_quick_run_passes_the_gate_and_measures_ours_and_a_peer(
     assert {"peftune", "peft-bf16", "calibration"} <= set(names)
     assert found["rows"][0]["status"] in ("met", "missed")
     assert "peft-bf16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("device", "quick"), [("cpu", False), ("cuda", False), ("cuda", True)])
+def test_without_a_gpu_its_benchmark_measures_nothing(device: str, quick: bool) -> None:
+    setup: Any = SimpleNamespace(arguments=SimpleNamespace(device=device, quick=quick, shape="small"))
+    assert [(row.status, row.reason) for row in train.gpu(setup).rows] == [("not run", "no CUDA device")]
 
 
 def test_nothing_is_timed_behind_a_closed_gate() -> None:

@@ -100,6 +100,7 @@ def train(tiny_base: Path, out: Path, *overrides: str, told: str = "") -> list[f
         (["run.precision=fp32"], True, 412),
         (["run.precision=fp16"], True, 468),
         ([], False, 632),
+        (["quantize=int8"], True, None),
         (["quantize=int8", "run.fast=false"], True, None),
         (["quantize=nf4", "lora.variant=loftq"], True, None),
         (["run.fast=false", "optim.neftune=5"], True, None),
@@ -313,19 +314,28 @@ FLEET = {
 
 
 @pytest.mark.parametrize(
-    ("members", "most"), [(2, 436), (8, 601)]
-)  # of the two one draws dropout, the other smooths its labels
+    ("members", "most", "own"),
+    [(2, 373, []), (2, 436, ["lora.dropout=0.1", "optim.label_smoothing=0.1"]), (8, 601, [])],
+    ids=str,
+)
 def test_a_fleet_keeps_to_the_gpu_and_launches_for_all_at_once(
-    members: int, most: int, tiny_base: Path, tmp_path: Path, forgetful: None, monkeypatch: pytest.MonkeyPatch
+    members: int,
+    most: int,
+    own: list[str],
+    tiny_base: Path,
+    tmp_path: Path,
+    forgetful: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """`own` are settings of the first members, one each."""
     values = values_over_text(tiny_base, tmp_path) | {
         "run": {"out": "", "precision": "bf16", "eval_every": 0, "save_every": 2}
     }
-    each, draws = ["optim.steps=4", "batch.micro_size=8"], ["lora.dropout=0.1"] if members == 2 else []
+    each = ["optim.steps=4", "batch.micro_size=8"]
     recipes = [
         recipe_from(
-            values | {"optim": values["optim"] | {"label_smoothing": 0.1 * (members == 2 and n)}},
-            [*each, f"run.seed={n}", f"run.out={tmp_path / str(n)}", f"lora.rank={4 + n % 2}", *draws[n:]],
+            values,
+            [*each, f"run.seed={n}", f"run.out={tmp_path / str(n)}", f"lora.rank={4 + n % 2}", *own[n : n + 1]],
         )
         for n in range(members)
     ]

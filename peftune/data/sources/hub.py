@@ -12,6 +12,7 @@ from peftune.data.sources.records import Choose, Rows
 from peftune.errors import UserError
 
 _TIMEOUT = 5.0  # seconds until the hub counts as out of reach
+_ADVICE = "; where the hub cannot be reached, give files"
 
 
 def identity(source: Source) -> str:
@@ -24,7 +25,7 @@ def revision_of(name: str) -> str:
     """Commit of a hub data set, asked for once per process so that key and rows agree."""
     from huggingface_hub import HfApi
 
-    with one_line_errors(f"no file {name} and no hub data set of that name could be loaded"):
+    with one_line_errors(f"no file {name} and no hub data set of that name could be loaded", _ADVICE):
         return str(HfApi().dataset_info(name, timeout=_TIMEOUT).sha)
 
 
@@ -36,7 +37,7 @@ def rows(source: Source, revision: str | None, choose: Choose) -> Rows:
     from datasets import load_dataset
 
     split = source.split or "train"
-    with one_line_errors(f"hub data set {source.path} could not be loaded"):
+    with one_line_errors(f"hub data set {source.path} could not be loaded", _ADVICE):
         table = load_dataset(source.path, source.subset, split=split, revision=revision, streaming=True)
         if table.column_names:  # known for most formats; pictures and sound are then not decoded
             table = table.select_columns(choose(table.column_names))
@@ -45,8 +46,8 @@ def rows(source: Source, revision: str | None, choose: Choose) -> Rows:
 
 
 @contextmanager
-def one_line_errors(what: str) -> Iterator[None]:
-    """Failures of the hub client as UserErrors, without its log of retries."""
+def one_line_errors(what: str, advice: str = "") -> Iterator[None]:
+    """Failures of the hub client as UserErrors, without its log of retries; the advice is for a hub out of reach."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -59,7 +60,7 @@ def one_line_errors(what: str) -> Iterator[None]:
     except (ValueError, RuntimeError, DatasetsError, *HfHubHTTPError.__bases__) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         unreachable = isinstance(error, HfHubHTTPError.__bases__) and not isinstance(error, HfHubHTTPError)
-        advice = "; where the hub cannot be reached, give files" if unreachable else ""
-        raise UserError(f"{what}: {reason[:200]}{'…' if len(reason) > 200 else ''}{advice}") from None
+        cut = f"{reason[:200]}{'…' if len(reason) > 200 else ''}"
+        raise UserError(f"{what}: {cut}{advice if unreachable else ''}") from None
     finally:
         log.setLevel(level)

@@ -141,7 +141,7 @@ def test_a_public_repository_gets_nothing_unless_told(trained: Path) -> None:
 def test_what_the_hub_says_is_one_line(trained: Path, error: Exception) -> None:
     with pytest.raises(UserError, match="repository me/poems: the hub could not be reached, or refused: ") as caught:
         push(publishable(trained, "me/poems"), "me/poems", api=FakeHub(error=error))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "give files" not in str(caught.value)  # as it is told to who reads data
 
 
 def test_a_merged_model_goes_without_paths(tiny_base: Path, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
